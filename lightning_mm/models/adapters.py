@@ -1,0 +1,76 @@
+"""LoRA through PEFT, on exactly the modules that were named.
+
+Data flow: plan (module names) -> PEFT config with fully-qualified names -> adapters inside the model. PEFT's own
+``layers_to_transform`` also adapts vision towers whose blocks carry the same numbers; names resolved here do not.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from lightning_mm.errors import UserError
+
+ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Options of the adapters.
+
+    Args:
+        r: Rank.
+        alpha: Scale; the update is multiplied by alpha / r (alpha / sqrt(r) with rslora).
+        dropout: Dropout before the adapter.
+        rslora: Rank-stabilised scaling (2312.03732).
+        dora: Weight-decomposed adapters (2402.09353).
+        rank_per_layer: Rank of some decoder blocks by layer range, {'8-11': 32}; alpha grows with it, the scale stays.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    rslora: bool = False
+    dora: bool = False
+    rank_per_layer: dict[str, int] = field(default_factory=dict)
+
+
+def add_lora(model: nn.Module, targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> None:
+    """Put adapters into a transformers model, in place.
+
+    Args:
+        model: The plain model.
+        targets: Fully-qualified names of linear modules.
+        options: Rank, scale, dropout.
+        ranks: Module name -> rank, where it differs from ``options.r``.
+
+    Raises:
+        UserError: PEFT adapted other modules than those named.
+    """
+    model.add_adapter(lora_config(targets, options, ranks), adapter_name=ADAPTER)
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    if adapted != set(targets):
+        stray, missing = sorted(adapted - set(targets)), sorted(set(targets) - adapted)
+        raise UserError(
+            "The adapters do not stand where they were planned.",
+            f"Stray: {', '.join(stray[:5]) or 'none'}. Missing: {', '.join(missing[:5]) or 'none'}.",
+            "Report the model's type; nothing was trained.",
+        )
+
+
+def lora_config(targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> LoraConfig:
+    """PEFT's config for exactly these modules."""
+    patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
+    return LoraConfig(
+        r=options.r,
+        lora_alpha=options.alpha,  # type: ignore[arg-type]
+        lora_dropout=options.dropout,
+        use_rslora=options.rslora,
+        use_dora=options.dora,
+        target_modules=sorted(targets),
+        rank_pattern=patterns,
+        alpha_pattern={pattern: options.alpha * rank / options.r for pattern, rank in patterns.items()},
+    )

@@ -1,0 +1,155 @@
+"""Load a Hugging Face multimodal LLM from a folder or a hub name, without ever running code that comes with it.
+
+Data flow: ``Backbone`` (config) -> the model's skeleton on the meta device (for planning) -> the model with its weights.
+"""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig
+from transformers.utils import logging as hf_logging
+
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """The model to be tuned.
+
+    Args:
+        path: Folder or hub name of an image-text-to-text model.
+        revision: Commit, tag or branch of a hub model.
+        dtype: Type of the weights in memory; 'auto' is float32, which AdamW needs to add small updates.
+        attention: Attention kernel; 'auto' leaves the choice to transformers.
+        quantization: Hold what is frozen in 4 bits (nf4) or 8 bits (int8); blocks trained at full rank are left as they are.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    quantization: Literal["none", "nf4", "int8"] = "none"
+
+
+def load_skeleton(backbone: Backbone) -> nn.Module:
+    """The model on the meta device: names, shapes and config, no weights. Raises UserError as ``load_model``."""
+    config = _config(backbone)
+    try:
+        with torch.device("meta"):
+            return AutoModelForImageTextToText.from_config(config)
+    except (ValueError, ImportError) as error:
+        raise _unsupported(backbone, config, error) from error
+
+
+def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module:
+    """The model with its weights, in eval mode.
+
+    Args:
+        backbone: What to load.
+        keep_full: Names of modules that must not be quantised, since they will train at full rank.
+
+    Raises:
+        UserError: No such model, an unsupported kind, weights that are missing or only there as pickles.
+    """
+    config = _config(backbone)
+    dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
+    if backbone.dtype == "auto":
+        decide("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
+    options: dict[str, Any] = {"dtype": dtype, "revision": backbone.revision, "use_safetensors": True}
+    if backbone.attention != "auto":
+        options["attn_implementation"] = backbone.attention
+    if backbone.quantization != "none":
+        options["quantization_config"] = _quantization(backbone, dtype, keep_full)
+    # The file-by-file progress bar and the load report are said below, in our words, where they matter.
+    hf_logging.disable_progress_bar()
+    try:
+        model, report = AutoModelForImageTextToText.from_pretrained(
+            backbone.path, config=config, trust_remote_code=False, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise _unsupported(backbone, config, error) from error
+    _refuse_missing(backbone, report)
+    kernel = getattr(model.config, "_attn_implementation", "eager")
+    decide("model.backbone.attention", kernel, "asked for" if backbone.attention != "auto" else "transformers' choice")
+    return model
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over name, shape and 64 evenly spaced values of every frozen tensor: the same base, at the cost of a glance."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().flatten()
+        stride = max(1, flat.numel() // 64)
+        sample = flat[::stride][:64].to("cpu", torch.float32)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _config(backbone: Backbone) -> PretrainedConfig:
+    folder = Path(backbone.path)
+    if folder.exists() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"model.backbone.path: {backbone.path} is not a Hugging Face model.",
+            "The folder holds no config.json.",
+            "Name the folder that save_pretrained wrote.",
+        )
+    try:
+        return AutoConfig.from_pretrained(backbone.path, revision=backbone.revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.backbone.path: {backbone.path} cannot be loaded.",
+            _first_line(error),
+            f"Name a folder, or fetch the model first: hf download {backbone.path}",
+        ) from error
+
+
+def _quantization(backbone: Backbone, dtype: torch.dtype, keep_full: Collection[str]) -> BitsAndBytesConfig:
+    decide(
+        "model.backbone.quantization",
+        backbone.quantization,
+        f"frozen linear layers only; {len(keep_full)} modules stay in {str(dtype).removeprefix('torch.')}",
+    )
+    if backbone.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=sorted(keep_full))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        llm_int8_skip_modules=sorted(keep_full),
+    )
+
+
+def _refuse_missing(backbone: Backbone, report: dict[str, Any]) -> None:
+    """A tensor that no file held would be trained, or frozen, at random."""
+    missing = sorted(report.get("missing_keys", ())) + [str(m) for m in report.get("mismatched_keys", ())]
+    if missing:
+        raise UserError(
+            f"model.backbone.path: {backbone.path} is incomplete.",
+            f"{len(missing)} tensors are missing or of another shape, such as {', '.join(missing[:4])}.",
+            "Use a complete checkpoint of this architecture, or the transformers version that wrote it.",
+        )
+    if unexpected := sorted(report.get("unexpected_keys", ())):
+        decide("model.backbone.path", f"{len(unexpected)} tensors not used", f"such as {unexpected[0]}")
+
+
+def _unsupported(backbone: Backbone, config: PretrainedConfig, error: Exception) -> UserError:
+    return UserError(
+        f"model.backbone.path: {backbone.path} ({config.model_type}) cannot be loaded as an image-text-to-text model.",
+        _first_line(error),
+        "Check the folder's files (config.json, *.safetensors) and the installed transformers version.",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

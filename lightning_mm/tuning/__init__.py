@@ -1,0 +1,30 @@
+"""Which weights move: layer ranges, policies, the plan made of them, the boundary and the census."""
+
+from lightning_mm.models.adapters import LoRA
+from lightning_mm.tuning.policies import (
+    ConnectorOnly,
+    EarlyLayers,
+    Full,
+    IntermediateOnly,
+    LateLayers,
+    LoRAOnMiddle,
+    PerRegion,
+    RandomLayers,
+    UniformSparse,
+)
+from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+
+__all__ = [
+    "ConnectorOnly",
+    "EarlyLayers",
+    "Full",
+    "IntermediateOnly",
+    "LateLayers",
+    "LoRA",
+    "LoRAOnMiddle",
+    "PerRegion",
+    "RandomLayers",
+    "TuningPlan",
+    "TuningPolicy",
+    "UniformSparse",
+]

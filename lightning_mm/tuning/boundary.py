@@ -1,0 +1,52 @@
+"""The gradient boundary: the lowest block that trains, and activation checkpointing that stays above it.
+
+Data flow: plan -> ``GradientBoundary`` -> blocks whose forward is recomputed in backward. transformers' own switch puts
+input-gradient hooks on every nested embedding, so the frozen prefix enters the graph and partial tuning saves nothing;
+here only blocks that are in the graph anyway are wrapped, and hooks that others have set are taken off.
+"""
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_mm.models.anatomy import Anatomy, Region
+from lightning_mm.tuning.policy import TuningPlan
+
+
+def blocks_in_graph(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> tuple[str, ...]:
+    """Names of the blocks that backward crosses: decoder blocks from the lowest trainable one, trained vision blocks."""
+    decoder = anatomy.layers[plan.lowest_layer :]
+    if plan.modes[Region.VISION] == "frozen":
+        return decoder
+    trained = [any(p.requires_grad for p in model.get_submodule(b).parameters()) for b in anatomy.vision_blocks]
+    lowest = trained.index(True) if any(trained) else len(trained)
+    return (*anatomy.vision_blocks[lowest:], *decoder)
+
+
+def checkpoint_blocks(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Recompute the named blocks in backward instead of keeping their activations; in place, once."""
+    for name in names:
+        block = model.get_submodule(name)
+        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+
+
+def remove_input_gradient_hooks(model: nn.Module) -> int:
+    """Take off hooks that make embeddings require gradients; returns how many there were."""
+    hooks = list(getattr(model, "_require_grads_hooks", []) or [])
+    if hooks:
+        model.disable_input_require_grads()
+    return len(hooks)
+
+
+def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+
+    return run

@@ -1,0 +1,230 @@
+"""The policies by name: what the papers and their rivals train, each one ``RegionPolicy`` with other defaults.
+
+Data flow: ``--model.tuning NAME`` -> one of these -> ``plan``. Options that would turn one policy into another are not
+options here: on the command line a class may be exchanged while its old options stay.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from lightning_mm.models.anatomy import Region
+from lightning_mm.tuning.layers import LayerSpec, count_layers
+from lightning_mm.tuning.policy import Mode, PartName, RegionPolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class _LayerRange(RegionPolicy):
+    layers: LayerSpec = "25%-50%"
+    parts: list[PartName] | None = None
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        return self.layers
+
+    def layer_parts(self) -> Sequence[PartName] | None:
+        return self.parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerRegion(_LayerRange):
+    """Every region as you say; what you do not name is frozen.
+
+    Args:
+        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+        layers_mode: Mode of those blocks.
+    """
+
+    layers: LayerSpec = "all"
+    layers_mode: Mode = "frozen"
+
+    def mode_of(self, region: Region) -> Mode:
+        return self.layers_mode if region is Region.LAYERS else super().mode_of(region)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(RegionPolicy):
+    """All of the language model and the connector; the vision tower stays frozen, as in LLaVA's second stage.
+
+    Args:
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    modes: ClassVar[Mapping[Region, Mode]] = {
+        Region.CONNECTOR: "full",
+        Region.EMBEDDING: "full",
+        Region.LAYERS: "full",
+        Region.NORM: "full",
+        Region.HEAD: "full",
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntermediateOnly(_LayerRange):
+    """Only a middle range of decoder blocks, at full rank (2606.03871).
+
+    Args:
+        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAOnMiddle(_LayerRange):
+    """LoRA adapters on a middle range of decoder blocks, and nowhere else.
+
+    Args:
+        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "lora"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectorOnly(RegionPolicy):
+    """Only what joins the vision tower to the decoder, as in LLaVA's first stage.
+
+    Args:
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    modes: ClassVar[Mapping[Region, Mode]] = {Region.CONNECTOR: "full"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EqualBudget(RegionPolicy):
+    modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}
+
+    budget: LayerSpec = "25%-50%"
+    parts: list[PartName] | None = None
+
+    def layer_parts(self) -> Sequence[PartName] | None:
+        return self.parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyLayers(_EqualBudget):
+    """Control of equal budget: the first blocks.
+
+    Args:
+        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        return f"first:{count_layers(self.budget, num_layers)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LateLayers(_EqualBudget):
+    """Control of equal budget: the last blocks.
+
+    Args:
+        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        return f"last:{count_layers(self.budget, num_layers)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformSparse(_EqualBudget):
+    """Control of equal budget: blocks evenly spread over the depth (2412.12785).
+
+    Args:
+        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        return f"uniform:{count_layers(self.budget, num_layers)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomLayers(_EqualBudget):
+    """Control of equal budget: blocks drawn with a seed.
+
+    Args:
+        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+        seed: Of the draw.
+    """
+
+    seed: int = 0
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        return f"random:{count_layers(self.budget, num_layers)}:{self.seed}"

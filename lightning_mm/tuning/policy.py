@@ -1,0 +1,174 @@
+"""Tuning policies: what a user says about which weights move.
+
+Data flow: config -> ``TuningPolicy`` -> ``plan(anatomy)`` -> ``TuningPlan`` (names of tensors), which ``apply`` enforces
+and ``census`` verifies. A policy says one mode for every region; nothing is trained by default of being unnamed.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, Literal
+
+from lightning_mm.errors import UserError
+from lightning_mm.models.adapters import LoRA
+from lightning_mm.models.anatomy import Anatomy, Place, Region
+from lightning_mm.tuning.layers import LayerSpec, resolve_layers
+
+Mode = Literal["frozen", "lora", "full"]
+PartName = Literal["attention", "mlp", "norm"]
+
+
+@dataclass(frozen=True)
+class TuningPlan:
+    """A policy resolved on one model.
+
+    Args:
+        policy: The policy, as the user would write it.
+        expression: The layer range as written.
+        layers: Indices of the decoder blocks that train.
+        num_layers: Decoder blocks of the model.
+        full: Parameter names trained at full rank.
+        adapted: Module names that get a LoRA adapter.
+        modes: Mode of each region.
+        lora: Options of the adapters; None where there are none.
+        lr: Learning rate of a region, where it differs from the optimizer's.
+        weight_decay: The same for weight decay.
+    """
+
+    policy: str
+    expression: str
+    layers: tuple[int, ...]
+    num_layers: int
+    full: frozenset[str]
+    adapted: frozenset[str]
+    modes: Mapping[Region, Mode]
+    lora: LoRA | None
+    lr: Mapping[str, float] = field(default_factory=dict)
+    weight_decay: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def lowest_layer(self) -> int:
+        """First decoder block in the autograd graph; ``num_layers`` if only the norm or the head trains."""
+        below = (Region.VISION, Region.CONNECTOR, Region.EMBEDDING)
+        if any(self.modes[region] != "frozen" for region in below):
+            return 0
+        return min(self.layers, default=self.num_layers)
+
+
+class TuningPolicy(ABC):
+    """Which weights move. Subclasses answer ``plan``; every option of a region is the same in all of them."""
+
+    @abstractmethod
+    def plan(self, anatomy: Anatomy) -> TuningPlan:
+        """Resolve the policy on a model's anatomy."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The policy as one would write it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionPolicy(TuningPolicy):
+    """What all policies share. A mode that is not given is the policy's own (``modes``), frozen where it has none."""
+
+    modes: ClassVar[Mapping[Region, Mode]] = {}
+
+    vision: Mode | None = None
+    connector: Mode | None = None
+    embedding: Mode | None = None
+    norm: Mode | None = None
+    head: Mode | None = None
+    lr: dict[str, float] = field(default_factory=dict)
+    weight_decay: dict[str, float] = field(default_factory=dict)
+    lora: LoRA = field(default_factory=LoRA)
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        """The layer range on a model of that depth."""
+        return "all"
+
+    def layer_parts(self) -> Sequence[PartName] | None:
+        """Parts of the chosen blocks that train; None for all."""
+        return None
+
+    def mode_of(self, region: Region) -> Mode:
+        """Mode of a region: as given, else the policy's own."""
+        given: Mode | None = getattr(self, region.value, None) if region is not Region.LAYERS else None
+        return given or self.modes.get(region, "frozen")
+
+    def plan(self, anatomy: Anatomy) -> TuningPlan:
+        """Resolve on a model.
+
+        Raises:
+            UserError: A selector matches nothing, or the layer range lies outside the model.
+        """
+        modes = {region: self.mode_of(region) for region in Region}
+        self._refuse_half_tied(anatomy, modes)
+        spec = self.layer_spec(anatomy.num_layers)
+        layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, anatomy.num_layers)
+        chosen = {name: place for name, place in anatomy.places.items() if self._chosen(place, modes, layers)}
+        full = frozenset(name for name, place in chosen.items() if modes[place.region] == "full")
+        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & anatomy.linears
+        self._refuse_empty(anatomy, modes, full, adapted)
+        return TuningPlan(
+            policy=self.describe(),
+            expression=str(spec) if layers else "none",
+            layers=layers,
+            num_layers=anatomy.num_layers,
+            full=full,
+            adapted=frozenset(adapted),
+            modes=modes,
+            lora=self.lora if adapted else None,
+            lr=_by_region("lr", self.lr),
+            weight_decay=_by_region("weight_decay", self.weight_decay),
+        )
+
+    def describe(self) -> str:
+        """The policy as one would write it, without what stands at its default."""
+        defaults = type(self)()
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        shown = [f"{n}={v!r}" for n, v in named.items() if n in ("layers", "budget") or v != getattr(defaults, n)]
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _refuse_half_tied(self, anatomy: Anatomy, modes: Mapping[Region, Mode]) -> None:
+        head, embedding = modes[Region.HEAD], modes[Region.EMBEDDING]
+        if anatomy.tied_head and head != "frozen" and head != embedding:
+            raise UserError(
+                f"model.tuning.head: '{head}' cannot be had on its own.",
+                "This model's head is tied to its token embedding: they are one tensor.",
+                f"Set model.tuning.embedding to '{head}' as well, or leave the head frozen.",
+            )
+
+    def _chosen(self, place: Place, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
+        if place.region is not Region.LAYERS:
+            return modes[place.region] != "frozen"
+        parts = self.layer_parts()
+        return place.layer in layers and (parts is None or place.part in parts)
+
+    def _refuse_empty(
+        self, anatomy: Anatomy, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
+    ) -> None:
+        for region, mode in modes.items():
+            if mode == "frozen" or (region is Region.HEAD and anatomy.tied_head):
+                continue
+            names = full if mode == "full" else {f"{module}.weight" for module in adapted}
+            if not any(anatomy.places[name].region is region for name in names):
+                raise UserError(
+                    f"model.tuning.{region}: '{mode}' matches nothing.",
+                    f"The model has {len(anatomy.parameters_in(region))} tensors there"
+                    + (", none of them linear, as an adapter needs." if mode == "lora" else "."),
+                    "Leave that region frozen, or widen the selection (parts).",
+                )
+        if not full and not adapted:
+            raise UserError(f"{self.describe()} trains nothing.", "Every region is frozen.", "Name a region to train.")
+
+
+def _by_region(option: str, values: Mapping[str, float]) -> dict[str, float]:
+    known = [region.value for region in Region if region is not Region.OTHER]
+    for name in values:
+        if name not in known:
+            raise UserError(
+                f"model.tuning.{option}: no region is called '{name}'.",
+                f"Regions are {', '.join(known)}.",
+                f"Write for example {{connector: {values[name]}}}.",
+            )
+    return dict(values)
