@@ -1,0 +1,43 @@
+"""``lightning-mm`` and ``python -m lightning_mm``.
+
+Data flow: arguments -> the verb that they name -> exit status (0 done, 2 the user can mend it, 143 stopped by SIGTERM).
+Help is answered before anything heavy is imported.
+"""
+
+import sys
+
+HELP = """usage: lightning-mm VERB [options]
+
+Partial fine-tuning of multimodal LLMs, and a look inside while they train.
+
+  fit        train under a tuning policy; writes runs/<name>/ with report.html
+  validate   loss, token accuracy and exact match on the validation split
+  test       the same on the test split, and without pictures
+  predict    answer the questions of a file; writes runs/<name>/predictions.jsonl
+  export     write a trained run as a Hugging Face folder or a PEFT adapter, and prove it equal
+  report     write report.html of a run anew
+
+lightning-mm VERB --help lists a verb's options; -c FILE.yaml may be given several times, later files win.
+  lightning-mm fit -c configs/nano.yaml --model.tuning IntermediateOnly --model.tuning.layers 6-16
+  lightning-mm fit -c configs/nano.yaml --print_config
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a verb; returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    if not given or given[0] in ("-h", "--help", "help"):
+        print(HELP)
+        return 0
+    if given[0] == "--version":
+        from lightning_mm import __version__
+
+        print(__version__)
+        return 0
+    from lightning_mm.cli import run
+
+    return run(given)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

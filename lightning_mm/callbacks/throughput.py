@@ -1,0 +1,49 @@
+"""How fast training goes: supervised tokens and samples per second, validation kept apart.
+
+Data flow: Batch sizes known on the host + the clock -> two metrics, logged with the trainer's own interval.
+"""
+
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_mm.dashboards import names
+from lightning_mm.data.batch import Batch
+
+
+class Throughput(Callback):
+    """Rates over the steps since they were last logged, waiting for data included, summed over ranks."""
+
+    def __init__(self) -> None:
+        self._tokens = self._samples = 0
+        self._since: float | None = None
+        self._paused_at = 0.0
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._paused_at = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._since is not None:
+            self._since += time.perf_counter() - self._paused_at
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        self._tokens += batch.num_supervised
+        self._samples += len(batch)
+        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps or self._since is None:
+            return
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        pl_module.log(names.TOKENS_PER_SECOND, self._tokens * trainer.world_size / seconds, prog_bar=True)
+        pl_module.log(names.SAMPLES_PER_SECOND, self._samples * trainer.world_size / seconds)
+        self._tokens = self._samples = 0
+        self._since = now

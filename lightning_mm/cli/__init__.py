@@ -1,0 +1,61 @@
+"""The command line: one place where verbs, config files and run directories meet.
+
+Data flow: arguments -> ``parsing`` (one-screen errors) -> ``training`` (fit, validate, test, predict) or ``exporting``
+-> exit status.
+"""
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from lightning_mm.cli.parsing import suggestion
+from lightning_mm.errors import UserError
+
+VERBS = ("fit", "validate", "test", "predict", "export", "report")
+
+
+def run(arguments: list[str]) -> int:
+    """Run one verb; returns the exit status."""
+    _speak()
+    try:
+        return _verb(arguments[0])(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def _verb(name: str) -> Callable[[list[str]], int]:
+    if name == "export":
+        from lightning_mm.cli.exporting import export
+
+        return export
+    if name == "report":
+        from lightning_mm.cli.exporting import report
+
+        return report
+    if name in VERBS:
+        from lightning_mm.cli.training import train
+
+        return train
+    raise UserError(f"'{name}' is no verb.", f"Verbs are {', '.join(VERBS)}.", suggestion(name, VERBS) or "See --help.")
+
+
+def _speak() -> None:
+    """Our own lines to the console; of the libraries, warnings only."""
+    logger = logging.getLogger("lightning_mm")
+    if not logger.handlers:
+        handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    for library in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(library).setLevel(logging.WARNING)
+    # Said by Lightning at every start; the run decides these itself, or they do not apply to it.
+    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*", ".*in eval mode at the start.*"):
+        warnings.filterwarnings("ignore", message=message)

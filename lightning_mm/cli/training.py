@@ -1,0 +1,186 @@
+"""fit, validate, test and predict: Lightning's command line with our run directory, our callbacks and our errors.
+
+Data flow: arguments and YAML files -> run directory -> module, data module, trainer -> the verb -> report.
+"""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_mm.callbacks.evaluation import HeldOutEvaluation
+from lightning_mm.callbacks.preemption import EXIT_CODE, Preemption
+from lightning_mm.callbacks.recorder import RunRecorder
+from lightning_mm.callbacks.throughput import Throughput
+from lightning_mm.cli.parsing import OneScreenParser, refuse_foreign_classes
+from lightning_mm.dashboards.metrics_file import MetricsFile
+from lightning_mm.dashboards.online import OnlineLogger
+from lightning_mm.dashboards.progress import ProgressBar
+from lightning_mm.dashboards.rundir import RunDirectory, read_json
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.decisions import decide, log
+from lightning_mm.module import MMModule
+
+_WANDB = Literal["auto", "online", "offline", "off"]
+RUN_VARIABLE = "LIGHTNING_MM_RUN"
+"""Tells the processes that a multi-device run starts for its other ranks which folder is theirs."""
+
+
+def train(arguments: list[str]) -> int:
+    """Run fit, validate, test or predict; returns the exit status."""
+    decide.clear()
+    cli = TrainingCLI(
+        MMModule,
+        MMDataModule,
+        parser_class=OneScreenParser,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        load_from_checkpoint_support=False,
+        trainer_defaults={
+            "use_distributed_sampler": False,  # the data module deals out samples itself, without duplicates
+            "log_every_n_steps": 10,
+            "num_sanity_val_steps": 0,
+            "enable_model_summary": False,  # the census says more
+        },
+        args=arguments,
+    )
+    return EXIT_CODE if cli.preemption.stopped else 0
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI that owns ``runs/<name>/`` and lets no checkpoint overrule the command line."""
+
+    run: RunDirectory
+    preemption: Preemption
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run.name", type=str | None, default=None, help="Name of this run; the policy's if not given.")
+        parser.add_argument("--run.wandb", type=_WANDB, default="auto", help="W&B: online if logged in, else offline; or off.")
+        parser.add_argument("--run.save_every", type=int, default=200, help="Steps between writes of checkpoints/last.ckpt.")
+        parser.add_argument("--allow", type=list[str], default=[], help="Packages whose classes config files may name.")
+        parser.add_class_arguments(HeldOutEvaluation, "evaluation")
+        parser.link_arguments("model.backbone.path", "data.processor")
+        parser.link_arguments("model.backbone.revision", "data.revision")
+
+    def _parse_ckpt_path(self) -> None:
+        """A checkpoint's hyperparameters never overrule what was asked for; ``state.check`` compares them instead."""
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        refuse_foreign_classes(config.as_dict(), config.allow)
+        self.run = _run_directory(config, self.subcommand)
+        if rank_zero_only.rank == 0:
+            self._parser(self.subcommand).save(
+                _reusable(config), self.run.config, skip_none=False, overwrite=True, skip_validation=True
+            )
+        resumed = config.get("ckpt_path")
+        if self.subcommand == "fit" and resumed and rank_zero_only.rank == 0:
+            _continue_metrics(Path(resumed), self.run)
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        config = self.config[self.subcommand]
+        given = self._get(self.config_init, "trainer")
+        loggers: list[Any] = [MetricsFile(self.run.metrics)]
+        if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand == "fit":
+            loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
+        if isinstance(given.get("logger"), (list, tuple)):
+            loggers.extend(given["logger"])
+        self.preemption = Preemption(self.run.checkpoints / "last.ckpt")
+        return super().instantiate_trainer(
+            logger=loggers,
+            default_root_dir=self.run.path,
+            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],
+            enable_checkpointing=True,
+            **kwargs,
+        )
+
+    def _callbacks(self, config: Namespace) -> list[Callback]:
+        callbacks: list[Callback] = [ProgressBar(), Throughput()]
+        if self.subcommand == "fit":
+            evaluation = self._get(self.config_init, "evaluation")
+            evaluation.run = self.run
+            callbacks += [evaluation, self.preemption, _latest(self.run, config.run.save_every)]
+            if config.data.val is not None:
+                callbacks.append(_best(self.run))
+        return [*callbacks, RunRecorder(self.run)]
+
+    def after_fit(self) -> None:
+        if not self.preemption.stopped:
+            self.trainer.save_checkpoint(self.run.checkpoints / "last.ckpt")
+        self._close_online()
+        if rank_zero_only.rank == 0:
+            log.info("run: %s", self.run.path)
+
+    def _close_online(self) -> None:
+        for logger in self.trainer.loggers:
+            if isinstance(logger, OnlineLogger):
+                logger.summarise(
+                    census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide}
+                )
+                if self.run.samples.is_file() and rank_zero_only.rank == 0:
+                    logger.log_samples(read_json(self.run.samples))
+                logger.close()
+
+    def predict(self, **kwargs: Any) -> None:
+        """Answer the questions of ``data.predict`` into ``predictions.jsonl``."""
+        batches = self.trainer.predict(**kwargs) or []
+        target = self.run.path / "predictions.jsonl"
+        with target.open("a", encoding="utf-8") as file:
+            for row in (row for batch in batches for row in batch):
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        log.info("answers: %s", target)
+
+
+def _latest(run: RunDirectory, every: int) -> ModelCheckpoint:
+    return ModelCheckpoint(
+        run.checkpoints, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False
+    )
+
+
+def _best(run: RunDirectory) -> ModelCheckpoint:
+    return ModelCheckpoint(run.checkpoints, filename="best", monitor="val/loss", mode="min", enable_version_counter=False)
+
+
+def _run_directory(config: Namespace, verb: str) -> RunDirectory:
+    """Rank 0 makes the folder and tells the ranks that it will start; started ranks take the one they are told."""
+    if (told := os.environ.get(RUN_VARIABLE)) and rank_zero_only.rank != 0:
+        return RunDirectory(Path(told))
+    policy = (config.model.get("tuning") or {}).get("class_path", "IntermediateOnly").rpartition(".")[2]
+    default = policy if verb == "fit" else f"{policy}-{verb}"
+    if rank_zero_only.rank != 0:
+        return RunDirectory(Path(config.run.root).absolute() / (config.run.name or default))
+    run = RunDirectory.create(config.run.root, config.run.name, default)
+    os.environ[RUN_VARIABLE] = str(run.path)
+    return run
+
+
+def _reusable(config: Namespace) -> Namespace:
+    """The config as any verb can read it: what belongs to one call only is left out."""
+    kept = config.clone()
+    for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
+        kept.pop(key, None)
+    return kept
+
+
+def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
+    """A resumed run's curves begin where the first run's did, and hold no step twice."""
+    earlier = checkpoint.parent.parent / "metrics.csv"
+    if not earlier.is_file() or not checkpoint.is_file():
+        return
+    step = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu").get("global_step", 0)
+    with earlier.open(encoding="utf-8", newline="") as source, run.metrics.open("w", encoding="utf-8", newline="") as to:
+        reader = csv.DictReader(source)
+        writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row for row in reader if row["step"] and int(row["step"]) < step)
+    decide("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")

@@ -1,0 +1,283 @@
+"""The LightningModule: a backbone, a tuning policy, an objective and an optimizer.
+
+Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by the global number of supervised tokens
+-> optimizer. PromptBatch -> ``answer`` -> exact match by question type.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from lightning_mm import state
+from lightning_mm.dashboards import names
+from lightning_mm.data.batch import Batch, PromptBatch
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.models.anatomy import Anatomy, Region
+from lightning_mm.models.loading import Backbone, fingerprint, load_model
+from lightning_mm.models.processing import load_processing
+from lightning_mm.objective import Objective, anchored, supervised_nll
+from lightning_mm.scoring import ALL, AnswerScores
+from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
+from lightning_mm.tuning.apply import apply_plan, trains
+from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks, remove_input_gradient_hooks
+from lightning_mm.tuning.census import Census, take_census
+from lightning_mm.tuning.groups import (
+    OptimizerSettings,
+    build_optimizer,
+    parameter_groups,
+    restore_rates,
+    schedule_factor,
+)
+from lightning_mm.tuning.reach import without_unread
+
+
+class MMModule(L.LightningModule):
+    """Partial fine-tuning of a multimodal LLM.
+
+    Args:
+        backbone: The Hugging Face model.
+        tuning: Which weights move; IntermediateOnly if not given.
+        optimizer: AdamW and its schedule.
+        activation_checkpointing: Recompute blocks in backward to save memory; only those that backward crosses anyway.
+        max_new_tokens: Longest answer that is generated in validation, test and predict.
+    """
+
+    model: nn.Module
+    anatomy: Anatomy
+    plan: TuningPlan
+    census: Census
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        tuning: TuningPolicy | None = None,
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (frozen)
+        activation_checkpointing: bool = False,
+        max_new_tokens: int = 16,
+    ) -> None:
+        super().__init__()
+        self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
+        if tuning is None:
+            decide("model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language")
+        self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
+        # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
+        self.strict_loading = False
+        self.loss_mean, self.accuracy_mean = MeanMetric(), MeanMetric()
+        self._nll: Tensor | None = None  # summed over the micro-batches since the last optimizer step
+        self._tokens = 0
+        self._resumed: Mapping[str, Any] | None = None
+
+    def configure_model(self) -> None:
+        """Load, plan, freeze, verify; once."""
+        if hasattr(self, "census"):
+            return
+        self.processor = load_processing(self.backbone.path, self.backbone.revision).processor
+        self.model, self.anatomy, self.plan = _planned(self.backbone, self.tuning)
+        apply_plan(self.model, self.anatomy, self.plan)
+        if removed := remove_input_gradient_hooks(self.model):
+            decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
+        self._drop_unread()
+        self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
+        self.base = fingerprint(self.model)
+        if self.activation_checkpointing:
+            blocks = blocks_in_graph(self.model, self.anatomy, self.plan)
+            checkpoint_blocks(self.model, blocks)
+            decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+
+    def _drop_unread(self) -> None:
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None or not (self.plan.full or self.plan.adapted):
+            return
+        if self.plan.modes[Region.VISION] == self.plan.modes[Region.CONNECTOR] == "frozen":
+            return
+        batch = data.example_batch()
+        if not batch.has_images:
+            return
+        self.model.to(self.trainer.strategy.root_device)
+        batch = batch.to(self.trainer.strategy.root_device)
+        with self.trainer.precision_plugin.forward_context():
+            self.plan = without_unread(self.model, self.anatomy, self.plan, lambda: self.objective(batch).nll)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trains(name, self.anatomy, self.plan))
+
+    @property
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What trains, by name in the state dict."""
+        return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+    def objective(self, batch: Batch) -> Objective:
+        """Summed NLL of a batch."""
+        return supervised_nll(self.model, self.model.get_submodule(self.anatomy.head), batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Summed NLL; the division comes once, over all ranks and micro-batches, before the optimizer step."""
+        objective = self.objective(batch)
+        nll = objective.nll.detach()
+        self._nll = nll if self._nll is None else self._nll + nll
+        self._tokens += objective.num_tokens
+        if batch.has_images and batch.num_supervised:
+            return objective.nll
+        return anchored(objective.nll, iter(self.trainable.values()))
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn summed gradients into those of the mean over all supervised tokens.
+
+        Lightning divided by the number of micro-batches and DDP by the number of ranks; both are undone here, before
+        clipping, so that neither changes what is learned.
+        """
+        assert self._nll is not None
+        window = torch.stack([self._nll.double(), self._nll.new_tensor(self._tokens, dtype=torch.float64)])
+        nll, tokens = self.trainer.strategy.reduce(window, reduce_op="sum").tolist()
+        self._nll, self._tokens = None, 0
+        parameters = self.trainable
+        gradients = [p.grad for p in parameters.values() if p.grad is not None]
+        if len(gradients) < len(parameters):
+            raise _no_gradient([name for name, p in parameters.items() if p.grad is None])
+        scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
+        torch._foreach_mul_(gradients, scale)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if not torch.isfinite(norm):
+            raise _not_finite(self.global_step, nll / max(tokens, 1.0))
+        self.log(names.TRAIN_LOSS, nll / max(tokens, 1.0), prog_bar=True)
+        self.log(names.GRAD_NORM, norm)
+        for group in optimizer.param_groups:
+            self.log(names.learning_rate(group["name"]), group["lr"])
+
+    @torch.no_grad()
+    def answer(self, batch: PromptBatch) -> list[str]:
+        """Greedy answers, one per question, without special tokens."""
+        output = self.model.generate(**batch.inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
+        new = output[:, batch.inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_scores("test")
+
+    def _begin_scores(self, split: names.Stage) -> None:
+        types = self.trainer.datamodule.question_types(split)
+        self.scores, self.blank_scores = AnswerScores(types).to(self.device), AnswerScores(types).to(self.device)
+
+    def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Loss and token accuracy of teacher-forced batches; exact match of generated answers."""
+        if isinstance(batch, Batch):
+            objective = self.objective(batch)
+            if tokens := objective.num_tokens:
+                self.loss_mean.update(objective.nll / tokens, tokens)
+                self.accuracy_mean.update(objective.num_correct / tokens, tokens)
+            return
+        scores = self.blank_scores if dataloader_idx == 2 else self.scores
+        scores.update(self.answer(batch), batch.references, batch.question_types)
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, split: names.Stage) -> None:
+        self.log(f"{split}/loss", self.loss_mean.compute(), prog_bar=True)
+        self.log(f"{split}/token_accuracy", self.accuracy_mean.compute())
+        for name, value in self.scores.compute().items():
+            self.log(names.exact_match(split, _typed(name)), value, prog_bar=name == ALL)
+        for name, value in self.blank_scores.compute().items():
+            self.log(names.no_image(_typed(name)), value)
+        self.loss_mean.reset(), self.accuracy_mean.reset()
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """Answers with what they belong to, as plain rows."""
+        rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
+        return [
+            {"id": s.id, "turn": turn, "answer": answer, "reference": s.turns[turn].text} for s, turn, answer in rows
+        ]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW over what trains, and its schedule by optimizer step."""
+        optimizer = build_optimizer(self._groups(), self.optimizer)
+        factor = schedule_factor(self.optimizer, int(self.trainer.estimated_stepping_batches))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return parameter_groups(self.model, self.anatomy, self.plan, self.optimizer)
+
+    def settings(self) -> dict[str, Any]:
+        """What a resumed run compares with its checkpoint, and says if it differs."""
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        return {
+            **{f"model.optimizer.{name}": _plain(value) for name, value in asdict(self.optimizer).items()},
+            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "trainer.precision": str(trainer.precision),
+            "trainer.steps": int(trainer.estimated_stepping_batches),
+            **({f"data.{name}": getattr(data, name) for name in ("batch_size", "max_length", "seed")} if data else {}),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state.keep_trainable(checkpoint, set(self.trainable))
+        checkpoint[state.KEY] = state.record(self.census, self.base, self.settings())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state.check(checkpoint, self.census, self.base, set(self.trainable))
+        self._resumed = checkpoint[state.KEY]
+
+    def on_train_start(self) -> None:
+        """After everything is restored: this run's rates count, and every difference is said."""
+        if self._resumed is not None:
+            state.narrate_changes(self._resumed["settings"], self.settings())
+            restore_rates(self.optimizers().optimizer, self.lr_schedulers(), self._groups())
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """The last moment before randomness is drawn: put a resumed run's generators back."""
+        if self._resumed is not None:
+            state.restore_rank(self._resumed)
+            self._resumed = None
+
+
+def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
+    """The loaded model with its plan. What trains at full rank must be known before quantisation takes it."""
+    if backbone.quantization == "none":
+        model = load_model(backbone)
+        anatomy = Anatomy.of(model)
+        return model, anatomy, tuning.plan(anatomy)
+    from lightning_mm.models.loading import load_skeleton
+
+    anatomy = Anatomy.of(load_skeleton(backbone))
+    plan = tuning.plan(anatomy)
+    keep = {name.rpartition(".")[0] for name in plan.full} | {anatomy.head}
+    return load_model(backbone, keep_full=keep), anatomy, plan
+
+
+def _typed(name: str) -> str | None:
+    """The question type as the metric vocabulary has it: none stands for all."""
+    return None if name == ALL else name
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _no_gradient(missing: list[str]) -> UserError:
+    return UserError(
+        f"{len(missing)} planned tensors got no gradient.",
+        f"Nothing in this step depended on them, such as {', '.join(missing[:3])}.",
+        "Freeze their region, or give the run data that uses it (pictures for vision and connector).",
+    )
+
+
+def _not_finite(step: int, loss: float) -> UserError:
+    return UserError(
+        f"The gradient of step {step} is not finite.",
+        f"The loss was {loss:.4g}.",
+        "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true. Nothing was written.",
+    )

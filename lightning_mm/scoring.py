@@ -1,0 +1,69 @@
+"""How answers are scored: exact match after a stated normalisation, in all and by question type.
+
+Data flow: generated answers + references + types -> ``AnswerScores`` (sums, reducible over ranks) -> fractions by type.
+"""
+
+import re
+import warnings
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torchmetrics import SumMetric
+
+ALL = "all"
+
+
+def normalised(answer: str) -> str:
+    """Case, surrounding white space, runs of white space and closing punctuation do not count.
+
+    Example:
+        >>> normalised(" An  Animal. ")
+        'an animal'
+    """
+    return re.sub(r"\s+", " ", answer).strip().rstrip(".!?,;:").strip().casefold()
+
+
+def is_correct(answer: str, reference: str) -> bool:
+    """Whether an answer matches its reference after normalisation."""
+    return normalised(answer) == normalised(reference)
+
+
+class AnswerScores(nn.Module):
+    """Exact match by question type, as torchmetrics that sum over ranks.
+
+    Args:
+        types: Question types that can occur, the same on every rank.
+
+    Example:
+        >>> scores = AnswerScores(["colour", "count"])
+        >>> scores.update(["Red.", "two"], ["red", "Three."], ["colour", "count"])
+        >>> scores.compute()
+        {'colour': 1.0, 'count': 0.0, 'all': 0.5}
+    """
+
+    def __init__(self, types: Iterable[str]) -> None:
+        super().__init__()
+        self.types = (*sorted(set(types)), ALL)
+        self.right = nn.ModuleList(SumMetric() for _ in self.types)
+        self.asked = nn.ModuleList(SumMetric() for _ in self.types)
+
+    def update(self, answers: Sequence[str], references: Sequence[str], types: Sequence[str]) -> None:
+        """Count a batch of answers."""
+        for answer, reference, kind in zip(answers, references, types, strict=True):
+            for index in (self.types.index(kind), self.types.index(ALL)):
+                self.right[index].update(float(is_correct(answer, reference)))
+                self.asked[index].update(1.0)
+
+    def compute(self) -> dict[str, float]:
+        """Fraction right by type, over all ranks; a type that nobody was asked about is left out."""
+        with warnings.catch_warnings():
+            # A rank may have met no question of some type: its zero is what the sum over ranks needs.
+            warnings.filterwarnings("ignore", message="The ``compute`` method of metric SumMetric was called before")
+            right = [float(metric.compute()) for metric in self.right]
+            asked = [float(metric.compute()) for metric in self.asked]
+        return {name: r / n for name, r, n in zip(self.types, right, asked, strict=True) if n}
+
+    def reset(self) -> None:
+        """Begin anew."""
+        for metric in (*self.right, *self.asked):
+            metric.reset()

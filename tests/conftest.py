@@ -1,0 +1,88 @@
+"""What all tests share: tiny models of every family, small data with real pictures, and a watch over what tests leave behind."""
+
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+from lightning_mm.models.tiny import build_tiny
+
+os.environ.setdefault("WANDB_MODE", "offline")
+
+FAMILIES = ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3")
+"""The families that every policy is tried on."""
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a tiny model, by the name of its family."""
+    return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing() -> Iterator[None]:
+    """A test that leaves a process group, a signal handler or a thread behind would change the tests after it."""
+    before = signal.getsignal(signal.SIGTERM)
+    threads = set(threading.enumerate())
+    yield
+    assert not (dist.is_available() and dist.is_initialized()), "a process group was left behind"
+    assert signal.getsignal(signal.SIGTERM) == before, "a signal handler was left behind"
+    left = {t for t in threading.enumerate() if not t.daemon} - threads
+    assert not left, f"threads were left behind: {left}"
+
+
+@pytest.fixture
+def rows() -> Callable[..., list[dict[str, Any]]]:
+    return make_rows
+
+
+def make_rows(folder: Path, count: int, *, seed: int = 0, text_only: bool = False) -> list[dict[str, Any]]:
+    """Conversations of uneven length about pictures of one colour, written to ``folder``."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(count):
+        colour = generator.choice(["red", "green", "blue", "white"])
+        turns = []
+        for turn in range(generator.randint(1, 3)):
+            mark = "<image>\n" if turn == 0 and not text_only else ""
+            words = " ".join(generator.choice(["a", "big", "small", "old"]) for _ in range(generator.randint(0, 6)))
+            turns += [
+                {"from": "human", "value": f"{mark}What colour is this {words} thing?"},
+                {"from": "gpt", "value": f"It is {colour}{' indeed' * generator.randint(0, 4)}.", "type": colour},
+            ]
+        row: dict[str, Any] = {"id": f"row-{index}", "conversations": turns}
+        if not text_only:
+            name = f"picture-{seed}-{index}.png"
+            Image.new("RGB", (40 + index % 5, 36), colour).save(folder / name)
+            row["image"] = name
+        rows.append(row)
+    return rows
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> dict[str, Path]:
+    """train (12 rows), val (4) and test (4) files of small conversations."""
+    folder = tmp_path / "data"
+    files = {}
+    for seed, (split, count) in enumerate({"train": 12, "val": 4, "test": 4}.items()):
+        files[split] = folder / f"{split}.json"
+        folder.mkdir(exist_ok=True)
+        files[split].write_text(json.dumps(make_rows(folder, count, seed=seed)))
+    return files
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+    random.seed(0)

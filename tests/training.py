@@ -1,0 +1,67 @@
+"""A short real training run on a tiny model, as the command line would set it up."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.models.loading import Backbone
+from lightning_mm.module import MMModule
+from lightning_mm.tuning import TuningPolicy
+from lightning_mm.tuning.groups import OptimizerSettings
+
+
+class _OnStart(Callback):
+    def __init__(self, call: Callable[[MMModule], None]) -> None:
+        self.call = call
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, MMModule)
+        self.call(pl_module)
+
+
+def train(
+    model: Path,
+    data: dict[str, Path],
+    folder: Path,
+    *,
+    tuning: TuningPolicy | None = None,
+    optimizer: OptimizerSettings | None = None,
+    on_start: Callable[[MMModule], None] | None = None,
+    batch_size: int = 2,
+    num_workers: int = 0,
+    max_length: int | None = None,
+    callbacks: list[Callback] | None = None,
+    ckpt_path: Path | None = None,
+    activation_checkpointing: bool = False,
+    **trainer_options: Any,
+) -> tuple[MMModule, L.Trainer]:
+    """Fit; returns the module and its trainer."""
+    L.seed_everything(0, verbose=False)
+    module = MMModule(
+        Backbone(path=str(model)),
+        tuning,
+        optimizer or OptimizerSettings(lr=1e-2),
+        activation_checkpointing=activation_checkpointing,
+    )
+    files = {split: str(path) for split, path in data.items()}
+    datamodule = MMDataModule(
+        **files, batch_size=batch_size, num_workers=num_workers, max_length=max_length, processor=str(model)
+    )
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[*(callbacks or []), *([_OnStart(on_start)] if on_start else [])],
+        **{"limit_val_batches": 0, **trainer_options},
+    )
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    return module, trainer
