@@ -1,0 +1,73 @@
+"""metrics.csv: one row per logged step, appended at once, kept when a run is resumed.
+
+Data flow: the Trainer logs -> a row of metrics.csv -> ``local`` draws it. Lightning's own CSVLogger deletes the file of
+an earlier start in the same folder, and a resumed run is just that.
+"""
+
+import csv
+import os
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsFile(Logger):
+    """A Lightning logger that appends to one CSV file, which ``dashboards.local.read_curves`` reads.
+
+    Args:
+        path: The file, such as ``RunDirectory.metrics``; what it holds from an earlier start stays.
+        keys: The columns known beforehand, as ``names.declare`` gives them; others widen the file when they come.
+    """
+
+    def __init__(self, path: str | Path, keys: Iterable[str] = ()) -> None:
+        super().__init__()
+        self._path = Path(path)
+        self._columns = list(dict.fromkeys(["step", "epoch", *keys]))
+        self._ready = False
+
+    @property
+    def name(self) -> str:
+        return self._path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self._path.parent)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append one row; values may be numbers or tensors of one element."""
+        row = {"step": "" if step is None else step} | {key: f"{float(value):.9g}" for key, value in metrics.items()}
+        missing = [key for key in row if key not in self._columns]
+        if missing or not self._ready:
+            self._columns += missing
+            self._widen()
+        with self._path.open("a", encoding="utf-8", newline="") as file:
+            csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
+
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration is config.yaml."""
+
+    def _widen(self) -> None:
+        """Write the file anew with all columns, whole or not at all; a last line that a kill cut goes."""
+        rows: list[dict[str, str]] = []
+        if self._path.exists():
+            text = self._path.read_text(encoding="utf-8")
+            reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+            rows = list(reader)
+            self._columns += [key for key in reader.fieldnames or () if key not in self._columns]
+        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        temporary.replace(self._path)
+        self._ready = True

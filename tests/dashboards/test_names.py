@@ -1,0 +1,57 @@
+"""The vocabulary: every rank declares the same keys, and every declared key is found again."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_mm.dashboards import names
+
+kinds = st.lists(st.text(min_size=1, max_size=12), max_size=6)
+
+
+@given(kinds, kinds, st.randoms(use_true_random=False))
+def test_declared_keys_do_not_depend_on_the_order_a_rank_meets_types_in(types, groups, random):
+    shuffled = types + types[:1]
+    random.shuffle(shuffled)
+    assert list(names.declare(types, groups)) == list(names.declare(shuffled, reversed(groups)))
+
+
+@given(kinds, kinds)
+def test_every_declared_metric_is_looked_up_as_itself(types, groups):
+    for key, metric in names.declare(types, groups).items():
+        assert metric.name == key
+        assert names.lookup(key) == metric
+
+
+def test_the_contracts_keys_are_declared():
+    declared = set(names.declare(["colour"], ["layers"]))
+    assert declared >= {
+        "train/loss",
+        "train/grad_norm",
+        "train/supervised_tokens_per_second",
+        "train/samples_per_second",
+        "train/lr/layers",
+        "val/loss",
+        "val/token_accuracy",
+        "val/exact_match",
+        "val/exact_match/colour",
+        "test/loss",
+        "test/exact_match/colour",
+        "test/no_image/colour",
+        "test/majority/colour",
+        "data/rejected",
+    }
+    assert names.exact_match("val", "colour") in declared
+    assert names.no_image("colour") in declared
+    assert names.majority() in declared
+    assert names.learning_rate("layers") in declared
+
+
+def test_a_best_value_stands_for_the_run_where_there_is_a_best():
+    for metric in names.declare([]).values():
+        if metric.better is not None and metric.name.startswith(("val/", "test/")):
+            assert metric.summary == metric.better
+
+
+def test_foreign_keys_are_not_ours():
+    assert names.lookup("epoch") is None
+    assert names.lookup("train/loss_step") is None
