@@ -1,0 +1,190 @@
+"""Builds the nano data: real pictures with true text, drawn from installed packages into the ordinary on-disk format.
+
+Data flow: ``openmoji`` and ``stamps`` give Things; ``splits`` shares them out; ``rows`` makes pictures with
+questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``images/``, ``LICENSE.txt`` and
+``manifest.json`` into a new folder, all or nothing.
+"""
+
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from lightning_mm.data.nano import openmoji
+from lightning_mm.data.nano.catalogue import entries
+from lightning_mm.data.nano.countries import Country, countries
+from lightning_mm.data.nano.licence import licence_text
+from lightning_mm.data.nano.rows import Row, Stock, single_turn_rows, train_rows
+from lightning_mm.data.nano.splits import Split, split_things
+from lightning_mm.data.nano.stamps import load_stamps, stamps_digest
+from lightning_mm.data.nano.thing import Thing
+from lightning_mm.data.sample import Rejection
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+
+DRAWN_AT = 160
+"""Side, in pixels, at which a thing is drawn once; it is only ever scaled down from there."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is made: train pictures per kind, val and test questions per type."""
+
+    train: Mapping[str, int] = field(
+        default_factory=lambda: {"single": 1100, "crowd": 500, "gathering": 500, "flag": 300}
+    )
+    val: Mapping[str, int] = field(default_factory=lambda: _quotas(12, 12, 36))
+    test: Mapping[str, int] = field(default_factory=lambda: _quotas(40, 18, 96))
+
+
+def _quotas(common: int, flags: int, category: int) -> dict[str, int]:
+    types = ("caption", "yes_no", "presence", "count", "left_right", "colour", "caption_match")
+    asked = {"category": category, **dict.fromkeys(types, common)}
+    return asked | dict.fromkeys(("flag_country", "flag_capital", "flag_continent"), flags)
+
+
+SMALL = Sizes(
+    train={"single": 30, "crowd": 16, "gathering": 16, "flag": 10}, val=_quotas(2, 2, 6), test=_quotas(10, 6, 24)
+)
+"""For tests and first looks: the same things in all, far fewer pictures."""
+
+
+def build_nano_data(
+    out: Path | str, *, seed: int = 0, image_size: int = 112, sizes: Sizes | None = None, stamps: Path | None = None
+) -> Path:
+    """Build the nano data, or keep what is there if it is what would be built.
+
+    Args:
+        out: Folder to make. If it exists it must be empty or hold nano data, which is then replaced.
+        seed: Same seed, options and packages: same bytes.
+        image_size: Side of each picture, in pixels.
+        sizes: How much of each kind; ``SMALL`` for a first look.
+        stamps: Folder of Tux Paint stamps to draw things from as well.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: A package is not installed, or ``out`` holds something else.
+    """
+    out, sizes = Path(out), sizes or Sizes()
+    recipe = {
+        "recipe": _recipe_digest(),
+        "seed": seed,
+        "image_size": image_size,
+        "sizes": {split: dict(counts) for split, counts in asdict(sizes).items()},
+        "packages": openmoji.require_packages(),
+        "stamps": stamps_digest(stamps) if stamps else None,
+    }
+    if _is_built(out, recipe):
+        decide("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
+        return out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        fresh = Path(scratch) / "fresh"
+        _write(fresh, recipe, stamps, sizes)
+        _swap(fresh, out, Path(scratch) / "old")
+    return out
+
+
+def _swap(fresh: Path, out: Path, old: Path) -> None:
+    """Put ``fresh`` in the place of ``out``; where that fails, what was there is there again."""
+    had_one = out.exists()
+    if had_one:
+        out.rename(old)
+    try:
+        fresh.rename(out)
+    except OSError:
+        if had_one:
+            old.rename(out)
+        raise
+
+
+def _is_built(out: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether ``out`` holds exactly this build; anything but nano data or an empty folder is an error."""
+    manifest_path = out / "manifest.json"
+    if not manifest_path.is_file():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out} is in the way.", "It exists and holds no nano data.", "Name another folder.")
+        return False
+    manifest = json.loads(manifest_path.read_text("utf-8"))
+    return bool(manifest.get("options") == recipe and manifest.get("sha256") == _digests(out))
+
+
+@cache
+def _drawn() -> tuple[list[Thing], list[tuple[Thing, Country]], list[Rejection]]:
+    """Things, flags with their facts, and what the packages lack: drawn once in a process."""
+    things, no_things = openmoji.load_things(entries(), DRAWN_AT)
+    flags, no_flags = openmoji.load_flags(countries(), DRAWN_AT)
+    return things, flags, no_things + no_flags
+
+
+def _stocks(seed: int, stamps: Path | None) -> tuple[dict[Split, Stock], list[Rejection]]:
+    things, flags, rejected = _drawn()
+    more, no_stamps = load_stamps(stamps, DRAWN_AT) if stamps else ([], [])
+    facts = {flag.key: country for flag, country in flags}
+    by_split = split_things([*things, *more], seed)
+    flags_by_split = split_things([flag for flag, _ in flags], seed)
+    rejected = [*rejected, *no_stamps]
+    if rejected:
+        decide("nano_data.left_out", len(rejected), "; ".join(sorted({each.reason for each in rejected})))
+    stocks = {split: Stock(by_split[split], flags_by_split[split], facts) for split in by_split}
+    return stocks, rejected
+
+
+def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: Sizes) -> None:
+    seed, size = recipe["seed"], recipe["image_size"]
+    stocks, rejected = _stocks(seed, stamps)
+    (folder / "images").mkdir(parents=True)
+    made = chain(
+        train_rows(stocks["train"], sizes.train, seed, size),
+        single_turn_rows("val", stocks["val"], sizes.val, seed, size),
+        single_turn_rows("test", stocks["test"], sizes.test, seed, size),
+    )
+    rows: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    for row, picture in made:
+        picture.pixels.save(folder / row["image"])
+        rows[row["id"].partition("-")[0]].append(row)
+    for split, split_rows in rows.items():
+        (folder / f"{split}.json").write_text(json.dumps(split_rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    (folder / "LICENSE.txt").write_text(licence_text(recipe["packages"], with_stamps=stamps is not None), "utf-8")
+    manifest = {
+        "options": recipe,
+        "counts": {split: _counts(split_rows) for split, split_rows in rows.items()},
+        "things": {split: len(stock.things) for split, stock in stocks.items()},
+        "flags": {split: len(stock.flags) for split, stock in stocks.items()},
+        "left_out": dict(sorted(Counter(rejection.reason for rejection in rejected).items())),
+        "sha256": _digests(folder),
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+
+
+def _counts(rows: list[Row]) -> dict[str, Any]:
+    types = Counter(turn["type"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt")
+    return {"pictures": len(rows), "questions": sum(types.values()), "types": dict(sorted(types.items()))}
+
+
+def _recipe_digest() -> str:
+    """SHA-256 of this package's own code: whatever changes the data is in it, so nobody has to remember a version."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each JSON file, and of the picture set: names and bytes, in the order of the names."""
+    digests = {}
+    for split in ("train", "val", "test"):
+        path = folder / f"{split}.json"
+        digests[path.name] = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
+    pictures = hashlib.sha256()
+    for path in sorted((folder / "images").glob("*.png")):
+        pictures.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    return digests | {"images": pictures.hexdigest()}

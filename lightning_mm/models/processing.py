@@ -1,0 +1,205 @@
+"""The model's own processor, loaded without running foreign code, with a record of what its tokenizer was given.
+
+Data flow: ``load_processing(path)`` -> ``Processing``; ``chat`` renders messages with it, ``collator`` encodes texts
+and pictures.
+
+A processor writes out each image placeholder as many tokens before it tokenizes. Answers are found in the text as it
+was before that, so the text that reaches the tokenizer is kept, with the characters that each token stands for.
+
+Shapes: B texts, L tokens after padding.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.models import stills  # noqa: F401  # without torchvision, processors that also take video still load
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A batch of texts and pictures as the model takes them.
+
+    Args:
+        inputs: Tensors by the names that the model's forward knows; ``input_ids`` (B, L).
+        texts: What was tokenized, image tokens written out.
+        offsets: (B, L, 2) first character and one past the last of each token in its text; (0, 0) where there is none.
+    """
+
+    inputs: dict[str, Tensor]
+    texts: tuple[str, ...]
+    offsets: Tensor
+
+
+class _RecordingTokenizer:
+    """A tokenizer that remembers its last call."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: tuple[str, ...] = ()
+        self.offsets = torch.zeros(0, 0, 2, dtype=torch.long)
+
+    def __call__(self, text: Any = None, **options: Any) -> Any:
+        encoding = self._tokenizer(text, return_offsets_mapping=True, **options)
+        self.texts = (text,) if isinstance(text, str) else tuple(text)
+        self.offsets = torch.as_tensor(encoding.pop("offset_mapping"), dtype=torch.long)
+        return encoding
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_tokenizer":  # not there yet while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+
+class Processing:
+    """One model's processor.
+
+    Args:
+        processor: A multimodal processor of transformers with a fast tokenizer.
+        config: The model's config.
+    """
+
+    def __init__(self, processor: Any, config: PretrainedConfig) -> None:
+        self.processor, self.config = processor, config
+        self.template = _template(processor)
+        self.image_token_ids = _image_token_ids(processor, config)
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+            decide("data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out")
+        self._recording = copy.copy(processor)
+        self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
+
+    @property
+    def eos_token(self) -> str | None:
+        """What ends an answer where the chat template writes nothing."""
+        token: str | None = self.processor.tokenizer.eos_token
+        return token
+
+    @cached_property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that the tokenizer takes whole, without those of blanks only."""
+        tokens = {str(token.content) for token in self.processor.tokenizer.added_tokens_decoder.values()}
+        return frozenset(token for token in tokens if token.strip()) | self.special_tokens
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts that steer the model, which nobody may write into a conversation."""
+        tokenizer = self.processor.tokenizer
+        special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        own = {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
+        return frozenset(token for token in special | own | set(tokenizer.all_special_tokens) if token.strip())
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it; whatever the template raises comes through."""
+        text: str = self.processor.apply_chat_template(
+            messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return text
+
+    def encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: Literal["left", "right"]
+    ) -> Encoding:
+        """One call of the processor; what it raises on odd pictures comes through.
+
+        Args:
+            texts: Rendered conversations.
+            images: The pictures of each.
+            padding_side: Right to train, left to generate.
+        """
+        bos = self.processor.tokenizer.bos_token
+        options = {
+            "padding": True,
+            "padding_side": padding_side,
+            "truncation": False,
+            "add_special_tokens": not (bos and texts[0].startswith(bos)),
+        }
+        features = self._recording(
+            text=list(texts),
+            images=[list(row) for row in images] if any(images) else None,
+            text_kwargs=options,
+            return_tensors="pt",
+        )
+        recorder = self._recording.tokenizer
+        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self._forward_names}
+        assert recorder.offsets.shape[:2] == inputs["input_ids"].shape, "the last text tokenized is not the batch"
+        return Encoding(inputs, recorder.texts, recorder.offsets)
+
+    @cached_property
+    def _forward_names(self) -> frozenset[str]:
+        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
+        return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def load_processing(path: str, revision: str | None = None) -> Processing:
+    """Load a model's processor from a folder or the hub.
+
+    Raises:
+        UserError: There is none, it needs code of its own, or it is not one for pictures and text.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        loader: Any = AutoProcessor
+        processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"The processor of {path} cannot be loaded.",
+            str(error).strip().split("\n")[0],
+            f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
+        ) from error
+    _refuse_unfit(path, processor, config)
+    return Processing(processor, config)
+
+
+def _refuse_unfit(path: str, processor: Any, config: PretrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
+    elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        why = f"{type(processor).__name__} does not take both pictures and text."
+    elif not processor.tokenizer.is_fast:
+        why = f"{type(processor.tokenizer).__name__} cannot say which characters a token stands for."
+    else:
+        return
+    raise UserError(f"{path} cannot be trained on pictures and text.", why, "Choose a model with a fast tokenizer.")
+
+
+def _template(processor: Any) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise UserError(
+            "The model has no chat template.",
+            "Neither its processor nor its tokenizer says how a conversation is written.",
+            "Put a chat_template.jinja beside its processor_config.json; base models often lack one that their "
+            "instruction-tuned sibling has.",
+        )
+    return template
+
+
+def _image_token_ids(processor: Any, config: PretrainedConfig) -> tuple[int, ...]:
+    """What stands for a piece of a picture in ``input_ids``: the model's word on it before the processor's."""
+    for owner in (config, getattr(config, "vision_config", None), processor):
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(token_id := getattr(owner, name, None), int):
+                return (token_id,)
+    raise UserError(
+        f"{type(config).__name__} does not say which token stands for a picture.",
+        "It has neither image_token_id nor image_token_index.",
+        "Add image_token_id to the model's config.json.",
+    )

