@@ -4,8 +4,10 @@ Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint ->
 out: the base they come from is known by its fingerprint. Every checkpoint loads with ``weights_only=True``.
 """
 
+import pickle
 import random
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,28 @@ def gathered(value: Any) -> list[Any]:
     return values
 
 
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint, without running anything that it may hold.
+
+    Raises:
+        UserError: There is none, it is damaged, it wants to run code, or it is not one of ours.
+    """
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.ckpt"))
+        raise UserError(f"There is no checkpoint {path}.", f"Beside it: {', '.join(near) or 'none'}.", "Name one of them.")
+    try:
+        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {path} cannot be read.",
+            str(error).splitlines()[0],
+            "It is damaged, or holds code, which is never run; use an earlier one.",
+        ) from error
+    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+        raise UserError(f"{path} is no checkpoint of lightning_mm.", f"It has no '{KEY}' entry.", "Name another file.")
+    return checkpoint
+
+
 def record(census: Census, base: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """What goes under ``lightning_mm`` in a checkpoint; a collective, since it holds every rank's generators."""
     return {
@@ -78,8 +102,6 @@ def check(checkpoint: Mapping[str, Any], census: Census, base: str, trainable: s
     Raises:
         UserError: Naming both sides.
     """
-    if KEY not in checkpoint:
-        raise UserError("The checkpoint is not one of lightning_mm.", f"It has no '{KEY}' entry.", "Name another file.")
     saved = checkpoint[KEY]
     if saved["census_digest"] != census.digest:
         raise UserError(

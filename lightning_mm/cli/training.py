@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_mm import state
 from lightning_mm.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.callbacks.preemption import EXIT_CODE, Preemption
 from lightning_mm.callbacks.recorder import RunRecorder
@@ -78,12 +78,13 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         refuse_foreign_classes(config.as_dict(), config.allow)
+        if resumed := config.get("ckpt_path"):
+            state.read_checkpoint(Path(resumed))
         self.run = _run_directory(config, self.subcommand)
         if rank_zero_only.rank == 0:
             self._parser(self.subcommand).save(
                 _reusable(config), self.run.config, skip_none=False, overwrite=True, skip_validation=True
             )
-        resumed = config.get("ckpt_path")
         if self.subcommand == "fit" and resumed and rank_zero_only.rank == 0:
             _continue_metrics(Path(resumed), self.run)
 
@@ -175,9 +176,9 @@ def _reusable(config: Namespace) -> Namespace:
 def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
     """A resumed run's curves begin where the first run's did, and hold no step twice."""
     earlier = checkpoint.parent.parent / "metrics.csv"
-    if not earlier.is_file() or not checkpoint.is_file():
+    if not earlier.is_file():
         return
-    step = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu").get("global_step", 0)
+    step = state.read_checkpoint(checkpoint)["global_step"]
     with earlier.open(encoding="utf-8", newline="") as source, run.metrics.open("w", encoding="utf-8", newline="") as to:
         reader = csv.DictReader(source)
         writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")

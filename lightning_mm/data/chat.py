@@ -1,0 +1,211 @@
+"""A conversation as the model's own chat template writes it, and where in that text the answers are.
+
+Data flow: turns of a Sample -> ``Chat.render`` -> text and answer spans -> ``collator``.
+
+Templates do not mark answers, so each is found by rendering up to it: what the template writes for the turns before,
+with the generation prompt, must begin what it writes for the whole, and the answer's span starts there. The span ends
+with the last stop token that the template writes after the answer, and leaves out the line break behind it. Where a
+template writes no stop token, the tokenizer's eos is put there.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jinja2.exceptions import TemplateError
+
+from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.models.processing import Message, Processing
+
+_ASK, _REPLY, _ASK_MORE, _REPLY_MORE = "Lorem ipsum", "dolor sit", "amet consectetur", "adipiscing elit"
+_PROBE = (Turn("user", _ASK), Turn("assistant", _REPLY), Turn("user", _ASK_MORE), Turn("assistant", _REPLY_MORE))
+
+
+class ChatError(ValueError):
+    """Why a conversation cannot be written with this template, as ``category: detail``."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text.
+
+    Args:
+        text: Each picture is one placeholder still.
+        spans: First character and one past the last of each answer with its stop token, one per assistant turn.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+class Chat:
+    """A model's way to write conversations, found out by trying it.
+
+    Args:
+        processing: The model's processor.
+
+    Raises:
+        UserError: The template cannot be used to train: it ignores pictures, or rewrites earlier turns.
+
+    Attributes:
+        placeholder: What the template writes for a picture.
+    """
+
+    def __init__(self, processing: Processing) -> None:
+        self._processing = processing
+        self._special = _any_of(processing.special_tokens)
+        self._stop = _any_of(processing.added_tokens)
+        self._in_parts: dict[Role, bool] = {"user": True, "assistant": True, "system": True}
+        self._head = 0
+        self.placeholder = ""
+        try:
+            self._learn_layout()
+            self.placeholder = self._learn_placeholder()
+            self._learn_answer()
+            self.render(_PROBE)
+        except ChatError as error:
+            raise UserError(
+                "The model's chat template cannot be used to train.",
+                f"{error}.",
+                "Give the model folder a chat_template.jinja that writes each turn independently of later ones, and a "
+                "placeholder for each picture.",
+            ) from error
+
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> Rendered:
+        """Write a conversation.
+
+        Args:
+            turns: With one mark per picture.
+            add_generation_prompt: End with what comes before an answer.
+
+        Raises:
+            ChatError: The template refuses it or changes an answer, or a turn holds a special token.
+        """
+        self._refuse_special(turns)
+        full = self._raw(turns, add_generation_prompt)
+        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        if full.count(self.placeholder) != num_images:
+            raise ChatError(f"template loses pictures: {full.count(self.placeholder)} of {num_images} are written")
+        text, done, spans = "", 0, []
+        for i, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            start = self._prefix(full, turns[:i], True)
+            stop, has_stop = self._answer_end(full[start : self._prefix(full, turns[: i + 1], False)], turn.text)
+            text += full[done:start]
+            spans.append((len(text), len(text) + stop + (0 if has_stop else len(self._eos()))))
+            text += full[start : start + stop] + ("" if has_stop else self._eos())
+            done = start + stop
+        return Rendered(text + full[done:], tuple(spans))
+
+    def _prefix(self, full: str, turns: Sequence[Turn], add_generation_prompt: bool) -> int:
+        text = self._raw(turns, add_generation_prompt)
+        if not full.startswith(text):
+            what = "after its generation prompt" if add_generation_prompt else "in front of later turns"
+            raise ChatError(f"template rewrites turns: {what} the text is not what it was without")
+        return len(text)
+
+    def _answer_end(self, segment: str, answer: str) -> tuple[int, bool]:
+        """Where the answer's last stop token ends in its segment, or the answer itself, and which of both."""
+        for text in (answer, answer.strip()):
+            at = self._head if segment.startswith(text, self._head) else segment.find(text)
+            if at >= 0:
+                end = at + len(text)
+                stops = list(self._stop.finditer(segment, end))
+                return (stops[-1].end(), True) if stops else (end, False)
+        raise ChatError(f"template changes an answer: {answer[:60]!r} became {segment[:60]!r}")
+
+    def _eos(self) -> str:
+        eos = self._processing.eos_token
+        if eos is None:
+            raise ChatError("no stop token: neither the template nor the tokenizer has one")
+        return eos
+
+    def _raw(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
+        try:
+            return self._processing.render([self._message(turn) for turn in turns], add_generation_prompt)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise ChatError(f"template refuses the conversation: {str(error).strip()[:200]}") from error
+
+    def _message(self, turn: Turn) -> Message:
+        if not self._in_parts[turn.role]:
+            return {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.placeholder)}
+        content: list[dict[str, str]] = []
+        pieces = turn.text.split(IMAGE_MARK)
+        for i, piece in enumerate(pieces):
+            # A line break beside a mark is LLaVA's layout; the template writes its own.
+            text = piece.lstrip("\n") if i > 0 else piece
+            text = text.rstrip("\n") if i < len(pieces) - 1 else text
+            content += [{"type": "image"}] if i > 0 else []
+            content += [{"type": "text", "text": text}] if text else []
+        return {"role": turn.role, "content": content}
+
+    def _refuse_special(self, turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            text = turn.text.replace(IMAGE_MARK, "") if turn.role == "user" else turn.text
+            if found := self._special.search(text):
+                raise ChatError(f"special token in the text: the {turn.role} says {found.group()!r}")
+
+    def _learn_layout(self) -> None:
+        """Whether the template wants each role's content in parts or as a string."""
+        wanted: dict[Role, list[Turn]] = {
+            "user": [Turn("user", _ASK)],
+            "assistant": [Turn("user", _ASK), Turn("assistant", _REPLY)],
+            "system": [Turn("system", _REPLY_MORE), Turn("user", _ASK)],
+        }
+        for role, turns in wanted.items():
+            if not self._understands(role, turns):
+                self._in_parts[role] = False
+                if not self._understands(role, turns) and role != "system":  # a system turn is an error when it comes
+                    self._raw(turns)
+                    raise ChatError(f"template loses text: a turn of the {role} is not written")
+
+    def _understands(self, role: Role, turns: list[Turn]) -> bool:
+        try:
+            text = self._raw(turns)
+        except ChatError:
+            return False
+        said = next(turn.text for turn in turns if turn.role == role)
+        return said in text and "'type'" not in text and '"type"' not in text
+
+    def _learn_placeholder(self) -> str:
+        if not self._in_parts["user"]:
+            token = getattr(self._processing.processor, "image_token", None)
+            if not isinstance(token, str):
+                raise ChatError("no image placeholder: neither the template nor the processor has one")
+            return token
+        with_image = self._raw([Turn("user", IMAGE_MARK + _ASK)])
+        without = self._raw([Turn("user", _ASK)])
+        for head_first in (True, False):
+            added = _inserted(with_image, without, head_first)
+            if self._special.search(added):
+                return added
+        raise ChatError("template loses pictures: it writes no placeholder for one")
+
+    def _learn_answer(self) -> None:
+        """How far behind the generation prompt an answer begins, and whether the template ends it."""
+        full = self._raw(_PROBE[:2])
+        segment = full[self._prefix(full, _PROBE[:1], True) :]
+        self._head = max(0, segment.find(_REPLY))
+        if not self._answer_end(segment, _REPLY)[1]:
+            decide("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
+
+
+def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
+
+
+def _inserted(longer: str, shorter: str, head_first: bool) -> str:
+    """What ``longer`` has in its middle; where that is ambiguous, the common part is taken at one end first."""
+    head, tail = _common(longer, shorter), _common(longer[::-1], shorter[::-1])
+    if head_first:
+        tail = min(tail, len(shorter) - head)
+    else:
+        head = min(head, len(shorter) - tail)
+    return longer[head : len(longer) - tail].strip()
+
+
+def _common(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

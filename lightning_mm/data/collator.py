@@ -1,0 +1,210 @@
+"""Samples into what the model is trained on, and questions into what it is asked.
+
+Data flow: list[Sample] -> pictures decoded, conversations written -> one call of the processor -> ``Batch``;
+list[(Sample, turn)] -> the same up to that turn, ended by the generation prompt -> ``PromptBatch``.
+
+What cannot be used falls out with its reason, alone: the rest of the batch stays. No randomness, no state between
+calls.
+
+Shapes: B samples, L tokens after padding, S supervised positions of the whole batch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_mm.data import images as pictures
+from lightning_mm.data import spans
+from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
+from lightning_mm.data.chat import ChatError
+from lightning_mm.data.encoder import Encoder, Row
+from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
+from lightning_mm.errors import UserError
+from lightning_mm.models.processing import Encoding, Processing
+
+_MID_GREY = (127, 127, 127)
+_MAX_SUBSTITUTES = 64
+
+
+class Collator:
+    """Makes training batches.
+
+    Args:
+        processing: The model's processor.
+        max_length: Longest row in tokens. A longer one is cut at its end if that costs no image token and leaves an
+            answer token, and falls out otherwise; None takes rows as long as they are.
+        max_megapixels: Largest picture that is decoded.
+        reserve: Samples to fill a batch with of which nothing is left. It then supervises nothing, but the model
+            runs, and no rank waits for another.
+
+    Raises:
+        UserError: The model's chat template cannot be used.
+    """
+
+    def __init__(
+        self,
+        processing: Processing,
+        max_length: int | None = None,
+        *,
+        max_megapixels: float = 40.0,
+        reserve: Sequence[Sample] = (),
+    ) -> None:
+        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._reserve = reserve
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Make a batch of what can be used.
+
+        Raises:
+            UserError: Nothing can be used, and nothing of the reserve either.
+        """
+        rejected: list[Rejection] = []
+        batch = self._batch(samples, rejected)
+        for substitute in self._reserve[:_MAX_SUBSTITUTES] if batch is None else ():
+            if (batch := self._batch([substitute], [])) is not None:
+                batch = replace(batch, supervised=batch.supervised[:0], targets=batch.targets[:0])
+                break
+        if batch is None:
+            first = rejected[0]
+            raise UserError(
+                f"None of {len(samples)} samples can be made into a batch.",
+                f"{first.origin}: {first.reason}.",
+                "If it is the length, raise data.max_length; otherwise mend or remove such rows.",
+            )
+        return replace(batch, rejected=tuple(rejected))
+
+    def _batch(self, samples: Sequence[Sample], rejected: list[Rejection]) -> Batch | None:
+        rows = [row for sample in samples if (row := self._row(sample, rejected))]
+        while rows:
+            rows, encoding = self._encoder.encode(rows, "right", rejected)
+            if encoding is None:
+                return None
+            answers = [self._answers(row, encoding, b) for b, row in enumerate(rows)]
+            faults = [self._fault(encoding, b, answer) for b, answer in enumerate(answers)]
+            rejected += [Rejection(row.sample.origin, fault) for row, fault in zip(rows, faults, strict=True) if fault]
+            if not any(faults):
+                return self._assembled(rows, encoding, answers, rejected)
+            rows = [row for row, fault in zip(rows, faults, strict=True) if not fault]
+        return None
+
+    def _row(self, sample: Sample, rejected: list[Rejection]) -> Row | None:
+        try:
+            rendered = self._encoder.chat.render(sample.turns)
+            return Row(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
+        except (ChatError, pictures.BadImage) as error:
+            rejected.append(Rejection(sample.origin, str(error)))
+            return None
+
+    def _answers(self, row: Row, encoding: Encoding, b: int) -> list[int]:
+        """Positions of the answers' tokens in row ``b``."""
+        found = spans.expanded(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        return [t for span in found for t in spans.tokens(span, encoding.offsets[b])]
+
+    def _fault(self, encoding: Encoding, b: int, answer: list[int]) -> str | None:
+        """Why row ``b`` cannot be used within ``max_length``."""
+        limit = self._encoder.max_length
+        if not answer:
+            return "no answer: its text has no token"
+        if limit is None:
+            return None
+        image_positions = self._is_image(encoding.inputs["input_ids"][b]).nonzero()
+        if len(image_positions) and int(image_positions[-1]) >= limit:
+            return f"too long: image tokens up to {int(image_positions[-1]) + 1}, the limit is {limit}"
+        if answer[0] >= limit:
+            return f"too long: the first answer begins at token {answer[0] + 1}, the limit is {limit}"
+        return None
+
+    def _assembled(
+        self, rows: list[Row], encoding: Encoding, answers: list[list[int]], rejected: list[Rejection]
+    ) -> Batch:
+        lengths = encoding.inputs["attention_mask"].sum(1).tolist()
+        limit = self._encoder.max_length or max(lengths)
+        for row, length in zip(rows, lengths, strict=True):
+            if length > limit:
+                rejected.append(Rejection(row.sample.origin, f"cut: {length} tokens, the limit is {limit}", "cut"))
+        inputs = _cut(encoding.inputs, min(limit, max(lengths)))
+        ids_BL = inputs["input_ids"]
+        regions_BL = torch.full(ids_BL.shape, TokenRegion.PROMPT, dtype=torch.uint8)
+        regions_BL[self._is_image(ids_BL)] = TokenRegion.IMAGE
+        regions_BL[inputs["attention_mask"] == 0] = TokenRegion.PAD
+        for b, answer in enumerate(answers):
+            regions_BL[b, [t for t in answer if t < limit]] = TokenRegion.ANSWER
+        # Token t is predicted at t - 1; no answer is at 0, since a question comes before it.
+        answered = (regions_BL == TokenRegion.ANSWER).flatten().nonzero().squeeze(1)
+        samples = tuple(row.sample for row in rows)
+        return Batch(inputs, regions_BL, answered - 1, ids_BL.flatten()[answered], samples)
+
+    def _is_image(self, ids: Tensor) -> Tensor:
+        return torch.isin(ids, torch.tensor(self._encoder.processing.image_token_ids))
+
+
+class PromptCollator:
+    """Makes batches of questions.
+
+    Args:
+        processing: The model's processor.
+        max_length: A longer question falls out; it is never cut.
+        max_megapixels: Largest picture that is decoded.
+        blank_images: Whether each picture becomes a grey one of its size: what can be answered without looking.
+    """
+
+    def __init__(
+        self,
+        processing: Processing,
+        max_length: int | None = None,
+        *,
+        max_megapixels: float = 40.0,
+        blank_images: bool = False,
+    ) -> None:
+        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._blank_images = blank_images
+
+    def __call__(self, questions: Sequence[tuple[Sample, int]]) -> PromptBatch:
+        """Make a batch of what can be asked; it has no row, and no inputs, if nothing can."""
+        rejected: list[Rejection] = []
+        rows = [row for sample, turn in questions if (row := self._row(sample, turn, rejected))]
+        rows, encoding = self._encoder.encode(rows, "left", rejected)
+        limit = self._encoder.max_length
+        if encoding is not None and limit is not None:
+            lengths = encoding.inputs["attention_mask"].sum(1).tolist()
+            if max(lengths) > limit:
+                rejected += [
+                    Rejection(row.sample.origin, f"too long: a question of {length} tokens, the limit is {limit}")
+                    for row, length in zip(rows, lengths, strict=True)
+                    if length > limit
+                ]
+                rows = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
+                rows, encoding = self._encoder.encode(rows, "left", rejected)
+        return PromptBatch(
+            encoding.inputs if encoding else {},
+            tuple(row.sample for row in rows),
+            tuple(row.turn for row in rows),
+            tuple(rejected),
+        )
+
+    def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> Row | None:
+        before = sample.turns[:turn]
+        try:
+            rendered = self._encoder.chat.render(before, add_generation_prompt=True)
+            num_images = sum(turn.text.count(IMAGE_MARK) for turn in before)
+            images = self._encoder.images(sample, num_images, rejected)
+        except (ChatError, pictures.BadImage) as error:
+            rejected.append(Rejection(sample.origin, str(error)))
+            return None
+        if self._blank_images:
+            images = [Image.new("RGB", image.size, _MID_GREY) for image in images]
+        return Row(sample, images, rendered, turn)
+
+
+def _cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The first ``length`` columns of every tensor that has one per token: masks and type ids (B, L), and
+    cross-attention masks (B, L, images, tiles); pictures' tensors stay whole."""
+    shape_BL = inputs["input_ids"].shape
+
+    def per_token(name: str, value: Tensor) -> bool:
+        return value.shape[:2] == shape_BL and (value.dim() == 2 or name == "cross_attention_mask")
+
+    return {name: value[:, :length] if per_token(name, value) else value for name, value in inputs.items()}

@@ -1,0 +1,230 @@
+"""Everything the trainer asks of the data, from the paths in a config.
+
+Data flow: paths -> ``sources`` -> checked image headers -> ``collator`` behind ``loader`` -> the loops; what falls
+out on the way is in ``ledger``.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loops.progress import _ProcessedTracker
+
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.collator import Collator, PromptCollator
+from lightning_mm.data.images import BadImage, check_header
+from lightning_mm.data.ledger import Ledger
+from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
+from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.sources import read
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.models.processing import Processing, load_processing
+
+Question = tuple[Sample, int]
+_MAX_HEADERS = 20_000
+
+
+class MMDataModule(L.LightningDataModule):
+    """Conversations about pictures, from JSON files.
+
+    Args:
+        train: Training conversations: a JSON list or JSONL, in LLaVA's or HF's form.
+        val: Validation conversations.
+        test: Test conversations.
+        predict: Questions; they need no answers.
+        image_root: Folder that image paths are relative to and may not leave; the folder of each file if not given.
+        batch_size: Conversations per device and step.
+        eval_batch_size: Conversations, or questions, per device and step of evaluation; as batch_size if not given.
+        max_length: Longest conversation in tokens. A longer one loses its end, or falls out if image tokens or all of
+            its answers would be lost.
+        num_workers: Processes per device that prepare batches.
+        seed: Of the order of samples.
+        max_bad_fraction: Stop if more rows than this fraction cannot be used.
+        max_megapixels: Largest picture that is decoded.
+        generation_samples: How many validation questions, from the first on, are answered by generation; all if not
+            given.
+        processor: Folder or hub name of the model that the processor is loaded from.
+        revision: Commit, tag or branch of a hub processor.
+
+    Attributes:
+        ledger: What is not used, and why.
+    """
+
+    def __init__(
+        self,
+        train: str | None = None,
+        val: str | None = None,
+        test: str | None = None,
+        predict: str | None = None,
+        image_root: str | None = None,
+        batch_size: int = 4,
+        eval_batch_size: int | None = None,
+        max_length: int | None = 2048,
+        num_workers: int = 2,
+        seed: int = 0,
+        max_bad_fraction: float = 0.01,
+        max_megapixels: float = 40.0,
+        generation_samples: int | None = None,
+        processor: str = "",
+        revision: str | None = None,
+    ) -> None:
+        super().__init__()
+        _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
+        self.paths = {"train": train, "val": val, "test": test, "predict": predict}
+        self.image_root, self.processor, self.revision = image_root, processor, revision
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.max_length, self.max_megapixels = max_length, max_megapixels
+        self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
+        self.ledger = Ledger(max_bad_fraction)
+        self._samples: dict[str, tuple[Sample, ...]] = {}
+        self._checked_images: dict[Path, str | None] = {}
+
+    def setup(self, stage: str) -> None:
+        """Read the files of this stage, on every rank, so that mistakes show before the model is loaded.
+
+        Raises:
+            UserError: A file is not there or cannot be used, or too many of its rows cannot.
+        """
+        needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
+        for split in needed:
+            if self.paths[split] is not None:
+                self.samples(split)
+            elif split != "val" or stage == "validate":
+                raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
+            elif self.trainer is not None:
+                self.trainer.limit_val_batches = 0
+                decide("trainer.limit_val_batches", 0, "data.val is not set")
+
+    def samples(self, split: str) -> tuple[Sample, ...]:
+        """The usable conversations of train, val, test or predict, in file order; none if no file is given."""
+        path = self.paths[split]
+        if split not in self._samples and path is not None:
+            rows = read(path, self.image_root, answers_required=split != "predict")
+            self.ledger.num_rows += rows.num_rows
+            self.ledger.add(rows.rejections)
+            self._samples[split] = tuple(self._with_good_headers(rows.samples))
+            self.ledger.check()
+        return self._samples.get(split, ())
+
+    @cached_property
+    def processing(self) -> Processing:
+        """The model's processor."""
+        if not self.processor:
+            raise UserError(
+                "data.processor is not set.", "The model's processor makes the batches.", "Name its folder."
+            )
+        return load_processing(self.processor, self.revision)
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Batches in the order of (seed, epoch)."""
+        samples = self.samples("train")
+        loader = training_loader(
+            samples,
+            self._collator(samples),
+            batch_size=self.batch_size,
+            seed=self.seed,
+            num_workers=self.num_workers,
+        )
+        if self.trainer is not None:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
+            assert isinstance(progress, _ProcessedTracker)
+            loader.processed = lambda: progress.processed
+        return loader
+
+    def val_dataloader(self) -> list[GuardedLoader]:
+        """Batches for the loss, then questions for generation."""
+        return self._evaluation("val", self.generation_samples)
+
+    def test_dataloader(self) -> list[GuardedLoader]:
+        """Batches for the loss, then questions, then the same questions with grey pictures."""
+        questions = self._questions("test")
+        return [*self._evaluation("test", None), self._loader(questions, self._prompt_collator(blank_images=True))]
+
+    def predict_dataloader(self) -> GuardedLoader:
+        """Questions."""
+        return self._loader(self._questions("predict"), self._prompt_collator())
+
+    def question_types(self, split: str) -> tuple[str, ...]:
+        """Types of the split's questions, sorted: the same on every rank."""
+        return tuple(sorted({sample.turns[index].question_type for sample, index in self._questions(split)}))
+
+    def question_loader(self, split: str, blank_images: bool = False) -> GuardedLoader:
+        """The questions of a split, with their pictures or with grey ones."""
+        return self._loader(self._questions(split), self._prompt_collator(blank_images))
+
+    def example_batch(self) -> Batch:
+        """The first conversation with a picture, alone, to measure a step with.
+
+        Raises:
+            UserError: No file is given, or nothing in it can be used.
+        """
+        samples = next((s for split in self.paths if (s := self.samples(split))), ())
+        if not samples:
+            raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
+        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
+        ordered = sorted(samples, key=lambda sample: not sample.images)
+        for sample in ordered[:-1]:
+            try:
+                return collator([sample])
+            except UserError:  # it is in the ledger as soon as it meets a loader; another one serves as well here
+                continue
+        return collator(ordered[-1:])
+
+    def majority_answers(self) -> dict[str, str]:
+        """The most frequent training answer to each type of question: what a model that never looks could say."""
+        counts: dict[str, Counter[str]] = {}
+        for sample, index in self._questions("train"):
+            turn = sample.turns[index]
+            counts.setdefault(turn.question_type, Counter())[turn.text.strip()] += 1
+        return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}
+
+    def _with_good_headers(self, samples: tuple[Sample, ...]) -> Iterator[Sample]:
+        for sample in samples:
+            fault = next((fault for path in sample.images if (fault := self._header_fault(path))), None)
+            if fault is None:
+                yield sample
+            else:
+                self.ledger.add([Rejection(sample.origin, fault)])
+
+    def _header_fault(self, path: Path) -> str | None:
+        if path not in self._checked_images:
+            if len(self._checked_images) >= _MAX_HEADERS:
+                decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
+                return None
+            try:
+                check_header(path, self.max_megapixels)
+                self._checked_images[path] = None
+            except BadImage as error:
+                self._checked_images[path] = str(error)
+        return self._checked_images[path]
+
+    def _questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
+        questions = [(sample, index) for sample in self.samples(split) for index in sample.answers]
+        return tuple(questions[:limit])
+
+    def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
+        samples, questions = self.samples(split), self._questions(split, limit)
+        loaders = [self._loader(samples, self._collator(samples))] if samples else []
+        return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
+
+    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> GuardedLoader:
+        return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+
+    def _collator(self, samples: tuple[Sample, ...]) -> Collator:
+        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+
+    def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
+        return PromptCollator(
+            self.processing, self.max_length, max_megapixels=self.max_megapixels, blank_images=blank_images
+        )
+
+
+def _refuse_below(least: int, **options: int | None) -> None:
+    for name, value in options.items():
+        if value is not None and value < least:
+            raise UserError(f"data.{name} is {value}.", f"It is {least} or more.", f"Give --data.{name} {least}.")

@@ -1,0 +1,55 @@
+"""One conversation about zero or more pictures, as read from disk and not yet templated.
+
+Data flow: ``sources`` makes Samples (or ledger entries); ``collator`` turns them into a Batch.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Role = Literal["system", "user", "assistant"]
+IMAGE_MARK = "<image>"
+"""Where a picture stands in the text of a user turn, as in LLaVA's files."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one speaker says. ``question_type`` is set on assistant turns only, for accuracy per type."""
+
+    role: Role
+    text: str
+    question_type: str = "any"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation with its pictures.
+
+    Args:
+        id: Unique within its file.
+        turns: In order; the texts of user turns hold one ``<image>`` mark per picture, in picture order.
+        images: Absolute paths.
+        origin: ``file:line`` for error messages.
+        extra: Whatever else the row held (boxes, choices, ...), untouched.
+    """
+
+    id: str
+    turns: tuple[Turn, ...]
+    images: tuple[Path, ...] = ()
+    origin: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answers(self) -> tuple[int, ...]:
+        """Indices of the assistant turns: each is one question that can be scored."""
+        return tuple(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """A row or a part of one that is not used, and why. ``cut`` rows are used, but shorter than they were."""
+
+    origin: str
+    reason: str
+    kind: Literal["dropped", "cut"] = "dropped"

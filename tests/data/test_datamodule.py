@@ -1,0 +1,233 @@
+"""From paths to the batches that a trainer gets, with Lightning's own trainer where it matters."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from PIL import Image
+from torch import Tensor
+
+from lightning_mm.data.batch import Batch, PromptBatch
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.errors import UserError
+
+# Lightning's advice on numbers of workers is not what is tested; that it calls a deprecated torch class is its own to
+# mend.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+]
+NUM_ROWS = 11
+
+
+def row(index: int, answer: str = "", **others: Any) -> dict[str, Any]:
+    answer = answer or ("Red" if index % 3 else "Blue")
+    said = [{"from": "human", "value": f"<image>\nColour {index}?"}, {"from": "gpt", "value": answer, "type": "colour"}]
+    more = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": str(index % 2), "type": "number"}]
+    return {"id": str(index), "image": f"{index % 3}.png", "conversations": said + more, **others}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for index in range(3):
+        Image.linear_gradient("L").resize((40 + index, 30)).convert("RGB").save(tmp_path / f"{index}.png")
+    write(tmp_path / "train.json", [row(index) for index in range(NUM_ROWS)])
+    write(tmp_path / "val.json", [row(index) for index in range(5)])
+    return tmp_path
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture
+def module(folder: Path, family: Callable[[str], Path]) -> Callable[..., MMDataModule]:
+    def make(**options: Any) -> MMDataModule:
+        paths = {"train": str(folder / "train.json"), "val": str(folder / "val.json")}
+        return MMDataModule(
+            **{**paths, "processor": str(family("llava")), "batch_size": 2, "num_workers": 0, **options}
+        )
+
+    return make
+
+
+Make = Callable[..., MMDataModule]
+
+
+class Recorder(L.LightningModule):
+    """Writes down which samples it is given where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+        self.trained: list[tuple[str, ...]] = []
+        self.evaluated: list[tuple[int, str, str]] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.trained.append(tuple(sample.id for sample in batch.samples))
+        return self.weight * batch.num_supervised
+
+    def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        kind = type(batch).__name__
+        self.evaluated += [(dataloader_idx, kind, sample.id) for sample in batch.samples]
+
+    test_step = validation_step
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> tuple[str, ...]:
+        return tuple(sample.id for sample in batch.samples)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class StopAt(L.Callback):
+    def __init__(self, batches: int, path: Path) -> None:
+        self.batches, self.path = batches, path
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.path)
+            raise InterruptedError
+
+
+def trainer(folder: Path, *callbacks: L.Callback) -> L.Trainer:
+    return L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_epochs=2,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+    )
+
+
+def test_fit_kill_and_resume(module: Make, folder: Path) -> None:
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    trainer(folder).fit(whole, datamodule=module())
+    assert sorted(sample for batch in whole.trained[:6] for sample in batch) == sorted(map(str, range(NUM_ROWS)))
+    assert whole.trained[:6] != whole.trained[6:]
+    with pytest.raises(InterruptedError):
+        trainer(folder, StopAt(8, folder / "k.ckpt")).fit(first, datamodule=module(num_workers=2))
+    trainer(folder).fit(second, datamodule=module(num_workers=2), ckpt_path=folder / "k.ckpt", weights_only=True)
+    assert first.trained + second.trained == whole.trained
+    assert torch.equal(second.weight, whole.weight)
+
+
+def test_evaluation_sees_each_sample_and_question_once(module: Make, folder: Path) -> None:
+    model = Recorder()
+    data = module(
+        test=str(folder / "val.json"), predict=str(folder / "val.json"), generation_samples=3, eval_batch_size=4
+    )
+    trainer(folder).validate(model, data, verbose=False)
+    val = [str(index) for index in range(5)]
+    questions = [sample for sample in val for _ in range(2)]
+    assert model.evaluated == [(0, "Batch", i) for i in val] + [(1, "PromptBatch", i) for i in questions[:3]]
+    model.evaluated.clear()
+    trainer(folder).test(model, data, verbose=False)
+    asked = [(loader, "PromptBatch", i) for loader in (1, 2) for i in questions]
+    assert model.evaluated == [(0, "Batch", i) for i in val] + asked
+    predicted: Any = trainer(folder).predict(model, data)
+    assert [sample for batch in predicted for sample in batch] == questions
+
+
+def test_only_the_third_test_loader_is_blind(module: Make, folder: Path) -> None:
+    data = module(test=str(folder / "val.json"))
+    _, seen, blind = (next(iter(loader)) for loader in data.test_dataloader())
+    for batch, is_blind in ((seen, False), (blind, True)):
+        by_channel = batch.inputs["pixel_values"].flatten(2)
+        assert torch.equal(by_channel, by_channel[..., :1].expand_as(by_channel)) == is_blind
+
+
+def test_fit_without_validation(module: Make, folder: Path) -> None:
+    model = Recorder()
+    trainer(folder).fit(model, datamodule=module(val=None))
+    assert len(model.trained) == 12
+
+
+def test_predict_needs_no_answers(module: Make, folder: Path) -> None:
+    asked = [{"image": "0.png", "conversations": [{"from": "human", "value": "Well?"}]}]
+    batch = next(iter(module(predict=write(folder / "ask.json", asked)).predict_dataloader()))
+    assert batch.references == ("",)
+    assert batch.turns == (1,)
+
+
+def test_example_and_majority(module: Make, folder: Path) -> None:
+    text = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]}
+    data = module(train=write(folder / "t.json", [text, *(row(index) for index in range(7))]))
+    batch = data.example_batch()
+    assert [sample.id for sample in batch.samples] == ["0"]
+    assert batch.num_supervised > 0
+    assert data.majority_answers() == {"any": "Ho", "colour": "Red", "number": "0"}
+
+
+def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:20])
+    rows = [row(0), row(1, image="gone.png"), row(2, image="cut.png"), row(3)]
+    data = module(train=write(folder / "t.json", rows), max_bad_fraction=0.5)
+    data.setup("fit")
+    assert [sample.id for sample in data.samples("train")] == ["0", "3"]
+    assert {entry.origin: entry.reason.partition(":")[0] for entry in data.ledger} == {
+        "t.json:1[1]": "missing image",
+        "t.json:1[2]": "not an image",
+    }
+    assert (data.ledger.num_dropped, data.ledger.num_rows) == (2, 9)
+    with pytest.raises(UserError, match="2 of 4 rows cannot be used"):
+        module(train=str(folder / "t.json")).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("options", "stage", "message"),
+    [
+        ({"train": None}, "fit", "data.train is not set"),
+        ({"val": None}, "validate", "data.val is not set"),
+        ({}, "test", "data.test is not set"),
+        ({"train": "gone.json"}, "fit", "No data file"),
+    ],
+)
+def test_what_is_missing_is_told_at_setup(module: Make, options: dict[str, Any], stage: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        module(**options).setup(stage)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "max_length"])
+def test_impossible_numbers(name: str) -> None:
+    with pytest.raises(UserError, match=f"data.{name} is 0"):
+        MMDataModule(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_no_processor(module: Make) -> None:
+    with pytest.raises(UserError, match=r"data\.processor is not set"):
+        module(processor="").train_dataloader()
+    with pytest.raises(UserError, match="cannot be loaded"):
+        module(processor="/nowhere/at/all").train_dataloader()
+
+
+def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(MMDataModule, "data")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for option in ("train", "image_root", "max_length", "generation_samples", "revision"):
+        assert f"--data.{option} " in text
+    assert "Longest conversation in tokens" in text
+
+
+def test_workers_are_quiet(module: Make, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    data = module(num_workers=2)
+    data.example_batch()  # the tokenizer has run before the workers are forked
+    list(data.train_dataloader())
+    assert capfd.readouterr().err == ""
+    assert not caplog.records
