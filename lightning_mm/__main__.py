@@ -18,8 +18,9 @@ Partial fine-tuning of multimodal LLMs, and a look inside while they train.
   report     write report.html of a run anew
 
 lightning-mm VERB --help lists a verb's options; -c FILE.yaml may be given several times, later files win.
-  lightning-mm fit -c configs/nano.yaml --model.tuning IntermediateOnly --model.tuning.layers 6-16
-  lightning-mm fit -c configs/nano.yaml --print_config
+  lightning-mm fit -c configs/model/nano.yaml -c configs/data/nano.yaml -c configs/trainer/cpu.yaml \\
+      --model.tuning IntermediateOnly --model.tuning.layers 6-16
+  lightning-mm fit -c configs/tuning/lora-middle.yaml --print_config
 """
 
 

@@ -6,10 +6,11 @@ Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by 
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -17,15 +18,16 @@ from torchmetrics import MeanMetric
 from lightning_mm import state
 from lightning_mm.dashboards import names
 from lightning_mm.data.batch import Batch, PromptBatch
+from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.loading import Backbone, fingerprint, load_model
+from lightning_mm.models.loading import Backbone, fingerprint, load_model, load_skeleton
 from lightning_mm.models.processing import load_processing
 from lightning_mm.objective import Objective, anchored, supervised_nll
 from lightning_mm.scoring import ALL, AnswerScores
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
-from lightning_mm.tuning.apply import apply_plan, trains
+from lightning_mm.tuning.apply import apply_plan, set_modes, trains
 from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks, remove_input_gradient_hooks
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.groups import (
@@ -35,7 +37,18 @@ from lightning_mm.tuning.groups import (
     restore_rates,
     schedule_factor,
 )
-from lightning_mm.tuning.reach import without_unread
+from lightning_mm.tuning.reach import unread_tensors, without
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+"""Whatever the model's own generation config says, answers are the most likely tokens, one by one."""
 
 
 class MMModule(L.LightningModule):
@@ -49,7 +62,7 @@ class MMModule(L.LightningModule):
         max_new_tokens: Longest answer that is generated in validation, test and predict.
     """
 
-    model: nn.Module
+    model: Any  # a transformers model; its class is known at run time only
     anatomy: Anatomy
     plan: TuningPlan
     census: Census
@@ -73,6 +86,16 @@ class MMModule(L.LightningModule):
         self._nll: Tensor | None = None  # summed over the micro-batches since the last optimizer step
         self._tokens = 0
         self._resumed: Mapping[str, Any] | None = None
+        self.unread: tuple[str, ...] | None = None
+
+    def setup(self, stage: str) -> None:
+        precision = str(self.trainer.precision)
+        if precision not in ("32-true", "bf16-mixed"):
+            raise UserError(
+                f"trainer.precision: {precision} is not supported.",
+                "It would cast what must stay in float32 (rotary tables, summed losses).",
+                "Use 32-true or bf16-mixed; for bfloat16 weights, 32-true with model.backbone.dtype bfloat16.",
+            )
 
     def configure_model(self) -> None:
         """Load, plan, freeze, verify; once."""
@@ -92,20 +115,32 @@ class MMModule(L.LightningModule):
             decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
 
     def _drop_unread(self) -> None:
-        data = getattr(self._trainer, "datamodule", None)
-        if data is None or not (self.plan.full or self.plan.adapted):
+        """Freeze what the policy names and the model never reads (the top of LLaVA's tower, say)."""
+        if self.unread is None:
+            self.unread = self._find_unread()
+        if not self.unread:
             return
-        if self.plan.modes[Region.VISION] == self.plan.modes[Region.CONNECTOR] == "frozen":
-            return
-        batch = data.example_batch()
-        if not batch.has_images:
-            return
-        self.model.to(self.trainer.strategy.root_device)
-        batch = batch.to(self.trainer.strategy.root_device)
-        with self.trainer.precision_plugin.forward_context():
-            self.plan = without_unread(self.model, self.anatomy, self.plan, lambda: self.objective(batch).nll)
+        self.plan = without(self.plan, self.unread)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trains(name, self.anatomy, self.plan))
+        set_modes(self.model, self.anatomy, self.plan)
+        decide("model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ...")
+
+    def _find_unread(self) -> tuple[str, ...]:
+        """Only a fit asks; every other verb, and a resumed fit, is told by the checkpoint."""
+        data = getattr(self._trainer, "datamodule", None)
+        if data is None or self.trainer.state.fn != TrainerFn.FITTING:
+            return ()
+        if self.plan.modes[Region.VISION] == self.plan.modes[Region.CONNECTOR] == "frozen":
+            return ()
+        with torch.device("cpu"):  # Lightning calls this hook with the accelerator as the default device
+            batch = data.example_batch()
+        if not batch.has_images:
+            return ()
+        device = self.trainer.strategy.root_device
+        self.model.to(device)
+        with self.trainer.precision_plugin.forward_context():
+            return unread_tensors(self.model, self.anatomy, lambda: self.objective(batch.to(device)).nll)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -150,10 +185,26 @@ class MMModule(L.LightningModule):
         for group in optimizer.param_groups:
             self.log(names.learning_rate(group["name"]), group["lr"])
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip here: Lightning refuses fused optimizers in mixed precision, also where no loss scaler is involved."""
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            torch.nn.utils.clip_grad_value_(self.trainable.values(), gradient_clip_val)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.trainable.values(), gradient_clip_val)
+
     @torch.no_grad()
     def answer(self, batch: PromptBatch) -> list[str]:
         """Greedy answers, one per question, without special tokens."""
-        output = self.model.generate(**batch.inputs, do_sample=False, max_new_tokens=self.max_new_tokens)
+        if not len(batch):  # every question of it fell out; the ledger says why
+            return []
+        output = self.model.generate(**batch.inputs, max_new_tokens=self.max_new_tokens, **_GREEDY)
         new = output[:, batch.inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
 
@@ -164,7 +215,7 @@ class MMModule(L.LightningModule):
         self._begin_scores("test")
 
     def _begin_scores(self, split: names.Stage) -> None:
-        types = self.trainer.datamodule.question_types(split)
+        types = cast(MMDataModule, self.trainer.datamodule).question_types(split)  # type: ignore[attr-defined]
         self.scores, self.blank_scores = AnswerScores(types).to(self.device), AnswerScores(types).to(self.device)
 
     def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -193,21 +244,33 @@ class MMModule(L.LightningModule):
             self.log(names.exact_match(split, _typed(name)), value, prog_bar=name == ALL)
         for name, value in self.blank_scores.compute().items():
             self.log(names.no_image(_typed(name)), value)
-        self.loss_mean.reset(), self.accuracy_mean.reset()
+        self.loss_mean.reset()
+        self.accuracy_mean.reset()
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with what they belong to, as plain rows."""
         rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
         return [
-            {"id": s.id, "turn": turn, "answer": answer, "reference": s.turns[turn].text} for s, turn, answer in rows
+            {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
+            for s, turn, answer in rows
         ]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what trains, and its schedule by optimizer step."""
         optimizer = build_optimizer(self._groups(), self.optimizer)
-        factor = schedule_factor(self.optimizer, int(self.trainer.estimated_stepping_batches))
+        factor = schedule_factor(self.optimizer, self._total_steps())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _total_steps(self) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise UserError(
+                "The length of the run is not known.",
+                "The learning-rate schedule needs it, and neither steps nor epochs are bounded.",
+                "Set trainer.max_steps or trainer.max_epochs.",
+            )
+        return int(steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.model, self.anatomy, self.plan, self.optimizer)
@@ -219,23 +282,24 @@ class MMModule(L.LightningModule):
             **{f"model.optimizer.{name}": _plain(value) for name, value in asdict(self.optimizer).items()},
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.precision": str(trainer.precision),
-            "trainer.steps": int(trainer.estimated_stepping_batches),
+            "trainer.steps": self._total_steps(),
             **({f"data.{name}": getattr(data, name) for name in ("batch_size", "max_length", "seed")} if data else {}),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state.keep_trainable(checkpoint, set(self.trainable))
-        checkpoint[state.KEY] = state.record(self.census, self.base, self.settings())
+        checkpoint[state.KEY] = state.record(self.census, self.base, self.settings(), self.unread or ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state.check(checkpoint, self.census, self.base, set(self.trainable))
+        state.check(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
         self._resumed = checkpoint[state.KEY]
 
     def on_train_start(self) -> None:
         """After everything is restored: this run's rates count, and every difference is said."""
         if self._resumed is not None:
             state.narrate_changes(self._resumed["settings"], self.settings())
-            restore_rates(self.optimizers().optimizer, self.lr_schedulers(), self._groups())
+            optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+            restore_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The last moment before randomness is drawn: put a resumed run's generators back."""
@@ -250,11 +314,9 @@ def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anato
         model = load_model(backbone)
         anatomy = Anatomy.of(model)
         return model, anatomy, tuning.plan(anatomy)
-    from lightning_mm.models.loading import load_skeleton
-
     anatomy = Anatomy.of(load_skeleton(backbone))
     plan = tuning.plan(anatomy)
-    keep = {name.rpartition(".")[0] for name in plan.full} | {anatomy.head}
+    keep = {name.rpartition(".")[0] for name in plan.full} & anatomy.linears | {anatomy.head}
     return load_model(backbone, keep_full=keep), anatomy, plan
 
 
@@ -279,5 +341,5 @@ def _not_finite(step: int, loss: float) -> UserError:
     return UserError(
         f"The gradient of step {step} is not finite.",
         f"The loss was {loss:.4g}.",
-        "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true. Nothing was written.",
+        "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true.",
     )

@@ -1,7 +1,7 @@
 """The training objective: negative log-likelihood of the answers' tokens, and nothing computed for any other token.
 
-Data flow: model + Batch -> hidden states of all positions -> gathered at the supervised ones, just before the output head
--> logits (S, V) -> summed NLL. The sum is divided once, by the number of supervised tokens of all ranks and micro-batches.
+Data flow: model + Batch -> hidden states of all positions -> gathered at the supervised ones, just before the output
+head -> logits (S, V) -> summed NLL. The sum is divided once, by the supervised tokens of all ranks and micro-batches.
 
 Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch, V vocabulary.
 """

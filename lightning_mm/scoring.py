@@ -44,26 +44,27 @@ class AnswerScores(nn.Module):
     def __init__(self, types: Iterable[str]) -> None:
         super().__init__()
         self.types = (*sorted(set(types)), ALL)
-        self.right = nn.ModuleList(SumMetric() for _ in self.types)
-        self.asked = nn.ModuleList(SumMetric() for _ in self.types)
+        self._right = [SumMetric() for _ in self.types]
+        self._asked = [SumMetric() for _ in self.types]
+        self.metrics = nn.ModuleList([*self._right, *self._asked])
 
     def update(self, answers: Sequence[str], references: Sequence[str], types: Sequence[str]) -> None:
         """Count a batch of answers."""
         for answer, reference, kind in zip(answers, references, types, strict=True):
             for index in (self.types.index(kind), self.types.index(ALL)):
-                self.right[index].update(float(is_correct(answer, reference)))
-                self.asked[index].update(1.0)
+                self._right[index].update(float(is_correct(answer, reference)))
+                self._asked[index].update(1.0)
 
     def compute(self) -> dict[str, float]:
         """Fraction right by type, over all ranks; a type that nobody was asked about is left out."""
         with warnings.catch_warnings():
             # A rank may have met no question of some type: its zero is what the sum over ranks needs.
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric SumMetric was called before")
-            right = [float(metric.compute()) for metric in self.right]
-            asked = [float(metric.compute()) for metric in self.asked]
+            right = [float(metric.compute()) for metric in self._right]
+            asked = [float(metric.compute()) for metric in self._asked]
         return {name: r / n for name, r, n in zip(self.types, right, asked, strict=True) if n}
 
     def reset(self) -> None:
         """Begin anew."""
-        for metric in (*self.right, *self.asked):
+        for metric in (*self._right, *self._asked):
             metric.reset()

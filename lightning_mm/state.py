@@ -1,12 +1,12 @@
 """What a checkpoint of a partial run holds beside the optimizer, and how it is held against the run that loads it.
 
-Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> checked and restored. Frozen weights stay
-out: the base they come from is known by its fingerprint. Every checkpoint loads with ``weights_only=True``.
+Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> checked and restored. Frozen weights
+stay out: the base they come from is known by its fingerprint. Every checkpoint loads with ``weights_only=True``.
 """
 
 import pickle
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.ckpt"))
-        raise UserError(f"There is no checkpoint {path}.", f"Beside it: {', '.join(near) or 'none'}.", "Name one of them.")
+        raise UserError(
+            f"There is no checkpoint {path}.", f"Beside it: {', '.join(near) or 'none'}.", "Name one of them."
+        )
     try:
         checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
@@ -77,7 +79,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def record(census: Census, base: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+def record(census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]) -> dict[str, Any]:
     """What goes under ``lightning_mm`` in a checkpoint; a collective, since it holds every rank's generators."""
     return {
         "version": 1,
@@ -85,6 +87,7 @@ def record(census: Census, base: str, settings: Mapping[str, Any]) -> dict[str, 
         "layers": list(census.layers),
         "census_digest": census.digest,
         "base_fingerprint": base,
+        "unread": list(unread),
         "settings": dict(settings),
         "rng": gathered(rng_state()),
     }
@@ -96,8 +99,17 @@ def keep_trainable(checkpoint: dict[str, Any], trainable: set[str]) -> None:
     checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if name in trainable}
 
 
-def check(checkpoint: Mapping[str, Any], census: Census, base: str, trainable: set[str]) -> None:
+def check(
+    checkpoint: Mapping[str, Any], census: Census, base: str | None, trainable: set[str], optimizer: str | None = None
+) -> None:
     """Refuse a checkpoint of another policy, another base model, or with other tensors than this run trains.
+
+    Args:
+        checkpoint: As loaded.
+        census: Of this run.
+        base: Fingerprint of this run's frozen weights; None where they are knowingly held in another form.
+        trainable: Names of what trains in this run.
+        optimizer: Name of this run's optimizer, if it goes on from the checkpoint's state.
 
     Raises:
         UserError: Naming both sides.
@@ -106,14 +118,22 @@ def check(checkpoint: Mapping[str, Any], census: Census, base: str, trainable: s
     if saved["census_digest"] != census.digest:
         raise UserError(
             "The checkpoint was trained under another policy.",
-            f"Checkpoint: {saved['policy']}, layers {saved['layers']}. This run: {census.policy}, layers {[*census.layers]}.",
+            f"Checkpoint: {saved['policy']}, layers {saved['layers']}. "
+            f"This run: {census.policy}, layers {[*census.layers]}.",
             "Ask for the checkpoint's policy, or begin a new run from an exported model.",
         )
-    if saved["base_fingerprint"] != base:
+    if base is not None and saved["base_fingerprint"] != base:
         raise UserError(
             "The checkpoint belongs to another base model.",
             f"Frozen weights: {saved['base_fingerprint'][:12]} in the checkpoint, {base[:12]} in model.backbone.path.",
             "Name the model (and dtype, quantization) that the run was started from.",
+        )
+    held = saved["settings"].get("model.optimizer.name")
+    if optimizer is not None and held is not None and held != optimizer:
+        raise UserError(
+            f"model.optimizer.name: {optimizer} cannot take up the checkpoint.",
+            f"Its state was kept by {held}.",
+            f"Set model.optimizer.name {held}, or begin a new run from an exported model.",
         )
     if set(checkpoint["state_dict"]) != trainable:
         raise UserError("The checkpoint is incomplete.", "It lacks tensors that train.", "Use an earlier checkpoint.")

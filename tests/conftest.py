@@ -1,4 +1,4 @@
-"""What all tests share: tiny models of every family, small data with real pictures, and a watch over what tests leave behind."""
+"""What all tests share: tiny models, small data with pictures, and a watch over what tests leave behind."""
 
 import json
 import os

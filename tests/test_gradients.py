@@ -29,7 +29,9 @@ class Gradients(Callback):
             self.loss = float(trainer.callback_metrics["train/loss"])
 
 
-def first_step(model: Path, data: dict[str, Path], folder: Path, size: int, accumulate: int, tuning: TuningPolicy) -> Gradients:
+def first_step(
+    model: Path, data: dict[str, Path], folder: Path, size: int, accumulate: int, tuning: TuningPolicy
+) -> Gradients:
     kept = Gradients()
     train(
         model,
@@ -72,7 +74,9 @@ def test_text_only_conversations_train_beside_pictures(policy: TuningPolicy, fam
     assert all(torch.isfinite(p).all() for p in module.trainable.values())
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(family: Family, data: dict[str, Path], tmp_path: Path) -> None:
+def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(
+    family: Family, data: dict[str, Path], tmp_path: Path
+) -> None:
     before: dict[str, Tensor] = {}
 
     def poison(module) -> None:  # type: ignore[no-untyped-def]
@@ -93,7 +97,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(family: Family
     assert all(torch.equal(p, before[n]) for n, p in held[0].trainable.items())
 
 
-def test_8bit_adamw_trains_and_its_state_loads_without_pickle(family: Family, data: dict[str, Path], tmp_path: Path) -> None:
+def test_8bit_adamw_trains_and_its_state_loads_without_pickle(
+    family: Family, data: dict[str, Path], tmp_path: Path
+) -> None:
     settings = OptimizerSettings(name="adamw8bit", lr=1e-3)
     module, trainer = train(family("llava"), data, tmp_path, optimizer=settings, tuning=Full(), max_steps=3)
     trainer.save_checkpoint(tmp_path / "8bit.ckpt")

@@ -11,7 +11,7 @@ from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.loading import load_model
 from lightning_mm.state import read_checkpoint
-from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle
 from lightning_mm.tuning.groups import OptimizerSettings
 from tests.conftest import make_rows
 from tests.training import train
@@ -66,8 +66,8 @@ def test_killed_and_resumed_equals_uninterrupted(
     assert len(later) == 8 - step
 
 
-def saved(family: Family, data: Data, folder: Path, tuning: TuningPolicy = IntermediateOnly(layers="1-2")) -> Path:
-    _, trainer = train(family("llava"), data, folder, tuning=tuning, max_steps=2)
+def saved(family: Family, data: Data, folder: Path) -> Path:
+    _, trainer = train(family("llava"), data, folder, tuning=IntermediateOnly(layers="1-2"), max_steps=2)
     trainer.save_checkpoint(folder / "two.ckpt")
     return folder / "two.ckpt"
 

@@ -1,13 +1,12 @@
 """Ask the model held-out questions before and after training, beside what chance and language alone would give.
 
-Data flow: PromptBatches of the held-out split -> answers -> accuracy by question type against the majority answer of the
-training data and against the same model without its picture -> ``evaluation.json``, ``samples.json``.
+Data flow: PromptBatches of the held-out split -> answers -> accuracy by question type, beside the majority answer of
+the training data and the same model without its picture -> ``evaluation.json``, ``samples.json``.
 """
 
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -75,7 +74,7 @@ class HeldOutEvaluation(Callback):
         self._answers = state_dict["answers"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.before and "before" not in self._answers:
+        if self.before and "before" not in self._answers and trainer.global_step == 0:
             self._ask_and_write(trainer, pl_module, ["before"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -97,15 +96,12 @@ class HeldOutEvaluation(Callback):
             write_json(self.run.samples, [self._sample(i, q) for i, q in enumerate(_spread(asked, self.shown))])
 
     def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool) -> list[Asked]:
-        data, at_most = data_of(trainer), self.max_questions
-        loader = data.question_loader(split, blank_images=blank)
-        batches = None if at_most is None else -(-at_most // (data.eval_batch_size * trainer.world_size))
-        limit = (
-            None if self.max_questions is None else -(-self.max_questions // loader.batch_size // trainer.world_size)
-        )
+        data = data_of(trainer)
+        loader = data.question_loader(split, blank_images=blank, limit=self.max_questions)
         asked: list[Asked] = []
         with looking(trainer, pl_module):
-            for batch in islice(loader, batches):
+            for batch in loader:
+                data.ledger.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
                 asked += _pair(batch, answers)
         everyone = [question for part in state.gathered(asked) for question in part]
@@ -135,7 +131,7 @@ class HeldOutEvaluation(Callback):
             target = self.run.pictures / f"{index:04d}-{number}{path.suffix.lower()}"
             shutil.copyfile(path, target)
             kept.append(f"samples/{target.name}")
-        row = {
+        row: dict[str, Any] = {
             "id": question.sample.id,
             "images": kept,
             "question": question.sample.turns[question.turn - 1].text.replace(IMAGE_MARK, "").strip(),

@@ -14,7 +14,7 @@ from lightning_mm.data.batch import Batch
 
 
 class Throughput(Callback):
-    """Rates over the steps since they were last logged, waiting for data included, summed over ranks."""
+    """Rates over the steps since they were last logged, waiting for data included: this rank's, times the ranks."""
 
     def __init__(self) -> None:
         self._tokens = self._samples = 0
@@ -39,7 +39,8 @@ class Throughput(Callback):
     ) -> None:
         self._tokens += batch.num_supervised
         self._samples += len(batch)
-        if trainer.global_step == 0 or trainer.global_step % trainer.log_every_n_steps or self._since is None:
+        interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
+        if trainer.global_step == 0 or trainer.global_step % interval or self._since is None:
             return
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)

@@ -13,8 +13,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightning_mm.cli.parsing import suggestion
+from lightning_mm.data.loader import killed_worker
 from lightning_mm.errors import UserError
 
+_KNOWN = (
+    ".*does not have many workers.*",  # data.num_workers is the user's choice
+    ".*LightningCLI's args parameter.*",  # the arguments are passed on as they came
+    ".*in eval mode at the start.*",  # what is frozen is meant to be; the census shows it
+    ".*isinstance.treespec, LeafSpec.*",  # between Lightning 2.6.6 and torch 2.13
+    ".*callbacks used to create the checkpoint.*",  # a run may be resumed or tested without some of them
+    ".*dirpath has changed.*",  # a resumed run has its own folder
+    ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
+)
 VERBS = ("fit", "validate", "test", "predict", "export", "report")
 
 
@@ -25,6 +35,11 @@ def run(arguments: list[str]) -> int:
         return _verb(arguments[0])(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if (told := killed_worker(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -56,6 +71,5 @@ def _speak() -> None:
     logger.setLevel(logging.INFO)
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
-    # Said by Lightning at every start; the run decides these itself, or they do not apply to it.
-    for message in (".*does not have many workers.*", ".*LightningCLI's args parameter.*", ".*in eval mode at the start.*"):
+    for message in _KNOWN:
         warnings.filterwarnings("ignore", message=message)

@@ -6,14 +6,16 @@ Data flow: jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1`` sho
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_mm import tuning
 from lightning_mm.errors import UserError
 
-ALLOWED = ("lightning.", "torch.", "lightning_mm.", "torchmetrics.")
+ALLOWED = ("lightning", "torch", "lightning_mm", "torchmetrics")
 """Where a config's ``class_path`` may point without ``--allow``."""
 
 
@@ -48,19 +50,31 @@ def explained(message: str, options: Iterable[str]) -> UserError:
     if unknown:
         known = _fields_of(message)
         dotted = ".".join([*keys, unknown[1]])
-        return UserError(f"{dotted} is no option.", why, suggestion(unknown[1], known) or f"Options: {', '.join(known)}.")
+        return UserError(
+            f"{dotted} is no option.", why, suggestion(unknown[1], known) or f"Options: {', '.join(known)}."
+        )
     dotted = ".".join(dict.fromkeys(keys)) if keys else ""
     if dotted.endswith("tuning") and "import path" in message:
         value = re.search(r"import path string: (\S+)", message)
         named = value[1] if value else ""
         why = f"'{named}' is no tuning policy."
         return UserError(f"{dotted} cannot be read.", why, suggestion(named, _policies()) or _listed(_policies()))
-    if match := re.search(r"Expected a typing.Literal\[(.*?)\]. Got value: (\S+)", message, re.S):
+    if dotted.startswith("model.tuning") and "is abstract" in message:
+        example = "--model.tuning IntermediateOnly"
+        return UserError(f"{dotted} comes without a policy.", "Its options depend on which it is.", f"Add {example}.")
+    literal = r"Expected a typing.Literal\[(.*?)\].*?(?:Got|Given) value: (\S+)"
+    if match := re.search(literal, message, re.S):
         choices = re.findall(r"'([^']+)'", match[1])
-        return UserError(f"{dotted}: '{match[2]}' is no choice.", _listed(choices), suggestion(match[2], choices) or "Choose.")
+        return UserError(
+            f"{dotted}: '{match[2]}' is no choice.", _listed(choices), suggestion(match[2], choices) or "Choose."
+        )
     if match := re.search(r"required: (?:\w+\.)?([\w.]+)", message):
-        return UserError(f"--{match[1]} is missing.", "It has no default.", f"Give --{match[1]} VALUE, or set it in a file.")
-    return UserError(f"{dotted or 'The command line'} cannot be read.", why.replace("<class '", "").replace("'>", ""), _HELP)
+        return UserError(
+            f"--{match[1]} is missing.", "It has no default.", f"Give --{match[1]} VALUE, or set it in a file."
+        )
+    return UserError(
+        f"{dotted or 'The command line'} cannot be read.", why.replace("<class '", "").replace("'>", ""), _HELP
+    )
 
 
 _HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1 shows where it was refused."
@@ -79,26 +93,56 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     return f"Did you mean {near[0]}?" if near else ""
 
 
-def refuse_foreign_classes(config: Any, allowed: Iterable[str], key: str = "") -> None:
-    """Stop before a config file makes us import and call something that nobody has allowed.
+def refuse_foreign_classes(arguments: list[str]) -> None:
+    """Stop before a config file makes us import something that nobody has allowed: parsing a class imports it.
+
+    Args:
+        arguments: Of the command line; every YAML file that they name is read, and those that these name.
 
     Raises:
-        UserError: Naming the key and the class.
+        UserError: Naming file, key and class.
     """
-    prefixes = (*ALLOWED, *(f"{name.rstrip('.')}." for name in allowed))
-    if isinstance(config, dict):
-        path = config.get("class_path")
-        if isinstance(path, str) and not f"{path}.".startswith(prefixes):
+    values = [argument.rpartition("=")[2] for argument in arguments]
+    allowed = [values[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--allow"]
+    allowed += [argument.partition("=")[2] for argument in arguments if argument.startswith("--allow=")]
+    names = [name for value in allowed for name in value.split(",") if name]
+    for value in values:
+        _scan_file(Path(value), tuple(f"{name.rstrip('.')}." for name in (*ALLOWED, *names)))
+
+
+def _scan_file(path: Path, prefixes: tuple[str, ...]) -> None:
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read.", " ".join(str(error).split()), "Mend the YAML there.") from error
+    _scan(content, path, "", prefixes)
+
+
+def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _scan(value, path, f"{key}.{name}" if key else str(name), prefixes)
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            _scan(value, path, f"{key}[{index}]", prefixes)
+    elif isinstance(content, str):
+        _scan_file(path.parent / content, prefixes)
+        # A bare name ('Full') is one of ours; a dotted one is imported.
+        dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", content)
+        if dotted and not f"{content}.".startswith(prefixes) and _names_class(key):
             raise UserError(
-                f"{key or 'class_path'}: {path} is not loaded.",
+                f"{path}: {key}: {content} is not loaded.",
                 f"Config files may name classes of {', '.join(p.rstrip('.') for p in prefixes)} only.",
-                f"If you trust it: --allow {path.partition('.')[0]}",
+                f"If you trust it: --allow {content.partition('.')[0]}",
             )
-        for name, value in config.items():
-            refuse_foreign_classes(value, allowed, f"{key}.{name}" if key else str(name))
-    elif isinstance(config, list):
-        for index, value in enumerate(config):
-            refuse_foreign_classes(value, allowed, f"{key}[{index}]")
+
+
+def _names_class(key: str) -> bool:
+    """Whether a key's value is taken for a class: class_path itself, and options that are classes."""
+    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
+    return last in ("class_path", "tuning", "callbacks", "callbacks+", "logger", "strategy", "profiler", "plugins")
 
 
 def _policies() -> list[str]:

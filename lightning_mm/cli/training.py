@@ -4,32 +4,34 @@ Data flow: arguments and YAML files -> run directory -> module, data module, tra
 """
 
 import csv
-import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm import state
 from lightning_mm.callbacks.evaluation import HeldOutEvaluation
-from lightning_mm.callbacks.preemption import EXIT_CODE, Preemption
 from lightning_mm.callbacks.recorder import RunRecorder
+from lightning_mm.callbacks.saving import EXIT_CODE, BestCheckpoint, LastCheckpoint, Preempted
 from lightning_mm.callbacks.throughput import Throughput
 from lightning_mm.cli.parsing import OneScreenParser, refuse_foreign_classes
 from lightning_mm.dashboards.metrics_file import MetricsFile
 from lightning_mm.dashboards.online import OnlineLogger
 from lightning_mm.dashboards.progress import ProgressBar
-from lightning_mm.dashboards.rundir import RunDirectory, read_json
+from lightning_mm.dashboards.rundir import RunDirectory, append_jsonl, read_json
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.decisions import decide, log
+from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.module import MMModule
 
 _WANDB = Literal["auto", "online", "offline", "off"]
+_RANK: Any = rank_zero_only  # knows this process's rank before torch.distributed does
 RUN_VARIABLE = "LIGHTNING_MM_RUN"
 """Tells the processes that a multi-device run starts for its other ranks which folder is theirs."""
 
@@ -37,7 +39,16 @@ RUN_VARIABLE = "LIGHTNING_MM_RUN"
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
     decide.clear()
-    cli = TrainingCLI(
+    refuse_foreign_classes(arguments)
+    try:
+        _run(arguments)
+    except Preempted:
+        return EXIT_CODE
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    TrainingCLI(
         MMModule,
         MMDataModule,
         parser_class=OneScreenParser,
@@ -53,21 +64,26 @@ def train(arguments: list[str]) -> int:
         },
         args=arguments,
     )
-    return EXIT_CODE if cli.preemption.stopped else 0
 
 
 class TrainingCLI(LightningCLI):
     """LightningCLI that owns ``runs/<name>/`` and lets no checkpoint overrule the command line."""
 
     run: RunDirectory
-    preemption: Preemption
+    checkpoint: dict[str, Any] | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
-        parser.add_argument("--run.name", type=str | None, default=None, help="Name of this run; the policy's if not given.")
-        parser.add_argument("--run.wandb", type=_WANDB, default="auto", help="W&B: online if logged in, else offline; or off.")
-        parser.add_argument("--run.save_every", type=int, default=200, help="Steps between writes of checkpoints/last.ckpt.")
-        parser.add_argument("--allow", type=list[str], default=[], help="Packages whose classes config files may name.")
+        parser.add_argument(
+            "--run.name", type=str | None, default=None, help="Name of this run; the policy's if not given."
+        )
+        parser.add_argument(
+            "--run.wandb", type=_WANDB, default="auto", help="W&B: online if logged in, else offline; or off."
+        )
+        parser.add_argument(
+            "--run.save_every", type=int, default=200, help="Steps between writes of checkpoints/last.ckpt."
+        )
+        parser.add_argument("--allow", type=str, default="", help="Packages whose classes files may name: a,b,c.")
         parser.add_class_arguments(HeldOutEvaluation, "evaluation")
         parser.link_arguments("model.backbone.path", "data.processor")
         parser.link_arguments("model.backbone.revision", "data.revision")
@@ -77,16 +93,19 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        refuse_foreign_classes(config.as_dict(), config.allow)
-        if resumed := config.get("ckpt_path"):
-            state.read_checkpoint(Path(resumed))
-        self.run = _run_directory(config, self.subcommand)
-        if rank_zero_only.rank == 0:
-            self._parser(self.subcommand).save(
-                _reusable(config), self.run.config, skip_none=False, overwrite=True, skip_validation=True
-            )
-        if self.subcommand == "fit" and resumed and rank_zero_only.rank == 0:
+        resumed = config.get("ckpt_path")
+        self.checkpoint = state.read_checkpoint(Path(resumed)) if resumed else None
+        read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
+        self.run = _run_directory(config, str(self.subcommand))
+        if _RANK.rank == 0:
+            self._parser(self.subcommand).save(_reusable(config), self.run.config, overwrite=True, skip_validation=True)
+        if self.subcommand == "fit" and resumed and _RANK.rank == 0:
             _continue_metrics(Path(resumed), self.run)
+
+    def instantiate_classes(self) -> None:
+        super().instantiate_classes()
+        if self.checkpoint is not None:
+            self.model.unread = tuple(self.checkpoint[state.KEY]["unread"])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -96,7 +115,9 @@ class TrainingCLI(LightningCLI):
             loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
         if isinstance(given.get("logger"), (list, tuple)):
             loggers.extend(given["logger"])
-        self.preemption = Preemption(self.run.checkpoints / "last.ckpt")
+        if SLURMEnvironment.detect():
+            # Lightning would save inside the signal handler, where ranks can wait for each other for ever.
+            kwargs["plugins"] = [*(given.get("plugins") or []), SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.run.path,
@@ -110,55 +131,44 @@ class TrainingCLI(LightningCLI):
         if self.subcommand == "fit":
             evaluation = self._get(self.config_init, "evaluation")
             evaluation.run = self.run
-            callbacks += [evaluation, self.preemption, _latest(self.run, config.run.save_every)]
+            callbacks += [evaluation, LastCheckpoint(self.run.checkpoints / "last.ckpt", config.run.save_every)]
             if config.data.val is not None:
-                callbacks.append(_best(self.run))
+                callbacks.append(BestCheckpoint(self.run.checkpoints))
         return [*callbacks, RunRecorder(self.run)]
 
     def after_fit(self) -> None:
-        if not self.preemption.stopped:
-            self.trainer.save_checkpoint(self.run.checkpoints / "last.ckpt")
         self._close_online()
-        if rank_zero_only.rank == 0:
+        if _RANK.rank == 0:
             log.info("run: %s", self.run.path)
 
     def _close_online(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, OnlineLogger):
-                logger.summarise(
-                    census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide}
-                )
-                if self.run.samples.is_file() and rank_zero_only.rank == 0:
+                logger.summarise(census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide})
+                if self.run.samples.is_file() and _RANK.rank == 0:
                     logger.log_samples(read_json(self.run.samples))
                 logger.close()
 
     def predict(self, **kwargs: Any) -> None:
-        """Answer the questions of ``data.predict`` into ``predictions.jsonl``."""
-        batches = self.trainer.predict(**kwargs) or []
-        target = self.run.path / "predictions.jsonl"
-        with target.open("a", encoding="utf-8") as file:
-            for row in (row for batch in batches for row in batch):
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        log.info("answers: %s", target)
-
-
-def _latest(run: RunDirectory, every: int) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        run.checkpoints, filename="last", every_n_train_steps=every, save_top_k=1, enable_version_counter=False
-    )
-
-
-def _best(run: RunDirectory) -> ModelCheckpoint:
-    return ModelCheckpoint(run.checkpoints, filename="best", monitor="val/loss", mode="min", enable_version_counter=False)
+        """Answer the questions of ``data.predict`` into ``predictions.jsonl``, in the order of the file."""
+        batches = self.trainer.predict(**{**kwargs, "return_predictions": True}) or []
+        mine = [row for batch in batches for row in batch]
+        rows: list[dict[str, Any]] = [row for part in state.gathered(mine) for row in part]
+        order = [sample.origin for sample in self.datamodule.samples("predict")]
+        if _RANK.rank == 0:
+            target = self.run.path / "predictions.jsonl"
+            rows.sort(key=lambda row: (order.index(row["origin"]), row["turn"]))
+            append_jsonl(target, rows)
+            log.info("answers: %s", target)
 
 
 def _run_directory(config: Namespace, verb: str) -> RunDirectory:
     """Rank 0 makes the folder and tells the ranks that it will start; started ranks take the one they are told."""
-    if (told := os.environ.get(RUN_VARIABLE)) and rank_zero_only.rank != 0:
+    if (told := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
         return RunDirectory(Path(told))
     policy = (config.model.get("tuning") or {}).get("class_path", "IntermediateOnly").rpartition(".")[2]
     default = policy if verb == "fit" else f"{policy}-{verb}"
-    if rank_zero_only.rank != 0:
+    if _RANK.rank != 0:
         return RunDirectory(Path(config.run.root).absolute() / (config.run.name or default))
     run = RunDirectory.create(config.run.root, config.run.name, default)
     os.environ[RUN_VARIABLE] = str(run.path)
@@ -179,7 +189,10 @@ def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
     if not earlier.is_file():
         return
     step = state.read_checkpoint(checkpoint)["global_step"]
-    with earlier.open(encoding="utf-8", newline="") as source, run.metrics.open("w", encoding="utf-8", newline="") as to:
+    with (
+        earlier.open(encoding="utf-8", newline="") as source,
+        run.metrics.open("w", encoding="utf-8", newline="") as to,
+    ):
         reader = csv.DictReader(source)
         writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
         writer.writeheader()

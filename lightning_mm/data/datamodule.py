@@ -153,9 +153,9 @@ class MMDataModule(L.LightningDataModule):
         """Types of the split's questions, sorted: the same on every rank."""
         return tuple(sorted({sample.turns[index].question_type for sample, index in self._questions(split)}))
 
-    def question_loader(self, split: str, blank_images: bool = False) -> GuardedLoader:
-        """The questions of a split, with their pictures or with grey ones."""
-        return self._loader(self._questions(split), self._prompt_collator(blank_images))
+    def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> GuardedLoader:
+        """The questions of a split, or the first of them, with their pictures or with grey ones."""
+        return self._loader(self._questions(split, limit), self._prompt_collator(blank_images))
 
     def example_batch(self) -> Batch:
         """The first conversation with a picture, alone, to measure a step with.
@@ -180,7 +180,7 @@ class MMDataModule(L.LightningDataModule):
         counts: dict[str, Counter[str]] = {}
         for sample, index in self._questions("train"):
             turn = sample.turns[index]
-            counts.setdefault(turn.question_type, Counter())[turn.text.strip()] += 1
+            counts.setdefault(turn.question_type, Counter())[turn.text.strip().rstrip(".").casefold()] += 1
         return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}
 
     def _with_good_headers(self, samples: tuple[Sample, ...]) -> Iterator[Sample]:

@@ -95,13 +95,21 @@ class GuardedLoader(DataLoader[Any]):
                     raise batch
                 yield batch
         except RuntimeError as error:
-            if not str(error).startswith("DataLoader worker"):
+            told = killed_worker(error)
+            if told is None:
                 raise
-            raise UserError(
-                "A data worker was killed.",
-                f"{error} Most often the machine ran out of memory, or of shared memory (/dev/shm).",
-                "Lower data.num_workers or data.batch_size; in a container, raise --shm-size.",
-            ) from error
+            raise told from error
+
+
+def killed_worker(error: RuntimeError) -> UserError | None:
+    """What to tell if this error means that a data worker died; torch may raise it anywhere, not only in a loader."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return UserError(
+        "A data worker was killed.",
+        f"{error} Most often the machine ran out of memory, or of shared memory (/dev/shm).",
+        "Lower data.num_workers or data.batch_size; in a container, raise --shm-size.",
+    )
 
 
 class ResumableLoader(GuardedLoader):

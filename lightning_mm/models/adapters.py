@@ -7,10 +7,11 @@ Data flow: plan (module names) -> PEFT config with fully-qualified names -> adap
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from torch import nn
+from peft.tuners.tuners_utils import cast_adapter_dtype
 
 from lightning_mm.errors import UserError
 
@@ -37,8 +38,18 @@ class LoRA:
     dora: bool = False
     rank_per_layer: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        ranks_fit = all(rank >= 1 for rank in (self.r, *self.rank_per_layer.values()))
+        for option, value, valid in (
+            ("r", self.r, ranks_fit),
+            ("alpha", self.alpha, self.alpha > 0),
+            ("dropout", self.dropout, 0 <= self.dropout < 1),
+        ):
+            if not valid:
+                raise UserError(f"model.tuning.lora.{option}: {value} is out of range.", "See --help.", "Change it.")
 
-def add_lora(model: nn.Module, targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> None:
+
+def add_lora(model: Any, targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> None:
     """Put adapters into a transformers model, in place.
 
     Args:
@@ -51,6 +62,8 @@ def add_lora(model: nn.Module, targets: Collection[str], options: LoRA, ranks: M
         UserError: PEFT adapted other modules than those named.
     """
     model.add_adapter(lora_config(targets, options, ranks), adapter_name=ADAPTER)
+    # In bfloat16, AdamW would lose most of its small updates.
+    cast_adapter_dtype(model, ADAPTER)
     adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
     if adapted != set(targets):
         stray, missing = sorted(adapted - set(targets)), sorted(set(targets) - adapted)

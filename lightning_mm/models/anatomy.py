@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 from torch import nn
 
@@ -100,7 +101,7 @@ class Anatomy:
 
 
 class _Resolver:
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Any) -> None:
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.text_config = model.config.get_text_config(decoder=True)
@@ -111,7 +112,7 @@ class _Resolver:
         decoder, layers = self._decoder_layers()
         head = self._head(embedding)
         tower = self._tower(decoder)
-        blocks = _outermost_list(tower) if tower is not None else ()
+        blocks = _tower_blocks(tower) if tower is not None else ()
         claims: dict[int, Place] = {}
         self._claim(claims, embedding, Place(Region.EMBEDDING))
         self._claim_decoder(claims, decoder, layers)
@@ -202,7 +203,8 @@ class _Resolver:
     def _siblings(self, tower: nn.Module | None) -> Iterator[nn.Module]:
         """Modules beside the tower and the decoder: second towers and connectors."""
         decoder = self.model.get_decoder()
-        for module in {self.model, self.model.base_model}:
+        owners = [self.model] if self.model.base_model is self.model else [self.model, self.model.base_model]
+        for module in owners:
             for child in module.children():
                 if not any(m is decoder or m is tower for m in child.modules()):
                     yield child
@@ -214,12 +216,11 @@ def _embeds_patches(module: nn.Module) -> bool:
     return convolves and any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
 
 
-def _outermost_list(tower: nn.Module) -> tuple[nn.Module, ...]:
-    """The tower's blocks: its largest list of modules that is not inside another list."""
-    lists = [m for _, m in tower.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
-    if not lists:
-        return ()
-    return tuple(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+def _tower_blocks(tower: nn.Module) -> tuple[nn.Module, ...]:
+    """The tower's blocks: the list of modules that holds most of its weights."""
+    lists: list[nn.ModuleList] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
+    return tuple(lists[sizes.index(max(sizes))]) if lists else ()
 
 
 def _built_in_connector(tower: nn.Module, blocks: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
@@ -243,7 +244,7 @@ def _parts(layer: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
     yield from ((Part.NORM, parameter) for parameter in layer.parameters(recurse=False))
 
 
-def _refuse_unless_decoder_only(model: nn.Module) -> None:
+def _refuse_unless_decoder_only(model: Any) -> None:
     text = model.config.get_text_config(decoder=True)
     if getattr(model.config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
         raise UserError(

@@ -73,7 +73,8 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trai
         ``out``.
 
     Raises:
-        UserError: PEFT alone could not restore this model; 'full' can. Or the folder is taken or cannot be written.
+        UserError: PEFT alone could not restore this model; format 'model' can. Or the folder is taken or cannot be
+            written.
     """
     if ADAPTER not in getattr(model, "peft_config", {}):
         raise _not_an_adapter("The model has no LoRA adapter.")
@@ -171,7 +172,7 @@ def _owners(model: nn.Module, parameters: Collection[str]) -> list[str]:
 
 
 def _not_an_adapter(why: str) -> UserError:
-    return UserError("This model cannot be written as an adapter.", why, "Use format 'full', a complete folder.")
+    return UserError("This model cannot be written as an adapter.", why, "Use format 'model', a complete folder.")
 
 
 def _refuse_quantized(model: nn.Module) -> None:
@@ -179,8 +180,7 @@ def _refuse_quantized(model: nn.Module) -> None:
         raise UserError(
             "A quantised model cannot be exported as a complete folder.",
             "Its frozen weights are held in 4 or 8 bits; the originals are in the base model.",
-            "Set model.backbone.quantization to 'none' for the export: trained tensors are then put on the original "
-            "weights. Or export with format 'adapter', if LoRA was trained.",
+            "lightning-mm export puts the trained tensors on them; from Python, load with quantization='none'.",
         )
 
 

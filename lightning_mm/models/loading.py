@@ -1,6 +1,6 @@
 """Load a Hugging Face multimodal LLM from a folder or a hub name, without ever running code that comes with it.
 
-Data flow: ``Backbone`` (config) -> the model's skeleton on the meta device (for planning) -> the model with its weights.
+Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for planning) -> the model with its weights.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Backbone:
         revision: Commit, tag or branch of a hub model.
         dtype: Type of the weights in memory; 'auto' is float32, which AdamW needs to add small updates.
         attention: Attention kernel; 'auto' leaves the choice to transformers.
-        quantization: Hold what is frozen in 4 bits (nf4) or 8 bits (int8); blocks trained at full rank are left as they are.
+        quantization: Hold what is frozen in 4 bits (nf4) or 8 bits (int8); what trains at full rank is left as it is.
     """
 
     path: str
@@ -39,7 +39,7 @@ class Backbone:
 
 def load_skeleton(backbone: Backbone) -> nn.Module:
     """The model on the meta device: names, shapes and config, no weights. Raises UserError as ``load_model``."""
-    config = _config(backbone)
+    config = read_config(backbone)
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
@@ -57,7 +57,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     Raises:
         UserError: No such model, an unsupported kind, weights that are missing or only there as pickles.
     """
-    config = _config(backbone)
+    config = read_config(backbone)
     dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
     if backbone.dtype == "auto":
         decide("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
@@ -69,9 +69,10 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     # The file-by-file progress bar and the load report are said below, in our words, where they matter.
     hf_logging.disable_progress_bar()
     try:
-        model, report = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             backbone.path, config=config, trust_remote_code=False, output_loading_info=True, **options
         )
+        model, report = loaded
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise _unsupported(backbone, config, error) from error
     _refuse_missing(backbone, report)
@@ -81,7 +82,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over name, shape and 64 evenly spaced values of every frozen tensor: the same base, at the cost of a glance."""
+    """SHA-256 over name, shape and 64 evenly spaced values of every frozen tensor: tells bases apart at a glance."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -94,7 +95,8 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _config(backbone: Backbone) -> PretrainedConfig:
+def read_config(backbone: Backbone) -> PretrainedConfig:
+    """The model's config: the cheapest proof that there is a model. Raises UserError where there is none."""
     folder = Path(backbone.path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(

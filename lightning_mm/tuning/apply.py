@@ -1,4 +1,4 @@
-"""Make a model obey a plan: adapters in, gradients on for what was named and off for all else, modes set, blocks checkpointed.
+"""Make a model obey a plan: adapters in, gradients on for what was named and off for all else, modes set.
 
 Data flow: model + anatomy + plan -> the same model, changed in place; ``census`` then verifies it from the outside.
 """
@@ -30,8 +30,8 @@ def trains(name: str, anatomy: Anatomy, plan: TuningPlan) -> bool:
 def set_modes(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> None:
     """Train mode for what trains, eval mode for what is frozen.
 
-    A decoder or vision block counts as one piece: if any of it trains, its dropout is on. Elsewhere a module is in train
-    mode if all of its parameters train.
+    A decoder or vision block counts as one piece: if any of it trains, its dropout is on. Elsewhere a module is in
+    train mode if all of its parameters train.
     """
     model.eval()
     blocks = [model.get_submodule(name) for name in (*anatomy.layers, *anatomy.vision_blocks)]
@@ -39,9 +39,11 @@ def set_modes(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> None:
         parameters = list(module.parameters())
         if parameters and all(p.requires_grad for p in parameters):
             module.train()
-    for block in blocks:
-        if any(p.requires_grad for p in block.parameters()):
-            block.train()
+    # An adapter's dropout has no weights of its own, and its module holds frozen ones.
+    adapted = [model.get_submodule(name) for name in plan.adapted]
+    for part in (*blocks, *adapted):
+        if any(p.requires_grad for p in part.parameters()):
+            part.train()
 
 
 def _ranks(anatomy: Anatomy, plan: TuningPlan) -> dict[str, int]:

@@ -18,7 +18,7 @@ from lightning_mm.tuning.policy import TuningPlan
 
 
 def blocks_in_graph(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> tuple[str, ...]:
-    """Names of the blocks that backward crosses: decoder blocks from the lowest trainable one, trained vision blocks."""
+    """Names of the blocks that backward crosses: from the lowest trainable one up, in decoder and vision tower."""
     decoder = anatomy.layers[plan.lowest_layer :]
     if plan.modes[Region.VISION] == "frozen":
         return decoder
@@ -31,10 +31,10 @@ def checkpoint_blocks(model: nn.Module, names: tuple[str, ...]) -> None:
     """Recompute the named blocks in backward instead of keeping their activations; in place, once."""
     for name in names:
         block = model.get_submodule(name)
-        block.forward = _recomputed(block.forward)  # type: ignore[method-assign]
+        block.forward = _recomputed(block.forward)
 
 
-def remove_input_gradient_hooks(model: nn.Module) -> int:
+def remove_input_gradient_hooks(model: Any) -> int:
     """Take off hooks that make embeddings require gradients; returns how many there were."""
     hooks = list(getattr(model, "_require_grads_hooks", []) or [])
     if hooks:

@@ -1,6 +1,7 @@
 """The census: what each region of the model does in this run, counted on the model itself and not on the plan.
 
-Data flow: applied model -> ``Census`` -> printed before the first step, saved with the run, its digest in every checkpoint.
+Data flow: applied model -> ``Census`` -> printed before the first step, saved with the run; the digest goes into every
+checkpoint.
 """
 
 import hashlib
@@ -119,7 +120,7 @@ def _rows(
     for name, parameter in model.named_parameters():
         place = anatomy.place_of(name)
         members.setdefault((place.region, place.layer), []).append((name, parameter))
-    owners = {name: module for name, module in model.named_modules()}
+    owners = dict(model.named_modules())
 
     def row(label: str, region: Region, parts: list[tuple[str, nn.Parameter]], mode: str) -> CensusRow:
         count = sum(_numel(p) for _, p in parts)

@@ -49,6 +49,8 @@ class OptimizerSettings:
             ("weight_decay", self.weight_decay, self.weight_decay >= 0),
             ("warmup", self.warmup, self.warmup >= 0),
             ("final", self.final, 0 <= self.final <= 1),
+            ("betas", self.betas, all(0 <= beta < 1 for beta in self.betas)),
+            ("eps", self.eps, self.eps > 0),
         ):
             if not valid:
                 raise UserError(f"model.optimizer.{option}: {value} is out of range.", "See --help.", "Change it.")
@@ -66,14 +68,15 @@ def parameter_groups(
         decay = plan.weight_decay.get(region, settings.weight_decay) if decayed else 0.0
         label = region if decayed else f"{region} (no decay)"
         lr = plan.lr.get(region, settings.lr)
-        group = groups.setdefault((region, decayed), {"params": [], "lr": lr, "weight_decay": decay, "name": label})
+        options = {"lr": lr, "weight_decay": decay, "betas": settings.betas, "eps": settings.eps, "name": label}
+        group = groups.setdefault((region, decayed), {"params": [], **options})
         group["params"].append(parameter)
     return list(groups.values())
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
     """AdamW over the groups."""
-    options = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
+    options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw8bit":
         decide("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
         return adamw_8bit(groups, **options)
@@ -112,9 +115,10 @@ def restore_rates(
         planned: Groups as configured now, in the optimizer's order.
     """
     for index, (group, wanted) in enumerate(zip(optimizer.param_groups, planned, strict=True)):
-        for key, held in (("lr", group["initial_lr"]), ("weight_decay", group["weight_decay"])):
-            if held != wanted[key]:
-                decide(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held}")
+        held = {**group, "lr": group["initial_lr"], "betas": tuple(group["betas"])}
+        for key in ("lr", "weight_decay", "betas", "eps"):
+            if held[key] != wanted[key]:
+                decide(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held[key]}")
+            group[key] = wanted[key]
         scheduler.base_lrs[index] = group["initial_lr"] = wanted["lr"]
         group["lr"] = wanted["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)
-        group["weight_decay"] = wanted["weight_decay"]

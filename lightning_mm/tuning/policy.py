@@ -1,7 +1,7 @@
 """Tuning policies: what a user says about which weights move.
 
-Data flow: config -> ``TuningPolicy`` -> ``plan(anatomy)`` -> ``TuningPlan`` (names of tensors), which ``apply`` enforces
-and ``census`` verifies. A policy says one mode for every region; nothing is trained by default of being unnamed.
+Data flow: config -> ``TuningPolicy`` -> ``plan(anatomy)`` -> ``TuningPlan`` (names of tensors), which ``apply``
+enforces and ``census`` verifies. A policy says one mode for every region: what is not named is frozen.
 """
 
 from abc import ABC, abstractmethod
@@ -101,14 +101,14 @@ class RegionPolicy(TuningPolicy):
         Raises:
             UserError: A selector matches nothing, or the layer range lies outside the model.
         """
-        modes = {region: self.mode_of(region) for region in Region}
-        self._refuse_half_tied(anatomy, modes)
+        modes = self._modes(anatomy)
         spec = self.layer_spec(anatomy.num_layers)
         layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, anatomy.num_layers)
         chosen = {name: place for name, place in anatomy.places.items() if self._chosen(place, modes, layers)}
         full = frozenset(name for name, place in chosen.items() if modes[place.region] == "full")
         adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & anatomy.linears
         self._refuse_empty(anatomy, modes, full, adapted)
+        self._refuse_unused(anatomy, modes, layers, full, adapted)
         return TuningPlan(
             policy=self.describe(),
             expression=str(spec) if layers else "none",
@@ -129,20 +129,48 @@ class RegionPolicy(TuningPolicy):
         shown = [f"{n}={v!r}" for n, v in named.items() if n in ("layers", "budget") or v != getattr(defaults, n)]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _refuse_half_tied(self, anatomy: Anatomy, modes: Mapping[Region, Mode]) -> None:
-        head, embedding = modes[Region.HEAD], modes[Region.EMBEDDING]
-        if anatomy.tied_head and head != "frozen" and head != embedding:
-            raise UserError(
-                f"model.tuning.head: '{head}' cannot be had on its own.",
-                "This model's head is tied to its token embedding: they are one tensor.",
-                f"Set model.tuning.embedding to '{head}' as well, or leave the head frozen.",
-            )
+    def _modes(self, anatomy: Anatomy) -> dict[Region, Mode]:
+        modes = {region: self.mode_of(region) for region in Region}
+        if anatomy.tied_head:
+            if self.head is not None and self.head != modes[Region.EMBEDDING]:
+                raise UserError(
+                    f"model.tuning.head: '{self.head}' cannot be had on its own.",
+                    "This model's head is tied to its token embedding: they are one tensor.",
+                    f"Leave it out; the head follows model.tuning.embedding, which is '{modes[Region.EMBEDDING]}'.",
+                )
+            modes[Region.HEAD] = modes[Region.EMBEDDING]
+        return modes
 
     def _chosen(self, place: Place, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
         if place.region is not Region.LAYERS:
             return modes[place.region] != "frozen"
         parts = self.layer_parts()
         return place.layer in layers and (parts is None or place.part in parts)
+
+    def _refuse_unused(
+        self,
+        anatomy: Anatomy,
+        modes: Mapping[Region, Mode],
+        layers: tuple[int, ...],
+        full: frozenset[str],
+        adapted: set[str],
+    ) -> None:
+        """An option that speaks of something that does not train is a mistake, never a detail."""
+        moved = full | {f"{module}.weight" for module in adapted}
+        found = {anatomy.places[name].part for name in moved}
+        for part in self.layer_parts() or ():
+            if part not in found:
+                raise _unused(f"model.tuning.parts: '{part}'", "No tensor of the chosen layers answers to it.")
+        for option in ("lr", "weight_decay"):
+            for region in _by_region(option, getattr(self, option)):
+                if modes[Region(region)] == "frozen":
+                    raise _unused(f"model.tuning.{option}.{region}", "That region is frozen.")
+        for spec in self.lora.rank_per_layer:
+            ranked = {anatomy.places[f"{module}.weight"].layer for module in adapted}
+            if not set(resolve_layers(spec, anatomy.num_layers)) <= ranked:
+                raise _unused(
+                    f"model.tuning.lora.rank_per_layer: '{spec}'", f"Layers with adapters are {list(layers)}."
+                )
 
     def _refuse_empty(
         self, anatomy: Anatomy, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
@@ -160,6 +188,10 @@ class RegionPolicy(TuningPolicy):
                 )
         if not full and not adapted:
             raise UserError(f"{self.describe()} trains nothing.", "Every region is frozen.", "Name a region to train.")
+
+
+def _unused(option: str, why: str) -> UserError:
+    return UserError(f"{option} has no effect.", why, "Leave it out, or train what it speaks of.")
 
 
 def _by_region(option: str, values: Mapping[str, float]) -> dict[str, float]:

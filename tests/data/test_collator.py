@@ -123,6 +123,12 @@ def test_tokens_are_transformers_own(name: str, processing: Load, pictures: dict
         torch.testing.assert_close(ours[key], value)
 
 
+def test_what_the_model_does_not_take_is_left_out(processing: Load, samples: list[Sample]) -> None:
+    made = processing("llava")
+    made.processor.tokenizer.model_input_names = ["input_ids", "attention_mask", "token_type_ids"]
+    assert set(Collator(made)(samples).inputs) == {"input_ids", "attention_mask", "pixel_values"}
+
+
 def test_spans_are_those_of_generation_tags(processing: Load, samples: list[Sample], pictures: dict[str, Path]) -> None:
     """transformers marks answers itself where a template has generation tags: ours must be the same tokens."""
     made = processing("qwen2_5_vl")

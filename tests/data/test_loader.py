@@ -168,7 +168,7 @@ def test_validation_within_the_epoch_does_not_move_the_order(tmp_path: Path) -> 
     assert second.seen == whole.seen[7:]
 
 
-def test_another_order_is_refused_in_the_middle_of_an_epoch_only() -> None:
+def test_another_order_is_refused_in_the_middle_of_an_epoch_only(monkeypatch: pytest.MonkeyPatch) -> None:
     source = loader()
     batches = iter(source)
     next(batches)
@@ -176,6 +176,11 @@ def test_another_order_is_refused_in_the_middle_of_an_epoch_only() -> None:
     for change in ({"seed": 4}, {"batch_size": 5}):
         with pytest.raises(UserError, match=next(iter(change))):
             loader(**change).load_state_dict(state)
+    with monkeypatch.context() as other:
+        other.setattr("lightning_mm.data.loader.ranks", lambda: (0, 2))
+        of_two_ranks = loader()
+    with pytest.raises(UserError, match="world_size was 1, is 2"):
+        of_two_ranks.load_state_dict(state)
     list(batches)
     loader(seed=4).load_state_dict(source.state_dict())
 

@@ -88,7 +88,7 @@ def test_what_peft_could_not_restore_is_no_adapter(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="cannot be written as an adapter") as caught:
             export_adapter(s.model, tmp_path / "out", s.origin, trained)
         assert why in caught.value.why
-        assert "'full'" in caught.value.fix
+        assert "'model'" in caught.value.fix
 
     refuses(plain, (), "no LoRA")
     for s in (plain, tied):

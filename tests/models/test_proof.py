@@ -27,7 +27,12 @@ FAMILIES = ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3")
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("bases")
-    return {family: build_tiny(family, root / family) for family in FAMILIES}
+    made = {family: build_tiny(family, root / family) for family in FAMILIES}
+    for base in made.values():  # a setting that no config implies, which the export must carry over
+        file = base / "generation_config.json"
+        settings = json.loads(file.read_text()) | {"repetition_penalty": 1.25}
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    return made
 
 
 class Workshop:

@@ -1,4 +1,4 @@
-"""Policies on real (tiny) models of five families: what is named trains, nothing else does, and the loss is transformers' own."""
+"""Policies on tiny models of five families: what is named trains, nothing else, and the loss is transformers' own."""
 
 import copy
 from collections.abc import Callable
@@ -248,4 +248,5 @@ def test_policies_have_equal_budget(family: Family) -> None:
 
 def test_a_policy_is_a_value() -> None:
     assert copy.deepcopy(IntermediateOnly(layers="6-16")) == IntermediateOnly(layers="6-16")
-    assert IntermediateOnly(layers="6-16", connector="full").describe() == "IntermediateOnly(connector='full', layers='6-16')"
+    described = IntermediateOnly(layers="6-16", connector="full").describe()
+    assert described == "IntermediateOnly(connector='full', layers='6-16')"

@@ -37,7 +37,7 @@ class Sizes:
     """How much is made: train pictures per kind, val and test questions per type."""
 
     train: Mapping[str, int] = field(
-        default_factory=lambda: {"single": 1100, "crowd": 500, "gathering": 500, "flag": 300}
+        default_factory=lambda: {"single": 1400, "crowd": 400, "gathering": 400, "flag": 200}
     )
     val: Mapping[str, int] = field(default_factory=lambda: _quotas(12, 12, 36))
     test: Mapping[str, int] = field(default_factory=lambda: _quotas(40, 18, 96))
@@ -151,12 +151,14 @@ def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: 
     for row, picture in made:
         picture.pixels.save(folder / row["image"])
         rows[row["id"].partition("-")[0]].append(row)
-    for split, split_rows in rows.items():
+    # For a first stage: a new connector learns what single things are before it meets scenes.
+    files = {**rows, "train_single": [row for row in rows["train"] if row["kind"] == "single"]}
+    for split, split_rows in files.items():
         (folder / f"{split}.json").write_text(json.dumps(split_rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "LICENSE.txt").write_text(licence_text(recipe["packages"], with_stamps=stamps is not None), "utf-8")
     manifest = {
         "options": recipe,
-        "counts": {split: _counts(split_rows) for split, split_rows in rows.items()},
+        "counts": {split: _counts(split_rows) for split, split_rows in files.items()},
         "things": {split: len(stock.things) for split, stock in stocks.items()},
         "flags": {split: len(stock.flags) for split, stock in stocks.items()},
         "left_out": dict(sorted(Counter(rejection.reason for rejection in rejected).items())),
@@ -181,7 +183,7 @@ def _recipe_digest() -> str:
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each JSON file, and of the picture set: names and bytes, in the order of the names."""
     digests = {}
-    for split in ("train", "val", "test"):
+    for split in ("train", "train_single", "val", "test"):
         path = folder / f"{split}.json"
         digests[path.name] = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
     pictures = hashlib.sha256()

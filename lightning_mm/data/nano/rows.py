@@ -17,12 +17,12 @@ from lightning_mm.data.sample import IMAGE_MARK
 
 Row = dict[str, Any]
 TRAIN_TYPES = {
-    "single": (("category", "caption"), ("category", "caption", "yes_no", "colour")),
+    "single": (("category", "category", "category", "caption"), ("category", "caption", "yes_no", "colour")),
     "crowd": (("count",), ("presence", "colour", "caption_match")),
     "gathering": (("left_right",), ("presence", "colour", "caption_match")),
     "flag": (FLAG_TYPES, FLAG_TYPES),
 }
-"""Kinds of train pictures: one of the first types is always asked, the others fill up."""
+"""Kinds of train pictures: one of the first types is asked first, where no answer before it gives it away."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +93,7 @@ class _Desk:
                 return picture, question
 
     def several(self) -> tuple[Picture, list[Question]]:
-        """A picture and two to four questions in a random order; a crowd is always counted, a gathering put in
-        order."""
+        """A picture and two to four questions; a crowd is always counted, a gathering put in order."""
         firsts, others = TRAIN_TYPES[self._kind]
         first = self._rng.choice(firsts)
         picture, question = self.one(first)
@@ -103,7 +102,6 @@ class _Desk:
         for kind in self._rng.sample(others, len(others)):
             more = self._examiner.ask(kind, picture) if kind != first and len(asked) < wanted else None
             asked += [more] if more else []
-        self._rng.shuffle(asked)
         return picture, asked
 
     def _picture(self, question_type: str) -> Picture:
