@@ -218,16 +218,20 @@ class MMModule(L.LightningModule):
         types = cast(MMDataModule, self.trainer.datamodule).question_types(split)  # type: ignore[attr-defined]
         self.scores, self.blank_scores = AnswerScores(types).to(self.device), AnswerScores(types).to(self.device)
 
-    def validation_step(self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Loss and token accuracy of teacher-forced batches; exact match of generated answers."""
+    def validation_step(
+        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, list[str]] | None:
+        """Loss and token accuracy of teacher-forced batches; exact match of generated answers, which it returns."""
         if isinstance(batch, Batch):
             objective = self.objective(batch)
             if tokens := objective.num_tokens:
                 self.loss_mean.update(objective.nll / tokens, tokens)
                 self.accuracy_mean.update(objective.num_correct / tokens, tokens)
-            return
+            return None
         scores = self.blank_scores if dataloader_idx == 2 else self.scores
-        scores.update(self.answer(batch), batch.references, batch.question_types)
+        answers = self.answer(batch)
+        scores.update(answers, batch.references, batch.question_types)
+        return {"answers": answers}
 
     test_step = validation_step
 

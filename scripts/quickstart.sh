@@ -10,6 +10,11 @@ python -m lightning_mm.models.nano nano/model
 python -m lightning_mm.data.nano nano/data
 
 common=(-c configs/data/nano.yaml -c configs/trainer/cpu.yaml)
+# Where the processor multiplies bfloat16 matrices in hardware, a step takes two thirds of the time.
+if grep -qs amx_bf16 /proc/cpuinfo; then
+    echo "trainer.precision: bf16-mixed (this processor has AMX)"
+    common+=(--trainer.precision bf16-mixed)
+fi
 rm -rf runs/quickstart-connector runs/quickstart-middle
 
 echo; echo "== stage 1: ConnectorOnly. The connector is new: nothing else can learn before it points at the right words."
@@ -24,7 +29,7 @@ lightning-mm export runs/quickstart-middle
 
 echo; python scripts/summary.py runs/quickstart-connector runs/quickstart-middle
 picture=runs/quickstart-middle/samples/0000-0.png
-question="Is this an animal, food, a vehicle, a household object, clothing or a plant?"
+question="Is this an animal, food, a vehicle or a household object?"
 echo; echo "$picture: $question"
 python scripts/ask.py runs/quickstart-middle/export "$picture" "$question"
 echo; echo "report: $PWD/runs/quickstart-middle/report.html  (took $(( $(date +%s) - started )) s)"

@@ -14,9 +14,14 @@ from rich.table import Table
 from lightning_mm.callbacks.live import data_of, live
 from lightning_mm.dashboards import names
 from lightning_mm.dashboards.local import write_report
-from lightning_mm.dashboards.rundir import RunDirectory, write_json
+from lightning_mm.dashboards.rundir import RunDirectory, append_jsonl, write_json
+from lightning_mm.data.batch import PromptBatch
 from lightning_mm.decisions import decide, log
 from lightning_mm.tuning.census import Census
+
+
+GENERATIONS = 8
+"""So many answers of each validation are kept in ``generations.jsonl``."""
 
 
 class RunRecorder(Callback):
@@ -49,9 +54,13 @@ class RunRecorder(Callback):
         pl_module.log(names.REJECTED, float(len(data_of(trainer).ledger)))
 
     def on_validation_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
     ) -> None:
         self._note(trainer, batch)
+        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero:
+            append_jsonl(
+                self.run.path / "generations.jsonl", _generations(trainer.global_step, batch, outputs["answers"])
+            )
 
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
@@ -108,6 +117,21 @@ class RunRecorder(Callback):
         for logger in trainer.loggers:
             logger.save()
         write_report(self.run.path)
+
+
+def _generations(step: int, batch: PromptBatch, answers: list[str]) -> list[dict[str, Any]]:
+    """Some answers of a validation, with their pictures and what would have been right."""
+    rows = list(zip(batch.samples, batch.turns, answers, strict=True))[:GENERATIONS]
+    return [
+        {
+            "step": step,
+            "images": [str(path) for path in sample.images],
+            "question": sample.turns[turn - 1].text,
+            "truth": sample.turns[turn].text,
+            "answer": answer,
+        }
+        for sample, turn, answer in rows
+    ]
 
 
 def census_table(census: Census) -> Table:

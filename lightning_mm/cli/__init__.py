@@ -4,11 +4,14 @@ Data flow: arguments -> ``parsing`` (one-screen errors) -> ``training`` (fit, va
 -> exit status.
 """
 
+import errno
 import logging
 import sys
 import warnings
 from collections.abc import Callable
 
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.logging import RichHandler
 
@@ -36,14 +39,30 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if (told := killed_worker(error)) is None:
+    except (RuntimeError, MisconfigurationException, OSError) as error:
+        if (told := _explained(error)) is None:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
+
+
+def _explained(error: Exception) -> UserError | None:
+    """What a library's error means to the user; None where it would be our own fault."""
+    first = str(error).partition("\n")[0]
+    if isinstance(error, MisconfigurationException):
+        return UserError("The trainer cannot be set up.", first, "Change the trainer's options, or its -c file.")
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "The device is out of memory.",
+            first,
+            "Lower data.batch_size or data.max_length, or set model.activation_checkpointing true.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
+    return killed_worker(error) if isinstance(error, RuntimeError) else None
 
 
 def _verb(name: str) -> Callable[[list[str]], int]:

@@ -40,7 +40,8 @@ class Recipe:
     Args:
         image_size: Side in pixels that pictures are resized to, a multiple of 14; T = (image_size / 14) ** 2.
         vision_feature_layer: Index into the tower's 13 hidden states. The packager tuned the tower for saliency, which
-            spoiled the meaning in its top two blocks, so -4 or -3.
+            spoiled the meaning in its top blocks: a linear probe for the categories of the nano data on unseen
+            objects reads 0.71 from hidden state 8 (-5), 0.64 from 9 (-4) and 0.65 from 10 (-3), n = 132.
         seed: Of the connector's initialisation.
         dtype: Of the saved weights. float32 keeps the dequantised values exactly (4-bit codes times a 16-bit scale do
             not fit in bfloat16), and is what a CPU computes in; bfloat16 halves the folder.
@@ -48,7 +49,7 @@ class Recipe:
     """
 
     image_size: int = 112
-    vision_feature_layer: int = -4
+    vision_feature_layer: int = -5
     seed: int = 0
     dtype: Dtype = "float32"
     version: int = RECIPE_VERSION

@@ -72,6 +72,8 @@ def test_a_run_leaves_everything_in_its_folder(fit: Fit, tmp_path: Path) -> None
     overall = evaluation["rows"][-1]
     assert overall["type"] == "all"
     assert None not in (overall["before"], overall["after"], overall["no_image"], overall["majority"])
+    generations = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    assert {"step", "images", "question", "truth", "answer"} == generations[0].keys()
     assert "IntermediateOnly" in (run / "report.html").read_text()
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 6
 
@@ -144,6 +146,8 @@ def test_another_class_on_the_command_line_takes_no_mode_along(fit: Fit, tmp_pat
         (["--model.tuning", "IntermediateOnly", "--model.tuning.layers", "3-9"], "0 to 3"),
         (["--model.backbone.path", "nowhere/at/all"], "model.backbone.path"),
         (["--data.train", "nowhere.json"], "No data file nowhere.json"),
+        (["--trainer.accelerator", "gpu"], "trainer"),
+        (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true"),
         (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint nowhere.ckpt"),
         (["-c", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -206,6 +210,22 @@ def test_a_resumed_run_continues_the_curves(fit: Fit, tmp_path: Path) -> None:
     assert steps == list(range(6))
 
 
+def test_resuming_from_any_file_of_a_run_gives_the_same_end(fit: Fit, tmp_path: Path) -> None:
+    """With validation, evaluation and accumulation on: what is written between them must not be half a step."""
+    options = ["--trainer.accumulate_grad_batches", "2", "--run.save_every", "2", "--model.tuning", "ConnectorOnly"]
+    options += ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "4"]
+    assert fit(*options, "--trainer.max_steps", "6", "--run.name", "whole") == 0
+    expected = torch.load(tmp_path / "runs/whole/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    checkpoint = tmp_path / "runs/whole/checkpoints/best.ckpt"
+    assert torch.load(checkpoint, weights_only=True)["global_step"] in (2, 4, 6)
+    more = ["--trainer.max_steps", "6", "--run.name", "rest", "--ckpt_path", str(checkpoint)]
+    assert fit(*options, *more) == 0
+    resumed = torch.load(tmp_path / "runs/rest/checkpoints/last.ckpt", weights_only=True)
+    assert resumed["global_step"] == 6
+    for name, tensor in expected.items():
+        assert torch.equal(resumed["state_dict"][name], tensor), name
+
+
 def run_cli(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
     settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "lightning_mm", *arguments]
@@ -214,8 +234,10 @@ def run_cli(arguments: list[str], folder: Path, **environment: str) -> subproces
     )
 
 
-@pytest.mark.parametrize("policy", ["ConnectorOnly", "IntermediateOnly"])
-def test_two_ranks_give_the_gradients_of_one(policy: str, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("policy", "accumulate"), [("ConnectorOnly", 1), ("IntermediateOnly", 2)])
+def test_two_ranks_give_the_gradients_of_one(
+    policy: str, accumulate: int, arguments: list[str], tmp_path: Path
+) -> None:
     """After one AdamW step the first moment is a tenth of the gradient. 1e-6: fp32 sums in another order.
 
     Rows of uneven length, some without a picture, so that ranks meet batches of different kinds.
@@ -224,8 +246,9 @@ def test_two_ranks_give_the_gradients_of_one(policy: str, arguments: list[str], 
     (tmp_path / "data/train.json").write_text(json.dumps(rows))
     quick = ["--evaluation.before", "false", "--evaluation.after", "false", "--trainer.limit_val_batches", "0"]
     moments = []
-    for ranks, size in ((1, 4), (2, 2)):
+    for ranks, size in ((1, 4), (2, 2 // accumulate)):
         devices = ["--trainer.devices", str(ranks), "--trainer.strategy", "ddp" if ranks > 1 else "auto"]
+        devices += ["--trainer.accumulate_grad_batches", str(accumulate if ranks > 1 else 1)]
         options = [*arguments, *quick, *devices, "--data.batch_size", str(size), "--trainer.max_steps", "1"]
         process = run_cli(["fit", *options, "--model.tuning", policy, "--run.name", f"r{ranks}"], tmp_path)
         output, _ = process.communicate(timeout=200)

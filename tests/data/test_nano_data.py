@@ -94,7 +94,7 @@ def expected(row: Row, kind: str, question: str) -> str:
         return phrase[0].upper() + phrase[1:] + "."
     if kind == "category":
         (category,) = {box["category"] for box in row["boxes"]}
-        return PHRASES[category].capitalize() + "."
+        return PHRASES[category].removeprefix("an ").removeprefix("a ").capitalize() + "."
     if kind in ("yes_no", "presence"):
         match = re.fullmatch(r"(?:Is|Are) there (.+) in the picture\?", question)
         assert match, question

@@ -15,6 +15,8 @@ from typing import Literal
 
 Number = Literal["one", "many", "mass"]
 OTHER = "other"
+UNASKED = (OTHER, "clothing", "plant")
+"""Categories with too few drawings, or none, to be asked for."""
 CATEGORIES = ("animal", "food", "vehicle", "household", "clothing", "plant")
 
 CATALOGUE = {

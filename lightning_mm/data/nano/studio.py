@@ -12,14 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from lightning_mm.data.nano.catalogue import OTHER
+from lightning_mm.data.nano.catalogue import UNASKED
 from lightning_mm.data.nano.colours import BACKGROUNDS
 from lightning_mm.data.nano.deck import Deck
 from lightning_mm.data.nano.thing import Thing
 
 Box = tuple[int, int, int, int]
 MAX_THINGS = 5
-_SIDES = {1: (0.55, 0.95), 2: (0.36, 0.47), 3: (0.32, 0.42), 4: (0.29, 0.38), 5: (0.27, 0.34)}
+_SIDES = {1: (0.75, 0.98), 2: (0.36, 0.47), 3: (0.32, 0.42), 4: (0.29, 0.38), 5: (0.27, 0.34)}
 """Longest side of a thing, as a share of the picture's, by how many there are."""
 
 
@@ -93,8 +93,8 @@ class Studio:
         return self._decks[chosen].draw(avoid=barred)
 
     def single(self, *, with_category: bool = False) -> Picture:
-        """One thing, large; ``with_category`` leaves out the things that are of none of the six."""
-        category = self._categories.draw(avoid=(OTHER, "") if with_category else ())
+        """One thing, large; ``with_category`` leaves out things whose category is not asked for."""
+        category = self._categories.draw(avoid=UNASKED if with_category else ())
         thing = self.pick(category=category)
         return self._compose([thing], "single", turn=True)
 
