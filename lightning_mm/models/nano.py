@@ -31,7 +31,7 @@ def build_nano(
     out: Path | str,
     *,
     image_size: int = 112,
-    vision_feature_layer: int = -5,
+    vision_feature_layer: int = -3,
     seed: int = 0,
     dtype: Dtype = "float32",
     llm: Path | str | None = None,
@@ -95,7 +95,7 @@ def _check(recipe: Recipe) -> None:
         raise UserError(
             f"vision_feature_layer={recipe.vision_feature_layer} does not exist.",
             "The tower has 13 hidden states: the embedding and 12 blocks.",
-            "Use -5 (the default), -4 or -3.",
+            "Use -3 (the default), -4 or -5.",
         )
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--image_size", type=int, default=112, help="pixels, a multiple of 14 (default %(default)s)")
     parser.add_argument(
-        "--vision_feature_layer", type=int, default=-5, help="hidden state that is read (default %(default)s)"
+        "--vision_feature_layer", type=int, default=-3, help="hidden state that is read (default %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the connector (default %(default)s)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the saved weights")
