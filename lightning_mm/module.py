@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
 from lightning_mm import state
 from lightning_mm.dashboards import names
@@ -22,13 +21,14 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.loading import Backbone, fingerprint, load_model, load_skeleton
+from lightning_mm.models.answering import greedy_answers
+from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.models.processing import load_processing
-from lightning_mm.objective import Objective, anchored, supervised_nll
-from lightning_mm.scoring import ALL, AnswerScores
+from lightning_mm.objective import Objective, Window, anchored, scale_gradients, supervised_nll
+from lightning_mm.scoring import SplitScores
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
-from lightning_mm.tuning.apply import apply_plan, set_modes, trains
-from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks, remove_input_gradient_hooks
+from lightning_mm.tuning.apply import set_modes, trains
+from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.groups import (
     OptimizerSettings,
@@ -37,18 +37,8 @@ from lightning_mm.tuning.groups import (
     restore_rates,
     schedule_factor,
 )
+from lightning_mm.tuning.prepare import prepare
 from lightning_mm.tuning.reach import unread_tensors, without
-
-_GREEDY: dict[str, Any] = {
-    "do_sample": False,
-    "num_beams": 1,
-    "repetition_penalty": 1.0,
-    "no_repeat_ngram_size": 0,
-    "temperature": None,
-    "top_p": None,
-    "top_k": None,
-}
-"""Whatever the model's own generation config says, answers are the most likely tokens, one by one."""
 
 
 class MMModule(L.LightningModule):
@@ -82,9 +72,7 @@ class MMModule(L.LightningModule):
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
         self.strict_loading = False
-        self.loss_mean, self.accuracy_mean = MeanMetric(), MeanMetric()
-        self._nll: Tensor | None = None  # summed over the micro-batches since the last optimizer step
-        self._tokens = 0
+        self._window = Window()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
 
@@ -102,10 +90,7 @@ class MMModule(L.LightningModule):
         if hasattr(self, "census"):
             return
         self.processor = load_processing(self.backbone.path, self.backbone.revision).processor
-        self.model, self.anatomy, self.plan = _planned(self.backbone, self.tuning)
-        apply_plan(self.model, self.anatomy, self.plan)
-        if removed := remove_input_gradient_hooks(self.model):
-            decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
+        self.model, self.anatomy, self.plan = prepare(self.backbone, self.tuning)
         self._drop_unread()
         self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
@@ -154,9 +139,7 @@ class MMModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Summed NLL; the division comes once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
-        nll = objective.nll.detach()
-        self._nll = nll if self._nll is None else self._nll + nll
-        self._tokens += objective.num_tokens
+        self._window.add(objective)
         if batch.has_images and batch.num_supervised:
             return objective.nll
         return anchored(objective.nll, iter(self.trainable.values()))
@@ -167,20 +150,10 @@ class MMModule(L.LightningModule):
         Lightning divided by the number of micro-batches and DDP by the number of ranks; both are undone here, before
         clipping, so that neither changes what is learned.
         """
-        assert self._nll is not None
-        window = torch.stack([self._nll.double(), self._nll.new_tensor(self._tokens, dtype=torch.float64)])
-        nll, tokens = self.trainer.strategy.reduce(window, reduce_op="sum").tolist()
-        self._nll, self._tokens = None, 0
-        parameters = self.trainable
-        gradients = [p.grad for p in parameters.values() if p.grad is not None]
-        if len(gradients) < len(parameters):
-            raise _no_gradient([name for name, p in parameters.items() if p.grad is None])
+        loss, tokens = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
-        torch._foreach_mul_(gradients, scale)
-        norm = torch.nn.utils.get_total_norm(gradients)
-        if not torch.isfinite(norm):
-            raise _not_finite(self.global_step, nll / max(tokens, 1.0))
-        self.log(names.TRAIN_LOSS, nll / max(tokens, 1.0), prog_bar=True)
+        norm = scale_gradients(self.trainable, scale)
+        self.log(names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(names.GRAD_NORM, norm)
         for group in optimizer.param_groups:
             self.log(names.learning_rate(group["name"]), group["lr"])
@@ -199,14 +172,11 @@ class MMModule(L.LightningModule):
         else:
             torch.nn.utils.clip_grad_norm_(self.trainable.values(), gradient_clip_val)
 
-    @torch.no_grad()
     def answer(self, batch: PromptBatch) -> list[str]:
-        """Greedy answers, one per question, without special tokens."""
-        if not len(batch):  # every question of it fell out; the ledger says why
+        """Greedy answers, one per question; none for a batch whose questions all fell out."""
+        if not len(batch):
             return []
-        output = self.model.generate(**batch.inputs, max_new_tokens=self.max_new_tokens, **_GREEDY)
-        new = output[:, batch.inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return greedy_answers(self.model, self.processor, batch.inputs, self.max_new_tokens)
 
     def on_validation_epoch_start(self) -> None:
         self._begin_scores("val")
@@ -216,7 +186,7 @@ class MMModule(L.LightningModule):
 
     def _begin_scores(self, split: names.Stage) -> None:
         types = cast(MMDataModule, self.trainer.datamodule).question_types(split)  # type: ignore[attr-defined]
-        self.scores, self.blank_scores = AnswerScores(types).to(self.device), AnswerScores(types).to(self.device)
+        self.scores = SplitScores(types).to(self.device)
 
     def validation_step(
         self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
@@ -224,11 +194,9 @@ class MMModule(L.LightningModule):
         """Loss and token accuracy of teacher-forced batches; exact match of generated answers, which it returns."""
         if isinstance(batch, Batch):
             objective = self.objective(batch)
-            if tokens := objective.num_tokens:
-                self.loss_mean.update(objective.nll / tokens, tokens)
-                self.accuracy_mean.update(objective.num_correct / tokens, tokens)
+            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
             return None
-        scores = self.blank_scores if dataloader_idx == 2 else self.scores
+        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
         answers = self.answer(batch)
         scores.update(answers, batch.references, batch.question_types)
         return {"answers": answers}
@@ -242,14 +210,8 @@ class MMModule(L.LightningModule):
         self._log_scores("test")
 
     def _log_scores(self, split: names.Stage) -> None:
-        self.log(f"{split}/loss", self.loss_mean.compute(), prog_bar=True)
-        self.log(f"{split}/token_accuracy", self.accuracy_mean.compute())
-        for name, value in self.scores.compute().items():
-            self.log(names.exact_match(split, _typed(name)), value, prog_bar=name == ALL)
-        for name, value in self.blank_scores.compute().items():
-            self.log(names.no_image(_typed(name)), value)
-        self.loss_mean.reset()
-        self.accuracy_mean.reset()
+        for name, value in self.scores.compute(split).items():
+            self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
         """Answers with what they belong to, as plain rows."""
@@ -282,8 +244,9 @@ class MMModule(L.LightningModule):
     def settings(self) -> dict[str, Any]:
         """What a resumed run compares with its checkpoint, and says if it differs."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
         return {
-            **{f"model.optimizer.{name}": _plain(value) for name, value in asdict(self.optimizer).items()},
+            **{f"model.optimizer.{name}": value for name, value in settings.items()},
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.precision": str(trainer.precision),
             "trainer.steps": self._total_steps(),
@@ -310,40 +273,3 @@ class MMModule(L.LightningModule):
         if self._resumed is not None:
             state.restore_rank(self._resumed)
             self._resumed = None
-
-
-def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
-    """The loaded model with its plan. What trains at full rank must be known before quantisation takes it."""
-    if backbone.quantization == "none":
-        model = load_model(backbone)
-        anatomy = Anatomy.of(model)
-        return model, anatomy, tuning.plan(anatomy)
-    anatomy = Anatomy.of(load_skeleton(backbone))
-    plan = tuning.plan(anatomy)
-    keep = {name.rpartition(".")[0] for name in plan.full} & anatomy.linears | {anatomy.head}
-    return load_model(backbone, keep_full=keep), anatomy, plan
-
-
-def _typed(name: str) -> str | None:
-    """The question type as the metric vocabulary has it: none stands for all."""
-    return None if name == ALL else name
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _no_gradient(missing: list[str]) -> UserError:
-    return UserError(
-        f"{len(missing)} planned tensors got no gradient.",
-        f"Nothing in this step depended on them, such as {', '.join(missing[:3])}.",
-        "Freeze their region, or give the run data that uses it (pictures for vision and connector).",
-    )
-
-
-def _not_finite(step: int, loss: float) -> UserError:
-    return UserError(
-        f"The gradient of step {step} is not finite.",
-        f"The loss was {loss:.4g}.",
-        "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true.",
-    )

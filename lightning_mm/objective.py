@@ -6,7 +6,7 @@ head -> logits (S, V) -> summed NLL. The sum is divided once, by the supervised 
 Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_mm.data.batch import Batch
+from lightning_mm.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -78,3 +79,56 @@ def anchored(nll: Tensor, parameters: Iterator[nn.Parameter]) -> Tensor:
     A text-only batch gives the connector no gradient; a DDP rank that met one would leave the others waiting.
     """
     return nll + sum((p.flatten()[0] * 0.0 for p in parameters), torch.zeros_like(nll))
+
+
+class Window:
+    """Loss and supervised tokens of this rank since the last optimizer step."""
+
+    def __init__(self) -> None:
+        self._nll: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, objective: Objective) -> None:
+        """Count a micro-batch; nothing is read back from the device."""
+        nll = objective.nll.detach()
+        self._nll = nll if self._nll is None else self._nll + nll
+        self._tokens += objective.num_tokens
+
+    def close(self, total: Callable[[Tensor], Tensor]) -> tuple[float, float]:
+        """Mean loss per token and number of tokens over all ranks; the next window begins.
+
+        Args:
+            total: Sums a tensor over ranks.
+        """
+        assert self._nll is not None
+        held = torch.stack([self._nll.double(), self._nll.new_tensor(self._tokens, dtype=torch.float64)])
+        nll, tokens = total(held).tolist()
+        self._nll, self._tokens = None, 0
+        return nll / max(tokens, 1.0), tokens
+
+
+def scale_gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> Tensor:
+    """Multiply all gradients, in place.
+
+    Returns:
+        () norm of the scaled gradient, over all parameters.
+
+    Raises:
+        UserError: A parameter has no gradient, or the gradient is not finite: nothing has been stepped yet.
+    """
+    if missing := [name for name, parameter in parameters.items() if parameter.grad is None]:
+        raise UserError(
+            f"{len(missing)} planned tensors got no gradient.",
+            f"Nothing in this step depended on them, such as {', '.join(missing[:3])}.",
+            "Freeze their region, or give the run data that uses it (pictures for vision and connector).",
+        )
+    gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
+    torch._foreach_mul_(gradients, scale)
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if not torch.isfinite(norm):
+        raise UserError(
+            "The gradient is not finite.",
+            "Some loss or activation overflowed; the weights are as they were before this step.",
+            "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true.",
+        )
+    return norm

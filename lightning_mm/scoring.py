@@ -7,8 +7,10 @@ import re
 import warnings
 from collections.abc import Iterable, Sequence
 
-from torch import nn
-from torchmetrics import SumMetric
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, SumMetric
+
+from lightning_mm.dashboards import names
 
 ALL = "all"
 
@@ -68,3 +70,33 @@ class AnswerScores(nn.Module):
         """Begin anew."""
         for metric in (*self._right, *self._asked):
             metric.reset()
+
+
+class SplitScores(nn.Module):
+    """All that is measured on one split: loss, token accuracy, exact match, and exact match without pictures.
+
+    Args:
+        types: Question types that can occur, the same on every rank.
+    """
+
+    def __init__(self, types: Iterable[str]) -> None:
+        super().__init__()
+        self.loss, self.token_accuracy = MeanMetric(), MeanMetric()
+        types = tuple(types)
+        self.answers, self.blank_answers = AnswerScores(types), AnswerScores(types)
+
+    def add(self, nll: Tensor, num_correct: Tensor, num_tokens: int) -> None:
+        """Count a teacher-forced batch: sums over its supervised tokens."""
+        if num_tokens:
+            self.loss.update(nll / num_tokens, num_tokens)
+            self.token_accuracy.update(num_correct / num_tokens, num_tokens)
+
+    def compute(self, split: names.Stage) -> dict[str, Tensor | float]:
+        """Every metric by its name, over all ranks."""
+        values: dict[str, Tensor | float] = {f"{split}/loss": self.loss.compute()}
+        values[f"{split}/token_accuracy"] = self.token_accuracy.compute()
+        for name, value in self.answers.compute().items():
+            values[names.exact_match(split, None if name == ALL else name)] = value
+        for name, value in self.blank_answers.compute().items():
+            values[names.no_image(None if name == ALL else name)] = value
+        return values

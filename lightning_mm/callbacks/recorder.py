@@ -19,7 +19,6 @@ from lightning_mm.data.batch import PromptBatch
 from lightning_mm.decisions import decide, log
 from lightning_mm.tuning.census import Census
 
-
 GENERATIONS = 8
 """So many answers of each validation are kept in ``generations.jsonl``."""
 

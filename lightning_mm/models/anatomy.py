@@ -217,8 +217,12 @@ def _embeds_patches(module: nn.Module) -> bool:
 
 
 def _tower_blocks(tower: nn.Module) -> tuple[nn.Module, ...]:
-    """The tower's blocks: the list of modules that holds most of its weights."""
-    lists: list[nn.ModuleList] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    """The tower's blocks: of its lists of modules with attention, the one that holds most weights.
+
+    Mergers that feed several decoder layers (Qwen3-VL) are a list too, and can be the heavier one.
+    """
+    every: list[nn.ModuleList] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    lists = [m for m in every if any("attn" in n or "attention" in n for n, _ in m[0].named_modules())] or every
     sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
     return tuple(lists[sizes.index(max(sizes))]) if lists else ()
 

@@ -168,7 +168,7 @@ def test_example_and_majority(module: Make, folder: Path) -> None:
     batch = data.example_batch()
     assert [sample.id for sample in batch.samples] == ["0"]
     assert batch.num_supervised > 0
-    assert data.majority_answers() == {"any": "Ho", "colour": "Red", "number": "0"}
+    assert data.majority_answers() == {"any": "ho", "colour": "red", "number": "0"}
 
 
 def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:

@@ -182,7 +182,7 @@ def test_answers_are_even(rows: dict[str, list[Row]]) -> None:
     for kind in ("yes_no", "presence", "caption_match", "left_right"):
         one, other = answers[kind].values()
         assert one == other, kind
-    assert set(answers["category"].values()) == {SMALL.test["category"] // len(CATEGORIES)}
+    assert set(answers["category"].values()) == {SMALL.test["category"] // len(PHRASES)}
     assert set(answers["count"].values()) == {SMALL.test["count"] // 5}
     for kind in ("category", "colour", "flag_continent", "flag_country"):
         assert max(answers[kind].values()) <= 0.35 * answers[kind].total(), kind

@@ -103,7 +103,7 @@ def test_a_quantised_model_is_no_complete_folder(llava: Path, tmp_path: Path) ->
     model = load_model(Backbone(path=str(s.base), quantization="nf4"), keep_full={"lm_head"})
     with pytest.raises(UserError, match="quantised model") as caught:
         export_full(model, s.processing.processor, tmp_path / "out", s.origin)
-    assert "model.backbone.quantization" in caught.value.fix
+    assert "lightning-mm export" in caught.value.fix
 
 
 @pytest.mark.parametrize("base", ['org/model: a "colon"', "org/model"])

@@ -156,14 +156,14 @@ def saved_by_block(module: MMModule, batch: Batch) -> dict[str, int]:
 
 def test_input_gradient_hooks_are_taken_off(family: Family, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """What PEFT and transformers set for their own checkpointing puts the frozen prefix into the graph."""
-    from lightning_mm import module as module_file
+    from lightning_mm.tuning import prepare as loading_room
 
     def hooked(backbone: Backbone) -> nn.Module:
         model = load_model(backbone)
         model.enable_input_require_grads()
         return model
 
-    monkeypatch.setattr(module_file, "load_model", hooked)
+    monkeypatch.setattr(loading_room, "load_model", hooked)
     module = configured(family("llava"), IntermediateOnly(layers="2"))
     saved = saved_by_block(module, batch_of(family("llava"), data))
     assert saved["vision"] == saved[module.anatomy.layers[0]] == 0

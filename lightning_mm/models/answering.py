@@ -1,0 +1,35 @@
+"""Answers by generation: the most likely tokens, one by one, whatever the model's own generation config says.
+
+Data flow: left-padded questions -> ``generate`` -> new tokens -> text without special tokens.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "temperature": None,
+    "top_p": None,
+    "top_k": None,
+}
+
+
+@torch.no_grad()
+def greedy_answers(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+    """One answer per row.
+
+    Args:
+        model: A transformers model.
+        processor: Its processor.
+        inputs: What ``generate`` takes; ``input_ids`` (B, L), left-padded.
+        max_new_tokens: Longest answer.
+    """
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, **_GREEDY)
+    new = output[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
