@@ -6,6 +6,7 @@ Data flow: jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1`` sho
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,9 +51,8 @@ def explained(message: str, options: Iterable[str]) -> UserError:
     if unknown:
         known = _fields_of(message)
         dotted = ".".join([*keys, unknown[1]])
-        return UserError(
-            f"{dotted} is no option.", why, suggestion(unknown[1], known) or f"Options: {', '.join(known)}."
-        )
+        fix = suggestion(unknown[1], known) or f"Options: {', '.join(known)}."
+        return UserError(f"{dotted} is no option.", "The class named there does not have it.", fix)
     dotted = ".".join(dict.fromkeys(keys)) if keys else ""
     if dotted.endswith("tuning") and "import path" in message:
         value = re.search(r"import path string: (\S+)", message)
@@ -152,7 +152,7 @@ def _policies() -> list[str]:
 def _fields_of(message: str) -> list[str]:
     match = re.search(r"class_path '[\w.]*?(\w+)'", message)
     policy = getattr(tuning, match[1], None) if match else None
-    return list(getattr(policy, "__dataclass_fields__", {}))
+    return [field.name for field in fields(policy)] if policy is not None else []
 
 
 def _listed(names: Iterable[str]) -> str:
