@@ -97,6 +97,18 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(
     assert all(torch.equal(p, before[n]) for n, p in held[0].trainable.items())
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_clipping_works_with_fused_adamw_in_every_precision(
+    precision: str, family: Family, data: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first moment after one step is a tenth of the clipped gradient. 1e-5: the norm is taken in fp32."""
+    options = {"precision": precision, "gradient_clip_val": 1e-3, "max_steps": 1}
+    _, trainer = train(family("llava"), data, tmp_path, tuning=IntermediateOnly(layers="1-2"), **options)
+    moments = [state["exp_avg"] * 10 for state in trainer.optimizers[0].state.values()]
+    assert float(trainer.callback_metrics["train/grad_norm"]) > 1e-3
+    assert float(torch.nn.utils.get_total_norm(moments)) == pytest.approx(1e-3, rel=1e-5)
+
+
 def test_8bit_adamw_trains_and_its_state_loads_without_pickle(
     family: Family, data: dict[str, Path], tmp_path: Path
 ) -> None:

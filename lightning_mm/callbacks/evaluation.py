@@ -38,10 +38,6 @@ class Asked:
     def question_type(self) -> str:
         return self.sample.turns[self.turn].question_type
 
-    @property
-    def correct(self) -> bool:
-        return is_correct(self.answer, self.truth)
-
 
 class HeldOutEvaluation(Callback):
     """Accuracy by question type on the test split (validation split if there is none).
