@@ -4,10 +4,10 @@ Data flow: paths -> ``sources`` -> checked image headers -> ``collator`` behind 
 out on the way is in ``ledger``.
 """
 
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,17 +15,19 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.images import BadImage, check_header
 from lightning_mm.data.ledger import Ledger
-from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
-from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, ranks, training_loader
+from lightning_mm.data.preflight import Preflight
+from lightning_mm.data.probe_collator import ProbeCollator
+from lightning_mm.data.probe_sets import ProbeSet
+from lightning_mm.data.probing import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
+from lightning_mm.data.sample import Sample
 from lightning_mm.data.sources import read
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.processing import Processing, load_processing
 
 Question = tuple[Sample, int]
-_MAX_HEADERS = 20_000
 
 
 class MMDataModule(L.LightningDataModule):
@@ -49,6 +51,10 @@ class MMDataModule(L.LightningDataModule):
             given.
         processor: Folder or hub name of the model that the processor is loaded from.
         revision: Commit, tag or branch of a hub processor.
+        probes: Pictures to look inside the model with: rows with captions and objects, LLaVA's conversations, one of
+            COCO's annotation files, or a probe set that was saved. Taken from val, or else test, if not given.
+        probe_images: Most pictures that one look inside takes.
+        probe_prompt: Asks whether a caption, put in the place of {caption}, is right about the picture.
 
     Attributes:
         ledger: What is not used, and why.
@@ -71,9 +77,13 @@ class MMDataModule(L.LightningDataModule):
         generation_samples: int | None = None,
         processor: str = "",
         revision: str | None = None,
+        probes: str | None = None,
+        probe_images: int = 64,
+        probe_prompt: str = ENTAILMENT_PROMPT,
     ) -> None:
         super().__init__()
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
         self.paths = {"train": train, "val": val, "test": test, "predict": predict}
         self.image_root, self.processor, self.revision = image_root, processor, revision
@@ -81,8 +91,10 @@ class MMDataModule(L.LightningDataModule):
         self.max_length, self.max_megapixels = max_length, max_megapixels
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
         self.ledger = Ledger(max_bad_fraction)
+        self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
         self._samples: dict[str, tuple[Sample, ...]] = {}
-        self._checked_images: dict[Path, str | None] = {}
+        self._preflight = Preflight(self.ledger, max_megapixels)
+        self._probe_set: ProbeSet | None = None
 
     def setup(self, stage: str) -> None:
         """Read the files of this stage, on every rank, so that mistakes show before the model is loaded.
@@ -107,7 +119,7 @@ class MMDataModule(L.LightningDataModule):
             rows = read(path, self.image_root, answers_required=split != "predict")
             self.ledger.num_rows += rows.num_rows
             self.ledger.add(rows.rejections)
-            self._samples[split] = tuple(self._with_good_headers(rows.samples))
+            self._samples[split] = tuple(self._preflight.sound(rows.samples))
             self.ledger.check()
         return self._samples.get(split, ())
 
@@ -157,6 +169,46 @@ class MMDataModule(L.LightningDataModule):
         """The questions of a split, or the first of them, with their pictures or with grey ones."""
         return self._loader(self._questions(split, limit), self._prompt_collator(blank_images))
 
+    def probe_set(self) -> ProbeSet:
+        """The rows to look inside the model with: drawn once, with a seed of its own, and the same on every rank.
+
+        Raises:
+            UserError: There is no file to draw from, or nothing in it can be probed.
+        """
+        if self._probe_set is None:
+            self._probe_set = open_probe_set(
+                self.probes or file_for_probes(self.paths),
+                self.image_root,
+                self.ledger,
+                max_pictures=self.probe_images,
+                prompt=self.probe_prompt,
+                max_megapixels=self.max_megapixels,
+            )
+        return self._probe_set
+
+    def probe_loader(self, probe_set: ProbeSet) -> GuardedLoader:
+        """This rank's share of a probe set, each row once over all ranks, rows of like length together.
+
+        Whole batches are dealt out, so that which rows share one, and with it every digit of what is read, does not
+        depend on the number of ranks.
+        """
+        rows = sorted(probe_set.rows, key=lambda row: (row.role, len(row.text), row.id))
+        collator = ProbeCollator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
+        collator.say_what_is_missing(rows)
+        size = max(1, min(self.eval_batch_size, len(rows) // ranks()[1]))
+        if size < self.eval_batch_size:
+            decide("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {ranks()[1]} ranks")
+        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+        return evaluation_loader(batches, _Only(collator), batch_size=1, num_workers=self.num_workers)
+
+    def sample_batches(self, count: int, size: int = 4) -> list[Batch]:
+        """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
+        samples = self.samples("train")
+        drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
+        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+        cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+        return [batch for part in cut if (batch := collator(part)).num_supervised]
+
     def example_batch(self) -> Batch:
         """The first conversation with a picture, alone, to measure a step with.
 
@@ -183,26 +235,6 @@ class MMDataModule(L.LightningDataModule):
             counts.setdefault(turn.question_type, Counter())[turn.text.strip().rstrip(".").casefold()] += 1
         return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}
 
-    def _with_good_headers(self, samples: tuple[Sample, ...]) -> Iterator[Sample]:
-        for sample in samples:
-            fault = next((fault for path in sample.images if (fault := self._header_fault(path))), None)
-            if fault is None:
-                yield sample
-            else:
-                self.ledger.add([Rejection(sample.origin, fault)])
-
-    def _header_fault(self, path: Path) -> str | None:
-        if path not in self._checked_images:
-            if len(self._checked_images) >= _MAX_HEADERS:
-                decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
-                return None
-            try:
-                check_header(path, self.max_megapixels)
-                self._checked_images[path] = None
-            except BadImage as error:
-                self._checked_images[path] = str(error)
-        return self._checked_images[path]
-
     def _questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
         questions = [(sample, index) for sample in self.samples(split) for index in sample.answers]
         return tuple(questions[:limit])
@@ -222,6 +254,16 @@ class MMDataModule(L.LightningDataModule):
         return PromptCollator(
             self.processing, self.max_length, max_megapixels=self.max_megapixels, blank_images=blank_images
         )
+
+
+class _Only:
+    """Collates batches that are whole already."""
+
+    def __init__(self, collate: Callable[..., Any]) -> None:
+        self._collate = collate
+
+    def __call__(self, batches: list[Any]) -> Any:
+        return self._collate(batches[0])
 
 
 def _refuse_below(least: int, **options: int | None) -> None:

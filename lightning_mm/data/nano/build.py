@@ -1,8 +1,8 @@
 """Builds the nano data: real pictures with true text, drawn from installed packages into the ordinary on-disk format.
 
 Data flow: ``openmoji`` and ``stamps`` give Things; ``splits`` shares them out; ``rows`` makes pictures with
-questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``images/``, ``LICENSE.txt`` and
-``manifest.json`` into a new folder, all or nothing.
+questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``probes.json``, ``images/``, ``LICENSE.txt``
+and ``manifest.json`` into a new folder, all or nothing.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from lightning_mm.data.nano import openmoji
 from lightning_mm.data.nano.catalogue import entries
 from lightning_mm.data.nano.countries import Country, countries
 from lightning_mm.data.nano.licence import licence_text
+from lightning_mm.data.nano.probes import probe_rows
 from lightning_mm.data.nano.rows import Row, Stock, single_turn_rows, train_rows
 from lightning_mm.data.nano.splits import Split, split_things
 from lightning_mm.data.nano.stamps import load_stamps, stamps_digest
@@ -34,13 +35,14 @@ DRAWN_AT = 160
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is made: train pictures per kind, val and test questions per type."""
+    """How much is made: train pictures per kind, val and test questions per type, pictures to look inside with."""
 
     train: Mapping[str, int] = field(
         default_factory=lambda: {"single": 1400, "crowd": 400, "gathering": 400, "flag": 200}
     )
     val: Mapping[str, int] = field(default_factory=lambda: _quotas(12, 12, 36))
     test: Mapping[str, int] = field(default_factory=lambda: _quotas(40, 18, 96))
+    probes: int = 400
 
 
 def _quotas(common: int, flags: int, category: int) -> dict[str, int]:
@@ -50,7 +52,10 @@ def _quotas(common: int, flags: int, category: int) -> dict[str, int]:
 
 
 SMALL = Sizes(
-    train={"single": 30, "crowd": 16, "gathering": 16, "flag": 10}, val=_quotas(2, 2, 6), test=_quotas(10, 6, 24)
+    train={"single": 30, "crowd": 16, "gathering": 16, "flag": 10},
+    val=_quotas(2, 2, 6),
+    test=_quotas(10, 6, 24),
+    probes=40,
 )
 """For tests and first looks: the same things in all, far fewer pictures."""
 
@@ -78,7 +83,7 @@ def build_nano_data(
         "recipe": _recipe_digest(),
         "seed": seed,
         "image_size": image_size,
-        "sizes": {split: dict(counts) for split, counts in asdict(sizes).items()},
+        "sizes": asdict(sizes),
         "packages": openmoji.require_packages(),
         "stamps": stamps_digest(stamps) if stamps else None,
     }
@@ -141,13 +146,16 @@ def _stocks(seed: int, stamps: Path | None) -> tuple[dict[Split, Stock], list[Re
 def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: Sizes) -> None:
     seed, size = recipe["seed"], recipe["image_size"]
     stocks, rejected = _stocks(seed, stamps)
+    # Not from what is tested: layers are chosen by what probes say.
+    seen = Stock([*stocks["train"].things, *stocks["val"].things], (), {})
     (folder / "images").mkdir(parents=True)
     made = chain(
         train_rows(stocks["train"], sizes.train, seed, size),
         single_turn_rows("val", stocks["val"], sizes.val, seed, size),
         single_turn_rows("test", stocks["test"], sizes.test, seed, size),
+        probe_rows(seen, sizes.probes, seed, size),
     )
-    rows: dict[str, list[Row]] = {"train": [], "val": [], "test": []}
+    rows: dict[str, list[Row]] = {"train": [], "val": [], "test": [], "probes": []}
     for row, picture in made:
         picture.pixels.save(folder / row["image"])
         rows[row["id"].partition("-")[0]].append(row)
@@ -183,7 +191,7 @@ def _recipe_digest() -> str:
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each JSON file, and of the picture set: names and bytes, in the order of the names."""
     digests = {}
-    for split in ("train", "train_single", "val", "test"):
+    for split in ("train", "train_single", "val", "test", "probes"):
         path = folder / f"{split}.json"
         digests[path.name] = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
     pictures = hashlib.sha256()

@@ -5,7 +5,7 @@ Data flow: ``build`` writes the text into ``LICENSE.txt``.
 
 from collections.abc import Mapping
 
-_OPENMOJI = """The pictures in images/ and the rows of the three .json files are adapted from OpenMoji {version}.
+_OPENMOJI = """The pictures in images/ and the rows of the .json files are adapted from OpenMoji {version}.
 
 All emojis designed by OpenMoji - the open-source emoji and icon project (https://openmoji.org).
 License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/).

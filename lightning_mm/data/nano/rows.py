@@ -48,7 +48,7 @@ def train_rows(stock: Stock, counts: Mapping[str, int], seed: int, size: int) ->
     random.Random(f"{seed}:train:order").shuffle(order)
     for number, kind in enumerate(order):
         picture, questions = desks[kind].several()
-        yield _row("train", number, picture, questions), picture
+        yield made_row("train", number, picture, questions), picture
 
 
 def single_turn_rows(
@@ -63,7 +63,7 @@ def single_turn_rows(
     desks = {kind: _Desk(stock, _made_for(kind), random.Random(f"{seed}:{split}:{kind}"), size) for kind in quotas}
     for number, (_, kind) in enumerate(sorted(places)):
         picture, question = desks[kind].one(kind)
-        yield _row(split, number, picture, [question]), picture
+        yield made_row(split, number, picture, [question]), picture
 
 
 def _made_for(question_type: str) -> str:
@@ -112,8 +112,8 @@ class _Desk:
         return self._studio.crowd() if self._kind == "crowd" else self._studio.flag()
 
 
-def _row(split: str, number: int, picture: Picture, questions: Sequence[Question]) -> Row:
-    """A row in LLaVA's form, with what is true of the picture beside it; every row has the same keys."""
+def made_row(split: str, number: int, picture: Picture, questions: Sequence[Question]) -> Row:
+    """A row in LLaVA's form, with what is true of the picture beside it; every row has these keys."""
     turns: list[Row] = []
     for question in questions:
         mark = "" if turns else f"{IMAGE_MARK}\n"

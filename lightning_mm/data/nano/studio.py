@@ -114,27 +114,33 @@ class Studio:
         first = self.pick()
         return self._compose([first, *self._different(first, self._rng.randint(1, most - 1))], "scene", turn=True)
 
+    def scene(self, things: Sequence[Thing]) -> Picture:
+        """These things, each as large as in a scene of two or more."""
+        return self._compose(things, "scene", turn=True, sides=_SIDES[max(2, len(things))])
+
     def _different(self, first: Thing, count: int) -> list[Thing]:
         chosen = [first]
         for _ in range(count):
             chosen.append(self.pick(apart_from=chosen))
         return chosen[1:]
 
-    def _compose(self, things: Sequence[Thing], kind: str, *, turn: bool) -> Picture:
+    def _compose(
+        self, things: Sequence[Thing], kind: str, *, turn: bool, sides: tuple[float, float] | None = None
+    ) -> Picture:
         """Draw: a ground that no thing is of the colour of, then each thing at its own size, place and side."""
         own = {thing.colour for thing in things} if turn else set()
         background = self._grounds.draw(avoid=[name for name in BACKGROUNDS if name in own])
         pixels = _ground(BACKGROUNDS[background], self._size, self._rng)
-        cutouts = [self._sized(thing, len(things), turn) for thing in things]
+        cutouts = [self._sized(thing, sides or _SIDES[len(things)], turn) for thing in things]
         boxes = self._places([cutout.size for cutout in cutouts])
         for cutout, box in zip(cutouts, boxes, strict=True):
             pixels.paste(cutout, box[:2], cutout)
         placed = tuple(Placed(thing, box) for thing, box in zip(things, boxes, strict=True))
         return Picture(pixels, placed, background, kind, things[0])
 
-    def _sized(self, thing: Thing, among: int, turn: bool) -> Image.Image:
+    def _sized(self, thing: Thing, sides: tuple[float, float], turn: bool) -> Image.Image:
         cutout = thing.cutout
-        side = self._rng.uniform(*_SIDES[among]) * self._size
+        side = self._rng.uniform(*sides) * self._size
         scale = side / max(cutout.size)
         width, height = (max(1, round(length * scale)) for length in cutout.size)
         cutout = cutout.resize((width, height), Image.Resampling.LANCZOS)

@@ -1,0 +1,107 @@
+"""A probe set as a file: JSON that names its pictures and carries its hash.
+
+Data flow: ``ProbeSet.save`` -> ``write``; ``read`` -> ``Told`` -> ``ProbeSet.load``, which checks the hash.
+
+Pictures are named relative to ``image_root``, the folder that holds all of them, and may not leave it.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning_mm.data.probe_rows import Label, ObjectBox, ProbeRow, Role
+from lightning_mm.data.sample import Sample, Turn
+from lightning_mm.errors import UserError
+
+FORMAT = "lightning_mm probe set 1"
+"""The first value of each such file."""
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a file says, as a ProbeSet has it."""
+
+    rows: tuple[ProbeRow, ...]
+    classes: Mapping[str, tuple[str, ...]]
+    seed: int
+    source: str
+    hash: str
+
+
+def write(
+    path: Path, rows: Sequence[ProbeRow], classes: Mapping[str, Sequence[str]], *, seed: int, source: str, hash: str
+) -> None:
+    """Write a set; a reader never finds half of one."""
+    folders = {image.parent for row in rows for image in row.sample.images}
+    root = Path(os.path.commonpath(folders)) if folders else Path()
+    told = {
+        "format": FORMAT,
+        "hash": hash,
+        "seed": seed,
+        "source": source,
+        "image_root": str(root),
+        "classes": {probe: list(names) for probe, names in classes.items()},
+        "rows": [{**row.told(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
+    }
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    fresh.replace(path)
+
+
+def is_probe_set(head: str) -> bool:
+    """Whether a file that begins so was written by ``write``."""
+    return FORMAT in head[:200]
+
+
+def read(path: Path) -> Told:
+    """Read a set that was saved; that it is the same is for the caller to check, by the hash.
+
+    Raises:
+        UserError: No such file, or not what ``write`` writes.
+    """
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        if told["format"] != FORMAT:
+            raise ValueError(f"its format is {told['format']!r}, not {FORMAT!r}")
+        root = Path(told["image_root"]).resolve()
+        rows = tuple(_row(row, root, f"{path.name}[{number}]") for number, row in enumerate(told["rows"]))
+        classes = {str(probe): tuple(map(str, names)) for probe, names in told["classes"].items()}
+        return Told(rows, classes, int(told["seed"]), str(told["source"]), str(told["hash"]))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
+        raise UserError(
+            f"{path} cannot be read as a probe set.",
+            f"{type(error).__name__}: {error}.",
+            "Name a file that a run or an inspection has saved (probe_set.json), or draw the set anew.",
+        ) from error
+
+
+def _row(told: Mapping[str, Any], root: Path, origin: str) -> ProbeRow:
+    images = tuple((root / name).resolve() for name in told["images"])
+    for image in images:
+        if not image.is_relative_to(root) or not image.is_file():
+            raise ValueError(f"{origin}: no picture {image} in {root}")
+    if told["role"] not in get_args(Role):
+        raise ValueError(f"{origin}: there is no role {told['role']!r}")
+    boxes = tuple(ObjectBox(str(each["name"]), _box(each["box"])) for each in told["boxes"])
+    return ProbeRow(
+        id=str(told["id"]),
+        group=str(told["group"]),
+        role=told["role"],
+        sample=Sample(str(told["id"]), (Turn("user", str(told["text"])),), images, origin),
+        span=str(told["span"]),
+        labels={str(probe): _label(label) for probe, label in told["labels"].items()},
+        boxes=boxes,
+        blank=bool(told["blank"]),
+    )
+
+
+def _box(edges: Sequence[float]) -> tuple[float, float, float, float]:
+    left, top, right, bottom = map(float, edges)
+    return left, top, right, bottom
+
+
+def _label(label: int | Sequence[int]) -> Label:
+    return tuple(map(int, label)) if isinstance(label, list) else int(label)  # type: ignore[arg-type]

@@ -1,0 +1,178 @@
+"""Which image tokens show a part of a picture.
+
+Data flow: a picture's size, the number of its tokens and what the processor says of their grid -> ``Grids.weights`` of
+a box -> ``probe_collator``.
+
+Two kinds of models are understood. Where the processor tells a grid (``image_grid_thw``, as Qwen-VL's do), the whole
+picture is resized onto it, and tokens come row by row, each of ``merge_size`` x ``merge_size`` patches. Elsewhere one
+square of pixels must come out per picture, whose tokens are its patches, or equal blocks of them, row by row, with or
+without one class token in front. Which part of the picture that square shows (resized? cropped? padded?) is not read
+off the processor's options but found out: a picture whose colours are its coordinates is sent through it.
+
+Shapes: T image tokens of one picture; C colours, H and W of the square of pixels.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lightning_mm.data.probing.scenes import Box
+
+Encode = Callable[[Image.Image], Mapping[str, Tensor]]
+"""A picture through the model's processor: what its forward would take."""
+
+NO_OBJECT_SITES = "no object sites"
+_TILES = f"{NO_OBJECT_SITES}: the picture is cut into tiles"
+_NO_GRID = f"{NO_OBJECT_SITES}: the picture's tokens form no grid"
+_QUERIES = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
+_WARPED = f"{NO_OBJECT_SITES}: the processor does more to a picture than resize, crop and pad it"
+_QUERY_KEYS = re.compile("perceiver|q_?former|resampler|num_quer|latents")
+
+
+@dataclass(frozen=True)
+class Window:
+    """What the vision tower sees: edges in the picture's pixels, beyond it where it is padded; and of what comes out,
+    height and width in pixels."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    height: int
+    width: int
+
+    def cut(self, height: int, width: int) -> "Window":
+        """Its upper left part of so many pixels."""
+        right = self.left + (self.right - self.left) * width / self.width
+        bottom = self.top + (self.bottom - self.top) * height / self.height
+        return Window(self.left, self.top, right, bottom, height, width)
+
+
+class Grids:
+    """The grids of one model.
+
+    Args:
+        encode: The model's processor.
+        config: The model's config, as a dictionary.
+        merge_size: Patches per token and direction, for processors that tell their grid in patches.
+    """
+
+    def __init__(self, encode: Encode, config: Mapping[str, Any], merge_size: int = 1) -> None:
+        self._encode, self._merge_size = encode, merge_size
+        self._has_queries = any(_QUERY_KEYS.search(key) for key in config)
+        self._patch = _patch_size(config)
+        self._windows: dict[tuple[int, int], Window | str] = {}
+        self._black_white: tuple[Tensor, Tensor] | None = None
+
+    def weights(self, box: Box, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> Tensor | str:
+        """How much of a box each image token shows, or why that is not known.
+
+        Args:
+            box: In the picture's pixels.
+            size: Width and height of the picture.
+            num_tokens: T.
+            thw: (3,) the grid in patches, if the processor tells it.
+
+        Returns:
+            (T,) overlaps of the tokens' areas with the box, not normalised; all zero where the box is cut off.
+        """
+        layout = self._told(size, num_tokens, thw) if thw is not None else self._found(size, num_tokens)
+        if isinstance(layout, str):
+            return layout
+        window, rows, columns = layout
+        across = _overlaps(box[0], box[2], window.left, window.right, columns)
+        down = _overlaps(box[1], box[3], window.top, window.bottom, rows)
+        shown = torch.outer(down, across).flatten()
+        return torch.cat([torch.zeros(num_tokens - len(shown)), shown])
+
+    def _told(self, size: tuple[int, int], num_tokens: int, thw: Tensor) -> tuple[Window, int, int] | str:
+        frames, rows, columns = (int(n) for n in thw)
+        rows, columns = rows // self._merge_size, columns // self._merge_size
+        if frames != 1 or rows * columns != num_tokens:
+            return _NO_GRID
+        return Window(0, 0, size[0], size[1], rows, columns), rows, columns
+
+    def _found(self, size: tuple[int, int], num_tokens: int) -> tuple[Window, int, int] | str:
+        if self._has_queries:
+            return _QUERIES
+        if size not in self._windows:
+            self._windows[size] = self._seen(size)
+        window = self._windows[size]
+        if isinstance(window, str) or self._patch is None:
+            return window if isinstance(window, str) else _NO_GRID
+        down, across = window.height // self._patch, window.width // self._patch
+        for number in (num_tokens, num_tokens - 1):
+            block = math.isqrt(down * across // max(1, number))
+            if number > 1 and block and (down % block, across % block) == (0, 0):
+                rows, columns = down // block, across // block
+                if rows * columns == number:
+                    return window.cut(down * self._patch, across * self._patch), rows, columns
+        return _NO_GRID
+
+    def _seen(self, size: tuple[int, int]) -> Window | str:
+        """Send a picture through whose red is x, whose green is y and whose blue is full."""
+        if self._black_white is None:
+            black, white = (self._pixels(Image.new("RGB", size, colour)) for colour in ("black", "white"))
+            if isinstance(black, str) or isinstance(white, str):
+                return black if isinstance(black, str) else str(white)
+            inside = (white - black).abs().sum(0).flatten().argmax()
+            self._black_white = black.flatten(1)[:, inside], white.flatten(1)[:, inside]
+        ramp = np.full((size[1], size[0], 3), 255, dtype=np.uint8)
+        ramp[..., 0] = np.linspace(0, 255, size[0]).round()[None, :]
+        ramp[..., 1] = np.linspace(0, 255, size[1]).round()[:, None]
+        pixels_CHW = self._pixels(Image.fromarray(ramp, "RGB"))
+        if isinstance(pixels_CHW, str):
+            return pixels_CHW
+        black, white = (value_C[:, None, None] for value_C in self._black_white)
+        red_HW, green_HW, blue_HW = (pixels_CHW - black) / (white - black)
+        across, down = _edges(red_HW, blue_HW, size[0]), _edges(green_HW.T, blue_HW.T, size[1])
+        if across is None or down is None:
+            return _WARPED
+        return Window(across[0], down[0], across[1], down[1], *red_HW.shape)
+
+    def _pixels(self, image: Image.Image) -> Tensor | str:
+        """(3, height, width) of a picture that comes out as one square."""
+        pixels = self._encode(image).get("pixel_values")
+        if pixels is None or pixels.dim() < 4 or pixels.shape[-3] != 3:
+            return _NO_GRID
+        squares = pixels.reshape(-1, *pixels.shape[-3:])
+        return squares[0].double() if len(squares) == 1 else _TILES
+
+
+def _overlaps(start: float, end: float, left: float, right: float, number: int) -> Tensor:
+    """Lengths that [start, end] shares with each of so many equal parts of [left, right]."""
+    edges = torch.linspace(left, right, number + 1, dtype=torch.float64)
+    return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0).float()
+
+
+def _edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, float] | None:
+    """Where the first and the last column lie in a picture of this length, by a straight line through one row's shares
+    of the ramp; None if they lie on no line. The ends of the ramp, which resizing bends, are left out."""
+    is_inside_HW = (inside_HW - 1).abs() < 0.1
+    row = int(is_inside_HW.sum(1).argmax())
+    shares = ramp_HW[row]
+    use = ((shares > 0.1) & (shares < 0.9) & is_inside_HW[row]).nonzero().flatten()
+    if len(use) < 2:
+        return None
+    at = use.double() + 0.5
+    there = shares[use] * (length - 1) + 0.5
+    slope = ((at - at.mean()) * (there - there.mean())).sum() / (at - at.mean()).square().sum()
+    start = there.mean() - slope * at.mean()
+    if slope <= 0 or (there - start - slope * at).abs().max() > max(1.5, 0.02 * length):
+        return None
+    return float(start), float(start + slope * ramp_HW.shape[1])
+
+
+def _patch_size(config: Mapping[str, Any]) -> int | None:
+    """The side of a patch in pixels; None if the vision tower's config does not tell it, or patches are not square."""
+    size = (config.get("vision_config") or {}).get("patch_size")
+    sides = set(size) if isinstance(size, list | tuple) else {size}
+    side = sides.pop() if len(sides) == 1 else None
+    return side if isinstance(side, int) and side > 0 else None
