@@ -14,6 +14,7 @@ Partial fine-tuning of multimodal LLMs, and a look inside while they train.
   validate   loss, token accuracy and exact match on the validation split
   test       the same on the test split, and without pictures
   predict    answer the questions of a file; writes runs/<name>/predictions.jsonl
+  inspect    read every layer of a model or run: probes, geometry, and which layers are worth training
   export     write a trained run as a Hugging Face folder or a PEFT adapter, and prove it equal
   report     write report.html of a run anew
 

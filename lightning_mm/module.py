@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_mm import state
+from lightning_mm.callbacks.choosing import choose_layers
 from lightning_mm.dashboards import names
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
@@ -39,6 +40,7 @@ from lightning_mm.tuning.groups import (
 )
 from lightning_mm.tuning.prepare import prepare
 from lightning_mm.tuning.reach import unread_tensors, without
+from lightning_mm.tuning.selection import AutoRange, Selection, asks_for_selection, with_layers
 
 
 class MMModule(L.LightningModule):
@@ -50,6 +52,7 @@ class MMModule(L.LightningModule):
         optimizer: AdamW and its schedule.
         activation_checkpointing: Recompute blocks in backward to save memory; only those that backward crosses anyway.
         max_new_tokens: Longest answer that is generated in validation, test and predict.
+        auto: How layers are chosen where the policy says ``layers: auto``.
     """
 
     model: Any  # a transformers model; its class is known at run time only
@@ -64,6 +67,7 @@ class MMModule(L.LightningModule):
         optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (frozen)
         activation_checkpointing: bool = False,
         max_new_tokens: int = 16,
+        auto: AutoRange = AutoRange(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
@@ -75,6 +79,9 @@ class MMModule(L.LightningModule):
         self._window = Window()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
+        self.auto = auto
+        self.selection: Selection | None = None
+        self._layers: tuple[int, ...] | None = None
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
@@ -90,6 +97,8 @@ class MMModule(L.LightningModule):
         if hasattr(self, "census"):
             return
         self.processor = load_processing(self.backbone.path, self.backbone.revision).processor
+        if asks_for_selection(self.tuning):
+            self.tuning, self.selection = self._chosen()
         self.model, self.anatomy, self.plan = prepare(self.backbone, self.tuning)
         self._drop_unread()
         self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
@@ -98,6 +107,20 @@ class MMModule(L.LightningModule):
             blocks = blocks_in_graph(self.model, self.anatomy, self.plan)
             checkpoint_blocks(self.model, blocks)
             decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+
+    def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
+        """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""
+        if self._layers is not None:
+            return with_layers(self.tuning, self._layers), None
+        if self._trainer is None or getattr(self.trainer, "datamodule", None) is None:
+            raise UserError("layers: auto needs data.", "Layers are chosen by reading the model.", "Run it with fit.")
+        selection = choose_layers(self.backbone, self.tuning, self.auto, self.trainer)
+        return with_layers(self.tuning, selection.chosen.layers), selection
+
+    def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
+        """Take over what the run that wrote a checkpoint had found out about its model."""
+        saved = checkpoint[state.KEY]
+        self.unread, self._layers = tuple(saved["unread"]), tuple(saved["layers"])
 
     def _drop_unread(self) -> None:
         """Freeze what the policy names and the model never reads (the top of LLaVA's tower, say)."""

@@ -73,6 +73,55 @@ def make_rows(folder: Path, count: int, *, seed: int = 0, text_only: bool = Fals
     return rows
 
 
+COLOURS = ("red", "green", "blue", "white")
+SIZES = {"tiny": 8, "small": 12, "big": 18}
+GROUNDS = ("black", "grey", "brown", "purple")
+
+
+def make_probe_rows(folder: Path, count: int, *, seed: int = 0) -> Path:
+    """Pictures of one or two squares, no two alike, with what is true and false of them, in the documented format."""
+    generator = random.Random(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    things = [(size, colour) for size in SIZES for colour in COLOURS]
+    ones = [([one], ground) for one in things for ground in GROUNDS]
+    twos = [([one, two], ground) for one in things for two in things for ground in GROUNDS if one[1] != two[1]]
+    generator.shuffle(ones)
+    generator.shuffle(twos)
+    scenes = [ones[index // 3] if index % 3 == 0 else twos[index] for index in range(count)]
+    rows = [_probe_row(folder / f"probe-{seed}-{i}.png", *scene, generator) for i, scene in enumerate(scenes)]
+    file = folder / f"probes-{seed}.json"
+    file.write_text(json.dumps(rows))
+    return file
+
+
+def _probe_row(file: Path, squares: list[tuple[str, str]], ground: str, generator: random.Random) -> dict[str, Any]:
+    picture = Image.new("RGB", (40, 40), ground)
+    objects = []
+    for (size, colour), left in zip(squares, (0, 20), strict=False):
+        box = (left, 10, left + SIZES[size], 10 + SIZES[size])
+        picture.paste(colour, box)
+        objects.append({"name": colour, "box": box})
+    picture.save(file)
+    wrong = generator.choice([colour for colour in COLOURS if colour not in {c for _, c in squares}])
+
+    def told(named: list[tuple[str, str]]) -> str:
+        return " and ".join(f"a {size} {colour} square" for size, colour in named) + f" on {ground}"
+
+    return {
+        "id": file.stem,
+        "image": file.name,
+        "caption": told(squares),
+        "false_captions": [told([(squares[0][0], wrong), *squares[1:]])],
+        "objects": objects,
+    }
+
+
+@pytest.fixture
+def probes(tmp_path: Path) -> Path:
+    """24 pictures to probe with."""
+    return make_probe_rows(tmp_path / "probes", 24)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Path]:
     """train (12 rows), val (4) and test (4) files of small conversations."""

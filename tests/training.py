@@ -12,6 +12,7 @@ from lightning_mm.models.loading import Backbone
 from lightning_mm.module import MMModule
 from lightning_mm.tuning import TuningPolicy
 from lightning_mm.tuning.groups import OptimizerSettings
+from lightning_mm.tuning.selection import AutoRange
 
 
 class _OnStart(Callback):
@@ -37,6 +38,7 @@ def train(
     callbacks: list[Callback] | None = None,
     ckpt_path: Path | None = None,
     activation_checkpointing: bool = False,
+    auto: AutoRange | None = None,
     **trainer_options: Any,
 ) -> tuple[MMModule, L.Trainer]:
     """Fit; returns the module and its trainer."""
@@ -46,6 +48,7 @@ def train(
         tuning,
         optimizer or OptimizerSettings(lr=1e-2),
         activation_checkpointing=activation_checkpointing,
+        auto=auto or AutoRange(),
     )
     files = {split: str(path) for split, path in data.items()}
     datamodule = MMDataModule(

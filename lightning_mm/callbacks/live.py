@@ -17,6 +17,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.selection import Selection
 
 
 class LiveModule(Protocol):
@@ -26,6 +27,7 @@ class LiveModule(Protocol):
     anatomy: Anatomy
     plan: TuningPlan
     census: Census
+    selection: Selection | None
     device: torch.device
 
     def answer(self, batch: PromptBatch) -> list[str]:

@@ -96,6 +96,8 @@ class RunRecorder(Callback):
         self._shown = True
         census = live(pl_module).census
         write_json(self.run.census, census.to_dict())
+        if (selection := live(pl_module).selection) is not None:
+            write_json(self.run.selection, selection.to_dict())
         Console().print(census_table(census))
         self._write_files(trainer)
 

@@ -28,14 +28,20 @@ from lightning_mm.module import MMModule
 Format = Literal["model", "adapter", "merged"]
 
 
-class _Parser(ArgumentParser):
+class Parser(ArgumentParser):
+    """A parser of one verb whose errors a person can read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated option would be taken for another one without a word.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> Any:
         raise explained(message, [name for action in self._actions for name in action.option_strings])
 
 
 def export(arguments: list[str]) -> int:
     """Write a trained run as a Hugging Face folder."""
-    parser = _Parser(prog="lightning-mm export", description=export.__doc__)
+    parser = Parser(prog="lightning-mm export", description=export.__doc__)
     parser.add_argument("run", type=str, help="The run's folder, such as runs/IntermediateOnly.")
     parser.add_argument("--out", type=str | None, default=None, help="Folder to make; RUN/export if not given.")
     parser.add_argument(
@@ -64,7 +70,7 @@ def export(arguments: list[str]) -> int:
 
 def report(arguments: list[str]) -> int:
     """Write report.html of a run anew."""
-    parser = _Parser(prog="lightning-mm report", description=report.__doc__)
+    parser = Parser(prog="lightning-mm report", description=report.__doc__)
     parser.add_argument("run", type=str, help="The run's folder.")
     run = RunDirectory.open(parser.parse_args(arguments[1:]).run)
     print(write_report(run.path), file=sys.stdout)
@@ -85,7 +91,7 @@ def restored(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
     config = _config(run)
     saved = state.read_checkpoint(checkpoint)
     module: MMModule = config.model
-    module.unread = tuple(saved[state.KEY]["unread"])
+    module.resume_from(saved)
     if not quantized and module.backbone.quantization != "none":
         held = module.backbone.quantization
         module.backbone = replace(module.backbone, quantization="none")
@@ -116,7 +122,7 @@ def _config(run: RunDirectory) -> Namespace:
         raise UserError(f"{run.path} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
     refuse_foreign_classes([str(run.config)])
     saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    parser = _Parser(exit_on_error=True)
+    parser = Parser(exit_on_error=True)
     parser.add_class_arguments(MMModule, "model")
     parser.add_class_arguments(MMDataModule, "data")
     data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}

@@ -16,7 +16,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm import state
+from lightning_mm.analysis.record import carry_over
+from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback  # noqa: F401  (short names)
 from lightning_mm.callbacks.evaluation import HeldOutEvaluation
+from lightning_mm.callbacks.inspecting import InspectingCallback
 from lightning_mm.callbacks.recorder import RunRecorder
 from lightning_mm.callbacks.saving import EXIT_CODE, BestCheckpoint, LastCheckpoint, Preempted
 from lightning_mm.callbacks.throughput import Throughput
@@ -99,13 +102,14 @@ class TrainingCLI(LightningCLI):
         self.run = _run_directory(config, str(self.subcommand))
         if _RANK.rank == 0:
             self._parser(self.subcommand).save(_reusable(config), self.run.config, overwrite=True, skip_validation=True)
-        if self.subcommand == "fit" and resumed and _RANK.rank == 0:
+        if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             _continue_metrics(Path(resumed), self.run)
+            carry_over(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.checkpoint is not None:
-            self.model.unread = tuple(self.checkpoint[state.KEY]["unread"])
+            self.model.resume_from(self.checkpoint)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -128,6 +132,9 @@ class TrainingCLI(LightningCLI):
 
     def _callbacks(self, config: Namespace) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(), Throughput()]
+        for callback in self._get(self.config_init, "trainer").get("callbacks") or []:
+            if isinstance(callback, InspectingCallback):
+                callback.run = self.run
         if self.subcommand == "fit":
             evaluation = self._get(self.config_init, "evaluation")
             evaluation.run = self.run

@@ -12,7 +12,7 @@ from html import escape
 from typing import Literal
 
 Points = Sequence[tuple[float, float]]
-Style = Literal["accent", "ink", "faint"]
+Style = Literal["accent", "ink", "faint", "blind"]
 
 _WIDTH, _HEIGHT = 360, 190
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 26

@@ -1,27 +1,38 @@
 """The local report: ``report.html``, one file that opens anywhere and is complete without any service.
 
-Data flow: the files of a run directory -> ``sections`` (what is said) -> ``report.html.jinja`` (how it looks).
+Data flow: the files of a run directory -> ``sections``, ``inside``, ``facts``, ``samples`` (what is said) ->
+``templates/`` (how it looks). A folder that ``lightning-mm inspect`` made gets a page of what it holds, and no more.
 A file that is missing or half written costs its own section only, which then says so. All that is read is untrusted.
 """
 
-import base64
 import csv
 import io
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.dashboards import sections
+from lightning_mm.dashboards import colours, facts, sections
+from lightning_mm.dashboards.inside import inside
+from lightning_mm.dashboards.layers_file import read_layers
+from lightning_mm.dashboards.panels import StepNames, Trained
 from lightning_mm.dashboards.rundir import RunDirectory, read_json, read_jsonl
+from lightning_mm.dashboards.samples import samples
 from lightning_mm.errors import UserError
 
-THUMBNAIL = 160
-"""The longer side of a sample picture, in pixels."""
-_MOST_SAMPLES, _LONGEST_TEXT, _MOST_PIXELS = 48, 160, 40_000_000
 _BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, csv.Error, OSError)
+_PARTS = {
+    "accuracy": "Accuracy",
+    "curves": "Curves",
+    "trains": "What trains",
+    "chosen": "Why these layers",
+    "inside": "Inside the model",
+    "samples": "Samples",
+    "decisions": "Decisions",
+    "left-out": "Left out",
+    "config": "Configuration",
+}
 
 
 @dataclass(frozen=True)
@@ -30,27 +41,6 @@ class Found:
 
     content: Any = None
     problem: str = ""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said before or after training, and whether that was right (None: not scored)."""
-
-    when: str
-    text: str
-    correct: bool | None
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One sample as it is shown."""
-
-    pictures: tuple[str, ...]
-    lost: str
-    question: str
-    truth: str
-    kind: str
-    answers: tuple[Answer, ...]
 
 
 def write_report(run: Path) -> Path:
@@ -69,7 +59,7 @@ def write_report(run: Path) -> Path:
 
     directory = RunDirectory.open(run)
     template = Environment(
-        loader=PackageLoader("lightning_mm.dashboards", ""),
+        loader=PackageLoader("lightning_mm.dashboards", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -87,6 +77,7 @@ def write_report(run: Path) -> Path:
 
 
 def _gather(directory: RunDirectory) -> dict[str, Any]:
+    """All that the template asks for."""
     curves = _found(directory.metrics, lambda: read_curves(directory.metrics))
     evaluation = _found(directory.evaluation, lambda: read_json(directory.evaluation))
     scores = evaluation
@@ -94,22 +85,97 @@ def _gather(directory: RunDirectory) -> dict[str, Any]:
         scores = _found(directory.evaluation, lambda: sections.scores(evaluation.content))
     config = _found(directory.config, lambda: directory.config.read_text(encoding="utf-8", errors="replace"))
     split = evaluation.content.get("split", "test") if isinstance(evaluation.content, Mapping) else "test"
+    about = _about(directory)
+    parts = _parts(directory)
     return {
-        "name": directory.name,
+        "name": about["title"] or directory.name,
+        "kind": "inspection" if _is_inspection(directory) else "run",
+        "parts": [(name, words) for name, words in _PARTS.items() if name in parts],
         "outcome": sections.outcome(scores.content or [], curves.content or {}, str(split)),
         "split": str(split),
         "started": _started(directory),
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "steps": f"{max((p[-1][0] for p in (curves.content or {}).values()), default=0):,.0f}",
-        "model": _model(config.content or ""),
+        "model": about["model"] or _model(config.content or ""),
         "charts": _found(directory.metrics, lambda: sections.charts(curves.content)) if curves.content else curves,
         "census": _found(directory.census, lambda: sections.census(read_json(directory.census))),
         "scores": scores,
-        "samples": _found(directory.samples, lambda: _samples(directory)),
+        "samples": _found(directory.samples, lambda: samples(directory.path, read_json(directory.samples))),
         "decisions": _found(directory.decisions, lambda: sections.decisions(read_json(directory.decisions))),
         "ledger": _found(directory.ledger, lambda: _ledger(directory.ledger)),
         "config": config,
+        "light": colours.css(colours.LIGHT),
+        "dark": colours.css(colours.DARK),
+        **_looked(directory, about["labels"]),
     }
+
+
+def _looked(directory: RunDirectory, labels: Mapping[int, str]) -> dict[str, Any]:
+    """What was found inside the model."""
+    names, trained = StepNames(labels), _trained(directory)
+    found = {
+        "chosen": _found(directory.selection, lambda: facts.chosen(read_json(directory.selection), trained)),
+        "inside": _found(directory.layers, lambda: inside(*read_layers(directory.layers), trained, names)),
+        "matrices": _found(directory.matrices, lambda: facts.matrices(read_json(directory.matrices), trained, names)),
+        "probes": _found(directory.probes, lambda: facts.probe_set(read_json(directory.probes))),
+        "cost": _found(directory.inspections, lambda: facts.cost(read_json(directory.inspections))),
+    }
+    return found | {"trained": trained, "labels": [words for _, words in sorted(labels.items())]}
+
+
+def _trained(directory: RunDirectory) -> Trained:
+    """Which layers train; of a model that was not trained, which were chosen to; nothing where neither is known."""
+    census = _found(directory.census, lambda: Trained.of(read_json(directory.census))).content
+    if isinstance(census, Trained):
+        return census
+    selection = _found(directory.selection, lambda: facts.selected(read_json(directory.selection))).content
+    return selection if isinstance(selection, Trained) else Trained()
+
+
+def _about(directory: RunDirectory) -> dict[str, Any]:
+    """Title, model and names of what was compared, from inspection.json where there is one."""
+    try:
+        raw = read_json(directory.inspection)
+        labels = {int(step): str(words)[:80] for step, words in (raw.get("labels") or {}).items()}
+        return {
+            "title": str(raw.get("title") or "")[:120],
+            "model": str(raw.get("model") or "")[:120],
+            "labels": labels,
+        }
+    except (UserError, *_BROKEN):
+        return {"title": "", "model": "", "labels": {}}
+
+
+def _is_inspection(directory: RunDirectory) -> bool:
+    """Whether the model was looked at without being trained: nothing of training is there."""
+    looked = directory.layers.exists() or directory.selection.exists()
+    trained = directory.metrics.exists() or directory.config.exists()
+    return directory.inspection.exists() or (looked and not trained and _census_is_short(directory))
+
+
+def _census_is_short(directory: RunDirectory) -> bool:
+    """Whether the census names the trained layers and no more, or is not there."""
+    rows = _found(directory.census, lambda: "rows" in read_json(directory.census))
+    return not directory.census.exists() or rows.content is False
+
+
+def _parts(directory: RunDirectory) -> set[str]:
+    """The sections of this report: those of a run stand even where they are empty, to say why."""
+    files = {
+        "accuracy": [directory.evaluation],
+        "curves": [directory.metrics],
+        "trains": [directory.census],
+        "chosen": [directory.selection],
+        "inside": [directory.layers, directory.matrices, directory.probes, directory.inspections],
+        "samples": [directory.samples],
+        "decisions": [directory.decisions],
+        "left-out": [directory.ledger],
+        "config": [directory.config],
+    }
+    there = {name for name, paths in files.items() if any(path.exists() for path in paths)}
+    if not _is_inspection(directory):
+        return there | (files.keys() - {"chosen", "inside"})
+    return there - {"trains"} if _census_is_short(directory) else there
 
 
 def _found(path: Path, read: Callable[[], Any]) -> Found:
@@ -146,64 +212,6 @@ def _number(cell: object) -> float | None:
         return float(cell) if isinstance(cell, str) else None
     except ValueError:
         return None
-
-
-def _samples(directory: RunDirectory) -> dict[str, Any]:
-    rows = read_json(directory.samples)
-    pairs = [(row.get("correct_before"), row.get("correct_after")) for row in rows]
-    turns = {
-        "became right": pairs.count((False, True)),
-        "stayed right": pairs.count((True, True)),
-        "stayed wrong": pairs.count((False, False)),
-        "became wrong": pairs.count((True, False)),
-    }
-    shown = [_shown(directory.path, row) for row in rows[:_MOST_SAMPLES]]
-    return {"shown": shown, "total": len(rows), "turns": {words: n for words, n in turns.items() if n}}
-
-
-def _shown(root: Path, row: Mapping[str, Any]) -> Shown:
-    thumbnails = [thumbnail(root, str(name)) for name in row.get("images") or []]
-    lost = sum(not data for data in thumbnails)
-    asked = [when for when in ("before", "after") if row.get(when) is not None]
-    answers = tuple(Answer(when, _cut(row[when]), row.get(f"correct_{when}")) for when in asked)
-    return Shown(
-        tuple(data for data in thumbnails if data),
-        f"{lost} picture{'s' if lost > 1 else ''} cannot be shown" if lost else "",
-        _cut(row["question"]),
-        _cut(row["truth"]),
-        str(row.get("type", "")),
-        answers,
-    )
-
-
-def thumbnail(root: Path, name: str) -> str:
-    """A picture of the run directory as a data URL of at most 160 pixels a side; empty where there is none to show."""
-    from PIL import Image, ImageOps
-
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        return ""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.width * picture.height > _MOST_PIXELS:
-                    return ""
-                small = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return ""
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    paper = Image.new("RGB", small.size, "white")
-    paper.paste(small, mask=small.getchannel("A"))
-    packed = io.BytesIO()
-    paper.save(packed, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode()
-
-
-def _cut(text: object) -> str:
-    words = str(text)
-    rest = len(words) - _LONGEST_TEXT
-    return words if rest <= 0 else f"{words[:_LONGEST_TEXT]} … ({rest:,} more characters)"
 
 
 def _ledger(path: Path) -> dict[str, Any]:

@@ -6,9 +6,13 @@ Every rank logs the same keys (ranks that differ are reduced into each other sil
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
+
+from lightning_mm.dashboards.measures import measure
 
 Stage = Literal["val", "test"]
+LayerFact = Literal["peak_layer", "peak", "plateau_low", "plateau_high", "in_trained_range"]
+"""What is logged of a whole profile over layers."""
 
 TRAIN_LOSS = "train/loss"
 GRAD_NORM = "train/grad_norm"
@@ -19,6 +23,9 @@ REJECTED = "data/rejected"
 VAL_LOSS = "val/loss"
 VAL_TOKEN_ACCURACY = "val/token_accuracy"
 VAL_EXACT_MATCH = "val/exact_match"
+GLOBAL_MINUS_LOCAL = "inside/global_minus_local"
+INSPECTION_SECONDS = "inspect/seconds"
+INSPECTION_SHARE = "inspect/share"
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Metric:
         meaning: One phrase that a newcomer understands.
         better: Which way is better, or None where neither is.
         summary: Which of its values stands for the run.
+        hidden: W&B makes no chart of it by itself; it can still be asked for.
     """
 
     name: str
@@ -38,6 +46,7 @@ class Metric:
     meaning: str
     better: Literal["min", "max"] | None = None
     summary: Literal["min", "max", "mean", "last"] = "last"
+    hidden: bool = False
 
 
 def _scores(stage: Stage) -> tuple[Metric, ...]:
@@ -59,6 +68,9 @@ _FIXED = (
     *_scores("test"),
     Metric("test/no_image", "fraction", "exact match with the picture withheld"),
     Metric("test/majority", "fraction", "exact match of always giving the most frequent answer"),
+    Metric(GLOBAL_MINUS_LOCAL, "difference", "entailment less objects, each above chance, where that is highest"),
+    Metric(INSPECTION_SECONDS, "s", "time that the last look inside the model took", "min"),
+    Metric(INSPECTION_SHARE, "fraction", "all looks inside so far, as a share of the training time", "min"),
 )
 _PER_TYPE = ("val/exact_match", "test/exact_match", "test/no_image", "test/majority")
 _BY_NAME = {metric.name: metric for metric in _FIXED}
@@ -84,12 +96,32 @@ def learning_rate(group: str) -> str:
     return _join(LEARNING_RATE, group)
 
 
-def declare(question_types: Iterable[str], groups: Iterable[str] = ()) -> dict[str, Metric]:
+def layer_metric(name: str, site: str, what: LayerFact) -> str:
+    """The key of one fact of a measure's profile over the layers.
+
+    Args:
+        name: The measure, as ``measures.measure`` knows it.
+        site: Where it was read; it holds no slash.
+        what: Which fact.
+
+    Example:
+        >>> layer_metric("entailment/hard", "last", "peak_layer")
+        'inside/entailment/hard/last/peak_layer'
+    """
+    assert site, "a profile is read somewhere"
+    assert "/" not in site, f"{site!r} would be read as a part of the measure"
+    return f"inside/{name}/{site}/{what}"
+
+
+def declare(
+    question_types: Iterable[str], groups: Iterable[str] = (), profiles: Iterable[tuple[str, str]] = ()
+) -> dict[str, Metric]:
     """All metrics that a run may log, by key, in a fixed order: the same on every rank.
 
     Args:
         question_types: The question types of the data, in any order.
         groups: The names of the optimizer's parameter groups.
+        profiles: The (measure, site) pairs that an inspection reads.
 
     Example:
         >>> [key for key in declare(["colour", "shape"]) if key.startswith("val/exact_match")]
@@ -97,7 +129,8 @@ def declare(question_types: Iterable[str], groups: Iterable[str] = ()) -> dict[s
     """
     types = sorted(set(question_types))
     typed = [_of_type(parent, kind) for parent in _PER_TYPE for kind in types]
-    return _BY_NAME | {metric.name: metric for metric in (*typed, *map(_of_group, sorted(set(groups))))}
+    inside = [_of_layers(*pair, what) for pair in sorted(set(profiles)) for what in get_args(LayerFact)]
+    return _BY_NAME | {metric.name: metric for metric in (*typed, *map(_of_group, sorted(set(groups))), *inside)}
 
 
 def lookup(name: str) -> Metric | None:
@@ -107,6 +140,9 @@ def lookup(name: str) -> Metric | None:
     for parent in _PER_TYPE:
         if name.startswith(parent + "/"):
             return _of_type(parent, name.removeprefix(parent + "/"))
+    start, *middle = name.split("/")
+    if start == "inside" and len(middle) > 2 and middle[-1] in get_args(LayerFact):
+        return _of_layers("/".join(middle[:-2]), middle[-2], middle[-1])
     return _of_group(name.removeprefix(LEARNING_RATE + "/")) if name.startswith(LEARNING_RATE + "/") else None
 
 
@@ -117,6 +153,22 @@ def _of_type(parent: str, kind: str) -> Metric:
 
 def _of_group(group: str) -> Metric:
     return Metric(learning_rate(group), "per step", f"learning rate of the parameter group {group!r}")
+
+
+def _of_layers(name: str, site: str, what: str) -> Metric:
+    """One fact of a profile; W&B charts the peaks of the main measures only: a few charts, not hundreds."""
+    known = measure(name)
+    where = f"{known.title} at {site}"
+    unit, meaning = {
+        "peak_layer": ("layer", f"the layer where {where} has its extreme"),
+        "peak": (known.unit, f"{where}, in that layer"),
+        "plateau_low": ("layer", f"first layer about that extreme whose interval for {where} reaches it"),
+        "plateau_high": ("layer", f"last layer about that extreme whose interval for {where} reaches it"),
+        "in_trained_range": ("fraction", f"share of the layers where {where} keeps half its height that trains"),
+    }[what]
+    shown = known.main > 0 and what in ("peak_layer", "peak")
+    better = known.better if what == "peak" else None
+    return Metric(layer_metric(name, site, what), unit, meaning, better, hidden=not shown)  # type: ignore[arg-type]
 
 
 def _join(name: str, part: str | None) -> str:

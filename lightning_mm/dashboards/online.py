@@ -6,25 +6,21 @@ The first fault is said once, and from then on every call does nothing: the loca
 """
 
 import logging
-import netrc
-import os
 from argparse import Namespace
-from collections.abc import Callable, Mapping, Sequence
-from importlib.util import find_spec
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_mm.dashboards import names
-from lightning_mm.decisions import decide
+from lightning_mm.dashboards import names, online_layers, online_mode
+from lightning_mm.dashboards.layers_file import LayerRow
+from lightning_mm.dashboards.online_mode import Mode
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
 
-Mode = Literal["auto", "online", "offline", "off"]
 T = TypeVar("T")
 log = logging.getLogger("lightning_mm")
 
@@ -59,6 +55,7 @@ class OnlineLogger(Logger):
         self._mode: Mode | None = None
         self._wandb: WandbLogger | None = None
         self._defined: set[str] = set()
+        self._tables: dict[str, Any] = {}
 
     @property
     def name(self) -> str | None:
@@ -76,7 +73,7 @@ class OnlineLogger(Logger):
     def mode(self) -> Mode:
         """What ``auto`` came to; ``off`` too after a fault."""
         if self._mode is None:
-            self._mode = self._caught("be looked for", lambda: _resolve(self._asked)) or "off"
+            self._mode = self._caught("be looked for", lambda: online_mode.resolve(self._asked)) or "off"
         return self._mode
 
     @property
@@ -106,6 +103,14 @@ class OnlineLogger(Logger):
             rows: The rows of samples.json; their pictures are paths inside the run directory.
         """
         self._guarded("log samples", lambda wandb: self._log_samples(wandb, rows))
+
+    def log_layers(self, rows: Iterable[LayerRow | Mapping[str, Any]]) -> None:
+        """Show what one inspection found: a table per quantity that grows, and a heat map over all inspections.
+
+        Args:
+            rows: The rows of this inspection, which ``layers.csv`` may hold already; it tells the earlier ones.
+        """
+        self._guarded("log the layers", lambda wandb: self._log_layers(wandb, [*map(online_layers.row_of, rows)]))
 
     def close(self, failed: bool = False) -> None:
         """End the W&B run: wait a minute at most for the upload; what is left stays on disk for ``wandb sync``."""
@@ -160,7 +165,7 @@ class OnlineLogger(Logger):
             metric = names.lookup(key)
             if metric is not None and "*" not in key:  # a star would be read as a pattern
                 path = key.replace("\\", "\\\\").replace(".", "\\.")  # a bare dot would mean a nested key
-                wandb.experiment.define_metric(path, step_metric=_STEP, summary=metric.summary)
+                wandb.experiment.define_metric(path, step_metric=_STEP, summary=metric.summary, hidden=metric.hidden)
             self._defined.add(key)
         wandb.log_metrics(dict(metrics), step)
 
@@ -175,51 +180,26 @@ class OnlineLogger(Logger):
             table.add_data(picture, *(row.get(column) for column in columns))
         wandb_logger.experiment.log({"samples": table})
 
+    def _log_layers(self, wandb_logger: "WandbLogger", rows: Sequence[LayerRow]) -> None:
+        import wandb
+
+        logged: dict[str, Any] = {}
+        for key, added in online_layers.tables(rows).items():
+            if (
+                key not in self._tables
+            ):  # an immutable table that is logged again does nothing; this one sends what is new
+                self._tables[key] = wandb.Table(columns=list(online_layers.COLUMNS), log_mode="INCREMENTAL")
+            for row in added:
+                self._tables[key].add_data(*row)
+            logged[key] = self._tables[key]
+        shown = online_layers.pictures(self._directory, rows)
+        logged |= {key: wandb.Image(picture) for key, picture in shown.items()}
+        wandb_logger.experiment.log(logged | {_STEP: max(row.step for row in rows)})
+
 
 @rank_zero_only
 def _first_rank() -> bool:
     return True
-
-
-def _resolve(asked: Mode) -> Mode:
-    """What the mode comes to on this machine; every change of what was asked is a decision with its reason."""
-    if asked == "off":
-        return asked
-    if find_spec("wandb") is None:
-        decide("wandb.mode", "off", "wandb is not installed")
-        return "off"
-    standing = {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""))
-    if asked == "auto" and standing is not None:
-        decide("wandb.mode", standing, f"WANDB_MODE is {os.environ['WANDB_MODE']}")
-        return "off" if standing == "off" else "offline"
-    login = _login() if asked in ("auto", "online") else ""
-    if login and asked == "auto":
-        decide("wandb.mode", "online", f"logged in by {login}")
-    if asked != "offline" and not login:
-        decide("wandb.mode", "offline", "not logged in; after `wandb login`, `wandb sync` uploads the run")
-    return "online" if login else "offline"
-
-
-def _login() -> str:
-    """Where a W&B login is found, or nothing. Only looked for here: W&B itself would ask at the terminal, and wait."""
-    for variable in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE"):
-        if os.environ.get(variable):
-            return variable
-    import wandb
-
-    settings = wandb.setup().settings
-    if settings.api_key:
-        return "W&B's settings file"
-    servers = (urlsplit(settings.base_url).netloc, "api.wandb.ai")  # a login from before the server moved still counts
-    files = (os.environ.get("NETRC"), "~/.netrc", "~/_netrc")
-    for file in (Path(name).expanduser() for name in files if name):
-        try:
-            entries = netrc.netrc(file)
-        except (OSError, netrc.NetrcParseError, UnicodeDecodeError):
-            continue
-        if any(entries.authenticators(server) for server in servers):
-            return str(file)
-    return ""
 
 
 def _brief(fault: Exception) -> str:

@@ -55,13 +55,12 @@ class RunDirectory:
             created = datetime.now().astimezone().isoformat(timespec="seconds")
             write_json(path / "run.json", {"name": path.name, "id": uuid.uuid4().hex[:8], "created": created})
         except OSError as error:
-            raise UserError(
-                f"The run directory {path} cannot be written.",
-                str(error),
-                "Name a folder that you may write to, or free some space.",
-            ) from error
+            fix = "Name a folder that you may write to, or free some space."
+            raise UserError(f"The run directory {path} cannot be written.", str(error), fix) from error
         if attempt > 1:
-            _say_renamed(wanted, path.name)
+            from lightning_mm.decisions import decide  # here, for it imports lightning, which the report does without
+
+            decide("run.name", path.name, f"{wanted} exists already")
         return cls(path)
 
     @classmethod
@@ -120,12 +119,35 @@ class RunDirectory:
 
     @property
     def pictures(self) -> Path:
-        """Where the pictures of ``samples.json`` lie."""
         return self.path / "samples"
 
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def layers(self) -> Path:
+        return self.path / "layers.csv"
+
+    @property
+    def matrices(self) -> Path:
+        return self.path / "matrices.json"
+
+    @property
+    def probes(self) -> Path:
+        return self.path / "probes.json"
+
+    @property
+    def inspections(self) -> Path:
+        return self.path / "inspections.json"
+
+    @property
+    def inspection(self) -> Path:
+        return self.path / "inspection.json"
+
+    @property
+    def selection(self) -> Path:
+        return self.path / "selection.json"
 
     @property
     def report(self) -> Path:
@@ -208,15 +230,9 @@ def _made(path: Path) -> bool:
     """Make the folder; False where it exists. One system call, so two runs that start together never share a folder."""
     try:
         path.mkdir()
+        return True
     except FileExistsError:
         return False
-    return True
-
-
-def _say_renamed(wanted: str, given: str) -> None:
-    from lightning_mm.decisions import decide  # here, for it imports lightning, which the report does without
-
-    decide("run.name", given, f"{wanted} exists already")
 
 
 def _strict(value: object) -> object:

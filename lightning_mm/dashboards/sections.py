@@ -99,7 +99,7 @@ def census(raw: Any) -> Census:
         tuple(b for b in blocks if b.label not in _AFTER_THE_LAYERS),
         cells,
         tuple(b for b in blocks if b.label in _AFTER_THE_LAYERS),
-        _apart([*ends, 0, total - 1], max(1, total // 14)),
+        apart([*ends, 0, total - 1], max(1, total // 14)),
         tuple(_census_row(row, everything) for row in rows),
         f"{ranges(trained)} of {total}",
         f"{count(moving)} of {count(everything)} ({percent(moving / everything) if everything else '–'})",
@@ -184,7 +184,7 @@ def _layer_numbers(region: str) -> set[int]:
     return {i for first, last in spans for i in range(int(first), int(last or first) + 1)}
 
 
-def _apart(wanted: Sequence[int], gap: int) -> tuple[int, ...]:
+def apart(wanted: Sequence[int], gap: int) -> tuple[int, ...]:
     """The layer numbers to print, the first in the list first, none closer than ``gap`` to another."""
     kept: list[int] = []
     for number in wanted:

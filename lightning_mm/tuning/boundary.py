@@ -27,6 +27,14 @@ def blocks_in_graph(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> tup
     return (*anatomy.vision_blocks[lowest:], *decoder)
 
 
+def unchanged_slices(plan: TuningPlan) -> int:
+    """How many slices of hidden states, from what enters the first block up, no training step can change."""
+    below = (Region.VISION, Region.CONNECTOR, Region.EMBEDDING)
+    if any(plan.modes[region] != "frozen" for region in below):
+        return 0
+    return min(plan.layers, default=plan.num_layers) + 1
+
+
 def checkpoint_blocks(model: nn.Module, names: tuple[str, ...]) -> None:
     """Recompute the named blocks in backward instead of keeping their activations; in place, once."""
     for name in names:

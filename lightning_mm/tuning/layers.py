@@ -89,7 +89,7 @@ def _term(term: str, n: int, spec: object) -> Sequence[int]:
     if term == "all":
         return range(n)
     if term == "auto":
-        raise _error(spec, "Choosing layers by reading the model is not part of a tuning policy.")
+        raise _error(spec, "'auto' stands alone: it is written out by reading the model before anything else.")
     if match := re.fullmatch(r"(\d+)(?:-(\d+))?", term):
         low, high = int(match[1]), int(match[2] or match[1])
         if low > high:

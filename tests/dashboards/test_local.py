@@ -6,14 +6,15 @@ import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
 
-from lightning_mm.dashboards.local import read_curves, thumbnail, write_report
+from lightning_mm.dashboards.local import read_curves, write_report
 from lightning_mm.dashboards.rundir import RunDirectory, append_jsonl, write_json
+from lightning_mm.dashboards.samples import thumbnail
 from lightning_mm.errors import UserError
+from tests.dashboards.page import Page
 
 CHECKED = ["census.json", "samples.json", "evaluation.json", "decisions.json"]
 FILES = [*CHECKED, "metrics.csv", "ledger.jsonl", "config.yaml", "run.json"]
@@ -46,26 +47,6 @@ def run(tmp_path):
         writer.writerow(["epoch", "step", "train/loss", "train/lr/layers", "val/loss", "val/exact_match"])
         writer.writerows([[0, i, 3 / (i + 1), 1e-4, "", ""] for i in range(50)] + [[0, 49, "", "", 0.5, 0.6]])
     return made
-
-
-class Page(HTMLParser):
-    """The tags, their attributes and the text of a page, as a browser would see them."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.words = [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes.extend(attrs)
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return re.sub(r"\s+", " ", "".join(self.words))
 
 
 def page_of(run):

@@ -1,5 +1,6 @@
 """The vocabulary: every rank declares the same keys, and every declared key is found again."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -55,3 +56,36 @@ def test_a_best_value_stands_for_the_run_where_there_is_a_best():
 def test_foreign_keys_are_not_ours():
     assert names.lookup("epoch") is None
     assert names.lookup("train/loss_step") is None
+
+
+PROFILES = [("entailment/hard", "last"), ("cka", "image~text"), ("objects/text_only", "last"), ("my_own", "object")]
+
+
+def test_facts_of_profiles_are_declared_and_looked_up_as_themselves():
+    declared = names.declare([], [], PROFILES)
+    assert list(declared) == list(names.declare([], [], reversed(PROFILES)))
+    for key in ("inside/entailment/hard/last/peak_layer", "inside/cka/image~text/in_trained_range"):
+        assert key in declared
+    assert {names.GLOBAL_MINUS_LOCAL, names.INSPECTION_SECONDS, names.INSPECTION_SHARE} <= set(declared)
+    for key, metric in declared.items():
+        assert names.lookup(key) == metric
+        assert metric.name == key
+        assert metric.meaning
+
+
+def test_w_and_b_charts_only_the_peaks_of_main_measures():
+    shown = [key for key, metric in names.declare([], [], PROFILES).items() if "/last/" in key and not metric.hidden]
+    assert shown == ["inside/entailment/hard/last/peak_layer", "inside/entailment/hard/last/peak"]
+
+
+@pytest.mark.parametrize(
+    "key", ["inside/cka/peak", "inside/peak", "inside", "inside/cka/last/middle", "x/cka/last/peak"]
+)
+def test_keys_that_only_look_like_facts_of_profiles_are_not_ours(key):
+    assert names.lookup(key) is None
+
+
+@pytest.mark.parametrize("site", ["", "a/b"])
+def test_a_site_that_would_change_the_measure_is_our_fault(site):
+    with pytest.raises(AssertionError):
+        names.layer_metric("cka", site, "peak")

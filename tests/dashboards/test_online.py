@@ -1,64 +1,19 @@
 """W&B as a guest: real offline runs are written and read back, and no fault of W&B reaches the run."""
 
-import logging
-import os
 import socket
-import struct
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import wandb
 from PIL import Image
-from wandb.proto.wandb_internal_pb2 import Record
 
-from lightning_mm.dashboards import online
+from lightning_mm.dashboards import online, online_mode
 from lightning_mm.dashboards.online import OnlineLogger
 from lightning_mm.decisions import decide
+from tests.dashboards.wandb_files import history, records, warnings_of
 
-BLOCK, HEADER = 32768, 7
-
-
-@pytest.fixture(autouse=True)
-def _nobody_is_logged_in(monkeypatch, tmp_path):
-    """No login, no setting of this machine, and no decision of another test."""
-    for name in [name for name in os.environ if name.startswith("WANDB") or name == "NETRC"]:
-        monkeypatch.delenv(name)
-    home = tmp_path / "home"
-    home.mkdir()
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
-    decide.clear()
-    wandb.teardown()  # W&B keeps the settings it read first
-    yield
-    wandb.teardown()
-
-
-def records(directory: Path) -> list[Record]:
-    """What W&B's own process wrote: LevelDB's log format (blocks of 32 KiB, pieces with a 7-byte head) of protobufs."""
-    (path,) = directory.glob("wandb/offline-run-*/run-*.wandb")
-    data, at, found, piece = path.read_bytes(), HEADER, [], b""
-    while at + HEADER <= len(data):
-        if BLOCK - at % BLOCK < HEADER:
-            at += BLOCK - at % BLOCK
-            continue
-        _, size, kind = struct.unpack("<IHB", data[at : at + HEADER])
-        piece += data[at + HEADER : at + HEADER + size]
-        at += HEADER + size
-        if kind in (1, 4):  # whole, or the last piece
-            found.append(Record.FromString(piece))
-            piece = b""
-    return found
-
-
-def history(found: list[Record]) -> list[dict[str, str]]:
-    rows = [record.history for record in found if record.HasField("history")]
-    return [{"/".join(i.nested_key) or i.key: i.value_json for i in row.item} for row in rows]
-
-
-def warnings_of(caplog) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.name == "lightning_mm" and r.levelno == logging.WARNING]
+pytestmark = pytest.mark.usefixtures("nobody_is_logged_in")
 
 
 def test_an_offline_run_holds_what_was_logged(tmp_path, caplog):
@@ -185,7 +140,7 @@ def test_the_users_standing_setting_is_honoured(tmp_path, monkeypatch, value, mo
 
 
 def test_without_wandb_it_is_off_and_said(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(online, "find_spec", lambda name: None)
+    monkeypatch.setattr(online_mode, "find_spec", lambda name: None)
     logger = OnlineLogger(tmp_path)
     logger.log_metrics({"train/loss": 1.0}, 0)
     assert logger.mode == "off"

@@ -1,0 +1,63 @@
+"""How far each layer has moved from the starting model, on the same rows, picture and text apart.
+
+Data flow: the first reading and a later one -> kNN overlap, CKA, Procrustes, cosine, dimension -> ``Findings``.
+Where the weights below a layer have not moved, its representations are the same, and every measure says so exactly.
+"""
+
+import torch
+
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.analysis.geometry import SITES
+from lightning_mm.analysis.places import select
+from lightning_mm.data.probe_sets import ProbeSet
+from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.geometry.dimension import gride
+from lightning_mm.geometry.gram import Bank
+from lightning_mm.geometry.influence import row_cosine
+from lightning_mm.geometry.neighbours import Neighbours
+from lightning_mm.geometry.overlap import overlap
+from lightning_mm.geometry.procrustes import procrustes
+from lightning_mm.geometry.similarity import cka
+from lightning_mm.taps.reading import Reading
+
+
+def drift(start: Reading, now: Reading, probe_set: ProbeSet, k: int, device: torch.device) -> Findings:
+    """Compare two readings of one probe set.
+
+    Args:
+        start: Of the starting model.
+        now: Of the model as it is.
+        probe_set: The rows of both.
+        k: Neighbours; fewer where there are fewer than ten times as many samples.
+        device: Where to compute.
+    """
+    found = Findings(now.step)
+    for site, place in SITES.items():
+        before, after = select(start, probe_set, place), select(now, probe_set, place)
+        if before is None or after is None:
+            found.problems.append(f"drift of {site}: it was not read at both times")
+            continue
+        assert before.rows == after.rows, "two readings of one probe set hold other rows"
+        groups = after.groups.to(device)
+        a, b = Bank.of(before.features.to(device)), Bank.of(after.features.to(device))
+        near_a, near_b = Neighbours.of(a), Neighbours.of(b)
+        near = max(1, min(k, len(after) // 10))
+        found.add("drift", "drift_overlap", site, overlap(near_a, near_b, near, groups))
+        found.add("drift", "drift_cka", site, cka(a, b, groups))
+        found.add("drift", "drift_procrustes", site, procrustes(a, b, groups))
+        found.add("drift", "drift_cosine", site, row_cosine(before.features, after.features, after.groups))
+        found.add("drift", "drift_id", site, _differences(gride(near_a), gride(near_b)))
+    return found
+
+
+def _differences(before: list[Estimate], after: list[Estimate]) -> list[Estimate]:
+    """After minus before, with the errors of both."""
+    return [_difference(a, b) for a, b in zip(before, after, strict=True)]
+
+
+def _difference(before: Estimate, after: Estimate) -> Estimate:
+    if before.value is None or after.value is None:
+        return undefined(before.undefined or after.undefined, after.n)
+    width = sum(((e.high - e.low) / 2) ** 2 for e in (before, after) if e.high is not None and e.low is not None) ** 0.5
+    change = after.value - before.value
+    return finite(change, after.n, low=change - width, high=change + width, null=0.0)

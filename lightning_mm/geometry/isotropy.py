@@ -1,0 +1,140 @@
+"""Whether the samples of one layer point in all directions or into a cone.
+
+Data flow: ``Bank`` -> unit rows, mean included -> one Estimate per layer: ``anisotropy``, ``uniformity``.
+
+Shapes: L layers, N samples, D features.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.geometry.gram import Bank, exact_products
+from lightning_mm.geometry.resampling import mean_interval
+
+_TERMS = 200
+"""Terms of the series of 0F1; they fall factorially."""
+
+
+def unit_rows(bank: Bank, layer: int) -> Tensor:
+    """(N, D) features of one layer, mean included, each of length 1; a zero vector stays zero."""
+    return torch.nn.functional.normalize(bank.centred[layer] + bank.mean[layer], dim=1)
+
+
+def directionless(bank: Bank, layer: int) -> str:
+    """Why the directions of a layer are undefined; empty where they are defined."""
+    if bank.problems[layer]:
+        return bank.problems[layer]
+    zeros = int(((bank.centred[layer] + bank.mean[layer]) == 0).all(1).sum())
+    return f"no direction: {zeros} of {bank.num_samples} samples are zero" if zeros else ""
+
+
+def anisotropy(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
+    """Mean cosine of two different samples (Ethayarajh 2019), layer by layer; 0 where all directions are alike.
+
+    (||sum of unit rows||^2 - N) / (N (N-1)); its null band is that of isotropic directions.
+
+    Args:
+        bank: L layers.
+        groups: (N,) int ids of samples that depend on one another.
+    """
+    n, width = bank.centred.shape[1:]
+
+    def measure(layer: int) -> Estimate:
+        if problem := directionless(bank, layer):
+            return undefined(problem, n)
+        unit_ND = unit_rows(bank, layer)
+        with exact_products():
+            terms_N = (unit_ND @ unit_ND.sum(0) - 1) / (n - 1)
+        mean, low, high = pairs_interval(terms_N, groups)
+        band = 1.96 * math.sqrt(2 / (n * (n - 1) * width))
+        return finite(mean, n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
+
+    return [measure(layer) for layer in range(bank.num_layers)]
+
+
+def median_cosine(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
+    """Median cosine of two different samples, layer by layer; as ``anisotropy``, without the pull of a few samples.
+
+    The interval is between the cosines at the ends of the interval of the share below the median (Woodruff 1952).
+
+    Args:
+        bank: L layers.
+        groups: (N,) int ids of samples that depend on one another.
+    """
+    n, width = bank.centred.shape[1:]
+    upper = torch.triu_indices(n, n, 1, device=bank.centred.device)
+
+    def measure(layer: int) -> Estimate:
+        if problem := directionless(bank, layer):
+            return undefined(problem, n)
+        cosine_NN = cosines(bank, layer)
+        upper_M = cosine_NN[upper[0], upper[1]].sort().values
+        median = upper_M[len(upper_M) // 2] if len(upper_M) % 2 else upper_M[len(upper_M) // 2 - 1 :][:2].mean()
+        below_N = (cosine_NN.fill_diagonal_(math.inf) <= median).sum(1).double() / (n - 1)
+        share, low, high = pairs_interval(below_N, groups)
+        low, high = (_at(upper_M, 0.5 + end - share) for end in (low, high))
+        band = 1.96 * math.sqrt(math.pi / (n * (n - 1) * width))
+        return finite(float(median), n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
+
+    return [measure(layer) for layer in range(bank.num_layers)]
+
+
+def uniformity(bank: Bank, t: float = 2.0, groups: Tensor | None = None) -> list[Estimate]:
+    """ln mean exp(-t ||x_i - x_j||^2) over pairs of unit rows (Wang and Isola 2020); lower is more uniform.
+
+    Args:
+        bank: L layers.
+        t: Sharpness; the least possible value nears -2t as D grows.
+        groups: (N,) int ids of samples that depend on one another.
+
+    Returns:
+        Estimates whose null is the value of the uniform sphere.
+    """
+    n, width = bank.centred.shape[1:]
+    null = sphere_uniformity(width, t)
+
+    def measure(layer: int) -> Estimate:
+        if problem := directionless(bank, layer):
+            return undefined(problem, n)
+        near_NN = torch.exp(2 * t * (cosines(bank, layer) - 1)).fill_diagonal_(0)
+        mean, low, high = pairs_interval(near_NN.double().sum(1) / (n - 1), groups)
+        below, above = (low - mean) / mean, (high - mean) / mean
+        return finite(math.log(mean), n, low=math.log(mean) + below, high=math.log(mean) + above, null=null)
+
+    return [measure(layer) for layer in range(bank.num_layers)]
+
+
+def sphere_uniformity(width: int, t: float = 2.0) -> float:
+    """The uniformity of the uniform law on the unit sphere of R^D: -2t + ln 0F1(; D/2; t^2).
+
+    Example:
+        >>> [round(sphere_uniformity(d), 4) for d in (2, 3, 16, 128)]
+        [-1.575, -2.0798, -3.513, -3.9375]
+    """
+    k = torch.arange(_TERMS).double()
+    half = torch.tensor(width / 2, dtype=torch.float64)
+    logs = 2 * k * math.log(t) - torch.lgamma(k + 1) - torch.lgamma(half + k) + torch.lgamma(half)
+    return -2 * t + float(torch.logsumexp(logs, 0))
+
+
+def cosines(bank: Bank, layer: int) -> Tensor:
+    """(N, N) cosines of the samples of one layer, mean included."""
+    unit_ND = unit_rows(bank, layer)
+    with exact_products():
+        return unit_ND @ unit_ND.T
+
+
+def pairs_interval(terms_N: Tensor, groups: Tensor | None) -> tuple[float, float, float]:
+    """Mean of a quantity of all pairs with its interval, from each sample's mean over its partners.
+
+    A sample is in two roles in its pairs, so that the error is twice that of the mean of the terms (Hoeffding 1948).
+    """
+    mean, low, high = (float(end) for end in mean_interval(terms_N[None].double(), groups))
+    return mean, mean - 2 * (mean - low), mean + 2 * (high - mean)
+
+
+def _at(sorted_M: Tensor, level: float) -> float:
+    return float(sorted_M[round(min(max(level, 0.0), 1.0) * (len(sorted_M) - 1))]) if math.isfinite(level) else math.nan

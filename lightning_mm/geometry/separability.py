@@ -1,0 +1,114 @@
+"""Whether a straight cut tells two modalities apart.
+
+Data flow: two ``Bank``s of the same samples in two readings -> ridge regression on the modality, each part of the
+samples scored by the line that the others gave -> area under the ROC curve, one Estimate per layer.
+
+Shapes: N samples, D features, M = 2N rows, the first readings before the second ones; P labellings, the true one first.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.geometry.gap import swap_signs
+from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
+from lightning_mm.geometry.resampling import deletion_blocks, mean_interval
+from lightning_mm.geometry.threads import one_thread
+
+_LEAST = 10
+"""Samples below which no line is trained."""
+
+_DRAWS = 20
+"""Random labellings that chance is drawn from."""
+
+_JITTER = 1e-5
+"""Share of the penalty that keeps a Gram matrix of lower rank positive in float32."""
+
+
+def separability(
+    a: Bank, b: Bank, groups: Tensor | None = None, folds: int = 5, ridge: float = 1.0, seed: int = 0
+) -> list[Estimate]:
+    """Area under the ROC curve of a ridge line between the readings of samples that it was not trained on.
+
+    0.5 where the modalities mix, 1 where a straight cut parts them. Both readings of a sample, and all samples of a
+    group, are in one fold, so that each fold is balanced and nothing leaks; the mean that is subtracted is of all.
+    Chance swaps the readings of random samples and trains again. The interval is that of the ranks, widened by how
+    much more the areas of chance spread than ranks alone would: lines differ too.
+
+    Args:
+        a: L layers.
+        b: As many layers of the same samples and features.
+        groups: (N,) int ids of samples that depend on one another.
+        folds: Parts that are scored in turn.
+        ridge: Penalty as a share of the mean squared norm of a row.
+        seed: Of the folds and of chance.
+    """
+    n = a.num_samples
+    assert a.centred.shape == b.centred.shape, "two banks of the same samples and features, layer by layer"
+    parts = deletion_blocks(n, groups, folds, seed)
+    few = "" if len(parts) > 1 else "one group: nothing is left to train on"
+    sign_PN = torch.cat([torch.ones(1, n), swap_signs(n, _DRAWS, groups, seed)])
+    estimates = []
+    for layer, pair in enumerate(pair_problems(a, b, _LEAST)):
+        if pair or few:
+            estimates.append(undefined(pair or few, n))
+            continue
+        shift_D = (b.mean[layer] - a.mean[layer]) / 2
+        rows_MD = torch.cat([a.centred[layer] - shift_D, b.centred[layer] + shift_D])
+        estimates.append(_area(rows_MD, sign_PN, parts, ridge, groups))
+    return estimates
+
+
+def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, groups: Tensor | None) -> Estimate:
+    """Mean over the folds of P(second scores above first); a sample counts in both roles (DeLong et al. 1988)."""
+    n = len(rows_MD) // 2
+    target_MP = torch.cat([-sign_PN, sign_PN], 1).T.to(rows_MD)
+    score_MP = left_out_scores(rows_MD, target_MP, parts, ridge)
+    wins_N, areas_P, variance = torch.zeros(n, dtype=torch.float64), torch.zeros(len(sign_PN)).double(), 0.0
+    for part in parts:
+        first_FP, second_FP, kept_FP = score_MP[part], score_MP[n + part], sign_PN.T[part].to(score_MP) > 0
+        low_FP, high_FP = first_FP.where(kept_FP, second_FP), second_FP.where(kept_FP, first_FP)
+        areas_P += _area_of(low_FP, high_FP).cpu() * len(part) / n
+        ahead_FF = (second_FP[:, :1] - first_FP[:, 0]).sign().double()
+        wins_N[part] = 1 + (ahead_FF.mean(0) + ahead_FF.mean(1)).cpu() / 2
+        variance += (2 * len(part) + 1) / (12 * n**2)  # of the area by ranks alone (Mann and Whitney 1947)
+    mean, low, high = (float(end) for end in mean_interval(wins_N[None], groups))
+    value, error = mean / 2, float(areas_P[1:].std())
+    wider = max(1.0, error / math.sqrt(variance))
+    low, high = max(0.0, value - wider * (mean - low)), min(1.0, value + wider * (high - mean))
+    return finite(value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error)
+
+
+def _area_of(low_FP: Tensor, high_FP: Tensor) -> Tensor:
+    """(P,) share of pairs in which the second score is above the first, from the ranks."""
+    count = len(low_FP)
+    rank_MP = torch.cat([low_FP, high_FP]).argsort(0).argsort(0).double()
+    return (rank_MP[count:].sum(0) - count * (count - 1) / 2) / count**2
+
+
+def left_out_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], ridge: float) -> Tensor:
+    """(M, P) what ridge regression on the targets (M, P) gives each row when its fold is left out.
+
+    The D x D sums of a fold are taken from those of all. Where D exceeds M, the rows are first replaced by the M x M
+    Cholesky factor of their Gram matrix, which has the same inner products.
+    """
+    half, (m, width) = len(rows_MD) // 2, rows_MD.shape
+    score_MP = torch.empty_like(target_MP)
+    with exact_products():
+        penalty = ridge * rows_MD.square().sum(1).mean()
+        if width > m:
+            gram_MM = rows_MD @ rows_MD.T + _JITTER * penalty * torch.eye(m).to(rows_MD)
+            with one_thread():
+                rows_MD = torch.linalg.cholesky(gram_MM)
+        folds = [rows_MD[torch.cat([part, half + part])] for part in parts]
+        targets = [target_MP[torch.cat([part, half + part])] for part in parts]
+        total_DD, total_DP = rows_MD.T @ rows_MD, rows_MD.T @ target_MP
+        total_DD.diagonal().add_(penalty)
+        for part, fold_FD, target_FP in zip(parts, folds, targets, strict=True):
+            rest_DD, rest_DP = total_DD - fold_FD.T @ fold_FD, total_DP - fold_FD.T @ target_FP
+            with one_thread():
+                line_DP = torch.cholesky_solve(rest_DP, torch.linalg.cholesky(rest_DD))
+            score_MP[torch.cat([part, half + part])] = fold_FD @ line_DP
+    return score_MP

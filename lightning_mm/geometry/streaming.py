@@ -1,0 +1,231 @@
+"""Debiased CKA from sums: for data that never lie in memory together, on any number of ranks.
+
+Data flow: batches of hidden states (L, B, D) -> sums, added over batches and over ranks -> CKA. ``StreamingCKA`` is
+exact and keeps D x D numbers per layer; ``MinibatchCKA`` is an estimate and keeps one number per layer pair. The mean
+of CKAs over batches is neither: for batches of 8 the biased one says 0.94 of unrelated data.
+
+Shapes: L layers (M of the other side), B samples of a batch, D features (E of the other side), N samples in all.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.geometry.chance import MAX_SKEW, pearson_quantiles
+from lightning_mm.geometry.gram import exact_products
+from lightning_mm.geometry.hsic import MIN_SAMPLES, u_centred
+
+_CONSTANT = 1e-24
+"""Self-similarity below this share of the squared mean squared norm is rounding: a spread of 1e-6 of the size."""
+
+_ROUNDING = 64 * torch.finfo(torch.float64).eps
+"""Share of the sums that a self-similarity is the difference of, below which it is rounding."""
+
+_NOTHING = "no self-similarity: the samples coincide, are equally far from one another, or lie too far from the origin"
+
+
+class StreamingCKA(Metric):
+    """Debiased linear CKA of two banks, layer by layer, exactly as ``similarity.cka`` has it, in one pass.
+
+    HSIC_1 of linear kernels is made of sums over samples: n(n-3) HSIC_1 = ||X'Y||^2 - n/(n-2) sum_i a_i b_i
+    + sum a sum b / ((n-1)(n-2)), with a_i and b_i the squared norms of the centred rows. With rows [x, |x|^2, 1] one
+    product sum_i x_i y_i' holds all of them and what the centring takes.
+
+    Args:
+        layers: L.
+        features: D of the first side.
+        other_features: E of the second.
+        origin: (L, D) any point near the data, the same on every rank. It changes nothing but the rounding: without
+            it a layer that lies some thousand times farther from zero than it spreads is undefined.
+        other_origin: (L, E) likewise.
+
+    Example:
+        >>> metric = StreamingCKA(2, 3, 3)
+        >>> x = torch.randn(2, 10, 3, generator=torch.Generator().manual_seed(0))
+        >>> metric.update(x[:, :6], -x[:, :6])
+        >>> metric.update(x[:, 6:], -x[:, 6:])
+        >>> [round(float(value), 6) for value in metric.compute()]
+        [1.0, 1.0]
+    """
+
+    full_state_update = False
+    aa: Tensor
+    ab: Tensor
+    bb: Tensor
+
+    def __init__(
+        self,
+        layers: int,
+        features: int,
+        other_features: int,
+        origin: Tensor | None = None,
+        other_origin: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.origins = (origin, other_origin)
+        a, b = features + 2, other_features + 2
+        for name, shape in (("aa", (layers, a, a)), ("ab", (layers, a, b)), ("bb", (layers, b, b))):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add the same B samples of both sides, (L, B, D) and (L, B, E); any B."""
+        with exact_products():
+            a_LBD, b_LBE = (_augmented(x_LBD, at) for x_LBD, at in zip((a, b), self.origins, strict=True))
+            self.aa += a_LBD.mT @ a_LBD
+            self.ab += a_LBD.mT @ b_LBE
+            self.bb += b_LBE.mT @ b_LBE
+
+    def compute(self) -> Tensor:
+        """(L,) debiased CKA (torchmetrics makes it () for one layer); NaN where ``estimates`` has no value."""
+        return self._values()
+
+    def estimates(self) -> list[Estimate]:
+        """Per layer the value over all ranks, N, and the null of ``similarity.cka`` with its band; no interval."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            n = int(self.ab[0, -1, -1])
+            if n < MIN_SAMPLES:
+                return [undefined(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)] * len(self.ab)
+            skew_L = MAX_SKEW * _concentration(self.aa) * _concentration(self.bb)
+            return _with_band(self._values(), torch.full_like(skew_L, math.sqrt(2 / (n * (n - 3)))), skew_L, n)
+
+    def _values(self) -> Tensor:
+        own_L, other_L = (_self_term(moments) for moments in (self.aa, self.bb))
+        return _hsic_of(self.ab)[0] / (own_L.sqrt() * other_L.sqrt())
+
+
+class MinibatchCKA(Metric):
+    """Debiased linear CKA of all layer pairs from within-batch comparisons only (Nguyen et al. 2020).
+
+    The three HSIC_1 are summed over batches and ranks, and divided at the end. Use batches of 32 or more.
+
+    Args:
+        layers: L.
+        other_layers: M.
+
+    Example:
+        >>> metric = MinibatchCKA(2, 2)
+        >>> x = torch.randn(2, 40, 3, generator=torch.Generator().manual_seed(0))
+        >>> metric.update(x, x)
+        >>> [round(float(value), 6) for value in metric.compute().diagonal()]
+        [1.0, 1.0]
+    """
+
+    full_state_update = False
+    shared: Tensor
+    own: Tensor
+    other: Tensor
+    size: Tensor
+    other_size: Tensor
+    variance: Tensor
+    samples: Tensor
+    skipped: Tensor
+
+    def __init__(self, layers: int, other_layers: int) -> None:
+        super().__init__()
+        for name in ("shared", "variance"):
+            self.add_state(name, torch.zeros(layers, other_layers, dtype=torch.float64), dist_reduce_fx="sum")
+        for name, count in (("own", layers), ("size", layers), ("other", other_layers), ("other_size", other_layers)):
+            self.add_state(name, torch.zeros(count, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("samples", "skipped"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add one batch of both sides, (L, B, D) and (M, B, E); one of fewer than 4 samples is counted as skipped."""
+        n = a.shape[1]
+        if n < MIN_SAMPLES:
+            self.skipped += n
+            return
+        with exact_products():
+            a_LX, b_MX = (_flat_gram(x_LBD) for x_LBD in (a, b))
+            self.shared += a_LX @ b_MX.T / (n * (n - 3))
+            own_L, other_M = (x_LX.square().sum(1) / (n * (n - 3)) for x_LX in (a_LX, b_MX))
+        self.own += own_L
+        self.other += other_M
+        self.variance += own_L.outer(other_M) * (2 / (n * (n - 3)))
+        self.size += a.detach().double().square().sum(2).mean(1).square()
+        self.other_size += b.detach().double().square().sum(2).mean(1).square()
+        self.samples += n
+
+    def compute(self) -> Tensor:
+        """(L, M) debiased CKA; NaN where a layer has no self-similarity within batches."""
+        return self.shared / self._scale()
+
+    def estimates(self) -> list[Estimate]:
+        """Of the layers paired in order: value over all ranks, N, the band of pairings at random within batches."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            lost = int(self.skipped)
+            value_L, error_L = (x.diagonal() / self._scale().diagonal() for x in (self.shared, self.variance.sqrt()))
+            found = _with_band(value_L, error_L, torch.zeros_like(error_L), int(self.samples))
+        note = f"{lost} samples skipped, in batches of fewer than {MIN_SAMPLES}" if lost else ""
+        return [estimate.noted(note) for estimate in found]
+
+    def _scale(self) -> Tensor:
+        own_L = torch.where(self.own > _CONSTANT * self.size, self.own, math.nan)
+        other_M = torch.where(self.other > _CONSTANT * self.other_size, self.other, math.nan)
+        return own_L.sqrt().outer(other_M.sqrt())
+
+
+def _with_band(values_L: Tensor, error_L: Tensor, skew_L: Tensor, n: int) -> list[Estimate]:
+    found = []
+    for value, error, skew in zip(values_L.tolist(), error_L.tolist(), skew_L.tolist(), strict=True):
+        if math.isnan(value):
+            found.append(undefined(_NOTHING, n))
+        else:
+            low, high = pearson_quantiles(skew)
+            found.append(finite(value, n, null=0.0, null_low=low * error, null_high=high * error))
+    return found
+
+
+def _augmented(x_LBD: Tensor, origin_LD: Tensor | None) -> Tensor:
+    """(L, B, D+2) float64 rows [x, |x|^2, 1]."""
+    x_LBD = x_LBD.detach().double()
+    if origin_LD is not None:
+        x_LBD = x_LBD - origin_LD.to(x_LBD)[:, None]
+    return torch.cat([x_LBD, x_LBD.square().sum(2, keepdim=True), torch.ones_like(x_LBD[..., :1])], 2)
+
+
+def _flat_gram(x_LBD: Tensor) -> Tensor:
+    """(L, B * B) float64 U-centred Gram matrices of a batch."""
+    x_LBD = x_LBD.detach().double()
+    x_LBD = x_LBD - x_LBD.mean(1, keepdim=True)
+    return u_centred(x_LBD @ x_LBD.mT).flatten(1)
+
+
+def _hsic_of(moments_LDE: Tensor) -> tuple[Tensor, Tensor]:
+    """(L,) HSIC_1 and its biased part ||X'Y||^2 / (n (n-3)), from the sum of [x, |x|^2, 1]' [y, |y|^2, 1]."""
+    n_L = moments_LDE[:, -1, -1]
+    covariance_LDE, x_norm_LD, y_norm_LE = _centred(moments_LDE)
+    shared_L = (x_norm_LD[:, None] @ moments_LDE @ y_norm_LE[:, :, None])[:, 0, 0]
+    total_L = (x_norm_LD * moments_LDE[:, :, -1]).sum(1) * (y_norm_LE * moments_LDE[:, -1]).sum(1)
+    biased_L = covariance_LDE.square().sum((1, 2))
+    whole_L = biased_L - n_L / (n_L - 2) * shared_L + total_L / ((n_L - 1) * (n_L - 2))
+    scale_L = n_L * (n_L - 3)
+    return torch.where(n_L >= MIN_SAMPLES, whole_L / scale_L, math.nan), biased_L / scale_L
+
+
+def _centred(moments_LDE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X'Y (L, D, E) of the centred rows, and the vectors that turn [x, |x|^2, 1] into |x - mean|^2, for x and y."""
+    n_L1 = moments_LDE[:, -1, -1:]
+    means = moments_LDE[:, :-2, -1] / n_L1, moments_LDE[:, -1, :-2] / n_L1
+    covariance_LDE = moments_LDE[:, :-2, :-2] - n_L1[:, None] * means[0][:, :, None] * means[1][:, None]
+    one_L1 = torch.ones_like(n_L1)
+    x_norm, y_norm = (torch.cat([-2 * mean, one_L1, mean.square().sum(1, keepdim=True)], 1) for mean in means)
+    return covariance_LDE, x_norm, y_norm
+
+
+def _self_term(moments_LDD: Tensor) -> Tensor:
+    """(L,) HSIC_1(K, K); NaN where it is rounding."""
+    own_L, biased_L = _hsic_of(moments_LDD)
+    n_L = moments_LDD[:, -1, -1]
+    size_L = (moments_LDD[:, -2, -1] / n_L).square() / n_L
+    return torch.where(own_L > _ROUNDING * torch.maximum(biased_L, size_L), own_L, math.nan)
+
+
+def _concentration(moments_LDD: Tensor) -> Tensor:
+    """(L,) tr C^3 / (tr C^2)^1.5 of the covariance: the skewness of the chance distribution, 1 for one direction."""
+    covariance_LDD = _centred(moments_LDD)[0]
+    covariance_LDD = covariance_LDD / covariance_LDD.norm(dim=(1, 2), keepdim=True)
+    return ((covariance_LDD @ covariance_LDD) * covariance_LDD).sum((1, 2))

@@ -1,0 +1,110 @@
+"""How briefly labels can be told to someone who has the representation: minimum description length by an online code.
+
+Data flow: features (L, N, D) and labels -> probes learned from ever longer beginnings of the data -> the bits that the
+labels of the next block cost (Voita and Titov 2020) -> compression, the bits of a code that knows nothing over these.
+
+Probabilities are mixed with one imaginary sample spread over all classes, as no code may give a label none. The penalty
+is coded for as well: each C has a vote that grows with how well it has told the blocks so far.
+
+Shapes: L layers, N samples, D features, A tasks (labels of a multi-label problem, otherwise 1), K classes, V values
+of C.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from lightning_mm.estimate import Estimate
+from lightning_mm.geometry.gram import exact_products
+from lightning_mm.probes.cross_entropy import Features, Problems
+from lightning_mm.probes.intervals import estimates
+from lightning_mm.probes.logistic import num_logits, solve
+from lightning_mm.probes.sampling import group_draws, hashed, num_groups
+
+FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
+"""Where the blocks end."""
+
+_FIRST = 10
+"""The least samples that are learned from."""
+
+_TOLERANCE = 1e-3
+_DRAWS = 500
+
+
+@exact_products()
+def description_length(
+    x_LND: Tensor, targets_AN: Tensor, num_classes: int, groups_N: Tensor, c_values: Sequence[float], *, seed: int
+) -> list[Estimate]:
+    """Compression of the labels, one Estimate per layer: 1 says nothing is gained, N / n_1 nothing is left to tell.
+
+    Args:
+        x_LND: Finite features that vary.
+        targets_AN: Class ids of A tasks.
+        num_classes: K of each task.
+        groups_N: Groups are told in an order that hangs on their ids and the seed, each as a whole.
+        c_values: Inverse strengths of the penalty.
+        seed: Of order and bootstrap.
+
+    Returns:
+        With the compression by class frequencies alone as null, and an interval over groups given the probes.
+    """
+    order_N, ends = _blocks(groups_N, seed)
+    x_LND, targets_AN, groups_N = (
+        x_LND[:, order_N.to(x_LND.device)],
+        targets_AN[:, order_N.to(x_LND.device)],
+        groups_N.cpu()[order_N],
+    )
+    bits_LAN = x_LND.new_full((len(x_LND), *targets_AN.shape), math.log2(num_classes), dtype=torch.float32)
+    null_AN = bits_LAN[0].clone()
+    said_VLA = bits_LAN.new_zeros(len(c_values), *bits_LAN.shape[:2])
+    features = Features.of(x_LND, standardise=True)
+    for start, end in pairwise(ends):
+        log2_p_VLAN = _next_block(features, targets_AN, num_classes, c_values, start, end)
+        votes_VLA = said_VLA.mul(math.log(2)).log_softmax(0) / math.log(2)
+        bits_LAN[..., start:end] = -((log2_p_VLAN + votes_VLA[..., None]) * math.log(2)).logsumexp(0) / math.log(2)
+        said_VLA = said_VLA + log2_p_VLAN.sum(-1)
+        null_AN[:, start:end] = -_frequencies(targets_AN, num_classes, start)[:, start:end].log2()
+    weights_BN = group_draws(groups_N, _DRAWS, seed).to(bits_LAN.device)
+    plain = math.log2(num_classes)
+    draws_LB = plain * weights_BN.sum(1) / (bits_LAN.mean(1) @ weights_BN.T)
+    null = plain / float(null_AN.mean())
+    groups = num_groups(groups_N)
+    return estimates(
+        plain / bits_LAN.mean((1, 2)), draws_LB, n=len(groups_N), k=num_classes, groups=groups, most=math.inf, null=null
+    )
+
+
+def _blocks(groups_N: Tensor, seed: int) -> tuple[Tensor, list[int]]:
+    """The order of the samples, and where blocks end: at the first whole group beyond each fraction."""
+    order_N = torch.argsort(hashed(groups_N, seed), stable=True)
+    _, sizes = torch.unique_consecutive(groups_N.cpu()[order_N], return_counts=True)
+    ends_G, n = sizes.cumsum(0), len(groups_N)
+    at = torch.searchsorted(ends_G, torch.tensor([fraction * n for fraction in FRACTIONS]).round().long())
+    ends = torch.unique(ends_G[at.clamp_max(len(ends_G) - 1)])
+    return order_N, ends[(ends >= _FIRST) | (ends == n)].tolist()
+
+
+def _frequencies(targets_AN: Tensor, num_classes: int, start: int) -> Tensor:
+    """(A, N) how frequent each sample's class is among the first ones, with the imaginary sample."""
+    classes_K = torch.arange(num_classes, device=targets_AN.device)
+    count_AK = (targets_AN[:, :start, None] == classes_K).sum(1)
+    return ((count_AK + 1 / num_classes) / (start + 1)).gather(1, targets_AN)
+
+
+def _next_block(
+    features: Features, targets_AN: Tensor, num_classes: int, c_values: Sequence[float], start: int, end: int
+) -> Tensor:
+    """(V, L, A, samples of the block) log2 of what probes of all samples before give the right labels."""
+    tasks, values = len(targets_AN), len(c_values)
+    seen_AN = targets_AN[:, :start].repeat(values, 1)
+    c_P = torch.tensor(c_values, dtype=torch.float64).repeat_interleave(tasks)
+    problems = Problems(seen_AN, torch.ones_like(seen_AN, dtype=torch.bool), c_P[None], num_logits(num_classes))
+    probes = solve(features, problems, standardise=True, tolerance=_TOLERANCE)
+    log_p_LPNK = probes.log_probabilities(features.x[:, start:end])
+    truth_PN = targets_AN[:, start:end].repeat(values, 1)
+    p_LPN = log_p_LPNK.gather(3, truth_PN.expand(len(log_p_LPNK), -1, -1)[..., None])[..., 0].exp()
+    mixed_LPN = (start * p_LPN + 1 / num_classes) / (start + 1)
+    return mixed_LPN.log2().unflatten(1, (values, tasks)).transpose(0, 1)

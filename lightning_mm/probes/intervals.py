@@ -1,0 +1,160 @@
+"""How sure scores are: bootstrap intervals, chance bands, and what may be said of many layers at once.
+
+Data flow: scores (L,) and their bootstrap draws (L, B) -> Estimates; draws -> the peak layer with its interval;
+p-values of all layers -> false discovery rates.
+
+Shapes: L layers, N samples, A tasks or labels, B draws.
+"""
+
+import math
+from collections.abc import Sequence
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+from lightning_mm.estimate import Estimate, finite
+
+CONFIDENCE = 0.95
+
+
+def bounds(draws_LB: Tensor) -> Tensor:
+    """(L, 2) what 95 % of the draws lie between; draws that are NaN are left out."""
+    tail = (1 - CONFIDENCE) / 2
+    levels = torch.tensor([tail, 1 - tail], dtype=draws_LB.dtype, device=draws_LB.device)
+    return torch.nanquantile(draws_LB, levels, dim=1).T
+
+
+def estimates(
+    score_L: Tensor,
+    draws_LB: Tensor,
+    *,
+    n: int,
+    k: int,
+    groups: int,
+    most: float = 1.0,
+    null: float | None = None,
+) -> list[Estimate]:
+    """One Estimate per layer with its bootstrap interval.
+
+    Args:
+        score_L: Values, from 0 to ``most``.
+        draws_LB: The same, of resampled groups.
+        n: Samples.
+        k: Classes or labels.
+        groups: Independent ones among the samples. Resampling a score of 1 shows no spread: there the lower end is that
+            of no error in so many trials (Clopper and Pearson 1934).
+        most: What the score cannot exceed.
+        null: What chance would give.
+    """
+    faultless = ((1 - CONFIDENCE) / 2) ** (1 / groups)
+    # A draw repeats samples, which raises average precision and calibration error: draws are moved back to the value.
+    centred_LB = draws_LB + (score_L - draws_LB.nanmean(1))[:, None]
+    found = []
+    for value, (low, high) in zip(score_L.tolist(), bounds(centred_LB).clamp(0, most).tolist(), strict=True):
+        low = faultless if value == low == high == 1 else low
+        found.append(finite(value, n, k=k, low=low, high=high, null=null))
+    return found
+
+
+def band(null: float, spread: float) -> dict[str, float]:
+    """The fields of an Estimate that say what chance gives: normal, cut off at 0 and 1."""
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
+    return {"null": null, "null_low": max(0.0, null - reach), "null_high": min(1.0, null + reach)}
+
+
+def p_value(value: float, null: float, spread: float) -> float:
+    """How likely chance is to give as much; where chance has no spread, it does."""
+    if math.isnan(value) or math.isnan(spread):
+        return math.nan
+    return 1 - NormalDist(null, spread).cdf(value) if spread > 0 else 1.0
+
+
+def chance_auroc(
+    scores_LAN: Tensor, truth_AN: Tensor, strata_N: Tensor, groups_N: Tensor, draws: int, seed: int
+) -> Tensor:
+    """(L, B) mean AUROC over tasks once labels are dealt anew among groups of a stratum, a group's labels together.
+
+    Of {0, 1} predictions the AUROC is the balanced accuracy.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    right_LBA = pairs_A = scores_LAN.new_zeros(())
+    for stratum in torch.unique(strata_N):
+        rows = torch.where(strata_N == stratum)[0]
+        ids_G, group_N = torch.unique(groups_N[rows.to(groups_N.device)].cpu(), return_inverse=True)
+        place_BN = torch.rand(draws, len(ids_G), generator=generator)[:, group_N]
+        dealt_BN = torch.empty_like(place_BN, dtype=torch.long)
+        home_N = torch.argsort(group_N, stable=True)
+        dealt_BN[:, home_N] = torch.argsort(place_BN[:, home_N], dim=1, stable=True)
+        truth_ABN = truth_AN[:, rows][:, home_N.to(rows.device)][:, dealt_BN.to(rows.device)].to(scores_LAN)
+        positives_A = truth_AN[:, rows].sum(1).to(scores_LAN)
+        ranks_LAN = mid_ranks(scores_LAN[..., rows])
+        right_LBA = right_LBA + torch.einsum("abn,lan->lba", truth_ABN, ranks_LAN) - positives_A * (positives_A + 1) / 2
+        pairs_A = pairs_A + positives_A * (len(rows) - positives_A)
+    return (right_LBA / pairs_A).nanmean(2)
+
+
+def mid_ranks(scores: Tensor) -> Tensor:
+    """(..., N) ranks from 1; equal ones share their mean rank.
+
+    Example:
+        >>> mid_ranks(torch.tensor([0.3, 0.1, 0.3]))
+        tensor([2.5000, 1.0000, 2.5000])
+    """
+    ordered = scores.sort(-1).values.contiguous()
+    below = torch.searchsorted(ordered, scores.contiguous())
+    return (below + torch.searchsorted(ordered, scores.contiguous(), right=True) + 1).to(scores) / 2
+
+
+def peak(found: Sequence[Estimate], draws_LB: Tensor) -> tuple[int, int, int] | None:
+    """The layer of the maximum and the layers that 95 % of the draws have theirs between; None without any value.
+
+    Args:
+        found: One per layer; the first of equal ones is the peak.
+        draws_LB: Of the same groups in all layers.
+    """
+    defined = [layer for layer, estimate in enumerate(found) if estimate.value is not None]
+    if not defined:
+        return None
+    values = [found[layer].value or 0.0 for layer in defined]
+    at_B = draws_LB[defined].nan_to_num(nan=-math.inf).argmax(0).double()
+    tail = (1 - CONFIDENCE) / 2
+    low, high = (int(torch.quantile(at_B, level, interpolation="nearest")) for level in (tail, 1 - tail))
+    best = values.index(max(values))
+    return defined[best], min(defined[low], defined[best]), max(defined[high], defined[best])
+
+
+def plateau(found: Sequence[Estimate]) -> tuple[int, int] | None:
+    """First and last of the layers around the maximum whose intervals reach it; None without any value.
+
+    Example:
+        >>> plateau([Estimate(value, 100, high=value + 0.1) for value in (0.5, 0.75, 0.8, 0.6)])
+        (1, 2)
+    """
+    values = [-math.inf if estimate.value is None else estimate.value for estimate in found]
+    most = max(values, default=-math.inf)
+    if most == -math.inf:
+        return None
+    reaches = [estimate.high is not None and estimate.high >= most for estimate in found]
+    first = last = values.index(most)
+    while first > 0 and reaches[first - 1]:
+        first -= 1
+    while last + 1 < len(found) and reaches[last + 1]:
+        last += 1
+    return first, last
+
+
+def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+    """The false discovery rate at which each is called (Benjamini and Hochberg 1995); NaN is no test and stays NaN.
+
+    Example:
+        >>> [round(q, 3) for q in benjamini_hochberg([0.01, 0.04, 0.03, 0.5])]
+        [0.04, 0.053, 0.053, 0.5]
+    """
+    tests = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
+    rates, least = [math.nan] * len(p_values), 1.0
+    for rank in range(len(tests), 0, -1):
+        p, index = tests[rank - 1]
+        least = min(least, p * len(tests) / rank)
+        rates[index] = least
+    return rates

@@ -1,0 +1,129 @@
+"""How good predictions are, for all layers at once and for all draws of a bootstrap.
+
+Data flow: predictions (L, N) or log-probabilities (L, N, K) and labels (N,) -> scores (L,). With ``weights`` (B, N),
+how often each sample occurs in each of B draws, the scores are (L, B). What nothing can be said about is NaN: recall of
+a class that does not occur, ranking without positives.
+
+Shapes: L layers, N samples, K classes, B draws, P positives, Q negatives.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+_BINS = 15
+
+
+def _weighted_sum(values_LN: Tensor, weights: Tensor) -> Tensor:
+    """(L,) or (L, B)."""
+    return torch.tensordot(values_LN.to(weights.dtype), weights, dims=([-1], [-1]))
+
+
+def _or_equal(weights: Tensor | None, labels_N: Tensor) -> Tensor:
+    return torch.ones(len(labels_N), dtype=torch.float64, device=labels_N.device) if weights is None else weights
+
+
+def accuracy(predicted_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Share of samples whose class is right.
+
+    Example:
+        >>> accuracy(torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([0, 1, 0])).tolist()
+        [0.6666666666666666, 0.6666666666666666]
+    """
+    weights = _or_equal(weights, labels_N)
+    return _weighted_sum(predicted_LN == labels_N, weights) / weights.sum(-1)
+
+
+def balanced_accuracy(
+    predicted_LN: Tensor, labels_N: Tensor, num_classes: int, weights: Tensor | None = None
+) -> Tensor:
+    """Mean recall of the classes that occur."""
+    weights = _or_equal(weights, labels_N)
+    recalls = [
+        _weighted_sum((predicted_LN == label) & (labels_N == label), weights) / (weights * (labels_N == label)).sum(-1)
+        for label in range(num_classes)
+    ]
+    return torch.stack(recalls).nanmean(0)
+
+
+def macro_f1(predicted_LN: Tensor, labels_N: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
+    """Mean F1 of the classes that occur or are predicted."""
+    weights = _or_equal(weights, labels_N)
+    f1 = [
+        2
+        * _weighted_sum((predicted_LN == label) & (labels_N == label), weights)
+        / (_weighted_sum(predicted_LN == label, weights) + (weights * (labels_N == label)).sum(-1))
+        for label in range(num_classes)
+    ]
+    return torch.stack(f1).nanmean(0)
+
+
+def nll(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Mean negative log-probability of the true class, in nats."""
+    weights = _or_equal(weights, labels_N)
+    return -_weighted_sum(true_class(log_p_LNK, labels_N), weights) / weights.sum(-1)
+
+
+def true_class(log_p_LNK: Tensor, labels_N: Tensor) -> Tensor:
+    """(L, N) log-probability of the true class."""
+    return log_p_LNK.gather(2, labels_N.expand(len(log_p_LNK), -1)[..., None])[..., 0]
+
+
+def calibration_error(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Expected calibration error over 15 bins of equal width (Guo et al. 2017): mean gap of confidence and accuracy."""
+    weights = _or_equal(weights, labels_N)
+    log_confidence_LN, predicted_LN = log_p_LNK.max(2)
+    confidence_LN = log_confidence_LN.exp()
+    gap_LN = confidence_LN - (predicted_LN == labels_N).to(confidence_LN)
+    bin_LN = (confidence_LN * _BINS).long().clamp_max(_BINS - 1)
+    gaps = [_weighted_sum(gap_LN * (bin_LN == index), weights).abs() for index in range(_BINS)]
+    return torch.stack(gaps).sum(0) / weights.sum(-1)
+
+
+def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, strata_N: Tensor | None = None) -> Tensor:
+    """Share of positive-negative pairs that are ranked right; ties count half.
+
+    Args:
+        scores_LN: Higher means positive.
+        labels_N: {0, 1}.
+        weights: (B, N) or (N,).
+        strata_N: If given, only pairs of the same stratum count: scores of different models do not compare.
+    """
+    weights = _or_equal(weights, labels_N)
+    right = pairs = weights.new_zeros(())
+    for rows, w_BN in _strata(strata_N, weights):
+        positive, negative = rows[labels_N[rows] > 0], rows[labels_N[rows] == 0]
+        ahead_LPQ = scores_LN[:, positive, None] - scores_LN[:, None, negative]
+        won_LPQ = (ahead_LPQ.sign() + 1) / 2
+        w_BP, w_BQ = w_BN[:, positive], w_BN[:, negative]
+        right = right + ((w_BP @ won_LPQ.to(w_BP)) * w_BQ).sum(-1)
+        pairs = pairs + w_BP.sum(1) * w_BQ.sum(1)
+    return (right / pairs).view(-1, *weights.shape[:-1])
+
+
+def average_precision(
+    scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, strata_N: Tensor | None = None
+) -> Tensor:
+    """Mean, over positives, of the precision among all samples scored at least as high; arguments as ``auroc``."""
+    weights = _or_equal(weights, labels_N)
+    total = positives = weights.new_zeros(())
+    for rows, w_BN in _strata(strata_N, weights):
+        positive = rows[labels_N[rows] > 0]
+        as_high_LPN = (scores_LN[:, None, rows] >= scores_LN[:, positive, None]).to(w_BN)
+        seen_LBP = w_BN[:, rows] @ as_high_LPN.mT
+        hits_LBP = (w_BN[:, rows] * (labels_N[rows] > 0)) @ as_high_LPN.mT
+        total = total + (w_BN[:, positive] * hits_LBP / seen_LBP.clamp_min(1)).sum(-1)
+        positives = positives + w_BN[:, positive].sum(1)
+    return (total / positives).view(-1, *weights.shape[:-1])
+
+
+def _strata(strata_N: Tensor | None, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The rows of each stratum, and (B, N) weights."""
+    all_rows = torch.arange(weights.shape[-1], device=weights.device)
+    w_BN = weights.reshape(-1, weights.shape[-1])
+    if strata_N is None:
+        yield all_rows, w_BN
+        return
+    for stratum in torch.unique(strata_N):
+        yield all_rows[strata_N == stratum], w_BN

@@ -1,0 +1,33 @@
+"""Hidden states of all tokens into one vector per site, inside the hook, so that only pooled vectors are kept.
+
+Data flow: (B, L, D) of one layer + pooling weights of the batch -> (B, S, D) float32.
+
+Shapes: B rows, L tokens, D hidden size, S sites per row (last token, mean of the image's tokens, ...).
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_mm.geometry.gram import exact_products
+
+
+def pool(hidden_BLD: Tensor, weights_BSL: Tensor) -> Tensor:
+    """Weighted means over tokens, in float32 whatever the model computes in.
+
+    A token that no site reads may hold anything, NaN too (rows of padding are undefined under some attention kernels).
+
+    Args:
+        hidden_BLD: A layer's hidden states, of any floating type.
+        weights_BSL: Row-normalised weights; all zero where a row has no such site.
+
+    Returns:
+        (B, S, D) float32. A site of one token is that token's vector, exactly.
+
+    Example:
+        >>> pool(torch.tensor([[[1.0], [3.0], [float("nan")]]]), torch.tensor([[[0.5, 0.5, 0.0]]])).item()
+        2.0
+    """
+    read_BL = weights_BSL.ne(0).any(1)
+    used_BLD = torch.where(read_BL[:, :, None], hidden_BLD.detach().float(), 0.0)
+    with exact_products():
+        return weights_BSL.float() @ used_BLD

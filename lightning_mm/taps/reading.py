@@ -1,0 +1,140 @@
+"""A reading: what every layer holds of every probe row, at the sites that the analyses ask for.
+
+Data flow: batches of probe rows -> one forward pass each, head and loss left out -> ``tap`` -> ``pooling`` -> vectors
+by place -> gathered from all ranks to the first, in the order of the rows -> ``analysis``.
+
+Shapes: T slices (embeddings and blocks), N vectors of one place, D hidden size, B rows of a batch, S sites, L tokens.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
+from lightning_mm.data.sample import Rejection
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.objective import gathered_before
+from lightning_mm.taps.pooling import pool
+from lightning_mm.taps.tap import plain, tapped
+
+PLACES: Mapping[str, tuple[str, ...]] = {
+    "entailment": ("last",),
+    "picture": ("last", "image", "token", "object"),
+    "text": ("last", "text", "token"),
+}
+"""Which sites are kept of each role of row; a place is written ``role/site``."""
+
+Address = tuple[str, int]
+"""A vector's row id, and which of the row's objects it stands for (0 where there is but one vector)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """Hidden states of a probe set.
+
+    Args:
+        step: Optimizer steps done.
+        features: Place -> (T, N, D) float32 on the CPU.
+        addresses: Place -> where each of its N vectors comes from, in the order of the probe set.
+        rejected: Rows that could not be read.
+    """
+
+    step: int
+    features: Mapping[str, Tensor]
+    addresses: Mapping[str, tuple[Address, ...]]
+    rejected: tuple[Rejection, ...] = ()
+
+    @property
+    def num_slices(self) -> int:
+        return next(iter(self.features.values())).shape[0]
+
+
+def read(
+    model: nn.Module,
+    anatomy: Anatomy,
+    batches: Iterable[ProbeBatch],
+    device: torch.device,
+    *,
+    step: int = 0,
+    before: Reading | None = None,
+    unchanged: int = 0,
+) -> Reading:
+    """Read this rank's rows. The caller sees to eval mode, no gradients, precision and randomness.
+
+    Args:
+        model: Wrapped or not.
+        anatomy: Of the plain model.
+        batches: This rank's share of the probe set.
+        device: Where the model is.
+        step: Noted in the reading.
+        before: An earlier reading of the same rows on this rank.
+        unchanged: So many slices, from the embeddings up, are taken from ``before``: no weight below them has moved.
+    """
+    first = unchanged if before is not None else 0
+    vectors: dict[str, list[Tensor]] = {}
+    addresses: dict[str, list[Address]] = {}
+    rejected: list[Rejection] = []
+    for batch in batches:
+        rejected += batch.rejected
+        if not len(batch):
+            continue
+        pooled_TBSD = _forward(plain(model), anatomy, batch.to(device), first)
+        for place, address, b, s in _kept(batch):
+            vectors.setdefault(place, []).append(pooled_TBSD[:, b, s])
+            addresses.setdefault(place, []).append(address)
+    features = {place: torch.stack(columns, 1) for place, columns in vectors.items()}
+    if first and before is not None:
+        assert all(before.addresses[place] == tuple(found) for place, found in addresses.items())
+        features = {place: torch.cat([before.features[place][:first], x]) for place, x in features.items()}
+    return Reading(step, features, {place: tuple(found) for place, found in addresses.items()}, tuple(rejected))
+
+
+def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Tensor:
+    """(T - first, B, S, D) pooled hidden states, on the CPU."""
+    taken: dict[int, Tensor] = {}
+
+    def receive(index: int, hidden_BLD: Tensor) -> None:
+        taken[index] = pool(hidden_BLD, batch.weights)
+
+    nothing = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
+    wanted = range(first, anatomy.num_layers + 1)
+    head = model.get_submodule(anatomy.head)
+    with tapped(model, anatomy, receive, wanted), gathered_before(head, nothing):
+        model(**batch.inputs, use_cache=False)
+    assert sorted(taken) == list(wanted), "some block was not run"
+    return torch.stack([taken[index] for index in wanted]).cpu()
+
+
+def _kept(batch: ProbeBatch) -> Iterable[tuple[str, Address, int, int]]:
+    present_BS = batch.weights.ne(0).any(-1).tolist()
+    for b, (row, sites) in enumerate(zip(batch.rows, batch.sites, strict=True)):
+        for s, site in enumerate(sites):
+            kind, _, number = site.partition(":")
+            if kind in PLACES[row.role] and present_BS[b][s]:
+                yield f"{row.role}/{kind}", (row.id, int(number or 0)), b, s
+
+
+def gather(reading: Reading, probe_set: ProbeSet) -> Reading | None:
+    """All ranks' rows on rank 0, each once and in the probe set's order; None on the other ranks."""
+    parts: list[Any] = [reading]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        rank = dist.get_rank()
+        parts = [None] * dist.get_world_size()
+        dist.gather_object(reading, parts if rank == 0 else None)
+        if rank != 0:
+            return None
+    order = {row.id: index for index, row in enumerate(probe_set.rows)}
+    features, addresses = {}, {}
+    for place in sorted({place for part in parts for place in part.features}):
+        held = [part for part in parts if place in part.features]
+        found = [address for part in held for address in part.addresses[place]]
+        once = {address: index for index, address in reversed(list(enumerate(found)))}
+        kept = sorted(once, key=lambda address: (order[address[0]], address[1]))
+        x_TND = torch.cat([part.features[place] for part in held], 1)
+        features[place] = x_TND[:, [once[address] for address in kept]]
+        addresses[place] = tuple(kept)
+    return Reading(reading.step, features, addresses, tuple(r for part in parts for r in part.rejected))

@@ -1,0 +1,220 @@
+"""``layers: auto``: read the untuned model and say which blocks are worth training, how sure that is, and why.
+
+Data flow: model + probe set + a few training batches -> ``criteria`` and ``gradients`` -> ``window`` -> ``Selection``
+(layers, interval, reasons, rivals of equal budget), which is printed, saved with the run, and trained.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_mm.data.probe_sets import ProbeSet
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.taps.reading import Reading
+from lightning_mm.tuning.cost import relative_cost
+from lightning_mm.tuning.criteria import FORWARD, forward_criteria
+from lightning_mm.tuning.evidence import Evidence, weigh
+from lightning_mm.tuning.gradients import GradientScores, halves_of
+from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers, resolve_layers
+from lightning_mm.tuning.policy import TuningPolicy
+from lightning_mm.tuning.window import Criterion, Window, combine, reliability, window
+
+FALLBACK = "25%-50%"
+"""What trains where the probe set shows no evidence: where 2606.03871 found the middle of LLaVA-7B."""
+GRADIENT = ("rgn", "snr", "fisher")
+_AUTO = re.compile(r"auto(?::(\d+%?))?")
+
+
+@dataclass(frozen=True)
+class AutoRange:
+    """How ``layers: auto`` chooses.
+
+    Args:
+        criteria: Reasons that count: overlap, imbalance, entailment (meaning), dimension, influence, angle (shape),
+            rgn, snr, fisher (gradients).
+        weights: Say of each family: meaning, shape, gradients.
+        price: How much of the evidence one would give for the compute of a whole step; higher means fewer blocks.
+        batches: Training batches for the gradient criteria.
+        resamples: Halves of the pictures that the interval is drawn from.
+        seed: Of the halves.
+    """
+
+    criteria: tuple[str, ...] = (*FORWARD, *GRADIENT)
+    weights: dict[str, float] = field(default_factory=lambda: {"meaning": 1.0, "shape": 0.25, "gradients": 0.25})
+    price: float = 0.25
+    batches: int = 4
+    resamples: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in self.criteria:
+            if name not in (*FORWARD, *GRADIENT):
+                known = ", ".join((*FORWARD, *GRADIENT))
+                raise UserError(f"There is no criterion {name!r}.", f"There are {known}.", "Name those.")
+
+
+@dataclass(frozen=True, eq=False)
+class Selection:
+    """The blocks chosen and everything that speaks for them.
+
+    Args:
+        chosen: With the range of either end.
+        score: (L,) combined score of each block.
+        score_range: (2, L) its 95 % range over resamples.
+        criteria: What it was combined from.
+        evidence: Whether the model shows where picture and language meet at all.
+        controls: Rivals of equal budget by policy name.
+        why: In sentences.
+    """
+
+    chosen: Window
+    score: Tensor
+    score_range: Tensor
+    criteria: tuple[Criterion, ...]
+    evidence: Evidence
+    controls: dict[str, str]
+    why: tuple[str, ...]
+
+    @property
+    def expression(self) -> str:
+        return describe_layers(self.chosen.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved in selection.json."""
+        return {
+            "layers": list(self.chosen.layers),
+            "expression": self.expression,
+            "first_range": list(self.chosen.first_range),
+            "last_range": list(self.chosen.last_range),
+            "score": self.score.tolist(),
+            "score_low": self.score_range[0].tolist(),
+            "score_high": self.score_range[1].tolist(),
+            "criteria": {c.name: c.scores.tolist() for c in self.criteria},
+            "controls": self.controls,
+            "evidence": self.evidence.found,
+            "why": list(self.why),
+        }
+
+
+def asks_for_selection(policy: TuningPolicy) -> str | None:
+    """The option of the policy that says ``auto``; None where none does."""
+    named = (name for name in ("layers", "budget") if _AUTO.fullmatch(str(getattr(policy, name, ""))))
+    return next(named, None)
+
+
+def with_layers(policy: TuningPolicy, layers: Sequence[int]) -> TuningPolicy:
+    """The policy with ``auto`` written out."""
+    option = asks_for_selection(policy)
+    assert option is not None
+    spec: LayerSpec = describe_layers(layers).replace(" ", "")
+    return replace(policy, **{option: spec})  # type: ignore[type-var]  # every policy is a dataclass
+
+
+def select_layers(
+    reading: Reading,
+    probe_set: ProbeSet,
+    gradients: GradientScores | None,
+    options: AutoRange,
+    device: torch.device,
+    spec: str = "auto",
+    pilot: Sequence[Criterion] = (),
+) -> Selection:
+    """Choose.
+
+    Args:
+        reading: Of the untuned model.
+        probe_set: Its rows.
+        gradients: Of the untuned model; None leaves those criteria out.
+        options: Which criteria, and the price of compute.
+        device: Where to compute.
+        spec: ``auto``, or ``auto:25%`` and ``auto:8`` for so many blocks.
+        pilot: What a second checkpoint says (drift, transplant gain), where there is one.
+    """
+    num_layers = reading.num_slices - 1
+    forward = tuple(name for name in options.criteria if name in FORWARD)
+    criteria = [*forward_criteria(reading, probe_set, forward, options.resamples, options.seed, device)]
+    if gradients is not None:
+        criteria += _gradient_criteria(gradients, options)
+    criteria += pilot
+    evidence = weigh(reading, probe_set, device)
+    score, drawn = combine(criteria, options.weights)
+    match = _AUTO.fullmatch(spec)
+    budget = count_layers(match[1], num_layers) if match and match[1] else None
+    chosen = window(score, drawn, options.price, budget, round(0.05 * num_layers))
+    if chosen is None:
+        evidence = Evidence(False, "no criterion has a profile that other pictures repeat")
+    if chosen is None or not evidence.found:
+        chosen = _fallback(num_layers, budget)
+    controls = _controls(chosen, num_layers)
+    ranges = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype), dim=0)
+    why = _why(chosen, criteria, evidence, options, num_layers)
+    return Selection(chosen, score, ranges, tuple(criteria), evidence, controls, why)
+
+
+def tell(selection: Selection) -> None:
+    """Print the choice with its reasons."""
+    decide("model.tuning.layers", selection.expression, "; ".join(selection.why))
+    decide("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
+
+
+def transplant_criterion(gains: Tensor, resamples: int) -> Criterion:
+    """Criterion 5 from (K, L) gains of K batches."""
+    return Criterion("transplant", gains.mean(0), _halved(gains, resamples), "meaning")
+
+
+def _gradient_criteria(gradients: GradientScores, options: AutoRange) -> list[Criterion]:
+    measured = {"rgn": gradients.relative_norm, "fisher": gradients.fisher}
+    made = [
+        Criterion(name, per_batch.mean(0).log(), _halved(per_batch, options.resamples).log(), "gradients")
+        for name, per_batch in measured.items()
+        if name in options.criteria
+    ]
+    if "snr" in options.criteria:
+        halves = _cycled(gradients.signal_to_noise_halves.log(), options.resamples)
+        made.append(Criterion("snr", gradients.signal_to_noise.log(), halves, "gradients"))
+    return made
+
+
+def _halved(per_batch: Tensor, resamples: int) -> Tensor:
+    """(resamples, L) means over halves of the batches: as many as there are, again and again."""
+    return _cycled(torch.stack([per_batch[half].mean(0) for half in halves_of(len(per_batch))]), resamples)
+
+
+def _cycled(rows: Tensor, count: int) -> Tensor:
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
+
+
+def _fallback(num_layers: int, budget: int | None) -> Window:
+    spec = FALLBACK if budget is None else f"middle:{budget}"
+    layers = resolve_layers(spec, num_layers)
+    return Window(layers[0], layers[-1], (0, num_layers - 1), (0, num_layers - 1))
+
+
+def _controls(chosen: Window, num_layers: int) -> dict[str, str]:
+    count = len(chosen.layers)
+    specs = {"EarlyLayers": "first", "LateLayers": "last", "UniformSparse": "uniform", "RandomLayers": "random"}
+    return {name: describe_layers(resolve_layers(f"{kind}:{count}", num_layers)) for name, kind in specs.items()}
+
+
+def _why(
+    chosen: Window, criteria: Sequence[Criterion], evidence: Evidence, options: AutoRange, num_layers: int
+) -> tuple[str, ...]:
+    if not evidence.found:
+        return (
+            f"no evidence: {evidence.reason}",
+            f"the fall-back {describe_layers(chosen.layers)} rests on 2606.03871, not on this model",
+        )
+    peaks = ", ".join(f"{c.name} {int(c.scores.nan_to_num(-1e30).argmax())} ({reliability(c):.0%})" for c in criteria)
+    cost = relative_cost(chosen.first, chosen.last, num_layers)
+    return (
+        evidence.reason,
+        f"peaks by criterion (and how repeatable its profile is): {peaks}",
+        f"95 % range of the ends over {options.resamples} halves of the pictures: "
+        f"{chosen.first_range[0]}-{chosen.first_range[1]} to {chosen.last_range[0]}-{chosen.last_range[1]}",
+        f"a step costs {cost:.0%} of full tuning's in the decoder",
+    )

@@ -1,0 +1,50 @@
+"""The colour scale against CIELAB: evenly lighter or darker, neighbours equally far apart, ends far from the page."""
+
+import numpy as np
+import pytest
+
+from lightning_mm.dashboards import colours
+
+# sRGB to XYZ (IEC 61966-2-1) and XYZ to CIELAB under D65: another space than the scale was made in
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+WHITE = np.array([0.95047, 1.0, 1.08883])
+
+
+def lab(scale):
+    rgb = np.array(scale) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.cbrt(linear @ TO_XYZ.T / WHITE).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=1)
+
+
+@pytest.mark.parametrize("scale", [colours.LIGHT, colours.DARK])
+def test_equal_steps_of_value_are_equal_steps_of_lightness(scale):
+    steps = np.diff(lab(scale)[:, 0])
+    assert len(scale) == colours.LEVELS
+    assert abs(lab(scale)[-1, 0] - lab(scale)[0, 0]) > 70
+    assert len(set(np.sign(steps))) == 1  # in grey print, too, the order stays
+    # OKLab's and CIELAB's lightness differ by a few per cent over this range, and 8 bits round by half a unit
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.27)
+
+
+@pytest.mark.parametrize("scale", [colours.LIGHT, colours.DARK])
+def test_neighbours_are_told_apart_and_none_stands_out(scale):
+    distance = np.linalg.norm(np.diff(lab(scale), axis=0), axis=1)
+    assert distance.min() > 2.3  # a just noticeable difference
+    assert distance.max() < 4 * distance.min()
+
+
+def test_light_pages_begin_pale_and_dark_pages_begin_dark():
+    assert lab(colours.LIGHT)[0, 0] > 90
+    assert lab(colours.DARK)[0, 0] < 20
+
+
+@pytest.mark.parametrize(("share", "level"), [(-1, 0), (0, 0), (0.5, 12), (0.999, 23), (1, 23), (7, 23)])
+def test_levels(share, level):
+    assert colours.level(share) == level
+
+
+def test_each_level_has_a_rule():
+    rules = colours.css(colours.LIGHT)
+    assert rules.count("{fill:#") == colours.LEVELS
+    assert f".q{colours.LEVELS - 1}{{" in rules

@@ -1,0 +1,99 @@
+"""Frechet distance and maximum mean discrepancy: closed forms, SciPy, chance."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor
+
+from lightning_mm.estimate import values
+from lightning_mm.geometry.divergence import frechet, mmd
+from lightning_mm.geometry.gram import Bank
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def by_scipy(x: np.ndarray, y: np.ndarray) -> float:
+    root = sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    return float(((x.mean(0) - y.mean(0)) ** 2).sum() + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root))
+
+
+def test_frechet_as_scipy() -> None:
+    x, y = noise(1, 90, 10) @ noise(10, 10, seed=2), noise(1, 90, 10, seed=1) + 0.4
+    expected = by_scipy(x[0].double().numpy(), y[0].double().numpy())
+    assert frechet(Bank.of(x), Bank.of(y))[0].value == pytest.approx(expected, rel=1e-4)  # float32 input
+
+
+def test_frechet_in_the_leading_components() -> None:
+    """Of a spectrum that decays the subspace iteration finds the same ones as a full decomposition."""
+    scale = torch.arange(1, 61.0) ** -0.5
+    x, y = noise(1, 300, 60) * scale, noise(1, 300, 60, seed=1) * scale + 0.1
+    rows = torch.cat([x[0], y[0]]).double()
+    leading = torch.linalg.svd(rows - rows.mean(0)).Vh[:8]
+    expected = by_scipy(*((part[0].double() @ leading.T).numpy() for part in (x, y)))
+    found = frechet(Bank.of(x), Bank.of(y), components=8)[0]
+    assert found.value == pytest.approx(expected, rel=1e-3)
+    assert found.k == 8
+
+
+def test_frechet_of_isotropic_clouds() -> None:
+    """||dmu||^2 + d (s1 - s2)^2 beyond the null, which has the bias of few samples; 4 standard errors of 20 clouds."""
+    x, y = noise(20, 400, 8), noise(20, 400, 8, seed=1)
+    same, moved = frechet(Bank.of(x), Bank.of(y)), frechet(Bank.of(x), Bank.of(1.5 * y + 1))
+    assert sum(e.null_low <= e.value <= e.null_high for e in same) >= 16
+    beyond = torch.tensor(values(moved)) - torch.tensor(values(same))
+    assert float(beyond.mean()) == pytest.approx(8 + 8 * 0.25, abs=4 * float(beyond.std()) / 20**0.5)
+    assert all(e.low > e.null_high for e in moved)
+
+
+def test_frechet_with_fewer_samples_than_components() -> None:
+    found = frechet(Bank.of(noise(1, 30, 100)), Bank.of(noise(1, 30, 100, seed=1) + 3))[0]
+    assert found.k == 59
+    assert math.isfinite(found.value)
+    assert found.low > found.null_high
+
+
+def test_mmd_by_hand() -> None:
+    """The average over ordered pairs i != j, with the median over all entries of the three distance matrices."""
+    x, y = noise(1, 20, 3).double(), noise(1, 20, 3, seed=1).double() + 1
+    within, across = [torch.cdist(z, z)[0].square() for z in (x, y)], torch.cdist(x, y)[0].square()
+    scale = torch.cat([m.flatten() for m in (*within, across)]).median()
+    k = [torch.exp(-m / (2 * scale)) for m in (*within, across)]
+    total = sum(k[0][i, j] + k[1][i, j] - k[2][i, j] - k[2][j, i] for i in range(20) for j in range(20) if i != j)
+    assert mmd(Bank.of(x), Bank.of(y))[0].value == pytest.approx(float(total) / (20 * 19), rel=1e-9)
+
+
+def test_mmd_closed_form() -> None:
+    """2 (s^2/(s^2+2))^(d/2) (1 - exp(-delta^2/(2(s^2+2)))) for unit Gaussians delta apart, with the s that was used.
+
+    The median squared distance is nearly the same for all 20 clouds; 4 standard errors of them.
+    """
+    x, y = noise(20, 400, 5), noise(20, 400, 5, seed=1)
+    y[..., 0] += 1
+    found = torch.tensor(values(mmd(Bank.of(x), Bank.of(y))))
+    clouds = torch.cat([x, y], 1)
+    scale = float(torch.cdist(clouds, clouds).square().median())
+    expected = 2 * (scale / (scale + 2)) ** 2.5 * (1 - math.exp(-1 / (2 * (scale + 2))))
+    assert float(found.mean()) == pytest.approx(expected, abs=4 * float(found.std()) / 20**0.5 + 2e-4)
+
+
+def test_mmd_of_one_law_is_within_the_band() -> None:
+    found = mmd(Bank.of(noise(60, 60, 10)), Bank.of(noise(60, 60, 10, seed=1)))
+    assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 50
+    measured = torch.tensor(values(found))
+    assert float(measured.mean()) == pytest.approx(0, abs=4 * float(measured.std()) / 60**0.5)
+    wider = mmd(Bank.of(noise(1, 100, 10)), Bank.of(1.6 * noise(1, 100, 10, seed=1)))[0]
+    assert wider.low > wider.null_high, "another width with the same mean is another law"
+
+
+def test_intervals_hold_the_expectation() -> None:
+    """38 of 40 on average, less 4 standard deviations."""
+    a, b = Bank.of(noise(40, 80, 6)), Bank.of(1.3 * noise(40, 80, 6, seed=1) + 0.7)
+    for measure in (frechet, mmd):
+        found = measure(a, b)
+        mean = sum(values(found)) / 40
+        assert sum(e.low <= mean <= e.high for e in found) >= 32

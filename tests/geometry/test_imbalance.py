@@ -1,0 +1,64 @@
+"""Information imbalance: what is known of it, ties, chance."""
+
+import pytest
+import torch
+from scipy.stats import rankdata
+from torch import Tensor
+
+from lightning_mm.estimate import values
+from lightning_mm.geometry.gram import Bank
+from lightning_mm.geometry.imbalance import conditional_ranks, information_imbalance
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def both(first: Tensor, second: Tensor, k: int = 1) -> tuple[float, float]:
+    a, b = Bank.of(first), Bank.of(second)
+    return information_imbalance(a, b, k)[0].value, information_imbalance(b, a, k)[0].value
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_identical_banks_have_the_least_there_is(k: int) -> None:
+    x = noise(1, 300, 4)
+    assert both(x, -2 * x + 1, k) == pytest.approx([(k + 1) / 300] * 2, rel=1e-12)
+
+
+def test_functions_of_one_another() -> None:
+    """DADApy at N = 1000 on another draw: a difference of 3 sd of 0.02, less where the value is near 0."""
+    x, plane = noise(1, 1000, 1), noise(1, 1000, 2, seed=1)
+    assert both(x, x.exp()) == pytest.approx((0.002, 0.002), abs=0.001)
+    assert both(x, x.square()) == pytest.approx((0.004, 0.664), abs=0.06)
+    assert both(plane, plane[..., :1]) == pytest.approx((0.049, 0.554), abs=0.06)
+
+
+def test_unrelated_banks_are_at_one() -> None:
+    found = information_imbalance(Bank.of(noise(50, 200, 6)), Bank.of(noise(50, 200, 6, seed=1)))
+    measured = torch.tensor(values(found))
+    assert float(measured.mean()) == pytest.approx(1, abs=4 * float(measured.std()) / 50**0.5)
+    assert (found[0].null_high - 1) / 1.96 == pytest.approx(1 / (3 * 200) ** 0.5, rel=0.01)
+    assert sum(e.low <= 1 <= e.high for e in found) >= 43, "95 % of 50, less 3 standard deviations"
+    assert float(measured.std()) < 1.5 * (found[0].null_high - 1) / 1.96, "samples share neighbours, as _SHARED says"
+
+
+def test_ranks_are_those_of_scipy_with_ties() -> None:
+    """A small lattice has many equal distances; self is not ranked."""
+    x = torch.randint(0, 3, (1, 40, 2), generator=torch.Generator().manual_seed(0)).double()
+    squared = Bank.of(x).squared_distances[0]
+    chosen = torch.stack([torch.arange(1, 41) % 40, torch.arange(3, 43) % 40], 1)
+    found = conditional_ranks(chosen, squared)
+    for i in range(40):
+        others = torch.cat([torch.arange(i), torch.arange(i + 1, 40)])
+        ranks = dict(zip(others.tolist(), rankdata(squared[i, others]), strict=True))
+        assert found[i].tolist() == [ranks[int(j)] for j in chosen[i]]
+
+
+def test_groups_widen_the_interval_and_nothing_else() -> None:
+    x = noise(1, 60, 5).repeat_interleave(4, 1) + 0.3 * noise(1, 240, 5, seed=1)
+    y = x + 0.3 * noise(1, 240, 5, seed=2)
+    plain, grouped = (
+        information_imbalance(Bank.of(x), Bank.of(y), groups=g)[0] for g in (None, torch.arange(240) // 4)
+    )
+    assert plain.value == grouped.value
+    assert grouped.high - grouped.low != plain.high - plain.low
