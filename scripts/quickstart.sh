@@ -32,4 +32,6 @@ picture=runs/quickstart-middle/samples/0000-0.png
 question="Is this an animal, food, a vehicle or a household object?"
 echo; echo "$picture: $question"
 python scripts/ask.py runs/quickstart-middle/export "$picture" "$question"
-echo; echo "report: $PWD/runs/quickstart-middle/report.html  (took $(( $(date +%s) - started )) s)"
+took=$(( $(date +%s) - started ))
+echo; python scripts/summary.py --looks runs/quickstart-middle "$took"
+echo "report: $PWD/runs/quickstart-middle/report.html  (took $took s)"

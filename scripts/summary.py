@@ -1,4 +1,7 @@
-"""Accuracy by question type over the stages of a training, beside its baselines: summary.py RUN [RUN ...]."""
+"""Accuracy by question type over the stages of a training, beside its baselines: summary.py RUN [RUN ...].
+
+With --looks RUN SECONDS: what looking inside has cost of so long a time.
+"""
 
 import json
 import sys
@@ -26,6 +29,13 @@ def table(runs: list[Path]) -> Table:
     return shown
 
 
+def looks(run: Path, seconds: float) -> str:
+    """What looking inside has cost of so many seconds."""
+    rows = json.loads((run / "inspections.json").read_text(encoding="utf-8"))
+    spent = sum(sum(row["seconds"].values()) for row in rows)
+    return f"looking inside: {len(rows)} looks, {spent:.0f} s, {spent / seconds:.1%} of the whole"
+
+
 def _percent(value: Any) -> str:
     return "" if value is None else f"{value:.0%}"
 
@@ -33,4 +43,6 @@ def _percent(value: Any) -> str:
 if __name__ == "__main__":
     if len(sys.argv) < 2:
         sys.exit(__doc__)
+    if sys.argv[1] == "--looks":
+        sys.exit(print(looks(Path(sys.argv[2]), float(sys.argv[3]))))
     Console().print(table([Path(run) for run in sys.argv[1:]]))

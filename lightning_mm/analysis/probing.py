@@ -1,7 +1,8 @@
 """Probes of a reading: global meaning (does the caption belong to the picture?) and local (which objects, and where?).
 
-Data flow: ``Reading`` + labels of the ``ProbeSet`` -> ``probes.protocol`` -> ``Findings``. Both of 2402.17304's
-questions are asked of the last prompt token; objects also of the picture's tokens and of the tokens of each object's own patches.
+Data flow: ``Reading`` + labels of the ``ProbeSet`` -> ``probes.protocol`` -> ``Findings``.
+Both of 2402.17304's questions are asked of the last prompt token; objects also of the picture's tokens and of the
+tokens of each object's own patches.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,9 @@
 Data flow: features (L, N, D) and labels -> probes learned from ever longer beginnings of the data -> the bits that the
 labels of the next block cost (Voita and Titov 2020) -> compression, the bits of a code that knows nothing over these.
 
-Probabilities are mixed with one imaginary sample spread over all classes, as no code may give a label none. The penalty
-is coded for as well: each C has a vote that grows with how well it has told the blocks so far.
+Probabilities are mixed with one imaginary sample spread over all classes, as no code may give a label none. C is not
+chosen but paid for: the probability of all labels is the mean of what each C gives them, at most log2 of their number
+in bits above the best.
 
 Shapes: L layers, N samples, D features, A tasks (labels of a multi-label problem, otherwise 1), K classes, V values
 of C.
@@ -52,28 +53,23 @@ def description_length(
         With the compression by class frequencies alone as null, and an interval over groups given the probes.
     """
     order_N, ends = _blocks(groups_N, seed)
-    x_LND, targets_AN, groups_N = (
-        x_LND[:, order_N.to(x_LND.device)],
-        targets_AN[:, order_N.to(x_LND.device)],
-        groups_N.cpu()[order_N],
-    )
-    bits_LAN = x_LND.new_full((len(x_LND), *targets_AN.shape), math.log2(num_classes), dtype=torch.float32)
-    null_AN = bits_LAN[0].clone()
-    said_VLA = bits_LAN.new_zeros(len(c_values), *bits_LAN.shape[:2])
-    features = Features.of(x_LND, standardise=True)
+    rows_N, groups_N = order_N.to(x_LND.device), groups_N.cpu()[order_N]
+    targets_AN, features = targets_AN[:, rows_N], Features.of(x_LND[:, rows_N], standardise=True)
+    plain = math.log(num_classes)
+    first = (len(c_values), len(x_LND), len(targets_AN), ends[0])
+    log_p = [torch.full(first, -plain, dtype=torch.float64, device=x_LND.device)]
+    null_AN = torch.full_like(targets_AN, plain, dtype=torch.float64)
     for start, end in pairwise(ends):
-        log2_p_VLAN = _next_block(features, targets_AN, num_classes, c_values, start, end)
-        votes_VLA = said_VLA.mul(math.log(2)).log_softmax(0) / math.log(2)
-        bits_LAN[..., start:end] = -((log2_p_VLAN + votes_VLA[..., None]) * math.log(2)).logsumexp(0) / math.log(2)
-        said_VLA = said_VLA + log2_p_VLAN.sum(-1)
-        null_AN[:, start:end] = -_frequencies(targets_AN, num_classes, start)[:, start:end].log2()
-    weights_BN = group_draws(groups_N, _DRAWS, seed).to(bits_LAN.device)
-    plain = math.log2(num_classes)
-    draws_LB = plain * weights_BN.sum(1) / (bits_LAN.mean(1) @ weights_BN.T)
-    null = plain / float(null_AN.mean())
-    groups = num_groups(groups_N)
+        log_p.append(_next_block(features, targets_AN, num_classes, c_values, start, end))
+        null_AN[:, start:end] = -_frequencies(targets_AN, num_classes, start)[:, start:end].log()
+    # The mean over C of the probability of all labels so far: a C that has told well weighs more in what follows.
+    so_far_LAN = torch.cat(log_p, 3).cumsum(3).logsumexp(0) - math.log(len(c_values))
+    nats_LAN = -so_far_LAN.diff(dim=2, prepend=torch.zeros_like(so_far_LAN[..., :1]))
+    weights_BN = group_draws(groups_N, _DRAWS, seed).to(nats_LAN)
+    draws_LB = plain * weights_BN.sum(1) / (nats_LAN.mean(1) @ weights_BN.T)
+    n, groups, null = len(groups_N), num_groups(groups_N), plain / float(null_AN.mean())
     return estimates(
-        plain / bits_LAN.mean((1, 2)), draws_LB, n=len(groups_N), k=num_classes, groups=groups, most=math.inf, null=null
+        plain / nats_LAN.mean((1, 2)), draws_LB, n=n, k=num_classes, groups=groups, most=math.inf, null=null
     )
 
 
@@ -97,7 +93,7 @@ def _frequencies(targets_AN: Tensor, num_classes: int, start: int) -> Tensor:
 def _next_block(
     features: Features, targets_AN: Tensor, num_classes: int, c_values: Sequence[float], start: int, end: int
 ) -> Tensor:
-    """(V, L, A, samples of the block) log2 of what probes of all samples before give the right labels."""
+    """(V, L, A, samples of the block) log-probability of the right labels, by probes of all samples before."""
     tasks, values = len(targets_AN), len(c_values)
     seen_AN = targets_AN[:, :start].repeat(values, 1)
     c_P = torch.tensor(c_values, dtype=torch.float64).repeat_interleave(tasks)
@@ -107,4 +103,4 @@ def _next_block(
     truth_PN = targets_AN[:, start:end].repeat(values, 1)
     p_LPN = log_p_LPNK.gather(3, truth_PN.expand(len(log_p_LPNK), -1, -1)[..., None])[..., 0].exp()
     mixed_LPN = (start * p_LPN + 1 / num_classes) / (start + 1)
-    return mixed_LPN.log2().unflatten(1, (values, tasks)).transpose(0, 1)
+    return mixed_LPN.double().log().unflatten(1, (values, tasks)).transpose(0, 1)

@@ -112,25 +112,26 @@ class Subject:
     def of(cls, labels: Tensor, groups_N: Tensor) -> "Subject":
         """Leave out what cannot be in every part: classes that few groups have, labels that few have or few lack."""
         labels, rows_M, note = labels.long(), torch.arange(len(labels)), ""
+        alike = bool((labels == labels[:1]).all())
         if num_groups(groups_N) < MIN_GROUPS:
             return cls(rows_M, labels, note, _too_few(groups_N))
         if labels.ndim == 1:
             labels = torch.unique(labels, return_inverse=True)[1]
             kept_K = _groups_with(indicators(labels), groups_N) >= MIN_GROUPS_PER_CLASS
             rows_M = torch.where(kept_K[labels])[0]
-            left_out = f"{len(labels) - len(rows_M)} samples of {int((~kept_K).sum())} classes that"
+            left_out = f"{len(labels) - len(rows_M)} samples, whose {int((~kept_K).sum())} classes are"
             labels, enough = torch.unique(labels[rows_M], return_inverse=True)[1], int(kept_K.sum()) > 1
         else:
             having, lacking = _groups_with(labels, groups_N), _groups_with(1 - labels, groups_N)
             kept_K = torch.minimum(having, lacking) >= MIN_GROUPS_PER_CLASS
-            left_out = f"{int((~kept_K).sum())} of {len(kept_K)} labels that are or are not in"
+            left_out = f"{int((~kept_K).sum())} of {len(kept_K)} labels, which are present or absent"
             labels, enough = labels[:, kept_K], bool(kept_K.any())
         if not kept_K.all():
-            note = f"left out: {left_out} fewer than {MIN_GROUPS_PER_CLASS} groups"
+            note = f"left out: {left_out} in fewer than {MIN_GROUPS_PER_CLASS} groups"
         if enough:
             return cls(rows_M, labels, note, _too_few(groups_N[rows_M]))
         rare = f"too rare: nothing to tell apart is in {MIN_GROUPS_PER_CLASS} groups or more"
-        return cls(rows_M, labels, note, "one class: nothing to tell apart" if len(kept_K) == 1 else rare)
+        return cls(rows_M, labels, note, "one class: nothing to tell apart" if alike else rare)
 
 
 def _too_few(groups_N: Tensor) -> str:

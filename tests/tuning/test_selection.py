@@ -1,5 +1,6 @@
 """``layers: auto``: a planted range is found, a random model shows no evidence, what is chosen is trained and kept."""
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ from lightning_mm.taps.reading import Reading, gather, read
 from lightning_mm.tuning import EarlyLayers, IntermediateOnly
 from lightning_mm.tuning.gradients import gradient_scores
 from lightning_mm.tuning.selection import AutoRange, asks_for_selection, select_layers, with_layers
+from lightning_mm.tuning.transplanting import transplant_gains, transplanted
 from tests.conftest import make_probe_rows
 from tests.training import train
 from tests.tuning.test_policies import Family, batch_of
@@ -202,3 +204,30 @@ def test_auto_stands_in_layers_and_in_budget() -> None:
 def test_a_wrong_criterion_says_which_there_are() -> None:
     with pytest.raises(UserError, match="overlap"):
         AutoRange(criteria=("overlapp",))
+
+
+def test_transplants_are_exact_and_leave_the_base_as_it_was(family: Family, data: dict[str, Path]) -> None:
+    """All blocks make the tuned model (which differs in blocks only), none the base, one the hybrid made by hand."""
+    base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
+    anatomy = Anatomy.of(base)
+    tuned = copy.deepcopy(base)
+    for name in anatomy.layers[1:3]:
+        for parameter in tuned.get_submodule(name).parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    batch = batch_of(family("llava"), data)
+
+    def logits(model: Any) -> Tensor:
+        with torch.no_grad():
+            return model(**batch.inputs).logits
+
+    with transplanted(base, tuned, anatomy.layers):
+        assert torch.equal(logits(base), logits(tuned))
+    with transplanted(base, tuned, []):
+        own = logits(base)
+    assert not torch.equal(own, logits(tuned))
+    gains = transplant_gains(base, tuned, anatomy, [batch], CPU, width=0)
+    assert gains[0, [0, 3]].tolist() == [0, 0]
+    assert all(gains[0, [1, 2]] != 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+    assert torch.equal(logits(base), own)
