@@ -2,7 +2,7 @@
 
     python scripts/bench_inspection.py [--out benchmarks/inspection.json]
 
-Features are drawn at random with a signal that grows with depth; their values do not matter to the time, their shape does.
+Features are drawn at random with a signal that grows with depth: their shape matters to the time, not their values.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> None:
     total = round(sum(seconds.values()), 2)
     print(f"{'all':36} {total:7.2f} s")
     shape = {"layers": LAYERS, "samples": SAMPLES, "features": FEATURES}
-    machine = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    machine: dict[str, object] = {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
     out.parent.mkdir(exist_ok=True)
     result = {
         "shape": shape,

@@ -155,7 +155,9 @@ def short(path: str) -> str:
 def headlines(title: str, found: Findings) -> Table:
     """Peaks of the main profiles, as the console shows them."""
     table = Table(title=str(title))
-    for column in ("measure", "read at", "peak layer", "value", "95 % interval", "chance", "n", "half height"):
+    for column in ("measure", "read at"):
+        table.add_column(column, no_wrap=True)
+    for column in ("peak layer", "value", "95 % interval", "chance", "n", "half height"):
         table.add_column(column)
     for measure, site in MAIN:
         profile = found.profile(measure, site)
