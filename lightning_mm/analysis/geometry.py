@@ -25,6 +25,7 @@ from lightning_mm.geometry.imbalance import information_imbalance
 from lightning_mm.geometry.neighbours import Neighbours
 from lightning_mm.geometry.overlap import label_overlap, overlap
 from lightning_mm.geometry.procrustes import procrustes
+from lightning_mm.geometry.ratios import Gride
 from lightning_mm.geometry.separability import separability
 from lightning_mm.geometry.spectrum import Spectrum, alpha_req, effective_rank, entropy, participation_ratio, rankme
 from lightning_mm.taps.reading import Reading
@@ -73,6 +74,7 @@ TwoSites = Callable[[Place, Place], list[Estimate]]
 SHAPES: Mapping[str, OneSite] = {
     "id_twonn": lambda p: dimension.two_nn(p.neighbours, groups=p.groups),
     "id_gride": lambda p: dimension.gride(p.neighbours, *_scales(len(p.selected)), groups=p.groups),
+    "id_calibrated": lambda p: _calibrated(p, *_scales(len(p.selected))),
     "participation_ratio": lambda p: participation_ratio(p.bank, groups=p.groups),
     "effective_rank": lambda p: effective_rank(p.spectrum, p.groups),
     "rankme": lambda p: rankme(p.bank, p.groups),
@@ -188,6 +190,11 @@ def _sole_objects(place: Place) -> list[Estimate] | None:
     labels = torch.tensor([label.index(1) for label in (shown[i] for i in chosen) if isinstance(label, tuple)])
     part = Neighbours.of(Bank.of(place.selected.features[:, chosen]))
     return label_overlap(part, labels.to(place.groups.device), _neighbours(place.k, len(chosen)))
+
+
+def _calibrated(place: Place, near: int, far: int) -> list[Estimate]:
+    measured = dimension.gride(place.neighbours, near, far, place.groups)
+    return dimension.calibrated_dimension(measured, Gride(near, far))
 
 
 def _scales(n: int) -> tuple[int, int]:

@@ -17,7 +17,8 @@ from lightning_mm.analysis.places import Selected, select
 from lightning_mm.data.probe_sets import ProbeRow, ProbeSet
 from lightning_mm.errors import UserError
 from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.probes.protocol import ProbeResult, probe
+from lightning_mm.probes.protocol import probe
+from lightning_mm.probes.result import ProbeResult
 from lightning_mm.taps.reading import Reading
 
 PROBES = ("entailment/random", "entailment/hard", "objects", "object_at_patches", "position", "count")

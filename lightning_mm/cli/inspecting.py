@@ -77,6 +77,7 @@ def _parser() -> Parser:
     parser.add_argument("--measures", type=list[str] | None, default=None, help="Geometry measures, or [all].")
     parser.add_argument("--neighbours", type=int, default=10, help="k of the neighbourhood measures.")
     parser.add_class_arguments(ProbingOptions, "probing")
+    parser.set_defaults({"probing.selectivity": True})
     parser.add_argument("--text_only", type=bool, default=True, help="Probe the captions alone too.")
     parser.add_argument("--select", type=bool, default=True, help="Say which layers are worth training.")
     parser.add_class_arguments(AutoRange, "auto")

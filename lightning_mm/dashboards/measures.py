@@ -110,6 +110,9 @@ _KNOWN = (
     _apart("frechet", "Fréchet distance", "distance of the two clouds by mean and covariance", "distance"),
     _apart("mmd", "MMD", "distance of the two clouds by a Gaussian kernel", "squared distance"),
     _shape("id_gride", "Intrinsic dimension", "directions that data vary in locally (GRIDE)", "dimensions", main=1),
+    _shape(
+        "id_calibrated", "Intrinsic dimension, calibrated", "of the Gaussian cloud that GRIDE reads so", "dimensions"
+    ),
     _shape("id_twonn", "Intrinsic dimension, 2NN", "directions that data vary in, at the shortest range", "dimensions"),
     _shape("participation_ratio", "Participation ratio", "directions that carry the variance", "dimensions"),
     _shape("effective_rank", "Effective rank", "exponential of the entropy of the spectrum", "dimensions"),

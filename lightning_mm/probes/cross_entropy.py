@@ -2,8 +2,8 @@
 
 Data flow: features (L, N, D) -> ``Features``; ``Problems`` -> ``Objective``, ``preconditioner`` -> ``lbfgs.minimise``.
 
-Every problem standardises with its own training rows, yet all share one feature tensor: mean and scale are moved from
-the features to the weights, so that one matrix product serves all. Hidden states have steep spectra: the inverse
+Every problem standardises with its own training rows, yet all share one feature tensor: the scale is moved from the
+features to the weights, the mean to the bias, which is free, so that one matrix product serves all. Hidden states have steep spectra: the inverse
 Hessian in the leading directions of the features, where L-BFGS begins, spares it most of its steps.
 
 Shapes: L layers, N samples, D features, P problems per layer, H logits per problem, C = P * H, R leading directions,
@@ -117,8 +117,7 @@ class Objective:
 
     Args:
         x: (L, N, E).
-        mean: (L, P, E) of each problem's training rows; 0 for the constant.
-        inverse_scale: (L, P, E); 1 for the constant.
+        inverse_scale: (L, P, E) of each problem's training rows; 1 for the constant.
         truth: (P, H, N) 1 where a logit's class is the right one.
         share: (P, N) 1 / n on training rows, 0 elsewhere.
         penalty: (L, P) 1 / (C * n).
@@ -126,7 +125,6 @@ class Objective:
     """
 
     x: Tensor
-    mean: Tensor
     inverse_scale: Tensor
     truth: Tensor
     share: Tensor
@@ -144,28 +142,26 @@ class Objective:
             square_LPE = share_PN @ x_LNE.square()
             variance_LPE = square_LPE - mean_LPE.square()
             inverse_LPE = torch.where(variance_LPE > 10 * _ROUNDING * square_LPE, variance_LPE, 1.0).rsqrt()
-        mean_LPE[..., -1], inverse_LPE[..., -1] = 0, 1
+        inverse_LPE[..., -1] = 1
         classes_H = torch.arange(problems.num_logits, device=x_LNE.device) + (problems.num_logits == 1)
         truth_PHN = (problems.targets[:, None] == classes_H[:, None]).to(x_LNE)
         count_PH = (truth_PHN * problems.train[:, None]).sum(2)
         priors_PH = (count_PH + 1 / max(problems.num_logits, 2)) / (n_P[:, None] + 1)
         penalty_LP = (1 / (problems.c.to(n_P.device) * n_P)).to(x_LNE).expand(len(x_LNE), -1)
-        return cls(x_LNE, mean_LPE, inverse_LPE, truth_PHN, share_PN, penalty_LP, priors_PH)
+        return cls(x_LNE, inverse_LPE, truth_PHN, share_PN, penalty_LP, priors_PH)
 
     @property
     def start(self) -> Tensor:
         """(L * P, M) no weights, and the biases that foretell the priors."""
         log_PH = self.priors.log()
         bias_PH = self.priors.logit() if log_PH.shape[1] == 1 else log_PH - log_PH.mean(1, keepdim=True)
-        start_LPHE = self.x.new_zeros((*self.mean.shape[:2], bias_PH.shape[1], self.x.shape[2]))
+        start_LPHE = self.x.new_zeros((*self.penalty.shape, bias_PH.shape[1], self.x.shape[2]))
         start_LPHE[..., -1] = bias_PH
         return start_LPHE.view(-1, start_LPHE[0, 0].numel())
 
     def on_features(self, point_BM: Tensor) -> Tensor:
         """(L, P, H, E) the weights and biases that apply to ``x`` as it is."""
-        weight_LPHE = point_BM.view(*self.mean.shape[:2], self.truth.shape[1], -1) * self.inverse_scale[:, :, None]
-        weight_LPHE[..., -1] -= (weight_LPHE @ self.mean[..., None])[..., 0]
-        return weight_LPHE
+        return point_BM.view(*self.penalty.shape, self.truth.shape[1], -1) * self.inverse_scale[:, :, None]
 
     def __call__(self, point_BM: Tensor) -> tuple[Tensor, Tensor]:
         """(L * P,) values and (L * P, M) gradients."""
@@ -177,7 +173,6 @@ class Objective:
         chance_LPHN = z_LPHN.sigmoid() if shape[2] == 1 else z_LPHN.softmax(2)
         excess_LPHN = (chance_LPHN - self.truth).mul_(self.share[:, None])
         pull_LPHE = (excess_LPHN.flatten(1, 2) @ self.x).view(*shape, -1)
-        pull_LPHE.addcmul_(pull_LPHE[..., -1:].clone(), self.mean[:, :, None], value=-1)
         penalised_LPHE = point_BM.view_as(pull_LPHE) * self.penalised
         pull_LPHE.mul_(self.inverse_scale[:, :, None]).addcmul_(penalised_LPHE, self.penalty[..., None, None])
         value_LP = loss_LP + penalised_LPHE.square().sum((2, 3)) * self.penalty / 2

@@ -22,9 +22,6 @@ PARTS = 5
 _CHOICE_TOLERANCE = 1e-3
 """Enough to tell one C from another."""
 
-_LAYERS = 8
-"""Log-probabilities of so many layers are held for all C at once."""
-
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
@@ -61,23 +58,21 @@ def held_out(
     number_F1 = torch.arange(test_parts, device=x_LND.device)[:, None]
     test_TFN, choice_TFN = part_TN[:, None] == number_F1, part_TN[:, None] == (number_F1 + 1) % PARTS
     rows_M = torch.where(test_TFN[0].any(0))[0]
-    chosen, log_p = [], []
-    for x in x_LND.split(_LAYERS):
-        fits = _Fits(Features.of(x, standardise=True), targets_TAN, num_classes, test_TFN, choice_TFN)
-        chosen.append(fits.choose(c_values))
-        log_p.append(fits.predict(chosen[-1], rows_M))
+    fits = _Fits(Features.of(x_LND, standardise=True), targets_TAN, num_classes, test_TFN, choice_TFN)
+    c_LTF = fits.choose(c_values)
+    log_p_LTAMK = fits.predict(c_LTF, rows_M)
     classes_K = torch.arange(num_classes, device=x_LND.device)
     is_class_TANK = (targets_TAN[..., None] == classes_K).double()
     learned_TFN = (~test_TFN).double()
     frequency_TAFK = torch.einsum("tank,tfn->tafk", is_class_TANK, learned_TFN / learned_TFN.sum(2, keepdim=True))
     part_TM = part_TN[:, rows_M]
     frequency_TAMK = torch.stack([row[:, part] for row, part in zip(frequency_TAFK, part_TM, strict=True)])
-    return HeldOut(rows_M, part_TM, torch.cat(log_p), frequency_TAMK, torch.cat(chosen))
+    return HeldOut(rows_M, part_TM, log_p_LTAMK, frequency_TAMK, c_LTF)
 
 
 @dataclass(frozen=True, eq=False)
 class _Fits:
-    """The problems of some layers; test and choice parts are (T, F, N)."""
+    """The problems; test and choice parts are (T, F, N)."""
 
     features: Features
     targets: Tensor

@@ -12,21 +12,22 @@ Shapes: L layers, N samples, D features, K classes or labels, T targets (true, c
 classes), F test parts, M kept samples, B draws.
 """
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined, values
+from lightning_mm.estimate import finite, undefined, values
 from lightning_mm.geometry.gram import exact_products
 from lightning_mm.probes import intervals
 from lightning_mm.probes.cross_entropy import real
 from lightning_mm.probes.description_length import description_length
 from lightning_mm.probes.held_out import PARTS, HeldOut, held_out
+from lightning_mm.probes.result import ProbeResult, Row
 from lightning_mm.probes.sampling import Subject, control_labels, dealt, unsound
+from lightning_mm.probes.side_by_side import by_layers
 from lightning_mm.probes.summary import MULTILABEL, MULTINOMIAL, Summary, Tested, of_classes, of_labels
 
 Kind = Literal["multinomial", "multilabel"]
@@ -35,52 +36,6 @@ CROSS_FIT = 1000
 
 _C_TIMES_D = (0.1, 1.0, 10.0, 100.0)
 """Logits grow with the number of features of variance 1: the grid of C is this over D."""
-
-
-@dataclass(frozen=True, eq=False)
-class ProbeResult:
-    """What a linear probe reads in each layer.
-
-    Args:
-        scores: By name, one Estimate per layer; see ``summary``. The first is the main one: accuracy or auroc.
-        draws: (L, B) bootstrap draws of the main score, the same groups in all layers; NaN where undefined.
-        p_values: Per layer, of a main score this high by chance; NaN where undefined.
-        c: (L, F) the chosen C; NaN where undefined.
-        control: Main score of the control task, if asked for.
-        selectivity: Main score minus control.
-        compression: Of the labels by an online code, if asked for.
-    """
-
-    scores: Mapping[str, list[Estimate]]
-    draws: Tensor
-    p_values: list[float]
-    c: Tensor
-    control: list[Estimate] | None = None
-    selectivity: list[Estimate] | None = None
-    compression: list[Estimate] | None = None
-
-    @property
-    def estimates(self) -> list[Estimate]:
-        """The main score."""
-        return next(iter(self.scores.values()))
-
-    @property
-    def peak(self) -> tuple[int, int, int] | None:
-        """See ``intervals.peak``."""
-        return intervals.peak(self.estimates, self.draws)
-
-    @property
-    def plateau(self) -> tuple[int, int] | None:
-        """See ``intervals.plateau``."""
-        return intervals.plateau(self.estimates)
-
-    def over(self, change: Callable[[list[Estimate]], list[Estimate]]) -> "ProbeResult":
-        """The same with every list of estimates changed."""
-        control, selectivity, compression = (
-            None if found is None else change(found) for found in (self.control, self.selectivity, self.compression)
-        )
-        scores = {name: change(found) for name, found in self.scores.items()}
-        return replace(self, scores=scores, control=control, selectivity=selectivity, compression=compression)
 
 
 @exact_products()
@@ -117,37 +72,32 @@ def probe(
     """
     assert x_LND.shape[1] == len(labels) == len(groups_N), "features, labels and groups are of the same samples"
     assert labels.ndim == (1 if kind == "multinomial" else 2), "class ids are (N,), labels (N, K)"
-    labels, groups_N, types_N = labels.cpu(), groups_N.cpu(), (groups_N if types_N is None else types_N).cpu()
-    subject = Subject.of(labels, groups_N)
-    rows_M = subject.rows
+    x_LND, labels, groups_N = x_LND.detach(), labels.cpu(), groups_N.cpu()
+    types_N = groups_N if types_N is None else types_N.cpu()
+    n, subject = len(labels), Subject.of(labels, groups_N)
     if subject.fault:
-        return _nothing([undefined(subject.fault, len(labels))] * len(x_LND), kind, control, compression)
-    faults = unsound(x_LND)
-    x_LND = real(x_LND)[:, rows_M.to(x_LND.device)]
-    x_LND[[layer for layer, fault in enumerate(faults) if fault]] = 0
-    targets = [subject.labels, control_labels(subject.labels, types_N[rows_M], seed)][: 1 + control]
-    cross_fit = len(rows_M) <= CROSS_FIT if cross_fit is None else cross_fit
-    by_labels = targets if cross_fit else targets[:1] * len(targets)
-    run = _Run(
-        x=x_LND,
-        targets=torch.stack([one[None] if one.ndim == 1 else one.T for one in targets]).to(x_LND.device),
-        part=torch.stack([dealt(one, groups_N[rows_M], PARTS, seed) for one in by_labels]).to(x_LND.device),
-        groups=groups_N[rows_M],
-        c_values=c_values or [value / x_LND.shape[2] for value in _C_TIMES_D],
-        test_parts=PARTS if cross_fit else 1,
-        seed=seed,
-    )
-    return _without(run.result(kind, compression), faults, len(labels)).over(
-        lambda found: [one.noted(subject.note) for one in found]
-    )
+        names = MULTINOMIAL if kind == "multinomial" else MULTILABEL
+        reasons = [undefined(subject.fault, n)] * len(x_LND)
+        return ProbeResult.undefined(names, reasons, control=control, compression=compression)
+    rows_M, cross_fit = subject.rows.to(x_LND.device), n <= CROSS_FIT if cross_fit is None else cross_fit
+    c_values = c_values or [value / x_LND.shape[2] for value in _C_TIMES_D]
+    task = _Task.of(subject, groups_N, types_N if control else None, x_LND.device, c_values, cross_fit, seed)
+
+    def block(layers: slice) -> ProbeResult:
+        x_LMD, faults = real(x_LND[layers])[:, rows_M], unsound(x_LND[layers])
+        x_LMD[[layer for layer, fault in enumerate(faults) if fault]] = 0
+        return task.result(x_LMD, compression).without(faults, n)
+
+    result = ProbeResult.joined(by_layers(block, len(x_LND), x_LND.device))
+    return result.each(lambda row: [one.noted(subject.note) for one in row])
 
 
 @dataclass(frozen=True, eq=False)
-class _Run:
-    """A probe of labels that allow one.
+class _Task:
+    """Labels that allow a probe, and how they are probed.
 
     Args:
-        x: (L, M, D).
+        of_classes: Whether the one task has classes; else the tasks are labels.
         targets: (T, A, M) class ids, true ones and perhaps control.
         part: (T, M).
         groups: (M,).
@@ -156,7 +106,7 @@ class _Run:
         seed: Of bootstrap and code.
     """
 
-    x: Tensor
+    of_classes: bool
     targets: Tensor
     part: Tensor
     groups: Tensor
@@ -164,11 +114,39 @@ class _Run:
     test_parts: int
     seed: int
 
-    def result(self, kind: Kind, compression: bool) -> ProbeResult:
-        """Of all layers."""
+    @classmethod
+    def of(
+        cls,
+        subject: Subject,
+        groups_N: Tensor,
+        types_N: Tensor | None,
+        device: torch.device,
+        c_values: Sequence[float],
+        cross_fit: bool,
+        seed: int,
+    ) -> "_Task":
+        """Deal out parts, and control labels by type if there are types."""
+        groups_M, targets = groups_N[subject.rows], [subject.labels]
+        if types_N is not None:
+            targets.append(control_labels(subject.labels, types_N[subject.rows], seed))
+        # A single tested part must be the same for all targets; otherwise each target's labels are spread evenly.
+        dealt_by = targets if cross_fit else targets[:1] * len(targets)
+        classes = subject.labels.ndim == 1
+        return cls(
+            of_classes=classes,
+            targets=torch.stack([one[None] if classes else one.T for one in targets]).to(device),
+            part=torch.stack([dealt(one, groups_M, PARTS, seed) for one in dealt_by]).to(device),
+            groups=groups_M,
+            c_values=c_values,
+            test_parts=PARTS if cross_fit else 1,
+            seed=seed,
+        )
+
+    def result(self, x_LMD: Tensor, compression: bool) -> ProbeResult:
+        """Of layers without faults, or zero."""
         num_classes = int(self.targets[0].max()) + 1
-        found = held_out(self.x, self.targets, num_classes, self.part, self.test_parts, self.c_values)
-        true, *control = (self._summary(found, kind, target) for target in range(len(self.targets)))
+        found = held_out(x_LMD, self.targets, num_classes, self.part, self.test_parts, self.c_values)
+        true, *control = (self._summary(found, target) for target in range(len(self.targets)))
         how = f"{PARTS}-fold cross-fitted" if self.test_parts > 1 else f"tested on one part in {PARTS}"
         note = f"{how}, groups kept together"
         scores = {name: [one.noted(note) for one in row] for name, row in true.scores.items()}
@@ -178,10 +156,10 @@ class _Run:
             result = replace(result, control=against, selectivity=selectivity)
         if not compression:
             return result
-        code = description_length(self.x, self.targets[0], num_classes, self.groups, self.c_values, seed=self.seed)
+        code = description_length(x_LMD, self.targets[0], num_classes, self.groups, self.c_values, seed=self.seed)
         return replace(result, compression=code)
 
-    def _summary(self, found: HeldOut, kind: Kind, target: int) -> Summary:
+    def _summary(self, found: HeldOut, target: int) -> Summary:
         tested = Tested(
             log_p=found.log_p[:, target],
             frequency=found.frequency[target],
@@ -189,9 +167,9 @@ class _Run:
             part=found.part[target],
             groups=self.groups[found.rows.cpu()],
         )
-        return of_classes(tested, self.seed) if kind == "multinomial" else of_labels(tested, self.seed)
+        return of_classes(tested, self.seed) if self.of_classes else of_labels(tested, self.seed)
 
-    def _against(self, true: Summary, control: Summary) -> tuple[list[Estimate], list[Estimate]]:
+    def _against(self, true: Summary, control: Summary) -> tuple[Row, Row]:
         """Control, and selectivity: main score minus control."""
         main = next(iter(control.scores.values()))
         if (self.targets[1] == self.targets[1][:, :1]).all():
@@ -204,19 +182,3 @@ class _Run:
             for one, level, other, (low, high) in rows
         ]
         return main, differences
-
-
-def _nothing(found: list[Estimate], kind: Kind, control: bool, compression: bool) -> ProbeResult:
-    names = MULTINOMIAL if kind == "multinomial" else MULTILABEL
-    empty, nan = torch.full((len(found), 1), math.nan), [math.nan] * len(found)
-    asked = found if control else None
-    return ProbeResult(dict.fromkeys(names, found), empty, nan, empty, asked, asked, found if compression else None)
-
-
-def _without(result: ProbeResult, faults: Sequence[str], n: int) -> ProbeResult:
-    """The same with nothing said of faulty layers."""
-    bad = torch.tensor([bool(fault) for fault in faults], device=result.draws.device)[:, None]
-    kept = result.over(lambda found: [undefined(f, n) if f else one for f, one in zip(faults, found, strict=True)])
-    p_values = [math.nan if fault else p for fault, p in zip(faults, result.p_values, strict=True)]
-    draws, c = (torch.where(bad, math.nan, found) for found in (result.draws, result.c))
-    return replace(kept, draws=draws, c=c, p_values=p_values)

@@ -53,6 +53,24 @@ def meeting(material: Material, site: str) -> list[Estimate]:
     return overlap(Neighbours.of(Bank.of(a.features)), Neighbours.of(Bank.of(b.features)), near, a.groups)
 
 
+def foretelling(material: Material, site: str) -> tuple[list[Estimate], list[Estimate]]:
+    """1 - information imbalance from picture to caption, and back: 0 by chance, 1 where neighbours are the same."""
+    pair = paired(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
+    if pair is None:
+        return [], []
+    groups = pair[0].groups.to(material.device)
+    a, b = (Bank.of(half.to(material.device).features) for half in pair)
+    there, back = information_imbalance(a, b, groups=groups), information_imbalance(b, a, groups=groups)
+    return [_complement(e) for e in there], [_complement(e) for e in back]
+
+
+def _complement(e: Estimate) -> Estimate:
+    if e.value is None:
+        return e
+    turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
+    return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
+
+
 def entailment(material: Material) -> list[Estimate]:
     """Accuracy of a closed-form probe that was never shown the picture it is asked about, every slice.
 
@@ -127,14 +145,8 @@ def _overlaps(material: Material) -> Tensor:
 
 
 def _imbalances(material: Material) -> Tensor:
-    found = []
-    for places in MEETING_PLACES.values():
-        pair = paired(material.reading, material.probe_set, *places, material.keep)
-        if pair is not None:
-            a, b = (Bank.of(half.to(material.device).features) for half in pair)
-            both = (information_imbalance(a, b), information_imbalance(b, a))
-            found.append(1 - torch.tensor([values(way) for way in both]).mean(0))
-    return _mean_of(found)
+    both = (way for site in MEETING_PLACES for way in foretelling(material, site) if way)
+    return _mean_of(torch.tensor(values(way)) for way in both)
 
 
 def _entailments(material: Material) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.estimate import Estimate, values
 from lightning_mm.taps.reading import Reading
-from lightning_mm.tuning.criteria import MEETING_PLACES, Material, by_heart, entailment, meeting
+from lightning_mm.tuning.criteria import MEETING_PLACES, Material, by_heart, entailment, foretelling, meeting
 
 LEVEL = 0.01
 """False discovery rate of the tests over layers."""
@@ -36,10 +36,14 @@ def weigh(reading: Reading, probe_set: ProbeSet, device: torch.device) -> Eviden
     """Test every layer against chance and against the embeddings."""
     material = Material(reading, probe_set, device, lambda row: True)
     profiles = {f"overlap of picture and caption ({site})": meeting(material, site) for site in MEETING_PLACES}
+    ways = (f"how well {one} foretell {other}" for one, other in (("pictures", "captions"), ("captions", "pictures")))
+    foretold = dict(zip(ways, foretelling(material, "image~text"), strict=True))
     embedded = max(
         [first for profile in profiles.values() for first in values(profile[:1])], key=_known, default=math.nan
     )
     floors = {name: [embedded] * len(profile) for name, profile in profiles.items()}
+    floors |= {name: values(profile[:1]) * len(profile) for name, profile in foretold.items()}
+    profiles |= foretold
     profiles["entailment probe"] = entailment(material)
     first = values(profiles["entailment probe"][1:2])
     floors["entailment probe"] = [max([rival, *first]) for rival in by_heart(material)]

@@ -13,7 +13,8 @@ from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.estimate import Estimate, values
 from lightning_mm.probes import protocol
-from lightning_mm.probes.protocol import ProbeResult, probe
+from lightning_mm.probes.protocol import probe
+from lightning_mm.probes.result import ProbeResult
 from lightning_mm.probes.sampling import dealt
 
 C_VALUES = [1e-3, 1e-2, 1e-1]
@@ -284,3 +285,19 @@ def test_half_precision_features_are_read_in_single() -> None:
     single = probe(x_LND.bfloat16().float(), labels_N, groups_N, kind="multinomial")
     assert everything(half) == everything(single)
     assert torch.equal(x_LND, planted([2.0])[0])
+
+
+def test_results_do_not_depend_on_threads_or_blocks() -> None:
+    x_LND, labels_N, groups_N = planted([0.0, 1.0, 2.0, 3.0, 0.5])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = probe(x_LND, labels_N, groups_N, kind="multinomial", control=True, compression=True)
+        torch.set_num_threads(2)
+        together = probe(x_LND, labels_N, groups_N, kind="multinomial", control=True, compression=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    # Two threads cut five layers into blocks of three: sums may be rounded otherwise, and a close sample turn.
+    for name, row in alone.scores.items():
+        assert values(together.scores[name]) == pytest.approx(values(row), abs=0.005), name
