@@ -2,9 +2,10 @@
 
 Data flow: features (L, N, D) -> ``Features``; ``Problems`` -> ``Objective``, ``preconditioner`` -> ``lbfgs.minimise``.
 
-Every problem standardises with its own training rows, yet all share one feature tensor: the scale is moved from the
-features to the weights, the mean to the bias, which is free, so that one matrix product serves all. Hidden states have steep spectra: the inverse
-Hessian in the leading directions of the features, where L-BFGS begins, spares it most of its steps.
+Every problem standardises with its own training rows, yet all share one feature tensor, so that one matrix product
+serves all: the scale is moved from the features to the weights, the mean to the bias, which is free. Hidden states have
+steep spectra: the inverse Hessian in the leading directions of the features, where L-BFGS begins, spares it most of its
+steps.
 
 Shapes: L layers, N samples, D features, P problems per layer, H logits per problem, C = P * H, R leading directions,
 E = D + 1 features and a constant, B = L * P, M = H * E unknowns per problem.
@@ -168,9 +169,12 @@ class Objective:
         weight_LPHE = self.on_features(point_BM)
         shape = weight_LPHE.shape[:3]
         z_LPHN = (weight_LPHE.flatten(1, 2) @ self.x.mT).view(*shape, -1)
-        log_total_LPN = F.softplus(z_LPHN[:, :, 0]) if shape[2] == 1 else z_LPHN.logsumexp(2)
-        loss_LP = ((log_total_LPN - (z_LPHN * self.truth).sum(2)) * self.share).sum(-1)
-        chance_LPHN = z_LPHN.sigmoid() if shape[2] == 1 else z_LPHN.softmax(2)
+        if shape[2] == 1:
+            # Not softplus(z) - z * truth, whose difference loses the digits of small losses.
+            loss_LPN, chance_LPHN = F.softplus(z_LPHN * (1 - 2 * self.truth))[:, :, 0], z_LPHN.sigmoid()
+        else:
+            loss_LPN, chance_LPHN = z_LPHN.logsumexp(2) - (z_LPHN * self.truth).sum(2), z_LPHN.softmax(2)
+        loss_LP = (loss_LPN * self.share).sum(-1)
         excess_LPHN = (chance_LPHN - self.truth).mul_(self.share[:, None])
         pull_LPHE = (excess_LPHN.flatten(1, 2) @ self.x).view(*shape, -1)
         penalised_LPHE = point_BM.view_as(pull_LPHE) * self.penalised

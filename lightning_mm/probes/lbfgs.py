@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 _MEMORY = 6
-_HALVINGS = 25
+_HALVINGS = 12
 _SUFFICIENT = 1e-4
 """Armijo's constant: the share of the decrease foretold by the gradient that a step must bring."""
 
