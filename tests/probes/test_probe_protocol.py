@@ -92,6 +92,17 @@ def test_labels_are_ranked_within_parts_as_scikit_learn_ranks_them() -> None:
         assert result.estimates[layer].value == pytest.approx(np.mean(areas), abs=3e-3)
 
 
+def test_rare_labels_are_called_above_their_frequency() -> None:
+    # A label of one in ten that shows weakly is never likelier than its absence, but likelier than usual.
+    labels_N = (torch.arange(400) % 10 == 0).long()
+    x_LND = noise(1, 400, 4)
+    x_LND[..., 0] += labels_N
+    result = probe(x_LND, labels_N[:, None], torch.arange(400), kind="multilabel")
+    # The best threshold between means 1 apart is right with probability Phi(1/2) = 0.69 on either side.
+    assert result.scores["balanced_accuracy"][0].value == pytest.approx(0.69, abs=0.08)
+    assert result.scores["average_precision"][0].null == pytest.approx(0.1)
+
+
 def test_peak_is_where_the_signal_was_planted() -> None:
     x_LND, labels_N, groups_N = planted([0.0, 1.0, 4.0, 1.0, 0.0, 0.0])
     result = probe(x_LND, labels_N, groups_N, kind="multinomial")
@@ -169,6 +180,12 @@ def test_control_task_is_learned_where_types_recur_and_selectivity_tells() -> No
     assert result.estimates[0].value > 0.97
     assert result.control[0].value > 0.97
     assert abs(result.selectivity[0].value) < 0.03
+    # Draws are paired: what is common to both tasks does not widen the interval.
+    assert -0.05 < result.selectivity[0].low <= result.selectivity[0].value <= result.selectivity[0].high < 0.05
+    one_part = probe(x_LND, labels_N, groups_N, kind="multinomial", control=True, types_N=words_N, cross_fit=False)
+    assert one_part.control is not None
+    assert one_part.control[0].n == 60
+    assert one_part.control[0].value > 0.9
     by_group = probe(x_LND, labels_N, groups_N, kind="multinomial", control=True)
     assert by_group.control is not None
     assert by_group.selectivity is not None
