@@ -315,6 +315,9 @@ def test_results_do_not_depend_on_threads_or_blocks() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+    assert torch.equal(together.c, alone.c)
+    assert together.draws.shape == alone.draws.shape
+    assert together.p_values == pytest.approx(alone.p_values, abs=0.05)
     # Two threads cut five layers into blocks of three: sums may be rounded otherwise, and a close sample turn.
     for name, row in alone.scores.items():
         assert values(together.scores[name]) == pytest.approx(values(row), abs=0.005), name
