@@ -54,7 +54,7 @@ def main() -> None:
     parts: dict[str, Callable[[], object]] = {
         "binary probe": lambda: probe(pictures, labels[:, 0], groups, kind="multinomial"),
         f"multi-label probe, {LABELS} labels": lambda: probe(pictures, labels, groups, kind="multilabel"),
-        "Gram matrices and distances": lambda: (a.squared_distances, b.squared_distances),
+        "Gram matrices and distances": lambda: [each.squared_distances(i) for each in (a, b) for i in range(LAYERS)],
         "neighbours": lambda: (keep("a", Neighbours.of(a)), keep("b", Neighbours.of(b))),
         "overlap of picture and caption": lambda: overlap(held["a"], held["b"], 30),  # type: ignore[arg-type]
         "label overlap": lambda: label_overlap(held["a"], labels[:, 0], 30),  # type: ignore[arg-type]

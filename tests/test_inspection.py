@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, inspection
+from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader
 from lightning_mm.callbacks.inspecting import InspectingCallback
 from lightning_mm.callbacks.inspection import Look
 from lightning_mm.callbacks.schedule import Budget
@@ -80,13 +80,13 @@ def test_all_that_are_due_share_one_forward(
     family: Family, probed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    true_read = inspection.read
+    true_read = reader.read
 
     def counted(*args, **options):  # type: ignore[no-untyped-def]
         seen.append(options["step"])
         return true_read(*args, **options)
 
-    monkeypatch.setattr(inspection, "read", counted)
+    monkeypatch.setattr(reader, "read", counted)
     callbacks = [ProbingCallback(EVERY, text_only=False), GeometryCallback(EVERY), DriftCallback(Schedule(every=2))]
     train(family("llava"), probed, tmp_path, callbacks=callbacks, tuning=MIDDLE, max_steps=3)
     assert seen == [0, 1, 2, 3]
@@ -108,7 +108,7 @@ def test_slices_from_before_are_those_that_would_be_read_again(
     """The same run, once with the shortcut for unchanged slices and once without it."""
     short, whole = Kept(), Kept()
     train(family("llava"), probed, tmp_path, callbacks=[short], tuning=MIDDLE, max_steps=2)
-    monkeypatch.setattr(inspection, "unchanged_slices", lambda plan: 0)
+    monkeypatch.setattr(reader, "unchanged_slices", lambda plan: 0)
     train(family("llava"), probed, tmp_path, callbacks=[whole], tuning=MIDDLE, max_steps=2)
     for one, other in zip(short.looks, whole.looks, strict=True):
         assert all(torch.equal(x, other.reading.features[place]) for place, x in one.reading.features.items())
@@ -145,7 +145,7 @@ def test_a_failing_forward_is_reported_and_training_goes_on(
     def broken(*args: object, **options: object) -> Reading:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(inspection, "read", broken)
+    monkeypatch.setattr(reader, "read", broken)
     _, trainer = train(family("llava"), probed, tmp_path, callbacks=lookers(), tuning=MIDDLE, max_steps=2)
     assert trainer.global_step == 2
     assert "nothing was read at step 2: RuntimeError: CUDA out of memory" in caplog.text

@@ -7,7 +7,7 @@ Where the weights below a layer have not moved, its representations are the same
 import torch
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.geometry import SITES
+from lightning_mm.analysis.geometry import SITES, scales
 from lightning_mm.analysis.places import select
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.estimate import Estimate, finite, undefined
@@ -18,7 +18,7 @@ from lightning_mm.geometry.neighbours import Neighbours
 from lightning_mm.geometry.overlap import overlap
 from lightning_mm.geometry.procrustes import procrustes
 from lightning_mm.geometry.similarity import cka
-from lightning_mm.taps.reading import Reading
+from lightning_mm.taps.reading import Reading, shared
 
 
 def drift(start: Reading, now: Reading, probe_set: ProbeSet, k: int, device: torch.device) -> Findings:
@@ -32,12 +32,14 @@ def drift(start: Reading, now: Reading, probe_set: ProbeSet, k: int, device: tor
         device: Where to compute.
     """
     found = Findings(now.step)
+    start, now, left_out = shared(start, now)
+    if left_out:
+        found.problems.append(f"drift: {left_out} rows are in one of the two readings only, and are left out")
     for site, place in SITES.items():
         before, after = select(start, probe_set, place), select(now, probe_set, place)
         if before is None or after is None:
             found.problems.append(f"drift of {site}: it was not read at both times")
             continue
-        assert before.rows == after.rows, "two readings of one probe set hold other rows"
         groups = after.groups.to(device)
         a, b = Bank.of(before.features.to(device)), Bank.of(after.features.to(device))
         near_a, near_b = Neighbours.of(a), Neighbours.of(b)
@@ -46,7 +48,8 @@ def drift(start: Reading, now: Reading, probe_set: ProbeSet, k: int, device: tor
         found.add("drift", "drift_cka", site, cka(a, b, groups))
         found.add("drift", "drift_procrustes", site, procrustes(a, b, groups))
         found.add("drift", "drift_cosine", site, row_cosine(before.features, after.features, after.groups))
-        found.add("drift", "drift_id", site, _differences(gride(near_a), gride(near_b)))
+        dimensions = (gride(each, *scales(len(after)), groups=groups) for each in (near_a, near_b))
+        found.add("drift", "drift_id", site, _differences(*dimensions))
     return found
 
 

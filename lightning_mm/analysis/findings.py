@@ -44,9 +44,15 @@ class Findings:
     matrices: list[Matrix] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
-    def add(self, analysis: str, measure: str, site: str, estimates: Sequence[Estimate]) -> None:
-        """Put down one measure of all slices."""
-        self.rows += [_row(self.step, analysis, measure, site, i - 1, e) for i, e in enumerate(estimates)]
+    def add(self, analysis: str, measure: str, site: str, estimates: Sequence[Estimate], first: int = -1) -> None:
+        """Put down one measure of all slices, or of the layers from ``first`` on."""
+        self.rows += [_row(self.step, analysis, measure, site, layer, e) for layer, e in enumerate(estimates, first)]
+
+    def take(self, part: "Findings") -> None:
+        """Add what another analysis of the same step found."""
+        self.rows += part.rows
+        self.matrices += part.matrices
+        self.problems += part.problems
 
     def profile(self, measure: str, site: str) -> dict[int, LayerRow]:
         """One measure by layer; empty where it was not made."""

@@ -73,8 +73,8 @@ TwoSites = Callable[[Place, Place], list[Estimate]]
 
 SHAPES: Mapping[str, OneSite] = {
     "id_twonn": lambda p: dimension.two_nn(p.neighbours, groups=p.groups),
-    "id_gride": lambda p: dimension.gride(p.neighbours, *_scales(len(p.selected)), groups=p.groups),
-    "id_calibrated": lambda p: _calibrated(p, *_scales(len(p.selected))),
+    "id_gride": lambda p: dimension.gride(p.neighbours, *scales(len(p.selected)), groups=p.groups),
+    "id_calibrated": lambda p: _calibrated(p, *scales(len(p.selected))),
     "participation_ratio": lambda p: participation_ratio(p.bank, groups=p.groups),
     "effective_rank": lambda p: effective_rank(p.spectrum, p.groups),
     "rankme": lambda p: rankme(p.bank, p.groups),
@@ -126,6 +126,9 @@ DEFAULT = (
 )
 """What is measured where nothing is named: one of each kind, all of them fast."""
 
+_FEWEST = 3
+"""Pictures among which one can be next to another rather than to a third."""
+
 ALL = (*SHAPES, *MEETINGS, "label_overlap", "cka_matrix")
 
 
@@ -157,7 +160,10 @@ def geometry(
     found = Findings(reading.step)
     for site, name in SITES.items():
         selected = select(reading, probe_set, name)
-        if selected is not None:
+        if selected is None:
+            if any(row.role == name.partition("/")[0] for row in probe_set.rows):
+                found.problems.append(f"geometry of {site}: {name} was not read of any row")
+        else:
             _one_site(found, site, Place(selected.to(device), _neighbours(k, len(selected))), measures)
     for site, (one, other) in PAIRS.items():
         pair = paired(reading, probe_set, one, other)
@@ -179,13 +185,15 @@ def _one_site(found: Findings, site: str, place: Place, measures: Collection[str
         found.matrices.append(Matrix("cka", site, similarity.cka_matrix(place.bank).cpu()))
     if "label_overlap" in measures and (sole := _sole_objects(place)) is not None:
         found.add("geometry", "label_overlap", site, sole)
+    elif "label_overlap" in measures and any("objects" in row.labels for row in place.selected.rows):
+        found.problems.append(f"label_overlap of {site}: fewer than {_FEWEST} pictures with one kind of object")
 
 
 def _sole_objects(place: Place) -> list[Estimate] | None:
     """Label overlap of the pictures that hold one kind of object; None where there are too few to compare."""
     shown = [row.labels.get("objects") for row in place.selected.rows]
     chosen = [i for i, label in enumerate(shown) if isinstance(label, tuple) and sum(label) == 1]
-    if len(chosen) < 3:
+    if len(chosen) < _FEWEST:
         return None
     labels = torch.tensor([label.index(1) for label in (shown[i] for i in chosen) if isinstance(label, tuple)])
     part = Neighbours.of(Bank.of(place.selected.features[:, chosen]))
@@ -197,8 +205,13 @@ def _calibrated(place: Place, near: int, far: int) -> list[Estimate]:
     return dimension.calibrated_dimension(measured, Gride(near, far))
 
 
-def _scales(n: int) -> tuple[int, int]:
-    """GRIDE's two neighbours: (16, 32) as in 2606.03871, nearer ones where that is a quarter of the samples."""
+def scales(n: int) -> tuple[int, int]:
+    """GRIDE's two neighbours among n samples: (16, 32) as in 2606.03871, nearer ones where n is less than 256.
+
+    Example:
+        >>> scales(1000), scales(64)
+        ((16, 32), (4, 8))
+    """
     far = min(32, max(2, n // 8))
     return far // 2, far
 

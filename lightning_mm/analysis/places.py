@@ -23,7 +23,7 @@ class Selected:
         features: (T, N, D).
         rows: The probe row of each.
         objects: Which of the row's objects each stands for.
-        groups: (N,) a number for the picture of each.
+        groups: (N,) a number for what each shares with those that depend on it: its picture, or its file's group.
     """
 
     features: Tensor
@@ -71,11 +71,11 @@ def paired(
     common = sorted(first_a.keys() & first_b.keys())
     if not common:
         return None
-    return _taken(a, [first_a[group] for group in common]), _taken(b, [first_b[group] for group in common])
+    return _taken(a, [first_a[picture] for picture in common]), _taken(b, [first_b[picture] for picture in common])
 
 
-def _first(selected: Selected) -> dict[int, int]:
-    return {int(group): i for i, group in reversed(list(enumerate(selected.groups)))}
+def _first(selected: Selected) -> dict[str, int]:
+    return {row.subject: i for i, row in reversed(list(enumerate(selected.rows)))}
 
 
 def _taken(selected: Selected, chosen: list[int]) -> Selected:

@@ -87,6 +87,8 @@ def probing(
     for question in (question for question in _QUESTIONS if question.probe in options.probes):
         result = _ask(reading, probe_set, question, options, device)
         if result is None:
+            if any(question.probe in row.labels for row in probe_set.rows):
+                found.problems.append(f"{question.probe} at {question.site}: no row that has its labels was read there")
             continue
         found.add("probing", question.probe, question.site, _with_peak(result))
         if result.selectivity is not None:
@@ -104,7 +106,7 @@ def probing(
 def _ask(
     reading: Reading, probe_set: ProbeSet, question: _Question, options: ProbingOptions, device: torch.device
 ) -> ProbeResult | None:
-    """One probe of all slices; None where the probe set has no labels for it."""
+    """One probe of all slices; None where no row with labels for it was read."""
     selected = select(reading, probe_set, question.place, lambda row: question.probe in row.labels)
     if selected is None:
         return None

@@ -87,7 +87,7 @@ class Recorder:
 
 
 def carry_over(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
-    """Give a resumed run what the earlier one found up to ``step``, and the reading that drift is measured from."""
+    """Give a resumed run what the earlier one found up to ``step``, its choice of layers, and its first reading."""
     if earlier.path == run.path:
         return
     rows = [row for row in read_layers(earlier.layers)[0] if row.step <= step] if earlier.layers.is_file() else []
@@ -96,6 +96,8 @@ def carry_over(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
     for held, kept in ((earlier.inspections, run.inspections), (earlier.matrices, run.matrices)):
         if held.is_file():
             write_json(kept, [row for row in read_json(held) if row.get("step", 0) <= step])
+    if earlier.selection.is_file():
+        shutil.copyfile(earlier.selection, run.selection)
     start = earlier.path / "readings" / "start.safetensors"
     if start.is_file():
         (run.path / "readings").mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 Data flow: backbone + data module -> reading and gradients of the untuned model -> ``tuning.selection`` -> one range.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -10,12 +12,16 @@ import torch
 
 from lightning_mm import state
 from lightning_mm.callbacks.live import data_of
+from lightning_mm.callbacks.reader import Made, together
+from lightning_mm.data.probe_sets import ProbeSet
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.taps.reading import gather, read
-from lightning_mm.tuning.gradients import GradientScores, gradient_scores
+from lightning_mm.taps.reading import Reading, gather, read
+from lightning_mm.tuning.gradients import GRADIENT, scores_if_possible
 from lightning_mm.tuning.policy import TuningPolicy
-from lightning_mm.tuning.selection import GRADIENT, AutoRange, Selection, asks_for_selection, select_layers, tell
+from lightning_mm.tuning.selection import AutoRange, Selection, asks_for_selection, select_layers, tell
 
 
 def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, trainer: L.Trainer) -> Selection:
@@ -26,30 +32,68 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
         policy: The policy that says ``auto``.
         options: How to choose.
         trainer: With its data module, in whose precision and on whose device the model is read.
+
+    Raises:
+        UserError: Some rank cannot read, or nothing can be chosen; the same on every rank.
     """
     generators = state.rng_state()
-    data, device = data_of(trainer), trainer.strategy.root_device
-    probe_set = data.probe_set()
-    with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
-        model: Any = load_model(backbone)
-        anatomy = Anatomy.of(model)
-        model.eval().requires_grad_(False).to(device)
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            reading = gather(read(model, anatomy, data.probe_loader(probe_set), device), probe_set)
-        selection = None
-        if reading is not None:
-            gradients = _gradients(model, anatomy, options, trainer) if backbone.quantization == "none" else None
-            spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
-            selection = select_layers(reading, probe_set, gradients, options, device, spec)
-    chosen: Selection = state.gathered(selection)[0]
+    probe_set = data_of(trainer).probe_set()
+    spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
+    try:
+        with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
+            model, anatomy = _agreed(lambda: _loaded(backbone, trainer))
+            mine = _agreed(lambda: _read(model, anatomy, probe_set, trainer))
+            reading = _agreed(lambda: gather(mine, probe_set))
+            selection = _agreed(lambda: _selected(model, anatomy, reading, probe_set, options, trainer, spec))
+        chosen: Selection = state.gathered(selection)[0]
+    finally:
+        state.restore_rng(generators)
     tell(chosen)
-    state.restore_rng(generators)
     return chosen
 
 
-def _gradients(model: Any, anatomy: Anatomy, options: AutoRange, trainer: L.Trainer) -> GradientScores | None:
-    batches = data_of(trainer).sample_batches(options.batches)
-    if len(batches) < 2 or not set(GRADIENT) & set(options.criteria):
+def _agreed(attempt: Callable[[], Made]) -> Made:
+    """What is made, or one error on all ranks."""
+    made, failure = together(attempt)
+    if isinstance(failure, UserError):
+        raise failure
+    if failure:
+        raise UserError(
+            "Layers cannot be chosen (layers: auto).", failure, "Mend that, or name the layers, such as 25%-50%."
+        )
+    return made  # type: ignore[return-value]  # None is what was made, where there was no failure
+
+
+def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, Anatomy]:
+    model: Any = load_model(backbone)
+    anatomy = Anatomy.of(model)
+    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), anatomy
+
+
+def _read(model: Any, anatomy: Anatomy, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
+    data = data_of(trainer)
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        mine = read(model, anatomy, data.probe_loader(probe_set), trainer.strategy.root_device)
+    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+    return mine
+
+
+def _selected(
+    model: Any,
+    anatomy: Anatomy,
+    reading: Reading | None,
+    probe_set: ProbeSet,
+    options: AutoRange,
+    trainer: L.Trainer,
+    spec: str,
+) -> Selection | None:
+    """On rank 0, which holds all that was read."""
+    if reading is None:
         return None
+    for problem in reading.problems:
+        decide("auto.probes", "not all are read", problem)
+    device = trainer.strategy.root_device
+    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT) & set(options.criteria) else []
     with trainer.precision_plugin.forward_context():
-        return gradient_scores(model, anatomy, batches, trainer.strategy.root_device)
+        gradients = scores_if_possible(model, anatomy, batches, device, options.criteria)
+    return select_layers(reading, probe_set, gradients, options, device, spec)

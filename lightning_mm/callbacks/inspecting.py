@@ -36,8 +36,8 @@ class InspectingCallback(Callback):
     def analyse(self, look: Look) -> Findings:
         """What a reading says; called on rank 0 only."""
 
-    def wants_text_only(self, last: bool) -> bool:
-        """Whether the rows without pictures are to be read too. ``last`` is true at the first look and the last."""
+    def wants_text_only(self, outermost: bool) -> bool:
+        """Whether the rows without pictures are to be read too; ``outermost`` is the first look due, and the last."""
         return False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -73,10 +73,16 @@ class InspectingCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         budget = self._budget
-        return {"spent": budget.spent, "count": budget.count, "training": budget.training}
+        training = budget.training if self.inspection is None else self.inspection.training_seconds
+        return {"spent": budget.spent, "count": budget.count, "training": training}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._budget = restored_budget(state_dict)
+
+    @property
+    def seconds(self) -> float:
+        """What looks have cost so far; zero for all but the one that looks for all."""
+        return self._budget.spent
 
     def _leads(self, trainer: L.Trainer) -> bool:
         return _lookers(trainer)[0] is self

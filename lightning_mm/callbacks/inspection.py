@@ -1,48 +1,35 @@
 """One look inside the model for all callbacks that are due: one forward pass, one clock, one place to write to.
 
-Data flow: due step -> ``looking`` -> ``taps.read`` on every rank -> gathered on rank 0 -> each due callback's analysis
--> layers.csv, matrices.json, inspections.json, the loggers. Training is as if nothing had happened.
+Data flow: due step -> ``reader`` on every rank -> rank 0: each due callback's analysis -> layers.csv, matrices.json,
+inspections.json, the loggers. Training is as if nothing had happened, also where any of it fails.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, TypeVar
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import Logger
 
 from lightning_mm import state
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.headline import scalars
 from lightning_mm.analysis.record import Recorder
-from lightning_mm.callbacks.live import data_of, live, looking
+from lightning_mm.callbacks.live import data_of, live
+from lightning_mm.callbacks.reader import Reader
 from lightning_mm.callbacks.schedule import Budget, Schedule
 from lightning_mm.dashboards import names
 from lightning_mm.dashboards.online import OnlineLogger
 from lightning_mm.dashboards.rundir import RunDirectory
-from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
+from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.decisions import decide, log
-from lightning_mm.errors import UserError
 from lightning_mm.geometry.threads import one_thread
-from lightning_mm.taps.reading import Reading, gather, read
-from lightning_mm.tuning.boundary import unchanged_slices
+from lightning_mm.taps.reading import Reading
 
-FAULTS = (
-    RuntimeError,
-    ValueError,
-    ArithmeticError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OSError,
-    UserError,
-)
-"""What a failing analysis may raise; it is reported, and training goes on."""
-
-_HELD_BYTES = 512 * 2**20
-"""Encoded probe rows up to this size stay in memory; larger sets are encoded anew at every look."""
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +60,7 @@ class Looker(Protocol):
 
     def analyse(self, look: Look) -> Findings: ...
 
-    def wants_text_only(self, last: bool) -> bool: ...
+    def wants_text_only(self, outermost: bool) -> bool: ...
 
 
 class Inspection:
@@ -98,20 +85,29 @@ class Inspection:
         self.trainer, self.module, self.lookers, self.budget = trainer, module, lookers, budget
         self.recorder = Recorder(run)
         self.probe_set = data_of(trainer).probe_set()
+        self.reader = Reader(trainer, module, self.probe_set)
         self.total = int(trainer.estimated_stepping_batches)
-        self.due = [set(looker.schedule.steps(self.total)) for looker in lookers]
-        self.start = self.recorder.start_reading(self.probe_set) if trainer.global_step else None
-        self._mine: Reading | None = None
-        self._batches: dict[str, list[ProbeBatch]] = {}
+        self.due = {looker: looker.schedule.steps(self.total) for looker in lookers}
+        self.start: Reading | None = None
         self._seen = trainer.global_step
         self._running_since: float | None = None
 
     def at_start(self) -> None:
-        """Before the first step of a new run."""
+        """Before the first step of a new run; a resumed one is told where it came from."""
+        step = self.trainer.global_step
         if self.trainer.is_global_zero:
-            self.recorder.probes(self.probe_set)
-        if self.trainer.global_step == 0:
-            self._look([looker for looker, due in zip(self.lookers, self.due, strict=True) if 0 in due], last=False)
+            attempted(lambda: self.recorder.probes(self.probe_set), "writing down the probe set", step, [])
+            if step:
+                earlier = partial(self.recorder.start_reading, self.probe_set)
+                self.start = attempted(earlier, "taking up the first reading", step, [])
+        if not step:
+            self._look([looker for looker, due in self.due.items() if 0 in due], last=False)
+
+    @property
+    def training_seconds(self) -> float:
+        """So far, the stretch that runs included."""
+        running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
+        return self.budget.training + running
 
     def resume_clock(self) -> None:
         """Training goes on."""
@@ -120,9 +116,7 @@ class Inspection:
 
     def pause_clock(self) -> None:
         """What comes now is not training."""
-        if self._running_since is not None:
-            self.budget.training += time.perf_counter() - self._running_since
-            self._running_since = None
+        self.budget.training, self._running_since = self.training_seconds, None
 
     def after_batch(self) -> None:
         """Look, if the optimizer has just made a step after which somebody is due, and time allows."""
@@ -130,33 +124,30 @@ class Inspection:
         if step == self._seen or step >= self.total:
             return
         self._seen = step
-        due = [looker for looker, steps in zip(self.lookers, self.due, strict=True) if step in steps]
-        if due and self._affordable(due, step):
-            self._look(due, last=False)
+        self._look(self._affordable([looker for looker, due in self.due.items() if step in due], step), last=False)
 
     def at_end(self) -> None:
         """After the last step, whichever that was."""
-        ending = [looker for looker in self.lookers if looker.schedule.end]
-        self._look(ending, last=True)
+        self._look([looker for looker in self.lookers if looker.schedule.end], last=True)
         if self.budget.count:
-            spent, share = f"{self.budget.spent:.1f} s in {self.budget.count} looks", self.budget.share
+            spent, share = f"{self.budget.spent:.1f} s in {self.budget.count} looks", self.budget.share()
             log.info("inspection: %s, %.1f%% of %.0f s of training", spent, 100 * share, self.budget.training)
 
-    def _affordable(self, due: Sequence[Looker], step: int) -> bool:
-        """Rank 0's clock counts: all ranks look, or none."""
+    def _affordable(self, due: list[Looker], step: int) -> list[Looker]:
+        """Those whose own budget allows it. Rank 0's clock counts: all ranks look, or none."""
+        if not due:
+            return due
         self.pause_clock()
-        shares = [looker.schedule.budget for looker in due]
-        share = None if None in shares else max(share for share in shares if share is not None)
-        kept = sum(any(looker.schedule.end for looker in self.lookers) for _ in range(1))
-        fits = state.gathered(self.budget.affords(share, step, self.total, kept))[0]
-        if not fits:
-            cost = self.budget.spent / self.budget.count
-            decide(
-                "inspection.schedule",
-                f"no look at step {step}",
-                f"one takes {cost:.1f} s, and all may take {share:.0%} of the training time (schedule.budget)",
-            )
-        return bool(fits)
+        kept = int(any(looker.schedule.end for looker in self.lookers))
+        fits = [self.budget.affords(looker.schedule.budget, step, self.total, kept) for looker in due]
+        fits = state.gathered(fits)[0]
+        if left := [looker for looker, fit in zip(due, fits, strict=True) if not fit]:
+            who = f" of {', '.join(type(looker).__name__ for looker in left)}" if any(fits) else ""
+            share = " or ".join(sorted({f"{looker.schedule.budget:.0%}" for looker in left}))
+            cost = f"one takes {self.budget.spent / self.budget.count:.1f} s"
+            reason = f"{cost}, and all may take {share} of the training time (schedule.budget)"
+            decide("inspection.schedule", f"no look{who} at step {step}", reason)
+        return [looker for looker, fit in zip(due, fits, strict=True) if fit]
 
     def _look(self, due: Sequence[Looker], last: bool) -> None:
         if not due:
@@ -164,89 +155,75 @@ class Inspection:
         self.pause_clock()
         if self.module.device.type == "cuda":
             torch.cuda.synchronize()
-        began = time.perf_counter()
-        reading, problem = self._read(self.probe_set, "probes", keep=True)
-        wanted = any(looker.wants_text_only(last or self.trainer.global_step == 0) for looker in due)
+        began, step = time.perf_counter(), self.trainer.global_step
+        reading, problem = self.reader.read()
+        problems = [f"nothing was read at step {step}: {problem}"] if problem else []
         text_only = None
-        if wanted and not problem:
-            text_only, problem = self._read(self.probe_set.without_pictures(), "text_only", keep=False)
+        if not problem and any(looker.wants_text_only(last or step == min(self.due[looker])) for looker in due):
+            text_only, alone = self.reader.read_without_pictures()
+            problems += [f"nothing was read without pictures at step {step}: {alone}"] if alone else []
         forward = time.perf_counter() - began
-        if problem:
-            log.warning("inspection: nothing was read at step %d: %s", self.trainer.global_step, problem)
-        elif reading is not None:
-            self._analyse(due, reading, text_only, forward, began)
+        for told in problems:
+            log.warning("inspection: %s; training goes on", told)
+        if self.trainer.is_global_zero:
+            found = Findings(step, problems=problems)
+            tell = partial(self._tell, found, due, reading, text_only, forward, began)
+            attempted(tell, "looking inside", step, problems)
         self.budget.spent += time.perf_counter() - began
         self.budget.count += 1
 
-    def _read(self, probe_set: ProbeSet, name: str, keep: bool) -> tuple[Reading | None, str]:
-        """Read on every rank; rank 0 gets all of it. A rank that fails tells the others instead of leaving them."""
-        mine, problem = None, ""
-        module = live(self.module)
-        unchanged = unchanged_slices(module.plan) if keep else 0
-        try:
-            with looking(self.trainer, self.module):
-                mine = read(
-                    module.model,
-                    module.anatomy,
-                    self._encoded(probe_set, name),
-                    self.module.device,
-                    step=self.trainer.global_step,
-                    before=self._mine if keep else None,
-                    unchanged=unchanged,
-                )
-        except FAULTS as error:
-            problem = f"{type(error).__name__}: {error}"
-        problem = next((told for told in state.gathered(problem) if told), "")
-        if problem or mine is None:
-            return None, problem or "no rank has read anything"
-        if keep and unchanged and self._mine is None:
-            self._mine = mine
-        data_of(self.trainer).ledger.add(mine.rejected)
-        return gather(mine, probe_set), ""
-
-    def _encoded(self, probe_set: ProbeSet, name: str) -> Iterable[ProbeBatch]:
-        """This rank's batches; kept in memory where they are small, since encoding costs as much as reading."""
-        if name in self._batches:
-            return self._batches[name]
-        batches = list(data_of(self.trainer).probe_loader(probe_set))
-        if sum(t.nbytes for batch in batches for t in batch.inputs.values()) <= _HELD_BYTES:
-            self._batches[name] = batches
-        return batches
-
-    def _analyse(
-        self, due: Sequence[Looker], reading: Reading, text_only: Reading | None, forward: float, began: float
+    def _tell(
+        self,
+        found: Findings,
+        due: Sequence[Looker],
+        reading: Reading | None,
+        text_only: Reading | None,
+        forward: float,
+        began: float,
     ) -> None:
-        if self.trainer.global_step == 0:
-            self.start = reading
-            self.recorder.keep_start(reading, self.probe_set)
-        look = Look(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
-        found = Findings(reading.step)
-        for looker in due:
-            part = attempted(lambda looker=looker: looker.analyse(look), type(looker).__name__, reading.step)  # type: ignore[misc]
-            found.rows += part.rows
-            found.matrices += part.matrices
-            found.problems += part.problems
+        """Rank 0: analyse, write down, log; each attempted by itself, so that what can be had is had."""
+        if reading is not None:
+            self._analyse(found, due, reading, text_only)
         seconds = time.perf_counter() - began
-        self.recorder.write(found, forward, seconds - forward, self.budget.share)
-        values = scalars(found, live(self.module).plan.layers)
+        share = self.budget.share(seconds)
+        summary = partial(scalars, found, live(self.module).plan.layers)
+        values = attempted(summary, "summing up", found.step, found.problems) or {}
         values |= {names.INSPECTION_SECONDS: seconds}
         if self.budget.training:
-            values |= {names.INSPECTION_SHARE: (self.budget.spent + seconds) / self.budget.training}
+            values |= {names.INSPECTION_SHARE: share}
         for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=reading.step)
-            if isinstance(logger, OnlineLogger):
-                logger.log_layers(found.rows)
+            attempted(partial(_log, logger, values, found), type(logger).__name__, found.step, found.problems)
+        writing = partial(self.recorder.write, found, forward, seconds - forward, share)
+        attempted(writing, "writing down what was found", found.step, found.problems)
+
+    def _analyse(self, found: Findings, due: Sequence[Looker], reading: Reading, text_only: Reading | None) -> None:
+        found.problems += [*reading.problems, *(text_only.problems if text_only else ())]
+        if found.step == 0:
+            self.start = reading
+            keep = partial(self.recorder.keep_start, reading, self.probe_set)
+            attempted(keep, "keeping the first reading", 0, found.problems)
+        look = Look(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
+        for looker in due:
+            with one_thread():  # data workers hold the other cores, and threads that wait for one spin
+                part = attempted(partial(looker.analyse, look), type(looker).__name__, look.step, found.problems)
+            if part is not None:
+                found.take(part)
 
 
-def attempted(analyse: Callable[[], Findings], name: str, step: int) -> Findings:
-    """What an analysis finds, or what went wrong in it: a fault in looking never stops what is looked at."""
+def attempted(attempt: Callable[[], Made], what: str, step: int, problems: list[str]) -> Made | None:
+    """What is made, or None and one problem more: a fault in looking never stops what is looked at."""
     try:
-        with one_thread():  # data workers hold the other cores, and threads that wait for one spin
-            return analyse()
-    except FAULTS as error:
-        problem = f"{name} failed at step {step}: {type(error).__name__}: {error}"
-        log.warning("%s; training goes on", problem)
-        return Findings(step, problems=[problem])
+        return attempt()
+    except Exception as error:
+        problems.append(f"{what} failed at step {step}: {type(error).__name__}: {error}")
+        log.warning("%s; training goes on", problems[-1])
+        return None
+
+
+def _log(logger: Logger, values: dict[str, float], found: Findings) -> None:
+    logger.log_metrics(values, step=found.step)
+    if isinstance(logger, OnlineLogger):
+        logger.log_layers(found.rows)
 
 
 def restored_budget(saved: dict[str, Any]) -> Budget:

@@ -16,8 +16,8 @@ class ProbingCallback(InspectingCallback):
     Args:
         schedule: When to look, and how much time that may take.
         options: Which probes, and what is measured beside their accuracy.
-        text_only: Probe the captions without their pictures too, at the first look and the last: what language alone
-            gives.
+        text_only: Probe the captions without their pictures too, at the first look due and the last: what language
+            alone gives.
     """
 
     def __init__(
@@ -29,8 +29,8 @@ class ProbingCallback(InspectingCallback):
         super().__init__(schedule)
         self.options, self.text_only = options, text_only
 
-    def wants_text_only(self, last: bool) -> bool:
-        return self.text_only and last
+    def wants_text_only(self, outermost: bool) -> bool:
+        return self.text_only and outermost
 
     def analyse(self, look: Look) -> Findings:
         return probing(look.reading, look.text_only, look.probe_set, self.options, look.device)

@@ -50,7 +50,8 @@ class RunRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._note(trainer, batch)
-        pl_module.log(names.REJECTED, float(len(data_of(trainer).ledger)))
+        lost = sum(entry.kind != "probe" for entry in data_of(trainer).ledger)
+        pl_module.log(names.REJECTED, float(lost))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int

@@ -95,7 +95,6 @@ class Budget:
         expected = self.training * total / step if step else math.inf
         return self.spent + (1 + more_to_keep) * self.spent / self.count <= share * expected
 
-    @property
-    def share(self) -> float:
-        """Seconds of inspections per second of everything else."""
-        return self.spent / self.training if self.training else math.nan
+    def share(self, more: float = 0.0) -> float:
+        """Seconds of inspections, and ``more`` of one that is not counted yet, per second of everything else."""
+        return (self.spent + more) / self.training if self.training else math.nan

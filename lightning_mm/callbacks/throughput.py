@@ -1,4 +1,4 @@
-"""How fast training goes: supervised tokens and samples per second, validation kept apart.
+"""How fast training goes: supervised tokens and samples per second, validation and looks inside kept apart.
 
 Data flow: Batch sizes known on the host + the clock -> two metrics, logged with the trainer's own interval.
 """
@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightning_mm.callbacks.inspecting import InspectingCallback
 from lightning_mm.dashboards import names
 from lightning_mm.data.batch import Batch
 
@@ -20,12 +21,13 @@ class Throughput(Callback):
         self._tokens = self._samples = 0
         self._since: float | None = None
         self._paused_at = 0.0
+        self._looked = 0.0
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since, self._looked = time.perf_counter(), _seconds_of_looks(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._paused_at = time.perf_counter()
@@ -42,9 +44,14 @@ class Throughput(Callback):
         interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
         if trainer.global_step == 0 or trainer.global_step % interval or self._since is None:
             return
-        now = time.perf_counter()
-        seconds = max(now - self._since, 1e-9)
+        now, looked = time.perf_counter(), _seconds_of_looks(trainer)
+        seconds = max(now - self._since - (looked - self._looked), 1e-9)
         pl_module.log(names.TOKENS_PER_SECOND, self._tokens * trainer.world_size / seconds, prog_bar=True)
         pl_module.log(names.SAMPLES_PER_SECOND, self._samples * trainer.world_size / seconds)
         self._tokens = self._samples = 0
-        self._since = now
+        self._since, self._looked = now, looked
+
+
+def _seconds_of_looks(trainer: L.Trainer) -> float:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+    return sum(callback.seconds for callback in callbacks if isinstance(callback, InspectingCallback))

@@ -20,11 +20,14 @@ from lightning_mm.analysis.headline import MAIN, headline
 from lightning_mm.analysis.probing import ProbingOptions, probing
 from lightning_mm.analysis.record import Recorder
 from lightning_mm.cli.exporting import Parser
-from lightning_mm.cli.subject import Subject, open_subject
+from lightning_mm.cli.opening import open_subjects
+from lightning_mm.cli.subject import Subject
 from lightning_mm.dashboards.local import write_report
 from lightning_mm.dashboards.rundir import RunDirectory, write_json
+from lightning_mm.data.ledger import Ledger
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.decisions import decide, log
+from lightning_mm.errors import UserError
 from lightning_mm.taps.reading import Reading
 from lightning_mm.tuning.selection import AutoRange, tell
 
@@ -36,21 +39,19 @@ def inspect(arguments: list[str]) -> int:
     measures, auto = checked(options.measures or DEFAULT), AutoRange(**vars(options.auto))
     options.probing = ProbingOptions(**vars(options.probing))
     paths = [options.model, *([options.against] if options.against else [])]
-    name = options.name or "inspect-" + "-".join(short(path) for path in paths)
-    run = RunDirectory.create(options.root, name)
-    probe_set: ProbeSet | None = None
+    subjects, probe_set = open_subjects(paths, options, auto)
+    run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(short(path) for path in paths))
     seen: list[tuple[Subject, Reading]] = []
     found = []
-    for step, path in enumerate(paths):
-        subject = open_subject(path, options, auto)
-        probe_set = probe_set or subject.data.probe_set()
+    for step, subject in enumerate(subjects):
         first = seen[0][1] if seen else None
         reading, one = _inspected(subject, probe_set, step, measures, options, first, run)
         found.append(one)
         seen.append((subject, reading))
         _label(run, paths, subject)
-    if options.select and probe_set is not None:
+    if options.select:
         _select(seen, probe_set, run)
+    _write_ledger(subjects, run)
     write_json(run.decisions, [asdict(decision) for decision in decide])
     write_report(run.path)
     for path, one in zip(paths, found, strict=True):
@@ -72,7 +73,18 @@ def _parser() -> Parser:
     parser.add_argument(
         "--data", type=str | None, default=None, help="Conversations for the gradient criteria; a run knows its own."
     )
-    parser.add_argument("--images", type=int, default=256, help="Most pictures.")
+    parser.add_argument(
+        "--image_root",
+        type=str | None,
+        default=None,
+        help="Folder that the pictures of --probes and --data are relative to; each file's own folder if not given.",
+    )
+    parser.add_argument(
+        "--images", type=int | None, default=None, help="Most pictures; a run's own number, else 256, if not given."
+    )
+    parser.add_argument(
+        "--max_length", type=int | None, default=None, help="Longest row in tokens; a run's own, else 2048."
+    )
     parser.add_argument("--checkpoint", type=str, default="last", help="Of a run: name in its checkpoints.")
     parser.add_argument("--measures", type=list[str] | None, default=None, help="Geometry measures, or [all].")
     parser.add_argument("--neighbours", type=int, default=10, help="k of the neighbourhood measures.")
@@ -99,17 +111,14 @@ def _inspected(
 ) -> tuple[Reading, Findings]:
     began = time.perf_counter()
     reading = subject.read(probe_set, step)
-    alone = subject.read(probe_set.without_pictures(), step) if options.text_only else None
+    problems = [*reading.problems]
+    alone = _without_pictures(subject, probe_set, step, problems) if options.text_only else None
     forward = time.perf_counter() - began
     found = probing(reading, alone, probe_set, options.probing, subject.device)
-    shape = geometry(reading, probe_set, measures, options.neighbours, subject.device)
-    parts = [shape]
+    found.problems[:0] = problems
+    found.take(geometry(reading, probe_set, measures, options.neighbours, subject.device))
     if first is not None:
-        parts.append(drift(first, reading, probe_set, options.neighbours, subject.device))
-    for part in parts:
-        found.rows += part.rows
-        found.matrices += part.matrices
-        found.problems += part.problems
+        found.take(drift(first, reading, probe_set, options.neighbours, subject.device))
     recorder = Recorder(run)
     if step == 0:
         recorder.probes(probe_set)
@@ -120,12 +129,39 @@ def _inspected(
     return reading, found
 
 
+def _without_pictures(subject: Subject, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
+    """The entailment rows with grey pictures, if there are any; what goes wrong is one problem more."""
+    blank = probe_set.without_pictures()
+    if not len(blank):
+        return None
+    try:
+        reading = subject.read(blank, step)
+    except Exception as error:  # a baseline; what was read with pictures stands without it
+        problems.append(f"nothing was read without pictures: {type(error).__name__}: {error}")
+        return None
+    problems += reading.problems
+    return reading
+
+
 def _select(seen: Sequence[tuple[Subject, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
     """By the first model; what a second one has made of it is two more criteria."""
     subject, reading = seen[0]
-    selection = subject.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
+    try:
+        selection = subject.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
+    except UserError as error:
+        decide("select", "no layers are chosen", f"{error.what} {error.why}")
+        return
     tell(selection)
     write_json(run.selection, selection.to_dict())
+
+
+def _write_ledger(subjects: Sequence[Subject], run: RunDirectory) -> None:
+    """What fell out of probes and conversations, as in a run."""
+    ledger = Ledger()
+    for data in (data for subject in subjects for data in (subject.data, subject.conversations)):
+        ledger.add(data.ledger)
+    if len(ledger):
+        ledger.write(run.ledger)
 
 
 def _label(run: RunDirectory, paths: Sequence[str], subject: Subject) -> None:
@@ -145,7 +181,8 @@ def short(path: str) -> str:
         >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
         ('middle', 'middle-last', 'model')
     """
-    parts = Path(path).parts
+    named = Path(path)
+    parts = (named.resolve() if named.name in ("", "..") else named).parts
     if parts[-1] == "export" and len(parts) > 1:
         return parts[-2]
     if parts[-1].endswith(".ckpt") and len(parts) > 2:

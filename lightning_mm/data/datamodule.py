@@ -5,7 +5,6 @@ out on the way is in ``ledger``.
 """
 
 import random
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -16,18 +15,18 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.ledger import Ledger
-from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, ranks, training_loader
+from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
 from lightning_mm.data.preflight import Preflight
 from lightning_mm.data.probe_collator import ProbeCollator
+from lightning_mm.data.probe_loading import load_probes
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.data.probing import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
+from lightning_mm.data.questions import Question, majority_answers, questions_of
 from lightning_mm.data.sample import Sample
 from lightning_mm.data.sources import read
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.processing import Processing, load_processing
-
-Question = tuple[Sample, int]
 
 
 class MMDataModule(L.LightningDataModule):
@@ -187,19 +186,9 @@ class MMDataModule(L.LightningDataModule):
         return self._probe_set
 
     def probe_loader(self, probe_set: ProbeSet) -> GuardedLoader:
-        """This rank's share of a probe set, each row once over all ranks, rows of like length together.
-
-        Whole batches are dealt out, so that which rows share one, and with it every digit of what is read, does not
-        depend on the number of ranks.
-        """
-        rows = sorted(probe_set.rows, key=lambda row: (row.role, len(row.text), row.id))
+        """This rank's share of a probe set, each row once over all ranks, rows of like length together."""
         collator = ProbeCollator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
-        collator.say_what_is_missing(rows)
-        size = max(1, min(self.eval_batch_size, len(rows) // ranks()[1]))
-        if size < self.eval_batch_size:
-            decide("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {ranks()[1]} ranks")
-        batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-        return evaluation_loader(batches, _Only(collator), batch_size=1, num_workers=self.num_workers)
+        return load_probes(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def sample_batches(self, count: int, size: int = 4) -> list[Batch]:
         """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
@@ -207,7 +196,9 @@ class MMDataModule(L.LightningDataModule):
         drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
         collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-        return [batch for part in cut if (batch := collator(part)).num_supervised]
+        made = [collator(part) for part in cut]
+        self.ledger.add(rejection for batch in made for rejection in batch.rejected)
+        return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self) -> Batch:
         """The first conversation with a picture, alone, to measure a step with.
@@ -229,15 +220,10 @@ class MMDataModule(L.LightningDataModule):
 
     def majority_answers(self) -> dict[str, str]:
         """The most frequent training answer to each type of question: what a model that never looks could say."""
-        counts: dict[str, Counter[str]] = {}
-        for sample, index in self._questions("train"):
-            turn = sample.turns[index]
-            counts.setdefault(turn.question_type, Counter())[turn.text.strip().rstrip(".").casefold()] += 1
-        return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}
+        return majority_answers(self._questions("train"))
 
     def _questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
-        questions = [(sample, index) for sample in self.samples(split) for index in sample.answers]
-        return tuple(questions[:limit])
+        return questions_of(self.samples(split))[:limit]
 
     def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
         samples, questions = self.samples(split), self._questions(split, limit)
@@ -254,16 +240,6 @@ class MMDataModule(L.LightningDataModule):
         return PromptCollator(
             self.processing, self.max_length, max_megapixels=self.max_megapixels, blank_images=blank_images
         )
-
-
-class _Only:
-    """Collates batches that are whole already."""
-
-    def __init__(self, collate: Callable[..., Any]) -> None:
-        self._collate = collate
-
-    def __call__(self, batches: list[Any]) -> Any:
-        return self._collate(batches[0])
 
 
 def _refuse_below(least: int, **options: int | None) -> None:

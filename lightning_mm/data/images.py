@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps
 
 Image.init()
 FORMATS = tuple(
@@ -65,10 +65,12 @@ class Picture:
     Args:
         image: Mode RGB, 8 bit, upright.
         is_animated: Whether there are more frames, or pages, than this first one.
+        is_turned: Whether EXIF asked for it to be turned or mirrored: places in the file as stored are others here.
     """
 
     image: Image.Image
     is_animated: bool = False
+    is_turned: bool = False
 
 
 def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
@@ -96,7 +98,8 @@ def load(path: Path, max_megapixels: float = 40.0) -> Picture:
                 # The second frame of an MPO is a camera's by-product (a gain map, the other eye).
                 is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
                 image.load()
-            return Picture(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated)
+            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            return Picture(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
         except BadImage:
             raise
         except _DECODE_ERRORS as error:

@@ -26,10 +26,10 @@ class ProbeRow:
     """One question, never answered: what counts is what the model holds of it.
 
     Args:
-        id: Unique within the set, and the same whenever the set is drawn from the same data.
-        group: What splits and intervals must not tear apart. For picture and text rows it is the picture; for
-            entailment rows the pictures that trade captions, since a caption that is true in one row is false in
-            another: a probe that saw one of them would be wrong about the other.
+        id: ``picture:question``, unique within the set, and the same whenever it is drawn from the same data.
+        group: What splits and intervals must not tear apart: the picture, or the group that its file puts it into; for
+            entailment rows all that trade captions, since a caption that is true in one row is false in another: a
+            probe that saw one of them would be wrong about the other.
         role: ``entailment`` (picture and caption: do they agree?), ``picture`` (picture and question) or ``text`` (its
             caption in place of the picture, and the same question).
         sample: One user turn; it has no picture for role ``text``.
@@ -56,6 +56,18 @@ class ProbeRow:
     def text(self) -> str:
         """The user's turn."""
         return self.sample.turns[0].text
+
+    @property
+    def subject(self) -> str:
+        """The picture that it is about, whether it shows it or says its caption.
+
+        Example:
+            >>> from lightning_mm.data.sample import Turn
+            >>> sample = Sample("7:text", (Turn("user", "A cat. What is it?"),))
+            >>> ProbeRow("7:text", "clip 3", "text", sample, "A cat.", {}).subject
+            '7'
+        """
+        return self.id.rpartition(":")[0] or self.id
 
     def told(self) -> dict[str, Any]:
         """All that the row says, but for its picture, in JSON's types."""

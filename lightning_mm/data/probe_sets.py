@@ -62,18 +62,28 @@ class ProbeSet:
         return _digest([rows, {probe: list(names) for probe, names in self.classes.items()}])
 
     def subset(self, max_pictures: int) -> "ProbeSet":
-        """At most so many pictures, drawn by the set's seed; pictures that share a group stay together."""
+        """At most so many pictures, drawn by the set's seed; pictures that share a group stay together.
+
+        Raises:
+            UserError: Every group has more pictures.
+        """
         if len(self.images) <= max_pictures:
             return self
         families = sorted(_families(self.rows), key=lambda family: min(row.id for row in family))
         random.Random(f"{self.seed}:subset").shuffle(families)
+        sizes = [len({path for row in family for path in row.sample.images}) for family in families]
         kept: set[str] = set()
         taken = 0
-        for family in families:
-            pictures = len({path for row in family for path in row.sample.images})
+        for family, pictures in zip(families, sizes, strict=True):
             if taken + pictures <= max_pictures:
                 kept |= {row.id for row in family}
                 taken += pictures
+        if not kept:
+            raise UserError(
+                f"No part of the probe set fits into {max_pictures} pictures.",
+                f"Pictures that trade captions stay together, and they are {min(sizes)} or more.",
+                f"Give --data.probe_images {min(sizes)}, or draw a set of so many from its source.",
+            )
         return replace(self, rows=tuple(row for row in self.rows if row.id in kept))
 
     def without_pictures(self) -> "ProbeSet":
@@ -85,8 +95,8 @@ class ProbeSet:
         """What probes.json of a run says: the hash, and how many rows and pictures each probe has."""
         tasks = {probe: [row for row in self.rows if probe in row.labels] for probe in self.classes}
         tasks["pairs"] = [row for row in self.rows if row.role == "text"]
-        groups = {row.group for row in tasks["pairs"]}
-        tasks["pairs"] += [row for row in self.rows if row.role == "picture" and row.group in groups]
+        subjects = {row.subject for row in tasks["pairs"]}
+        tasks["pairs"] += [row for row in self.rows if row.role == "picture" and row.subject in subjects]
         return {
             "hash": self.hash,
             "seed": self.seed,

@@ -48,8 +48,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Rejection:
-    """A row or a part of one that is not used, and why. ``cut`` rows are used, but shorter than they were."""
+    """A row or a part of one that is not used, and why.
+
+    ``cut`` rows are used, but shorter than they were; ``probe`` rows are asked about, never trained on.
+    """
 
     origin: str
     reason: str
-    kind: Literal["dropped", "cut"] = "dropped"
+    kind: Literal["dropped", "cut", "probe"] = "dropped"

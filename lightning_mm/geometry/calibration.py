@@ -17,19 +17,27 @@ from lightning_mm.geometry.neighbours import Neighbours
 from lightning_mm.geometry.ratios import RatioEstimator
 
 _DIMENSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_CPU = torch.device("cpu")
 _CLOUDS = 2
 """Clouds whose estimates are averaged at each point of the curve."""
 
 
-def noise_dimension(n: int, dimension: int, estimator: RatioEstimator) -> float:
-    """The estimate for isotropic noise of a known dimension, with two significant digits of ``n`` samples."""
-    return _gaussian_estimate(_rounded(n), dimension, estimator, clouds=1)
+def noise_dimension(n: int, dimension: int, estimator: RatioEstimator, device: torch.device = _CPU) -> float:
+    """The estimate for isotropic noise of a known dimension, with two significant digits of ``n`` samples.
+
+    Args:
+        n: Samples.
+        dimension: D; the estimate grows with it without end, so that no smaller cloud stands for a larger one.
+        estimator: What makes it.
+        device: Where the cloud's N^2 D products are computed; it is drawn on the CPU, the same everywhere.
+    """
+    return _gaussian_estimate(_rounded(n), dimension, estimator, 1, device)
 
 
 @cache
-def _gaussian_estimate(n: int, dimension: int, estimator: RatioEstimator, clouds: int) -> float:
+def _gaussian_estimate(n: int, dimension: int, estimator: RatioEstimator, clouds: int, device: torch.device) -> float:
     generator = torch.Generator().manual_seed(dimension)
-    cloud = Bank.of(torch.randn(clouds, n, dimension, generator=generator))
+    cloud = Bank.of(torch.randn(clouds, n, dimension, generator=generator).to(device))
     near = Neighbours.of(cloud, estimator.n2)
     ratios_LN = (near.distances[..., estimator.n2 - 1] / near.distances[..., estimator.n1 - 1]).log()
     return float(estimator(ratios_LN).mean())
@@ -40,7 +48,7 @@ def curve(n: int, estimator: RatioEstimator) -> tuple[tuple[float, float], ...]:
     """(true dimension, estimate) at ``n`` samples, from (0, 0) upwards in both."""
     points = [(0.0, 0.0)]
     for dimension in _DIMENSIONS:
-        estimate = _gaussian_estimate(n, dimension, estimator, _CLOUDS)
+        estimate = _gaussian_estimate(n, dimension, estimator, _CLOUDS, _CPU)
         if estimate > points[-1][1]:
             points.append((float(dimension), estimate))
     return tuple(points)

@@ -14,7 +14,14 @@ from torch import Tensor
 
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
-from lightning_mm.geometry.resampling import deletion_blocks, jackknife_interval, permutations, t_quantile
+from lightning_mm.geometry.resampling import (
+    deletion_blocks,
+    jackknife_interval,
+    permutations,
+    t_quantile,
+    too_fixed,
+    withheld,
+)
 from lightning_mm.geometry.threads import one_thread
 
 _SAMPLES_PER_DIRECTION = 10
@@ -41,7 +48,7 @@ def svcca(a: Bank, b: Bank, variance: float = 0.99, groups: Tensor | None = None
 
     Returns:
         Per layer the mean correlation, with k = the correlations averaged; the interval holds the directions fixed.
-        The null is the mean over random pairings; there, mean rho^2 = max(R, S)/(N-1). ``chance.above_chance`` of
+        The null is the mean over random pairings; there, mean rho^2 = max(R, S)/(N-1). ``chance.calibrated`` of
         the estimate compares layers with different k.
 
     Example:
@@ -74,18 +81,15 @@ def _layerwise(a: Bank, b: Bank, variance: float, weighted: bool, groups: Tensor
                 estimates.append(undefined(problem, n))
                 continue
             (a_NR, a_note), (b_NS, b_note) = (_directions(bank, layer, variance) for bank in (a, b))
-            loadings_DR = a.centred[layer].mT @ a_NR if weighted else None
-            found = _matched(a_NR, b_NS, loadings_DR, order_PN, deleted)
+            found = _matched(a_NR, b_NS, a.centred[layer] if weighted else None, order_PN, deleted)
             estimates.append(found.noted(*dict.fromkeys((a_note, b_note))))
-    return estimates
+    return withheld(estimates, too_fixed(groups))
 
 
-def _matched(
-    a_NR: Tensor, b_NS: Tensor, loadings_DR: Tensor | None, order_PN: Tensor, deleted: list[Tensor]
-) -> Estimate:
-    cross_RS = a_NR.mT @ b_NS
+def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tensor, deleted: list[Tensor]) -> Estimate:
+    cross_RS, loadings_DR = a_NR.mT @ b_NS, None if weigh_ND is None else weigh_ND.mT @ a_NR
     whole = _mean_correlation(cross_RS, loadings_DR)
-    left_out = [_mean_correlation(_without(a_NR, b_NS, cross_RS, block), loadings_DR) for block in deleted]
+    left_out = [_mean_correlation(*_without(a_NR, b_NS, cross_RS, weigh_ND, loadings_DR, block)) for block in deleted]
     low, high = jackknife_interval(torch.stack([whole, *left_out]), 0.0, 1.0)
     drawn_P = torch.stack([_mean_correlation(a_NR.mT @ b_NS[order_N], loadings_DR) for order_N in order_PN])
     null = float(drawn_P.mean())
@@ -120,8 +124,15 @@ def _mean_correlation(cross_RS: Tensor, loadings_DR: Tensor | None) -> Tensor:
 
 
 @one_thread()
-def _without(a_NR: Tensor, b_NS: Tensor, cross_RS: Tensor, block: Tensor) -> Tensor:
-    """What ``cross_RS`` is without the samples of a block: covariances less the block's share, whitened again."""
+def _without(
+    a_NR: Tensor,
+    b_NS: Tensor,
+    cross_RS: Tensor,
+    weigh_ND: Tensor | None,
+    loadings_DR: Tensor | None,
+    block: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What correlations and loadings are without the samples of a block: less its share, whitened again."""
     gone_a, gone_b, kept = a_NR[block], b_NS[block], len(a_NR) - len(block)
     sum_a, sum_b = gone_a.sum(0), gone_b.sum(0)
     own_RR = torch.eye(len(sum_a)).to(a_NR) - gone_a.mT @ gone_a - sum_a.outer(sum_a) / kept
@@ -130,6 +141,9 @@ def _without(a_NR: Tensor, b_NS: Tensor, cross_RS: Tensor, block: Tensor) -> Ten
     (root_RR, fail_a), (root_SS, fail_b) = torch.linalg.cholesky_ex(own_RR), torch.linalg.cholesky_ex(own_SS)
     least = min(float(root.diagonal().min()) for root in (root_RR, root_SS))
     if fail_a or fail_b or least**2 < _SPANNED * torch.finfo(root_RR.dtype).eps:
-        return torch.full_like(cross_RS, math.nan)
+        return torch.full_like(cross_RS, math.nan), None
+    if weigh_ND is not None and loadings_DR is not None:
+        gone_DR = weigh_ND[block].mT @ gone_a + weigh_ND[block].sum(0).outer(sum_a) / kept
+        loadings_DR = torch.linalg.solve_triangular(root_RR, (loadings_DR - gone_DR).mT, upper=False).mT
     half_RS = torch.linalg.solve_triangular(root_RR, left_RS, upper=False)
-    return torch.linalg.solve_triangular(root_SS, half_RS.mT, upper=False).mT
+    return torch.linalg.solve_triangular(root_SS, half_RS.mT, upper=False).mT, loadings_DR

@@ -81,13 +81,14 @@ def chance_band(a: Parts, b: Parts, groups: Tensor | None = None, constant: floa
     return {"null": mean, "null_low": mean + low * error, "null_high": mean + high * error}
 
 
-def above_chance(estimate: Estimate) -> Estimate:
+def calibrated(estimate: Estimate) -> Estimate:
     """The same on the scale where chance is 0 and the most that can be is 1: (value - null) / (1 - null).
 
-    For measures whose chance level depends on how many directions, neighbours or samples there are.
+    For measures whose chance level depends on how many directions, neighbours or samples there are (Groeger et al.
+    2026).
 
     Example:
-        >>> above_chance(Estimate(0.75, 100, null=0.5)).value
+        >>> calibrated(Estimate(0.75, 100, null=0.5)).value
         0.5
     """
     null = estimate.null

@@ -111,8 +111,9 @@ def _estimate(
         return undefined(
             f"ties: neighbours {estimator.n1} and {estimator.n2} are equally far for {ties} samples", count
         )
-    null = noise_dimension(count, neighbours.width, estimator)
-    estimate = finite(value, count, low=max(0.0, value - half), high=value + half, null=null, k=estimator.n2)
+    null = noise_dimension(count, neighbours.width, estimator, neighbours.indices.device)
+    low, high = max(value - half, 0.0), value + half  # NaN stays NaN
+    estimate = finite(value, count, low=low, high=high, null=null, k=estimator.n2)
     return estimate.noted(
         f"{copies} samples that coincide with an earlier one are left out" if copies else "",
         f"{len(ratios_N) - copies - count} samples have too few distinct neighbours"

@@ -6,30 +6,39 @@ per layer. The pairs are far from independent (N samples make N(N-1)/2 of them):
 Shapes: L layers, M samples used, P pairs, B sets of samples that stay (the first is everyone).
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.chance import Parts, chance_band
-from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
+from lightning_mm.geometry.gram import Bank, exact_distances, exact_products, pair_problems
 from lightning_mm.geometry.hsic import MIN_SAMPLES, kept_sets
-from lightning_mm.geometry.resampling import jackknife_interval
+from lightning_mm.geometry.resampling import jackknife_interval, too_fixed, withheld
 
 _ROUNDING = 128
-"""Squared distances are ranked to this many roundings of their mean, so that rounding does not order equal ones."""
+"""Squared distances are ranked to this many of their own roundings, so that rounding does not order equal ones."""
 
 _TIES = 0.01
 """Chance that two distances are equal which a reader must know of."""
 
 
-def rsa(a: Bank, b: Bank, most: int = 500, groups: Tensor | None = None) -> list[Estimate]:
-    """Spearman correlation, ties averaged, of the Euclidean distances of all pairs (Kriegeskorte et al. 2008).
+Distance = Literal["euclidean", "correlation"]
+
+
+def rsa(
+    a: Bank, b: Bank, most: int = 500, groups: Tensor | None = None, distance: Distance = "euclidean"
+) -> list[Estimate]:
+    """Spearman correlation, ties averaged, of the distances of all pairs (Kriegeskorte et al. 2008).
 
     Args:
         a: L layers of N samples.
         b: As many layers of the same samples; the features may differ.
         most: Samples used; of more, this many are drawn once with a fixed seed, and a note says so.
         groups: (N,) int ids, equal for samples that share a picture.
+        distance: Of two samples: Euclidean, or 1 minus the correlation of their features as they came, which knows
+            neither a sample's length nor a shift of all its features.
 
     Returns:
         Per layer the correlation with a delete-group jackknife interval (the ranks held), and the band of random
@@ -50,14 +59,18 @@ def rsa(a: Bank, b: Bank, most: int = 500, groups: Tensor | None = None) -> list
             if problem:
                 estimates.append(undefined(problem, n))
                 continue
-            (a_MM, a_ties), (b_MM, b_ties) = (_rank_matrix(bank, layer, used_M) for bank in (a, b))
+            distances = [_distances(bank, layer, used_M.to(bank.centred.device), distance) for bank in (a, b)]
+            if flat := sum(int(squared_MM.isnan().all(1).sum()) for squared_MM in distances):
+                estimates.append(undefined(f"no correlation: {flat} samples have equal features", n))
+                continue
+            (a_MM, a_ties), (b_MM, b_ties) = map(_rank_matrix, distances)
             tied = (
                 f"ties: two distances are equal with probability {max(a_ties, b_ties):.1%}"
                 if max(a_ties, b_ties) > _TIES
                 else ""
             )
             estimates.append(_correlation(a_MM, b_MM, group_M).noted(drawn, tied))
-    return estimates
+    return withheld(estimates, too_fixed(group_M))
 
 
 def average_ranks(values_P: Tensor) -> tuple[Tensor, float]:
@@ -75,16 +88,24 @@ def average_ranks(values_P: Tensor) -> tuple[Tensor, float]:
     return ranks_P, float((count_R.double() * (count_R - 1)).sum()) / max(len(values_P) * (len(values_P) - 1), 1)
 
 
-def _rank_matrix(bank: Bank, layer: int, used_M: Tensor) -> tuple[Tensor, float]:
+def _distances(bank: Bank, layer: int, used_M: Tensor, distance: Distance) -> Tensor:
+    """(M, M) what orders the pairs as the distance does; NaN for a sample without correlations."""
+    if distance == "euclidean":
+        return bank.squared_distances(layer)[used_M][:, used_M]
+    rows_MD = bank.centred[layer, used_M] + bank.mean[layer]
+    rows_MD = rows_MD - rows_MD.mean(1, keepdim=True)
+    return exact_distances(rows_MD / rows_MD.norm(dim=1, keepdim=True))
+
+
+def _rank_matrix(squared_MM: Tensor) -> tuple[Tensor, float]:
     """(M, M) symmetric centred ranks of the distances at unit root mean square, diagonal zero; and the ties."""
-    squared_NN = bank.squared_distances[layer]
-    rows_P, columns_P = torch.triu_indices(len(used_M), len(used_M), 1)
-    values_P = squared_NN[used_M[rows_P], used_M[columns_P]]
-    step = _ROUNDING * torch.finfo(values_P.dtype).eps * values_P.mean()
-    ranks_P, tied = average_ranks((values_P / step).round_())
+    rows_P, columns_P = torch.triu_indices(len(squared_MM), len(squared_MM), 1)
+    values_P = squared_MM[rows_P, columns_P]
+    step = _ROUNDING * torch.finfo(values_P.dtype).eps
+    ranks_P, tied = average_ranks((values_P.double().log() / step).round_())
     ranks_P -= ranks_P.mean()
     ranks_P /= ranks_P.square().mean().sqrt()
-    matrix_MM = squared_NN.new_zeros(len(used_M), len(used_M))
+    matrix_MM = torch.zeros_like(squared_MM)
     matrix_MM[rows_P, columns_P] = ranks_P.to(matrix_MM)
     return matrix_MM + matrix_MM.mT, tied
 

@@ -6,6 +6,7 @@ of random samples, so that both clouds come from one law and what is left is the
 Shapes: L layers, N samples, D features, C components, P swaps (the first swaps nothing), B sets of samples that stay.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -13,11 +14,11 @@ from torch import Tensor
 
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.gap import swap_signs
-from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
+from lightning_mm.geometry.gram import Bank, cross_distances, exact_products, pair_problems
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.isotropy import pairs_interval
 from lightning_mm.geometry.overlap import band
-from lightning_mm.geometry.resampling import jackknife_interval
+from lightning_mm.geometry.resampling import jackknife_interval, too_joined, withheld
 from lightning_mm.geometry.threads import one_thread
 
 _SWAPS = 20
@@ -70,7 +71,7 @@ def frechet(a: Bank, b: Bank, components: int = 64, groups: Tensor | None = None
         low, high = jackknife_interval(values_B, 0)
         return finite(float(values_B[0]), n, low=float(low), high=float(high), k=count, **band(drawn_P, None))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_joined(groups))
 
 
 def mmd(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[Estimate]:
@@ -89,8 +90,8 @@ def mmd(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[E
 
     def measure(layer: int) -> Estimate:
         n = a.num_samples
-        within = (a.squared_distances[layer], b.squared_distances[layer])
-        apart_NN = _cross_distances(*_placed(a, b, layer))
+        within = (a.squared_distances(layer), b.squared_distances(layer))
+        apart_NN = cross_distances(*_placed(a, b, layer))
         squared = _median(*within, apart_NN)
         if not squared > 0:
             return undefined("constant: most samples of both readings coincide", n)
@@ -101,7 +102,7 @@ def mmd(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[E
         mean, low, high = pairs_interval(pairs_NN.sum(1) / (n - 1), groups)
         return finite(mean, n, low=low, high=high, **band(drawn_P, 0.0))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_joined(groups), exact=True)
 
 
 def _layerwise(a: Bank, b: Bank, measure: Callable[[int], Estimate]) -> list[Estimate]:
@@ -116,13 +117,6 @@ def _placed(a: Bank, b: Bank, layer: int) -> tuple[Tensor, Tensor]:
     """Both clouds (N, D) where they lie relative to the middle between their means."""
     shift_D = (a.mean[layer] - b.mean[layer]) / 2
     return a.centred[layer] + shift_D, b.centred[layer] - shift_D
-
-
-def _cross_distances(first_ND: Tensor, second_ND: Tensor) -> Tensor:
-    """(N, N) squared distances between the samples of two clouds."""
-    with exact_products():
-        norms_a, norms_b = first_ND.square().sum(1), second_ND.square().sum(1)
-        return (norms_a[:, None] + norms_b - 2 * first_ND @ second_ND.T).clamp_min_(0)
 
 
 def _median(*distances_NN: Tensor) -> float:
@@ -172,10 +166,14 @@ def _centred_moments(sum_BC: Tensor, square_BCC: Tensor, count_B: Tensor) -> Mom
 
 
 def _distance(a: Moments, b: Moments) -> Tensor:
-    """(B,) squared Frechet distances."""
+    """(B,) squared Frechet distances; NaN where fewer than two samples, or none that differ, are left."""
     (mean_a, covariance_a), (mean_b, covariance_b) = a, b
     size_B = (covariance_a + covariance_b).diagonal(dim1=1, dim2=2).sum(1)
-    jitter_BCC = _JITTER * size_B[:, None, None] * torch.eye(mean_a.shape[1]).to(mean_a)
-    root_BCC = torch.linalg.cholesky(covariance_a + jitter_BCC)
-    shared_B = torch.linalg.eigvalsh(root_BCC.mT @ covariance_b @ root_BCC).clamp_min(0).sqrt().sum(1)
-    return (mean_a - mean_b).square().sum(1) + size_B - 2 * shared_B
+    sound_B = torch.isfinite(size_B) & (size_B > 0)
+    eye_CC = torch.eye(mean_a.shape[1]).to(mean_a)
+    first_BCC = (covariance_a + _JITTER * size_B[:, None, None] * eye_CC).where(sound_B[:, None, None], eye_CC)
+    root_BCC = torch.linalg.cholesky(first_BCC)
+    between_BCC = (root_BCC.mT @ covariance_b @ root_BCC).where(sound_B[:, None, None], eye_CC)
+    shared_B = torch.linalg.eigvalsh(between_BCC).clamp_min(0).sqrt().sum(1)
+    distance_B = (mean_a - mean_b).square().sum(1) + size_B - 2 * shared_B
+    return distance_B.where(sound_B, math.nan).clamp_min(0)  # of equal clouds it is rounding, of either sign

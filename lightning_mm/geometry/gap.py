@@ -15,30 +15,32 @@ from torch import Tensor
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
 from lightning_mm.geometry.isotropy import directionless, unit_rows
-from lightning_mm.geometry.overlap import band, dependent
-from lightning_mm.geometry.resampling import mean_interval, permutations
+from lightning_mm.geometry.overlap import band
+from lightning_mm.geometry.resampling import dependent, mean_interval, permutations, too_fixed, too_joined, withheld
 
 _DRAWS = 50
 """Random pairings or swaps behind a band of chance: its half width is known to a tenth."""
 
 
-def alignment(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[Estimate]:
-    """Mean squared distance of a sample's two unit rows (Wang and Isola 2020); the null is that of random partners.
+def alignment(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0, alpha: float = 2.0) -> list[Estimate]:
+    """Mean distance, to the power alpha, of a sample's two unit rows (Wang and Isola 2020); the null is that of others.
 
     Args:
         a: L layers.
         b: As many layers of the same samples and features.
         groups: (N,) int ids of samples that depend on one another.
         seed: Of the pairings that chance is drawn from.
+        alpha: 2 in the paper's loss: squared distances.
     """
 
     def measure(first_ND: Tensor, second_ND: Tensor) -> Estimate:
-        distance_NN = 2 - 2 * _cosines(first_ND, second_ND)
-        mean, low, high = (float(end) for end in mean_interval(distance_NN.diagonal()[None], groups))
-        drawn_P = _paired_at_random(distance_NN, groups, seed).mean(1)
+        own_N = (first_ND - second_ND).double().square().sum(1).pow(alpha / 2)
+        mean, low, high = (float(end) for end in mean_interval(own_N[None], groups))
+        distance_NN = (2 - 2 * _cosines(first_ND, second_ND)).clamp_min(0).pow(alpha / 2)
+        drawn_P = _of_strangers(distance_NN, groups, seed).nanmean(1)
         return finite(mean, len(first_ND), low=low, high=high, **band(drawn_P, None))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_fixed(groups))
 
 
 def matched_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[Estimate]:
@@ -65,10 +67,10 @@ def matched_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0
         around_N = (others_NN.sum(1) + others_NN.sum(0)) / partners_N
         mean, low, high = (float(end) for end in mean_interval((cosine_NN.diagonal() - around_N)[None], groups))
         value = float(cosine_NN.diagonal().mean() - mismatched)
-        drawn_P = _paired_at_random(cosine_NN, groups, seed).mean(1)
-        return finite(value, n, low=value + low - mean, high=value + high - mean, **band(drawn_P - drawn_P.mean(), 0.0))
+        drawn_P = _of_strangers(cosine_NN, groups, seed).nanmean(1)
+        return finite(value, n, low=value + low - mean, high=value + high - mean, **band(drawn_P, 0.0))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_fixed(groups), exact=True)
 
 
 def token_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[Estimate]:
@@ -90,10 +92,10 @@ def token_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) 
         share, low, high = mean_interval((own_N <= median).double()[None], groups)
         levels = [(0.5 + float(end - share)) if math.isfinite(end) else math.nan for end in (low, high)]
         ends = [float(own_N.quantile(min(max(level, 0.0), 1.0))) if level == level else math.nan for level in levels]
-        drawn_P = _paired_at_random(cosine_NN, groups, seed).median(1).values
+        drawn_P = _of_strangers(cosine_NN, groups, seed).nanquantile(0.5, 1)
         return finite(float(median), len(first_ND), low=ends[0], high=ends[1], **band(drawn_P, None))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_fixed(groups))
 
 
 def modality_gap(
@@ -120,9 +122,9 @@ def modality_gap(
             toward_N = apart_ND @ torch.nn.functional.normalize(apart_ND.mean(0), dim=0)
             drawn_P = (sign_PN @ apart_ND / n).norm(dim=1)
         mean, low, high = (float(end) / scale for end in mean_interval(toward_N[None], groups))
-        return finite(mean, n, low=max(0.0, low), high=high, **band(drawn_P / scale, None))
+        return finite(mean, n, low=max(low, 0.0), high=high, **band(drawn_P / scale, None))
 
-    return _layerwise(a, b, measure)
+    return withheld(_layerwise(a, b, measure), too_joined(groups))
 
 
 def swap_signs(n: int, draws: int, groups: Tensor | None, seed: int) -> Tensor:
@@ -137,11 +139,13 @@ def _cosines(first_ND: Tensor, second_ND: Tensor) -> Tensor:
         return first_ND @ second_ND.T
 
 
-def _paired_at_random(matrix_NN: Tensor, groups: Tensor | None, seed: int) -> Tensor:
-    """(P, N) entries of randomly re-paired samples."""
-    n = len(matrix_NN)
-    order_PN = permutations(n, _DRAWS, seed, dependent(groups)).to(matrix_NN.device)
-    return matrix_NN.double()[torch.arange(n, device=matrix_NN.device), order_PN]
+def _of_strangers(matrix_NN: Tensor, groups: Tensor | None, seed: int) -> Tensor:
+    """(P, N) entries of randomly re-paired samples; NaN where a sample has met its own group."""
+    n, device = len(matrix_NN), matrix_NN.device
+    order_PN = permutations(n, _DRAWS, seed, dependent(groups)).to(device)
+    group_N = torch.arange(n, device=device) if groups is None else groups.to(device)
+    own_PN = group_N[order_PN] == group_N
+    return matrix_NN.double()[torch.arange(n, device=device), order_PN].masked_fill(own_PN, math.nan)
 
 
 def _within(first_ND: Tensor, second_ND: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""One centred float32 Gram matrix per layer, from which every other measure is derived.
+"""One centred float32 Gram matrix per layer, from which every other measure is derived, a layer at a time.
 
 Data flow: pooled hidden states (L, N, D) -> ``Bank`` -> ``similarity``, ``neighbours``, ``dimension``, ``spectrum``.
 Centring comes before any product: one dimension with a large mean (rogue dimensions are common) otherwise eats the
@@ -7,10 +7,11 @@ digits that tell neighbours apart.
 Shapes: L layers, N samples, D features.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,17 +21,46 @@ from lightning_mm.geometry.threads import one_thread
 _CONSTANT = 1e-6
 """A layer whose spread is below this share of its size is constant: what is left is rounding."""
 
+_CLOSE = 1e-4
+"""Squared distances below this share of the squared norms have lost their digits in a float32 Gram matrix."""
+
+_SAME = 1e-13
+"""Below this share two float32 samples differ by rounding only: they coincide."""
+
+_HELD_BYTES = 1 << 30
+"""Matrices that a bank holds for the measures that follow; what is beyond is made again for each."""
+
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Full float32 products, without autocast or TF32; the caller's settings are back afterwards."""
-    allowed = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
+    """Full float32 products, without autocast, TF32 or bfloat16; the caller's settings are back afterwards.
+
+    torch has two ways to set this, and refuses to be read in one after the other was used. ``fp32_precision`` is what
+    the kernels go by; the older setting, where it can be read, goes along so that no call finds the two in conflict.
+    """
+    cpu = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]  # torch sets it at import, unseen by type checkers
+    kernels: tuple[Any, Any] = torch.backends.cuda.matmul, cpu
+    before = [each.fp32_precision for each in kernels]
+    older = _older_precision()
     try:
+        if older != "highest":
+            torch.set_float32_matmul_precision("highest")
+        for each in kernels:
+            each.fp32_precision = "ieee"
         with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
             yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = allowed
+        if older != "highest":
+            torch.set_float32_matmul_precision(older)
+        for each, precision in zip(kernels, before, strict=True):
+            each.fp32_precision = precision
+
+
+def _older_precision() -> str:
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:  # the newer setting says otherwise, and is what counts
+        return "highest"
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,20 +107,42 @@ class Bank:
         """(L, N, D) as they came, mean included."""
         return self.centred + self.mean[:, None]
 
-    @cached_property
-    def gram(self) -> Tensor:
-        """(L, N, N) inner products of the centred rows."""
+    def gram(self, layer: int, rows: slice = slice(None)) -> Tensor:
+        """(N, N) inner products of the centred rows of one layer, or some rows of it; not to be written on."""
         with exact_products():
-            return self.centred @ self.centred.mT
+            if rows != slice(None) and ("gram", layer) not in self._held:
+                return self.centred[layer, rows] @ self.centred[layer].mT
+            return self._hold("gram", layer, lambda: self.centred[layer] @ self.centred[layer].mT)[rows]
+
+    def squared_distances(self, layer: int) -> Tensor:
+        """(N, N) squared Euclidean distances in one layer, zero on the diagonal and where samples coincide.
+
+        In float64 first where float32 would lose the close pairs; not to be written on.
+        """
+        if layer not in self._crowded:
+            self._crowded[layer] = _has_close_pairs(self.gram(layer))
+        if self._crowded[layer]:
+            return self._hold("distances", layer, lambda: exact_distances(self.centred[layer]))
+        gram_NN = self.gram(layer)
+        size_NN = gram_NN.diagonal()[:, None] + gram_NN.diagonal()
+        return size_NN.sub_(gram_NN, alpha=2).fill_diagonal_(0)
 
     @cached_property
-    def squared_distances(self) -> Tensor:
-        """(L, N, N) squared Euclidean distances, zero on the diagonal, never negative."""
-        with exact_products():
-            norms_LN = self.gram.diagonal(dim1=1, dim2=2)
-            squared = (norms_LN[:, :, None] + norms_LN[:, None] - 2 * self.gram).clamp_min_(0)
-            squared.diagonal(dim1=1, dim2=2).zero_()
-            return squared
+    def _crowded(self) -> dict[int, bool]:
+        """Of the layers that were looked at, in which float32 loses the distances of close pairs."""
+        return {}
+
+    @cached_property
+    def _held(self) -> dict[tuple[str, int], Tensor]:
+        return {}
+
+    def _hold(self, kind: str, layer: int, make: Callable[[], Tensor]) -> Tensor:
+        """What was made before, or is made and, while there is room, held."""
+        if (matrix_NN := self._held.get((kind, layer))) is None:
+            matrix_NN = make()
+            if sum(other.nbytes for other in self._held.values()) + matrix_NN.nbytes <= _HELD_BYTES:
+                self._held[kind, layer] = matrix_NN
+        return matrix_NN
 
     @cached_property
     def principal(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -111,6 +163,31 @@ class Bank:
     def duplicates(self) -> tuple[int, ...]:
         """Per layer, how many samples coincide with an earlier one."""
         return tuple(self.num_samples - len(torch.unique(layer, dim=0)) for layer in self.centred)
+
+
+def exact_distances(first_ND: Tensor, second_MD: Tensor | None = None) -> Tensor:
+    """(N, M) squared distances of the rows of two matrices (of one, if it is alone) by float64 products.
+
+    In the precision of the first; zero where the two differ by no more than rounding.
+    """
+    with exact_products():
+        first, second = (x_ND.double() for x_ND in (first_ND, first_ND if second_MD is None else second_MD))
+        size_NM = first.square().sum(1)[:, None] + second.square().sum(1)
+        squared_NM = size_NM - 2 * first @ second.T
+        return squared_NM.masked_fill_(squared_NM <= _SAME * size_NM, 0).to(first_ND.dtype)
+
+
+def cross_distances(first_ND: Tensor, second_ND: Tensor) -> Tensor:
+    """(N, N) squared distances from the samples of one cloud to those of another, close pairs as exact as far ones."""
+    with exact_products():
+        size_NN = first_ND.square().sum(1)[:, None] + second_ND.square().sum(1)
+        squared_NN = (size_NN - 2 * first_ND @ second_ND.T).clamp_min_(0)
+    return exact_distances(first_ND, second_ND) if bool((squared_NN <= _CLOSE * size_NN).any()) else squared_NN
+
+
+def _has_close_pairs(gram_NN: Tensor) -> bool:
+    size_NN = gram_NN.diagonal()[:, None] + gram_NN.diagonal()
+    return bool((size_NN.mul_((1 - _CLOSE) / 2) <= gram_NN).fill_diagonal_(False).any())
 
 
 def pair_problems(a: Bank, b: Bank, least: int = 2) -> list[str]:

@@ -15,7 +15,7 @@ from lightning_mm.geometry.gram import Bank, exact_products
 from lightning_mm.geometry.resampling import mean_interval
 
 _TERMS = 200
-"""Terms of the series of 0F1; they fall factorially."""
+"""Terms of the series of 0F1 beyond 3t; the largest is at t or before, then they fall factorially."""
 
 
 def unit_rows(bank: Bank, layer: int) -> Tensor:
@@ -99,10 +99,11 @@ def uniformity(bank: Bank, t: float = 2.0, groups: Tensor | None = None) -> list
     def measure(layer: int) -> Estimate:
         if problem := directionless(bank, layer):
             return undefined(problem, n)
-        near_NN = torch.exp(2 * t * (cosines(bank, layer) - 1)).fill_diagonal_(0)
-        mean, low, high = pairs_interval(near_NN.double().sum(1) / (n - 1), groups)
-        below, above = (low - mean) / mean, (high - mean) / mean
-        return finite(math.log(mean), n, low=math.log(mean) + below, high=math.log(mean) + above, null=null)
+        log_near_NN = 2 * t * (cosines(bank, layer).double() - 1).fill_diagonal_(-math.inf)
+        nearest = float(log_near_NN.max())  # taken out, as the exponentials of a sharp t are all zero
+        mean, low, high = pairs_interval((log_near_NN - nearest).exp_().sum(1) / (n - 1), groups)
+        value, below, above = nearest + math.log(mean), (low - mean) / mean, (high - mean) / mean
+        return finite(value, n, low=value + below, high=value + above, null=null)
 
     return [measure(layer) for layer in range(bank.num_layers)]
 
@@ -114,7 +115,7 @@ def sphere_uniformity(width: int, t: float = 2.0) -> float:
         >>> [round(sphere_uniformity(d), 4) for d in (2, 3, 16, 128)]
         [-1.575, -2.0798, -3.513, -3.9375]
     """
-    k = torch.arange(_TERMS).double()
+    k = torch.arange(_TERMS + int(3 * t)).double()
     half = torch.tensor(width / 2, dtype=torch.float64)
     logs = 2 * k * math.log(t) - torch.lgamma(k + 1) - torch.lgamma(half + k) + torch.lgamma(half)
     return -2 * t + float(torch.logsumexp(logs, 0))

@@ -14,12 +14,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_mm.geometry.gram import Bank, exact_products
+from lightning_mm.geometry.gram import Bank
 
-_CLOSE = 1e-4
-"""Squared distances below this share of the squared norms have lost their digits in a float32 Gram matrix."""
-_SAME = 1e-13
-"""Below this share two float32 samples differ by rounding only: they coincide."""
 _CHOSEN_BY_INDEX = 0.1
 """The largest share of neighbours that ties may leave to the order of the samples."""
 
@@ -69,7 +65,7 @@ class Neighbours:
         found = [
             _blank(bank, width)
             if problem
-            else _nearest(_distances(bank, layer).masked_fill_(barred_NN, math.inf), width)
+            else _nearest(bank.squared_distances(layer).sqrt().masked_fill_(barred_NN, math.inf), width)
             for layer, problem in enumerate(bank.problems)
         ]
         indices, distances, beyond = (torch.stack(parts) for parts in zip(*found, strict=True))
@@ -113,22 +109,6 @@ class Neighbours:
             *([f"{copies} samples coincide with an earlier one"] if copies else []),
             *([f"neighbour {k} of {ties} samples ties with the next; the smaller index is taken"] if ties else []),
         )
-
-
-def _distances(bank: Bank, layer: int) -> Tensor:
-    """(N, N) a copy to write on; in float64 first where float32 would lose the close pairs."""
-    squared_NN = bank.squared_distances[layer]
-    size_N = bank.gram[layer].diagonal()
-    size_NN = size_N[:, None] + size_N
-    if int((squared_NN <= _CLOSE * size_NN).sum()) == len(size_N):
-        return squared_NN.sqrt()
-    with exact_products():
-        x_ND = bank.centred[layer].double()
-        gram_NN = x_ND @ x_ND.T
-        norms_N = gram_NN.diagonal()
-        squared_NN = norms_N[:, None] + norms_N - 2 * gram_NN
-    squared_NN.masked_fill_(squared_NN <= _SAME * size_NN, 0)
-    return squared_NN.sqrt().to(bank.centred.dtype)
 
 
 def _nearest(distances_NN: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ Shapes: L layers, N samples, K neighbours, P permutations, B sets of samples tha
 """
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.resampling import jackknife_interval, permutations
+from lightning_mm.geometry.resampling import dependent, jackknife_interval, permutations, too_fixed, withheld
 
 _DRAWS = 50
 """Random pairings behind the band of chance: its half width is known to a tenth."""
@@ -58,12 +57,50 @@ def overlap(
         if problem := a.problem(layer, k) or b.problem(layer, k):
             return undefined(problem, n)
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
-        values_B = torch.stack([_agreement(near_a, near_b, kept_N, k, score) for kept_N in kept_BN])
+        values_B = _agreements(near_a, near_b, kept_BN, k, score)
         low, high = jackknife_interval(values_B, 0, 1)
         member_NN = _membership(near_b[:, :k])
         drawn_P = _score(member_NN[order_PN[:, :, None], order_PN[:, near_a[:, :k]]].sum(2), k, score).mean(1)
         notes = (*a.notes(layer, k), *b.notes(layer, k))
         return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
+
+    return withheld([measure(layer) for layer in range(len(a.problems))], too_fixed(groups))
+
+
+def overlap_gain(
+    a: Neighbours, b: Neighbours, rival: tuple[Neighbours, Neighbours], k: int = 10, groups: Tensor | None = None
+) -> list[Estimate]:
+    """How much more two readings overlap, layer by layer, than a rival pair does on the same samples; chance is 0.
+
+    The two overlaps rise and fall together with the samples drawn, so that the jackknife of their difference is
+    narrower than either interval.
+
+    Args:
+        a: L layers with 2k neighbours or more.
+        b: As many layers of the same samples.
+        rival: Two readings of one layer each.
+        k: Neighbours.
+        groups: (N,) int ids of samples that depend on one another.
+
+    Example:
+        >>> from lightning_mm.geometry.gram import Bank
+        >>> near = Neighbours.of(Bank.of(torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))))
+        >>> overlap_gain(near, near, (near, near), k=5)[0].value
+        0.0
+    """
+    n, kept_BN = a.indices.shape[1], kept_sets(a.distances[0], dependent(groups)).T.bool()
+    assert rival[0].indices.shape[1] == n, "a rival on the same samples"
+    missing = rival[0].problem(0, k) or rival[1].problem(0, k)
+    near_c, near_d = (side.indices[0, :, : 2 * k].long() for side in rival)
+    rival_B = None if missing else _agreements(near_c, near_d, kept_BN, k, "overlap")
+
+    def measure(layer: int) -> Estimate:
+        if rival_B is None or (a.problem(layer, k) or b.problem(layer, k)):
+            return undefined(missing or a.problem(layer, k) or b.problem(layer, k), n)
+        near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
+        gain_B = _agreements(near_a, near_b, kept_BN, k, "overlap") - rival_B
+        low, high = jackknife_interval(gain_B, -1, 1)
+        return finite(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
 
     return [measure(layer) for layer in range(len(a.problems))]
 
@@ -120,34 +157,7 @@ def label_overlap(
         notes = neighbours.notes(layer, k)
         return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
 
-    return [measure(layer) for layer in range(len(neighbours.problems))]
-
-
-def calibrated(estimate: Estimate) -> Estimate:
-    """On the scale where chance is 0 and perfect agreement 1: (value - null) / (1 - null) (Groeger et al. 2026).
-
-    Example:
-        >>> calibrated(Estimate(0.75, 100, null=0.5)).value
-        0.5
-    """
-    null = estimate.null
-    if estimate.value is None:
-        return estimate
-    if null is None or null >= 1:
-        return undefined("no chance value below 1 to calibrate with", estimate.n)
-
-    def scaled(number: float | None) -> float | None:
-        return None if number is None else (number - null) / (1 - null)
-
-    return replace(
-        estimate,
-        value=scaled(estimate.value),
-        low=scaled(estimate.low),
-        high=scaled(estimate.high),
-        null=0.0,
-        null_low=scaled(estimate.null_low),
-        null_high=scaled(estimate.null_high),
-    )
+    return withheld([measure(layer) for layer in range(len(neighbours.problems))], too_fixed(groups))
 
 
 def chance_overlap(candidates: Tensor, k: int, score: Score = "overlap") -> float:
@@ -168,14 +178,11 @@ def chance_overlap(candidates: Tensor, k: int, score: Score = "overlap") -> floa
 
 
 def band(drawn: Tensor, exact: float | None) -> dict[str, float]:
-    """The null fields of an Estimate from chance values (P,); their mean unless the exact mean is known."""
-    null, error = float(drawn.mean()) if exact is None else exact, float(drawn.std())
+    """The null fields of an Estimate from chance values (P,) without NaN; their mean unless the exact one is known."""
+    drawn = drawn[~drawn.isnan()]
+    null = float(drawn.mean()) if exact is None else exact
+    error = float(drawn.std()) if len(drawn) > 1 else math.nan
     return {"null": null, "null_low": null - 1.96 * error, "null_high": null + 1.96 * error}
-
-
-def dependent(groups: Tensor | None) -> Tensor | None:
-    """The groups, or None where each has one member, so that closed forms hold."""
-    return None if groups is None or len(torch.unique(groups)) == len(groups) else groups
 
 
 def _membership(near_NK: Tensor, used_NK: Tensor | bool = True) -> Tensor:
@@ -188,6 +195,11 @@ def _first_kept(near_NK: Tensor, kept_N: Tensor, k: int) -> Tensor:
     """(N, K) bool: the k nearest of those that stay."""
     kept_NK = kept_N[near_NK]
     return kept_NK & (kept_NK.cumsum(1) <= k)
+
+
+def _agreements(near_a: Tensor, near_b: Tensor, kept_BN: Tensor, k: int, score: Score) -> Tensor:
+    """(B,) mean score among those of each set."""
+    return torch.stack([_agreement(near_a, near_b, kept_N, k, score) for kept_N in kept_BN])
 
 
 def _agreement(near_a: Tensor, near_b: Tensor, kept_N: Tensor, k: int, score: Score) -> Tensor:

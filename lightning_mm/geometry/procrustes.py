@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
-from lightning_mm.geometry.resampling import mean_interval, permutations, t_quantile
+from lightning_mm.geometry.resampling import mean_interval, permutations, t_quantile, too_fixed, withheld
 from lightning_mm.geometry.threads import one_thread
 
 _MIN_SAMPLES = 3
@@ -60,7 +60,7 @@ def procrustes(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]
             else:
                 band = _expected_band(a.principal[layer][0], b.principal[layer][0], a.num_samples)
             estimates.append(finite(min(value, 1.0), a.num_samples, low=low, high=high, **band))
-    return estimates
+    return withheld(estimates, too_fixed(groups))
 
 
 def procrustes_angle(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:

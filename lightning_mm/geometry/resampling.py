@@ -8,13 +8,19 @@ Shapes: L layers, N samples, G groups, B blocks.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lightning_mm.estimate import Estimate
+
 _MIN_BLOCKS = 3
 """Fewer independent parts give no usable standard error."""
+
+_MOST_HELD = 0.2
+"""Share of the samples that a draw of chance may leave where they are: their pairs are the square of it, 4 %."""
 
 
 def deletion_blocks(n: int, groups: Tensor | None = None, blocks: int = 12, seed: int = 0) -> list[Tensor]:
@@ -70,7 +76,8 @@ def group_jackknife(
         seed: Of the cut.
 
     Returns:
-        The standard error (...), and its degrees of freedom for ``half_width``.
+        The standard error (...), and its degrees of freedom for ``half_width``. With fewer than 3 parts it is NaN,
+        and the statistic is not asked about what they leave: it may be nothing.
 
     Example:
         >>> x = torch.arange(100.0)
@@ -80,6 +87,8 @@ def group_jackknife(
     """
     deleted = deletion_blocks(n, groups, blocks, seed)
     everyone = torch.arange(n)
+    if len(deleted) < _MIN_BLOCKS:
+        return torch.full_like(statistic(everyone), math.nan), len(deleted) - 1
     left_out = torch.stack([statistic(everyone[~torch.isin(everyone, block)]) for block in deleted])
     return jackknife_error(left_out), len(deleted) - 1
 
@@ -142,14 +151,25 @@ def mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> tuple[Tenso
     """
     mean_L = terms_LN.double().mean(1)
     residual_LG = terms_LN.double() - mean_L[:, None]
-    if groups is not None:
-        group_N = torch.unique(groups.to(terms_LN.device), return_inverse=True)[1]
-        # A product, as scattered sums on a GPU come out different every time.
-        residual_LG = residual_LG @ torch.nn.functional.one_hot(group_N).double()
+    if (groups := dependent(groups)) is not None:
+        residual_LG = _group_sums(residual_LG, groups)
     count = residual_LG.shape[1]
     error_L = (residual_LG.square().sum(1) * count / max(count - 1, 1)).sqrt() / terms_LN.shape[1]
     width_L = half_width(error_L, count - 1)
     return mean_L, mean_L - width_L, mean_L + width_L
+
+
+def _group_sums(terms_LN: Tensor, groups: Tensor) -> Tensor:
+    """(L, G) from running sums on the CPU: scattered sums on a GPU come out different every time."""
+    _, group_N, size_G = torch.unique(groups.cpu(), return_inverse=True, return_counts=True)
+    running_LN = terms_LN.cpu()[:, torch.argsort(group_N, stable=True)].cumsum(1)
+    ends_LG = running_LN[:, size_G.cumsum(0) - 1]
+    return ends_LG.diff(dim=1, prepend=torch.zeros_like(ends_LG[:, :1])).to(terms_LN.device)
+
+
+def dependent(groups: Tensor | None) -> Tensor | None:
+    """The groups, or None where each has one member, so that closed forms hold."""
+    return None if groups is None or len(torch.unique(groups)) == len(groups) else groups
 
 
 def permutations(n: int, count: int, seed: int = 0, groups: Tensor | None = None) -> Tensor:
@@ -181,3 +201,48 @@ def permutations(n: int, count: int, seed: int = 0, groups: Tensor | None = None
         for permutation in drawn:
             permutation[rows] = rows[torch.randperm(len(rows), generator=generator)]
     return drawn
+
+
+def too_fixed(groups: Tensor | None) -> str:
+    """Why ``permutations`` of these groups are no picture of chance; empty where they are.
+
+    Of all groups of one size one stays where it is on average, and the only one of its size always does.
+
+    Example:
+        >>> too_fixed(torch.tensor([0, 1, 1, 2, 2, 2]))
+        'chance is not drawn: groups change places with their like only, and 100% of the samples would stay'
+    """
+    if (groups := dependent(groups)) is None:
+        return ""
+    sizes_G = torch.unique(groups, return_counts=True)[1]
+    held = float(torch.unique(sizes_G).sum()) / len(groups)
+    stay = f"groups change places with their like only, and {held:.0%} of the samples would stay"
+    return f"chance is not drawn: {stay}" if held > _MOST_HELD else ""
+
+
+def too_joined(groups: Tensor | None) -> str:
+    """Why swapping the two readings of whole groups is no picture of chance; empty where it is."""
+    if (groups := dependent(groups)) is None:
+        return ""
+    shares_G = torch.unique(groups, return_counts=True)[1].double() / len(groups)
+    effective = 1 / float(shares_G.square().sum())
+    few = f"chance is not drawn: whole groups swap their readings, and there are as good as {effective:.1f} groups"
+    return few if effective < 1 / _MOST_HELD else ""
+
+
+def withheld(estimates: Sequence[Estimate], why: str, exact: bool = False) -> list[Estimate]:
+    """The same without their chance level, and why; as they are where there is no reason.
+
+    Args:
+        estimates: Of one measure.
+        why: From ``too_fixed`` or ``too_joined``.
+        exact: The null itself does not rest on draws, and stays.
+    """
+    if not why:
+        return list(estimates)
+    return [
+        one
+        if one.undefined
+        else replace(one, null=one.null if exact else None, null_low=None, null_high=None).noted(why)
+        for one in estimates
+    ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.gap import swap_signs
 from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
-from lightning_mm.geometry.resampling import deletion_blocks, mean_interval
+from lightning_mm.geometry.resampling import deletion_blocks, mean_interval, too_joined, withheld
 from lightning_mm.geometry.threads import one_thread
 
 _LEAST = 10
@@ -23,8 +23,8 @@ _LEAST = 10
 _DRAWS = 20
 """Random labellings that chance is drawn from."""
 
-_JITTER = 1e-5
-"""Share of the penalty that keeps a Gram matrix of lower rank positive in float32."""
+_AHEAD = 0.5
+"""Share of the penalty that is added to a Gram matrix before its factor is taken, so that it is positive in float32."""
 
 
 def separability(
@@ -58,7 +58,7 @@ def separability(
         shift_D = (b.mean[layer] - a.mean[layer]) / 2
         rows_MD = torch.cat([a.centred[layer] - shift_D, b.centred[layer] + shift_D])
         estimates.append(_area(rows_MD, sign_PN, parts, ridge, groups))
-    return estimates
+    return withheld(estimates, too_joined(groups), exact=True)
 
 
 def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, groups: Tensor | None) -> Estimate:
@@ -66,6 +66,8 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     n = len(rows_MD) // 2
     target_MP = torch.cat([-sign_PN, sign_PN], 1).T.to(rows_MD)
     score_MP = left_out_scores(rows_MD, target_MP, parts, ridge)
+    if not torch.isfinite(score_MP).all():
+        return undefined("no line: the products of the rows overflow or lose their digits", n)
     wins_N, areas_P, variance = torch.zeros(n, dtype=torch.float64), torch.zeros(len(sign_PN)).double(), 0.0
     for part in parts:
         first_FP, second_FP, kept_FP = score_MP[part], score_MP[n + part], sign_PN.T[part].to(score_MP) > 0
@@ -77,7 +79,7 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     mean, low, high = (float(end) for end in mean_interval(wins_N[None], groups))
     value, error = mean / 2, float(areas_P[1:].std())
     wider = max(1.0, error / math.sqrt(variance))
-    low, high = max(0.0, value - wider * (mean - low)), min(1.0, value + wider * (high - mean))
+    low, high = max(value - wider * (mean - low), 0.0), min(value + wider * (high - mean), 1.0)  # NaN stays NaN
     return finite(value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error)
 
 
@@ -92,16 +94,17 @@ def left_out_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], rid
     """(M, P) what ridge regression on the targets (M, P) gives each row when its fold is left out.
 
     The D x D sums of a fold are taken from those of all. Where D exceeds M, the rows are first replaced by the M x M
-    Cholesky factor of their Gram matrix, which has the same inner products.
+    Cholesky factor of their Gram matrix and half of the penalty: rows of its inner products and a feature of their own
+    each, which says nothing of a row that is left out and shrinks the line as that half does. NaN where the numbers are
+    beyond the precision.
     """
     half, (m, width) = len(rows_MD) // 2, rows_MD.shape
     score_MP = torch.empty_like(target_MP)
     with exact_products():
         penalty = ridge * rows_MD.square().sum(1).mean()
         if width > m:
-            gram_MM = rows_MD @ rows_MD.T + _JITTER * penalty * torch.eye(m).to(rows_MD)
-            with one_thread():
-                rows_MD = torch.linalg.cholesky(gram_MM)
+            rows_MD = _factor(rows_MD @ rows_MD.T + _AHEAD * penalty * torch.eye(m).to(rows_MD))
+            penalty = (1 - _AHEAD) * penalty
         folds = [rows_MD[torch.cat([part, half + part])] for part in parts]
         targets = [target_MP[torch.cat([part, half + part])] for part in parts]
         total_DD, total_DP = rows_MD.T @ rows_MD, rows_MD.T @ target_MP
@@ -109,6 +112,13 @@ def left_out_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], rid
         for part, fold_FD, target_FP in zip(parts, folds, targets, strict=True):
             rest_DD, rest_DP = total_DD - fold_FD.T @ fold_FD, total_DP - fold_FD.T @ target_FP
             with one_thread():
-                line_DP = torch.cholesky_solve(rest_DP, torch.linalg.cholesky(rest_DD))
+                line_DP = torch.cholesky_solve(rest_DP, _factor(rest_DD))
             score_MP[torch.cat([part, half + part])] = fold_FD @ line_DP
     return score_MP
+
+
+@one_thread()
+def _factor(matrix_DD: Tensor) -> Tensor:
+    """The lower Cholesky factor; NaN where there is none."""
+    root_DD, failed = torch.linalg.cholesky_ex(matrix_DD)
+    return torch.full_like(root_DD, math.nan) if failed else root_DD

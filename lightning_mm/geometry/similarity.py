@@ -17,7 +17,7 @@ from lightning_mm.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.chance import Parts, chance_band
 from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
 from lightning_mm.geometry.hsic import MIN_SAMPLES, kept_sets, left_out_hsic, u_centred
-from lightning_mm.geometry.resampling import jackknife_interval
+from lightning_mm.geometry.resampling import jackknife_interval, too_fixed, withheld
 
 _ROUNDING = 64
 """U-centred entries below this many roundings of the mean squared norm are rounding."""
@@ -91,8 +91,8 @@ def cka_matrix(a: Bank, b: Bank | None = None) -> Tensor:
             pieces = zip(*(_u_centred_pieces(bank) for bank in banks), strict=True)
             product_LL = torch.stack([(x_LE @ x_LE.T).double() for x_LE in map(torch.cat, pieces)]).sum(0).cpu()
     own_L = product_LL.diagonal()
-    own_L = torch.where(sound_L & (own_L > _floor(a.gram.dtype) * n * (n - 3)), own_L, math.nan)
-    matrix_LL = product_LL / own_L.sqrt().outer(own_L.sqrt())
+    own_L = torch.where(sound_L & (own_L > _floor(a.centred.dtype) * n * (n - 3)), own_L, math.nan)
+    matrix_LL = product_LL / own_L.outer(own_L).sqrt()
     return matrix_LL if b is None else matrix_LL[: a.num_layers, a.num_layers :]
 
 
@@ -106,7 +106,7 @@ def _layerwise(a: Bank, b: Bank, groups: Tensor | None, kernel: Kernel, debiased
             else:
                 reason = first if isinstance(first, str) else str(second)
                 estimates.append(undefined(reason, a.num_samples))
-    return estimates
+    return withheld(estimates, too_fixed(groups))
 
 
 def _ratio(first_NN: Tensor, second_NN: Tensor, groups: Tensor | None, debiased: bool) -> Estimate:
@@ -133,12 +133,12 @@ def _ratio(first_NN: Tensor, second_NN: Tensor, groups: Tensor | None, debiased:
 
 
 def _linear(bank: Bank, layer: int) -> Tensor | str:
-    gram_NN = bank.gram[layer]
+    gram_NN = bank.gram(layer)
     return gram_NN / gram_NN.diagonal().mean()
 
 
 def _gaussian(bank: Bank, layer: int, scale: float) -> Tensor | str:
-    squared_NN = bank.squared_distances[layer]
+    squared_NN = bank.squared_distances(layer)
     step = -(-len(squared_NN) // _MEDIAN_ROWS)
     others_MN = ~torch.eye(len(squared_NN), dtype=torch.bool, device=squared_NN.device)[::step]
     median = squared_NN[::step][others_MN].median()
@@ -149,14 +149,17 @@ def _gaussian(bank: Bank, layer: int, scale: float) -> Tensor | str:
 
 def _u_centred_pieces(bank: Bank) -> Iterator[Tensor]:
     """The rows of all layers' U-centred Gram matrices, a few at a time: (L, rows * N)."""
-    n, gram_LNN = bank.num_samples, bank.gram
-    own_LN = gram_LNN.diagonal(dim1=1, dim2=2)
+    n, layers = bank.num_samples, range(bank.num_layers)
+    sums = ((gram_NN.diagonal(), gram_NN.sum(1)) for gram_NN in map(bank.gram, layers))
+    own_LN, sum_LN = (torch.stack(part) for part in zip(*sums, strict=True))
     scale_L11 = own_LN.mean(1)[:, None, None]
-    row_LN1 = (gram_LNN.sum(2) - own_LN)[:, :, None] / (n - 2)
+    row_LN1 = (sum_LN - own_LN)[:, :, None] / (n - 2)
     total_L11 = row_LN1.sum(1, keepdim=True) / (n - 1)
     rows = max(1, _PIECE // n)
     for start in range(0, n, rows):
-        piece_LRN = gram_LNN[:, start : start + rows] - row_LN1[:, start : start + rows] - row_LN1.mT + total_L11
+        part = slice(start, start + rows)
+        piece_LRN = torch.stack([bank.gram(layer, part) for layer in layers])
+        piece_LRN = piece_LRN - row_LN1[:, part] - row_LN1.mT + total_L11
         piece_LRN.diagonal(offset=start, dim1=1, dim2=2).zero_()
         yield (piece_LRN / scale_L11).flatten(1)
 

@@ -86,7 +86,7 @@ def participation_ratio(bank: Bank, debiased: bool = True, groups: Tensor | None
     def measure(layer: int) -> Estimate:
         if bank.problems[layer] or n < _MIN_SAMPLES:
             return undefined(bank.problems[layer] or f"too few: {n} samples", n)
-        values_B = _participation(bank.squared_distances[layer], kept_NB, debiased)
+        values_B = _participation(bank.squared_distances(layer), kept_NB, debiased)
         if not values_B[0] > 0:
             return undefined("no variance beyond what noise of this size has: tr S^2 is not above 0", n)
         low, high = jackknife_interval(values_B, 0)

@@ -55,6 +55,7 @@ class StreamingCKA(Metric):
     aa: Tensor
     ab: Tensor
     bb: Tensor
+    broken: Tensor
 
     def __init__(
         self,
@@ -69,9 +70,19 @@ class StreamingCKA(Metric):
         a, b = features + 2, other_features + 2
         for name, shape in (("aa", (layers, a, a)), ("ab", (layers, a, b)), ("bb", (layers, b, b))):
             self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("broken", torch.zeros(layers, dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, a: Tensor, b: Tensor) -> None:
-        """Add the same B samples of both sides, (L, B, D) and (L, B, E); any B."""
+    def update(self, a: Tensor, b: Tensor, fresh: Tensor | None = None) -> None:
+        """Add the same B samples of both sides; any B.
+
+        Args:
+            a: (L, B, D).
+            b: (L, B, E).
+            fresh: (B,) bool, which samples count; None: all do. A sampler that pads the ranks to equal length repeats
+                samples, and nothing else here tells them from new ones.
+        """
+        a, b = _fresh(a, fresh), _fresh(b, fresh)
+        self.broken += _broken(a, b)
         with exact_products():
             a_LBD, b_LBE = (_augmented(x_LBD, at) for x_LBD, at in zip((a, b), self.origins, strict=True))
             self.aa += a_LBD.mT @ a_LBD
@@ -89,7 +100,8 @@ class StreamingCKA(Metric):
             if n < MIN_SAMPLES:
                 return [undefined(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)] * len(self.ab)
             skew_L = MAX_SKEW * _concentration(self.aa) * _concentration(self.bb)
-            return _with_band(self._values(), torch.full_like(skew_L, math.sqrt(2 / (n * (n - 3)))), skew_L, n)
+            error_L = torch.full_like(skew_L, math.sqrt(2 / (n * (n - 3))))
+            return _with_band(self._values(), error_L, skew_L, n, self.broken)
 
     def _values(self) -> Tensor:
         own_L, other_L = (_self_term(moments) for moments in (self.aa, self.bb))
@@ -122,6 +134,7 @@ class MinibatchCKA(Metric):
     variance: Tensor
     samples: Tensor
     skipped: Tensor
+    broken: Tensor
 
     def __init__(self, layers: int, other_layers: int) -> None:
         super().__init__()
@@ -131,10 +144,19 @@ class MinibatchCKA(Metric):
             self.add_state(name, torch.zeros(count, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("samples", "skipped"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("broken", torch.zeros(min(layers, other_layers), dtype=torch.int64), dist_reduce_fx="sum")
 
-    def update(self, a: Tensor, b: Tensor) -> None:
-        """Add one batch of both sides, (L, B, D) and (M, B, E); one of fewer than 4 samples is counted as skipped."""
-        n = a.shape[1]
+    def update(self, a: Tensor, b: Tensor, fresh: Tensor | None = None) -> None:
+        """Add one batch of both sides; one of fewer than 4 samples is counted as skipped.
+
+        Args:
+            a: (L, B, D).
+            b: (M, B, E).
+            fresh: (B,) bool, which samples count, as in ``StreamingCKA.update``.
+        """
+        a, b = _fresh(a, fresh), _fresh(b, fresh)
+        n, paired = a.shape[1], len(self.broken)
+        self.broken += _broken(a[:paired], b[:paired])
         if n < MIN_SAMPLES:
             self.skipped += n
             return
@@ -158,7 +180,7 @@ class MinibatchCKA(Metric):
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             lost = int(self.skipped)
             value_L, error_L = (x.diagonal() / self._scale().diagonal() for x in (self.shared, self.variance.sqrt()))
-            found = _with_band(value_L, error_L, torch.zeros_like(error_L), int(self.samples))
+            found = _with_band(value_L, error_L, torch.zeros_like(error_L), int(self.samples), self.broken)
         note = f"{lost} samples skipped, in batches of fewer than {MIN_SAMPLES}" if lost else ""
         return [estimate.noted(note) for estimate in found]
 
@@ -168,11 +190,20 @@ class MinibatchCKA(Metric):
         return own_L.sqrt().outer(other_M.sqrt())
 
 
-def _with_band(values_L: Tensor, error_L: Tensor, skew_L: Tensor, n: int) -> list[Estimate]:
-    found = []
-    for value, error, skew in zip(values_L.tolist(), error_L.tolist(), skew_L.tolist(), strict=True):
+def _fresh(x_LBD: Tensor, fresh_B: Tensor | None) -> Tensor:
+    return x_LBD if fresh_B is None else x_LBD[:, fresh_B.to(x_LBD.device)]
+
+
+def _broken(a_LBD: Tensor, b_LBE: Tensor) -> Tensor:
+    """(L,) how many samples are not finite on either side."""
+    return (~(torch.isfinite(a_LBD).all(2) & torch.isfinite(b_LBE).all(2))).sum(1)
+
+
+def _with_band(values_L: Tensor, error_L: Tensor, skew_L: Tensor, n: int, broken_L: Tensor) -> list[Estimate]:
+    found, rows = [], zip(*(x_L.tolist() for x_L in (values_L, error_L, skew_L, broken_L)), strict=True)
+    for value, error, skew, broken in rows:
         if math.isnan(value):
-            found.append(undefined(_NOTHING, n))
+            found.append(undefined(f"not finite: {broken} of {n} samples" if broken else _NOTHING, n))
         else:
             low, high = pearson_quantiles(skew)
             found.append(finite(value, n, null=0.0, null_low=low * error, null_high=high * error))

@@ -23,6 +23,7 @@ from lightning_mm.geometry.gram import exact_products
 from lightning_mm.probes.cross_entropy import Features, Problems
 from lightning_mm.probes.intervals import estimates
 from lightning_mm.probes.logistic import num_logits, solve
+from lightning_mm.probes.result import unfinished
 from lightning_mm.probes.sampling import group_draws, hashed, num_groups
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
@@ -57,10 +58,12 @@ def description_length(
     targets_AN, features = targets_AN[:, rows_N], Features.of(x_LND[:, rows_N], standardise=True)
     plain = math.log(num_classes)
     first = (len(c_values), len(x_LND), len(targets_AN), ends[0])
-    log_p = [torch.full(first, -plain, dtype=torch.float64, device=x_LND.device)]
+    log_p, share_L = [torch.full(first, -plain, dtype=torch.float64, device=x_LND.device)], torch.zeros(len(x_LND))
     null_AN = torch.full_like(targets_AN, plain, dtype=torch.float64)
     for start, end in pairwise(ends):
-        log_p.append(_next_block(features, targets_AN, num_classes, c_values, start, end))
+        told, finished_L = _next_block(features, targets_AN, num_classes, c_values, start, end)
+        log_p.append(told)
+        share_L = share_L + (1 - finished_L.cpu()) / (len(ends) - 1)
         null_AN[:, start:end] = -_frequencies(targets_AN, num_classes, start)[:, start:end].log()
     # The mean over C of the probability of all labels so far: a C that has told well weighs more in what follows.
     so_far_LAN = torch.cat(log_p, 3).cumsum(3).logsumexp(0) - math.log(len(c_values))
@@ -68,8 +71,9 @@ def description_length(
     weights_BN = group_draws(groups_N, _DRAWS, seed).to(nats_LAN)
     draws_LB = plain * weights_BN.sum(1) / (nats_LAN.mean(1) @ weights_BN.T)
     n, groups, null = len(groups_N), num_groups(groups_N), plain / float(null_AN.mean())
-    return estimates(
-        plain / nats_LAN.mean((1, 2)), draws_LB, n=n, k=num_classes, groups=groups, most=math.inf, null=null
+    value_L = plain / nats_LAN.mean((1, 2))
+    return unfinished(
+        estimates(value_L, draws_LB, n=n, k=num_classes, groups=groups, most=math.inf, null=null), share_L
     )
 
 
@@ -92,8 +96,11 @@ def _frequencies(targets_AN: Tensor, num_classes: int, start: int) -> Tensor:
 
 def _next_block(
     features: Features, targets_AN: Tensor, num_classes: int, c_values: Sequence[float], start: int, end: int
-) -> Tensor:
-    """(V, L, A, samples of the block) log-probability of the right labels, by probes of all samples before."""
+) -> tuple[Tensor, Tensor]:
+    """(V, L, A, samples of the block) log-probability of the right labels, by probes of all samples before.
+
+    And (L,), which share of these probes has converged.
+    """
     tasks, values = len(targets_AN), len(c_values)
     seen_AN = targets_AN[:, :start].repeat(values, 1)
     c_P = torch.tensor(c_values, dtype=torch.float64).repeat_interleave(tasks)
@@ -103,4 +110,4 @@ def _next_block(
     truth_PN = targets_AN[:, start:end].repeat(values, 1)
     p_LPN = log_p_LPNK.gather(3, truth_PN.expand(len(log_p_LPNK), -1, -1)[..., None])[..., 0].exp()
     mixed_LPN = (start * p_LPN + 1 / num_classes) / (start + 1)
-    return mixed_LPN.double().log().unflatten(1, (values, tasks)).transpose(0, 1)
+    return mixed_LPN.double().log().unflatten(1, (values, tasks)).transpose(0, 1), probes.converged.double().mean(1)

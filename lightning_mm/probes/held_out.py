@@ -33,6 +33,7 @@ class HeldOut:
         log_p: (L, T, A, M, K) log-probabilities.
         frequency: (T, A, M, K) of the classes in the training of each sample's probe.
         c: (L, T, F) the chosen C.
+        unfinished: (L, T) share of the probes that predict which have not converged.
     """
 
     rows: Tensor
@@ -40,6 +41,7 @@ class HeldOut:
     log_p: Tensor
     frequency: Tensor
     c: Tensor
+    unfinished: Tensor
 
 
 def held_out(
@@ -60,14 +62,14 @@ def held_out(
     rows_M = torch.where(test_TFN[0].any(0))[0]
     fits = _Fits(Features.of(x_LND, standardise=True), targets_TAN, num_classes, test_TFN, choice_TFN)
     c_LTF = fits.choose(c_values)
-    log_p_LTAMK = fits.predict(c_LTF, rows_M)
+    log_p_LTAMK, unfinished_LT = fits.predict(c_LTF, rows_M)
     classes_K = torch.arange(num_classes, device=x_LND.device)
     is_class_TANK = (targets_TAN[..., None] == classes_K).double()
     learned_TFN = (~test_TFN).double()
     frequency_TAFK = torch.einsum("tank,tfn->tafk", is_class_TANK, learned_TFN / learned_TFN.sum(2, keepdim=True))
     part_TM = part_TN[:, rows_M]
     frequency_TAMK = torch.stack([row[:, part] for row, part in zip(frequency_TAFK, part_TM, strict=True)])
-    return HeldOut(rows_M, part_TM, log_p_LTAMK, frequency_TAMK, c_LTF)
+    return HeldOut(rows_M, part_TM, log_p_LTAMK, frequency_TAMK, c_LTF, unfinished_LT)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,10 +105,14 @@ class _Fits:
         gain_LVTF = (true_LVTFAN * self.choice[:, :, None, rows_N]).sum((-2, -1))
         return c_V[gain_LVTF.argmax(1)]
 
-    def predict(self, c_LTF: Tensor, rows_M: Tensor) -> Tensor:
-        """(L, T, A, M, K) log-probabilities of tested samples, by the probes that have not seen them."""
+    def predict(self, c_LTF: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
+        """(L, T, A, M, K) log-probabilities of tested samples, by the probes that have not seen them.
+
+        And (L, T), which share of these probes has not converged.
+        """
         tasks = self.targets.shape[1]
         c_LP = c_LTF[..., None].expand(*c_LTF.shape, tasks).flatten(1)
         probes = solve(self.features, self._problems(~self.test, c_LP, 1), standardise=True)
         log_p_LTFAMK = probes.log_probabilities(self.features.x[:, rows_M]).unflatten(1, (*c_LTF.shape[1:], tasks))
-        return torch.where(self.test[:, :, None, rows_M, None], log_p_LTFAMK, 0.0).sum(2)
+        unfinished_LT = 1 - probes.converged.double().unflatten(1, (len(c_LTF[0]), -1)).mean(2)
+        return torch.where(self.test[:, :, None, rows_M, None], log_p_LTFAMK, 0.0).sum(2), unfinished_LT

@@ -17,6 +17,9 @@ from lightning_mm.estimate import Estimate, finite
 
 CONFIDENCE = 0.95
 
+_ENTRIES = 1 << 24
+"""Labels dealt anew at once: 64 MB."""
+
 
 def bounds(draws_LB: Tensor) -> Tensor:
     """(L, 2) what 95 % of the draws lie between; draws that are NaN are left out."""
@@ -32,27 +35,30 @@ def estimates(
     n: int,
     k: int,
     groups: int,
+    least: float = 0.0,
     most: float = 1.0,
     null: float | None = None,
 ) -> list[Estimate]:
     """One Estimate per layer with its bootstrap interval.
 
     Args:
-        score_L: Values, from 0 to ``most``.
+        score_L: Values.
         draws_LB: The same, of resampled groups.
         n: Samples.
         k: Classes or labels.
-        groups: Independent ones among the samples. Resampling a score of 1 shows no spread: there the lower end is that
-            of no error in so many trials (Clopper and Pearson 1934).
-        most: What the score cannot exceed.
+        groups: Independent ones among the samples. Resampling a score of 1 or 0 shows no spread: there the other end is
+            that of no error, or nothing but errors, in so many trials (Clopper and Pearson 1934).
+        least: What the score cannot fall below.
+        most: What it cannot exceed.
         null: What chance would give.
     """
     faultless = ((1 - CONFIDENCE) / 2) ** (1 / groups)
     # A draw repeats samples, which raises average precision and calibration error: draws are moved back to the value.
     centred_LB = draws_LB + (score_L - draws_LB.nanmean(1))[:, None]
     found = []
-    for value, (low, high) in zip(score_L.tolist(), bounds(centred_LB).clamp(0, most).tolist(), strict=True):
-        low = faultless if value == low == high == 1 else low
+    for value, (low, high) in zip(score_L.tolist(), bounds(centred_LB).clamp(least, most).tolist(), strict=True):
+        if (least, most) == (0, 1) and low == high == value:
+            low, high = (faultless, 1.0) if value == 1 else (0.0, 1 - faultless) if value == 0 else (low, high)
         found.append(finite(value, n, k=k, low=low, high=high, null=null))
     return found
 
@@ -79,6 +85,7 @@ def chance_auroc(
     """
     generator = torch.Generator().manual_seed(seed)
     right_LBA = pairs_A = scores_LAN.new_zeros(())
+    at_once = max(1, _ENTRIES // truth_AN.numel())
     for stratum in torch.unique(strata_N):
         rows = torch.where(strata_N == stratum)[0]
         ids_G, group_N = torch.unique(groups_N[rows.to(groups_N.device)].cpu(), return_inverse=True)
@@ -86,10 +93,14 @@ def chance_auroc(
         dealt_BN = torch.empty_like(place_BN, dtype=torch.long)
         home_N = torch.argsort(group_N, stable=True)
         dealt_BN[:, home_N] = torch.argsort(place_BN[:, home_N], dim=1, stable=True)
-        truth_ABN = truth_AN[:, rows][:, home_N.to(rows.device)][:, dealt_BN.to(rows.device)].to(scores_LAN)
-        positives_A = truth_AN[:, rows].sum(1).to(scores_LAN)
+        truth_AM = truth_AN[:, rows][:, home_N.to(rows.device)].to(scores_LAN)
+        positives_A = truth_AM.sum(1)
         ranks_LAN = mid_ranks(scores_LAN[..., rows])
-        right_LBA = right_LBA + torch.einsum("abn,lan->lba", truth_ABN, ranks_LAN) - positives_A * (positives_A + 1) / 2
+        parts = [
+            torch.einsum("abn,lan->lba", truth_AM[:, part_BN], ranks_LAN)
+            for part_BN in dealt_BN.to(rows.device).split(at_once)
+        ]
+        right_LBA = right_LBA + torch.cat(parts, 1) - positives_A * (positives_A + 1) / 2
         pairs_A = pairs_A + positives_A * (len(rows) - positives_A)
     return (right_LBA / pairs_A).nanmean(2)
 

@@ -14,6 +14,7 @@ classes), F test parts, M kept samples, B draws.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -25,7 +26,7 @@ from lightning_mm.probes import intervals
 from lightning_mm.probes.cross_entropy import real
 from lightning_mm.probes.description_length import description_length
 from lightning_mm.probes.held_out import PARTS, HeldOut, held_out
-from lightning_mm.probes.result import ProbeResult, Row
+from lightning_mm.probes.result import ProbeResult, Row, unfinished
 from lightning_mm.probes.sampling import Subject, control_labels, dealt, unsound
 from lightning_mm.probes.side_by_side import by_layers
 from lightning_mm.probes.summary import MULTILABEL, MULTINOMIAL, Summary, Tested, of_classes, of_labels
@@ -149,10 +150,13 @@ class _Task:
         true, *control = (self._summary(found, target) for target in range(len(self.targets)))
         how = f"{PARTS}-fold cross-fitted" if self.test_parts > 1 else f"tested on one part in {PARTS}"
         note = f"{how}, groups kept together"
-        scores = {name: [one.noted(note) for one in row] for name, row in true.scores.items()}
+        notes = partial(unfinished, share_L=found.unfinished[:, 0])
+        scores = {name: notes([one.noted(note) for one in row]) for name, row in true.scores.items()}
         result = ProbeResult(scores, true.draws, true.p_values, found.c[:, 0])
         if control:
-            against, selectivity = self._against(true, control[0])
+            against, selectivity = (
+                unfinished(row, found.unfinished.amax(1)) for row in self._against(true, control[0])
+            )
             result = replace(result, control=against, selectivity=selectivity)
         if not compression:
             return result

@@ -19,6 +19,14 @@ Row = list[Estimate]
 """One Estimate per layer."""
 
 
+def unfinished(row: Row, share_L: Tensor) -> Row:
+    """The same with a note where some share of the probes behind an estimate has not converged."""
+    return [
+        one.noted(f"{share:.0%} of the probes have not converged" if share > 0 else "")
+        for one, share in zip(row, share_L.tolist(), strict=True)
+    ]
+
+
 @dataclass(frozen=True, eq=False)
 class ProbeResult:
     """What a linear probe reads in each layer.

@@ -6,7 +6,8 @@ layer, the residuals there, and weights for new rows.
 Shapes: L layers, N samples, D features, C targets, V penalties, R = min(N, D) directions, G groups of S samples each.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,19 +15,19 @@ from torch import Tensor
 
 from lightning_mm.geometry.gram import exact_products
 from lightning_mm.geometry.threads import one_thread
-from lightning_mm.probes.cross_entropy import real
 
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """Fitted ridge regressions with a free bias; features are taken as they are.
+    """Fitted ridge regressions with a free bias; features are taken as they are. A layer that is not finite has NaN.
 
     Args:
         weight: (L, D, C).
         bias: (L, C).
         penalty: (L,) the chosen one.
-        left_out: (L, N, C) residuals of each sample in the fit that left it (or its group) out, at the chosen penalty.
-        errors: (L, V) mean square of such residuals for every penalty.
+        left_out: (L, N, C) residuals of each sample in the fit that left it (or its group) out, at the penalty that the
+            other samples (groups) prefer: a sample has no say in what it is judged by.
+        errors: (L, V) mean square of such residuals for every penalty; infinite where the fit has lost its digits.
     """
 
     weight: Tensor
@@ -42,9 +43,10 @@ class Ridge:
 
         The residual of a left-out sample is r / (1 - h), of a left-out group (I - H)^-1 r, with residuals r and hat
         matrix H (diagonal h) of the fit to all samples (Hastie et al. 2009, section 7.10); H has 1 / N for the bias.
+        With more features than samples and a small penalty 1 - h is nearly nothing: all is solved in float64.
 
         Args:
-            x_LND: Float64 is solved in float64, anything else in float32.
+            x_LND: Features; the results are float64 if these are, otherwise float32.
             y_NC: Targets.
             penalties: Positive.
             groups_N: If given, whole groups are left out: within one, samples tell each other's targets.
@@ -57,19 +59,12 @@ class Ridge:
         """
         assert min(penalties) > 0, "without a penalty the fit is not unique"
         assert groups_N is None or len(torch.unique(groups_N)) > 1, "nothing is left when the only group is left out"
-        x_LND = real(x_LND)
-        x_mean_LD, y_NC = x_LND.mean(1), y_NC.to(x_LND)
-        y_mean_C = y_NC.mean(0)
-        scores_LNR, squares_LR, basis_LDR = _decomposition(x_LND - x_mean_LD[:, None])
-        along_LRC = scores_LNR.mT @ (y_NC - y_mean_C)
-        shrinks = [1 / (squares_LR + penalty) for penalty in penalties]
-        left_out = [_left_out(scores_LNR, shrink, y_NC - y_mean_C, along_LRC, groups_N) for shrink in shrinks]
-        errors_LV = torch.stack([residual.square().mean((1, 2)) for residual in left_out], 1)
-        best_L, layers_L = errors_LV.argmin(1), torch.arange(len(x_LND), device=x_LND.device)
-        weight_LDC = basis_LDR @ (along_LRC * torch.stack(shrinks, 1)[layers_L, best_L][..., None])
-        bias_LC = y_mean_C - (x_mean_LD[:, None] @ weight_LDC)[:, 0]
-        penalty_L = torch.tensor(penalties, dtype=x_LND.dtype, device=x_LND.device)[best_L]
-        return cls(weight_LDC, bias_LC, penalty_L, torch.stack(left_out, 1)[layers_L, best_L], errors_LV)
+        device = x_LND.device
+        rows = _rows_by_group(torch.arange(len(y_NC)) if groups_N is None else groups_N, device)
+        y_NC, penalty_V = y_NC.to(device).double(), torch.tensor(penalties, dtype=torch.float64, device=device)
+        fits = [_fit(x_ND.double(), y_NC, penalty_V, rows) for x_ND in x_LND.detach()]
+        dtype = torch.float64 if x_LND.dtype == torch.float64 else torch.float32
+        return cls(*(torch.stack(parts).to(dtype) for parts in zip(*fits, strict=True)))
 
     @exact_products()
     def predict(self, x_LND: Tensor) -> Tensor:
@@ -77,43 +72,66 @@ class Ridge:
         return x_LND.to(self.weight.dtype) @ self.weight + self.bias[:, None]
 
 
+def _fit(x_ND: Tensor, y_NC: Tensor, penalty_V: Tensor, rows: list[Tensor]) -> tuple[Tensor, ...]:
+    """Weight (D, C), bias (C,), penalty (), left-out residuals (N, C) and errors (V,) of one layer."""
+    if not torch.isfinite(x_ND).all():
+        sizes = ((x_ND.shape[1], y_NC.shape[1]), (y_NC.shape[1],), (), y_NC.shape, penalty_V.shape)
+        return tuple(x_ND.new_full(size, math.nan) for size in sizes)
+    x_mean_D, y_mean_C = x_ND.mean(0), y_NC.mean(0)
+    scores_NR, squares_R, basis_DR = _decomposition(x_ND - x_mean_D)
+    along_RC = scores_NR.mT @ (y_NC - y_mean_C)
+    shrink_VR = 1 / (squares_R + penalty_V[:, None])
+    left_out_VNC = torch.stack(
+        [_left_out(scores_NR, shrink_R, y_NC - y_mean_C, along_RC, rows) for shrink_R in shrink_VR]
+    )
+    error_V = _sound(left_out_VNC.square().mean((1, 2)))
+    best, left_out_NC = error_V.argmin(), torch.empty_like(y_NC)
+    weight_DC = basis_DR @ (along_RC * shrink_VR[best][:, None])
+    for rows_GS in rows:
+        own_VG = left_out_VNC[:, rows_GS].square().sum((2, 3)) / y_NC.numel()
+        preferred_G1 = _sound(error_V[:, None] - own_VG).argmin(0)[:, None]
+        left_out_NC[rows_GS] = left_out_VNC[preferred_G1, rows_GS]
+    return weight_DC, y_mean_C - x_mean_D @ weight_DC, penalty_V[best], left_out_NC, error_V
+
+
+def _sound(errors: Tensor) -> Tensor:
+    """Infinite where they are not a number: nobody prefers them."""
+    return errors.where(~errors.isnan(), math.inf)
+
+
 @one_thread()
-def _decomposition(x_LND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x = scores @ basis', from the smaller of x'x and xx'; squares are the squared singular values."""
-    if x_LND.shape[2] <= x_LND.shape[1]:
-        squares_LR, basis_LDR = torch.linalg.eigh(x_LND.mT @ x_LND)
-        return x_LND @ basis_LDR, squares_LR.clamp_min(0), basis_LDR
-    squares_LR, left_LNR = torch.linalg.eigh(x_LND @ x_LND.mT)
+def _decomposition(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x = scores @ basis', from the smaller of x'x and xx'; squares (R,) are the squared singular values."""
+    if x_ND.shape[1] <= x_ND.shape[0]:
+        squares_R, basis_DR = torch.linalg.eigh(x_ND.mT @ x_ND)
+        return x_ND @ basis_DR, squares_R.clamp_min(0), basis_DR
+    squares_R, left_NR = torch.linalg.eigh(x_ND @ x_ND.mT)
     # Centred rows have at least one direction without length: nothing is there to be divided by it.
-    rounding_L1 = squares_LR.amax(1, keepdim=True) * len(left_LNR[0]) * torch.finfo(x_LND.dtype).eps
-    squares_LR = torch.where(squares_LR > rounding_L1, squares_LR, 0.0)
-    lengths_LR = squares_LR.sqrt()
-    inverse_LR = torch.where(lengths_LR > 0, 1 / lengths_LR, 0.0)
-    return left_LNR * lengths_LR[:, None], squares_LR, (x_LND.mT @ left_LNR) * inverse_LR[:, None]
+    rounding = squares_R.amax() * len(left_NR) * torch.finfo(x_ND.dtype).eps
+    squares_R = torch.where(squares_R > rounding, squares_R, 0.0)
+    lengths_R = squares_R.sqrt()
+    inverse_R = torch.where(lengths_R > 0, 1 / lengths_R, 0.0)
+    return left_NR * lengths_R, squares_R, (x_ND.mT @ left_NR) * inverse_R
 
 
 @one_thread()
-def _left_out(
-    scores_LNR: Tensor, shrink_LR: Tensor, y_NC: Tensor, along_LRC: Tensor, groups_N: Tensor | None
-) -> Tensor:
-    """(L, N, C) residuals of left-out samples or groups, at one penalty; y is centred."""
+def _left_out(scores_NR: Tensor, shrink_R: Tensor, y_NC: Tensor, along_RC: Tensor, rows: list[Tensor]) -> Tensor:
+    """(N, C) residuals of left-out groups at one penalty, NaN where they have lost all digits; y is centred."""
     n = len(y_NC)
-    residual_LNC = y_NC - scores_LNR @ (shrink_LR[..., None] * along_LRC)
-    if groups_N is None:
-        hat_LN = (scores_LNR.square() @ shrink_LR[..., None])[..., 0] + 1 / n
-        return residual_LNC / (1 - hat_LN)[..., None]
-    left_out_LNC = torch.empty_like(residual_LNC)
-    for rows_GS in _rows_by_group(groups_N):
-        scores_LGSR = scores_LNR[:, rows_GS]
-        hat_LGSS = (scores_LGSR * shrink_LR[:, None, None]) @ scores_LGSR.mT + 1 / n
-        kept_LGSS = torch.eye(rows_GS.shape[1]).to(hat_LGSS) - hat_LGSS
-        left_out_LNC[:, rows_GS] = torch.linalg.solve(kept_LGSS, residual_LNC[:, rows_GS])
-    return left_out_LNC
+    residual_NC = y_NC - scores_NR @ (shrink_R[:, None] * along_RC)
+    left_out_NC = torch.empty_like(residual_NC)
+    for rows_GS in rows:
+        scores_GSR = scores_NR[rows_GS]
+        hat_GSS = (scores_GSR * shrink_R) @ scores_GSR.mT + 1 / n
+        kept_GSS = torch.eye(rows_GS.shape[1]).to(hat_GSS) - hat_GSS
+        solved_GSC, failed_G = torch.linalg.solve_ex(kept_GSS, residual_NC[rows_GS])
+        left_out_NC[rows_GS] = solved_GSC.where(failed_G[:, None, None] == 0, math.nan)
+    return left_out_NC
 
 
-def _rows_by_group(groups_N: Tensor) -> Iterator[Tensor]:
+def _rows_by_group(groups_N: Tensor, device: torch.device) -> list[Tensor]:
     """(G, S) rows of all groups with S samples, for each S."""
-    _, group_N, sizes_G = torch.unique(groups_N, return_inverse=True, return_counts=True)
+    _, group_N, sizes_G = torch.unique(groups_N.cpu(), return_inverse=True, return_counts=True)
     order_N = torch.argsort(group_N, stable=True)
-    for size in torch.unique(sizes_G).tolist():
-        yield order_N[sizes_G[group_N[order_N]] == size].view(-1, size)
+    sizes_N = sizes_G[group_N[order_N]]
+    return [order_N[sizes_N == size].view(-1, size).to(device) for size in torch.unique(sizes_G).tolist()]

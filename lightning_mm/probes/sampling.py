@@ -26,7 +26,8 @@ def hashed(ids_N: Tensor, seed: int) -> Tensor:
         >>> hashed(torch.tensor([7, 8, 7]), 0).mul(100).int().tolist()
         [15, 89, 15]
     """
-    z = ids_N.cpu().long() * -0x61C8864680B583EB + (seed + 1) * 0x632BE5AB
+    start = (seed + 1) * 0x632BE5AB & ((1 << 64) - 1)
+    z = ids_N.cpu().long() * -0x61C8864680B583EB + (start - ((start >> 63) << 64))
     for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15), (31, 1)):
         # The shift of a negative number fills with ones: the mask makes zeros of them.
         z = (z ^ ((z >> shift) & ((1 << (64 - shift)) - 1))) * factor

@@ -7,10 +7,12 @@ a class that does not occur, ranking without positives.
 Shapes: L layers, N samples, K classes, B draws, P positives, Q negatives.
 """
 
+import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _BINS = 15
 
@@ -65,6 +67,17 @@ def nll(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> T
     return -_weighted_sum(true_class(log_p_LNK, labels_N), weights) / weights.sum(-1)
 
 
+def information(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
+    """V-information in bits: entropy of the classes minus ``nll``; negative where the probe is worse than frequencies.
+
+    Source: Xu et al. 2020.
+    """
+    weights = _or_equal(weights, labels_N)
+    is_class_NK = F.one_hot(labels_N, log_p_LNK.shape[2]).to(weights)
+    entropy = torch.special.entr(weights @ is_class_NK / weights.sum(-1, keepdim=True)).sum(-1)
+    return (entropy - nll(log_p_LNK, labels_N, weights)) / math.log(2)
+
+
 def true_class(log_p_LNK: Tensor, labels_N: Tensor) -> Tensor:
     """(L, N) log-probability of the true class."""
     return log_p_LNK.gather(2, labels_N.expand(len(log_p_LNK), -1)[..., None])[..., 0]
@@ -93,12 +106,9 @@ def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, st
     weights = _or_equal(weights, labels_N)
     right = pairs = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
-        positive, negative = rows[labels_N[rows] > 0], rows[labels_N[rows] == 0]
-        ahead_LPQ = scores_LN[:, positive, None] - scores_LN[:, None, negative]
-        won_LPQ = (ahead_LPQ.sign() + 1) / 2
-        w_BP, w_BQ = w_BN[:, positive], w_BN[:, negative]
-        right = right + ((w_BP @ won_LPQ.to(w_BP)) * w_BQ).sum(-1)
-        pairs = pairs + w_BP.sum(1) * w_BQ.sum(1)
+        positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
+        right = right + torch.stack([_won(scores_M, positive_M, w_MB) for scores_M in scores_LN[:, rows]])
+        pairs = pairs + w_MB[positive_M].sum(0) * w_MB[~positive_M].sum(0)
     return (right / pairs).view(-1, *weights.shape[:-1])
 
 
@@ -109,13 +119,31 @@ def average_precision(
     weights = _or_equal(weights, labels_N)
     total = positives = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
-        positive = rows[labels_N[rows] > 0]
-        as_high_LPN = (scores_LN[:, None, rows] >= scores_LN[:, positive, None]).to(w_BN)
-        seen_LBP = w_BN[:, rows] @ as_high_LPN.mT
-        hits_LBP = (w_BN[:, rows] * (labels_N[rows] > 0)) @ as_high_LPN.mT
-        total = total + (w_BN[:, positive] * hits_LBP / seen_LBP.clamp_min(1)).sum(-1)
-        positives = positives + w_BN[:, positive].sum(1)
+        positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
+        total = total + torch.stack([_precisions(scores_M, positive_M, w_MB) for scores_M in scores_LN[:, rows]])
+        positives = positives + w_MB[positive_M].sum(0)
     return (total / positives).view(-1, *weights.shape[:-1])
+
+
+def _won(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
+    """(B,) weight of the positive-negative pairs that are ranked right, by running sums over the ranked negatives."""
+    at_P, (ranked_Q, order_Q) = scores_M[positive_M], scores_M[~positive_M].sort()
+    below_QB = F.pad(w_MB[~positive_M][order_Q].cumsum(0), (0, 0, 1, 0))
+    first_P, after_P = (torch.searchsorted(ranked_Q, at_P, right=right) for right in (False, True))
+    return (w_MB[positive_M] * (below_QB[first_P] + below_QB[after_P])).sum(0) / 2
+
+
+def _precisions(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
+    """(B,) weighted sum, over positives, of the precision among all samples scored at least as high."""
+    at_P, w_PB = -scores_M[positive_M], w_MB[positive_M]
+    seen_PB, hits_PB = (_at_most(at_P, -of, w) for of, w in ((scores_M, w_MB), (scores_M[positive_M], w_PB)))
+    return (w_PB * hits_PB / seen_PB.clamp_min(1)).sum(0)
+
+
+def _at_most(at_P: Tensor, values_M: Tensor, w_MB: Tensor) -> Tensor:
+    """(P, B) weight of the values at most as large; each of ``at_P`` is one of them."""
+    ranked_M, order_M = values_M.sort()
+    return w_MB[order_M].cumsum(0)[torch.searchsorted(ranked_M, at_P, right=True) - 1]
 
 
 def _strata(strata_N: Tensor | None, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

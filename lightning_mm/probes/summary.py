@@ -3,8 +3,9 @@
 Data flow: predictions of ``HeldOut`` + true labels + groups -> ``Summary``, one Estimate per layer and score.
 
 Scores of classes: accuracy (null: the majority class), balanced_accuracy, macro_f1, nll (nats; null: the entropy of the
-classes), calibration_error. Of labels, as means over them: auroc, balanced_accuracy (a label is called where it is
-likelier than in training), average_precision (null: how frequent labels are).
+classes), information (bits of V-information; null: 0), calibration_error. Of labels, as means over them: auroc,
+balanced_accuracy (a label is called where it is likelier than in training), average_precision (null: how frequent
+labels are).
 
 Shapes: L layers, M tested samples, A labels, K classes, B draws.
 """
@@ -21,12 +22,15 @@ from lightning_mm.estimate import Estimate, values
 from lightning_mm.probes import intervals, scores
 from lightning_mm.probes.sampling import group_draws, num_groups
 
-MULTINOMIAL = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "calibration_error")
+MULTINOMIAL = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "information", "calibration_error")
 MULTILABEL = ("auroc", "balanced_accuracy", "average_precision")
 """The first is the main one."""
 
 _DRAWS = 1000
 _CHANCE_DRAWS = 200
+
+_RANGES = {"nll": (0.0, math.inf), "information": (-math.inf, math.inf)}
+"""Of scores that are not shares."""
 
 Score = Callable[[Tensor | None], Tensor]
 """(B, M) weights -> (L, B), or none -> (L,)."""
@@ -89,12 +93,14 @@ def of_classes(tested: Tested, seed: int) -> Summary:
         "balanced_accuracy": partial(scores.balanced_accuracy, predicted_LM, labels_M, k),
         "macro_f1": partial(scores.macro_f1, predicted_LM, labels_M, k),
         "nll": partial(scores.nll, log_p_LMK, labels_M),
+        "information": partial(scores.information, log_p_LMK, labels_M),
         "calibration_error": partial(scores.calibration_error, log_p_LMK, labels_M),
     }
     nulls = {
         "accuracy": intervals.band(majority, spread),
         "balanced_accuracy": {"null": 1 / k},
         "nll": {"null": entropy},
+        "information": {"null": 0.0},
     }
     found, draws_LB = _estimates(table, [nulls] * len(log_p_LMK), tested, k, seed)
     return Summary(found, draws_LB, [intervals.p_value(v, majority, spread) for v in values(found["accuracy"])])
@@ -145,8 +151,10 @@ def _estimates(
     draws = {name: score(weights_BM) for name, score in table.items()}
     found, groups = {}, num_groups(tested.groups)
     for name, score in table.items():
-        most = math.inf if name == "nll" else 1.0
-        plain = intervals.estimates(score(None), draws[name], n=len(tested.groups), k=k, groups=groups, most=most)
+        least, most = _RANGES.get(name, (0.0, 1.0))
+        plain = intervals.estimates(
+            score(None), draws[name], n=len(tested.groups), k=k, groups=groups, least=least, most=most
+        )
         pairs = zip(plain, nulls, strict=True)
         found[name] = [one if one.undefined else _with_null(one, **null.get(name, {})) for one, null in pairs]
     return found, next(iter(draws.values()))

@@ -6,8 +6,9 @@ by place -> gathered from all ranks to the first, in the order of the rows -> ``
 Shapes: T slices (embeddings and blocks), N vectors of one place, D hidden size, B rows of a batch, S sites, L tokens.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 
 from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
 from lightning_mm.data.sample import Rejection
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.objective import gathered_before
 from lightning_mm.taps.pooling import pool
@@ -50,7 +53,24 @@ class Reading:
 
     @property
     def num_slices(self) -> int:
+        """T. Raises UserError where no row could be read."""
+        if not self.features:
+            raise UserError(
+                "None of the probe rows could be read.",
+                "; ".join(self.problems) or "The probe set is empty.",
+                "Mend the probe file, or raise max_length where rows are too long.",
+            )
         return next(iter(self.features.values())).shape[0]
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What could not be read, counted by reason, the most frequent first."""
+        reasons = Counter(each.reason.partition(":")[0] for each in self.rejected)
+        first = {each.reason.partition(":")[0]: each for each in reversed(self.rejected)}
+        return tuple(
+            f"probe rows with '{reason}': {count}, such as {first[reason].origin} ({first[reason].reason})"
+            for reason, count in reasons.most_common()
+        )
 
 
 def read(
@@ -74,6 +94,8 @@ def read(
         before: An earlier reading of the same rows on this rank.
         unchanged: So many slices, from the embeddings up, are taken from ``before``: no weight below them has moved.
     """
+    if before is not None and unchanged > anatomy.num_layers:
+        return replace(before, step=step)
     first = unchanged if before is not None else 0
     vectors: dict[str, list[Tensor]] = {}
     addresses: dict[str, list[Address]] = {}
@@ -93,19 +115,51 @@ def read(
     return Reading(step, features, {place: tuple(found) for place, found in addresses.items()}, tuple(rejected))
 
 
+def shared(one: Reading, other: Reading) -> tuple[Reading, Reading, int]:
+    """Two readings of one probe set without what only one of them holds, and how many rows that leaves out."""
+    if one.addresses == other.addresses:
+        return one, other, 0
+    places = {place: set(found) & set(other.addresses.get(place, ())) for place, found in one.addresses.items()}
+    places = {place: common for place, common in places.items() if common}
+
+    def kept(reading: Reading) -> Reading:
+        chosen = {place: [i for i, a in enumerate(reading.addresses[place]) if a in places[place]] for place in places}
+        return replace(
+            reading,
+            features={place: reading.features[place][:, at] for place, at in chosen.items()},
+            addresses={place: tuple(reading.addresses[place][i] for i in at) for place, at in chosen.items()},
+        )
+
+    differing = {
+        row
+        for place in one.addresses.keys() & other.addresses.keys()
+        for row, _ in set(one.addresses[place]) ^ set(other.addresses[place])
+    }
+    return kept(one), kept(other), len(differing)
+
+
 def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Tensor:
     """(T - first, B, S, D) pooled hidden states, on the CPU."""
     taken: dict[int, Tensor] = {}
+    below: list[Tensor] = []
 
     def receive(index: int, hidden_BLD: Tensor) -> None:
-        taken[index] = pool(hidden_BLD, batch.weights)
+        if index < first:
+            below[:] = [hidden_BLD]
+        else:
+            taken[index] = pool(hidden_BLD, batch.weights)
 
     nothing = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
-    wanted = range(first, anatomy.num_layers + 1)
-    head = model.get_submodule(anatomy.head)
-    with tapped(model, anatomy, receive, wanted), gathered_before(head, nothing):
+    with tapped(model, anatomy, receive), gathered_before(model.get_submodule(anatomy.head), nothing):
         model(**batch.inputs, use_cache=False)
-    assert sorted(taken) == list(wanted), "some block was not run"
+    wanted = range(first, anatomy.num_layers + 1)
+    skipped = [index for index in wanted if index not in taken]
+    for index in skipped:  # a block that is left out is the identity: its slice is the one below
+        assert index - 1 in taken or below, "the lowest block was not run"
+        taken[index] = taken[index - 1] if index - 1 in taken else pool(below[0], batch.weights)
+    if skipped:
+        blocks = ", ".join(str(index - 1) for index in skipped)
+        decide("inspection.blocks", f"{blocks} pass on what they get", "rows without a picture skip cross-attention")
     return torch.stack([taken[index] for index in wanted]).cpu()
 
 

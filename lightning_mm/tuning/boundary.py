@@ -5,7 +5,8 @@ input-gradient hooks on every nested embedding, so the frozen prefix enters the 
 here only blocks that are in the graph anyway are wrapped, and hooks that others have set are taken off.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
 
@@ -42,6 +43,20 @@ def checkpoint_blocks(model: nn.Module, names: tuple[str, ...]) -> None:
         block.forward = _recomputed(block.forward)
 
 
+@contextmanager
+def activations_kept(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """While active, the named blocks are not recomputed in backward: hooks may be gone by then."""
+    held = {model.get_submodule(name): model.get_submodule(name).__dict__.get("forward") for name in names}
+    held = {block: own for block, own in held.items() if hasattr(own, "recomputes")}
+    try:
+        for block, own in held.items():
+            block.forward = own.recomputes  # type: ignore[union-attr]
+        yield
+    finally:
+        for block, own in held.items():
+            block.forward = own  # type: ignore[assignment]
+
+
 def remove_input_gradient_hooks(model: Any) -> int:
     """Take off hooks that make embeddings require gradients; returns how many there were."""
     hooks = list(getattr(model, "_require_grads_hooks", []) or [])
@@ -57,4 +72,5 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
             return forward(*args, **kwargs)
         return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
 
+    run.recomputes = forward  # type: ignore[attr-defined]
     return run

@@ -7,59 +7,40 @@ Shapes: L decoder blocks, R resamples.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.places import Keep, Selected, paired, select
+from lightning_mm.analysis.geometry import scales
+from lightning_mm.analysis.places import Keep, select
 from lightning_mm.data.probe_sets import ProbeRow, ProbeSet
-from lightning_mm.estimate import Estimate, finite, undefined, values
+from lightning_mm.decisions import decide
+from lightning_mm.estimate import Estimate, finite, values
+from lightning_mm.geometry.chance import calibrated
 from lightning_mm.geometry.dimension import gride
 from lightning_mm.geometry.gram import Bank
 from lightning_mm.geometry.imbalance import information_imbalance
 from lightning_mm.geometry.influence import angular_distance, block_influence
 from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import calibrated, overlap
-from lightning_mm.geometry.resampling import mean_interval
-from lightning_mm.probes.ridge import Ridge
+from lightning_mm.geometry.overlap import overlap
 from lightning_mm.taps.reading import Reading
+from lightning_mm.tuning.entailment import entailment
+from lightning_mm.tuning.material import MEETING_PLACES, Material, Pair
 from lightning_mm.tuning.window import Criterion
-
-_MIN_GROUPS = 10
-_PENALTIES = (0.1, 1.0, 10.0, 100.0)
-"""Ridge penalties over D, for features of variance 1."""
-
-MEETING_PLACES = {"last": ("picture/last", "text/last"), "image~text": ("picture/image", "text/text")}
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """What criteria are computed from; ``keep`` names the pictures of a resample."""
-
-    reading: Reading
-    probe_set: ProbeSet
-    device: torch.device
-    keep: Keep
 
 
 def meeting(material: Material, site: str) -> list[Estimate]:
     """Mutual kNN overlap of pictures and captions (2606.03871), every slice."""
-    pair = paired(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
-    if pair is None:
-        return []
-    a, b = (half.to(material.device) for half in pair)
-    near = max(1, min(10, len(a) // 8))
-    return overlap(Neighbours.of(Bank.of(a.features)), Neighbours.of(Bank.of(b.features)), near, a.groups)
+    pair = Pair.at(material, site)
+    return [] if pair is None else overlap(*pair.neighbours, pair.near, pair.groups)
 
 
 def foretelling(material: Material, site: str) -> tuple[list[Estimate], list[Estimate]]:
     """1 - information imbalance from picture to caption, and back: 0 by chance, 1 where neighbours are the same."""
-    pair = paired(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
+    pair = Pair.at(material, site)
     if pair is None:
         return [], []
-    groups = pair[0].groups.to(material.device)
-    a, b = (Bank.of(half.to(material.device).features) for half in pair)
+    a, b, groups = pair.pictures, pair.captions, pair.groups
     there, back = information_imbalance(a, b, groups=groups), information_imbalance(b, a, groups=groups)
     return [_complement(e) for e in there], [_complement(e) for e in back]
 
@@ -69,74 +50,6 @@ def _complement(e: Estimate) -> Estimate:
         return e
     turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
     return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
-
-
-def entailment(material: Material) -> list[Estimate]:
-    """Accuracy of a closed-form probe that was never shown the picture it is asked about, every slice.
-
-    Of wrong captions that differ by one noun where there are such, else of random ones.
-    """
-    asked = _entailment_rows(material)
-    if asked is None:
-        return []
-    chosen, labels = asked
-    return leave_group_out_accuracy(chosen.features, labels, chosen.groups)
-
-
-def by_heart(material: Material, draws: int = 5, seed: int = 0) -> list[float]:
-    """Accuracy of the same probe on random answers, one for each pair of true and shown caption, every slice."""
-    asked = _entailment_rows(material)
-    if asked is None:
-        return []
-    chosen, labels = asked
-    true = {row.sample.images: row.span for row in material.probe_set.rows if row.labels.get("entailment/random") == 1}
-    pairs = [(true.get(row.sample.images, ""), row.span) for row in chosen.rows]
-    types = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(draws):
-        answers = (torch.randperm(len(types), generator=generator) % 2).tolist()
-        random = torch.tensor([answers[types[pair]] for pair in pairs], device=labels.device)
-        drawn.append(values(leave_group_out_accuracy(chosen.features, random, chosen.groups)))
-    return torch.tensor(drawn).mean(0).tolist()
-
-
-def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -> list[Estimate]:
-    """Accuracy of a ridge probe on groups that it has not seen, in closed form.
-
-    Args:
-        features: (T, N, D).
-        labels: (N,) 0 or 1.
-        groups: (N,) ids of what is left out together.
-    """
-    n, problems = len(labels), Bank.of(features).problems
-    if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2:
-        return [undefined(problem or "too few: groups or classes to leave one out", n) for problem in problems]
-    x_TND = features - features.mean(1, keepdim=True)
-    x_TND = x_TND / x_TND.std(1, keepdim=True).clamp_min(1e-12)
-    sound = [layer for layer, problem in enumerate(problems) if not problem]
-    y_N1 = (labels.to(x_TND) * 2 - 1)[:, None]
-    penalties = [strength * x_TND.shape[2] for strength in _PENALTIES]
-    fitted = Ridge.fit(x_TND[sound], y_N1, penalties, groups_N=groups)
-    right_TN = ((y_N1 - fitted.left_out)[..., 0] * y_N1[:, 0] > 0).double()
-    ends = zip(*mean_interval(right_TN, groups), strict=True)
-    majority = max(float(labels.double().mean()), 1 - float(labels.double().mean()))
-    found = [finite(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
-    by_layer = dict(zip(sound, found, strict=True))
-    return [by_layer.get(layer) or undefined(problem, n) for layer, problem in enumerate(problems)]
-
-
-def _entailment_rows(material: Material) -> tuple[Selected, Tensor] | None:
-    for name in ("entailment/hard", "entailment/random"):
-
-        def wanted(row: ProbeRow, name: str = name) -> bool:
-            return name in row.labels and material.keep(row)
-
-        chosen = select(material.reading, material.probe_set, "entailment/last", wanted)
-        if chosen is not None:
-            labels = torch.tensor([row.labels[name] for row in chosen.rows], device=material.device)
-            return chosen.to(material.device), labels
-    return None
 
 
 def _overlaps(material: Material) -> Tensor:
@@ -157,8 +70,9 @@ def _dimensions(material: Material) -> Tensor:
     selected = select(material.reading, material.probe_set, "picture/last", material.keep)
     if selected is None:
         return torch.empty(0)
-    far = max(4, min(32, len(selected) // 4))
-    return torch.tensor(values(gride(Neighbours.of(Bank.of(selected.features.to(material.device))), far // 2, far)))
+    selected = selected.to(material.device)
+    near = Neighbours.of(Bank.of(selected.features))
+    return torch.tensor(values(gride(near, *scales(len(selected)), groups=selected.groups)))
 
 
 def _influences(material: Material) -> Tensor:
@@ -183,7 +97,7 @@ FORWARD: Mapping[str, tuple[str, Callable[[Material], Tensor]]] = {
 def forward_criteria(
     reading: Reading, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
 ) -> Iterator[Criterion]:
-    """The criteria named, on all pictures and on random halves of them.
+    """The criteria named, on all pictures and on random halves of them; one that cannot be had is said to be missing.
 
     Args:
         reading: Of the untuned model.
@@ -198,26 +112,43 @@ def forward_criteria(
     for name in names:
         family, score = FORWARD[name]
         scores = score(everything)
-        if len(scores):
-            drawn = torch.stack([score(half) for half in halves])
-            yield Criterion(name, scores[1:].double(), drawn[:, 1:].double(), family)
+        if not len(scores):
+            decide("auto.criteria", f"without {name}", "the probe set has no rows for it, or none could be read")
+        elif scores[1:].isnan().all():
+            decide("auto.criteria", f"without {name}", "it is undefined at every block: too few rows, or all alike")
+        else:
+            yield Criterion(name, scores[1:].double(), _drawn(score, halves, scores), family)
 
 
 def drift_criterion(
     before: Reading, after: Reading, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
-) -> Criterion:
-    """Criterion 3: how much of each layer's neighbourhoods a pilot run has changed, in pictures (2606.03871)."""
+) -> Criterion | None:
+    """Criterion 3: how much of each layer's neighbourhoods a pilot run has changed, in pictures (2606.03871).
 
-    def changed(keep: Keep) -> Tensor:
-        one, other = (select(reading, probe_set, "picture/last", keep) for reading in (before, after))
-        assert one is not None
-        assert other is not None
+    None, and said so, where no picture was read. The two readings hold the same rows.
+    """
+
+    def changed(material: Material) -> Tensor:
+        one, other = (select(reading, probe_set, "picture/last", material.keep) for reading in (before, after))
+        if one is None or other is None:
+            return torch.empty(0)
         near = max(1, min(10, len(one) // 8))
         then, now = (Neighbours.of(Bank.of(x.features.to(device))) for x in (one, other))
         return 1 - torch.tensor(values(overlap(then, now, near)))
 
-    drawn = torch.stack([changed(keep) for keep in _halves(probe_set, resamples, seed)])
-    return Criterion("drift", changed(lambda row: True)[1:].double(), drawn[:, 1:].double(), "meaning")
+    scores = changed(Material(before, probe_set, device, lambda row: True))
+    if not len(scores) or scores[1:].isnan().all():
+        decide("auto.criteria", "without drift", "no pictures were read, or too few to have neighbours")
+        return None
+    halves = [Material(before, probe_set, device, keep) for keep in _halves(probe_set, resamples, seed)]
+    return Criterion("drift", scores[1:].double(), _drawn(changed, halves, scores), "meaning")
+
+
+def _drawn(score: Callable[[Material], Tensor], halves: list[Material], whole: Tensor) -> Tensor:
+    """(R, L) a score on halves of the pictures; NaN where a half has none of the rows that it is made of."""
+    nothing = torch.full_like(whole, torch.nan)
+    rows = [found if len(found := score(half)) else nothing for half in halves]
+    return torch.stack(rows)[:, 1:].double()
 
 
 def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:

@@ -7,7 +7,7 @@ than one tensor's gradient is in memory beside the activations.
 Shapes: K batches, L decoder blocks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.data.batch import Batch
+from lightning_mm.decisions import decide
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.objective import supervised_nll
+from lightning_mm.tuning.window import Criterion
+
+GRADIENT = ("rgn", "snr", "fisher")
+"""The criteria that are made of gradients."""
 
 
 @dataclass(frozen=True, eq=False)
 class GradientScores:
-    """Gradient statistics of every decoder block.
+    """Gradient statistics of every decoder block; zero, and NaN as a ratio, where no loss depends on a block.
 
     Args:
         relative_norm: (K, L) RGN = ||g|| / ||theta|| of each batch (Surgical Fine-Tuning, Lee et al. 2023).
@@ -41,19 +46,40 @@ _SAMPLED = 4096
 """Entries of each tensor whose gradients are kept per batch, for the signal-to-noise ratio."""
 
 
+def scores_if_possible(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device, criteria: Collection[str]
+) -> GradientScores | None:
+    """``gradient_scores`` where a criterion asks for them; None, and said why, where they cannot be had."""
+    if not set(GRADIENT) & set(criteria):
+        return None
+    why = ""
+    if len(batches) < 2:
+        why = f"{len(batches)} batches to take a loss of, and 2 are needed: give conversations (data.train, --data)"
+    elif any(not p.is_floating_point() for p in _block_weights(model, anatomy).values()):
+        why = "the blocks are quantised, and gradients of whole numbers are not defined"
+    else:
+        try:
+            return gradient_scores(model, anatomy, batches, device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            why = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    decide("auto.criteria", "without gradients", why)
+    return None
+
+
 def gradient_scores(
     model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device
 ) -> GradientScores:
     """Measure. The caller sees to eval mode and randomness; ``requires_grad`` is as before afterwards.
 
     Args:
-        model: The plain model, all of whose block weights are floating point.
+        model: The plain model, all of whose block weights are floating point. Adapters count as part of the function,
+            not of the weights.
         anatomy: Of it.
         batches: At least two.
         device: Where the model is.
     """
-    blocks = {name: place.layer for name, place in anatomy.places.items() if place.region is Region.LAYERS}
-    names = {name: p for name, p in model.named_parameters() if name in blocks and p.is_floating_point()}
+    names = _block_weights(model, anatomy)
+    blocks = {name: anatomy.place_of(name).layer for name in names}
     squared = torch.zeros(len(batches), anatomy.num_layers, dtype=torch.float64)
     sampled: list[dict[str, Tensor]] = []
     for index, batch in enumerate(batches):
@@ -74,6 +100,34 @@ def gradient_scores(
     return GradientScores((squared / weights).sqrt(), squared / counts, ratio, torch.stack(halves))
 
 
+def gradient_criteria(gradients: GradientScores, names: Collection[str], resamples: int) -> list[Criterion]:
+    """The criteria named, with as many halves of the batches as are asked for."""
+    measured = {"rgn": gradients.relative_norm, "fisher": gradients.fisher}
+    made = [
+        Criterion(name, _log(per_batch.mean(0)), _log(halved(per_batch, resamples)), "gradients")
+        for name, per_batch in measured.items()
+        if name in names
+    ]
+    if "snr" in names:
+        halves = _cycled(_log(gradients.signal_to_noise_halves), resamples)
+        made.append(Criterion("snr", _log(gradients.signal_to_noise), halves, "gradients"))
+    return made
+
+
+def _log(ratios: Tensor) -> Tensor:
+    """NaN, which has no say, where a block has no gradient at all."""
+    return ratios.log().where(ratios > 0, torch.nan)
+
+
+def halved(per_batch: Tensor, resamples: int) -> Tensor:
+    """(resamples, L) means over halves of the batches: as many as there are, again and again."""
+    return _cycled(torch.stack([per_batch[half].mean(0) for half in halves_of(len(per_batch))]), resamples)
+
+
+def _cycled(rows: Tensor, count: int) -> Tensor:
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
+
+
 def halves_of(count: int) -> list[list[int]]:
     """Every half of so many batches, the larger half where they are odd.
 
@@ -82,6 +136,12 @@ def halves_of(count: int) -> list[list[int]]:
         [[0, 1], [0, 2], [1, 2]]
     """
     return [list(half) for half in combinations(range(count), (count + 1) // 2)]
+
+
+def _block_weights(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """The decoder blocks' own weights, by their names in this model."""
+    own = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    return {name: p for name, p in own.items() if anatomy.place_of(name).region is Region.LAYERS}
 
 
 def _sizes(names: dict[str, nn.Parameter], blocks: dict[str, int | None], num_layers: int) -> tuple[Tensor, Tensor]:
@@ -94,12 +154,14 @@ def _sizes(names: dict[str, nn.Parameter], blocks: dict[str, int | None], num_la
 
 def _signal_to_noise(sampled: list[dict[str, Tensor]], blocks: dict[str, int | None], anatomy: Anatomy) -> Tensor:
     signal, noise = torch.zeros(2, anatomy.num_layers, dtype=torch.float64)
-    for name in sampled[0]:
-        gradients = torch.stack([kept[name] for kept in sampled]).double()
+    every = {name: gradient for kept in sampled for name, gradient in kept.items()}
+    for name, one in every.items():
+        # A batch whose loss does not depend on a tensor (cross-attention without a picture) has gradient zero there.
+        gradients = torch.stack([kept.get(name, torch.zeros_like(one)) for kept in sampled]).double()
         mean = gradients.mean(0)
         signal[blocks[name]] += float(mean.square().sum())
         noise[blocks[name]] += float((gradients - mean).square().sum(1).mean())
-    return (signal / noise.clamp_min(1e-30)).clamp_min(1e-30)
+    return (signal / noise.clamp_min(1e-30)).where(signal > 0, torch.nan)
 
 
 @contextmanager

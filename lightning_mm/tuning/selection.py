@@ -4,8 +4,9 @@ Data flow: model + probe set + a few training batches -> ``criteria`` and ``grad
 (layers, interval, reasons, rivals of equal budget), which is printed, saved with the run, and trained.
 """
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,14 +20,14 @@ from lightning_mm.taps.reading import Reading
 from lightning_mm.tuning.cost import relative_cost
 from lightning_mm.tuning.criteria import FORWARD, forward_criteria
 from lightning_mm.tuning.evidence import Evidence, weigh
-from lightning_mm.tuning.gradients import GradientScores, halves_of
+from lightning_mm.tuning.gradients import GRADIENT, GradientScores, gradient_criteria
 from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers, resolve_layers
 from lightning_mm.tuning.policy import TuningPolicy
 from lightning_mm.tuning.window import Criterion, Window, combine, reliability, window
 
 FALLBACK = "25%-50%"
 """What trains where the probe set shows no evidence: where 2606.03871 found the middle of LLaVA-7B."""
-GRADIENT = ("rgn", "snr", "fisher")
+FAMILIES = ("meaning", "shape", "gradients")
 _AUTO = re.compile(r"auto(?::(\d+%?))?")
 
 
@@ -39,8 +40,8 @@ class AutoRange:
             rgn, snr, fisher (gradients).
         weights: Say of each family: meaning, shape, gradients.
         price: How much of the evidence one would give for the compute of a whole step; higher means fewer blocks.
-        batches: Training batches for the gradient criteria.
-        resamples: Halves of the pictures that the interval is drawn from.
+        batches: Training batches for the gradient criteria, 2 or more.
+        resamples: Halves of the pictures that the interval is drawn from, 2 or more.
         seed: Of the halves.
     """
 
@@ -52,10 +53,15 @@ class AutoRange:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in self.criteria:
-            if name not in (*FORWARD, *GRADIENT):
-                known = ", ".join((*FORWARD, *GRADIENT))
-                raise UserError(f"There is no criterion {name!r}.", f"There are {known}.", "Name those.")
+        _refuse_unknown("criterion", self.criteria, (*FORWARD, *GRADIENT))
+        _refuse_unknown("family of criteria", self.weights, FAMILIES)
+        if not self.criteria:
+            raise UserError("auto.criteria is empty.", "Layers are chosen by something.", "Name a criterion.")
+        least = {"batches": (self.batches, 2), "resamples": (self.resamples, 2), "price": (self.price, 0)}
+        least |= {f"weights.{family}": (weight, 0) for family, weight in self.weights.items()}
+        for name, (value, bound) in least.items():
+            if not bound <= value < math.inf:
+                raise UserError(f"auto.{name} is {value}.", f"It is {bound} or more.", f"Give auto.{name} {bound}.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,20 +140,30 @@ def select_layers(
         device: Where to compute.
         spec: ``auto``, or ``auto:25%`` and ``auto:8`` for so many blocks.
         pilot: What a second checkpoint says (drift, transplant gain), where there is one.
+
+    Raises:
+        UserError: No row was read, or none of the criteria can be computed.
     """
     num_layers = reading.num_slices - 1
     forward = tuple(name for name in options.criteria if name in FORWARD)
     criteria = [*forward_criteria(reading, probe_set, forward, options.resamples, options.seed, device)]
     if gradients is not None:
-        criteria += _gradient_criteria(gradients, options)
+        criteria += gradient_criteria(gradients, options.criteria, options.resamples)
     criteria += pilot
+    if not criteria:
+        raise UserError(
+            "Layers cannot be chosen.",
+            f"None of the criteria can be computed: {', '.join(options.criteria)}.",
+            "Give probes with captions, or conversations for the gradient criteria; or name the layers.",
+        )
     evidence = weigh(reading, probe_set, device)
     score, drawn = combine(criteria, options.weights)
     match = _AUTO.fullmatch(spec)
     budget = count_layers(match[1], num_layers) if match and match[1] else None
-    chosen = window(score, drawn, options.price, budget, round(0.05 * num_layers))
+    margin = round(0.05 * num_layers) if budget is None else min(round(0.05 * num_layers), (num_layers - budget) // 2)
+    chosen = window(score, drawn, options.price, budget, margin)
     if chosen is None:
-        evidence = Evidence(False, "no criterion has a profile that other pictures repeat")
+        evidence = Evidence(False, _why_no_window(score, margin))
     if chosen is None or not evidence.found:
         chosen = _fallback(num_layers, budget)
     controls = _controls(chosen, num_layers)
@@ -162,37 +178,16 @@ def tell(selection: Selection) -> None:
     decide("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
 
 
-def transplant_criterion(gains: Tensor, resamples: int) -> Criterion:
-    """Criterion 5 from (K, L) gains of K batches."""
-    return Criterion("transplant", gains.mean(0), _halved(gains, resamples), "meaning")
-
-
-def _gradient_criteria(gradients: GradientScores, options: AutoRange) -> list[Criterion]:
-    measured = {"rgn": gradients.relative_norm, "fisher": gradients.fisher}
-    made = [
-        Criterion(name, per_batch.mean(0).log(), _halved(per_batch, options.resamples).log(), "gradients")
-        for name, per_batch in measured.items()
-        if name in options.criteria
-    ]
-    if "snr" in options.criteria:
-        halves = _cycled(gradients.signal_to_noise_halves.log(), options.resamples)
-        made.append(Criterion("snr", gradients.signal_to_noise.log(), halves, "gradients"))
-    return made
-
-
-def _halved(per_batch: Tensor, resamples: int) -> Tensor:
-    """(resamples, L) means over halves of the batches: as many as there are, again and again."""
-    return _cycled(torch.stack([per_batch[half].mean(0) for half in halves_of(len(per_batch))]), resamples)
-
-
-def _cycled(rows: Tensor, count: int) -> Tensor:
-    return rows.repeat(-(-count // len(rows)), 1)[:count]
-
-
 def _fallback(num_layers: int, budget: int | None) -> Window:
     spec = FALLBACK if budget is None else f"middle:{budget}"
     layers = resolve_layers(spec, num_layers)
     return Window(layers[0], layers[-1], (0, num_layers - 1), (0, num_layers - 1))
+
+
+def _why_no_window(score: Tensor, margin: int) -> str:
+    if bool(score.any()):
+        return f"only the outermost {margin} blocks at either end, which are left as they are, score above average"
+    return "no criterion has a profile that other pictures repeat"
 
 
 def _controls(chosen: Window, num_layers: int) -> dict[str, str]:
@@ -218,3 +213,9 @@ def _why(
         f"{chosen.first_range[0]}-{chosen.first_range[1]} to {chosen.last_range[0]}-{chosen.last_range[1]}",
         f"a step costs {cost:.0%} of full tuning's in the decoder",
     )
+
+
+def _refuse_unknown(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise UserError(f"There is no {what} {name!r}.", f"There are {', '.join(known)}.", "Name those.")

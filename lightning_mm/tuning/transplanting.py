@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.objective import supervised_nll
+from lightning_mm.tuning.gradients import halved
+from lightning_mm.tuning.window import Criterion
 
 
 def transplant_gains(
@@ -24,7 +26,7 @@ def transplant_gains(
 
     Args:
         base: The starting model.
-        tuned: Of the same architecture.
+        tuned: Of the same architecture and type of weights; adapters may be in it.
         anatomy: Of both.
         batches: Conversations to take the loss of.
         device: Where both models are.
@@ -44,24 +46,27 @@ def transplant_gains(
     return gains
 
 
+def transplant_criterion(gains: Tensor, resamples: int) -> Criterion:
+    """Criterion 5 from (K, L) gains of K batches."""
+    return Criterion("transplant", gains.mean(0), halved(gains, resamples), "meaning")
+
+
 @contextmanager
 def transplanted(base: nn.Module, tuned: nn.Module, blocks: Sequence[str]) -> Iterator[None]:
-    """While active, the named blocks of ``base`` compute with the weights of ``tuned``; the tensors are exchanged."""
-    exchanged = [
-        (mine, theirs)
-        for name in blocks
-        for mine, theirs in zip(
-            base.get_submodule(name).parameters(), tuned.get_submodule(name).parameters(), strict=True
-        )
-    ]
-    held = [mine.data for mine, _ in exchanged]
+    """While active, the named blocks of ``tuned`` stand in ``base``: whole modules, adapters and all."""
+    held = {name: base.get_submodule(name) for name in blocks}
     try:
-        for mine, theirs in exchanged:
-            mine.data = theirs.data
+        for name in blocks:
+            _put(base, name, tuned.get_submodule(name))
         yield
     finally:
-        for (mine, _), own in zip(exchanged, held, strict=True):
-            mine.data = own
+        for name, own in held.items():
+            _put(base, name, own)
+
+
+def _put(model: nn.Module, name: str, block: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, block)
 
 
 @torch.no_grad()

@@ -48,10 +48,13 @@ class Window:
 
 
 def reliability(criterion: Criterion) -> float:
-    """Share of a profile's variance that is the same on other pictures: 0 for noise, 1 for a fixed shape."""
+    """Share of a profile's variance that is the same on other pictures: 0 for noise, 1 for a fixed shape.
+
+    Zero too where no half of the pictures has enough rows to say.
+    """
     between = float(_variance(criterion.scores))
-    noise = float(_variance(criterion.resampled.T).nanmean()) if len(criterion.resampled) > 1 else 0.0
-    return max(0.0, 1 - noise / between) if between > 0 else 0.0
+    noise = float(_variance(criterion.resampled.T).nanmean())
+    return max(0.0, 1 - noise / between) if between > 0 and math.isfinite(noise) else 0.0
 
 
 def combine(criteria: Sequence[Criterion], weights: Mapping[str, float]) -> tuple[Tensor, Tensor]:

@@ -132,6 +132,12 @@ def test_a_subset_does_not_depend_on_the_order_of_rows(order: list[int], most: i
     assert {row.id for row in shuffled.subset(most).rows} == {row.id for row in whole.subset(most).rows}
 
 
+def test_a_group_that_is_larger_than_any_subset_is_told() -> None:
+    rows = tuple(probe_row(f"{i}:picture", Path(f"{i}.png"), group="clip") for i in range(6))
+    with pytest.raises(UserError, match=r"No part of the probe set fits into 4 pictures(.|\n)*probe_images 6"):
+        ProbeSet(rows, {}, 3, "t").subset(4)
+
+
 def test_without_pictures(probe_set: ProbeSet) -> None:
     blind = probe_set.without_pictures()
     assert [row.id for row in blind.rows] == [f"{i}:true" for i in range(4)]
@@ -155,6 +161,10 @@ def test_summary(probe_set: ProbeSet) -> None:
         },
     }
     json.dumps(probe_set.summary())
+    one_clip = replace(probe_set, rows=tuple(replace(row, group="clip") for row in probe_set.rows))
+    assert one_clip.summary()["tasks"] == probe_set.summary()["tasks"]
+    only = replace(one_clip, rows=tuple(row for row in one_clip.rows if row.id != "5:text"))
+    assert only.summary()["tasks"]["pairs"] == {"rows": 10, "images": 5}, "a group is no pair"
 
 
 def test_a_batch_moves_as_a_whole() -> None:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from lightning_mm.data.images import load
 from lightning_mm.data.ledger import Ledger
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.data.probing import file_for_probes, open_probe_set
+from lightning_mm.data.probing.choosing import choose
 from lightning_mm.data.probing.descriptions import description
 from lightning_mm.data.probing.reading import Scenes, read_scenes
 from lightning_mm.data.sample import Sample, Turn
@@ -76,6 +78,9 @@ BAD = {
     "misplaced image mark": [{"image": "1.png", "caption": "<image> a cat"}],
     "object without a name": [{"image": "1.png", "objects": [{"box": [0, 0, 1, 1]}]}],
     "impossible box": [{"image": "1.png", "objects": [{**CAT, "box": box}]} for box in ([5, 5, 3, 9], [1, 2], "x")],
+    "normalised box": [
+        {"image": "1.png", "objects": [{**CAT, "box": box}]} for box in ([0.6, 0.6, 0.9, 0.9], [0, 0, 1, 1])
+    ],
     "false caption is the true one": [{"image": "1.png", "caption": "A cat", "false_captions": ["a cat"]}],
 }
 
@@ -138,6 +143,12 @@ def test_llava_rows(write: Write) -> None:
         ("Explain why the sky is blue.", "Light is scattered.", None),
         ("Write a terse summary of the picture.", "Is it a man? He waves.", "Is it a man?"),
         ("What are the men in the photo doing?", "They play.", None),
+        ("Is there a caption in the image?", "No there is none.", None),
+        ("Look at the photo. Does it depict a dog?", "It does depict one.", None),
+        ("Describe the image.", "Yes, two dogs run.", None),
+        ("Describe the image.", "No parking sign in a street.", "No parking sign in a street"),
+        ("Could you describe the image?", "Two dogs on a beach.", "Two dogs on a beach"),
+        ("Is it a photo? Describe the image.", "Two dogs on a beach.", "Two dogs on a beach"),
     ],
 )
 def test_which_answers_are_captions(question: str, answer: str, caption: str | None) -> None:
@@ -207,6 +218,75 @@ def test_one_coco_file_alone(write: Write) -> None:
     assert scene.captions
 
 
+def coco(annotations: list[dict[str, Any]], **others: Any) -> dict[str, Any]:
+    made = [{"image_id": 3, **each} for each in annotations]
+    return {"images": INSTANCES["images"], "annotations": made, "categories": INSTANCES["categories"], **others}
+
+
+def test_what_the_instances_do_not_list_is_not_known(write: Write) -> None:
+    """COCO's parts differ: a picture with captions that the instances never saw is not empty."""
+    write({**INSTANCES, "images": INSTANCES["images"][1:]}, "instances_val.json")
+    first, second = read_scenes(write(CAPTIONS, "captions_val.json")).scenes
+    assert len(first.objects or ()) == 2
+    assert (second.caption, second.objects) == ("A quiet street", None)
+
+
+def test_a_file_of_captions_and_things(write: Write) -> None:
+    told_apart = [
+        {"caption": "A dog."},
+        {"category_id": 18, "bbox": [1, 2, 10, 20]},
+        {"caption": " "},
+        {"caption": "."},
+    ]
+    (first, second) = read_scenes(write(coco(told_apart), "mixed.json")).scenes
+    assert (first.captions, [each.box for each in first.objects or ()]) == (("A dog",), [(1, 2, 11, 22)])
+    assert (second.captions, second.objects) == ((), ())
+
+
+def test_things_that_captions_refer_to_keep_their_boxes(write: Write) -> None:
+    """As in RefCOCO: several expressions for one thing, each with its box."""
+    box = {"category_id": 18, "bbox": [1, 2, 10, 20]}
+    (first, _) = read_scenes(
+        write(coco([{**box, "caption": "the dog"}, {**box, "caption": "a brown one"}, {"category_id": 1}]), "refs.json")
+    ).scenes
+    assert first.captions == ("the dog", "a brown one")
+    assert [(each.name, each.box) for each in first.objects or ()] == [("dog", (1, 2, 11, 22)), ("person", None)]
+
+
+@pytest.mark.parametrize("bbox", [[None] * 4, [1, 2, 10, 0], [1, 2, -1, 5], [0, 0, 0.5, 0.5], "x", None, [1, 2]])
+def test_a_box_of_no_area_is_no_box(write: Write, bbox: Any) -> None:
+    path = write(coco([{"category_id": 18, "bbox": bbox}]), "instances_val.json")
+    found = read_scenes(path)
+    assert [each.box for each in found.scenes[0].objects or ()] == [None]
+    assert not found.rejections
+
+
+def test_a_coco_file_is_parsed_once(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, parsed, parse = write(CAPTIONS, "mine.json"), [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(len(text)) or parse(text))
+    read_scenes(path)
+    assert len(parsed) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"info": {"source": "web"}}, {"annotations": [{"by": "me"}]}, {"info": {"text": "x" * 9000}}],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_rows_with_keys_of_coco_are_rows(write: Write, more: dict[str, Any], is_first: bool) -> None:
+    row = {"image": "0.png", "caption": "a cat"}
+    found = read_scenes(write([{**more, **row} if is_first else {**row, **more}], "rows.jsonl"))
+    assert [scene.caption for scene in found.scenes] == ["a cat"]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_coco_file_is_known_however_it_is_written(tmp_path: Path, write: Write, indent: int | None) -> None:
+    write([])
+    long = {**CAPTIONS, "info": {"description": "x" * 5000}}
+    (tmp_path / "c.json").write_text(json.dumps(long, indent=indent))
+    assert len(read_scenes(tmp_path / "c.json").scenes) == 2
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -237,6 +317,43 @@ def test_boxes_of_a_turned_picture_are_not_used(write: Write, tmp_path: Path) ->
     assert [(each.reason, each.kind) for each in ledger] == [("boxes not used: EXIF turns the picture", "cut")]
 
 
+def things(i: int, box: list[float]) -> dict[str, Any]:
+    return {"image": f"{i}.png", "objects": [{"name": ("cat", "dog")[i % 2], "box": box}]}
+
+
+def test_boxes_outside_their_picture_are_told_and_not_counted(write: Write) -> None:
+    rows = [things(i, [1, 2, 30, 25]) for i in range(10)]
+    rows[3]["objects"].append({"name": "owl", "box": [41, 2, 60, 12]})
+    scenes = read_scenes(write(rows)).scenes
+    chosen, faults = choose(scenes, 64, load, 0)
+    assert [len(each.scene.objects or ()) for each in chosen] == [1] * 10
+    (fault,) = faults
+    assert fault.reason == "box outside the picture: 'owl' at [41.0, 2.0, 60.0, 12.0], the picture is 40 x 30"
+    assert (fault.origin, fault.kind) == (scenes[3].origin, "cut")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "said"),
+    [
+        ([[1, 2, 11, 12]], "looks like x, y, w, h"),
+        ([[1, 2, 11, 12], [25, 2, 38, 12]], ""),
+        (
+            [[1, 2, 11, 12], [300, 20, 380, 120], [30, 5, 700, 28]],
+            "of another size of the pictures, or a scale to 1000",
+        ),
+        ([[0, 0, 40, 30]], ""),
+        ([[25, 20, 40.5, 30.5]], ""),
+    ],
+)
+def test_boxes_that_look_like_another_format_are_said(write: Write, boxes: list[list[float]], said: str) -> None:
+    decide.clear()
+    rows = [things(i, boxes[i % len(boxes)]) for i in range(10)]
+    choose(read_scenes(write(rows)).scenes, 64, load, 0)
+    reasons = [each.reason for each in decide if each.name == "data.probes.boxes"]
+    assert len(reasons) == bool(said)
+    assert all(said in reason for reason in reasons)
+
+
 def test_broken_pictures_fall_out_and_others_take_their_place(write: Write, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"no picture")
     rows = [{"image": f"{i}.png", "caption": f"a thing {i}"} for i in range(10)]
@@ -244,6 +361,49 @@ def test_broken_pictures_fall_out_and_others_take_their_place(write: Write, tmp_
     probe_set = open_probe_set(write(rows), None, ledger, max_pictures=9)
     assert {path.stem for path in probe_set.images} == set("123456789")
     assert [each.reason.partition(":")[0] for each in ledger] == ["not an image"]
+
+
+def test_a_picture_that_breaks_off_falls_out_with_its_group_before_captions_are_traded(
+    write: Write, tmp_path: Path
+) -> None:
+    noise = Image.effect_noise((200, 200), 80)
+    noise.save(tmp_path / "whole.jpg")
+    (tmp_path / "1.png").write_bytes((tmp_path / "whole.jpg").read_bytes()[:4000])
+    rows = [{"image": f"{i}.png", "caption": f"a thing {i}", "group": i // 2} for i in range(4)]
+    for i, row in enumerate(rows):
+        row["false_captions"] = [f"a thing {i + 1 - 2 * (i % 2)}"]
+    rows += [{"image": f"{i}.png", "caption": f"a thing {i}", "group": "video"} for i in range(4, 8)]
+    (tmp_path / "5.png").write_bytes(b"")
+    ledger = Ledger(0.5)
+    probe_set = open_probe_set(write(rows), None, ledger, max_pictures=9)
+    assert {path.stem for path in probe_set.images} == set("23467")
+    assert sorted(each.reason.partition(":")[0] for each in ledger) == [
+        "group not whole",
+        "image does not decode",
+        "not an image",
+    ]
+
+
+def test_a_group_with_a_bad_row_is_not_whole(write: Write) -> None:
+    rows = [
+        {"image": f"{i}.png", "caption": f"a {name}", "false_captions": [f"an {name}"], "group": i // 2}
+        for i, name in enumerate(("cat", "dog", "bus", "car"))
+    ]
+    bad = {"image": "gone.png", "group": ""}
+    rows.append({"image": "4.png", "caption": "an owl", "false_captions": ["an elk"]})
+    found = read_scenes(write([*rows[:3], {**rows[3], "image": "gone.png"}, rows[4], bad]))
+    assert [scene.caption for scene in found.scenes] == ["a cat", "a dog", "an owl"]
+    assert [each.reason.partition(":")[0] for each in found.rejections] == ["missing image"] * 2 + ["group not whole"]
+
+
+def test_a_picture_of_too_many_pixels_is_in_the_ledger(write: Write, tmp_path: Path) -> None:
+    """400 megapixels, says the header: PIL raises on it before anybody can look at its size."""
+    rows = [{**things(i, [1, 2, 30, 25]), "caption": f"a thing {i}"} for i in range(10)]
+    path = write(rows)
+    (tmp_path / "0.png").write_bytes(b"P6 20000 20000 255\n")
+    ledger = Ledger(0.5)
+    open_probe_set(path, None, ledger, max_pictures=64)
+    assert [each.reason.partition(":")[0] for each in ledger] == ["image too large"]
 
 
 def test_the_richest_pictures_come_first(write: Write) -> None:
@@ -258,6 +418,15 @@ def test_groups_are_chosen_as_a_whole(write: Write, most: int) -> None:
     chosen = {int(path.stem) for path in opened(write(rows), max_pictures=most).images}
     assert len(chosen) == most - most % 2
     assert {i // 2 for i in chosen if i % 2} == {i // 2 for i in chosen if not i % 2}
+
+
+def test_of_a_group_that_is_too_large_some_are_drawn(write: Write) -> None:
+    decide.clear()
+    rows = [{"image": f"{i}.png", "caption": f"thing {i}", "group": i % 5 > 0} for i in range(10)]
+    chosen = {int(path.stem) for path in opened(write(rows), max_pictures=6).images}
+    assert {0, 5} < chosen
+    assert len(chosen) == 2 + 3, "half of six for each of two groups, of which one has but two"
+    assert told("data.probes.groups") == "1 groups, the largest of 8 pictures"
 
 
 def test_a_saved_set_is_taken_as_it_is(write: Write, tmp_path: Path) -> None:
@@ -289,7 +458,11 @@ def test_a_caption_that_the_question_says_too_is_not_asked(write: Write) -> None
     probe_set = open_probe_set(write(rows), None, ledger, max_pictures=4)
     assert all(row.text.count(row.span) == 1 for row in probe_set.rows)
     assert {each.kind for each in ledger} == {"cut"}
-    assert {each.reason.partition(":")[0] for each in ledger} == {"caption says what the question says"}
+    assert {each.reason.partition(":")[0] for each in ledger} == {
+        "caption says what the question says",
+        "trade not whole",
+    }
+    assert not [row for row in probe_set.rows if row.role == "entailment"], "half of a trade would be a cue"
 
 
 def test_file_for_probes(caplog: pytest.LogCaptureFixture) -> None:

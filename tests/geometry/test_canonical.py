@@ -12,8 +12,9 @@ from torch import Tensor
 
 from lightning_mm.estimate import Estimate, values
 from lightning_mm.geometry.canonical import pwcca, svcca
-from lightning_mm.geometry.chance import above_chance
+from lightning_mm.geometry.chance import calibrated
 from lightning_mm.geometry.gram import Bank
+from lightning_mm.geometry.resampling import deletion_blocks, jackknife_error, t_quantile
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -122,7 +123,7 @@ def test_the_null_is_what_unrelated_data_score(measure) -> None:  # type: ignore
     assert sum(not e.null_low < e.value < e.null_high for e in found) <= 6
     # Mean rho^2 over all pairings is max(p, q)/(N-1): the mean of rho is a little below its root.
     assert 0.85 * math.sqrt(20 / 199) < nulls[0] < math.sqrt(20 / 199)
-    assert above_chance(found[0]).null == 0
+    assert calibrated(found[0]).null == 0
 
 
 def test_mean_squared_correlation_of_unrelated_data_is_max_p_q_over_n_minus_1() -> None:
@@ -170,3 +171,17 @@ def test_directions_below_rounding_are_not_directions() -> None:
     x, y = noise(1, 200, 2) @ noise(2, 20, seed=1), noise(1, 200, 20, seed=2)
     assert pwcca(Bank.of(x), Bank.of(y))[0].k == 2
     assert pwcca(Bank.of(x.float()), Bank.of(y.float()))[0].k == 2
+
+
+def test_the_jackknife_of_pwcca_weighs_by_the_samples_that_stay() -> None:
+    """Leaving a block out is the same as never having had it: loadings, correlations and all."""
+    x, y = related(60, 4, 1.0)
+    x = x * torch.tensor([3.0, 1.0, 0.5, 0.2])
+    x[:, :6] *= 4
+    (found,) = pwcca(Bank.of(x), Bank.of(y))
+    left_out = []
+    for block in deletion_blocks(60):
+        kept = torch.ones(60, dtype=torch.bool).index_fill(0, block, False)
+        left_out.append(one(pwcca(Bank.of(x[:, kept]), Bank.of(y[:, kept]))))
+    error = jackknife_error(torch.tensor(left_out, dtype=torch.float64))
+    assert found.value - found.low == pytest.approx(t_quantile(11) * float(error), rel=1e-6)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.estimate import Estimate, undefined
-from lightning_mm.geometry.chance import Parts, above_chance, chance_band, pearson_quantiles
+from lightning_mm.geometry.chance import Parts, calibrated, chance_band, pearson_quantiles
 from lightning_mm.geometry.hsic import u_centred
 
 N = 6
@@ -111,12 +111,12 @@ def test_quantiles_are_those_of_pearson_iii(skewness: float) -> None:
     assert pearson_quantiles(skewness) == pytest.approx(tuple(exact), abs=0.07)
 
 
-def test_above_chance() -> None:
+def test_calibrated() -> None:
     estimate = Estimate(0.6, 10, low=0.2, high=1.0, null=0.2, null_low=0.0, null_high=0.4, k=3)
-    scaled = above_chance(estimate)
+    scaled = calibrated(estimate)
     found = (scaled.value, scaled.low, scaled.high, scaled.null, scaled.null_low, scaled.null_high)
     assert found == pytest.approx((0.5, 0, 1, 0, -0.25, 0.25))
     assert scaled.k == 3
-    assert above_chance(undefined("constant", 5)).undefined == "constant"
-    assert above_chance(Estimate(1.0, 5, null=1.0)).undefined
-    assert above_chance(Estimate(1.0, 5)).undefined
+    assert calibrated(undefined("constant", 5)).undefined == "constant"
+    assert calibrated(Estimate(1.0, 5, null=1.0)).undefined
+    assert calibrated(Estimate(1.0, 5)).undefined

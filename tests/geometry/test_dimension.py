@@ -158,3 +158,24 @@ def test_calibration_undoes_the_bias(estimator: TwoNN | Gride) -> None:
 def test_isotropic_high_dimension_reads_far_too_low() -> None:
     """4096 dimensions at N = 2500 read as 387; a smaller cloud behaves alike and is quick."""
     assert 120 < noise_dimension(1000, 1000, TwoNN()) < 250
+
+
+@pytest.mark.parametrize("measure", [two_nn, gride])
+def test_one_group_gives_no_interval(measure) -> None:  # type: ignore[no-untyped-def]
+    found = near(noise(1, 60, 5))
+    alone = measure(found, groups=torch.zeros(60))[0]
+    assert alone.value == measure(found)[0].value
+    assert (alone.low, alone.high) == (None, None)
+
+
+def test_the_null_is_computed_where_the_samples_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """N^2 D products of a large bank are not for the CPU; the meta device stands for a GPU and has no numbers."""
+    asked = []
+
+    def null(n: int, width: int, estimator: TwoNN | Gride, device: torch.device) -> float:
+        asked.append(device)
+        return 1.0
+
+    monkeypatch.setattr("lightning_mm.geometry.dimension.noise_dimension", null)
+    two_nn(near(noise(1, 60, 5)))
+    assert asked == [torch.device("cpu")]

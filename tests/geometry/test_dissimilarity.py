@@ -138,3 +138,29 @@ def test_degenerate_layers_are_undefined_beside_sound_ones() -> None:
         reasons = [e.undefined for e in rsa(Bank.of(x.to(dtype)), Bank.of(noise(4, 30, 5, seed=1).to(dtype)))]
         assert [reason.split(":")[0] for reason in reasons] == ["", "constant", "not finite", "no order"]
     assert rsa(Bank.of(noise(1, 3, 5)), Bank.of(noise(1, 3, 5)))[0].undefined.startswith("too few")
+
+
+def test_correlation_distance_is_that_of_scipy() -> None:
+    """Neither the length of a sample nor a shift of all its features counts; 1e-5: float32 ranks in a matrix."""
+    x, y = noise(1, 60, 12) + 3, noise(1, 60, 12) + 0.5 * noise(1, 60, 12, seed=1)
+    expected = scipy.stats.spearmanr(*(pdist(z[0].numpy(), "correlation") for z in (x, y))).statistic
+    found = rsa(Bank.of(x), Bank.of(y), distance="correlation")[0]
+    assert found.value == pytest.approx(expected, abs=1e-5)
+    lengths, shifts = torch.linspace(0.1, 9, 60)[:, None], torch.linspace(-5, 5, 60)[:, None]
+    assert rsa(Bank.of(x * lengths + shifts), Bank.of(y), distance="correlation")[0].value == pytest.approx(
+        found.value, abs=1e-3
+    )
+    x[0, 5] = 2.0
+    reason = rsa(Bank.of(x), Bank.of(y), distance="correlation")[0].undefined
+    assert reason == "no correlation: 1 samples have equal features"
+
+
+def test_the_order_within_close_clusters_is_not_rounding() -> None:
+    """Two clusters a thousand times farther apart than wide: within one, float32 and float64 agree on every rank."""
+    near, other = 1e-3 * noise(1, 80, 16), 1e-3 * noise(1, 80, 16, seed=1)
+    near[:, :40] += 5
+    other[:, :40] += 5
+    exact = rsa(Bank.of(near.float().double()), Bank.of(other.float().double()))[0]
+    found = rsa(Bank.of(near.float()), Bank.of(other.float()))[0]
+    assert found.value == pytest.approx(exact.value, abs=1e-3)
+    assert not any(note.startswith("ties") for note in found.notes)

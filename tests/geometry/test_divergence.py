@@ -97,3 +97,39 @@ def test_intervals_hold_the_expectation() -> None:
         found = measure(a, b)
         mean = sum(values(found)) / 40
         assert sum(e.low <= mean <= e.high for e in found) >= 32
+
+
+def test_frechet_of_a_cloud_with_itself_is_nothing() -> None:
+    """Rounding is of either sign, and no distance is negative."""
+    for seed in range(5):
+        b = Bank.of(noise(1, 60, 20, seed=seed) + 3)
+        found = frechet(b, b)[0]
+        assert 0 <= found.low <= found.value <= found.high < 1e-5
+
+
+@pytest.mark.parametrize("groups", [torch.tensor([0] * 19 + [1]), torch.zeros(20), torch.arange(20) // 19])
+def test_frechet_where_a_deletion_leaves_nothing(groups: Tensor) -> None:
+    a, b = Bank.of(noise(1, 20, 5)), Bank.of(noise(1, 20, 5, seed=1) + 1)
+    found = frechet(a, b, groups=groups)[0]
+    assert found.value == frechet(a, b)[0].value
+    assert (found.low, found.high, found.null) == (None, None, None)
+    assert found.notes[0].startswith("chance is not drawn: whole groups swap")
+
+
+def test_frechet_where_one_deletion_leaves_equal_samples() -> None:
+    """Three groups, of which one holds all that varies: no interval, and no crash."""
+    x, y = torch.ones(1, 30, 4), torch.ones(1, 30, 4)
+    x[0, 20:], y[0, 20:] = noise(10, 4), noise(10, 4, seed=1)
+    found = frechet(Bank.of(x), Bank.of(y), groups=torch.arange(30) // 10)[0]
+    assert found.value > 0
+    assert (found.low, found.high) == (None, None)
+
+
+def test_mmd_of_close_clusters_is_that_of_float64() -> None:
+    """The median distance is one within a cluster, which a float32 Gram matrix does not know."""
+    x, y = (1e-3 * noise(1, 90, 32, seed=s) for s in (0, 1))
+    for part in (x, y):
+        part[:, :60] += 5
+    y[..., 0] += 1e-3
+    found, exact = mmd(Bank.of(x), Bank.of(y))[0], mmd(Bank.of(x.double()), Bank.of(y.double()))[0]
+    assert found.value == pytest.approx(exact.value, rel=1e-3)

@@ -112,3 +112,32 @@ def test_scale_does_not_matter() -> None:
     for measure in (*PAIRED, modality_gap):
         scaled = measure(Bank.of(1e3 * x), Bank.of(1e-3 * y))[0].value
         assert scaled == pytest.approx(measure(Bank.of(x), Bank.of(y))[0].value, abs=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
+def test_alignment_to_any_power(alpha: float) -> None:
+    x, y = noise(1, 40, 6), noise(1, 40, 6) + noise(1, 40, 6, seed=1)
+    expected = (unit(x[0]) - unit(y[0])).norm(dim=1).pow(alpha).mean()
+    assert alignment(Bank.of(x), Bank.of(y), alpha=alpha)[0].value == pytest.approx(float(expected), rel=1e-6)
+    assert alignment(Bank.of(x), Bank.of(x), alpha=alpha)[0].value == 0
+
+
+@pytest.mark.parametrize("groups", [None, torch.arange(12), torch.arange(12) // 2])
+def test_random_partners_are_strangers(groups: Tensor | None) -> None:
+    """Of 12 samples one meets itself in a random pairing, and would lend chance a twelfth of the match."""
+    x = noise(30, 12, 400) + 1
+    a = Bank.of(x)
+    found = [measure(a, a, groups) for measure in (alignment, token_cosine)]
+    cosine = torch.stack([unit(layer) @ unit(layer).T for layer in x])
+    others = ~torch.eye(12, dtype=torch.bool) if groups is None else groups[:, None] != groups
+    expected = float(cosine[:, others].mean())
+    assert sum(e.null for e in found[0]) / 30 == pytest.approx(2 - 2 * expected, abs=0.01)
+    assert sum(e.null for e in found[1]) / 30 == pytest.approx(expected, abs=0.01)
+
+
+def test_the_median_of_chance_is_interpolated_as_that_of_the_value() -> None:
+    """Cosines of 1 and -1, as many of each: the lower of the two in the middle would be -1, and chance below 0."""
+    x = torch.tensor([1.0] * 6 + [-1.0] * 6)[None, :, None]
+    y = torch.tensor(([1.0] * 3 + [-1.0] * 3) * 2)[None, :, None]
+    nulls = torch.tensor([token_cosine(Bank.of(x), Bank.of(y), seed=seed)[0].null for seed in range(20)])
+    assert float(nulls.mean()) == pytest.approx(0, abs=0.1)

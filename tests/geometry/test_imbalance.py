@@ -45,7 +45,7 @@ def test_unrelated_banks_are_at_one() -> None:
 def test_ranks_are_those_of_scipy_with_ties() -> None:
     """A small lattice has many equal distances; self is not ranked."""
     x = torch.randint(0, 3, (1, 40, 2), generator=torch.Generator().manual_seed(0)).double()
-    squared = Bank.of(x).squared_distances[0]
+    squared = Bank.of(x).squared_distances(0)
     chosen = torch.stack([torch.arange(1, 41) % 40, torch.arange(3, 43) % 40], 1)
     found = conditional_ranks(chosen, squared)
     for i in range(40):
@@ -62,3 +62,37 @@ def test_groups_widen_the_interval_and_nothing_else() -> None:
     )
     assert plain.value == grouped.value
     assert grouped.high - grouped.low != plain.high - plain.low
+
+
+def test_close_samples_are_ranked_by_what_tells_them_apart() -> None:
+    """Two clusters 5000 times farther apart than wide: a float32 Gram matrix alone read identical banks as 0.4."""
+    z = (1e-3 * noise(1, 200, 64)).float()
+    z[:, :100] += 5
+    assert both(z, z) == pytest.approx((0.01, 0.01), rel=1e-9)
+    other = z + 5e-4 * noise(1, 200, 64, seed=1).float()
+    assert both(z, other) == pytest.approx(both(z.double(), other.double()), abs=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_near_copies_of_unrelated_pictures_are_at_their_chance(k: int) -> None:
+    """60 pictures three times over: the nearest is the copy in both banks, and so it is for any other picture."""
+    groups = torch.arange(180) // 3
+    found = [
+        information_imbalance(*(Bank.of(copies(seed + part)) for part in (0, 1)), k=k, groups=groups)[0]
+        for seed in range(0, 40, 2)
+    ]
+    assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 15, "95 % of 20, less 4 standard deviations"
+    assert max(e.null for e in found) < 0.5
+    assert information_imbalance(Bank.of(copies(0)), Bank.of(copies(1)))[0].null == 1
+
+
+def copies(seed: int) -> Tensor:
+    return noise(1, 60, 8, seed=seed).repeat_interleave(3, 1) + 0.01 * noise(1, 180, 8, seed=1000 + seed)
+
+
+def test_related_pictures_are_beyond_chance_despite_their_copies() -> None:
+    groups, x = torch.arange(180) // 3, noise(1, 60, 3)
+    a, b = ((x + 0.1 * noise(1, 60, 3, seed=s)).repeat_interleave(3, 1) for s in (1, 2))
+    a, b = a + 0.01 * noise(1, 180, 3, seed=3), b + 0.01 * noise(1, 180, 3, seed=4)
+    found = information_imbalance(Bank.of(a), Bank.of(b), k=6, groups=groups)[0]
+    assert found.high < found.null_low

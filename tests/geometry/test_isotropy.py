@@ -69,3 +69,12 @@ def test_zero_vectors_have_no_direction() -> None:
     x[0, 4] = 0
     for measure in (anisotropy, median_cosine, uniformity):
         assert measure(Bank.of(x))[0].undefined == "no direction: 1 of 30 samples are zero"
+
+
+def test_a_sharp_uniformity_does_not_underflow() -> None:
+    """exp(-120) is nothing to float32; five orthogonal rows are all 2 apart, squared."""
+    for t in (2.0, 60.0, 500.0):
+        found = uniformity(Bank.of(torch.eye(5)[None]), t)[0]
+        assert found.value == pytest.approx(-2 * t, rel=1e-6)
+        assert math.isfinite(found.null)
+    assert sphere_uniformity(3, 200.0) == pytest.approx(math.log((1 - math.exp(-800)) / 800), rel=1e-9)

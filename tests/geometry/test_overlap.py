@@ -8,9 +8,10 @@ from scipy.stats import hypergeom
 from torch import Tensor
 
 from lightning_mm.estimate import Estimate, values
+from lightning_mm.geometry.chance import calibrated
 from lightning_mm.geometry.gram import Bank
 from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import calibrated, chance_overlap, label_overlap, overlap, overlap_matrix
+from lightning_mm.geometry.overlap import chance_overlap, label_overlap, overlap, overlap_matrix
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -146,3 +147,13 @@ def test_calibrated_scale() -> None:
     assert (scaled.low < scaled.value < scaled.high, scaled.n, scaled.k) == (True, 80, 10)
     assert calibrated(overlap(a, a, 10)[0]).value == 1
     assert calibrated(Estimate(0.5, 10)).undefined
+
+
+def test_pictures_of_unequal_size_have_no_chance_level() -> None:
+    """12 pictures of 1 to 12 near copies: no re-pairing moves any, and chance would be the value itself."""
+    groups = torch.repeat_interleave(torch.arange(12), torch.arange(1, 13))
+    a, b = (near(noise(1, 12, 8, seed=s)[:, groups] + 0.1 * noise(1, 78, 8, seed=s + 2)) for s in (0, 1))
+    found = overlap(a, b, 10, groups)[0]
+    assert (found.null, found.null_low, found.null_high) == (None, None, None)
+    assert found.notes[-1].endswith("100% of the samples would stay")
+    assert overlap(a, b, 10)[0].null == pytest.approx(10 / 77)

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lightning_mm.estimate import Estimate, undefined
 from lightning_mm.geometry.resampling import (
     deletion_blocks,
     group_jackknife,
@@ -16,6 +17,9 @@ from lightning_mm.geometry.resampling import (
     mean_interval,
     permutations,
     t_quantile,
+    too_fixed,
+    too_joined,
+    withheld,
 )
 
 
@@ -115,3 +119,61 @@ def test_the_global_generator_is_left_alone() -> None:
     permutations(30, 5)
     deletion_blocks(30)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_sums_of_groups_are_those_of_a_product() -> None:
+    """As a dense N x G product gives them; order and names of groups do not matter."""
+    generator = torch.Generator().manual_seed(0)
+    x, groups = torch.randn(2, 500, generator=generator), torch.randint(0, 70, (500,), generator=generator) * 7 - 100
+    residual = x.double() - x.double().mean(1, keepdim=True)
+    sums = residual @ torch.nn.functional.one_hot(torch.unique(groups, return_inverse=True)[1]).double()
+    count = sums.shape[1]
+    width = t_quantile(count - 1) * (sums.square().sum(1) * count / (count - 1)).sqrt() / 500
+    mean, low, high = mean_interval(x, groups)
+    torch.testing.assert_close(high - mean, width, rtol=1e-12, atol=0)
+    torch.testing.assert_close(mean - low, width, rtol=1e-12, atol=0)
+
+
+def test_many_groups_take_no_more_memory_than_their_samples() -> None:
+    """A one-hot product of 20000 samples was 3.2 GB."""
+    x = torch.zeros(1, 20000)
+    for groups in (torch.arange(20000), torch.arange(20000) // 2):
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            mean_interval(x, groups)
+        assert max(event.self_cpu_memory_usage for event in profiled.events()) < 4 << 20
+
+
+@pytest.mark.parametrize("groups", [torch.zeros(30), torch.tensor([0] * 29 + [1])])
+def test_a_statistic_is_not_asked_about_nothing(groups: torch.Tensor) -> None:
+    def statistic(kept: torch.Tensor) -> torch.Tensor:
+        assert len(kept) == 30, "what one or two groups leave is nothing to go by"
+        return torch.zeros(2)
+
+    error, dof = group_jackknife(statistic, 30, groups)
+    assert error.isnan().tolist() == [True, True]
+    assert dof < 2
+
+
+def test_groups_that_cannot_change_places_are_no_chance() -> None:
+    assert too_fixed(None) == too_fixed(torch.arange(7)) == too_fixed(torch.arange(60) // 3) == ""
+    unique = torch.repeat_interleave(torch.arange(12), torch.arange(1, 13))
+    assert too_fixed(unique).startswith("chance is not drawn: ")
+    twins = torch.repeat_interleave(torch.arange(12), torch.arange(12) // 2 + 1)
+    assert "50% of the samples would stay" in too_fixed(twins), "of two groups of a size one stays on average"
+    mixed = torch.cat([torch.zeros(3), 1 + torch.arange(100) // 2])
+    assert too_fixed(mixed) == "", "a few may stay"
+
+
+def test_few_groups_are_no_swaps() -> None:
+    assert too_joined(None) == too_joined(torch.arange(60) // 10) == ""
+    assert too_joined(torch.zeros(30)).endswith("as good as 1.0 groups")
+    assert too_joined(torch.tensor([0] * 50 + list(range(1, 11)))).endswith("as good as 1.4 groups")
+
+
+def test_without_chance_there_is_a_note() -> None:
+    one = Estimate(0.5, 10, null=0.1, null_low=0.0, null_high=0.2)
+    assert withheld([one], "") == [one]
+    bare, known = withheld([one], "why")[0], withheld([one], "why", exact=True)[0]
+    assert (bare.null, bare.null_low, bare.null_high, bare.notes) == (None, None, None, ("why",))
+    assert (known.null, known.null_low, known.null_high, known.notes) == (0.1, None, None, ("why",))
+    assert withheld([undefined("constant", 5)], "why")[0] == undefined("constant", 5)

@@ -64,3 +64,22 @@ def test_groups_stay_in_one_fold() -> None:
     assert leaking.value > 0.95
     assert sound.low < 0.5 < sound.high
     assert separability(Bank.of(x), Bank.of(y), torch.zeros(120))[0].undefined.startswith("one group")
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e-4])
+def test_a_gap_that_dwarfs_the_spread_with_more_features_than_rows(scale: float) -> None:
+    """The Gram matrix of the rows has one eigenvalue of M and the rest below its rounding."""
+    x, y = scale * noise(1, 300, 650), scale * noise(1, 300, 650, seed=1) + 1
+    found = separability(Bank.of(x), Bank.of(y))[0]
+    assert (found.value, found.low, found.high) == (1, 1, 1)
+    rows = torch.cat([x[0], y[0]]) - torch.cat([x[0], y[0]]).mean(0)
+    target, parts = torch.tensor([-1.0] * 300 + [1.0] * 300)[:, None], deletion_blocks(300, None, 5)
+    exact = left_out_scores(rows.double(), target.double(), parts, 1.0)
+    assert left_out_scores(rows, target, parts, 1.0).numpy() == pytest.approx(exact.numpy(), abs=1e-4)
+
+
+@pytest.mark.parametrize("width", [12, 200])
+def test_what_cannot_be_computed_is_told(width: int) -> None:
+    """Squares beyond float32."""
+    found = separability(Bank.of(1e25 * noise(1, 50, width)), Bank.of(1e25 * noise(1, 50, width, seed=1)))[0]
+    assert found.undefined == "no line: the products of the rows overflow or lose their digits"

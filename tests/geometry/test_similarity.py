@@ -277,3 +277,13 @@ def test_the_same_call_gives_the_same_numbers() -> None:
     groups = torch.arange(60) // 2
     for measure in (cka, cka_rbf, cka_biased):
         assert measure(Bank.of(x), Bank.of(y), groups=groups) == measure(Bank.of(x), Bank.of(y), groups=groups)
+
+
+def test_kernels_of_close_clusters_are_those_of_float64() -> None:
+    """The median distance is one within a cluster, which a float32 Gram matrix does not know."""
+    x, y = (1e-3 * noise(1, 90, 32, seed=s) for s in (0, 1))
+    x, y = x.float(), (x + 0.5 * y).float()
+    for part in (x, y):
+        part[:, :60] += 5
+    found, exact = cka_rbf(Bank.of(x), Bank.of(y))[0], cka_rbf(Bank.of(x.double()), Bank.of(y.double()))[0]
+    assert found.value == pytest.approx(exact.value, abs=1e-4)

@@ -93,7 +93,7 @@ def test_the_range_of_the_line_matters_and_is_said() -> None:
 def test_participation_ratio_is_a_ratio_of_u_statistics() -> None:
     """Enumerated over all quadruples: E ||x1-x2||^2 ||x3-x4||^2 / 4 and E (x1-x2).(x3-x4) squared / 4."""
     x = noise(1, 7, 3).double()
-    squared = Bank.of(x).squared_distances[0]
+    squared = Bank.of(x).squared_distances(0)
     traces, products = [], []
     for i, j, k, m in itertools.permutations(range(7), 4):
         traces.append(float(squared[i, j] * squared[k, m]) / 4)

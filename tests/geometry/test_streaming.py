@@ -188,3 +188,25 @@ def test_two_ranks_agree_with_one(tmp_path: Path) -> None:
         torch.testing.assert_close(found["again"], exact.compute().float(), atol=1e-6, rtol=0)
         torch.testing.assert_close(found["batched"], estimate.compute(), atol=1e-12, rtol=0)
         assert found["n"].tolist() == [90, 90]
+
+
+def test_samples_that_are_not_finite_are_counted() -> None:
+    x, y = pair()
+    x[1, 5, 2], y[1, 70, 0], y[2, 3, 0] = math.nan, math.inf, math.nan
+    exact, estimate = StreamingCKA(3, 20, 30), MinibatchCKA(3, 3)
+    stream(exact, x, y, 30)
+    stream(estimate, x, y, 30)
+    for found in (exact.estimates(), estimate.estimates()):
+        reasons = [one.undefined for one in found]
+        assert reasons == ["", "not finite: 2 of 90 samples", "not finite: 1 of 90 samples"]
+
+
+def test_padding_can_be_told_from_new_samples() -> None:
+    x, y = pair()
+    padded = [torch.cat([z, z[:, :10]], 1) for z in (x, y)]
+    fresh = torch.arange(100) < 90
+    for metric, plain in ((StreamingCKA(3, 20, 30), StreamingCKA(3, 20, 30)), (MinibatchCKA(3, 3), MinibatchCKA(3, 3))):
+        metric.update(*padded, fresh)
+        plain.update(x, y)
+        torch.testing.assert_close(metric.compute(), plain.compute(), rtol=0, atol=0)
+        assert metric.estimates()[0].n == 90

@@ -128,3 +128,21 @@ def test_peak_and_plateau_pass_over_undefined_layers() -> None:
     assert plateau(rows(None, None)) is None
     assert plateau(rows(0.8, None, 0.78, 0.8, 0.79, 0.6, 0.79)) == (0, 0)
     assert plateau(rows(0.6, 0.78, 0.8, 0.79, 0.6, 0.79)) == (1, 3)
+
+
+def test_a_score_of_nothing_is_not_certain_either() -> None:
+    (found,) = estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20)
+    assert found.low == 0
+    assert found.high == pytest.approx(stats.binomtest(0, 20).proportion_ci(method="exact").high, rel=1e-9)
+    (loss,) = estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20, most=math.inf)
+    assert (loss.low, loss.high) == (0, 0), "a loss is no share of trials"
+
+
+def test_labels_dealt_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a draw at a time, as where there are many samples: never more than so many labels at once."""
+    generator = torch.Generator().manual_seed(0)
+    truth_AN, scores_LAN = (torch.rand(3, 60, generator=generator) < 0.3).long(), torch.randn(2, 3, 60).double()
+    groups_N, strata_N = torch.arange(60) // 2, torch.arange(60) // 30
+    whole = chance_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0)
+    monkeypatch.setattr("lightning_mm.probes.intervals._ENTRIES", 200)
+    torch.testing.assert_close(chance_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0), whole)

@@ -1,6 +1,7 @@
 """The protocol: finds what is planted, claims nothing else, leaks nothing, and says why where it cannot tell."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.estimate import Estimate, values
 from lightning_mm.probes import protocol
+from lightning_mm.probes.logistic import solve
 from lightning_mm.probes.protocol import probe
 from lightning_mm.probes.result import ProbeResult
 from lightning_mm.probes.sampling import dealt
@@ -321,3 +323,25 @@ def test_results_do_not_depend_on_threads_or_blocks() -> None:
     # Two threads cut five layers into blocks of three: sums may be rounded otherwise, and a close sample turn.
     for name, row in alone.scores.items():
         assert values(together.scores[name]) == pytest.approx(values(row), abs=0.005), name
+
+
+@pytest.mark.parametrize("compression", [False, True])
+def test_probes_that_have_not_converged_are_told(monkeypatch: pytest.MonkeyPatch, compression: bool) -> None:
+    x_LND, labels_N, groups_N = planted([0.0, 3.0])
+    sound = probe(x_LND, labels_N, groups_N, kind="multinomial", c_values=[1.0], compression=compression)
+    assert not any("converged" in note for one in sound.estimates for note in one.notes)
+    for module in ("held_out", "description_length"):
+        monkeypatch.setattr(f"lightning_mm.probes.{module}.solve", partial(solve, max_steps=1))
+    hurried = probe(
+        x_LND, labels_N, groups_N, kind="multinomial", c_values=[1.0], control=True, compression=compression
+    )
+    for row in (hurried.estimates, hurried.scores["nll"], hurried.control, hurried.selectivity, hurried.compression):
+        assert row is None or all("of the probes have not converged" in one.notes[-1] for one in row)
+
+
+def test_information_is_beside_the_other_scores() -> None:
+    x_LND, labels_N, groups_N = planted([0.0, 6.0], n=400)
+    none, most = probe(x_LND, labels_N, groups_N, kind="multinomial").scores["information"]
+    assert none.null == most.null == 0
+    assert none.low < 0.05
+    assert 0.8 < most.low < most.value < most.high < 1.05

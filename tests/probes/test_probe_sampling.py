@@ -138,3 +138,13 @@ def test_what_cannot_be_learned_says_why() -> None:
     assert subject((torch.arange(30) < 4)[:, None]).fault.startswith("too rare")
     assert subject(torch.zeros(0)).fault == "too few: 0 groups, at least 10 are needed"
     assert subject(torch.tensor([0] * 5 + [1] * 4 + [2])).fault.startswith("too rare")
+
+
+def test_any_seed_is_taken() -> None:
+    """Seeds count modulo 2^64; small ones give what they always gave."""
+    ids_N = torch.arange(1000)
+    for seed in (2**40, 2**63, 2**70 + 5):
+        drawn = hashed(ids_N, seed)
+        assert 0.45 < float(drawn.mean()) < 0.55
+        assert not torch.equal(drawn, hashed(ids_N, seed + 1))
+    torch.testing.assert_close(hashed(ids_N, 2**64 + 3), hashed(ids_N, 3), rtol=0, atol=0)

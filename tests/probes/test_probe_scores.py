@@ -124,3 +124,34 @@ def test_sizes_of_results() -> None:
     assert scores.auroc(scores_LN, labels_N).shape == (3,)
     assert scores.auroc(scores_LN, labels_N, torch.ones(1, 60)).shape == (3, 1)
     assert np.isclose(scores.auroc(scores_LN, labels_N, torch.ones(2, 60))[0, 1], scores.auroc(scores_LN, labels_N)[0])
+
+
+def test_information_is_the_entropy_that_the_probe_takes_away() -> None:
+    """Xu et al. 2020, in bits; drawn samples have the entropy of the draw."""
+    log_p_LNK, labels_N = predictions()
+    shares = np.bincount(labels_N.numpy(), minlength=K) / len(labels_N)
+    entropy = -sum(share * math.log2(share) for share in shares if share > 0)
+    expected = [entropy - loss / math.log(2) for loss in scores.nll(log_p_LNK, labels_N).tolist()]
+    assert scores.information(log_p_LNK, labels_N).tolist() == pytest.approx(expected, rel=1e-12)
+    times_BN = torch.randint(0, 4, (3, 80), generator=torch.Generator().manual_seed(3)).double()
+    for draw, times_N in enumerate(times_BN.long()):
+        rows = torch.repeat_interleave(torch.arange(80), times_N)
+        by_row = scores.information(log_p_LNK[:, rows], labels_N[rows])
+        torch.testing.assert_close(scores.information(log_p_LNK, labels_N, times_BN)[:, draw], by_row)
+    certain = torch.full((1, 80, K), -60.0).double().scatter(2, labels_N[None, :, None], 0.0)
+    assert float(scores.information(certain, labels_N)) == pytest.approx(entropy, rel=1e-9)
+
+
+def test_ranking_many_samples_takes_little_memory() -> None:
+    """3000 of 6000 positives: all pairs would be 9 million numbers a layer and 72 MB; what is allocated is told."""
+    generator = torch.Generator().manual_seed(0)
+    scores_LN, labels_N = torch.randn(2, 6000, generator=generator), torch.arange(6000) % 2
+    for score, reference in (
+        (scores.auroc, metrics.roc_auc_score),
+        (scores.average_precision, metrics.average_precision_score),
+    ):
+        with torch.profiler.profile(profile_memory=True) as profiled:
+            found = score(scores_LN, labels_N)
+        assert max(event.self_cpu_memory_usage for event in profiled.events()) < 1 << 20
+        expected = [reference(labels_N.numpy(), row.numpy()) for row in scores_LN]
+        assert found.tolist() == pytest.approx(expected, rel=1e-9)

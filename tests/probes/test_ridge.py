@@ -94,3 +94,37 @@ def test_constant_layer_predicts_the_mean() -> None:
     y_NC = torch.randn(12, 2, generator=torch.Generator().manual_seed(0))
     fitted = Ridge.fit(torch.full((1, 12, 3), 7.0), y_NC, [1.0])
     torch.testing.assert_close(fitted.predict(torch.zeros(1, 4, 3)), y_NC.mean(0).expand(1, 4, 2))
+
+
+@pytest.mark.parametrize("penalty", [1e-6, 1e-4, 1.0])
+def test_more_features_than_samples_in_float32(penalty: float) -> None:
+    """1 - h is 1e-8 here: residuals over it are those of float64, and no NaN is ever the best."""
+    generator = torch.Generator().manual_seed(0)
+    x_LND, y_NC = torch.randn(1, 50, 200, generator=generator), torch.randn(50, 1, generator=generator)
+    reference = RidgeCV(alphas=[penalty], store_cv_results=True).fit(x_LND[0].double().numpy(), y_NC.double().numpy())
+    for groups_N in (None, torch.arange(50)):
+        fitted = Ridge.fit(x_LND, y_NC, [penalty, 100.0], groups_N=groups_N)
+        assert float(fitted.errors[0, 0]) == pytest.approx(float(reference.cv_results_.mean()), rel=1e-4)
+        assert float(fitted.penalty) == 100
+
+
+def test_a_layer_that_is_not_finite_leaves_the_others_alone() -> None:
+    x_LND, y_NC = data(20, 6)
+    broken_LND = torch.cat([x_LND, x_LND[:1]])
+    broken_LND[2, 3, 1] = torch.inf
+    plain, found = Ridge.fit(x_LND, y_NC, PENALTIES), Ridge.fit(broken_LND, y_NC, PENALTIES)
+    for name in ("weight", "bias", "penalty", "left_out", "errors"):
+        torch.testing.assert_close(getattr(found, name)[:2], getattr(plain, name), rtol=0, atol=0)
+        assert getattr(found, name)[2].isnan().all()
+
+
+def test_a_group_has_no_say_in_the_penalty_that_it_is_judged_by() -> None:
+    """Each group's residual is at the penalty that is best for all others."""
+    x_LND, y_NC = data(24, 5, layers=1, targets=1)
+    groups_N = torch.arange(24) // 3
+    fitted = Ridge.fit(x_LND, y_NC, PENALTIES, groups_N=groups_N)
+    alone = [Ridge.fit(x_LND, y_NC, [penalty], groups_N=groups_N).left_out[0] for penalty in PENALTIES]
+    for group in range(8):
+        others = [float(left_out[groups_N != group].square().sum()) for left_out in alone]
+        chosen = alone[others.index(min(others))]
+        torch.testing.assert_close(fitted.left_out[0][groups_N == group], chosen[groups_N == group])

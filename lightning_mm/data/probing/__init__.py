@@ -1,14 +1,14 @@
 """Probe sets, drawn from any file that tells something about pictures.
 
-Data flow: file -> ``reading`` (with ``scenes``, ``descriptions``, ``coco``) -> ``choosing`` -> ``entailment`` (with
-``wording``) and ``objects`` -> ``drawing`` -> ``ProbeSet``. The forms of files are in ``reading``. ``grids`` is for the
-collator: which image tokens show a part of a picture.
+Data flow: file -> ``reading`` (with ``scenes``, ``descriptions``, ``coco``) -> ``choosing`` (with ``boxes``) ->
+``entailment`` (with ``partners``, ``wording``) and ``objects`` -> ``drawing`` -> ``ProbeSet``. ``reading`` says which
+forms files have. ``grids`` is for the collator: which image tokens show a part of a picture.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_mm.data.images import check_header
+from lightning_mm.data.images import load
 from lightning_mm.data.ledger import Ledger
 from lightning_mm.data.probe_files import is_probe_set
 from lightning_mm.data.probe_sets import ProbeSet
@@ -52,7 +52,7 @@ def open_probe_set(
                 return ProbeSet.load(path).subset(max_pictures)
     read = read_scenes(path, image_root)
     _check_any(path, read)
-    shown, bad_pictures = choose(read.scenes, max_pictures, lambda image: check_header(image, max_megapixels), seed)
+    shown, bad_pictures = choose(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
     drawn = draw(shown, source=str(path), prompt=prompt, seed=seed)
     ledger.num_rows += read.num_rows
     ledger.add([*read.rejections, *bad_pictures, *drawn.rejections])

@@ -1,12 +1,14 @@
 """COCO's annotation files as rows of our own format: captions and things of each picture, put together.
 
-Data flow: ``captions_*.json`` and ``instances_*.json``, either of which leads to the other -> rows -> ``reading``.
+Data flow: ``captions_*.json`` and ``instances_*.json``, either of which leads to the other -> rows -> ``reading``. What
+an annotation holds counts, and not what its file is called: a caption, a thing, or both at once (RefCOCO's).
 
 A box of COCO is x, y, width, height; ours are edges. A crowd region (``iscrowd``) tells that its category is there, but
 neither where each one is nor how many there are. The category's ``supercategory`` is the coarser class.
 """
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -16,52 +18,91 @@ from typing import Any
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 
-_LISTS = re.compile(r'"(images|annotations|categories|licenses)":\s*\[\s*\{|"info":\s*\{')
-Annotations = Mapping[int, list[Mapping[str, Any]]]
+_BETWEEN = re.compile(r"[\s,:]*")
+_LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
+_LISTS = ("images", "annotations", "categories", "licenses")
+_KEYS_OF_ROWS = ("image", "conversations", "messages")
+File = Mapping[str, Any]
+ByPicture = Mapping[int, list[Any]]
 
 
 def is_coco(head: str) -> bool:
-    """Whether a file that begins so can be one of COCO's: one object of lists of objects, not a list of rows."""
-    return head.lstrip().startswith("{") and bool(_LISTS.search(head))
+    """Whether a file that begins so is one of COCO's: one object of lists of objects, and not a row, or many of them.
+
+    Example:
+        >>> is_coco('{"info": {"year": 2017}, "images": [{"id": 5, "file_')
+        True
+        >>> is_coco('{"info": {"year": 2017}, "image": "a.jpg", "caption": "a cat"}')
+        False
+    """
+    told = _beginnings(head)
+    lists = {key: bool(_LIST_OF_OBJECTS.match(value)) for key, value in told.items() if key in _LISTS}
+    if any(key in told for key in _KEYS_OF_ROWS) or not lists.get("images", True):
+        return False
+    return any(lists.values()) or told.get("info", "").startswith("{")
+
+
+def _beginnings(head: str) -> dict[str, str]:
+    """How the value of each key begins, as far as the text goes."""
+    decoder, told = json.JSONDecoder(), dict[str, str]()
+    if not head.lstrip().startswith("{"):
+        return told
+    at = head.index("{") + 1
+    try:
+        while head[at : at + 1] != "}":
+            key, at = decoder.raw_decode(head, _after(head, at))
+            at = _after(head, at)
+            told[str(key)] = head[at : at + 64]
+            _, at = decoder.raw_decode(head, at)
+    except (ValueError, RecursionError):  # the text ends here, or is no JSON
+        pass
+    return told
+
+
+def _after(text: str, at: int) -> int:
+    between = _BETWEEN.match(text, at)
+    assert between is not None
+    return between.end()
 
 
 def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Rows in the order of the picture ids, each with its origin.
 
     Args:
-        path: ``captions_<split>.json`` or ``instances_<split>.json``; the other is read too if it lies beside it.
+        path: An annotation file. Of ``captions_<split>.json`` and ``instances_<split>.json`` the other is read too if
+            it lies beside it.
 
     Raises:
         UserError: It is no annotation file of this kind.
     """
-    kinds = {"captions": _beside(path, "captions"), "instances": _beside(path, "instances")}
-    files = {kind: _file(found) for kind, found in kinds.items() if found is not None}
-    if not files:
-        files = {"captions" if _is_caption_file(_file(path)) else "instances": _file(path)}
-    decide("data.probes", " + ".join(sorted(files)), f"the COCO annotation files {path.name} and what lies beside it")
-    pictures = {image["id"]: image["file_name"] for file in files.values() for image in file["images"]}
-    captions = _by_picture(files.get("captions"))
-    things = _by_picture(files.get("instances"))
-    categories = {each["id"]: each for each in files.get("instances", {}).get("categories", ())}
+    paths = [path, *_beside(path)]
+    files = [_file(each) for each in paths]
+    pictures = {image["id"]: image["file_name"] for file in reversed(files) for image in file["images"]}
+    captions, things = _captions(files), _things(files)
+    decide(
+        "data.probes",
+        f"{len(captions)} pictures with captions, {len(things)} with known things",
+        f"COCO's annotations in {' and '.join(each.name for each in paths)}",
+    )
     for number, name in sorted(pictures.items()):
         row: dict[str, Any] = {"id": str(number), "image": name}
-        if "captions" in files:
-            row["caption"] = [each["caption"].strip().rstrip(".") for each in captions.get(number, ())] or None
-        if "instances" in files:
-            row["objects"] = [_object(each, categories) for each in things.get(number, ())]
+        if number in captions:
+            row["caption"] = captions[number]
+        if number in things:
+            row["objects"] = things[number]
         yield f"{path.name}:image {number}", row
 
 
-def _beside(path: Path, kind: str) -> Path | None:
-    """The file of this kind with the same ending of its name."""
-    for own in ("captions", "instances"):
-        if path.name.startswith(own):
-            found = path.with_name(kind + path.name.removeprefix(own))
-            return found if found.is_file() else None
-    return None
+def _beside(path: Path) -> list[Path]:
+    """The file of the other kind with the same ending of its name, if there is one."""
+    for own, other in (("captions", "instances"), ("instances", "captions")):
+        found = path.with_name(other + path.name.removeprefix(own))
+        if path.name.startswith(own) and found.is_file():
+            return [found]
+    return []
 
 
-def _file(path: Path) -> Mapping[str, Any]:
+def _file(path: Path) -> File:
     try:
         told = json.loads(path.read_text(encoding="utf-8-sig"))
         _check(told)
@@ -69,7 +110,7 @@ def _file(path: Path) -> Mapping[str, Any]:
         raise UserError(
             f"{path} is not one of COCO's annotation files.",
             f"{type(error).__name__}: {error}.",
-            "Name captions_*.json or instances_*.json; person_keypoints and panoptic files are of another kind.",
+            "Name captions_*.json or instances_*.json; panoptic files are of another kind.",
         ) from error
     assert isinstance(told, dict)
     return told
@@ -87,21 +128,41 @@ def _check(told: Any) -> None:
             raise TypeError(f"an annotation is {each!r:.80}")
 
 
-def _is_caption_file(told: Mapping[str, Any]) -> bool:
-    return any("caption" in each for each in told["annotations"][:1])
+def _captions(files: list[File]) -> ByPicture:
+    """Captions by picture, without their full stops; blank ones, which COCO has, left out."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for each in (each for file in files for each in file["annotations"]):
+        caption = each.get("caption")
+        if isinstance(caption, str) and (said := caption.strip().rstrip(".")):
+            found[each["image_id"]].append(said)
+    return dict(found)
 
 
-def _by_picture(told: Mapping[str, Any] | None) -> Annotations:
-    found: dict[int, list[Mapping[str, Any]]] = defaultdict(list)
-    for each in told["annotations"] if told else ():
-        found[each["image_id"]].append(each)
+def _things(files: list[File]) -> ByPicture:
+    """Things by picture, for the pictures that a file of things lists: where it knows of none, none is there."""
+    found: dict[int, list[Any]] = {}
+    for file in files:
+        categories = {each["id"]: each for each in file.get("categories", ())}
+        told = [each for each in file["annotations"] if each.get("category_id") in categories]
+        for image in file["images"] if told else ():
+            found.setdefault(image["id"], [])
+        for each in told:
+            things = found.setdefault(each["image_id"], [])
+            if (thing := _thing(each, categories)) not in things:  # one thing may be told of in several captions
+                things.append(thing)
     return found
 
 
-def _object(told: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _thing(told: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     category = categories[told["category_id"]]
-    made = {"name": category["name"], "category": category.get("supercategory"), "box": None}
-    if not told.get("iscrowd") and isinstance(box := told.get("bbox"), list) and len(box) == 4:
-        x, y, width, height = box
-        made["box"] = [x, y, x + width, y + height]
-    return made
+    box = None if told.get("iscrowd") else _edges(told.get("bbox"))
+    return {"name": category["name"], "category": category.get("supercategory"), "box": box}
+
+
+def _edges(box: object) -> list[float] | None:
+    """x0, y0, x1, y1; None where the box is of no area, as some of COCO's are, or of less than the first pixel."""
+    sides = box if isinstance(box, list) else []
+    if len(sides) != 4 or not all(isinstance(side, int | float) and math.isfinite(side) for side in sides):
+        return None
+    x, y, width, height = sides
+    return [x, y, x + width, y + height] if width > 0 and height > 0 and max(x + width, y + height) > 1 else None

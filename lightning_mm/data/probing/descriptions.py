@@ -2,8 +2,9 @@
 
 Data flow: a Sample without a caption of its own -> ``description`` -> ``scenes``.
 
-The rule: one question, one answer; the question speaks of the picture and asks to describe it (a word of ``_ASKS``), or
-is of the type ``caption``; the answer has two words or more. Its first sentence is the caption.
+The rule: one question, one answer; the question speaks of the picture and asks to describe it (a word of ``_ASKS``, and
+not in a sentence such as "Is there a caption?"), or is of the type ``caption``; the answer has two words or more and is
+no yes or no. Its first sentence is the caption.
 """
 
 import re
@@ -19,6 +20,12 @@ _ASKS = re.compile(
     re.IGNORECASE,
 )
 _PICTURE = re.compile(r"\b(image|picture|photo|photograph|scene|snapshot)\b", re.IGNORECASE)
+_ASKS_OTHERWISE = re.compile(
+    r"\W*(is|are|was|were|do|does|did|has|have|had|why|who|whose|when|where|which|how (many|much|old|often))\b",
+    re.IGNORECASE,
+)
+_YES_OR_NO = re.compile(r"(yes\b|no\s*([,.;:!–—]|$))", re.IGNORECASE)
+_SENTENCE = re.compile(r"[^.!?\n]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
@@ -36,6 +43,9 @@ def description(sample: Sample) -> tuple[str, ...]:
     if len(users) != 1 or len(answers) != 1:
         return ()
     question = users[0].text.replace(IMAGE_MARK, "")
-    asked = bool(_ASKS.search(question) and _PICTURE.search(question)) or answers[0].question_type == "caption"
-    first = " ".join(_SENTENCE_END.split(answers[0].text.strip())[0].split()).rstrip(".")
-    return (first,) if asked and len(first.split()) >= 2 else ()
+    asking = (part for part in _SENTENCE.findall(question) if not _ASKS_OTHERWISE.match(part))
+    asked = any(_ASKS.search(part) for part in asking) and bool(_PICTURE.search(question))
+    answer = answers[0].text.strip()
+    first = " ".join(_SENTENCE_END.split(answer)[0].split()).rstrip(".")
+    is_caption = (asked or answers[0].question_type == "caption") and not _YES_OR_NO.match(answer)
+    return (first,) if is_caption and len(first.split()) >= 2 else ()

@@ -57,14 +57,15 @@ def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT
     questions = Questions.of(scenes, [each.size for each in shown])
     rows: list[ProbeRow] = []
     rejections: list[Rejection] = []
-    for each in shown:
-        for made in _rows(each, wrong.get(each.scene.id), questions, prompt):
-            if made.is_clear:
-                rows.append(made.row())
-            else:
-                rejections.append(
-                    Rejection(each.scene.origin, f"caption says what the question says: {made.span!r}", "cut")
-                )
+    drafts = [made for each in shown for made in _rows(each, wrong.get(each.scene.id), questions, prompt)]
+    torn = {made.group for made in drafts if made.role == "entailment" and not made.is_clear}
+    for made in drafts:
+        if not made.is_clear:
+            rejections.append(Rejection(made.origin, f"caption says what the question says: {made.span!r}", "cut"))
+        elif made.role == "entailment" and made.group in torn:
+            rejections.append(Rejection(made.origin, f"trade not whole: {made.span!r} lost its counterpart", "cut"))
+        else:
+            rows.append(made.row())
     probes = {probe for row in rows for probe in row.labels}
     _check_any(source, rows, probes)
     named = {**dict.fromkeys(("entailment/random", "entailment/hard"), TRUTH), **questions.names}
@@ -103,11 +104,19 @@ def _rows(shown: Shown, wrong: Wrong | None, questions: Questions, prompt: str) 
     if labels or scene.captions:
         text = f"{IMAGE_MARK}\n{PICTURE_QUESTION}"
         yield _Draft(
-            f"{scene.id}:picture", scene.id, "picture", text, PICTURE_QUESTION, scene.image, labels, scene.origin, boxes
+            f"{scene.id}:picture",
+            scene.family,
+            "picture",
+            text,
+            PICTURE_QUESTION,
+            scene.image,
+            labels,
+            scene.origin,
+            boxes,
         )
     if scene.captions:
         text = f"{scene.caption}\n{PICTURE_QUESTION}"
-        yield _Draft(f"{scene.id}:text", scene.id, "text", text, scene.caption, None, {}, scene.origin)
+        yield _Draft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
 
 
 def _entailment(scene: Scene, wrong: Wrong, prompt: str) -> Iterator[_Draft]:
@@ -155,7 +164,7 @@ def _say_kinds(scenes: Sequence[Scene], wrong: Mapping[str, Wrong]) -> None:
         "nearest": "the nearest other",
     }
     told = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
-    alone = f", {captioned - len(wrong)} of them find no partner" if captioned > len(wrong) else ""
+    alone = captioned - len(wrong)
     decide(
         "data.probes.entailment",
         f"hard wrong captions: {told or 'none'}",

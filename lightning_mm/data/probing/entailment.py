@@ -1,30 +1,28 @@
 """Wrong captions for each picture, so chosen that words alone do not give them away.
 
-Data flow: Scenes with captions -> ``wrong_captions`` -> ``drawing``, which writes the rows.
-Shapes: N scenes, V different words.
+Data flow: Scenes with captions -> ``partners`` (who trades with whom) -> ``wrong_captions`` -> ``drawing``, which
+writes the rows.
 
 A caption that is only ever wrong, or a noun that is oftener wrong than right, can be told without looking. So pictures
 trade: where one has another's caption, or one of its nouns, the other has its own. Over both pictures every text (for
 random wrong captions) and every word (for traded nouns) is as often true as false. Pictures that trade form a group
-that no split may tear apart: the half in training would teach the opposite of the half in the test.
+that no split may tear apart: the half in training would teach the opposite of the half in the test. Groups of the file
+trade within, or all with those of one other group: were every frame of a video to trade with another video, all of them
+would hang together, and nothing could be split.
 
 Hard wrong captions are, in this order: what the row itself gives; one noun traded with a picture that has no such
 thing; the caption that shares the most words. Random ones are another picture's caption as it is.
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Literal
 
-import numpy as np
-
-from lightning_mm.data.probing.scenes import Scene, SceneObject
-from lightning_mm.data.probing.wording import Mention, mentions, speaks_of, traded, words
-
-_LOOK_AHEAD = 200
-"""How many scenes are looked at for a partner before the best of them is taken: more would take minutes."""
+from lightning_mm.data.probing.partners import Pair, are_strangers, matched, nearest_pairs, nouns, surely_wrong, trade
+from lightning_mm.data.probing.scenes import Scene
+from lightning_mm.data.probing.wording import traded
 
 Kind = Literal["given", "traded", "nearest"]
 
@@ -36,7 +34,7 @@ class Wrong:
     Args:
         random: Another picture's caption; None where there is none that is surely wrong.
         hard: A nearly true one.
-        group: Of the pictures that trade.
+        group: Of the pictures that trade, and of those that hang together with them.
         kind: How ``hard`` was made.
     """
 
@@ -44,9 +42,6 @@ class Wrong:
     hard: str
     group: str
     kind: Kind
-
-
-Pair = tuple[Scene, Scene]
 
 
 def wrong_captions(scenes: Sequence[Scene], seed: int) -> dict[str, Wrong]:
@@ -58,26 +53,67 @@ def wrong_captions(scenes: Sequence[Scene], seed: int) -> dict[str, Wrong]:
     """
     order = sorted(scenes, key=lambda scene: scene.id)
     random.Random(f"{seed}:entailment").shuffle(order)
-    given, alone = _families([scene for scene in order if scene.false_captions])
-    found = {}
+    found: dict[str, Wrong] = {}
+    families = _families(order)
+    singles = [family[0] for family in families if len(family) == 1]
+    waiting: list[list[Scene]] = []
+    for family in (family for family in families if len(family) > 1):
+        within = _within(family)
+        if len(within) >= len(family) - 1:
+            found.update(_as_one(family, within))
+        else:
+            waiting.append(family)
+    for party in _parties(waiting, singles):
+        found.update(_as_one(party, _within(party)))
+    return found | _within(singles)
+
+
+def _families(scenes: Sequence[Scene]) -> list[list[Scene]]:
+    """What the file holds together; scenes of no group alone."""
+    by_family: dict[str, list[Scene]] = {}
+    for scene in scenes:
+        by_family.setdefault(scene.family, []).append(scene)
+    return list(by_family.values())
+
+
+def _parties(families: Sequence[list[Scene]], singles: list[Scene]) -> list[list[Scene]]:
+    """Groups of like size in twos; one left over takes as many of the single scenes, out of their list, if any."""
+    by_size = sorted(families, key=len, reverse=True)
+    parties = [[one, other] for one, other in zip(by_size[::2], by_size[1::2], strict=False)]
+    if len(by_size) % 2:
+        odd = by_size[-1]
+        if singles or not parties:
+            parties.append([odd, singles[: len(odd)]])
+            del singles[: len(odd)]
+        else:
+            parties[-1].append(odd)
+    return [[scene for dealt in zip_longest(*party) for scene in dealt if scene] for party in parties]
+
+
+def _as_one(scenes: Sequence[Scene], found: Mapping[str, Wrong]) -> dict[str, Wrong]:
+    group = _group(scenes)
+    return {name: replace(wrong, group=group) for name, wrong in found.items()}
+
+
+def _within(scenes: Sequence[Scene]) -> dict[str, Wrong]:
+    """Wrong captions from among these scenes."""
+    found: dict[str, Wrong] = {}
+    given, alone = _givers([scene for scene in scenes if scene.false_captions])
     for family in given:
         found.update(_given(family))
-    pairs, rest = _matched([scene for scene in order if not scene.false_captions], _trade, enough=2.0)
+    pairs, rest = matched([scene for scene in scenes if not scene.false_captions], trade, enough=2.0)
     for pair in pairs:
         found.update(_traded(pair))
-    for block in _blocks(_nearest_pairs(rest + alone)):
+    for block in _blocks(nearest_pairs(rest + alone)):
         found.update(_nearest(block))
     return found
 
 
-def _families(scenes: Sequence[Scene]) -> tuple[list[list[Scene]], list[Scene]]:
+def _givers(scenes: Sequence[Scene]) -> tuple[list[list[Scene]], list[Scene]]:
     """Scenes whose rows give wrong captions: groups as the rows say, the others in twos."""
-    by_group: dict[str, list[Scene]] = {}
-    for scene in scenes:
-        by_group.setdefault(scene.group or f"alone {scene.id}", []).append(scene)
-    families = [family for family in by_group.values() if len(family) > 1]
-    pairs, left = _matched([family[0] for family in by_group.values() if len(family) == 1], _any_other, enough=1.0)
-    return families + [list(pair) for pair in pairs], left
+    families = _families(scenes)
+    pairs, left = matched([family[0] for family in families if len(family) == 1], are_strangers, enough=1.0)
+    return [family for family in families if len(family) > 1] + [list(pair) for pair in pairs], left
 
 
 def _given(family: Sequence[Scene]) -> dict[str, Wrong]:
@@ -87,7 +123,7 @@ def _given(family: Sequence[Scene]) -> dict[str, Wrong]:
 
 def _traded(pair: Pair) -> dict[str, Wrong]:
     one, other = pair
-    a, b = _nouns(one, other)
+    a, b = nouns(one, other)
     hard = traded(one.caption, a, other.caption, b)
     group = _group(pair)
     return {
@@ -112,7 +148,7 @@ def _others(units: Sequence[Sequence[Scene]]) -> dict[str, str]:
     for shift in range(1, len(units)):
         givers = [*units[shift:], *units[:shift]]
         pairs = [pair for unit, giver in zip(units, givers, strict=True) for pair in zip(unit, giver, strict=True)]
-        if all(_surely_wrong(giver, scene) for scene, giver in pairs):
+        if all(surely_wrong(giver, scene) for scene, giver in pairs):
             return {scene.id: giver.caption for scene, giver in pairs}
     return {}
 
@@ -126,105 +162,5 @@ def _blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return blocks
 
 
-def _matched(
-    scenes: Sequence[Scene], fitness: Callable[[Scene, Scene], float], *, enough: float
-) -> tuple[list[Pair], list[Scene]]:
-    """Each scene in turn with the fittest of the next ones, or the first that is fit enough; alone if none is fit."""
-    pairs, left, waiting = [], [], list(scenes)
-    while waiting:
-        scene, best, at = waiting.pop(0), 0.0, -1
-        for i, other in enumerate(waiting[:_LOOK_AHEAD]):
-            if (fit := fitness(scene, other)) > best:
-                best, at = fit, i
-            if best >= enough:
-                break
-        if at < 0:
-            left.append(scene)
-        else:
-            pairs.append((scene, waiting.pop(at)))
-    return pairs, left
-
-
-def _any_other(one: Scene, other: Scene) -> float:
-    return float(_surely_wrong(one, other) and _surely_wrong(other, one))
-
-
-def _trade(one: Scene, other: Scene) -> float:
-    """2 where a noun can be traded for one of the same category, 1 where for another, 0 where none can."""
-    if one.objects is None or other.objects is None or not _any_other(one, other):
-        return 0.0
-    nouns = _tradable(one, other)
-    return max((1.0 + alike for _, _, alike in nouns), default=0.0)
-
-
-def _nearest_pairs(scenes: Sequence[Scene]) -> list[Pair]:
-    """Each scene in turn with the one left that shares the most of its words (Jaccard); nobody with its equal."""
-    vocabulary = {word: i for i, word in enumerate(sorted({word for s in scenes for word in words(s.caption)}))}
-    holds_NV = np.zeros((len(scenes), len(vocabulary)), dtype=np.float32)
-    for row, scene in zip(holds_NV, scenes, strict=True):
-        row[[vocabulary[word] for word in words(scene.caption)]] = 1
-    both_NN, size_N = holds_NV @ holds_NV.T, holds_NV.sum(1)
-    near_NN = both_NN / np.maximum(1, size_N[:, None] + size_N[None, :] - both_NN)
-    pairs, is_left = [], np.ones(len(scenes), dtype=bool)
-    for i, scene in enumerate(scenes):
-        order = np.argsort(-near_NN[i], kind="stable") if is_left[i] else ()
-        is_left[i] = False
-        for j in (j for j in order if is_left[j] and _any_other(scene, scenes[j])):
-            pairs.append((scene, scenes[j]))
-            is_left[j] = False
-            break
-    return pairs
-
-
-def _surely_wrong(told: Scene, shown: Scene) -> bool:
-    """Whether the caption of one picture says something else than the other's, as far as anybody knows."""
-    if Counter(words(told.caption)) == Counter(words(shown.caption)):
-        return False
-    if told.objects is None or shown.objects is None:
-        return True
-    there = {each.name for each in shown.objects}
-    named = mentions(told.caption, _names(told))
-    return any(each.name not in there for each in named) or not named
-
-
-def _names(scene: Scene) -> frozenset[str]:
-    return frozenset(each.name for each in scene.objects or ())
-
-
-def _tradable(one: Scene, other: Scene) -> list[tuple[Mention, Mention, bool]]:
-    """Pairs of nouns that may be traded and fit in each other's place, and whether they are of one category."""
-    return [
-        (a, b, _category(one, a) == _category(other, b))
-        for a in _strangers(one, other)
-        for b in _strangers(other, one)
-        if (a.is_plural, a.has_article) == (b.is_plural, b.has_article)
-    ]
-
-
-def _nouns(one: Scene, other: Scene) -> tuple[Mention, Mention]:
-    a, b, _ = max(_tradable(one, other), key=lambda trade: trade[2])
-    return a, b
-
-
-def _strangers(one: Scene, other: Scene) -> list[Mention]:
-    """What the first caption names that the second picture neither holds nor speaks of, nor anything like it."""
-    there = {kind for each in other.objects or () for kind in _fine(each)}
-    near = {each.name: _fine(each) & there for each in one.objects or ()}
-    return [
-        mention
-        for mention in mentions(one.caption, _names(one))
-        if not near[mention.name] and not speaks_of(other.caption, mention.name)
-    ]
-
-
-def _fine(each: SceneObject) -> set[str]:
-    return {kind for level, kind in each.kinds.items() if level != "category"}
-
-
-def _category(scene: Scene, mention: Mention) -> str:
-    kinds = next(each.kinds for each in scene.objects or () if each.name == mention.name)
-    return kinds.get("category", kinds["name"])
-
-
 def _group(scenes: Sequence[Scene]) -> str:
-    return "+".join(sorted(scene.id for scene in scenes))
+    return "+".join(sorted({scene.family for scene in scenes}))

@@ -30,7 +30,7 @@ Encode = Callable[[Image.Image], Mapping[str, Tensor]]
 
 NO_OBJECT_SITES = "no object sites"
 _TILES = f"{NO_OBJECT_SITES}: the picture is cut into tiles"
-_NO_GRID = f"{NO_OBJECT_SITES}: the picture's tokens form no grid"
+NO_GRID = f"{NO_OBJECT_SITES}: the picture's tokens form no grid"
 _QUERIES = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
 _WARPED = f"{NO_OBJECT_SITES}: the processor does more to a picture than resize, crop and pad it"
 _QUERY_KEYS = re.compile("perceiver|q_?former|resampler|num_quer|latents")
@@ -83,7 +83,7 @@ class Grids:
         Returns:
             (T,) overlaps of the tokens' areas with the box, not normalised; all zero where the box is cut off.
         """
-        layout = self._told(size, num_tokens, thw) if thw is not None else self._found(size, num_tokens)
+        layout = self.layout(size, num_tokens, thw)
         if isinstance(layout, str):
             return layout
         window, rows, columns = layout
@@ -92,11 +92,18 @@ class Grids:
         shown = torch.outer(down, across).flatten()
         return torch.cat([torch.zeros(num_tokens - len(shown)), shown])
 
+    def layout(self, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> tuple[Window, int, int] | str:
+        """What the grid shows of the picture, its rows and its columns; or why there is none. Arguments as ``weights``.
+
+        Tokens that are more than the grid has come before it.
+        """
+        return self._told(size, num_tokens, thw) if thw is not None else self._found(size, num_tokens)
+
     def _told(self, size: tuple[int, int], num_tokens: int, thw: Tensor) -> tuple[Window, int, int] | str:
         frames, rows, columns = (int(n) for n in thw)
         rows, columns = rows // self._merge_size, columns // self._merge_size
         if frames != 1 or rows * columns != num_tokens:
-            return _NO_GRID
+            return NO_GRID
         return Window(0, 0, size[0], size[1], rows, columns), rows, columns
 
     def _found(self, size: tuple[int, int], num_tokens: int) -> tuple[Window, int, int] | str:
@@ -106,7 +113,7 @@ class Grids:
             self._windows[size] = self._seen(size)
         window = self._windows[size]
         if isinstance(window, str) or self._patch is None:
-            return window if isinstance(window, str) else _NO_GRID
+            return window if isinstance(window, str) else NO_GRID
         down, across = window.height // self._patch, window.width // self._patch
         for number in (num_tokens, num_tokens - 1):
             block = math.isqrt(down * across // max(1, number))
@@ -114,7 +121,7 @@ class Grids:
                 rows, columns = down // block, across // block
                 if rows * columns == number:
                     return window.cut(down * self._patch, across * self._patch), rows, columns
-        return _NO_GRID
+        return NO_GRID
 
     def _seen(self, size: tuple[int, int]) -> Window | str:
         """Send a picture through whose red is x, whose green is y and whose blue is full."""
@@ -141,7 +148,7 @@ class Grids:
         """(3, height, width) of a picture that comes out as one square."""
         pixels = self._encode(image).get("pixel_values")
         if pixels is None or pixels.dim() < 4 or pixels.shape[-3] != 3:
-            return _NO_GRID
+            return NO_GRID
         squares = pixels.reshape(-1, *pixels.shape[-3:])
         return squares[0].double() if len(squares) == 1 else _TILES
 

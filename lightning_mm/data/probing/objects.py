@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_mm.data.probe_rows import Label, ObjectBox
+from lightning_mm.data.probing.boxes import clipped
 from lightning_mm.data.probing.scenes import LEVELS, Box, Scene, SceneObject
 from lightning_mm.decisions import decide
 
@@ -103,7 +104,7 @@ class Questions:
 
     def _placed(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> list[tuple[SceneObject, Box]]:
         """The largest things of a class, with what of their boxes is inside the picture."""
-        inside = [(each, box) for each in objects if each.box and (box := _clipped(each.box, size))]
+        inside = [(each, box) for each in objects if each.box and (box := clipped(each.box, size))]
         classed = [(each, box) for each, box in inside if each.kinds.get(self.level) in self.classes]
         return sorted(classed, key=lambda placed: -_area(placed[1]))[:MAX_BOXES]
 
@@ -149,11 +150,6 @@ def _at_least(least: int, values: Sequence[int | None]) -> tuple[int, ...]:
     counts = Counter(value for value in values if value is not None)
     frequent = tuple(sorted(value for value, n in counts.items() if n >= least))
     return frequent if len(frequent) > 1 else ()
-
-
-def _clipped(box: Box, size: tuple[int, int]) -> Box | None:
-    left, top, right, bottom = max(0.0, box[0]), max(0.0, box[1]), min(box[2], size[0]), min(box[3], size[1])
-    return (left, top, right, bottom) if left < right and top < bottom else None
 
 
 def _area(box: Box) -> float:

@@ -15,7 +15,8 @@ One row per picture, in a JSON list or one per line (JSONL):
     false_captions  nearly true: what a hard wrong caption is; made from other pictures' captions where it is missing
     objects         everything there is: what is not listed counts as absent; ``box`` is [x0, y0, x1, y1] in pixels of
                     the picture as stored, or missing if not known; ``category`` (and ``group``) are coarser names
-    group           rows of one group trade captions, and are never torn apart
+    group           of rows that depend on one another (frames of one video, pictures that trade captions): no split
+                    tears them apart, and they trade captions among themselves, or all with those of one other group
 
 The nano data's rows (``boxes``, ``caption_swapped``) and LLaVA's may hold the same keys beside a conversation; where
 one has no ``caption``, its answer may be one by the rule of ``descriptions``. COCO's annotation files are read by
@@ -29,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.data import sources
+from lightning_mm.data.probing.choosing import not_whole
 from lightning_mm.data.probing.coco import coco_rows, is_coco
 from lightning_mm.data.probing.descriptions import RULE
 from lightning_mm.data.probing.scenes import Scene, Unused, scene
@@ -75,13 +77,14 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
     scenes: dict[Path, Scene] = {}
     rejections: list[Rejection] = []
     unused: Counter[str] = Counter()
-    num_rows = 0
+    num_rows, torn = 0, set[str]()
     for origin, row in _rows(path):
         num_rows += 1
         try:
             found = _scene(reader, row, origin)
         except BadRow as error:
             rejections.append(Rejection(origin, str(error)))
+            torn.add(str(row.get("group", "")) if isinstance(row, dict) else "")
         except Unused as why:
             unused[str(why)] += 1
         else:
@@ -89,13 +92,16 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
             unused["further rows about the same picture"] += known is not None
             if known is None or found.richness > known.richness:
                 scenes[found.image] = found
-    _say(path, len(scenes), num_rows, unused)
-    return Scenes(_with_unique_ids(scenes.values()), tuple(rejections), num_rows)
+    torn &= {each.group for each in scenes.values() if each.group and each.false_captions}
+    rejections += [not_whole(each) for each in scenes.values() if each.group in torn]
+    whole = [each for each in scenes.values() if each.group not in torn]
+    _say(path, len(whole), num_rows, unused)
+    return Scenes(_with_unique_ids(whole), tuple(rejections), num_rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
-        head = file.read(4096).decode("utf-8-sig", errors="replace")
+        head = file.read(65536).decode("utf-8-sig", errors="replace")
     return coco_rows(path) if is_coco(head) else sources._rows(path)
 
 

@@ -46,7 +46,7 @@ class Scene:
         captions: True ones; none if not known.
         false_captions: Nearly true ones.
         objects: Everything in it; None if not known.
-        group: Pictures of one group trade captions, if the row says so.
+        group: Of pictures that depend on one another, if the row says so: they are never torn apart.
     """
 
     id: str
@@ -63,6 +63,11 @@ class Scene:
         names = {each.name.casefold() for each in self.objects or ()}
         telling = (caption for caption in self.captions if any(name in caption.casefold() for name in names))
         return next(telling, self.captions[0] if self.captions else "")
+
+    @property
+    def family(self) -> str:
+        """What no split may tear apart: its group, or it alone."""
+        return f"group {self.group}" if self.group else self.id
 
     @property
     def richness(self) -> int:
@@ -136,6 +141,14 @@ def _box(told: object) -> Box:
     if len(edges) != 4 or not all(isinstance(e, int | float) and math.isfinite(e) for e in edges):
         raise BadRow(f"impossible box: {told!r:.60} is not [x0, y0, x1, y1] in pixels")
     left, top, right, bottom = map(float, edges)
+    if max(edges) <= 1:
+        raise BadRow(
+            f"normalised box: {told!r:.60} ends within the first pixel; it is [x0, y0, x1, y1] in pixels: "
+            "multiply by the picture's width and height"
+        )
     if not (left < right and top < bottom):
-        raise BadRow(f"impossible box: {told!r:.60} has no area; it is [x0, y0, x1, y1], not width and height")
+        raise BadRow(
+            f"impossible box: {told!r:.60} has no area as [x0, y0, x1, y1]; if it is [x, y, width, height], "
+            "give [x, y, x + width, y + height]"
+        )
     return left, top, right, bottom

@@ -11,6 +11,12 @@ from lightning_mm.data.nano.wording import plural
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _ARTICLE = re.compile(r"\b(a|an)(\s+)$", re.IGNORECASE)
+_STOP_WORDS = frozenset(
+    ("a", "an", "the", "and", "or", "of", "in", "on", "at", "to", "by", "with", "for", "from", "into", "as", "is",
+     "are", "was", "were", "be", "been", "being", "there", "this", "that", "these", "those", "it", "its", "his", "her",
+     "their", "some")
+)  # fmt: skip
+"""Words that two captions share whatever they say."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +25,15 @@ class Mention:
 
     Args:
         name: Of the thing, in the singular.
-        is_plural: Whether the caption speaks of several.
-        has_article: Whether "a" or "an" stands before it.
+        is_plural: Whether the caption speaks of several, as "sheep" without an article is taken to.
+        article: "a" or "an" where it stands before it, in lower case; else nothing.
         start: First character.
         end: One past the last.
     """
 
     name: str
     is_plural: bool
-    has_article: bool
+    article: str
     start: int
     end: int
 
@@ -44,6 +50,29 @@ def words(caption: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8192)
+def content(caption: str) -> frozenset[str]:
+    """Its words without those that say little; all of them where none else is left.
+
+    Example:
+        >>> sorted(content("A cat on the mat")), sorted(content("This is it"))
+        (['cat', 'mat'], ['is', 'it', 'this'])
+    """
+    said = frozenset(words(caption))
+    return said - _STOP_WORDS or said
+
+
+def likeness(one: str, other: str) -> float:
+    """What share of all their content words two captions have in common (Jaccard), 0 to 1.
+
+    Example:
+        >>> likeness("A cat on a mat", "the cat is on the mat"), likeness("a red cat", "a blue cat")
+        (1.0, 0.3333333333333333)
+    """
+    a, b = content(one), content(other)
+    return len(a & b) / max(1, len(a | b))
+
+
+@lru_cache(maxsize=8192)
 def _pattern(name: str) -> re.Pattern[str]:
     many = plural(name.casefold())
     either = f"{re.escape(name)}|(?P<many>{re.escape(many)})" if many != name.casefold() else re.escape(name)
@@ -57,9 +86,9 @@ def mentions(caption: str, names: frozenset[str]) -> tuple[Mention, ...]:
     for name in sorted(names, key=lambda name: (-len(name), name)):
         hits = [hit for hit in _pattern(name).finditer(caption) if not any(_overlap(hit.span(), m) for m in found)]
         if len(hits) == 1:
-            is_plural = hits[0].groupdict().get("many") is not None
-            has_article = _ARTICLE.search(caption[: hits[0].start()]) is not None
-            found.append(Mention(name, is_plural, has_article, *hits[0].span()))
+            article = _ARTICLE.search(caption[: hits[0].start()])
+            is_plural = hits[0].groupdict().get("many") is not None or (not article and plural(name) == name)
+            found.append(Mention(name, is_plural, article[1].lower() if article else "", *hits[0].span()))
     return tuple(found)
 
 
@@ -73,21 +102,33 @@ def _overlap(span: tuple[int, int], mention: Mention) -> bool:
 
 
 def traded(one: str, a: Mention, other: str, b: Mention) -> tuple[str, str]:
-    """Both captions, each with the other's noun in the place of its own; "a" and "an" follow the new noun.
+    """Both captions, each with the other's noun in the place of its own.
+
+    What a noun brings along is its article as its own caption has it ("a unicorn", "an owl"); what stays with the place
+    is its capital. So nothing is to be seen in false captions alone.
 
     Example:
         >>> one, other = "An owl on a branch", "two men and a dog"
         >>> traded(one, *mentions(one, frozenset(["owl"])), other, *mentions(other, frozenset(["dog"])))
         ('A dog on a branch', 'two men and an owl')
     """
-    return _replaced(one, a, other[b.start : b.end]), _replaced(other, b, one[a.start : a.end])
+    return _replaced(one, a, _noun(other, b), b.article), _replaced(other, b, _noun(one, a), a.article)
 
 
-def _replaced(caption: str, mention: Mention, noun: str) -> str:
-    noun = noun[0].lower() + noun[1:]
+def _has_capital(caption: str, mention: Mention) -> bool:
+    """Whether the noun has a capital for where it stands (a sentence, a title) and not for what it is (a TV)."""
+    noun = caption[mention.start : mention.end]
+    return noun[0].isupper() and noun[1:] == noun[1:].lower() and (mention.start == 0 or mention.name[0].islower())
+
+
+def _noun(caption: str, mention: Mention) -> str:
+    noun = caption[mention.start : mention.end]
+    return noun[0].lower() + noun[1:] if _has_capital(caption, mention) else noun
+
+
+def _replaced(caption: str, mention: Mention, noun: str, article: str) -> str:
     before, after = caption[: mention.start], caption[mention.end :]
-    if article := _ARTICLE.search(before):
-        letter = article[1][0]
-        is_open = noun[0] in "aeiou" or noun.startswith("hour")
-        before = before[: article.start()] + letter + ("n" if is_open else "") + article[2]
-    return before + (noun if before else noun[0].upper() + noun[1:]) + after
+    if own := _ARTICLE.search(before):
+        before = before[: own.start()] + own[1][0] + article[1:] + own[2]
+    begins_so = not before and caption[0].isupper()
+    return before + (noun[0].upper() + noun[1:] if begins_so or _has_capital(caption, mention) else noun) + after

@@ -1,0 +1,116 @@
+"""One forward pass over the probe set on every rank, gathered on the first; a failure of one rank is known to all.
+
+Data flow: probe set -> encoded batches, held in memory where they are small -> ``taps.read`` -> ``gather`` -> rank 0.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TypeVar
+
+import lightning as L
+
+from lightning_mm import state
+from lightning_mm.callbacks.live import data_of, live, looking
+from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
+from lightning_mm.errors import UserError
+from lightning_mm.taps.reading import Reading, gather, read
+from lightning_mm.tuning.boundary import unchanged_slices
+
+_HELD_BYTES = 512 * 2**20
+"""Encoded probe rows up to this size in all stay in memory; what goes beyond is encoded anew at every look."""
+
+Made = TypeVar("Made")
+
+
+def together(attempt: Callable[[], Made]) -> tuple[Made | None, UserError | str]:
+    """Do something on every rank; what any of them fails with is returned on all, and none is left waiting.
+
+    Args:
+        attempt: May hold collectives, if what fails does so before or after them.
+
+    Returns:
+        What was made (None where a rank failed), and the failure of the lowest rank that has one; '' if none.
+    """
+    made: Made | None = None
+    failure: UserError | str = ""
+    try:
+        made = attempt()
+    except UserError as error:
+        failure = error
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        failure = f"{type(error).__name__}: {error}"
+    failure = next((told for told in state.gathered(failure) if told), "")
+    return (None if failure else made), failure
+
+
+class Reader:
+    """Reads the live model for all who look.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        probe_set: The rows to read.
+    """
+
+    def __init__(self, trainer: L.Trainer, module: L.LightningModule, probe_set: ProbeSet) -> None:
+        self.trainer, self.module, self.probe_set = trainer, module, probe_set
+        self.blank = probe_set.without_pictures()
+        self._before: Reading | None = None
+        self._held: dict[str, list[ProbeBatch] | None] = {}
+        self._bytes = 0
+
+    def read(self) -> tuple[Reading | None, str]:
+        """Every row: the reading (on rank 0 only), and why there is none, the same on every rank."""
+        unchanged = unchanged_slices(live(self.module).plan)
+        mine, failure = together(lambda: self._read(self.probe_set, "probes", self._before, unchanged))
+        if mine is not None and unchanged and self._before is None:
+            self._before = mine
+        return self._gathered(mine, failure, self.probe_set)
+
+    def read_without_pictures(self) -> tuple[Reading | None, str]:
+        """The entailment rows with grey pictures; nothing where there are none."""
+        if not len(self.blank):
+            return None, ""
+        mine, failure = together(lambda: self._read(self.blank, "without pictures", None, 0))
+        return self._gathered(mine, failure, self.blank)
+
+    def _read(self, probe_set: ProbeSet, name: str, before: Reading | None, unchanged: int) -> Reading:
+        module = live(self.module)
+        with looking(self.trainer, self.module):
+            return read(
+                module.model,
+                module.anatomy,
+                self._encoded(probe_set, name),
+                self.module.device,
+                step=self.trainer.global_step,
+                before=before,
+                unchanged=unchanged,
+            )
+
+    def _gathered(
+        self, mine: Reading | None, failure: UserError | str, probe_set: ProbeSet
+    ) -> tuple[Reading | None, str]:
+        whole = None
+        if mine is not None:
+            # Apart from rows that fell out of the training data: they must not count towards its limit.
+            data_of(self.trainer).ledger.add(replace(each, kind="probe") for each in mine.rejected)
+            whole, failure = together(lambda: gather(mine, probe_set))
+        return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
+
+    def _encoded(self, probe_set: ProbeSet, name: str) -> Iterator[ProbeBatch]:
+        """This rank's batches; kept in memory while they are small, since encoding costs as much as reading."""
+        if held := self._held.get(name):
+            yield from held
+            return
+        kept: list[ProbeBatch] | None = None if name in self._held else []
+        size = self._bytes
+        for batch in data_of(self.trainer).probe_loader(probe_set):
+            if kept is not None:
+                size += batch.weights.nbytes + sum(tensor.nbytes for tensor in batch.inputs.values())
+                kept.append(batch)
+                if size > _HELD_BYTES:
+                    kept = None
+            yield batch
+        self._held[name] = kept
+        if kept is not None:
+            self._bytes = size
