@@ -28,7 +28,7 @@ _KNOWN = (
     ".*dirpath has changed.*",  # a resumed run has its own folder
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
-VERBS = ("fit", "validate", "test", "predict", "inspect", "export", "report")
+VERBS = ("fit", "validate", "test", "predict", "inspect", "trace", "edit", "export", "report")
 
 
 def run(arguments: list[str]) -> int:
@@ -70,6 +70,14 @@ def _verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.exporting import export
 
         return export
+    if name == "trace":
+        from lightning_mm.cli.tracing import trace
+
+        return trace
+    if name == "edit":
+        from lightning_mm.cli.editing import edit
+
+        return edit
     if name == "inspect":
         from lightning_mm.cli.inspecting import inspect
 

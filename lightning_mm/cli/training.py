@@ -5,6 +5,7 @@ Data flow: arguments and YAML files -> run directory -> module, data module, tra
 
 import csv
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,12 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm import state
 from lightning_mm.analysis.record import carry_over
-from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback  # noqa: F401  (short names)
+from lightning_mm.callbacks import (  # noqa: F401  (short names)
+    CausalCallback,
+    DriftCallback,
+    GeometryCallback,
+    ProbingCallback,
+)
 from lightning_mm.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.callbacks.inspecting import InspectingCallback
 from lightning_mm.callbacks.recorder import RunRecorder
@@ -30,6 +36,7 @@ from lightning_mm.dashboards.progress import ProgressBar
 from lightning_mm.dashboards.rundir import RunDirectory, append_jsonl, read_json
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.decisions import decide, log
+from lightning_mm.errors import UserError
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.module import MMModule
 
@@ -132,9 +139,11 @@ class TrainingCLI(LightningCLI):
 
     def _callbacks(self, config: Namespace) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(), Throughput()]
-        for callback in self._get(self.config_init, "trainer").get("callbacks") or []:
-            if isinstance(callback, InspectingCallback):
-                callback.run = self.run
+        given = self._get(self.config_init, "trainer").get("callbacks") or []
+        lookers = [callback for callback in given if isinstance(callback, InspectingCallback)]
+        _refuse_twice(lookers)
+        for callback in lookers:
+            callback.run = self.run
         if self.subcommand == "fit":
             evaluation = self._get(self.config_init, "evaluation")
             evaluation.run = self.run
@@ -190,8 +199,23 @@ def _reusable(config: Namespace) -> Namespace:
     return kept
 
 
+def _refuse_twice(lookers: Sequence[InspectingCallback]) -> None:
+    """Lightning keeps the state of callbacks by their class, and refuses a second one in words about its code."""
+    kinds = [type(looker).__name__ for looker in lookers]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise UserError(
+                f"trainer.callbacks names {kind} {kinds.count(kind)} times.",
+                "A run keeps the clock and the findings of one of each kind.",
+                f"Name {kind} once, with all that it shall measure and the closer schedule.",
+            )
+
+
 def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
-    """A resumed run's curves begin where the first run's did, and hold no step twice."""
+    """A resumed run's curves begin where the first run's did, and hold no step twice.
+
+    Training logs a step under the number of steps before it, a look under the number of steps that are done.
+    """
     earlier = checkpoint.parent.parent / "metrics.csv"
     if not earlier.is_file():
         return
@@ -203,5 +227,10 @@ def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
         reader = csv.DictReader(source)
         writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(row for row in reader if row["step"] and int(row["step"]) < step)
+        for row in (row for row in reader if row["step"]):
+            looked = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
+            if int(row["step"]) < step:
+                writer.writerow(row)
+            elif int(row["step"]) == step and looked:
+                writer.writerow({"step": row["step"], **looked})
     decide("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import accumulate
 from typing import Literal
 
 Points = Sequence[tuple[float, float]]
@@ -94,8 +95,13 @@ def line_chart(
 def running_mean(points: Points, window: int) -> list[tuple[float, float]]:
     """The mean of the last ``window`` finite values, at each of their steps."""
     finite = [(x, y) for x, y in points if math.isfinite(y)]
+    blocks = [[y for _, y in finite[start : start + window]] for start in range(0, len(finite), window)]
+    # A window is the end of one block and the beginning of the next: sums that only add never lose small values to a
+    # spike that has left the window, as a sum that subtracts would.
+    begun = [total for block in blocks for total in accumulate(block)]
+    ended = [total for block in blocks for total in [*accumulate(reversed(block))][::-1]]
     return [
-        (x, math.fsum(y for _, y in finite[max(0, i + 1 - window) : i + 1]) / min(window, i + 1))
+        (x, (begun[i] + (ended[i + 1 - window] if i >= window and (i + 1) % window else 0)) / min(window, i + 1))
         for i, (x, _) in enumerate(finite)
     ]
 

@@ -1,12 +1,15 @@
-"""The colour scale of heat maps: lightness falls evenly, from the page's paper to deep plum, or rises from dark paper.
+"""The colours of heat maps: how much (paper to deep plum), and which way (blue, paper at zero, rust).
 
-Data flow: the report's style sheet takes one class per level, for light and for dark; ``online_layers`` takes the RGBs.
-Teal is kept out of it: everywhere in the report, teal means "this trains".
+Data flow: the report's style sheet takes one class per level, for light and for dark; pictures take the RGBs. Lightness
+changes evenly along each scale. Teal is kept out of them: everywhere in the report, teal means "this trains".
 """
 
 import math
 
 LEVELS = 24
+ARM = 11
+"""Levels on either side of zero, where a value has a sign."""
+_BLUE, _RUST = 255.0, 40.0  # hues that differ to any eye, whichever cone it lacks
 _Colour = tuple[int, int, int]
 
 
@@ -46,11 +49,30 @@ LIGHT = _scale(0.955, 0.30)
 DARK = _scale(0.29, 0.945)
 
 
+def _signed(zero: float, end: float) -> tuple[_Colour, ...]:
+    """From the strongest negative to the strongest positive: even steps of lightness away from a colourless zero."""
+    colours = []
+    for level in range(-ARM, ARM + 1):
+        share = abs(level) / ARM
+        chroma = 0.003 + 0.1 * math.sin(math.pi * 0.7 * share)
+        colours.append(_rgb(zero + share * (end - zero), chroma, _RUST if level >= 0 else _BLUE))
+    return tuple(colours)
+
+
+SIGNED_LIGHT = _signed(0.965, 0.37)
+SIGNED_DARK = _signed(0.28, 0.81)
+
+
 def level(share: float) -> int:
     """The level for how far along the scale a value is; what lies beyond an end takes that end."""
     return min(max(math.floor(share * LEVELS), 0), LEVELS - 1)
 
 
-def css(scale: tuple[_Colour, ...]) -> str:
+def signed_level(share: float) -> int:
+    """The level of a signed value, -1 to 1 of the strongest; zero alone has the colourless one."""
+    return ARM + round(min(max(share, -1.0), 1.0) * ARM)
+
+
+def css(scale: tuple[_Colour, ...], letter: str = "q") -> str:
     """One rule per level, such as ``.q0{fill:#f8f0e6}``."""
-    return "".join(f".q{i}{{fill:#{r:02x}{g:02x}{b:02x}}}" for i, (r, g, b) in enumerate(scale))
+    return "".join(f".{letter}{i}{{fill:#{r:02x}{g:02x}{b:02x}}}" for i, (r, g, b) in enumerate(scale))

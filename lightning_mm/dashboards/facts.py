@@ -13,7 +13,8 @@ from lightning_mm.dashboards import heatmaps
 from lightning_mm.dashboards.charts import percent
 from lightning_mm.dashboards.layers_file import MOST_LAYERS
 from lightning_mm.dashboards.measures import measure
-from lightning_mm.dashboards.panels import EMBEDDINGS, PLACES, StepNames, Trained
+from lightning_mm.dashboards.panels import EMBEDDINGS, StepNames, Trained
+from lightning_mm.dashboards.places import place
 from lightning_mm.dashboards.sections import apart, ranges
 from lightning_mm.dashboards.tracks import Track
 
@@ -63,7 +64,7 @@ def matrices(raw: Any, trained: Trained, names: StepNames) -> tuple[tuple[Matrix
         tips = len(cards) < _OPEN
         drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
         pair = "~" in site or site in ("last", "token")
-        cards.append(MatrixCard(measure(name).title, PLACES.get(site, site[:40]), pair, drawn))
+        cards.append(MatrixCard(measure(name).title, place(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 
 

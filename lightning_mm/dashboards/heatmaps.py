@@ -27,12 +27,14 @@ class Scale:
         high: The highest.
         null: What chance would give; None where that is not known.
         turned: The lowest value has the strongest colour, since it is the one that counts.
+        null_word: What that is called.
     """
 
     low: float
     high: float
     null: float | None = None
     turned: bool = False
+    null_word: str = "chance"
 
     @classmethod
     def of(cls, panel: Panel, steps: Sequence[int]) -> "Scale":
@@ -45,7 +47,7 @@ class Scale:
         reach = sorted(row.high - row.low for row in rows if row.high is not None and row.low is not None)
         least = reach[len(reach) // 2] if reach else 0.0
         spare = max(0.0, max(least, 1e-3 * max(abs(low), abs(high)), 1e-9) - (high - low)) / 2
-        return cls(low - spare, high + spare, null, panel.measure.seek == "min")
+        return cls(low - spare, high + spare, null, panel.measure.seek == "min", panel.measure.null_word)
 
     def share(self, value: float) -> float:
         """How far along the colours a value is, 0 at the palest."""
@@ -152,7 +154,7 @@ def legend(spell: Callable[[float], str], scale: Scale, left: float, right: floa
     if scale.null is None:
         return blocks + ends
     x = left + (right - left) * scale.share(scale.null)
-    tip = f"<title>chance: {escape(spell(scale.null))}</title>"
+    tip = f"<title>{scale.null_word}: {escape(spell(scale.null))}</title>"
     return f'{blocks}{ends}<path class="chance" d="M{x:.1f} {y - 3:.1f}v10">{tip}</path>'
 
 

@@ -68,6 +68,11 @@ class Inside:
     ends: tuple[str, str] | None
     left_out: str
 
+    @property
+    def holds_any(self) -> bool:
+        """Whether there is anything to say."""
+        return bool(self.headlines or self.groups or self.gaps or self.left_out)
+
 
 def inside(rows: Sequence[LayerRow], bad: int, trained: Trained, names: StepNames) -> Inside:
     """All that layers.csv tells.
@@ -100,9 +105,13 @@ def inside(rows: Sequence[LayerRow], bad: int, trained: Trained, names: StepName
 
 
 def _ordered(found: Sequence[Panel]) -> list[Panel]:
-    """By question, the main measures of each first, as in the vocabulary; sites as they came."""
+    """By question, the main measures of each first, as in the vocabulary; sites as they came, cuts by their kind."""
     order = list(QUESTIONS)
-    return sorted(found, key=lambda p: (order.index(p.measure.question), p.measure.main == 0, rank(p.measure)))
+
+    def standing(p: Panel) -> tuple[int, bool, int, bool]:
+        return order.index(p.measure.question), p.measure.main == 0, rank(p.measure), p.site.endswith("/post")
+
+    return sorted(found, key=standing)
 
 
 def _main(drawn: Sequence[Panel]) -> list[Panel]:
@@ -194,9 +203,7 @@ def _change(panel: Panel, first: LayerRow | None, last: LayerRow) -> tuple[str, 
     change = last.value - first.value
     sign = "+" if change > 0 else "−" if change < 0 else "±"
     spelled = (
-        f"{100 * abs(change):.1f}".removesuffix(".0") + " points"
-        if panel.measure.unit == "accuracy"
-        else short(abs(change))
+        f"{100 * abs(change):.1f}".removesuffix(".0") + " points" if panel.measure.in_percent else short(abs(change))
     )
     ends = (first.low, first.high, last.low, last.high)
     if any(end is None for end in ends):

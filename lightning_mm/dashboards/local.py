@@ -7,13 +7,16 @@ A file that is missing or half written costs its own section only, which then sa
 
 import csv
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lightning_mm.dashboards import colours, facts, sections
+from lightning_mm.dashboards.causes import FILES as CAUSAL_FILES
+from lightning_mm.dashboards.causes import causes, is_cause
+from lightning_mm.dashboards.causes import title as causal_title
+from lightning_mm.dashboards.found import BROKEN, found
 from lightning_mm.dashboards.inside import inside
 from lightning_mm.dashboards.layers_file import read_layers
 from lightning_mm.dashboards.panels import StepNames, Trained
@@ -21,26 +24,18 @@ from lightning_mm.dashboards.rundir import RunDirectory, read_json, read_jsonl
 from lightning_mm.dashboards.samples import samples
 from lightning_mm.errors import UserError
 
-_BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, csv.Error, OSError)
 _PARTS = {
     "accuracy": "Accuracy",
     "curves": "Curves",
     "trains": "What trains",
     "chosen": "Why these layers",
     "inside": "Inside the model",
+    "causes": "What causes the answer",
     "samples": "Samples",
     "decisions": "Decisions",
     "left-out": "Left out",
     "config": "Configuration",
 }
-
-
-@dataclass(frozen=True)
-class Found:
-    """What became of one section: its content, or why there is none."""
-
-    content: Any = None
-    problem: str = ""
 
 
 def write_report(run: Path) -> Path:
@@ -78,15 +73,16 @@ def write_report(run: Path) -> Path:
 
 def _gather(directory: RunDirectory) -> dict[str, Any]:
     """All that the template asks for."""
-    curves = _found(directory.metrics, lambda: read_curves(directory.metrics))
-    evaluation = _found(directory.evaluation, lambda: read_json(directory.evaluation))
+    curves = found(directory.metrics, lambda: read_curves(directory.metrics))
+    evaluation = found(directory.evaluation, lambda: read_json(directory.evaluation))
     scores = evaluation
     if evaluation.content:
-        scores = _found(directory.evaluation, lambda: sections.scores(evaluation.content))
-    config = _found(directory.config, lambda: directory.config.read_text(encoding="utf-8", errors="replace"))
+        scores = found(directory.evaluation, lambda: sections.scores(evaluation.content))
+    config = found(directory.config, lambda: directory.config.read_text(encoding="utf-8", errors="replace"))
     split = evaluation.content.get("split", "test") if isinstance(evaluation.content, Mapping) else "test"
     about = _about(directory)
-    parts = _parts(directory)
+    looked = _looked(directory, about["labels"])
+    parts = _parts(directory, looked)
     return {
         "name": about["title"] or directory.name,
         "kind": "inspection" if _is_inspection(directory) else "run",
@@ -97,38 +93,42 @@ def _gather(directory: RunDirectory) -> dict[str, Any]:
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "steps": f"{max((p[-1][0] for p in (curves.content or {}).values()), default=0):,.0f}",
         "model": about["model"] or _model(config.content or ""),
-        "charts": _found(directory.metrics, lambda: sections.charts(curves.content)) if curves.content else curves,
-        "census": _found(directory.census, lambda: sections.census(read_json(directory.census))),
+        "charts": found(directory.metrics, lambda: sections.charts(curves.content)) if curves.content else curves,
+        "census": found(directory.census, lambda: sections.census(read_json(directory.census))),
         "scores": scores,
-        "samples": _found(directory.samples, lambda: samples(directory.path, read_json(directory.samples))),
-        "decisions": _found(directory.decisions, lambda: sections.decisions(read_json(directory.decisions))),
-        "ledger": _found(directory.ledger, lambda: _ledger(directory.ledger)),
+        "samples": found(directory.samples, lambda: samples(directory.path, read_json(directory.samples))),
+        "decisions": found(directory.decisions, lambda: sections.decisions(read_json(directory.decisions))),
+        "ledger": found(directory.ledger, lambda: _ledger(directory.ledger)),
         "config": config,
-        "light": colours.css(colours.LIGHT),
-        "dark": colours.css(colours.DARK),
-        **_looked(directory, about["labels"]),
+        "light": colours.css(colours.LIGHT) + colours.css(colours.SIGNED_LIGHT, "d"),
+        "dark": colours.css(colours.DARK) + colours.css(colours.SIGNED_DARK, "d"),
+        **looked,
     }
 
 
 def _looked(directory: RunDirectory, labels: Mapping[int, str]) -> dict[str, Any]:
     """What was found inside the model."""
     names, trained = StepNames(labels), _trained(directory)
-    found = {
-        "chosen": _found(directory.selection, lambda: facts.chosen(read_json(directory.selection), trained)),
-        "inside": _found(directory.layers, lambda: inside(*read_layers(directory.layers), trained, names)),
-        "matrices": _found(directory.matrices, lambda: facts.matrices(read_json(directory.matrices), trained, names)),
-        "probes": _found(directory.probes, lambda: facts.probe_set(read_json(directory.probes))),
-        "cost": _found(directory.inspections, lambda: facts.cost(read_json(directory.inspections))),
+    read = found(directory.layers, lambda: read_layers(directory.layers))
+    rows, bad = read.content or ([], 0)
+    own = [row for row in rows if not is_cause(row)]
+    looked = {
+        "chosen": found(directory.selection, lambda: facts.chosen(read_json(directory.selection), trained)),
+        "inside": found(directory.layers, lambda: inside(own, bad, trained, names)) if read.content else read,
+        "matrices": found(directory.matrices, lambda: facts.matrices(read_json(directory.matrices), trained, names)),
+        "probes": found(directory.probes, lambda: facts.probe_set(read_json(directory.probes))),
+        "cost": found(directory.inspections, lambda: facts.cost(read_json(directory.inspections))),
+        "causes": causes(directory, [row for row in rows if is_cause(row)], trained, names),
     }
-    return found | {"trained": trained, "labels": [words for _, words in sorted(labels.items())]}
+    return looked | {"trained": trained, "labels": [words for _, words in sorted(labels.items())]}
 
 
 def _trained(directory: RunDirectory) -> Trained:
     """Which layers train; of a model that was not trained, which were chosen to; nothing where neither is known."""
-    census = _found(directory.census, lambda: Trained.of(read_json(directory.census))).content
+    census = found(directory.census, lambda: Trained.of(read_json(directory.census))).content
     if isinstance(census, Trained):
         return census
-    selection = _found(directory.selection, lambda: facts.selected(read_json(directory.selection))).content
+    selection = found(directory.selection, lambda: facts.selected(read_json(directory.selection))).content
     return selection if isinstance(selection, Trained) else Trained()
 
 
@@ -142,52 +142,46 @@ def _about(directory: RunDirectory) -> dict[str, Any]:
             "model": str(raw.get("model") or "")[:120],
             "labels": labels,
         }
-    except (UserError, *_BROKEN):
-        return {"title": "", "model": "", "labels": {}}
+    except (UserError, *BROKEN):
+        title, model = causal_title(directory)
+        labels = {0: model} if model and _is_inspection(directory) else {}
+        return {"title": title, "model": "" if labels else model, "labels": labels}
 
 
 def _is_inspection(directory: RunDirectory) -> bool:
     """Whether the model was looked at without being trained: nothing of training is there."""
-    looked = directory.layers.exists() or directory.selection.exists()
+    seen = [directory.layers, directory.selection, *(directory.path / name for name in CAUSAL_FILES)]
+    looked = any(path.exists() for path in seen)
     trained = directory.metrics.exists() or directory.config.exists()
     return directory.inspection.exists() or (looked and not trained and _census_is_short(directory))
 
 
 def _census_is_short(directory: RunDirectory) -> bool:
     """Whether the census names the trained layers and no more, or is not there."""
-    rows = _found(directory.census, lambda: "rows" in read_json(directory.census))
+    rows = found(directory.census, lambda: "rows" in read_json(directory.census))
     return not directory.census.exists() or rows.content is False
 
 
-def _parts(directory: RunDirectory) -> set[str]:
+def _parts(directory: RunDirectory, looked: Mapping[str, Any]) -> set[str]:
     """The sections of this report: those of a run stand even where they are empty, to say why."""
     files = {
         "accuracy": [directory.evaluation],
         "curves": [directory.metrics],
         "trains": [directory.census],
         "chosen": [directory.selection],
-        "inside": [directory.layers, directory.matrices, directory.probes, directory.inspections],
+        "inside": [directory.matrices, directory.probes, directory.inspections],
         "samples": [directory.samples],
         "decisions": [directory.decisions],
         "left-out": [directory.ledger],
         "config": [directory.config],
     }
     there = {name for name, paths in files.items() if any(path.exists() for path in paths)}
+    there |= {"causes"} if looked["causes"] else set()
+    only_causes = looked["causes"] and looked["inside"].content and not looked["inside"].content.holds_any
+    there |= {"inside"} if directory.layers.exists() and not only_causes else set()
     if not _is_inspection(directory):
         return there | (files.keys() - {"chosen", "inside"})
     return there - {"trains"} if _census_is_short(directory) else there
-
-
-def _found(path: Path, read: Callable[[], Any]) -> Found:
-    """The content that ``read`` gives, or the reason why there is none: a report never fails for one bad file."""
-    if not path.exists():
-        return Found(problem=f"The run has no {path.name}.")
-    try:
-        return Found(read())
-    except UserError as error:
-        return Found(problem=f"{error.what} {error.why}")
-    except _BROKEN as error:
-        return Found(problem=f"{path.name} is not as it should be ({type(error).__name__}: {str(error)[:200]}).")
 
 
 def read_curves(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -222,7 +216,7 @@ def _ledger(path: Path) -> dict[str, Any]:
 def _started(directory: RunDirectory) -> str:
     try:
         return datetime.fromisoformat(read_json(directory.path / "run.json")["created"]).strftime("%Y-%m-%d %H:%M")
-    except (UserError, *_BROKEN):
+    except (UserError, *BROKEN):
         return ""
 
 
@@ -231,5 +225,5 @@ def _model(config: str) -> str:
 
     try:
         return sections.model_of(yaml.safe_load(config))
-    except (yaml.YAMLError, *_BROKEN):
+    except (yaml.YAMLError, *BROKEN):
         return ""

@@ -7,7 +7,7 @@ A measure that is not here is drawn all the same, under its own name.
 from dataclasses import dataclass, replace
 from typing import Literal
 
-Question = Literal["global", "local", "meeting", "shape", "moved", "selection", "other"]
+Question = Literal["global", "local", "meeting", "shape", "moved", "causal", "selection", "other"]
 
 QUESTIONS: dict[Question, tuple[str, str]] = {
     "global": ("Do picture and text agree?", "Global meaning: whether a caption belongs to the picture."),
@@ -15,6 +15,7 @@ QUESTIONS: dict[Question, tuple[str, str]] = {
     "meeting": ("Where do picture and caption meet?", "Pictures and their captions, each read alone, compared."),
     "shape": ("Shape of the representations", "How many directions a layer uses, and how it spreads over them."),
     "moved": ("What moved since the start", "Each layer now, compared with itself before the first step."),
+    "causal": ("What causes the answer?", "What the answer loses where a part is cut, and gains where it is put back."),
     "selection": ("Scores of the layer selection", "What the choice of layers rests on."),
     "other": ("Other measures", "Measures that the report has no words for."),
 }
@@ -53,6 +54,15 @@ class Measure:
         """Whether chance is where it begins; for shapes it is a far reference, which would dwarf what differs."""
         return self.question != "shape"
 
+    @property
+    def in_percent(self) -> bool:
+        return self.unit in ("accuracy", "share")
+
+    @property
+    def null_word(self) -> str:
+        """What is compared with: chance, or the model left as it is."""
+        return "no effect" if self.question == "causal" else "chance"
+
 
 def _share(name: str, title: str, meaning: str, question: Question, main: int = 0) -> Measure:
     """An accuracy of a probe."""
@@ -80,6 +90,12 @@ def _shape(name: str, title: str, meaning: str, unit: str, *, main: int = 0) -> 
 def _kept(name: str, title: str, meaning: str, low: float = 0, main: int = 0) -> Measure:
     """How much of the starting model is left; where least is left, most moved."""
     return Measure(name, title, meaning, "moved", "similarity", None, low, 1, "min", main)
+
+
+def _cause(name: str, title: str, meaning: str, unit: str, seek: Literal["min", "max"], main: int = 0) -> Measure:
+    """What an intervention does to the answer, or what carries it there."""
+    low, high = (0, 1) if unit == "accuracy" else (0 if seek == "max" and name != "trace" else None, None)
+    return Measure(name, title, meaning, "causal", unit, None, low, high, seek, main)
 
 
 _KNOWN = (
@@ -117,7 +133,7 @@ _KNOWN = (
     _shape("participation_ratio", "Participation ratio", "directions that carry the variance", "dimensions"),
     _shape("effective_rank", "Effective rank", "exponential of the entropy of the spectrum", "dimensions"),
     _shape("rankme", "RankMe", "effective rank without centring", "dimensions"),
-    _shape("alpha_req", "Spectral decay", "slope of the spectrum: 1 is balanced, more is flatter data", "exponent"),
+    _shape("alpha_req", "Spectral decay", "how steeply the spectrum falls: 1 is balanced", "exponent"),
     _shape("entropy", "Spectral entropy", "how evenly the variance is spread, 0 to 1", "share of the most"),
     _shape("anisotropy", "Anisotropy", "mean cosine of two samples: 1 is a narrow cone", "cosine"),
     _shape("uniformity", "Uniformity", "how evenly samples cover the sphere: lower is more even", "log kernel"),
@@ -129,6 +145,13 @@ _KNOWN = (
     _kept("drift_procrustes", "Procrustes with the start", "likeness to the start after the best rotation"),
     _kept("drift_cosine", "Cosine with the start", "mean cosine of a sample now and before training", -1),
     Measure("drift_id", "Change of dimension", "intrinsic dimension now less before", "moved", "dimensions"),
+    _cause("flow", "Attention flow", "share of what attention writes there that comes from here", "share", "max", 4),
+    _cause("knockout", "Attention cut", "change of the answer's probability where it cannot look", "share", "min", 5),
+    _cause("knockout_accuracy", "Attention cut, accuracy", "answers still right with it cut", "accuracy", "min"),
+    _cause("knockout_kl", "Attention cut, divergence", "how far all answers' probabilities move", "nats", "max"),
+    _cause("ablation", "Layers taken away", "change of the answer's probability without it", "share", "min", 4),
+    _cause("transplant", "Layers transplanted", "accuracy of the old model with trained layers", "accuracy", "max", 4),
+    _cause("trace", "Put back", "share of the lost probability that comes back", "share", "max"),
     Measure("score", "Selection score", "mean of the chosen criteria, standardised", "selection", "z", "max"),
 )
 _BY_NAME = {measure.name: measure for measure in _KNOWN}

@@ -23,7 +23,6 @@ REJECTED = "data/rejected"
 VAL_LOSS = "val/loss"
 VAL_TOKEN_ACCURACY = "val/token_accuracy"
 VAL_EXACT_MATCH = "val/exact_match"
-GLOBAL_MINUS_LOCAL = "inside/global_minus_local"
 INSPECTION_SECONDS = "inspect/seconds"
 INSPECTION_SHARE = "inspect/share"
 
@@ -68,7 +67,6 @@ _FIXED = (
     *_scores("test"),
     Metric("test/no_image", "fraction", "exact match with the picture withheld"),
     Metric("test/majority", "fraction", "exact match of always giving the most frequent answer"),
-    Metric(GLOBAL_MINUS_LOCAL, "difference", "entailment less objects, each above chance, where that is highest"),
     Metric(INSPECTION_SECONDS, "s", "time that the last look inside the model took", "min"),
     Metric(INSPECTION_SHARE, "fraction", "all looks inside so far, as a share of the training time", "min"),
 )

@@ -34,7 +34,8 @@ class OnlineLogger(Logger):
     Args:
         save_dir: The run directory; W&B keeps its files in ``wandb/`` below it.
         mode: ``auto`` is online where W&B is logged in and offline elsewhere; ``off`` does nothing.
-        run_id: The id of the run at W&B, the same after a resume. None lets W&B draw one.
+        run_id: The id of the run at W&B. A resumed run is another one there, as it has a folder of its own. None lets
+            W&B draw one.
         name: What the run is called at W&B.
         project: The W&B project.
     """
@@ -181,6 +182,8 @@ class OnlineLogger(Logger):
         wandb_logger.experiment.log({"samples": table})
 
     def _log_layers(self, wandb_logger: "WandbLogger", rows: Sequence[LayerRow]) -> None:
+        if not rows:  # a first look that only keeps what later ones are compared with
+            return
         import wandb
 
         logged: dict[str, Any] = {}

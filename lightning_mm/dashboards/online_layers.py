@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_mm.dashboards import colours
 from lightning_mm.dashboards.charts import short
+from lightning_mm.dashboards.class_maps import class_maps
 from lightning_mm.dashboards.heatmaps import Scale
 from lightning_mm.dashboards.layer_axis import LayerAxis
 from lightning_mm.dashboards.layers_file import LayerRow, read_layers
@@ -39,7 +40,7 @@ def tables(rows: Sequence[LayerRow]) -> dict[str, list[list[Any]]]:
 
 
 def pictures(directory: Path, rows: Sequence[LayerRow]) -> dict[str, "Image"]:
-    """A heat map of each main quantity that was looked at, over all inspections so far.
+    """A heat map of each main quantity over all inspections so far, and what this one traced by kind of token.
 
     Args:
         directory: The run directory; its layers.csv tells earlier inspections, its census what trains.
@@ -53,7 +54,9 @@ def pictures(directory: Path, rows: Sequence[LayerRow]) -> dict[str, "Image"]:
     for panel in panels([*(row for row in before if row.step not in steps), *rows]):
         if panel.measure.main and panel.measure.name in names and panel.measured:
             by_name.setdefault(panel.measure.name, []).append(panel)
-    return {f"layer_maps/{_plain(name)}": _picture(found[:_MOST_SITES], trained) for name, found in by_name.items()}
+    maps = {f"layer_maps/{_plain(name)}": _picture(found[:_MOST_SITES], trained) for name, found in by_name.items()}
+    traced = [each.drawing(trained, headed=True).image() for each in class_maps(rows)]
+    return maps | ({"layer_maps/trace": _beside(traced)} if traced else {})
 
 
 def row_of(row: LayerRow | Mapping[str, Any]) -> LayerRow:
@@ -64,6 +67,17 @@ def row_of(row: LayerRow | Mapping[str, Any]) -> LayerRow:
 def _plain(name: str) -> str:
     """Slashes would make W&B nest the key, and hide the panel in a section of its own."""
     return name.replace("/", "_")
+
+
+def _beside(pictures: Sequence["Image"]) -> "Image":
+    from PIL import Image
+
+    both = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)), _PAPER)
+    left = 0
+    for picture in pictures:
+        both.paste(picture, (left, 0))
+        left += picture.width
+    return both
 
 
 def _picture(found: Sequence[Panel], trained: Trained) -> "Image":

@@ -12,19 +12,9 @@ from typing import Any, Literal
 from lightning_mm.dashboards.charts import percent, short
 from lightning_mm.dashboards.layers_file import MOST_LAYERS, LayerRow
 from lightning_mm.dashboards.measures import Measure, measure
+from lightning_mm.dashboards.places import place
 
 EMBEDDINGS = -1
-PLACES = {
-    "": "",
-    "last": "last token",
-    "picture": "last token, picture",
-    "text": "last token, caption",
-    "image": "picture tokens",
-    "object": "object tokens",
-    "token": "one random token",
-    "image~text": "picture and caption tokens",
-}
-"""What a site is called; an unknown one keeps its name."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +108,7 @@ class Panel:
 
     @property
     def place(self) -> str:
-        return PLACES.get(self.site, self.site[:40])
+        return place(self.site)
 
     def value(self, step: int, layer: int) -> float | None:
         row = self.cells.get((step, layer))
@@ -143,7 +133,7 @@ class Panel:
         return max(rows, key=lambda row: sign * (row.value or 0.0)) if rows else None
 
     def spell(self, value: float) -> str:
-        return percent(value) if self.measure.unit == "accuracy" else short(value)
+        return percent(value) if self.measure.in_percent else short(value)
 
 
 def panels(rows: Iterable[LayerRow]) -> list[Panel]:

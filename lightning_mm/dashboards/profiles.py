@@ -218,5 +218,5 @@ def described(panel: Panel, row: LayerRow) -> str:
     words = f"{spoken(row.layer)}: {panel.spell(row.value or 0.0)}"
     if row.low is not None and row.high is not None:
         words += f" ({panel.spell(row.low)} to {panel.spell(row.high)})"
-    words += f", chance {panel.spell(row.null)}" if row.null is not None else ""
+    words += f", {panel.measure.null_word} {panel.spell(row.null)}" if row.null is not None else ""
     return words + (f", N {row.n:,}" if row.n is not None else "") + (f", k {row.k}" if row.k is not None else "")

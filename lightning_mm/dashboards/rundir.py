@@ -86,7 +86,7 @@ class RunDirectory:
 
     @cached_property
     def id(self) -> str:
-        """Eight hex digits that a resume keeps; empty for a folder that was not made by ``create``."""
+        """Eight hex digits of this folder, a resumed run's too; empty for one that was not made by ``create``."""
         try:
             identity = read_json(self.path / "run.json")
         except UserError:

@@ -6,15 +6,27 @@ pictures outside the folder, of too many pixels, or that are none, are not shown
 
 import base64
 import io
+import struct
 import warnings
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 THUMBNAIL = 160
 """The longer side of a sample picture, in pixels."""
 _MOST_SAMPLES, _LONGEST_TEXT, _MOST_PIXELS = 48, 160, 40_000_000
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
+"""Those that are decoded in this process: EPS would start Ghostscript."""
+_BROKEN = (
+    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError, NotImplementedError,
+    struct.error, zlib.error,
+)  # fmt: skip
+"""What decoders raise on bytes that are not what they promise to be."""
 
 
 @dataclass(frozen=True)
@@ -73,26 +85,38 @@ def _shown(root: Path, row: Mapping[str, Any]) -> Shown:
 
 def thumbnail(root: Path, name: str) -> str:
     """A picture of the run directory as a data URL of at most 160 pixels a side; empty where there is none to show."""
+    picture = small(root, name, THUMBNAIL)
+    return packed(picture) if picture else ""
+
+
+def small(root: Path, name: str, side: int) -> "Image | None":
+    """A picture of the run directory on white, at most ``side`` pixels a side; None where there is none to show."""
     from PIL import Image, ImageOps
 
-    path = (root / name).resolve()
-    if not path.is_relative_to(root.resolve()):
-        return ""
+    Image.init()
     try:
+        path = (root / name).resolve()
+        if not path.is_relative_to(root.resolve()):
+            return None
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
+            with Image.open(path, formats=[name for name in _FORMATS if name in Image.OPEN]) as picture:
                 if picture.width * picture.height > _MOST_PIXELS:
-                    return ""
-                small = ImageOps.exif_transpose(picture).convert("RGBA")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return ""
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    paper = Image.new("RGB", small.size, "white")
-    paper.paste(small, mask=small.getchannel("A"))
-    packed = io.BytesIO()
-    paper.save(packed, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(packed.getvalue()).decode()
+                    return None
+                shown = ImageOps.exif_transpose(picture).convert("RGBA")
+    except (*_BROKEN, Image.DecompressionBombError, Image.DecompressionBombWarning):
+        return None
+    shown.thumbnail((side, side))
+    paper = Image.new("RGB", shown.size, "white")
+    paper.paste(shown, mask=shown.getchannel("A"))
+    return paper
+
+
+def packed(picture: "Image") -> str:
+    """A picture as a data URL."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def _cut(text: object) -> str:

@@ -17,6 +17,7 @@ from lightning_mm.dashboards.charts import Chart, Points, Series, line_chart, pe
 Curves = Mapping[str, Points]
 _AFTER_THE_LAYERS = ("norm", "head")
 _Z95 = 1.959964
+_MOST_REASONS, _LONGEST_REASON = 50, 160
 
 
 @dataclass(frozen=True)
@@ -139,13 +140,22 @@ def outcome(scored: Sequence[Score], curves: Curves, split: str) -> str:
 
 
 def ledger(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Rows that were dropped or cut, by reason, the most frequent first, each with one example."""
-    found = Counter((str(row["kind"]), str(row["reason"])) for row in rows)
-    example = {(str(row["kind"]), str(row["reason"])): str(row["origin"]) for row in reversed(rows)}
-    return [
-        {"kind": kind, "reason": reason, "count": f"{n:,}", "example": example[kind, reason]}
-        for (kind, reason), n in found.most_common()
+    """What was left out by category (a reason up to its colon), the most frequent first, with an example of each."""
+    found: Counter[tuple[str, str]] = Counter()
+    example: dict[tuple[str, str], str] = {}
+    for row in rows:
+        category, _, detail = str(row["reason"]).partition(":")
+        key = str(row["kind"]), category[:_LONGEST_REASON]
+        found[key] += 1
+        example.setdefault(key, f"{row['origin']}:{detail}"[:_LONGEST_REASON] if detail else str(row["origin"]))
+    told = [
+        {"kind": kind, "reason": category, "count": f"{n:,}", "example": example[kind, category]}
+        for (kind, category), n in found.most_common(_MOST_REASONS)
     ]
+    if rest := found.most_common()[_MOST_REASONS:]:
+        count = sum(n for _, n in rest)
+        told.append({"kind": "", "reason": f"{len(rest):,} more reasons", "count": f"{count:,}", "example": ""})
+    return told
 
 
 def decisions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

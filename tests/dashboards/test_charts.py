@@ -1,6 +1,7 @@
 """Charts: the drawing shows the data where it is, keeps its spikes, and is well-formed XML whatever the labels hold."""
 
 import math
+import time
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -78,6 +79,16 @@ def test_the_running_mean_is_numpys(ys, window):
     for i, (_, mean) in enumerate(ours):
         # float64 sums of at most 12 numbers below 1e6: rounding stays below 1e-8
         assert mean == pytest.approx(np.mean(ys[max(0, i - window + 1) : i + 1]), abs=1e-8)
+
+
+def test_the_running_mean_forgets_a_spike_and_takes_time_as_the_points():
+    ys = [1.0] * 10 + [1e30] + [1.0] * 20_000
+    means = [mean for _, mean in running_mean([(float(i), y) for i, y in enumerate(ys)], 800)]
+    assert means[9:11] == [1.0, pytest.approx(1e30 / 11)]
+    assert set(means[811:]) == {1.0}
+    start = time.process_time()
+    running_mean([(float(i), 1.0) for i in range(200_000)], 8_000)
+    assert time.process_time() - start < 5, "a sum per point and window would take minutes"
 
 
 @given(values, values)

@@ -6,9 +6,11 @@ import io
 import json
 import math
 import re
+import struct
+import zlib
 
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image, ImageOps
 
 from lightning_mm.dashboards.local import read_curves, write_report
 from lightning_mm.dashboards.rundir import RunDirectory, append_jsonl, write_json
@@ -145,6 +147,24 @@ def test_a_picture_that_is_elsewhere_or_none_is_not_shown(run, name):
 def test_a_picture_of_too_many_pixels_is_not_decoded(run):
     Image.new("1", (9000, 9000)).save(run.pictures / "bomb.png")
     assert thumbnail(run.path, "samples/bomb.png") == ""
+
+
+def test_no_picture_starts_another_program(run, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *args: started.append(args) or Image.new("RGB", (30, 50)))
+    Image.new("RGB", (30, 50)).save(run.pictures / "x.png", "EPS")
+    assert thumbnail(run.path, "samples/x.png") == ""
+    assert not started
+
+
+@pytest.mark.parametrize("fault", [struct.error("short"), zlib.error("bad"), EOFError(), IndexError(), OverflowError()])
+def test_whatever_a_decoder_raises_costs_the_picture_only(run, monkeypatch, fault):
+    def broken(picture):
+        raise fault
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+    Image.new("RGB", (30, 50)).save(run.pictures / "x.png")
+    assert thumbnail(run.path, "samples/x.png") == ""
 
 
 def test_odd_pictures_are_shown(run):

@@ -13,6 +13,7 @@ OTHERS = [
     "entropy", "anisotropy", "uniformity", "label_overlap", "block_influence", "angular_distance", "overlap", "cka",
     "cka_rbf", "cka_biased", "svcca", "pwcca", "procrustes", "rsa", "imbalance_image_to_text",
     "imbalance_text_to_image", "alignment", "gap", "gap_auc", "frechet", "mmd", "matched_cosine", "token_cosine",
+    "flow", "knockout", "knockout_accuracy", "knockout_kl", "transplant", "ablation", "trace",
     "drift_overlap", "drift_cka", "drift_procrustes", "drift_cosine", "drift_id", "score",
 ]
 # fmt: on
@@ -49,13 +50,21 @@ def test_titles_tell_measures_apart():
 def test_the_main_measures_are_the_contracts_and_few():
     main = {name for name in [*PROBES, *OTHERS] if measure(name).main}
     wanted = {"entailment/random", "entailment/hard", "objects", "overlap", "cka", "id_gride", "drift_overlap"}
-    assert main == wanted | {"gap", "gap_auc"}
+    assert main == wanted | {"gap", "gap_auc"} | {"flow", "knockout", "ablation", "transplant"}
 
 
 def test_what_is_lost_or_apart_is_looked_for_at_its_lowest():
     for name in [*PROBES, *OTHERS]:
         lowest = name.startswith(("gap", "imbalance", "drift_")) or name in ("alignment", "frechet", "mmd")
+        lowest |= name in ("knockout", "knockout_accuracy", "ablation")
         assert (measure(name).seek == "min") == (lowest and name != "drift_id"), name
+
+
+def test_what_causes_is_compared_with_no_effect_and_what_is_read_with_chance():
+    assert {measure(name).null_word for name in PROBES} == {"chance"}
+    causal = [name for name in OTHERS if measure(name).question == "causal"]
+    assert {measure(name).null_word for name in causal} == {"no effect"}
+    assert len(causal) == 7
 
 
 @given(st.text(min_size=1))

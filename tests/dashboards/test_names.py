@@ -58,15 +58,25 @@ def test_foreign_keys_are_not_ours():
     assert names.lookup("train/loss_step") is None
 
 
-PROFILES = [("entailment/hard", "last"), ("cka", "image~text"), ("objects/text_only", "last"), ("my_own", "object")]
+PROFILES = [
+    ("entailment/hard", "last"),
+    ("global_minus_local", "last"),
+    ("cka", "image~text"),
+    ("objects/text_only", "last"),
+    ("my_own", "object"),
+]
 
 
 def test_facts_of_profiles_are_declared_and_looked_up_as_themselves():
     declared = names.declare([], [], PROFILES)
     assert list(declared) == list(names.declare([], [], reversed(PROFILES)))
-    for key in ("inside/entailment/hard/last/peak_layer", "inside/cka/image~text/in_trained_range"):
+    for key in (
+        "inside/entailment/hard/last/peak_layer",
+        "inside/global_minus_local/last/peak",
+        "inside/cka/image~text/in_trained_range",
+    ):
         assert key in declared
-    assert {names.GLOBAL_MINUS_LOCAL, names.INSPECTION_SECONDS, names.INSPECTION_SHARE} <= set(declared)
+    assert {names.INSPECTION_SECONDS, names.INSPECTION_SHARE} <= set(declared)
     for key, metric in declared.items():
         assert names.lookup(key) == metric
         assert metric.name == key
@@ -79,7 +89,15 @@ def test_w_and_b_charts_only_the_peaks_of_main_measures():
 
 
 @pytest.mark.parametrize(
-    "key", ["inside/cka/peak", "inside/peak", "inside", "inside/cka/last/middle", "x/cka/last/peak"]
+    "key",
+    [
+        "inside/cka/peak",
+        "inside/peak",
+        "inside",
+        "inside/cka/last/middle",
+        "x/cka/last/peak",
+        "inside/global_minus_local",
+    ],
 )
 def test_keys_that_only_look_like_facts_of_profiles_are_not_ours(key):
     assert names.lookup(key) is None

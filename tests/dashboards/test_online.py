@@ -44,6 +44,14 @@ def test_an_offline_run_holds_what_was_logged(tmp_path, caplog):
     assert warnings_of(caplog) == []
 
 
+def test_a_look_that_found_nothing_yet_leaves_it_on(tmp_path, caplog):
+    logger = OnlineLogger(tmp_path, mode="offline")
+    logger.log_layers([])
+    assert logger.mode == "offline"
+    assert warnings_of(caplog) == []
+    logger.close()
+
+
 def test_after_close_nothing_is_done(tmp_path, caplog):
     logger = OnlineLogger(tmp_path, mode="offline")
     logger.close()

@@ -7,10 +7,13 @@ import pytest
 import wandb
 from PIL import Image
 
-from lightning_mm.dashboards import online_layers
+from lightning_mm.dashboards import colours, online_layers
+from lightning_mm.dashboards.class_maps import class_maps
 from lightning_mm.dashboards.layers_file import append_layers
 from lightning_mm.dashboards.online import OnlineLogger
+from lightning_mm.dashboards.panels import Trained
 from lightning_mm.dashboards.rundir import RunDirectory
+from tests.dashboards.causal_files import effects, traced_rows
 from tests.dashboards.wandb_files import history, records, warnings_of
 
 pytestmark = pytest.mark.usefixtures("nobody_is_logged_in")
@@ -88,6 +91,33 @@ def test_what_trains_is_marked_in_teal_where_it_is(tmp_path, rows_of, write_cens
     top, bottom = 2 * (30 + (29 - 14) * row), 2 * (30 + (30 - 7) * row)
     assert (teal[0], teal[-1]) == (pytest.approx(top, abs=1), pytest.approx(bottom, abs=2))  # whole pixels
     assert len(teal) == teal[-1] - teal[0] + 1
+
+
+def test_causes_are_one_panel_per_quantity_and_the_traces_one_picture(tmp_path, caplog, write_census):
+    run = write_census(RunDirectory(tmp_path))
+    logger = OnlineLogger(tmp_path, mode="offline", run_id="abcd1234")
+    rows = [*traced_rows(layers=30), *effects(layers=30)]
+    append_layers(run.layers, rows)
+    logger.log_layers(rows)
+    logger.close()
+    wandb.teardown()
+    found = [row for row in history(records(tmp_path)) if any(key.startswith("layer") for key in row)]
+    panels = {"/".join(key.split("/")[:2]) for row in found for key in row if key.startswith("layer")}
+    main = {"flow", "knockout", "ablation", "transplant"}
+    assert panels == {f"layers/{name}" for name in main} | {f"layer_maps/{name}" for name in main} | {
+        "layers/more_causal",
+        "layer_maps/trace",
+    }
+    assert warnings_of(caplog) == []
+
+
+def test_the_map_of_traces_shows_the_effect_where_it_is(tmp_path):
+    picture = online_layers.pictures(tmp_path, traced_rows())["layer_maps/trace"]
+    (first, *_) = class_maps(traced_rows())
+    drawing = first.drawing(Trained(), headed=True)
+    ring = next(shape for shape in drawing.shapes if type(shape).__name__ == "Ring")
+    assert picture.getpixel((round(2 * ring.x), round(2 * ring.y))) == colours.SIGNED_LIGHT[-1]
+    assert picture.width == 3 * round(2 * drawing.width)
 
 
 @pytest.mark.parametrize("broken", ["census.json", "layers.csv", "rows"])

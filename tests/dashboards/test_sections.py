@@ -69,6 +69,18 @@ def test_the_model_is_found_where_the_configuration_names_it(config, model):
     assert sections.model_of(config) == model
 
 
+def test_what_is_left_out_is_told_by_category_with_one_example():
+    rows = [{"kind": "cut", "reason": f"missing image: {i}.png", "origin": f"a:{i}"} for i in range(3)]
+    rows += [{"kind": "dropped", "reason": f"reason {i}", "origin": "b:1"} for i in range(60)]
+    told = sections.ledger(rows)
+    assert told[0] == {"kind": "cut", "reason": "missing image", "count": "3", "example": "a:0: 0.png"}
+    assert told[1] == {"kind": "dropped", "reason": "reason 0", "count": "1", "example": "b:1"}
+    assert len(told) == 51
+    assert told[-1] == {"kind": "", "reason": "11 more reasons", "count": "11", "example": ""}
+    (long,) = sections.ledger([{**rows[0], "reason": "x: " * 900}])
+    assert max(map(len, long.values())) == 160
+
+
 anything = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),

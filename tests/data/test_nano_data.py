@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lightning_mm.causal.constraints import read_questions
 from lightning_mm.data.nano import SMALL, Sizes, build_nano_data
 from lightning_mm.data.nano.__main__ import main
 from lightning_mm.data.nano.build import _drawn
@@ -199,6 +200,50 @@ def test_probes_are_balanced(probes: list[Row]) -> None:
     kinds = Counter(box["category"] for row in probes for box in row["boxes"])
     assert set(kinds) == set(CATEGORIES)
     assert max(kinds.values()) <= 2 * min(kinds.values())
+
+
+@needs_packages
+def test_constraints_are_the_questions_of_the_other_files(built: Path, rows: dict[str, list[Row]]) -> None:
+    """Flags where they were learned, things where they were not; each true, and read again as its reader documents."""
+    told = json.loads((built / "constraints.json").read_text("utf-8"))
+    asked = {(row["image"], kind, text): (row, answer) for row, kind, text, answer in every_pair(rows)}
+    of_flags = {key for key, (row, _) in asked.items() if row["kind"] == "flag" and row["id"].startswith("train")}
+    of_things = {
+        key
+        for key, (row, answer) in asked.items()
+        if row["kind"] != "flag" and not row["id"].startswith("train") and answer != "No."
+    }
+    assert [(each["image"], each["kind"], each["question"]) for each in told] == [
+        key for key in asked if key in of_flags | of_things
+    ]
+    read = read_questions(built / "constraints.json")
+    assert not read.rejected
+    assert set(read.matched.values()) == {"exact"}
+    for each, question in zip(told, read.questions, strict=True):
+        row, answer = asked[each["image"], each["kind"], each["question"]]
+        assert (question.answer, question.images) == (answer, ((built / row["image"]).resolve(),))
+        kind, names = each["kind"], Counter(box.name for box in question.boxes)
+        words = {question.text[slice(*span)] for span in question.spans}
+        if kind in ("presence", "yes_no", "left_right", "colour") and words != {"background"}:
+            assert set(names) == words
+        if kind == "count":
+            assert {PLURALS[word] for word in words} == set(names)
+            assert COUNT_WORDS[names.total()].capitalize() + "." == answer
+        assert names.items() <= shown(row).items()
+        assert bool(names) == (words != {"background"})
+    flags = defaultdict(set)
+    for question in read.questions:
+        if question.kind == "flag_capital":
+            flags[question.answer].add(question.group)
+    assert all(len(groups) == 1 for groups in flags.values()), "a fact is not torn apart"
+    manifest = json.loads((built / "manifest.json").read_text("utf-8"))
+    assert manifest["counts"]["constraints"] == {
+        "pictures": len({each["image"] for each in told}),
+        "questions": len(told),
+        "types": Counter(each["kind"] for each in told),
+    }
+    content = (built / "constraints.json").read_bytes()
+    assert manifest["sha256"]["constraints.json"] == hashlib.sha256(content).hexdigest()
 
 
 @needs_packages
@@ -460,7 +505,10 @@ def test_the_facts_are_sound() -> None:
     ("name", "many"),
     [("cat", "cats"), ("mouse", "mice"), ("cup of tea", "cups of tea"), ("fox", "foxes"), ("berry", "berries"),
      ("donkey", "donkeys"), ("tropical fish", "tropical fish"), ("police car", "police cars"), ("top hat", "top hats"),
-     ("loaf of bread", "loaves of bread"), ("toothbrush", "toothbrushes"), ("kitchen knife", "kitchen knives")],
+     ("loaf of bread", "loaves of bread"), ("toothbrush", "toothbrushes"), ("kitchen knife", "kitchen knives"),
+     ("person", "people"), ("man", "men"), ("woman", "women"), ("snowman", "snowmen"), ("human", "humans"),
+     ("child", "children"), ("foot", "feet"), ("tooth", "teeth"), ("sheep", "sheep"), ("shelf", "shelves"),
+     ("y", "ys")],
 )  # fmt: skip
 def test_plurals(name: str, many: str) -> None:
     assert plural(name) == many

@@ -2,7 +2,8 @@
 lightning_mm.data.nano OUT``).
 
 Data flow: ``catalogue``/``countries`` (what is true) + ``openmoji``/``stamps`` (cut-outs) -> ``splits`` -> ``studio``
-(pictures) -> ``questions``/``flags`` (text) -> ``rows``/``probes`` -> ``build`` (files). Read them in that order.
+(pictures) -> ``questions``/``flags`` (text) -> ``rows``/``probes``/``constraints`` -> ``build`` (files). Read them in
+that order.
 """
 
 from lightning_mm.data.nano.build import SMALL, Sizes, build_nano_data

@@ -1,8 +1,8 @@
 """Builds the nano data: real pictures with true text, drawn from installed packages into the ordinary on-disk format.
 
 Data flow: ``openmoji`` and ``stamps`` give Things; ``splits`` shares them out; ``rows`` makes pictures with
-questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``probes.json``, ``images/``, ``LICENSE.txt``
-and ``manifest.json`` into a new folder, all or nothing.
+questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``probes.json``, ``constraints.json``,
+``images/``, ``LICENSE.txt`` and ``manifest.json`` into a new folder, all or nothing.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ from typing import Any
 
 from lightning_mm.data.nano import openmoji
 from lightning_mm.data.nano.catalogue import entries
+from lightning_mm.data.nano.constraints import constraint_rows
 from lightning_mm.data.nano.countries import Country, countries
+from lightning_mm.data.nano.edits import edit_rows
 from lightning_mm.data.nano.licence import licence_text
 from lightning_mm.data.nano.probes import probe_rows
 from lightning_mm.data.nano.rows import Row, Stock, single_turn_rows, train_rows
@@ -161,6 +163,10 @@ def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: 
         rows[row["id"].partition("-")[0]].append(row)
     # For a first stage: a new connector learns what single things are before it meets scenes.
     files = {**rows, "train_single": [row for row in rows["train"] if row["kind"] == "single"]}
+    # Knowledge can be traced and edited only where it was learned: a run over these learns it.
+    files["train_flags"] = [row for row in rows["train"] if row["kind"] == "flag"]
+    files["constraints"] = constraint_rows(rows)
+    files["edits"] = edit_rows(rows["train"])
     for split, split_rows in files.items():
         (folder / f"{split}.json").write_text(json.dumps(split_rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
     (folder / "LICENSE.txt").write_text(licence_text(recipe["packages"], with_stamps=stamps is not None), "utf-8")
@@ -176,8 +182,10 @@ def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: 
 
 
 def _counts(rows: list[Row]) -> dict[str, Any]:
-    types = Counter(turn["type"] for row in rows for turn in row["conversations"] if turn["from"] == "gpt")
-    return {"pictures": len(rows), "questions": sum(types.values()), "types": dict(sorted(types.items()))}
+    turns = (turn for row in rows for turn in row.get("conversations", [{"from": "gpt", "type": row["kind"]}]))
+    types = Counter(turn["type"] for turn in turns if turn["from"] == "gpt")
+    pictures = len({row["image"] for row in rows})
+    return {"pictures": pictures, "questions": sum(types.values()), "types": dict(sorted(types.items()))}
 
 
 def _recipe_digest() -> str:
@@ -191,7 +199,16 @@ def _recipe_digest() -> str:
 def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each JSON file, and of the picture set: names and bytes, in the order of the names."""
     digests = {}
-    for split in ("train", "train_single", "val", "test", "probes"):
+    for split in (
+        "train",
+        "train_single",
+        "train_flags",
+        "val",
+        "test",
+        "probes",
+        "constraints",
+        "edits",
+    ):
         path = folder / f"{split}.json"
         digests[path.name] = hashlib.sha256(path.read_bytes() if path.is_file() else b"").hexdigest()
     pictures = hashlib.sha256()

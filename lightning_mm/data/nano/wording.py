@@ -9,11 +9,14 @@ from lightning_mm.data.nano.catalogue import Number
 
 COUNT_WORDS = ("zero", "one", "two", "three", "four", "five")
 _UNCHANGED = ("fish", "sheep", "deer", "moose", "bison", "squid")
+_NOT_MEN = ("human", "german", "roman", "shaman", "talisman", "ottoman", "caiman")
 _IRREGULAR = {
     "mouse": "mice", "goose": "geese", "ox": "oxen", "tooth": "teeth", "wolf": "wolves", "scarf": "scarves",
     "knife": "knives", "leaf": "leaves", "loaf": "loaves", "tomato": "tomatoes", "potato": "potatoes",
     "mango": "mangoes", "buffalo": "buffaloes",
     "mosquito": "mosquitoes", "volcano": "volcanoes",
+    "person": "people", "child": "children", "foot": "feet", "louse": "lice", "half": "halves", "calf": "calves",
+    "shelf": "shelves", "bookshelf": "bookshelves", "thief": "thieves", "wife": "wives", "hero": "heroes",
 }  # fmt: skip
 
 
@@ -36,9 +39,11 @@ def _plural_word(word: str) -> str:
         return word
     if word in _IRREGULAR:
         return _IRREGULAR[word]
+    if word.endswith("man") and not word.endswith(_NOT_MEN):
+        return word[:-2] + "en"
     if word.endswith(("s", "x", "z", "ch", "sh")):
         return word + "es"
-    if word.endswith("y") and word[-2] not in "aeiou":
+    if word.endswith("y") and word[-2:-1] not in "aeiou":
         return word[:-1] + "ies"
     return word + "s"
 

@@ -1,0 +1,175 @@
+"""CausalCallback: what causes the answers, while the model trains: ablation, knockout and transplant curves.
+
+Data flow: a few questions of the validation data (or of a file) -> asked as the model is now -> ``causal.study`` and
+``causal.transplant`` -> rows of layers.csv. Training is as if nothing had happened.
+
+What is followed is the probability of the right answer's first token, whether or not the model would say it: early in
+training it says nothing right. Rank 0 does it alone, on the plain model; the other ranks wait for it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.callbacks.inspecting import InspectingCallback
+from lightning_mm.callbacks.inspection import Look
+from lightning_mm.callbacks.live import data_of, live, looking
+from lightning_mm.callbacks.schedule import Schedule
+from lightning_mm.causal.answers import answered
+from lightning_mm.causal.constraints import read_questions
+from lightning_mm.causal.questions import Asked, Asker, Question
+from lightning_mm.causal.study import PARTS, Examined, Studying, study
+from lightning_mm.causal.transplant import (
+    Hybrid,
+    from_adapters,
+    from_start,
+    transplant_curve,
+    transplant_rows,
+    windows,
+)
+from lightning_mm.causal.transplant import answered as answered_right
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.sample import IMAGE_MARK, Sample
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.taps.tap import plain
+
+DEFAULT = ("ablation", "knockout")
+
+
+class CausalCallback(InspectingCallback):
+    """Layer ablation, attention knockout and transplantation of what was trained, on a small set.
+
+    Args:
+        schedule: When to look, and how much time that may take.
+        questions: A file of questions with constraints; the first of the validation data if not given.
+        count: How many questions.
+        parts: ablation, knockout, flow, trace: what is found out about them.
+        transplant: Whether to put trained layers into the starting model, some at a time. Where no adapters are
+            trained, that keeps a copy of the layers as they were before the first step in memory.
+        batches: Batches of training conversations that hybrids are asked.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        questions: str | None = None,
+        count: int = 8,
+        parts: Sequence[str] = DEFAULT,
+        transplant: bool = True,
+        batches: int = 2,
+    ) -> None:
+        super().__init__(schedule)
+        if count < 1 or batches < 1:
+            raise UserError(
+                "CausalCallback has nothing to ask.", f"count {count}, batches {batches}.", "Give 1 or more."
+            )
+        for part in parts:
+            if part not in PARTS:
+                raise UserError(
+                    f"CausalCallback: there is no part {part!r}.", f"There are {', '.join(PARTS)}.", "Name those."
+                )
+        self.questions, self.count, self.parts = questions, count, tuple(parts)
+        self.transplant, self.batches = transplant, batches
+        self._trainer: L.Trainer | None = None
+        self._module: L.LightningModule | None = None
+        self._asked: list[Asked] | None = None
+        self._batches: list[Batch] = []
+        self._start: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer, self._module = trainer, pl_module
+        if self.transplant and trainer.is_global_zero and trainer.global_step == 0:
+            self._keep_start()
+        super().on_train_start(trainer, pl_module)
+
+    def analyse(self, look: Look) -> Findings:
+        assert self._trainer is not None
+        assert self._module is not None
+        with looking(self._trainer, self._module):
+            return self._found(look)
+
+    def _found(self, look: Look) -> Findings:
+        assert self._module is not None
+        module = live(self._module)
+        examined = Examined(plain(module.model), module.anatomy, self._data.processing)
+        asker = Asker(self._data.processing)
+        if self._asked is None:
+            self._asked = self._draw(asker)
+        answers, _ = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+        options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
+        found = study(examined, [replace(a, right=True) for a in answers], options, {}, look.step).findings
+        if look.step and self.transplant:
+            self._transplanted(found, examined, look.device)
+        return found
+
+    def _draw(self, asker: Asker) -> list[Asked]:
+        """The questions, asked once and kept."""
+        if self.questions is not None:
+            drawn = read_questions(self.questions, self._data.image_root).questions
+        else:
+            drawn = questions_of(self._data.samples("val") or self._data.samples("train"))
+        found = [asked for question in drawn[: self.count] if isinstance(asked := asker.ask(question), Asked)]
+        decide("causal.questions", f"{len(found)}", f"the first of {self.questions or 'the validation data'}")
+        return found
+
+    def _keep_start(self) -> None:
+        """The trained decoder layers before the first step; adapters need no copy."""
+        assert self._module is not None
+        module = live(self._module)
+        if module.plan.lora is None:
+            self._start = {
+                name: parameter.detach().to("cpu", copy=True)
+                for name, parameter in plain(module.model).named_parameters()
+                if parameter.requires_grad and name.startswith(tuple(f"{layer}." for layer in module.anatomy.layers))
+            }
+            held = sum(tensor.nbytes for tensor in self._start.values()) / 2**20
+            decide("causal.transplant", f"{held:.0f} MiB kept", "the trained layers as they were before the first step")
+
+    def _transplanted(self, found: Findings, examined: Examined, device: torch.device) -> None:
+        assert self._module is not None
+        module = live(self._module)
+        hybrid: Hybrid
+        if module.plan.lora is not None:
+            hybrid = from_adapters(examined.model, examined.anatomy)
+        elif self._start:
+            hybrid = from_start(examined.model, examined.anatomy, self._start)
+        else:
+            decide("causal.transplant", "not measured", "the layers before the first step are not at hand")
+            return
+        self._batches = self._batches or self._data.sample_batches(self.batches, 8)
+        with hybrid(()):
+            untouched = answered_right(examined.model, examined.anatomy, self._batches, device)
+        trained = module.plan.layers
+        chosen = {
+            trained[shown]: [trained[i] for i in layers]
+            for shown, layers in windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
+        }
+        curve = transplant_curve(examined.model, hybrid, examined.anatomy, self._batches, device, chosen)
+        for site, rows in transplant_rows("cumulative", curve, untouched):
+            for layer, estimate in rows.items():
+                found.add("causal", "transplant", site, [estimate], first=layer)
+
+    @property
+    def _data(self) -> MMDataModule:
+        assert self._trainer is not None
+        return data_of(self._trainer)
+
+
+def questions_of(samples: Sequence[Sample]) -> tuple[Question, ...]:
+    """The first question and answer of each conversation, without constraints."""
+    made = []
+    for sample in samples:
+        turns = sample.turns
+        if len(turns) >= 2 and turns[0].role == "user" and turns[1].role == "assistant":
+            text = turns[0].text.replace(IMAGE_MARK, "").strip()
+            images = tuple(Path(image) for image in sample.images[: turns[0].text.count(IMAGE_MARK)])
+            group = str(images[0]) if images else sample.id
+            made.append(Question(sample.id, text, images, (), turns[1].text, group=group, kind=turns[1].question_type))
+    return tuple(made)

@@ -1,0 +1,85 @@
+"""What the answer loses when a layer, or a part of it, does nothing.
+
+Data flow: ``Answer``s -> each run recorded, then computed again from the ablated layer on -> relative change of the
+answer's probability, per kind and layer.
+
+Ablations are lower bounds: later layers make up for some of what is lost (measures of "self-repair").
+
+Shapes: N layers, Q questions.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_mm.causal.answers import Answer
+from lightning_mm.causal.interventions import Intervention, mean, skip, zero
+from lightning_mm.causal.profiles import profile
+from lightning_mm.causal.recording import record
+from lightning_mm.causal.replay import Replay
+from lightning_mm.estimate import Estimate
+from lightning_mm.models.anatomy import Anatomy
+
+
+def _skip(layer: int, num_layers: int, answer: Answer) -> Intervention:
+    return skip([layer])
+
+
+def _without_mlp(layer: int, num_layers: int, answer: Answer) -> Intervention:
+    return zero("mlp", [layer])
+
+
+def _without_attention(layer: int, num_layers: int, answer: Answer) -> Intervention:
+    return zero("attention", [layer])
+
+
+def _blurred_from(layer: int, num_layers: int, answer: Answer) -> Intervention:
+    """From this layer on every token of the picture is their mean: what is read off single patches later is lost."""
+    return mean("residual", range(layer, num_layers), answer.asked.image)
+
+
+KINDS: Mapping[str, Callable[[int, int, Answer], Intervention]] = {
+    "skip": _skip,
+    "zero/mlp": _without_mlp,
+    "zero/attention": _without_attention,
+    "mean/image": _blurred_from,
+}
+"""What is done to each layer; ``mean/image`` is done to it and all above."""
+
+
+@torch.no_grad()
+def ablation_curves(
+    model: Any, anatomy: Anatomy, answers: Sequence[Answer], kinds: Sequence[str] = tuple(KINDS)
+) -> Iterator[tuple[str, list[Estimate]]]:
+    """Kind and one Estimate per layer: mean of (p_ablated - p) / p over the questions; 0 where nothing changes.
+
+    Args:
+        model: The plain model in eval mode.
+        anatomy: Of it.
+        answers: Questions that the model answers right.
+        kinds: Keys of ``KINDS``; ``mean/image`` counts questions with a picture only.
+    """
+    changes: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
+    meant: dict[str, list[Answer]] = {kind: [] for kind in kinds}
+    for answer in answers:
+        # One at a time: a recording of a large model is large.
+        replay = Replay(model, anatomy, record(model, anatomy, answer.asked.inputs, sites=("residual",)))
+        for kind in kinds:
+            if kind != "mean/image" or len(answer.asked.image):
+                changes[kind].append(_changes(replay, answer, kind))
+                meant[kind].append(answer)
+    for kind in kinds:
+        if meant[kind]:
+            questions = [answer.asked.question for answer in meant[kind]]
+            yield kind, profile(torch.tensor(changes[kind], dtype=torch.float64), questions, "no question")
+
+
+def _changes(replay: Replay, answer: Answer, kind: str) -> list[float]:
+    before = float(replay.base.logits[0].softmax(-1)[answer.target])
+    changed = []
+    for layer in range(replay.num_layers):
+        done = KINDS[kind](layer, replay.num_layers, answer)
+        logits = replay.logits([done], layer=layer)
+        changed.append(float(logits[0].softmax(-1)[answer.target]) / before - 1)
+    return changed

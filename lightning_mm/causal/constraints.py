@@ -1,0 +1,185 @@
+"""Questions with the constraints that their answers hang on, read from a file.
+
+Data flow: file -> rows (CSV here, JSON by ``sources``) -> ``question_rows`` -> ``Questions``; what cannot be used
+becomes a ledger entry with its line.
+
+VQA-Constraints as released (2406.04236): CSV in UTF-8 whose columns are an unnamed index and ``question``,
+``main_entity`` (the constraint) and ``image_url``; of its other columns (``subject``, ``director``) nothing is used,
+since they name what only the picture tells. An ``answer`` column is used where there is one. ``image_url`` is never
+fetched: ``./val2014/a.jpg`` or ``https://host/val2014/a.jpg`` is ``val2014/a.jpg`` in the image root, or ``a.jpg``;
+a name that ends in no picture's ending ("A photo of Space Needle") is looked for with each of them.
+
+Our own, in a JSON list or one row per line (JSONL):
+
+    {"id": "7", "image": "a.jpg",
+     "question": "What is the capital of the country with this flag?",
+     "constraint": "the country with this flag",
+     "boxes": [{"name": "flag", "box": [10, 20, 80, 90]}],
+     "answer": "Paris.", "group": "FR", "kind": "capital"}
+
+    question    as a person asks it, without mark of a picture
+    image       relative to the image root, which it may not leave; ``images`` for several; none for text alone
+    constraint  words of the question, by the rules of ``matching``; a list where there are several
+    spans       in place of that: [[first character, one past the last], ...] of the question without blanks around it
+    boxes       visual constraints: [x0, y0, x1, y1] in pixels of the picture as stored
+    answer      what is right; the model's own first token is followed where it is missing
+    group       what intervals must not tear apart; the picture where it is missing
+    kind        sort of question, for numbers by kind
+
+A row must have a question, and ``constraint``, ``spans`` or ``boxes``.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_mm.causal.question_rows import QuestionReader
+from lightning_mm.causal.questions import Question
+from lightning_mm.data import sources
+from lightning_mm.data.rows import BadRow
+from lightning_mm.data.sample import Rejection
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+
+COLUMNS = ("question", "main_entity", "image_url")
+_ROW = (
+    'Rows look like {"question": "What colour is the old car?", "constraint": "the old car", "image": "a.jpg"}, and '
+    f"CSV has the columns {', '.join(COLUMNS)}; pictures lie in the image root."
+)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A file, read.
+
+    Args:
+        questions: In file order.
+        rejected: Rows that cannot be used; reasons read ``category: detail``.
+        matched: Question id -> the rule of ``matching`` that found its constraint (the last one needed, of several
+            constraints), ``spans`` or ``boxes``.
+    """
+
+    questions: tuple[Question, ...]
+    rejected: tuple[Rejection, ...]
+    matched: Mapping[str, str]
+
+    @property
+    def num_rows(self) -> int:
+        """All rows, used or not."""
+        return len(self.questions) + len(self.rejected)
+
+
+def read_questions(path: Path | str, image_root: Path | str | None = None) -> Questions:
+    """Read questions with constraints.
+
+    Args:
+        path: A file in one of the forms above; JSON begins with a bracket or a brace.
+        image_root: The folder that pictures lie in and may not leave; the file's own folder if None.
+
+    Raises:
+        UserError: No such file, it is empty, lacks a column or breaks CSV's rules, or no row of it can be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No file {path} with questions.", *sources._why_no_file(path))
+    reader = QuestionReader(Path(image_root) if image_root else path.parent)
+    questions: list[Question] = []
+    rejected: list[Rejection] = []
+    matched: dict[str, str] = {}
+    for origin, row in _rows(path):
+        try:
+            question, rule = reader.question(row, origin)
+        except BadRow as error:
+            rejected.append(Rejection(origin, str(error)))
+        else:
+            questions.append(question)
+            matched[question.id] = rule
+    read = Questions(tuple(questions), tuple(rejected), matched)
+    _check_any(path, read)
+    _say(path, read)
+    return read
+
+
+def _check_any(path: Path, read: Questions) -> None:
+    if read.questions:
+        return
+    if not read.rejected:
+        raise UserError(f"{path} is empty.", "It holds no question.", _ROW)
+    first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejected[:5])
+    raise UserError(
+        f"None of the {read.num_rows} rows of {path} can be used.", f"The first of them:\n    {first}", _ROW
+    )
+
+
+def _say(path: Path, read: Questions) -> None:
+    """How many questions there are, by the rule that found their constraint, and what is not used."""
+    rules = Counter(read.matched.values()).most_common()
+    reasons = Counter(each.reason.partition(":")[0] for each in read.rejected).most_common()
+    found = ", ".join(f"{count} {rule}" for rule, count in rules)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    decide(
+        "causal.constraints",
+        f"{len(read.questions)} questions of {read.num_rows} rows in {path.name}",
+        f"how constraints were found: {found}" + (f"; not used: {left_out}" if left_out else ""),
+    )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row with its origin, in our own form."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return sources._rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Strict: a quote that is never closed would otherwise take in the rest of the file without a word.
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    line = 1
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        _check_columns(path, columns)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield f"{path.name}:{line}", _csv_row(columns, cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path} is not CSV.",
+            f"The row that begins at line {line}: {error}.",
+            "Mend it there: a cell with commas, quotes or line breaks stands in quotes, and quotes in it are doubled.",
+        ) from error
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8.", f"Line {line}: {error.reason}.", "Save it as UTF-8.") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    missing = [name for name in COLUMNS if columns.count(name) != 1]
+    if not any(columns):
+        raise UserError(f"{path} is empty.", "It holds no row.", _ROW)
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(map(repr, missing))}, or several.",
+            f"Its first line names: {', '.join(map(repr, columns))}.",
+            _ROW,
+        )
+
+
+def _csv_row(columns: list[str], cells: list[str]) -> Any:
+    """A row of the released files in our own form."""
+    if len(cells) != len(columns):
+        return BadRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
+    told = dict(zip(columns, cells, strict=True))
+    row = {key: told[key] for key in ("question", "image_url", "answer", "group", "kind") if key in told}
+    return row | {"id": told.get("id", told.get("", "")).strip(), "constraint": told["main_entity"]}

@@ -1,0 +1,58 @@
+"""What the model would say of any hidden state: its own final norm, head, soft-capping and scaling, whatever they are.
+
+Data flow: hidden states as a block puts them out -> the model's forward pass with all blocks passed by -> logits.
+
+Shapes: N hidden states, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mm.models.anatomy import Anatomy
+
+
+@torch.no_grad()
+def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, bool], chunk: int = 256) -> Tensor:
+    """Logits of hidden states (the logit lens, where they come from inner blocks).
+
+    Args:
+        model: The plain model.
+        anatomy: Of it.
+        hidden: (N, D) before the final norm.
+        tuples: Which blocks return tuples, as a ``Recording`` knows.
+        chunk: Hidden states at a time; the vocabulary is large.
+
+    Returns:
+        (N, V) float32.
+    """
+    return torch.cat([logits_of(model, anatomy, part, tuples) for part in hidden.split(chunk)])
+
+
+def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
+    """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
+    hidden_N1D = hidden_ND[:, None]
+    with passed_by(model, anatomy, hidden_N1D, tuples):
+        logits = model(inputs_embeds=hidden_N1D, use_cache=False).logits
+    return logits[:, -1].float()
+
+
+@contextmanager
+def passed_by(model: nn.Module, anatomy: Anatomy, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
+    """While active, the blocks compute nothing and the last one returns ``output``."""
+    blocks = [model.get_submodule(name) for name in anatomy.layers]
+    held = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for index, block in enumerate(blocks):
+            answer = (output,) if tuples.get(index) else output
+            block.forward = lambda *_, answer=answer, **__: answer
+        yield
+    finally:
+        for block, own in zip(blocks, held, strict=True):
+            if own is None:
+                del block.forward
+            else:
+                block.forward = own

@@ -1,0 +1,211 @@
+"""Everything that interventions tell of a model on a set of questions, as what the dashboards draw.
+
+Data flow: ``Answer``s -> traces, flow, knockout, ablation, pictures, predictor -> ``Study``: rows of layers.csv,
+entries of traces.json and pictures.json, tables of causal.json. A part that cannot be had is told; the others go on.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.causal.ablation import KINDS, ablation_curves
+from lightning_mm.causal.answers import Answer
+from lightning_mm.causal.attention import flow
+from lightning_mm.causal.averages import averaged, told
+from lightning_mm.causal.corruption import KINDS as CORRUPTIONS
+from lightning_mm.causal.corruption import CorruptionKind, corrupted
+from lightning_mm.causal.knockout_curves import Knocking, knockout_curves
+from lightning_mm.causal.lenses import picture_words
+from lightning_mm.causal.pictures import PictureGrids, image_map
+from lightning_mm.causal.predictor import contribution_features, predict_failure
+from lightning_mm.causal.recording import record
+from lightning_mm.causal.tracing import Trace, Tracing, trace
+from lightning_mm.data.sample import Rejection
+from lightning_mm.decisions import decide, log
+from lightning_mm.errors import UserError
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.processing import Processing
+
+PARTS = ("trace", "flow", "knockout", "ablation", "pictures", "predictor")
+
+
+@dataclass(frozen=True)
+class Studying:
+    """What to find out.
+
+    Args:
+        parts: Of ``PARTS``.
+        corruption: What traces take away: token, symmetric, image, gaussian or grey.
+        tracing: How to trace.
+        knocking: Which edges to knock out.
+        ablations: Kinds of ablation.
+        ablated: Questions whose layers are ablated; whole runs are computed for it.
+        shown: Questions whose single maps and pictures are kept.
+        seed: Of corruptions.
+    """
+
+    parts: tuple[str, ...] = PARTS
+    corruption: CorruptionKind = "token"
+    tracing: Tracing = field(default_factory=Tracing)
+    knocking: Knocking = field(default_factory=Knocking)
+    ablations: tuple[str, ...] = tuple(KINDS)
+    ablated: int = 16
+    shown: int = 12
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part not in PARTS:
+                raise UserError(f"There is no part {part!r}.", f"There are {', '.join(PARTS)}.", "Name those.")
+        if self.corruption not in CORRUPTIONS:
+            raise UserError(
+                f"There is no corruption {self.corruption!r}.",
+                "It is not one of ours.",
+                f"Use {', '.join(CORRUPTIONS)}.",
+            )
+
+
+@dataclass
+class Study:
+    """What was found.
+
+    Args:
+        findings: Averages by layer.
+        traces: Of each question that could be traced.
+        maps: Entries of traces.json.
+        pictures: Entries of pictures.json.
+        tables: Of causal.json.
+        rejected: Questions that a part could not use, and why.
+    """
+
+    findings: Findings
+    traces: list[Trace] = field(default_factory=list)
+    maps: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+    tables: list[dict[str, Any]] = field(default_factory=list)
+    rejected: list[Rejection] = field(default_factory=list)
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """A model to be studied: the plain model in eval mode, on its device."""
+
+    model: Any
+    anatomy: Anatomy
+    processing: Processing
+
+
+def study(
+    examined: Examined, answers: Sequence[Answer], options: Studying, images: Mapping[str, str], step: int = 0
+) -> Study:
+    """Find out all that is asked for.
+
+    Args:
+        examined: The model.
+        answers: Questions; those answered wrong are for the predictor only.
+        options: What to find out.
+        images: Question id -> file of its picture beside the report.
+        step: Optimizer steps done.
+    """
+    found = Study(Findings(step))
+    right = [answer for answer in answers if answer.right]
+    parts: dict[str, Callable[[], None]] = {
+        "trace": lambda: _trace(found, examined, right, options, images),
+        "flow": lambda: _flow(found, examined, right),
+        "knockout": lambda: _knockout(found, examined, right, options),
+        "ablation": lambda: _ablation(found, examined, right[: options.ablated], options.ablations),
+        "pictures": lambda: _pictures(found, examined, right[: options.shown], images),
+        "predictor": lambda: _predictor(found, examined, answers),
+    }
+    for name in options.parts:
+        try:
+            parts[name]()
+        except UserError as error:
+            found.findings.problems.append(f"{name}: {error.what} {error.why}")
+            log.warning("%s is left out: %s %s", name, error.what, error.why)
+    return found
+
+
+def _trace(
+    found: Study, examined: Examined, right: Sequence[Answer], options: Studying, images: Mapping[str, str]
+) -> None:
+    every, tokenizer = [answer.asked for answer in right], examined.processing.processor.tokenizer
+    for number, answer in enumerate(right):
+        corrupt = corrupted(
+            answer.asked,
+            options.corruption,
+            every,
+            examined.processing,
+            examined.model,
+            examined.anatomy,
+            options.seed,
+        )
+        if isinstance(corrupt, Rejection):
+            found.rejected.append(corrupt)
+            continue
+        found.traces.append(
+            trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
+        )
+        if (number + 1) % 10 == 0 or number + 1 == len(right):
+            log.info("traced %d of %d questions", number + 1, len(right))
+    for measure, site, estimates in averaged(found.traces):
+        found.findings.add("causal", measure, site, estimates, first=0)
+    clearest = sorted(found.traces, key=lambda each: each.p_corrupt - each.p_clean)[: options.shown]
+    for each in clearest:
+        answer_text = tokenizer.decode([each.target])
+        found.maps += told(each, options.tracing, answer_text, images.get(each.asked.question.id))
+
+
+def _flow(found: Study, examined: Examined, right: Sequence[Answer]) -> None:
+    for name, estimates in flow(examined.model, examined.anatomy, [answer.asked for answer in right]):
+        found.findings.add("causal", "flow", name, estimates, first=0)
+
+
+def _knockout(found: Study, examined: Examined, right: Sequence[Answer], options: Studying) -> None:
+    for measure, site, estimates in knockout_curves(examined.model, examined.anatomy, right, options.knocking):
+        found.findings.add("causal", measure, site, estimates, first=0)
+
+
+def _ablation(found: Study, examined: Examined, right: Sequence[Answer], kinds: Sequence[str]) -> None:
+    for kind, estimates in ablation_curves(examined.model, examined.anatomy, right, kinds):
+        found.findings.add("causal", "ablation", kind, estimates, first=0)
+
+
+def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images: Mapping[str, str]) -> None:
+    """What the picture gives and what the lens reads off it, at five depths."""
+    model, anatomy, processing = examined.model, examined.anatomy, examined.processing
+    grids, decode = PictureGrids(processing), processing.processor.tokenizer.decode
+    last = anatomy.num_layers - 1
+    depths = sorted({round(part * last / 4) for part in range(5)})
+    for answer in right:
+        asked = answer.asked
+        if asked.question.id not in images:
+            continue
+        try:
+            grid = grids.grid(asked)
+            recording = record(model, anatomy, asked.inputs, sites=("residual", "attention"))
+            to = "constraint" if len(asked.constraint) else "last"
+            entries = [image_map(model, anatomy, recording, asked, grid, layer, to) for layer in depths]
+            entries += [picture_words(model, anatomy, recording, asked, grid, layer, decode) for layer in depths]
+        except UserError as error:
+            decide("causal.pictures", "not drawn", f"{error.why} (question {asked.question.id})")
+            return
+        found.pictures += [{**entry, "image": images[asked.question.id]} for entry in entries]
+
+
+def _predictor(found: Study, examined: Examined, answers: Sequence[Answer]) -> None:
+    usable = [a for a in answers if len(a.asked.constraint) and a.asked.question.answer is not None]
+    if not usable:
+        decide("causal.predictor", "not made", "no question has both a constraint and a right answer")
+        return
+    features = []
+    for answer in usable:
+        recording = record(examined.model, examined.anatomy, answer.asked.inputs, sites=("attention",))
+        features.append(contribution_features(examined.model, examined.anatomy, recording, answer.asked))
+    confidence = torch.tensor([answer.confidence for answer in usable])
+    right = torch.tensor([answer.right for answer in usable])
+    questions = [answer.asked.question for answer in usable]
+    found.tables.append(predict_failure(torch.stack(features), confidence, right, questions).table())
