@@ -102,9 +102,10 @@ class CausalCallback(InspectingCallback):
         asker = Asker(self._data.processing)
         if self._asked is None:
             self._asked = self._draw(asker)
-        answers, _ = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+        answers, rejected = answered(examined.model, module.anatomy, asker, self._asked, look.device)
         options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
         found = study(examined, [replace(a, right=True) for a in answers], options, {}, look.step).findings
+        found.problems += [f"CausalCallback: {each.origin}: {each.reason}" for each in rejected]
         if look.step and self.transplant:
             self._transplanted(found, examined, look.device)
         return found

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lightning_mm.causal.forcing import forced, heard
+from lightning_mm.causal.forcing import Forced, forced, heard
 from lightning_mm.causal.questions import Asked, Asker
 from lightning_mm.causal.recording import last_logits
 from lightning_mm.data.sample import Rejection
@@ -64,9 +64,26 @@ def _answer(model: Any, anatomy: Anatomy, asker: Asker, asked: Asked, device: to
     behind = forced(asker, question, question.answer)
     if isinstance(behind, Rejection):
         return behind
-    first = int(behind.ids[0])
-    if not asker.processor.tokenizer.decode([first]).strip():
-        return Rejection(question.id, "answer begins with a blank token: it says nothing of the answer")
+    blanks = _blanks(asker, behind.ids.tolist())
+    if blanks:
+        reply = asker.reply(question.answer)
+        further = asker.ask(question, answer=reply[: len(reply) - len(reply.lstrip())])
+        if isinstance(further, Rejection) or not _begins(behind, further, blanks):
+            return Rejection(question.id, "answer begins with a blank that cannot be put into the prompt")
+        asked = further.to(device)
     said = heard(model, anatomy, behind.to(device))
-    chances = said.first.exp()
-    return Answer(asked, first, float(chances[first]), float(chances.max()), said.said, len(behind.ids))
+    target = int(behind.ids[blanks])
+    chances = last_logits(model, anatomy, asked.inputs)[0].softmax(-1) if blanks else said.first.exp()
+    return Answer(asked, target, float(chances[target]), float(chances.max()), said.said, len(behind.ids) - blanks)
+
+
+def _blanks(asker: Asker, ids: list[int]) -> int:
+    """How many tokens at the beginning are blank: they say nothing of the answer, and are taken into the prompt."""
+    told = (number for number, token in enumerate(ids) if asker.processor.tokenizer.decode([token]).strip())
+    return next(told, 0)
+
+
+def _begins(behind: Forced, further: Asked, blanks: int) -> bool:
+    """Whether the longer prompt is the prompt and the answer's blanks."""
+    ids, length = behind.asked.inputs["input_ids"][0], behind.prompt + blanks
+    return further.length == length and torch.equal(further.inputs["input_ids"][0], ids[:length])

@@ -12,7 +12,9 @@ from PIL import Image
 from lightning_mm.__main__ import main
 from lightning_mm.models.card import Origin
 from lightning_mm.models.export import export_full
-from tests.causal.taught import KNOWN, Taught
+from tests.causal.taught import KNOWN, Taught, known
+
+__all__ = ["known"]  # a fixture
 
 LIGHT = ["--parts", "[trace,flow,pictures]", "--tracing.sites", "[mlp]"]
 
