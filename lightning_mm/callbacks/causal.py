@@ -3,8 +3,8 @@
 Data flow: a few questions of the validation data (or of a file) -> asked as the model is now -> ``causal.study`` and
 ``causal.transplant`` -> rows of layers.csv. Training is as if nothing had happened.
 
-What is followed is the probability of the right answer's first token, whether or not the model would say it: early in
-training it says nothing right. Rank 0 does it alone, on the plain model; the other ranks wait for it.
+What is followed is the probability of the right answer's first token, also where the model would say another: early in
+training it says little that is right. Rank 0 does it alone, on the plain model; the other ranks wait for it.
 """
 
 from collections.abc import Sequence
@@ -23,24 +23,27 @@ from lightning_mm.callbacks.schedule import Schedule
 from lightning_mm.causal.answers import answered
 from lightning_mm.causal.constraints import read_questions
 from lightning_mm.causal.questions import Asked, Asker, Question
-from lightning_mm.causal.study import PARTS, Examined, Studying, study
+from lightning_mm.causal.study import Examined, Studying, study
+from lightning_mm.causal.transplant import answered as answered_right
 from lightning_mm.causal.transplant import (
-    Hybrid,
+    both,
     from_adapters,
     from_start,
     transplant_curve,
     transplant_rows,
     windows,
 )
-from lightning_mm.causal.transplant import answered as answered_right
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.sample import IMAGE_MARK, Sample
+from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.taps.tap import plain
 
+PARTS = ("ablation", "knockout", "flow", "trace")
 DEFAULT = ("ablation", "knockout")
+LEAST = 1e-4
+"""A right answer that is less probable has nothing to lose: its relative changes would be noise."""
 
 
 class CausalCallback(InspectingCallback):
@@ -103,56 +106,79 @@ class CausalCallback(InspectingCallback):
         if self._asked is None:
             self._asked = self._draw(asker)
         answers, rejected = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+        known = [replace(each, right=True) for each in answers if each.probability >= LEAST]
         options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
-        found = study(examined, [replace(a, right=True) for a in answers], options, {}, look.step).findings
-        found.problems += [f"CausalCallback: {each.origin}: {each.reason}" for each in rejected]
+        found = study(examined, known, options, {}, look.step)
+        told = found.findings
+        lost = [f"{each.origin}: {each.reason}" for each in (*rejected, *found.rejected)]
+        if len(known) < len(answers):
+            lost.append(f"{len(answers) - len(known)} of {len(answers)} right answers have less than {LEAST:.2%} yet")
+        told.problems += [f"CausalCallback: {each}" for each in lost]
         if look.step and self.transplant:
-            self._transplanted(found, examined, look.device)
-        return found
+            try:
+                self._transplanted(told, examined, look.device)
+            except (UserError, RuntimeError, LookupError) as error:  # what else was found is kept
+                told.problems.append(f"CausalCallback: no transplant curve: {error}")
+        return told
 
     def _draw(self, asker: Asker) -> list[Asked]:
-        """The questions, asked once and kept."""
+        """The questions, asked once and kept.
+
+        Raises:
+            UserError: None can be asked.
+        """
         if self.questions is not None:
-            drawn = read_questions(self.questions, self._data.image_root).questions
+            source, drawn = self.questions, read_questions(self.questions, self._data.image_root).questions
         else:
-            drawn = questions_of(self._data.samples("val") or self._data.samples("train"))
-        found = [asked for question in drawn[: self.count] if isinstance(asked := asker.ask(question), Asked)]
-        decide("causal.questions", f"{len(found)}", f"the first of {self.questions or 'the validation data'}")
+            split = "val" if self._data.samples("val") else "train"
+            source, drawn = f"data.{split}", questions_of(self._data.samples(split))
+        found: list[Asked] = []
+        lost: list[Rejection] = []
+        for question in drawn:
+            asked = asker.ask(question)
+            if isinstance(asked, Asked):
+                found.append(asked)
+            else:
+                lost.append(asked)
+            if len(found) == self.count:
+                break
+        why = f"; {len(lost)} could not be asked, the first: {lost[0].reason}" if lost else ""
+        if not found:
+            raise UserError(f"There is no question in {source}.", f"It holds {len(drawn)}{why}.", "Give another file.")
+        decide("causal.questions", len(found), f"the first of {source}{why}")
         return found
 
     def _keep_start(self) -> None:
-        """The trained decoder layers before the first step; adapters need no copy."""
+        """What is trained as it was before the first step; adapters need no copy."""
         assert self._module is not None
-        module = live(self._module)
-        if module.plan.lora is None:
-            self._start = {
-                name: parameter.detach().to("cpu", copy=True)
-                for name, parameter in plain(module.model).named_parameters()
-                if parameter.requires_grad and name.startswith(tuple(f"{layer}." for layer in module.anatomy.layers))
-            }
+        self._start = {
+            name: parameter.detach().to("cpu", copy=True)
+            for name, parameter in plain(live(self._module).model).named_parameters()
+            if parameter.requires_grad and ".lora_" not in name
+        }
+        if self._start:
             held = sum(tensor.nbytes for tensor in self._start.values()) / 2**20
-            decide("causal.transplant", f"{held:.0f} MiB kept", "the trained layers as they were before the first step")
+            decide("causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step")
 
     def _transplanted(self, found: Findings, examined: Examined, device: torch.device) -> None:
         assert self._module is not None
         module = live(self._module)
-        hybrid: Hybrid
-        if module.plan.lora is not None:
-            hybrid = from_adapters(examined.model, examined.anatomy)
-        elif self._start:
-            hybrid = from_start(examined.model, examined.anatomy, self._start)
-        else:
-            decide("causal.transplant", "not measured", "the layers before the first step are not at hand")
+        trained, adapted = module.plan.layers, module.plan.lora is not None
+        if not trained or not (self._start or adapted):
+            why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
+            decide("causal.transplant", "not measured", why)
             return
+        model, anatomy = examined.model, examined.anatomy
+        hybrid = from_start(model, anatomy, self._start)
+        hybrid = both(from_adapters(model, anatomy), hybrid) if adapted else hybrid
         self._batches = self._batches or self._data.sample_batches(self.batches, 8)
         with hybrid(()):
-            untouched = answered_right(examined.model, examined.anatomy, self._batches, device)
-        trained = module.plan.layers
+            untouched = answered_right(model, anatomy, self._batches, device)
         chosen = {
             trained[shown]: [trained[i] for i in layers]
             for shown, layers in windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
         }
-        curve = transplant_curve(examined.model, hybrid, examined.anatomy, self._batches, device, chosen)
+        curve = transplant_curve(model, hybrid, anatomy, self._batches, device, chosen)
         for site, rows in transplant_rows("cumulative", curve, untouched):
             for layer, estimate in rows.items():
                 found.add("causal", "transplant", site, [estimate], first=layer)
@@ -164,10 +190,10 @@ class CausalCallback(InspectingCallback):
 
 
 def questions_of(samples: Sequence[Sample]) -> tuple[Question, ...]:
-    """The first question and answer of each conversation, without constraints."""
+    """The first question and answer of each conversation, without constraints; system turns are left out."""
     made = []
     for sample in samples:
-        turns = sample.turns
+        turns = [turn for turn in sample.turns if turn.role != "system"]
         if len(turns) >= 2 and turns[0].role == "user" and turns[1].role == "assistant":
             text = turns[0].text.replace(IMAGE_MARK, "").strip()
             images = tuple(Path(image) for image in sample.images[: turns[0].text.count(IMAGE_MARK)])

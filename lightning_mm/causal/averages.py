@@ -26,7 +26,10 @@ def averaged(traces: Sequence[Trace]) -> Iterator[tuple[str, str, list[Estimate]
     """
     told = [trace for trace in traces if trace.told]
     note = f"{len(traces) - len(told)} of {len(traces)} questions left out: the corruption hardly changed the answer"
-    notes = (note,) if len(told) < len(traces) else ()
+    notes: tuple[str, ...] = (note,) if len(told) < len(traces) else ()
+    if any(each.restored.isnan().any() for each in told):
+        # Those that attribution patching ranks first are not like the others.
+        notes += ("means over the shortlist only, which is drawn by size of effect",)
     for measure, values in (("trace", [t.share for t in told]), ("trace_logit", [t.share_of_logits for t in told])):
         for s, site in enumerate(told[0].sites if told else ()):
             for name in TOKEN_CLASSES:
@@ -43,7 +46,7 @@ def _profile(values: Sequence[Tensor], traces: Sequence[Trace], name: str) -> li
         if inside:
             rows.append(value_NU[:, inside].nanmean(1))
             questions.append(trace.asked.question)
-    missing = "not computed: no token of this layer is on the shortlist"
+    missing = "no question has a number here: nothing on the shortlist, or no fall to share out"
     return profile(torch.stack(rows), questions, missing) if rows else None
 
 

@@ -74,22 +74,27 @@ def knockout_curves(
     right = [answer for answer in answers if answer.right]
     questions = [answer.asked.question for answer in right]
     # One at a time: a recording of a large model is large.
-    found = [_measured(model, anatomy, answer, options) for answer in right]
+    measured = [_measured(model, anatomy, answer, options) for answer in right]
+    said, found = [each for each, _ in measured], [each for _, each in measured]
     note = f"{len(answers) - len(right)} of {len(answers)} questions left out: answered wrong"
     for name in options.edges:
         for kind in options.kinds:
             for m, measure in enumerate(MEASURES):
                 values = [each[name, kind][m] for each in found]
                 value_QN = torch.stack(values) if values else torch.full((0, anatomy.num_layers), torch.nan)
-                null_QN = torch.full_like(value_QN, float(measure == "knockout_accuracy"))
+                null_QN = torch.zeros_like(value_QN)
+                if measure == "knockout_accuracy":
+                    null_QN += torch.tensor(said, dtype=torch.float64)[:, None]
                 missing = f"no question has tokens for {name} that see each other here" if right else "none is right"
                 estimates = profile(value_QN, questions, missing, null_QN)
                 notes = (note,) if len(right) < len(answers) else ()
                 yield measure, f"{name}/{kind}", [estimate.noted(*notes) for estimate in estimates]
 
 
-def _measured(model: Any, anatomy: Anatomy, answer: Answer, options: Knocking) -> dict[tuple[str, Kind], Tensor]:
-    """(measures, N) of each edge and kind; NaN where there is no such edge."""
+def _measured(
+    model: Any, anatomy: Anatomy, answer: Answer, options: Knocking
+) -> tuple[float, dict[tuple[str, Kind], Tensor]]:
+    """Whether the clean model says the target, and (measures, N) of each edge and kind; NaN where there is no edge."""
     asked, clean = answer.asked, record(model, anatomy, answer.asked.inputs, sites=("residual",))
     replay = _replay(model, anatomy, clean)
     found = {}
@@ -103,7 +108,7 @@ def _measured(model: Any, anatomy: Anatomy, answer: Answer, options: Knocking) -
                     logits_V = _logits(model, anatomy, clean, replay, way, layers, kind)
                     rows[:, layer] = _change(clean.logits[0], logits_V, answer.target)
             found[name, kind] = rows
-    return found
+    return float(clean.logits[0].argmax() == answer.target), found
 
 
 def _replay(model: Any, anatomy: Anatomy, clean: Recording) -> Replay | None:

@@ -22,7 +22,7 @@ from lightning_mm.causal.lenses import picture_words
 from lightning_mm.causal.pictures import PictureGrids, image_map
 from lightning_mm.causal.predictor import contribution_features, predict_failure
 from lightning_mm.causal.recording import record
-from lightning_mm.causal.tracing import Trace, Tracing, trace
+from lightning_mm.causal.tracing import LEAST_FALL, Trace, Tracing, trace
 from lightning_mm.data.sample import Rejection
 from lightning_mm.decisions import decide, log
 from lightning_mm.errors import UserError
@@ -133,6 +133,7 @@ def _trace(
     found: Study, examined: Examined, right: Sequence[Answer], options: Studying, images: Mapping[str, str]
 ) -> None:
     every, tokenizer = [answer.asked for answer in right], examined.processing.processor.tokenizer
+    refused: UserError | None = None
     for number, answer in enumerate(right):
         corrupt = corrupted(
             answer.asked,
@@ -146,11 +147,23 @@ def _trace(
         if isinstance(corrupt, Rejection):
             found.rejected.append(corrupt)
             continue
-        found.traces.append(
-            trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
-        )
+        try:
+            found.traces.append(
+                trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
+            )
+        except UserError as error:
+            refused = error
+            found.rejected.append(Rejection(answer.asked.question.id, f"not traced: {error.why}"))
         if (number + 1) % 10 == 0 or number + 1 == len(right):
             log.info("traced %d of %d questions", number + 1, len(right))
+    if refused is not None and not found.traces:
+        raise refused
+    if not any(each.told for each in found.traces):
+        first = f"; {found.rejected[0].reason}" if found.rejected else ""
+        found.findings.problems.append(
+            f"trace: no average: of {len(right)} questions {len(found.traces)} could be corrupted, and none of them "
+            f"lost {LEAST_FALL:.0%} of its answer's probability{first}"
+        )
     for measure, site, estimates in averaged(found.traces):
         found.findings.add("causal", measure, site, estimates, first=0)
     clearest = sorted(found.traces, key=lambda each: each.p_corrupt - each.p_clean)[: options.shown]
@@ -191,8 +204,8 @@ def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images:
             entries = [image_map(model, anatomy, recording, asked, grid, layer, to) for layer in depths]
             entries += [picture_words(model, anatomy, recording, asked, grid, layer, decode) for layer in depths]
         except UserError as error:
-            decide("causal.pictures", "not drawn", f"{error.why} (question {asked.question.id})")
-            return
+            found.rejected.append(Rejection(asked.question.id, f"not drawn: {error.why}"))
+            continue
         found.pictures += [{**entry, "image": images[asked.question.id]} for entry in entries]
 
 

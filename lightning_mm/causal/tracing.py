@@ -53,12 +53,13 @@ class Tracing:
     batch_tokens: int = 512
 
     def __post_init__(self) -> None:
-        if self.width < 1 or self.image_units < 1 or self.batch_tokens < 1 or (self.shortlist or 1) < 1:
+        counts = {name: getattr(self, name) for name in ("width", "image_units", "batch_tokens", "shortlist")}
+        small = [f"{name} is {count}" for name, count in counts.items() if count is not None and count < 1]
+        if small or not self.sites:
             raise UserError(
                 "There is nothing to trace with.",
-                f"width {self.width}, image_units {self.image_units}, batch_tokens {self.batch_tokens} and "
-                f"shortlist {self.shortlist} are counts.",
-                "Give 1 or more of each.",
+                f"{', '.join(small) or 'No site is named'}.",
+                "Give 1 or more of each, and mlp, attention or residual as sites.",
             )
 
 

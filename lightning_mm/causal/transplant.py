@@ -74,6 +74,17 @@ def from_two(base: nn.Module, tuned: nn.Module, anatomy: Anatomy) -> Hybrid:
     return hybrid
 
 
+def both(one: Hybrid, other: Hybrid) -> Hybrid:
+    """What two ways do together: adapters of some layers, and tensors put back elsewhere."""
+
+    @contextmanager
+    def hybrid(layers: Sequence[int]) -> Iterator[None]:
+        with one(layers), other(layers):
+            yield
+
+    return hybrid
+
+
 def from_adapters(model: nn.Module, anatomy: Anatomy) -> Hybrid:
     """Hybrids of a model and its adapters: those of other layers count nothing for a while. Copies no weight."""
     return partial(_adapters_in, model, anatomy)
@@ -109,19 +120,20 @@ def _started_but_for(
 @contextmanager
 def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
     inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
-    silenced: list[tuple[dict[str, float], dict[str, float]]] = []
-    for name, module in model.named_modules():
-        scaling = getattr(module, "scaling", None)
-        outside = not (inside and name.startswith(inside))
-        if isinstance(scaling, dict) and hasattr(module, "lora_A") and outside:
-            silenced.append((scaling, dict(scaling)))
+    silenced: list[tuple[Any, bool]] = [
+        (module, module._disable_adapters)
+        for name, module in model.named_modules()
+        if hasattr(module, "lora_A")
+        and hasattr(module, "_disable_adapters")
+        and not (inside and name.startswith(inside))
+    ]
     try:
-        for scaling, _ in silenced:
-            scaling.update(dict.fromkeys(scaling, 0.0))
+        for module, _ in silenced:
+            module._disable_adapters = True
         yield
     finally:
-        for scaling, held in silenced:
-            scaling.update(held)
+        for module, held in silenced:
+            module._disable_adapters = held
 
 
 def transplant_curve(

@@ -59,7 +59,7 @@ def trace(arguments: list[str]) -> int:
     began = time.perf_counter()
     examined = Examined(subject.model, subject.anatomy, subject.data.processing)
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-        found = study(examined, answers, studying, _pictures(run, answers, studying.shown))
+        found = study(examined, answers, studying, _pictures(run, answers))
         if len(subjects) > 1:
             _transplant(subject, subjects[1], found, options)
     _write(run, found, time.perf_counter() - began, options, answers, subject)
@@ -106,7 +106,7 @@ def _parser() -> Parser:
 
 
 def _studying(options: Namespace) -> Studying:
-    if "{question}" not in options.prompt or options.limit < 1 or options.ask < 1:
+    if options.prompt.count("{question}") != 1 or options.limit < 1 or options.ask < 1:
         raise UserError(
             "Nothing would be asked.",
             f"prompt is {options.prompt!r}, limit {options.limit}, ask {options.ask}.",
@@ -139,6 +139,9 @@ def _answers(
         UserError: Nothing is.
     """
     wanted = [q for q in questions if not options.kinds or q.kind in options.kinds]
+    if not wanted:
+        kinds = ", ".join(sorted({q.kind for q in questions if q.kind})) or "none"
+        raise UserError(f"No question is of the kinds {options.kinds}.", f"The file has {kinds}.", "Name those.")
     answers: list[Answer] = []
     rejected: list[Rejection] = []
     for question in wanted[: options.ask]:
@@ -166,8 +169,8 @@ def _answers(
     return answers, rejected
 
 
-def _pictures(run: RunDirectory, answers: Sequence[Answer], shown: int) -> dict[str, str]:
-    """Question id -> its picture's copy under pictures/, for those that may be drawn."""
+def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
+    """Question id -> its picture's copy under pictures/, of those answered right: any of them may be drawn."""
     folder = run.path / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     copied: dict[Path, str] = {}
