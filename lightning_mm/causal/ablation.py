@@ -8,38 +8,41 @@ Ablations are lower bounds: later layers make up for some of what is lost (measu
 Shapes: N layers, Q questions.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_mm.causal.answers import Answer
 from lightning_mm.causal.interventions import Intervention, mean, skip, zero
 from lightning_mm.causal.profiles import profile
+from lightning_mm.causal.questions import Asked
 from lightning_mm.causal.recording import record
 from lightning_mm.causal.replay import Replay
 from lightning_mm.estimate import Estimate
 from lightning_mm.models.anatomy import Anatomy
 
 
-def _skip(layer: int, num_layers: int, answer: Answer) -> Intervention:
-    return skip([layer])
+def _skip(layer: int, num_layers: int, answer: Answer) -> list[Intervention]:
+    return [skip([layer])]
 
 
-def _without_mlp(layer: int, num_layers: int, answer: Answer) -> Intervention:
-    return zero("mlp", [layer])
+def _without_mlp(layer: int, num_layers: int, answer: Answer) -> list[Intervention]:
+    return [zero("mlp", [layer])]
 
 
-def _without_attention(layer: int, num_layers: int, answer: Answer) -> Intervention:
-    return zero("attention", [layer])
+def _without_attention(layer: int, num_layers: int, answer: Answer) -> list[Intervention]:
+    return [zero("attention", [layer])]
 
 
-def _blurred_from(layer: int, num_layers: int, answer: Answer) -> Intervention:
-    """From this layer on every token of the picture is their mean: what is read off single patches later is lost."""
-    return mean("residual", range(layer, num_layers), answer.asked.image)
+def _blurred_from(layer: int, num_layers: int, answer: Answer) -> list[Intervention]:
+    """From this layer on every token of a picture is their mean: what is read off single patches later is lost."""
+    return [mean("residual", range(layer, num_layers), picture) for picture in _pictures(answer.asked)]
 
 
-KINDS: Mapping[str, Callable[[int, int, Answer], Intervention]] = {
+KINDS: Mapping[str, Callable[[int, int, Answer], list[Intervention]]] = {
     "skip": _skip,
     "zero/mlp": _without_mlp,
     "zero/attention": _without_attention,
@@ -58,7 +61,8 @@ def ablation_curves(
         model: The plain model in eval mode.
         anatomy: Of it.
         answers: Questions that the model answers right.
-        kinds: Keys of ``KINDS``; ``mean/image`` counts questions with a picture only.
+        kinds: Keys of ``KINDS``; ``mean/image`` counts questions whose pictures have several tokens each: not those of
+            models that attend to the picture's own states.
     """
     changes: dict[str, list[list[float]]] = {kind: [] for kind in kinds}
     meant: dict[str, list[Answer]] = {kind: [] for kind in kinds}
@@ -66,7 +70,7 @@ def ablation_curves(
         # One at a time: a recording of a large model is large.
         replay = Replay(model, anatomy, record(model, anatomy, answer.asked.inputs, sites=("residual",)))
         for kind in kinds:
-            if kind != "mean/image" or len(answer.asked.image):
+            if kind != "mean/image" or len(answer.asked.image) > len(answer.asked.question.images):
                 changes[kind].append(_changes(replay, answer, kind))
                 meant[kind].append(answer)
     for kind in kinds:
@@ -76,10 +80,19 @@ def ablation_curves(
 
 
 def _changes(replay: Replay, answer: Answer, kind: str) -> list[float]:
-    before = float(replay.base.logits[0].softmax(-1)[answer.target])
+    before = float(replay.base.logits[0].double().log_softmax(-1)[answer.target])
     changed = []
     for layer in range(replay.num_layers):
         done = KINDS[kind](layer, replay.num_layers, answer)
-        logits = replay.logits([done], layer=layer)
-        changed.append(float(logits[0].softmax(-1)[answer.target]) / before - 1)
+        logits = replay.logits(done, layer=layer)
+        # By logarithms: the probability itself may be too small for a number.
+        changed.append(math.expm1(float(logits[0].double().log_softmax(-1)[answer.target]) - before))
     return changed
+
+
+def _pictures(asked: Asked) -> list[Tensor]:
+    """Positions of each picture's tokens; of several pictures, each run of tokens (a picture's, or a tile's)."""
+    if len(asked.question.images) < 2:
+        return [asked.image]
+    ends = (asked.image.diff() > 1).nonzero().flatten() + 1
+    return list(asked.image.tensor_split(ends.cpu()))

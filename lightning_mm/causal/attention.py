@@ -179,7 +179,9 @@ class _Parts:
     @classmethod
     def of(cls, model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
         name = anatomy.blocks[layer].o_proj
-        if name is None or layer not in recording.calls:
+        if layer not in recording.calls:
+            raise _cannot(layer, "it mixes tokens by other means than attention, or not at all")
+        if name is None:
             raise _cannot(layer, "it has no attention with an output projection of its own")
         call = recording.calls[layer]
         assert len(call.query) == 1, "a recording of one question"

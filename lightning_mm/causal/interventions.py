@@ -190,14 +190,26 @@ def _changing(
     each: Intervention, layer: int, took: dict[tuple[int, int], bool], key: tuple[int, int]
 ) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        x_BLD = output if isinstance(output, Tensor) else output[0]
+        x = output if isinstance(output, Tensor) else output[0]
         entering = args[0] if args else kwargs["hidden_states"]
+        if entering.ndim != 3:
+            raise _unplaced(each.site, layer)
+        # Some put the rows out in one, (B * L, D): Llama 4's experts.
+        x_BLD = x.reshape(*entering.shape[:2], -1)
         change = Change(layer, _taken(x_BLD, each.positions), _taken(entering, each.positions), x_BLD)
-        changed = _placed(x_BLD, each.positions, each.new(change).to(x_BLD))
+        changed = _placed(x_BLD, each.positions, each.new(change).to(x_BLD)).reshape(x.shape)
         took[key] = True
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     return hook
+
+
+def _unplaced(site: Site, layer: int) -> UserError:
+    return UserError(
+        f"The {site} part of layer {layer} cannot be intervened on.",
+        "It is given the tokens of all rows in one, so that they have no positions there.",
+        "Name another site, or other layers.",
+    )
 
 
 def _taken(x_BLD: Tensor, positions: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Data flow: hidden states as a block puts them out -> the model's forward pass wi
 Shapes: N hidden states, D hidden size, V vocabulary.
 """
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -35,8 +36,12 @@ def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, 
 def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
     """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
     hidden_N1D = hidden_ND[:, None]
+    given: dict[str, Tensor] = {}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
+        given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
     with passed_by(model, anatomy, hidden_N1D, tuples):
-        logits = model(inputs_embeds=hidden_N1D, use_cache=False).logits
+        logits = model(inputs_embeds=hidden_N1D, use_cache=False, **given).logits
     return logits[:, -1].float()
 
 

@@ -28,9 +28,9 @@ class Recording:
 
     Args:
         inputs: What the model was given.
-        values: (B, L, D) of each site and layer.
+        values: (B, L, D) of each site and layer, also where a site puts out the rows in one (B * L, D).
         entered: Per layer, the (B, L, D) stream that entered it.
-        calls: Per layer that attends, the call (queries, keys, values, mask).
+        calls: Per layer that attends, the call (queries, keys, values, mask); none where it mixes tokens otherwise.
         arguments: Per layer, what its block was given besides the stream.
         tuples: Per layer, whether its block returns a tuple.
         logits: (B, V) at the last token, float32.
@@ -101,7 +101,7 @@ def _watched(model: nn.Module, anatomy: Anatomy, made: Recording, sites: Sequenc
         return call.compute()
 
     try:
-        with attention_through(model, anatomy, attend):
+        with attention_through(model, anatomy, attend, strict=False):
             yield
     finally:
         for handle in handles:
@@ -121,6 +121,7 @@ def _leaving(made: Recording, site: Site, layer: int, keep: bool) -> Callable[..
         if site == "residual":
             made.tuples[layer] = not isinstance(output, Tensor)
         if keep:
-            made.values[site, layer] = output if isinstance(output, Tensor) else output[0]
+            value = output if isinstance(output, Tensor) else output[0]
+            made.values[site, layer] = value.reshape(*made.entered[layer].shape[:2], -1)
 
     return hook

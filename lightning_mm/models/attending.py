@@ -16,10 +16,15 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
 
 _NAME = "lightning_mm"
+_MASKED = ("eager", "sdpa")
+"""Kernels that take a written-out mask; FlashAttention and FlexAttention have forms of their own."""
+_ONLY_EAGER = ("softcap", "s_aux")
+"""What sdpa does not know: capped scores, sinks."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +52,15 @@ class AttentionCall:
     options: dict[str, Any]
 
     def compute(self) -> tuple[Tensor, Tensor | None]:
-        """As the model's own kernel does: output (B, Q, H, E), and weights (B, H, Q, K) where it gives them."""
-        compute = _eager_of(self.module) if self.kernel == "eager" else AttentionInterface()[self.kernel]
+        """As the model's own kernel does: output (B, Q, H, E), and weights (B, H, Q, K) where it gives them.
+
+        Kernels that take no written-out mask are stood in for by one that does.
+        """
+        kernel = self.kernel
+        if kernel not in _MASKED:
+            kernel = "eager" if any(self.options.get(name) is not None for name in _ONLY_EAGER) else "sdpa"
+            decide("causal.attention", kernel, f"{self.kernel} takes no written-out mask; this one computes the same")
+        compute = _eager_of(self.module) if kernel == "eager" else AttentionInterface()[kernel]
         return compute(self.module, self.query, self.key, self.value, self.mask, **self.options)
 
     def explicit(self) -> tuple[Tensor, Tensor]:
@@ -65,20 +77,24 @@ Attend = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
-def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend) -> Iterator[None]:
+def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend, strict: bool = True) -> Iterator[None]:
     """While active, ``attend`` answers for every attention of the decoder; towers keep their own.
 
     Args:
         model: The plain model; adapters and quantised weights may be in it.
         anatomy: Of it.
         attend: Takes each call and returns what the attention function would: output (B, Q, H, E), weights or None.
+        strict: Refuse where a layer mixes tokens otherwise; else such a layer keeps its own way, and is never asked.
 
     Raises:
-        UserError: A layer does not use transformers' attention registry.
+        UserError: A layer does not use transformers' attention registry (``strict``).
     """
-    layers = {id(model.get_submodule(block.attention)): block.index for block in anatomy.blocks if block.attention}
-    modules: list[Any] = [module for module in model.modules() if id(module) in layers]
-    _refuse_unless_exchangeable(modules)
+    mixers: dict[int, Any] = {b.index: model.get_submodule(b.attention) for b in anatomy.blocks if b.attention}
+    own = [layer for layer, module in mixers.items() if not _exchangeable(module)]
+    if own and strict:
+        raise _cannot(own[0], mixers[own[0]])
+    modules = [module for layer, module in mixers.items() if layer not in own]
+    layers = {id(module): layer for layer, module in mixers.items()}
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     kernels = {key: config._attn_implementation for key, config in configs.items()}
 
@@ -86,10 +102,8 @@ def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend) -> Ite
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
         kernel = kernels[id(module.config)]
-        if id(module) not in layers:
-            found = _eager_of(module) if kernel == "eager" else AttentionInterface()[kernel]
-            return found(module, query, key, value, mask, **options)
-        return attend(AttentionCall(layers[id(module)], module, query, key, value, mask, kernel, options))
+        call = AttentionCall(layers.get(id(module), -1), module, query, key, value, mask, kernel, options)
+        return attend(call) if id(module) in layers else call.compute()
 
     AttentionInterface.register(_NAME, through)
     AttentionMaskInterface.register(_NAME, eager_mask)
@@ -121,13 +135,14 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     return found
 
 
-def _refuse_unless_exchangeable(modules: list[Any]) -> None:
-    for module in modules:
-        source = sys.modules[type(module).__module__]
-        has_own = not hasattr(source, "eager_attention_forward") or not hasattr(module, "config")
-        if has_own:
-            raise UserError(
-                f"The attention of {type(module).__name__} cannot be looked into.",
-                "It computes attention in a way of its own, not through transformers' registry of attention functions.",
-                "Restore MLP and residual sites instead, or choose a model with ordinary attention in every layer.",
-            )
+def _exchangeable(module: nn.Module) -> bool:
+    """Whether it looks its attention function up in transformers' registry."""
+    return hasattr(sys.modules[type(module).__module__], "eager_attention_forward") and hasattr(module, "config")
+
+
+def _cannot(layer: int, module: nn.Module) -> UserError:
+    return UserError(
+        f"The attention of layer {layer} ({type(module).__name__}) cannot be changed.",
+        "It mixes tokens in a way of its own, not through transformers' registry of attention functions.",
+        "Leave knockout out, or choose a model with ordinary attention in every layer.",
+    )

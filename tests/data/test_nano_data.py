@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_mm.causal.constraints import read_questions
+from lightning_mm.causal.edit_rows import read_edits
 from lightning_mm.data.nano import SMALL, Sizes, build_nano_data
 from lightning_mm.data.nano.__main__ import main
 from lightning_mm.data.nano.build import _drawn
@@ -244,6 +245,27 @@ def test_constraints_are_the_questions_of_the_other_files(built: Path, rows: dic
     }
     content = (built / "constraints.json").read_bytes()
     assert manifest["sha256"]["constraints.json"] == hashlib.sha256(content).hexdigest()
+
+
+@needs_packages
+def test_edits_change_facts_that_were_learned(built: Path, rows: dict[str, list[Row]]) -> None:
+    """One per country at most, to an answer that is another country's, and read again as its reader documents."""
+    learned = json.loads((built / "train_flags.json").read_text("utf-8"))
+    assert learned == [row for row in rows["train"] if row["kind"] == "flag"]
+    facts = {(row["image"], text): answer for row, _, text, answer in pairs(learned)}
+    read = read_edits(built / "edits.json")
+    assert not read.rejections
+    assert read.rewrites
+    assert len({each.question.group for each in read.rewrites}) == len(read.rewrites)
+    for each in read.rewrites:
+        image = f"images/{each.question.images[0].name}"
+        assert facts[image, each.question.text] == each.question.answer
+        assert each.new_answer != each.question.answer
+        assert each.new_answer in facts.values()
+        for neighbour in each.neighbours:
+            assert facts[f"images/{neighbour.images[0].name}", neighbour.text] == neighbour.answer
+            assert neighbour.group != each.question.group or neighbour.text != each.question.text
+        assert each.question.text not in each.paraphrases
 
 
 @needs_packages

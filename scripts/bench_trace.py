@@ -1,0 +1,124 @@
+"""How much cheaper a trace is than the plain loop of 2406.04236, at the same numbers.
+
+Data flow: a model + one of its questions -> both, in one run -> a ratio of CPU times on the screen and
+benchmarks/trace.json.
+
+The plain loop runs the whole model on three rows (clean, corrupt, corrupt and restored) for every layer, text token and
+site. A sample of its passes is timed and compared number by number; its time is scaled up to all of them. Run it from
+the repository: python scripts/bench_trace.py MODEL QUESTIONS
+"""
+
+import argparse
+import json
+import os
+import platform
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_mm.causal.answers import answered
+from lightning_mm.causal.constraints import read_questions
+from lightning_mm.causal.corruption import Corrupt, corrupted
+from lightning_mm.causal.interventions import Intervention, intervened
+from lightning_mm.causal.questions import Asked, Asker
+from lightning_mm.causal.tracing import Tracing, trace
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.models.processing import load_processing
+
+SITES = ("mlp", "attention")
+
+
+def main() -> None:
+    """Compare and write down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("questions")
+    parser.add_argument("--passes", type=int, default=40, help="Of the plain loop that are timed.")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/trace.json"))
+    args = parser.parse_args()
+    model: Any = load_model(Backbone(path=args.model))
+    model.eval().requires_grad_(False)
+    anatomy, processing = Anatomy.of(model), load_processing(args.model)
+    asked, corrupt, target = _question(model, anatomy, processing, args.questions)
+    began = time.process_time()
+    found = trace(model, anatomy, asked, corrupt, Tracing(sites=SITES), target)
+    ours = time.process_time() - began
+    first = int(found.units[0][0])
+    text = [position for position in range(asked.length) if position not in set(asked.image.tolist())]
+    every = [(site, layer, token) for site in SITES for layer in range(anatomy.num_layers) for token in text]
+    drawn = random.Random(0).sample(every, min(args.passes, len(every)))
+    began = time.process_time()
+    plain = [_restored(model, anatomy, asked, corrupt, target, *each) for each in drawn]
+    theirs = (time.process_time() - began) / len(drawn) * len(every)
+    units = {int(unit[0]): number for number, unit in enumerate(found.units)}
+    differences = [
+        abs(p - (float(found.restored[SITES.index(site), layer, units[token]]) if token >= first else found.p_corrupt))
+        for p, (site, layer, token) in zip(plain, drawn, strict=True)
+    ]
+    told = {
+        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "torch": torch.__version__,
+        "model": type(model).__name__,
+        "shape": {
+            "layers": anatomy.num_layers,
+            "tokens": asked.length,
+            "image_tokens": len(asked.image),
+            "text_tokens": len(text),
+            "from_first_changed": asked.length - first,
+        },
+        "cpu_seconds": round(ours, 2),
+        "plain_cpu_seconds": round(theirs, 1),
+        "plain_passes": {"timed": len(drawn), "all": len(every)},
+        "ratio": round(theirs / ours, 1),
+        "largest_difference_of_probability": max(differences),
+    }
+    print(json.dumps(told, indent=2))
+    args.out.parent.mkdir(exist_ok=True)
+    args.out.write_text(json.dumps(told, indent=2) + "\n")
+
+
+def _question(model: Any, anatomy: Anatomy, processing: Any, path: str) -> tuple[Asked, Corrupt, int]:
+    """The first question that is answered right and can be corrupted."""
+    asker = Asker(processing)
+    for question in read_questions(path).questions:
+        asked = asker.ask(question)
+        if isinstance(asked, Asked):
+            for answer in answered(model, anatomy, asker, [asked], torch.device("cpu"))[0]:
+                corrupt = corrupted(asked, "token", [asked], processing, model, anatomy)
+                if answer.right and isinstance(corrupt, Corrupt):
+                    return asked, corrupt, answer.target
+    raise SystemExit("no question is answered right")
+
+
+@torch.no_grad()
+def _restored(
+    model: Any, anatomy: Anatomy, asked: Asked, corrupt: Corrupt, target: int, site: Any, layer: int, token: int
+) -> float:
+    """One pass of the plain loop: three rows, the last one restored."""
+    rows = {
+        name: torch.cat([asked.inputs[name], tensor, tensor])
+        if tensor.shape[0] == 1
+        else torch.cat([asked.inputs[name]] * 3)
+        for name, tensor in corrupt.inputs.items()
+    }
+
+    def restore(change: Any) -> torch.Tensor:
+        return torch.cat([change.output[:2], change.output[:1]])
+
+    with intervened(model, anatomy, [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]):
+        logits = model(**rows, use_cache=False).logits[2, -1].double()
+    return float(logits.softmax(-1)[target])
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    main()
