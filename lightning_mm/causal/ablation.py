@@ -8,7 +8,6 @@ Ablations are lower bounds: later layers make up for some of what is lost (measu
 Shapes: N layers, Q questions.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,13 +79,13 @@ def ablation_curves(
 
 
 def _changes(replay: Replay, answer: Answer, kind: str) -> list[float]:
-    before = float(replay.base.logits[0].double().log_softmax(-1)[answer.target])
+    before = replay.base.logits[0].double().log_softmax(-1)[answer.target]
     changed = []
     for layer in range(replay.num_layers):
         done = KINDS[kind](layer, replay.num_layers, answer)
         logits = replay.logits(done, layer=layer)
         # By logarithms: the probability itself may be too small for a number.
-        changed.append(math.expm1(float(logits[0].double().log_softmax(-1)[answer.target]) - before))
+        changed.append(float((logits[0].double().log_softmax(-1)[answer.target] - before).expm1()))
     return changed
 
 

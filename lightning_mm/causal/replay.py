@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from lightning_mm.causal.interventions import Intervention, intervened
 from lightning_mm.causal.readout import read_out
@@ -186,7 +185,8 @@ def _refuse_shared(base: Recording) -> None:
     """What blocks write into for later ones (keys and values, Gemma 4) holds the last run's, whichever that was."""
     for layer, (args, kwargs) in base.arguments.items():
         for value in (*args, *kwargs.values()):
-            if isinstance(value, Cache) or (isinstance(value, Mapping) and value):
+            is_cache = hasattr(value, "get_seq_length")
+            if is_cache or (isinstance(value, Mapping) and value):
                 raise _refusal(f"layer {layer} is given a {type(value).__name__}, which blocks write into")
 
 

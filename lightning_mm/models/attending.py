@@ -94,7 +94,7 @@ def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend, strict
     if own and strict:
         raise _cannot(own[0], mixers[own[0]])
     modules = [module for layer, module in mixers.items() if layer not in own]
-    layers = {id(module): layer for layer, module in mixers.items()}
+    layers = {id(module): layer for layer, module in mixers.items() if layer not in own}
     configs: dict[int, Any] = {id(module.config): module.config for module in modules}
     kernels = {key: config._attn_implementation for key, config in configs.items()}
 

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 from lightning_mm.causal.questions import Asked, Asker, Question
+from lightning_mm.models import attending
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processing import Processing, load_processing
@@ -59,3 +62,9 @@ def subject(family: Callable[[str], Path], name: str, folder: Path) -> Subject:
     processing = load_processing(path)
     model: Any = load_model(Backbone(path=path))
     return Subject(model.eval().requires_grad_(False), Anatomy.of(model), processing, Asker(processing), folder)
+
+
+def see_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every token see every other wherever attention is looked into, as in models whose prompt is a prefix."""
+    causal = attending.eager_mask
+    monkeypatch.setattr(attending, "eager_mask", lambda *given, **named: torch.zeros_like(causal(*given, **named)))

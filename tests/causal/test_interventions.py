@@ -1,6 +1,7 @@
 """Interventions do what they say, on every family, and leave nothing behind."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,56 @@ def test_checkpointed_blocks_are_changed_alike(family: Callable[[str], Path], tm
         gradients.append(weight.grad)
     assert gradients[0].any()
     assert torch.equal(*gradients)
+
+
+class Flat(nn.Module):
+    """Puts the rows out in one, and something besides, as Llama 4's experts."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        return self.inner(x).reshape(-1, x.shape[-1]), None
+
+
+class Viewing(nn.Module):
+    """Takes it back in its rows, as Llama 4's blocks."""
+
+    def __init__(self, mlp: nn.Module) -> None:
+        super().__init__()
+        self.flat = Flat(mlp)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.flat(x)[0].view(x.shape)
+
+
+def test_rows_put_out_in_one_are_changed_in_their_places(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    inputs, vector = one.ask().inputs, torch.randn(32)
+    two = {name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()}
+    rows = torch.tensor([[4, 5], [9, 2]])
+    changes = [add("mlp", [1], rows, vector), mean("mlp", [2], torch.tensor([3, 6])), zero("mlp", [3])]
+    plain, made = run(one, two, *changes), record(one.model, one.anatomy, two, changes).values
+    blocks = []
+    for block in one.anatomy.blocks:
+        assert block.mlp is not None
+        parent, _, last = block.mlp.rpartition(".")
+        setattr(one.model.get_submodule(parent), last, Viewing(one.model.get_submodule(block.mlp)))
+        blocks.append(replace(block, mlp=f"{block.mlp}.flat"))
+    one.anatomy.__dict__["blocks"] = tuple(blocks)
+    assert torch.equal(run(one, two, *changes), plain)
+    for key, value in record(one.model, one.anatomy, two, changes).values.items():
+        assert torch.equal(value, made[key])
+
+
+def test_parts_given_rows_in_one_are_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    inputs = one.ask().inputs
+    mlp = one.model.get_submodule(str(one.anatomy.blocks[1].mlp))
+    mlp.register_forward_pre_hook(lambda _, given: (given[0][0],))
+    with pytest.raises(UserError, match="cannot be intervened on"):
+        run(one, inputs, zero("mlp", [1], torch.tensor([2])))
 
 
 @given(st.integers(0, 31), st.integers(1, 9))

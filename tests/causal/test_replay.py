@@ -1,18 +1,23 @@
 """A run computed again from the middle equals the whole run; what is not causal is refused."""
 
+from collections import UserDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+from lightning_mm.causal.attention import contributions, shares
 from lightning_mm.causal.interventions import Intervention, add, intervened, patch, skip, zero
 from lightning_mm.causal.readout import read_out
 from lightning_mm.causal.recording import last_logits, record
 from lightning_mm.causal.replay import Replay
+from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
-from tests.causal.subjects import FAMILIES, subject
+from lightning_mm.models.attending import AttentionCall, attention_through
+from tests.causal.subjects import FAMILIES, see_all, subject
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 """Sums of the same float32 products in another order."""
@@ -74,23 +79,126 @@ def test_pictures_seen_both_ways_are_replayed_from_their_first_patch(
     assert (replay.start_for(inner), replay.start_for(after)) == (first, after)
 
 
-def test_what_looks_ahead_is_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
+def test_what_looks_ahead_is_computed_again_whole(
+    family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = subject(family, "llava", tmp_path)
-    base = record(one.model, one.anatomy, one.ask().inputs)
-    call = base.calls[2]
-    assert call.mask is not None
-    base.calls[2] = call.changed(mask=torch.zeros_like(call.mask))
-    with pytest.raises(UserError, match="looks ahead"):
-        Replay(one.model, one.anatomy, base)
+    inputs = one.ask().inputs
+    see_all(monkeypatch)
+    replay = Replay(one.model, one.anatomy, record(one.model, one.anatomy, inputs))
+    last = replay.base.length - 1
+    assert replay.start_for(last) == 0
+    changes = [zero("mlp", [1], torch.tensor([last]))]
+    whole = record(one.model, one.anatomy, inputs, changes).logits
+    torch.testing.assert_close(replay.logits(changes, layer=1), whole, **CLOSE)
+    with pytest.raises(UserError, match=r"looks ahead.*\n.*--tracing.plain true"):
+        replay.logits(changes, layer=1, start=last)
 
 
-def test_what_is_not_what_was_recorded_is_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer", [1, 3])
+def test_what_is_not_what_was_recorded_is_refused(layer: int, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
     base = record(one.model, one.anatomy, one.ask().inputs)
     with torch.no_grad():
-        next(one.model.get_submodule(one.anatomy.layers[2]).parameters()).mul_(1.5)
+        for parameter in one.model.get_submodule(one.anatomy.layers[layer]).parameters():
+            parameter.mul_(1.5)
     with pytest.raises(UserError, match="changes the logits"):
         Replay(one.model, one.anatomy, base)
+
+
+def test_a_replay_wrong_from_the_middle_on_only_is_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    base = record(one.model, one.anatomy, one.ask().inputs)
+    base.entered[one.anatomy.num_layers // 2] = base.entered[0]
+    base.values["residual", one.anatomy.num_layers // 2 - 1] = base.entered[0]  # nothing is added between blocks
+    with pytest.raises(UserError, match="changes the logits"):
+        Replay(one.model, one.anatomy, base)
+
+
+def test_rounding_of_single_logits_in_16_bits_is_no_fault(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    one.model.to(torch.bfloat16)
+    asked = one.ask()
+    inputs = {k: v.to(torch.bfloat16) if v.is_floating_point() else v for k, v in asked.inputs.items()}
+    base = record(one.model, one.anatomy, inputs)
+    spread = base.logits.std()
+    base.logits[0, 5] += 0.1 * spread  # a unit in the last place of a logit of 20, where the spread is 1.25
+    Replay(one.model, one.anatomy, base)
+    base.logits += 0.1 * spread
+    with pytest.raises(UserError, match="changes the logits"):
+        Replay(one.model, one.anatomy, base)
+
+
+@pytest.mark.parametrize("shared", [UserDict(full=torch.zeros(1)), {"full": torch.zeros(1)}, DynamicCache()])
+def test_what_blocks_share_and_write_into_is_refused(
+    shared: Any, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = subject(family, "llava", tmp_path)
+    base = record(one.model, one.anatomy, one.ask().inputs)
+    base.arguments[2][1]["shared_kv_states"] = {}
+    Replay(one.model, one.anatomy, base)
+    base.arguments[2][1]["shared_kv_states"] = shared
+    with pytest.raises(UserError, match="Layer 2 is given"):
+        Replay(one.model, one.anatomy, base)
+
+
+def test_layers_without_ordinary_attention_are_recorded_and_told(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    asked = one.ask()
+    whole = record(one.model, one.anatomy, asked.inputs)
+    mixer = one.model.get_submodule(str(one.anatomy.blocks[1].attention))
+    mixer.__class__ = type("DeltaNet", (type(mixer),), {"__module__": __name__})  # no eager attention beside it
+    found = record(one.model, one.anatomy, asked.inputs)
+    assert sorted(found.calls) == [layer for layer in range(one.anatomy.num_layers) if layer != 1]
+    torch.testing.assert_close(found.logits, whole.logits, **CLOSE)
+    with pytest.raises(UserError, match="Layer 1 mixes tokens by other means"):
+        Replay(one.model, one.anatomy, found)
+    with (
+        pytest.raises(UserError, match=r"layer 1 \(DeltaNet\) cannot be changed"),
+        attention_through(one.model, one.anatomy, AttentionCall.compute),
+    ):
+        pass
+    shared, _ = shares(one.model, one.anatomy, found, asked, ("image->last",))
+    assert shared.isnan().tolist() == [[layer == 1 for layer in range(one.anatomy.num_layers)]]
+    with pytest.raises(UserError, match="other means than attention"):
+        contributions(one.model, one.anatomy, found, 1, torch.tensor([3]))
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3", "mllama"])
+def test_kernels_without_masks_are_stood_in_for(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, name, tmp_path)
+    inputs = one.ask().inputs
+    whole = record(one.model, one.anatomy, inputs)
+    mixer = one.model.get_submodule(str(one.anatomy.blocks[0].attention))
+    mixer.config._attn_implementation_internal = "flash_attention_2"
+    decide.clear()
+    base = record(one.model, one.anatomy, inputs)
+    torch.testing.assert_close(base.logits, whole.logits, **CLOSE)
+    assert [(each.name, each.value) for each in decide] == [("causal.attention", "sdpa")]
+    assert {call.kernel for call in base.calls.values()} == {"flash_attention_2"}
+    assert mixer.config._attn_implementation == "flash_attention_2"
+
+
+def test_capped_scores_are_stood_in_for_by_the_written_out_attention(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = subject(family, "gemma3", tmp_path)
+    call = record(one.model, one.anatomy, one.ask().inputs).calls[0]
+    capped = call.changed(kernel="flash_attention_2", options={**call.options, "softcap": 0.01})
+    out, _ = capped.compute()
+    assert torch.equal(out, capped.explicit()[0])
+    assert not torch.allclose(out, call.explicit()[0])
+
+
+def test_reading_out_forgets_the_last_batch(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "qwen2_5_vl", tmp_path)
+    inputs = one.ask().inputs
+    base = record(one.model, one.anatomy, inputs)
+    states = base.values["residual", one.anatomy.num_layers - 1][0, :3]
+    before = read_out(one.model, one.anatomy, states, base.tuples)
+    torch.testing.assert_close(before, one.model(**inputs).logits[0, :3].float(), **CLOSE)
+    one.model(**{name: torch.cat([tensor, tensor]) for name, tensor in inputs.items()})
+    assert torch.equal(read_out(one.model, one.anatomy, states, base.tuples), before)
 
 
 def test_attention_of_the_model_is_its_own_again(family: Callable[[str], Path], tmp_path: Path) -> None:
