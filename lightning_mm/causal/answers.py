@@ -24,7 +24,7 @@ class Answer:
     """The clean model's word on one question.
 
     Args:
-        asked: The question, on the model's device.
+        asked: The question, where it was: it goes to the model's device when it is asked.
         target: First token of the right answer; where none is given, of the model's own.
         probability: Of that token.
         confidence: Of the token that the model answers with, right or not.
@@ -47,7 +47,7 @@ def answered(
     found: list[Answer] = []
     rejected: list[Rejection] = []
     for each in asked:
-        one = _answer(model, anatomy, asker, each.to(device), device)
+        one = _answer(model, anatomy, asker, each, device)
         if isinstance(one, Answer):
             found.append(one)
         else:
@@ -70,7 +70,7 @@ def _answer(model: Any, anatomy: Anatomy, asker: Asker, asked: Asked, device: to
         further = asker.ask(question, answer=reply[: len(reply) - len(reply.lstrip())])
         if isinstance(further, Rejection) or not _begins(behind, further, blanks):
             return Rejection(question.id, "answer begins with a blank that cannot be put into the prompt")
-        asked = further.to(device)
+        asked = further
     said = heard(model, anatomy, behind.to(device))
     target = int(behind.ids[blanks])
     chances = last_logits(model, anatomy, asked.inputs)[0].softmax(-1) if blanks else said.first.exp()

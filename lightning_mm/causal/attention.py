@@ -146,7 +146,7 @@ def flow(
     Args:
         model: The plain model in eval mode.
         anatomy: Of it.
-        asked: The questions, on the model's device.
+        asked: The questions.
         names: Edges.
     """
     found = []

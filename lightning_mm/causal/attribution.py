@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_mm.causal.corruption import Corrupt
 from lightning_mm.causal.interventions import Site, add, intervened
-from lightning_mm.causal.recording import Recording, record
+from lightning_mm.causal.recording import Recording, on_device, record
 from lightning_mm.models.anatomy import Anatomy
 
 
@@ -38,7 +38,7 @@ def attribution(
         values = record(model, anatomy, corrupt.inputs, sites=(site,)).values
         moved = [add(site, [layer], None, move) for layer, move in enumerate(moves)]
         with torch.enable_grad(), intervened(model, anatomy, moved):
-            logits = model(**corrupt.inputs, use_cache=False).logits[0, -1].float()
+            logits = model(**on_device(model, anatomy, corrupt.inputs), use_cache=False).logits[0, -1].float()
             gradients = torch.autograd.grad(logits[target] - logits[rival], moves)
     per_token = torch.stack(
         [

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.causal.questions import Asked
+from lightning_mm.causal.recording import on_device
 from lightning_mm.causal.visual import encoded, greyed
 from lightning_mm.data.sample import Rejection
 from lightning_mm.errors import UserError
@@ -173,7 +174,8 @@ def _symmetric(asked: Asked, others: Sequence[Asked], chance: random.Random) -> 
 def _noisy(asked: Asked, model: nn.Module, anatomy: Anatomy, seed: int) -> Corrupt | Rejection:
     positions = asked.constraint.unique()
     with torch.no_grad():
-        embedded_PD = model.get_submodule(anatomy.embedding)(asked.inputs["input_ids"][0, positions]).float().cpu()
+        ids = on_device(model, anatomy, asked.inputs)["input_ids"][0, positions]
+        embedded_PD = model.get_submodule(anatomy.embedding)(ids).float().cpu()
     noise = torch.randn(embedded_PD.shape, generator=torch.Generator().manual_seed(seed))
     noise = NOISE * embedded_PD.std() * noise
     if not noise.any():

@@ -92,6 +92,8 @@ def contribution_features(model: nn.Module, anatomy: Anatomy, recording: Recordi
         heads_H1K = contribution_norms(model, anatomy, recording, layer, last).heads
         if heads_H1K.shape[2] == recording.length:
             found.append(heads_H1K[:, 0, asked.constraint.to(heads_H1K.device)].amax(1).cpu())
+    if not found:
+        raise UserError("Contributions cannot be told.", "No layer attends to the tokens.", "Leave the predictor out.")
     return torch.cat(found)
 
 

@@ -77,11 +77,18 @@ def record(
 @torch.no_grad()
 def last_logits(model: Any, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, V) float32 logits at the last token, soft-capped and scaled as the model does it."""
+    inputs = on_device(model, anatomy, inputs)
     rows, length = inputs["input_ids"].shape
     last = torch.arange(1, rows + 1, device=inputs["input_ids"].device) * length - 1
     with gathered_before(model.get_submodule(anatomy.head), last):
         logits = model(**inputs, use_cache=False).logits
     return logits.reshape(rows, -1).float()
+
+
+def on_device(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs where the model is: questions wait in the host's memory, where there is more of it."""
+    device = next(model.get_submodule(anatomy.embedding).parameters()).device
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def trace(
     Args:
         model: The plain model in eval mode.
         anatomy: Of it.
-        asked: The question, on the model's device.
+        asked: The question.
         corrupt: Its corruption, of the same length.
         options: What to put back, and how.
         target: Token to follow; None: what the clean run answers.
