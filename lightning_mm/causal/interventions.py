@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.taps.tap import uncompiled
 
 Site = Literal["residual", "attention", "mlp"]
 Values = Mapping[tuple[Site, int], Tensor]
@@ -124,7 +125,7 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
     """While active, every forward pass of the model computes with the interventions, in the order given.
 
     Nothing is left behind: no hook, no changed tensor. Works on adapters, quantised weights and under checkpointing;
-    blocks that were compiled run uncompiled meanwhile, since a compiled block may not notice new hooks.
+    blocks that were compiled run uncompiled meanwhile.
 
     Args:
         model: The plain model.
@@ -134,24 +135,19 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
     Raises:
         UserError: A layer has no such site; or, when the context ends, an intervention never took effect.
     """
-    blocks = anatomy.blocks
     took = {(number, layer): False for number, each in enumerate(interventions) for layer in each.layers}
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     handles = []
     try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        for number, each in enumerate(interventions):
-            for layer in each.layers:
-                name = _module_of(blocks, each.site, layer)
-                hook = _changing(each, layer, took, (number, layer))
-                handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-        yield
+        with uncompiled(model):
+            for number, each in enumerate(interventions):
+                for layer in each.layers:
+                    name = _module_of(anatomy.blocks, each.site, layer)
+                    hook = _changing(each, layer, took, (number, layer))
+                    handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, implementation in compiled.items():
-            module._compiled_call_impl = implementation
     missed = [interventions[number].name + f" in layer {layer}" for (number, layer), done in took.items() if not done]
     if missed:
         raise UserError(

@@ -30,13 +30,25 @@ def plain(model: Any) -> nn.Module:
 
 
 @contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """While active, modules that were compiled run uncompiled: a compiled one may not notice new hooks."""
+    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
+    try:
+        for module in compiled:
+            module._compiled_call_impl = None
+        yield
+    finally:
+        for module, implementation in compiled.items():
+            module._compiled_call_impl = implementation
+
+
+@contextmanager
 def tapped(
     model: nn.Module, anatomy: Anatomy, receive: Receive, slices: Collection[int] | None = None
 ) -> Iterator[None]:
     """While active, every forward pass of the model hands over its hidden states.
 
-    Blocks that were compiled run uncompiled meanwhile, since a compiled block may not notice new hooks. No hook is
-    left behind, also where the forward pass fails.
+    Blocks that were compiled run uncompiled meanwhile. No hook is left behind, also where the forward pass fails.
 
     Args:
         model: As ``plain`` gives it.
@@ -45,23 +57,19 @@ def tapped(
         slices: Which of the ``num_layers + 1`` slices; all if None.
     """
     wanted = set(range(anatomy.num_layers + 1) if slices is None else slices)
-    compiled = {m: m._compiled_call_impl for m in model.modules() if m._compiled_call_impl is not None}
     handles = []
     try:
-        for module in compiled:
-            module._compiled_call_impl = None
-        for index, name in enumerate(anatomy.layers):
-            block = model.get_submodule(name)
-            if index == 0 and 0 in wanted:
-                handles.append(block.register_forward_pre_hook(_entering(receive), with_kwargs=True))
-            if index + 1 in wanted:
-                handles.append(block.register_forward_hook(_leaving(receive, index + 1)))
-        yield
+        with uncompiled(model):
+            for index, name in enumerate(anatomy.layers):
+                block = model.get_submodule(name)
+                if index == 0 and 0 in wanted:
+                    handles.append(block.register_forward_pre_hook(_entering(receive), with_kwargs=True))
+                if index + 1 in wanted:
+                    handles.append(block.register_forward_hook(_leaving(receive, index + 1)))
+            yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, implementation in compiled.items():
-            module._compiled_call_impl = implementation
 
 
 def _entering(receive: Receive) -> Callable[..., None]:
