@@ -85,7 +85,7 @@ def read_questions(path: Path | str, image_root: Path | str | None = None) -> Qu
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No file {path} with questions.", *sources._why_no_file(path))
+        raise UserError(f"No file {path} with questions.", *sources.why_no_file(path))
     reader = QuestionReader(Path(image_root) if image_root else path.parent)
     questions: list[Question] = []
     rejected: list[Rejection] = []
@@ -132,7 +132,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row with its origin, in our own form."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return sources._rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+    return sources.raw_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -84,7 +84,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     rewrites: list[Rewrite] = []
     staying: list[Question] = []
     rejections: list[Rejection] = []
-    for origin, row in sources._rows(path):
+    for origin, row in sources.raw_rows(path):
         try:
             made = _row(reader, images, row, origin)
         except BadRow as error:

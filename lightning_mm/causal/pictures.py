@@ -11,17 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
 from torch import Tensor, nn
 
 from lightning_mm.causal.attention import contribution_norms
 from lightning_mm.causal.edges import edge
 from lightning_mm.causal.questions import Asked
 from lightning_mm.causal.recording import Recording
+from lightning_mm.causal.visual import grids_of
 from lightning_mm.data import images
-from lightning_mm.data.encoder import Encoder
-from lightning_mm.data.probing.grids import NO_GRID, NO_OBJECT_SITES, Grids
-from lightning_mm.data.sample import IMAGE_MARK, Turn
+from lightning_mm.data.probing.grids import NO_GRID, NO_OBJECT_SITES
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
@@ -61,9 +59,7 @@ class PictureGrids:
     """
 
     def __init__(self, processing: Processing, max_megapixels: float = 40.0) -> None:
-        self._encoder = Encoder(processing, None, max_megapixels)
-        merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-        self._grids = Grids(self._alone, processing.config.to_dict(), merge_size)
+        self._grids, self._max_megapixels = grids_of(processing), max_megapixels
 
     def grid(self, asked: Asked) -> PictureGrid:
         """The grid of a question's picture.
@@ -86,29 +82,8 @@ class PictureGrids:
         decide("causal.picture_grid", f"{side} x {side}", "the processor tells no grid; this is the number of tokens")
         return PictureGrid(side, side, 0, None)
 
-    def shown(self, asked: Asked, box: tuple[float, float, float, float]) -> Tensor:
-        """Positions of the image tokens that show some of a box, given in the picture's pixels.
-
-        Raises:
-            UserError: Places of tokens are not known, or the box is cut off.
-        """
-        thw = asked.inputs.get("image_grid_thw")
-        if len(asked.question.images) != 1 or len(asked.image) == 0:
-            raise _no_map(asked, "it does not have one picture")
-        thw = None if thw is None else thw[0].cpu()
-        weight_T = self._grids.weights(box, self._size(asked), len(asked.image), thw)
-        if isinstance(weight_T, str) or not weight_T.any():
-            why = weight_T if isinstance(weight_T, str) else "the box is cropped away"
-            raise _no_map(asked, why.removeprefix(f"{NO_OBJECT_SITES}: "))
-        return asked.image[weight_T > 0]
-
     def _size(self, asked: Asked) -> tuple[int, int]:
-        return images.load(asked.question.images[0], self._encoder.max_megapixels).image.size
-
-    def _alone(self, image: Image.Image) -> dict[str, Tensor]:
-        """A picture through the processor, with next to no text."""
-        text = self._encoder.chat.render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
-        return self._encoder.processing.encode([text], [[image]], "right").inputs
+        return images.load(asked.question.images[0], self._max_megapixels).image.size
 
 
 def image_map(

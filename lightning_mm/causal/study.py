@@ -160,10 +160,12 @@ def _trace(
         raise refused
     if not any(each.told for each in found.traces):
         first = f"; {found.rejected[0].reason}" if found.rejected else ""
-        found.findings.problems.append(
+        told_why = (
             f"trace: no average: of {len(right)} questions {len(found.traces)} could be corrupted, and none of them "
             f"lost {LEAST_FALL:.0%} of its answer's probability{first}"
         )
+        found.findings.problems.append(told_why)
+        log.warning("%s", told_why)
     for measure, site, estimates in averaged(found.traces):
         found.findings.add("causal", measure, site, estimates, first=0)
     clearest = sorted(found.traces, key=lambda each: each.p_corrupt - each.p_clean)[: options.shown]

@@ -27,6 +27,12 @@ def encoded(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor
     return processing.encode([text], [[picture]], "right").inputs
 
 
+def grids_of(processing: Processing) -> Grids:
+    """How the model's image tokens lie in pictures."""
+    merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
+    return Grids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
+
+
 def greyed(question: Question) -> Image.Image | Rejection:
     """Its picture with grey in place of its boxes, or why it has none."""
     picture = _pictured(question)
@@ -47,8 +53,7 @@ class BoxTokens:
     """
 
     def __init__(self, processing: Processing) -> None:
-        merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-        self._grids = Grids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
+        self._grids = grids_of(processing)
 
     def __call__(self, asked: Asked) -> Tensor | Rejection:
         """(P,) positions of the picture's tokens that show any part of the question's boxes, or why none is known."""

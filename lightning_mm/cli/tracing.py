@@ -33,6 +33,7 @@ from lightning_mm.cli.subject import Subject, check_alike
 from lightning_mm.dashboards.local import write_report
 from lightning_mm.dashboards.rundir import RunDirectory, write_json
 from lightning_mm.dashboards.traces import save_trace
+from lightning_mm.data.batch import Batch
 from lightning_mm.data.ledger import Ledger
 from lightning_mm.data.sample import Rejection
 from lightning_mm.decisions import decide, log
@@ -55,13 +56,17 @@ def trace(arguments: list[str]) -> int:
     subject = subjects[0]
     asker = Asker(subject.data.processing, options.prompt)
     answers, rejected = _answers(subject, asker, read.questions, options)
+    # Before the long part, so that a mistake in the file shows at once.
+    batches = subject.conversations.sample_batches(options.batches, options.batch_size) if options.against else []
+    if options.against and not batches:
+        raise UserError(f"Nothing in {options.data} can be asked.", "No answer is left of it.", "Give other --data.")
     run = RunDirectory.create(options.root, options.name or f"trace-{short(options.model)}")
     began = time.perf_counter()
     examined = Examined(subject.model, subject.anatomy, subject.data.processing)
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
         found = study(examined, answers, studying, _pictures(run, answers))
         if len(subjects) > 1:
-            _transplant(subject, subjects[1], found, options)
+            _transplant(subject, subjects[1], found, batches)
     _write(run, found, time.perf_counter() - began, options, answers, subject)
     ledger = Ledger()
     ledger.add([*read.rejected, *rejected, *found.rejected])
@@ -186,9 +191,8 @@ def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
     return names
 
 
-def _transplant(base: Subject, tuned: Subject, found: Study, options: Namespace) -> None:
+def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[Batch]) -> None:
     """Curves of hybrids: layers of the tuned model in the first one."""
-    batches = base.conversations.sample_batches(options.batches, options.batch_size)
     hybrid = from_two(base.model, tuned.model, base.anatomy)
     untouched = transplanted_answers(base.model, base.anatomy, batches, base.device)
     for mode in ("cumulative", "sliding"):
@@ -230,7 +234,11 @@ def headlines(found: Findings) -> Table:
         if not rows:
             table.add_row(measure, site, "undefined")
             continue
-        best = max(rows, key=lambda row: abs((row.value or 0.0) - (row.null or 0.0)))
+        # Shares and accuracies are strongest where they are largest, effects where they are farthest from none.
+        is_level = measure in ("flow", "transplant")
+        best = max(
+            rows, key=lambda row: (row.value or 0.0) if is_level else abs((row.value or 0.0) - (row.null or 0.0))
+        )
         interval = "" if best.low is None or best.high is None else f"{best.low:.3g} to {best.high:.3g}"
         null = "" if best.null is None else f"{best.null:.3g}"
         table.add_row(measure, site, str(best.layer), f"{best.value:.3g}", interval, null, str(best.n))

@@ -50,11 +50,11 @@ def read(path: Path | str, image_root: Path | str | None = None, *, answers_requ
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No data file {path}.", *_why_no_file(path))
+        raise UserError(f"No data file {path}.", *why_no_file(path))
     reader = RowReader(Path(image_root) if image_root else path.parent, answers_required)
     samples: list[Sample] = []
     rejections: list[Rejection] = []
-    for origin, row in _rows(path):
+    for origin, row in raw_rows(path):
         try:
             samples.append(reader.sample(row, origin))
         except BadRow as error:
@@ -69,7 +69,7 @@ def read(path: Path | str, image_root: Path | str | None = None, *, answers_requ
     return Rows(tuple(samples), tuple(rejections), len(samples) + len(rejections))
 
 
-def _why_no_file(path: Path) -> tuple[str, str]:
+def why_no_file(path: Path) -> tuple[str, str]:
     if path.is_dir():
         return "It is a folder.", "Name the .json or .jsonl file in it."
     return "It does not exist.", "Check the path; it is relative to the folder the command runs in."
@@ -89,7 +89,7 @@ def _check_any(path: Path, samples: list[Sample], rejections: list[Rejection]) -
     )
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row with its origin; a row that is not JSON comes as the BadRow it is."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()

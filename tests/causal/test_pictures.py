@@ -11,6 +11,8 @@ from lightning_mm.causal.attention import contributions
 from lightning_mm.causal.pictures import PictureGrids, image_map
 from lightning_mm.causal.questions import Asked, Question
 from lightning_mm.causal.recording import record
+from lightning_mm.causal.visual import BoxTokens
+from lightning_mm.data.probe_rows import ObjectBox
 from lightning_mm.data.probing.grids import NO_GRID, NO_OBJECT_SITES, Grids
 from lightning_mm.errors import UserError
 from tests.causal.subjects import SPAN, TEXT, subject
@@ -20,8 +22,7 @@ from tests.causal.subjects import SPAN, TEXT, subject
 def test_every_image_token_has_its_place(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
     asked = one.ask()
-    grids = PictureGrids(one.processing)
-    grid = grids.grid(asked)
+    grid = PictureGrids(one.processing).grid(asked)
     assert grid.before + grid.rows * grid.columns == len(asked.image)
     assert grid.window is not None
     run = record(one.model, one.anatomy, asked.inputs)
@@ -37,7 +38,9 @@ def test_every_image_token_has_its_place(name: str, family: Callable[[str], Path
     middle = (left + across * (column + 0.4), top + down * (row + 0.4))
     box = (*middle, middle[0] + across * 0.2, middle[1] + down * 0.2)
     expected = asked.image[grid.before + row * grid.columns + column]
-    assert grids.shown(asked, box).tolist() == [int(expected)]
+    shown_at = BoxTokens(one.processing)(one.ask(boxes=(ObjectBox("middle", box),)))
+    assert isinstance(shown_at, torch.Tensor), shown_at
+    assert shown_at.tolist() == [int(expected)]
 
 
 def test_what_has_no_place_is_refused_with_the_reason(

@@ -10,6 +10,9 @@ import pytest
 from PIL import Image
 
 from lightning_mm.__main__ import main
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.cli.tracing import headlines
+from lightning_mm.estimate import Estimate
 from lightning_mm.models.card import Origin
 from lightning_mm.models.export import export_full
 from tests.causal.taught import KNOWN, Taught, known
@@ -78,6 +81,13 @@ def test_trace_writes_all_that_was_found(work: Path, data: dict[str, Path], caps
     assert "mlp/constraint" in capsys.readouterr().out
 
 
+def test_headlines_name_the_largest_share_and_the_farthest_effect() -> None:
+    found = Findings(0)
+    found.add("causal", "flow", "image->last", [Estimate(v, 4, null=0.8) for v in (0.1, 0.6, 0.0)], first=0)
+    found.add("causal", "knockout", "image->last/pre", [Estimate(v, 4, null=0.0) for v in (0.1, -0.1, -0.7)], first=0)
+    assert list(headlines(found).columns[2].cells) == ["1", "2"]
+
+
 @pytest.mark.parametrize("corruption", ["symmetric", "image", "gaussian"])
 def test_every_corruption_traces(corruption: str, work: Path) -> None:
     Image.linear_gradient("L").convert("RGB").resize((48, 40)).save(work / "other.png")
@@ -104,6 +114,7 @@ def test_without_answers_the_models_own_are_followed(work: Path) -> None:
         ([row("b")], ["--corruption", "rust"], "no corruption 'rust'"),
         ([row("b")], ["--prompt", "hello"], "Nothing would be asked"),
         ([row("b")], ["--against", "model"], "nothing to ask the hybrids"),
+        ([row("b")], ["--against", "model", "--data", "nowhere.json"], "No data file"),
         ([row("b")], ["--tracing.width", "0"], "nothing to trace with"),
         ([row("b")], ["--knocking.edges", "[moon->last]"], "no edge 'moon->last'"),
     ],

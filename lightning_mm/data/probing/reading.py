@@ -102,7 +102,7 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         head = file.read(65536).decode("utf-8-sig", errors="replace")
-    return coco_rows(path) if is_coco(head) else sources._rows(path)
+    return coco_rows(path) if is_coco(head) else sources.raw_rows(path)
 
 
 def _scene(reader: RowReader, row: Any, origin: str) -> Scene:
