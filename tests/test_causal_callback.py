@@ -9,6 +9,7 @@ import torch
 from lightning_mm.callbacks import CausalCallback, Schedule
 from lightning_mm.dashboards.layers_file import LayerRow, read_layers
 from lightning_mm.errors import UserError
+from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from tests.test_resume import DROPOUT, Losses
 from tests.training import train
@@ -36,6 +37,7 @@ def test_training_is_the_same_and_curves_are_made(
     files = {**data, "probes": probes}
     options: dict[str, Any] = {"tuning": POLICIES[policy], "max_steps": 4, "accumulate_grad_batches": 2}
     plain, watched = Losses(), Losses()
+    start = {name: p.detach().clone() for name, p in load_model(Backbone(path=str(family("llava")))).named_parameters()}
     alone, _ = train(family("llava"), files, tmp_path / "a", callbacks=[plain], **options)
     callback = CausalCallback(Schedule(every=2, budget=None), count=3, parts=("ablation", "knockout", "flow"))
     seen, _ = train(family("llava"), files, tmp_path / "b", callbacks=[watched, callback], **options)
@@ -47,6 +49,9 @@ def test_training_is_the_same_and_curves_are_made(
     for step in (0, 2, 4):
         for measure, site in (("ablation", "skip"), ("knockout", "image->question/pre"), ("flow", "image->last")):
             assert set(found[step, measure, site]) == {0, 1, 2, 3}, (step, measure)
+    for name, held in callback._start.items():
+        assert torch.equal(held, start[name]), f"{name} is kept as it was before the first step"
+        assert not torch.equal(held, seen.model.get_parameter(name)), f"{name} has been trained since"
     curve = found[4, "transplant", "cumulative/picture"]
     assert (4, "transplant", "cumulative/picture") in found
     assert (0, "transplant", "cumulative/picture") not in found, "nothing has been trained yet"

@@ -131,7 +131,7 @@ class CausalCallback(InspectingCallback):
             source, drawn = self.questions, read_questions(self.questions, self._data.image_root).questions
         else:
             split = "val" if self._data.samples("val") else "train"
-            source, drawn = f"data.{split}", questions_of(self._data.samples(split))
+            source, drawn = f"data.{split}", first_turns(self._data.samples(split))
         found: list[Asked] = []
         lost: list[Rejection] = []
         for question in drawn:
@@ -189,7 +189,7 @@ class CausalCallback(InspectingCallback):
         return data_of(self._trainer)
 
 
-def questions_of(samples: Sequence[Sample]) -> tuple[Question, ...]:
+def first_turns(samples: Sequence[Sample]) -> tuple[Question, ...]:
     """The first question and answer of each conversation, without constraints; system turns are left out."""
     made = []
     for sample in samples:

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from lightning_mm.causal.forcing import Forced, forced_logits
 from lightning_mm.causal.interventions import intervened
-from lightning_mm.causal.readout import logits_of
 from lightning_mm.causal.recording import record
 from lightning_mm.causal.replay import Replay
 from lightning_mm.causal.weights import Edit, down_projection, low_rank
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.readout import logits_of
 from lightning_mm.tuning.boundary import activations_kept
 
 P2_CLAMP = 1e-4

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_mm.causal.pictures import PictureGrid, entry
 from lightning_mm.causal.questions import Asked
-from lightning_mm.causal.readout import read_out
 from lightning_mm.causal.recording import Recording
 from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.readout import read_out
 
 
 def lens(model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, positions: Tensor) -> Tensor:

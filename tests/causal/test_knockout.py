@@ -1,6 +1,7 @@
 """Knocked-out edges are those that an explicit mask hides, on every family, however the run is computed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,17 @@ def test_curves_are_means_over_the_right_answers(
             assert row[layer].value == pytest.approx(float(value), abs=1e-6)
             assert (row[layer].n, row[layer].null) == (4, float(measure == "knockout_accuracy"))
             assert row[layer].notes == ("1 of 5 questions left out: answered wrong",)
+
+
+def test_a_right_answer_that_the_model_does_not_give_has_no_accuracy_to_lose(
+    family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = subject(family, "llava", tmp_path)
+    says, other = answered(one, one.ask(seed=0)), answered(one, one.ask(seed=1))
+    answers = [says, replace(other, target=other.target + 1)]
+    rows = curves.knockout_curves(one.model, one.anatomy, answers, Knocking(("image->question",)))
+    nulls = {measure: {estimate.null for estimate in row} for measure, _, row in rows}
+    assert nulls == {measure: {0.5 if measure == "knockout_accuracy" else 0.0} for measure in MEASURES}
 
 
 def test_layers_without_an_edge_are_undefined(family: Callable[[str], Path], tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from transformers import DynamicCache
 
 from lightning_mm.causal.attention import contributions, shares
 from lightning_mm.causal.interventions import Intervention, add, intervened, patch, skip, zero
-from lightning_mm.causal.readout import read_out
 from lightning_mm.causal.recording import last_logits, record
 from lightning_mm.causal.replay import Replay
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.attending import AttentionCall, attention_through
+from lightning_mm.models.readout import read_out
 from tests.causal.subjects import FAMILIES, see_all, subject
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}

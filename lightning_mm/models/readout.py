@@ -36,12 +36,14 @@ def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, 
 def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
     """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
     hidden_N1D = hidden_ND[:, None]
-    given: dict[str, Tensor] = {}
+    # Any word will do, for its embedding is passed by too; some models (Gemma 4) want to know which word it was.
+    word = int(getattr(model.config, "image_token_id", None) == 0)
+    given = {"input_ids": torch.full((len(hidden_ND), 1), word, device=hidden_ND.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
     with passed_by(model, anatomy, hidden_N1D, tuples):
-        logits = model(inputs_embeds=hidden_N1D, use_cache=False, **given).logits
+        logits = model(use_cache=False, **given).logits
     return logits[:, -1].float()
 
 
