@@ -58,7 +58,7 @@ class Chat:
         self._special = _any_of(processing.special_tokens)
         self._stop = _any_of(processing.added_tokens)
         self._in_parts: dict[Role, bool] = {"user": True, "assistant": True, "system": True}
-        self._head = 0
+        self._head, self._has_stop = 0, True
         self.placeholder = ""
         try:
             self._learn_layout()
@@ -93,12 +93,23 @@ class Chat:
             if turn.role != "assistant":
                 continue
             start = self._prefix(full, turns[:i], True)
-            stop, has_stop = self._answer_end(full[start : self._prefix(full, turns[: i + 1], False)], turn.text)
+            is_last = i + 1 == len(turns) and not add_generation_prompt
+            end = len(full) if is_last else self._prefix(full, turns[: i + 1], False)
+            stop, has_stop = self._answer_end(full[start:end], turn.text)
             text += full[done:start]
             spans.append((len(text), len(text) + stop + (0 if has_stop else len(self._eos()))))
             text += full[start : start + stop] + ("" if has_stop else self._eos())
             done = start + stop
         return Rendered(text + full[done:], tuple(spans))
+
+    def written(self, turns: Sequence[Turn]) -> str:
+        """A conversation with as many tokens as the rendered one, for a fraction of the work: no answer is looked for.
+
+        Raises:
+            ChatError: The template refuses it.
+        """
+        answers = sum(turn.role == "assistant" for turn in turns)
+        return self._raw(turns) + ("" if self._has_stop else self._eos() * answers)
 
     def _prefix(self, full: str, turns: Sequence[Turn], add_generation_prompt: bool) -> int:
         text = self._raw(turns, add_generation_prompt)
@@ -189,7 +200,8 @@ class Chat:
         full = self._raw(_PROBE[:2])
         segment = full[self._prefix(full, _PROBE[:1], True) :]
         self._head = max(0, segment.find(_REPLY))
-        if not self._answer_end(segment, _REPLY)[1]:
+        self._has_stop = self._answer_end(segment, _REPLY)[1]
+        if not self._has_stop:
             decide("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
 
 

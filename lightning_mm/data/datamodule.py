@@ -13,8 +13,10 @@ import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lightning_mm.data.batch import Batch
+from lightning_mm.data.budget import planned_loader
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.ledger import Ledger
+from lightning_mm.data.lengths import Lengths, measure_lengths
 from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
 from lightning_mm.data.preflight import Preflight
 from lightning_mm.data.probe_collator import ProbeCollator
@@ -39,6 +41,9 @@ class MMDataModule(L.LightningDataModule):
         predict: Questions; they need no answers.
         image_root: Folder that image paths are relative to and may not leave; the folder of each file if not given.
         batch_size: Conversations per device and step.
+        max_tokens: In place of batch_size: as many conversations of like length per device and step as this number of
+            tokens holds, pictures and padding included.
+        group_by_length: Put conversations of like length into one batch, which saves padding.
         eval_batch_size: Conversations, or questions, per device and step of evaluation; as batch_size if not given.
         max_length: Longest conversation in tokens. A longer one loses its end, or falls out if image tokens or all of
             its answers would be lost.
@@ -57,7 +62,10 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         ledger: What is not used, and why.
+        keeping: Where set, what makes batches of conversations in place of a collator.
     """
+
+    keeping: Callable[[Collator], Callable[..., Any]] | None = None
 
     def __init__(
         self,
@@ -69,6 +77,8 @@ class MMDataModule(L.LightningDataModule):
         batch_size: int = 4,
         eval_batch_size: int | None = None,
         max_length: int | None = 2048,
+        max_tokens: int | None = None,
+        group_by_length: bool = False,
         num_workers: int = 2,
         seed: int = 0,
         max_bad_fraction: float = 0.01,
@@ -82,12 +92,14 @@ class MMDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        _refuse_below(1, max_tokens=max_tokens)
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
         self.paths = {"train": train, "val": val, "test": test, "predict": predict}
         self.image_root, self.processor, self.revision = image_root, processor, revision
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.max_megapixels = max_length, max_megapixels
+        self.max_tokens, self.group_by_length = max_tokens, group_by_length
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
         self.ledger = Ledger(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
@@ -134,18 +146,26 @@ class MMDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Batches in the order of (seed, epoch)."""
         samples = self.samples("train")
-        loader = training_loader(
-            samples,
-            self._collator(samples),
-            batch_size=self.batch_size,
-            seed=self.seed,
-            num_workers=self.num_workers,
-        )
+        collate = self._kept(samples)
+        options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
+        if self.max_tokens is None and not self.group_by_length:
+            loader = training_loader(samples, collate, **options)
+        else:
+            loader = planned_loader(samples, collate, self._lengths(samples), max_tokens=self.max_tokens, **options)
         if self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             assert isinstance(progress, _ProcessedTracker)
             loader.processed = lambda: progress.processed
         return loader
+
+    def _lengths(self, samples: tuple[Sample, ...]) -> Lengths:
+        return measure_lengths(
+            samples,
+            self.processing,
+            max_length=self.max_length,
+            max_megapixels=self.max_megapixels,
+            sizes=self._preflight.sizes,
+        )
 
     def val_dataloader(self) -> list[GuardedLoader]:
         """Batches for the loss, then questions for generation."""
@@ -227,11 +247,15 @@ class MMDataModule(L.LightningDataModule):
 
     def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
         samples, questions = self.samples(split), self._questions(split, limit)
-        loaders = [self._loader(samples, self._collator(samples))] if samples else []
+        loaders = [self._loader(samples, self._kept(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 
     def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> GuardedLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+
+    def _kept(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+        collator = self._collator(samples)
+        return collator if self.keeping is None else self.keeping(collator)
 
     def _collator(self, samples: tuple[Sample, ...]) -> Collator:
         return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)

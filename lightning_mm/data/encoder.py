@@ -16,7 +16,7 @@ from lightning_mm.models.processing import Encoding, Processing
 
 Side = Literal["left", "right"]
 # What image processors raise on a picture they cannot take.
-_ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, OSError)
+ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, OSError)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Encoder:
             return [], None
         try:
             return rows, self._call(rows, side)
-        except _ENCODE_ERRORS as error:
+        except ENCODE_ERRORS as error:
             if len(rows) == 1:
                 rejected.append(Rejection(rows[0].sample.origin, f"processor refuses: {_first_line(error)}"))
                 return [], None

@@ -26,6 +26,7 @@ FORMATS = tuple(
 )
 MIN_SIDE = 4
 MAX_ASPECT = 100
+_ON_ITS_SIDE = range(5, 9)
 # What PIL's decoders raise on bytes that are not what they promise to be.
 _DECODE_ERRORS = (
     OSError,
@@ -77,13 +78,16 @@ def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
     """Read only the header: a cheap look at every file before a run begins.
 
     Returns:
-        Width and height in pixels, before any EXIF rotation.
+        Width and height in pixels as the picture is decoded: after its EXIF rotation, where the header holds one.
 
     Raises:
         BadImage: Not a picture, or outside the bounds.
     """
     with _open(path, max_megapixels) as image:
-        return image.size
+        width, height = image.size
+        # Without "exif", getexif() would decode a whole PNG to look behind its pixels.
+        is_turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
+        return (height, width) if is_turned else (width, height)
 
 
 def load(path: Path, max_megapixels: float = 40.0) -> Picture:

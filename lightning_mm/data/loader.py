@@ -10,6 +10,7 @@ Evaluation: file order, each sample exactly once over all ranks.
 """
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 
 Collate = Callable[[list[Any]], Any]
+_PLACE = ("epoch", "batches", "num_batches")
 
 
 def ranks() -> tuple[int, int]:
@@ -48,6 +50,10 @@ class EpochSampler(Sampler[int]):
     def set_epoch(self, epoch: int) -> None:
         """Lightning calls this as an epoch begins, but after it asked for the first iterator."""
         self.epoch = epoch
+
+    def identity(self) -> dict[str, int]:
+        """What else the order depends on."""
+        return {}
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.world_size)
@@ -86,14 +92,23 @@ class _Carried:
 
 
 class GuardedLoader(DataLoader[Any]):
-    """A DataLoader whose failures are told in the user's terms."""
+    """A DataLoader whose failures are told in the user's terms.
+
+    Attributes:
+        waited: Seconds that have been spent waiting for batches, the start of the workers included.
+    """
+
+    waited: float = 0.0
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning asks for no more than an iterator
         try:
+            began = time.perf_counter()
             for batch in super().__iter__():
+                self.waited += time.perf_counter() - began
                 if isinstance(batch, UserError):
                     raise batch
                 yield batch
+                began = time.perf_counter()
         except RuntimeError as error:
             told = killed_worker(error)
             if told is None:
@@ -136,7 +151,7 @@ class ResumableLoader(GuardedLoader):
         epoch = sampler.epoch
         done = self._resume[1] if self._resume and self._resume[0] == epoch else 0
         self._place, self._resume = (epoch, done), None
-        sampler.skip = done * cast(int, self.batch_size)
+        sampler.skip = done * (self.batch_size or 1)  # without a batch_size, the sampler counts batches
         assert self.generator is not None
         self.generator.manual_seed(mix(sampler.seed, epoch))
         for batch in super().__iter__():
@@ -157,15 +172,17 @@ class ResumableLoader(GuardedLoader):
         Raises:
             UserError: The checkpoint is in the middle of an epoch that this loader would order otherwise.
         """
-        changed = {key: (state.get(key), value) for key, value in self._identity().items() if state.get(key) != value}
+        identity = self._identity()
+        keys = [key for key in {**identity, **state} if key not in _PLACE]
+        changed = {key: (state.get(key), identity.get(key)) for key in keys if state.get(key) != identity.get(key)}
         if changed and state["batches"] < state["num_batches"]:
             told = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             raise UserError(
                 f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']} of "
                 f"{state['num_batches']} of epoch {state['epoch']}.",
                 f"Samples would be lost or seen twice: {told}.",
-                "Resume with the same data, data.seed, data.batch_size and number of devices, or from the "
-                "end of an epoch.",
+                "Resume with the same data, model, data.seed, data.batch_size, data.max_tokens, data.group_by_length "
+                "and number of devices, or from the end of an epoch.",
             )
         self._resume = (state["epoch"], state["batches"])
         if isinstance(self.sampler, EpochSampler):
@@ -178,8 +195,9 @@ class ResumableLoader(GuardedLoader):
         return {
             "seed": sampler.seed,
             "num_samples": sampler.num_samples,
-            "batch_size": cast(int, self.batch_size),
+            "batch_size": self.batch_size or 0,
             "world_size": sampler.world_size,
+            **sampler.identity(),
         }
 
 
@@ -195,7 +213,7 @@ def training_loader(
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
     sampler = EpochSampler(len(dataset), seed, rank, world_size)
-    return ResumableLoader(**_options(dataset, collate, sampler, batch_size, num_workers))
+    return ResumableLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
 
 
 def evaluation_loader(
@@ -214,13 +232,14 @@ def evaluation_loader(
             "Use fewer devices, or more samples.",
         )
     return GuardedLoader(
-        **_options(dataset, collate, ShareSampler(len(dataset), rank, world_size), batch_size, num_workers)
+        **loader_options(dataset, collate, ShareSampler(len(dataset), rank, world_size), batch_size, num_workers)
     )
 
 
-def _options(
-    dataset: Sized, collate: Collate, sampler: Sampler[int], batch_size: int, num_workers: int
+def loader_options(
+    dataset: Sized, collate: Collate, sampler: Sampler[Any], batch_size: int | None, num_workers: int
 ) -> dict[str, Any]:
+    """Arguments of a DataLoader; without ``batch_size`` the sampler gives whole batches."""
     return {
         "dataset": cast(Dataset[Any], dataset),
         "sampler": sampler,

@@ -20,11 +20,15 @@ class Preflight:
     Args:
         ledger: Takes the samples whose pictures are not sound.
         max_megapixels: Largest picture that is decoded.
+
+    Attributes:
+        sizes: Width and height in pixels of the pictures whose headers were read and are sound.
     """
 
     def __init__(self, ledger: Ledger, max_megapixels: float) -> None:
         self._ledger, self._max_megapixels = ledger, max_megapixels
         self._faults: dict[Path, str | None] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
 
     def sound(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         """The samples whose pictures can be used, as far as their headers tell."""
@@ -41,7 +45,7 @@ class Preflight:
                 decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
                 return None
             try:
-                check_header(path, self._max_megapixels)
+                self.sizes[path] = check_header(path, self._max_megapixels)
                 self._faults[path] = None
             except BadImage as error:
                 self._faults[path] = str(error)

@@ -105,6 +105,25 @@ def test_spans_are_as_written_by_hand(make: Make, style: str) -> None:
 
 
 @pytest.mark.parametrize("style", TRUTH)
+def test_what_is_written_has_the_tokens_of_what_is_rendered(make: Make, style: str) -> None:
+    made = make(TRUTH[style][0])
+    chat = Chat(made)
+    both = [chat.written(TURNS), chat.render(TURNS).text]
+    assert made.num_tokens(both)[0] == made.num_tokens(both)[1] > 10
+    tokenizer = made.processor.tokenizer
+    words = [chat.render(TURNS[2:]).text]
+    assert made.num_tokens(words) == [len(made.encode(words, [[]], "right").inputs["input_ids"][0])]
+    assert made.num_tokens([tokenizer.bos_token + "Hi"]) == [len(tokenizer("Hi")["input_ids"])]  # bos is not put twice
+    assert made.num_tokens([]) == []
+
+
+def test_an_answer_ends_before_the_next_generation_prompt(make: Make) -> None:
+    template, truth = TRUTH["chatml"]
+    asked = Chat(make(template)).render(TURNS, add_generation_prompt=True)
+    assert marked(asked) == truth + "<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("style", TRUTH)
 def test_a_question_is_the_text_up_to_its_answer(make: Make, style: str) -> None:
     template, truth = TRUTH[style]
     chat = Chat(make(template))

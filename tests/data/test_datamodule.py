@@ -112,14 +112,19 @@ def trainer(folder: Path, *callbacks: L.Callback) -> L.Trainer:
     )
 
 
-def test_fit_kill_and_resume(module: Make, folder: Path) -> None:
+@pytest.mark.parametrize("stop", [4, 8])
+@pytest.mark.parametrize("order", [{}, {"group_by_length": True}, {"max_tokens": 190}], ids=str)
+def test_fit_kill_and_resume(order: dict[str, Any], stop: int, module: Make, folder: Path) -> None:
     whole, first, second = Recorder(), Recorder(), Recorder()
-    trainer(folder).fit(whole, datamodule=module())
-    assert sorted(sample for batch in whole.trained[:6] for sample in batch) == sorted(map(str, range(NUM_ROWS)))
-    assert whole.trained[:6] != whole.trained[6:]
+    trainer(folder).fit(whole, datamodule=module(**order))
+    half = len(whole.trained) // 2
+    assert half == 6
+    assert sorted(sample for batch in whole.trained[:half] for sample in batch) == sorted(map(str, range(NUM_ROWS)))
+    assert whole.trained[:half] != whole.trained[half:]
     with pytest.raises(InterruptedError):
-        trainer(folder, StopAt(8, folder / "k.ckpt")).fit(first, datamodule=module(num_workers=2))
-    trainer(folder).fit(second, datamodule=module(num_workers=2), ckpt_path=folder / "k.ckpt", weights_only=True)
+        trainer(folder, StopAt(stop, folder / "k.ckpt")).fit(first, datamodule=module(num_workers=2, **order))
+    again = module(num_workers=2, **order)
+    trainer(folder).fit(second, datamodule=again, ckpt_path=folder / "k.ckpt", weights_only=True)
     assert first.trained + second.trained == whole.trained
     assert torch.equal(second.weight, whole.weight)
 
@@ -200,7 +205,7 @@ def test_what_is_missing_is_told_at_setup(module: Make, options: dict[str, Any],
         module(**options).setup(stage)
 
 
-@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "max_length"])
+@pytest.mark.parametrize("name", ["batch_size", "eval_batch_size", "max_length", "max_tokens"])
 def test_impossible_numbers(name: str) -> None:
     with pytest.raises(UserError, match=f"data.{name} is 0"):
         MMDataModule(**{name: 0})  # type: ignore[arg-type]
@@ -224,9 +229,26 @@ def test_every_option_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
     assert "Longest conversation in tokens" in text
 
 
-def test_workers_are_quiet(module: Make, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_copy_to_cuda_is_not_waited_for(module: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning asks ``Batch.to`` for a device and nothing else."""
+    data = module(predict=module().paths["val"])
+    asked = []
+    batches = [next(iter(data.train_dataloader())), next(iter(data.predict_dataloader()))]
+    monkeypatch.setattr(Tensor, "to", lambda self, device, non_blocking=False: asked.append(non_blocking) or self)
+    for batch in batches:
+        for device, waits_not in (("cuda:0", True), ("cpu", False), (torch.device("mps"), False)):
+            asked.clear()
+            batch.to(device)
+            assert asked
+            assert set(asked) == {waits_not}
+
+
+@pytest.mark.parametrize("order", [{}, {"max_tokens": 190}], ids=str)
+def test_workers_are_quiet(
+    order: dict[str, Any], module: Make, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.WARNING)
-    data = module(num_workers=2)
+    data = module(num_workers=2, **order)
     data.example_batch()  # the tokenizer has run before the workers are forked
     list(data.train_dataloader())
     assert capfd.readouterr().err == ""
