@@ -5,6 +5,7 @@ SIGTERM (a flag is all that the signal handler sets); ``best.ckpt`` after a vali
 """
 
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,6 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_mm.decisions import decide
+from lightning_mm.tuning.peak import wait_for
 
 EXIT_CODE = 143
 """What a process that ended on SIGTERM returns."""
@@ -33,10 +35,14 @@ class LastCheckpoint(Callback):
     Args:
         path: Where to save.
         every: Steps between saves.
+
+    Attributes:
+        seconds: What saving has cost so far.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
+        self.seconds = 0.0
         self._saved_at = -1
         self._asked = False
         self._previous: Any = None
@@ -62,7 +68,10 @@ class LastCheckpoint(Callback):
         stop = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
         if (due or stop) and trainer.global_step != self._saved_at:
+            wait_for(pl_module.device)
+            began = time.perf_counter()
             trainer.save_checkpoint(self.path)
+            self.seconds += time.perf_counter() - began
             self._saved_at = trainer.global_step
         if stop:
             decide("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {self.path}")

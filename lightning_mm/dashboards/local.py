@@ -16,6 +16,7 @@ from lightning_mm.dashboards import colours, facts, sections
 from lightning_mm.dashboards.causes import FILES as CAUSAL_FILES
 from lightning_mm.dashboards.causes import causes, is_cause
 from lightning_mm.dashboards.causes import title as causal_title
+from lightning_mm.dashboards.curves import charts
 from lightning_mm.dashboards.found import BROKEN, found
 from lightning_mm.dashboards.inside import inside
 from lightning_mm.dashboards.layers_file import read_layers
@@ -93,7 +94,7 @@ def _gather(directory: RunDirectory) -> dict[str, Any]:
         "written": datetime.now().astimezone().strftime("%Y-%m-%d %H:%M"),
         "steps": f"{max((p[-1][0] for p in (curves.content or {}).values()), default=0):,.0f}",
         "model": about["model"] or _model(config.content or ""),
-        "charts": found(directory.metrics, lambda: sections.charts(curves.content)) if curves.content else curves,
+        "charts": found(directory.metrics, lambda: charts(curves.content)) if curves.content else curves,
         "census": found(directory.census, lambda: sections.census(read_json(directory.census))),
         "scores": scores,
         "samples": found(directory.samples, lambda: samples(directory.path, read_json(directory.samples))),

@@ -16,8 +16,15 @@ LayerFact = Literal["peak_layer", "peak", "plateau_low", "plateau_high", "in_tra
 
 TRAIN_LOSS = "train/loss"
 GRAD_NORM = "train/grad_norm"
-TOKENS_PER_SECOND = "train/supervised_tokens_per_second"
+SUPERVISED_TOKENS_PER_SECOND = "train/supervised_tokens_per_second"
+TOKENS_PER_SECOND = "train/tokens_per_second"
+IMAGE_TOKENS_PER_SECOND = "train/image_tokens_per_second"
 SAMPLES_PER_SECOND = "train/samples_per_second"
+TFLOPS = "train/tflops_per_second"
+MFU = "train/mfu"
+DATA_WAIT = "train/data_wait"
+PADDING = "train/padding"
+PEAK_MEMORY = "train/peak_memory"
 LEARNING_RATE = "train/lr"
 REJECTED = "data/rejected"
 VAL_LOSS = "val/loss"
@@ -60,8 +67,17 @@ def _scores(stage: Stage) -> tuple[Metric, ...]:
 _FIXED = (
     Metric(TRAIN_LOSS, "nats per supervised token", "cross-entropy on answer tokens", "min", "min"),
     Metric(GRAD_NORM, "l2 norm", "size of the gradient of all trained weights, before clipping", summary="max"),
-    Metric(TOKENS_PER_SECOND, "tokens/s", "answer tokens trained on per second, over all ranks", "max", "mean"),
+    Metric(
+        SUPERVISED_TOKENS_PER_SECOND, "tokens/s", "answer tokens trained on per second, over all ranks", "max", "mean"
+    ),
+    Metric(TOKENS_PER_SECOND, "tokens/s", "tokens per second, padding left out, over all ranks", "max", "mean"),
+    Metric(IMAGE_TOKENS_PER_SECOND, "tokens/s", "those of them that stand for pictures", "max", "mean"),
     Metric(SAMPLES_PER_SECOND, "samples/s", "conversations trained on per second, over all ranks", "max", "mean"),
+    Metric(TFLOPS, "TFLOP/s", "arithmetic that this policy needs at least, per second, over all ranks", "max", "mean"),
+    Metric(MFU, "fraction", "that arithmetic, as a share of what this device's matrix products reach", "max", "mean"),
+    Metric(DATA_WAIT, "fraction", "share of the training time spent waiting for the next batch", "min", "mean"),
+    Metric(PADDING, "fraction", "share of the positions of the batches that are padding", "min", "mean"),
+    Metric(PEAK_MEMORY, "GiB", "most memory held at once so far, by the rank that held most", "min", "max"),
     Metric(REJECTED, "rows", "rows dropped or cut so far, each with its reason in the ledger", "min"),
     *_scores("val"),
     *_scores("test"),

@@ -186,7 +186,7 @@ class _Clock:
         return None if remaining is None or done <= 0 else self.seconds / done * max(0, remaining)
 
 
-_SHOWN = (names.TRAIN_LOSS, names.TOKENS_PER_SECOND, names.VAL_EXACT_MATCH)
+_SHOWN = (names.TRAIN_LOSS, names.SUPERVISED_TOKENS_PER_SECOND, names.VAL_EXACT_MATCH)
 
 
 def describe(values: dict[str, float], seconds_left: float | None) -> str:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mm.dashboards import names
-from lightning_mm.dashboards.charts import Chart, Points, Series, line_chart, percent, running_mean, short
+from lightning_mm.dashboards.charts import percent, short
+from lightning_mm.dashboards.curves import Curves
 
-Curves = Mapping[str, Points]
 _AFTER_THE_LAYERS = ("norm", "head")
 _Z95 = 1.959964
 _MOST_REASONS, _LONGEST_REASON = 50, 160
@@ -54,30 +54,6 @@ class Score:
     marks: dict[str, float]
     verdict: str
     above: bool
-
-
-def charts(curves: Curves) -> list[Chart]:
-    """The curves that have data, in reading order."""
-    loss = curves.get(names.TRAIN_LOSS, [])
-    smooth = len(loss) > 40
-    mean = [Series("train, mean", running_mean(loss, max(5, len(loss) // 25)))] if smooth else []
-    raw = Series("train", loss, "faint" if smooth else "accent")
-    groups = sorted(key for key in curves if key.startswith(names.LEARNING_RATE + "/"))
-    rates = [Series(g.removeprefix(names.LEARNING_RATE + "/"), curves[g], "accent", i) for i, g in enumerate(groups)]
-
-    def of(key: str, label: str) -> list[Series]:
-        return [Series(label, curves.get(key, []))]
-
-    validation = Series("validation", curves.get(names.VAL_LOSS, []), "ink", 2)
-    drawn = [
-        line_chart("Loss", "nats per token", [raw, *mean, validation]),
-        line_chart("Exact match", "share of answers", of(names.VAL_EXACT_MATCH, "validation"), share=True),
-        line_chart("Token accuracy", "share of tokens", of(names.VAL_TOKEN_ACCURACY, "validation"), share=True),
-        line_chart("Throughput", "answer tokens/s", of(names.TOKENS_PER_SECOND, "training"), zero=True),
-        line_chart("Gradient norm", "before clipping", of(names.GRAD_NORM, "all trained weights"), zero=True),
-        line_chart("Learning rate", "per step", rates, zero=True),
-    ]
-    return [chart for chart in drawn if chart]
 
 
 def census(raw: Any) -> Census:
