@@ -1,14 +1,13 @@
 """The LightningModule: a backbone, a tuning policy, an objective and an optimizer.
 
 Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by the global number of supervised tokens
--> optimizer. PromptBatch -> ``answer`` -> exact match by question type.
+-> optimizer. Validation, test and prediction are in ``evaluating``.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, cast
 
-import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,20 +16,22 @@ from torch import Tensor, nn
 from lightning_mm import state
 from lightning_mm.callbacks.choosing import choose_layers
 from lightning_mm.dashboards import names
-from lightning_mm.data.batch import Batch, PromptBatch
-from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.loader import Collate
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
+from lightning_mm.evaluating import Evaluating
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.answering import greedy_answers
 from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.models.processing import load_processing
 from lightning_mm.objective import Objective, Window, anchored, scale_gradients, supervised_nll
-from lightning_mm.scoring import SplitScores
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import set_modes, trains
-from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks
+from lightning_mm.tuning.cache import CacheSettings
 from lightning_mm.tuning.census import Census, take_census
+from lightning_mm.tuning.compute import Compute
+from lightning_mm.tuning.frozen import hold_frozen
 from lightning_mm.tuning.groups import (
     OptimizerSettings,
     build_optimizer,
@@ -41,9 +42,10 @@ from lightning_mm.tuning.groups import (
 from lightning_mm.tuning.prepare import prepare
 from lightning_mm.tuning.reach import unread_tensors, without
 from lightning_mm.tuning.selection import AutoRange, Selection, asks_for_selection, with_layers
+from lightning_mm.tuning.step import TrainingStep
 
 
-class MMModule(L.LightningModule):
+class MMModule(Evaluating):
     """Partial fine-tuning of a multimodal LLM.
 
     Args:
@@ -53,12 +55,15 @@ class MMModule(L.LightningModule):
         activation_checkpointing: Recompute blocks in backward to save memory; only those that backward crosses anyway.
         max_new_tokens: Longest answer that is generated in validation, test and predict.
         auto: How layers are chosen where the policy says ``layers: auto``.
+        compute: How a step is computed.
+        cache: Where what the frozen prefix puts out is kept, so that it is computed once per row.
     """
 
     model: Any  # a transformers model; its class is known at run time only
     anatomy: Anatomy
     plan: TuningPlan
     census: Census
+    step: TrainingStep
 
     def __init__(
         self,
@@ -68,6 +73,8 @@ class MMModule(L.LightningModule):
         activation_checkpointing: bool = False,
         max_new_tokens: int = 16,
         auto: AutoRange = AutoRange(),  # noqa: B008  (frozen)
+        compute: Compute = Compute(),  # noqa: B008  (frozen)
+        cache: CacheSettings = CacheSettings(),  # noqa: B008  (frozen)
     ) -> None:
         super().__init__()
         self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
@@ -79,7 +86,7 @@ class MMModule(L.LightningModule):
         self._window = Window()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
-        self.auto = auto
+        self.auto, self.compute, self.cache = auto, compute, cache
         self.selection: Selection | None = None
         self._layers: tuple[int, ...] | None = None
 
@@ -103,10 +110,32 @@ class MMModule(L.LightningModule):
         self._drop_unread()
         self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
-        if self.activation_checkpointing:
-            blocks = blocks_in_graph(self.model, self.anatomy, self.plan)
-            checkpoint_blocks(self.model, blocks)
-            decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+        if self._trainer is not None:
+            hold_frozen(self.model, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
+        self.step = TrainingStep(self.model, self.anatomy, self.plan, self.compute, self.activation_checkpointing)
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._data.keeping = self._keeping
+
+    def _keeping(self, collator: Collator) -> Collate:
+        """What the loader of a split makes batches with, once the model is on its device."""
+        data, trainer = self._data, self.trainer
+        seen = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * trainer.world_size
+        epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
+        facts = {
+            "precision": str(trainer.precision),
+            "dtype": str(self.model.dtype),
+            "attention": str(getattr(self.model.config, "_attn_implementation", None)),
+            "max_length": data.max_length,
+        }
+
+        def example() -> Batch:
+            return data.example_batch().to(trainer.strategy.root_device)
+
+        with trainer.precision_plugin.forward_context():
+            return self.step.keep(self.cache, collator, example, epochs, facts)
+
+    def on_fit_end(self) -> None:
+        self.step.close()
 
     def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
         """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""
@@ -148,7 +177,10 @@ class MMModule(L.LightningModule):
         device = self.trainer.strategy.root_device
         self.model.to(device)
         with self.trainer.precision_plugin.forward_context():
-            return unread_tensors(self.model, self.anatomy, lambda: self.objective(batch.to(device)).nll)
+            head = self.model.get_submodule(self.anatomy.head)
+            return unread_tensors(
+                self.model, self.anatomy, lambda: supervised_nll(self.model, head, batch.to(device)).nll
+            )
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -157,7 +189,7 @@ class MMModule(L.LightningModule):
 
     def objective(self, batch: Batch) -> Objective:
         """Summed NLL of a batch."""
-        return supervised_nll(self.model, self.model.get_submodule(self.anatomy.head), batch)
+        return self.step.objective(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Summed NLL; the division comes once, over all ranks and micro-batches, before the optimizer step."""
@@ -195,55 +227,6 @@ class MMModule(L.LightningModule):
         else:
             torch.nn.utils.clip_grad_norm_(self.trainable.values(), gradient_clip_val)
 
-    def answer(self, batch: PromptBatch) -> list[str]:
-        """Greedy answers, one per question; none for a batch whose questions all fell out."""
-        if not len(batch):
-            return []
-        return greedy_answers(self.model, self.processor, batch.inputs, self.max_new_tokens)
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin_scores("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin_scores("test")
-
-    def _begin_scores(self, split: names.Stage) -> None:
-        types = cast(MMDataModule, self.trainer.datamodule).question_types(split)  # type: ignore[attr-defined]
-        self.scores = SplitScores(types).to(self.device)
-
-    def validation_step(
-        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[str]] | None:
-        """Loss and token accuracy of teacher-forced batches; exact match of generated answers, which it returns."""
-        if isinstance(batch, Batch):
-            objective = self.objective(batch)
-            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
-            return None
-        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
-        answers = self.answer(batch)
-        scores.update(answers, batch.references, batch.question_types)
-        return {"answers": answers}
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-
-    def _log_scores(self, split: names.Stage) -> None:
-        for name, value in self.scores.compute(split).items():
-            self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """Answers with what they belong to, as plain rows."""
-        rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
-        return [
-            {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
-            for s, turn, answer in rows
-        ]
-
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW over what trains, and its schedule by optimizer step."""
         optimizer = build_optimizer(self._groups(), self.optimizer)
@@ -268,15 +251,17 @@ class MMModule(L.LightningModule):
         """What a resumed run compares with its checkpoint, and says if it differs."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
+        learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
         return {
             **{f"model.optimizer.{name}": value for name, value in settings.items()},
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.precision": str(trainer.precision),
             "trainer.steps": self._total_steps(),
-            **({f"data.{name}": getattr(data, name) for name in ("batch_size", "max_length", "seed")} if data else {}),
+            **({f"data.{name}": getattr(data, name) for name in learned_from} if data else {}),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.step.flush()
         state.keep_trainable(checkpoint, set(self.trainable))
         checkpoint[state.KEY] = state.record(self.census, self.base, self.settings(), self.unread or ())
 

@@ -9,13 +9,19 @@ Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch,
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lightning_mm.data.batch import Batch
+from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
+
+Chunk = int | Literal["auto", "off"]
+_LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Objective:
     num_correct: Tensor
 
 
-def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch) -> Objective:
+def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> Objective:
     """Loss of a batch.
 
     Equal to transformers' own ``labels=`` loss times S: whatever the model does behind its head (soft-capping, scaling)
@@ -43,14 +49,107 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch) -> Objective
         model: Any image-text-to-text model of transformers.
         head: Its output projection.
         batch: Teacher-forced conversations.
+        chunk: Supervised positions whose logits are in memory at a time; those of others are computed again in
+            backward. 'auto': all where their logits take up to 256 MiB, else as many as do; 'off': always all.
     """
-    with gathered_before(head, batch.supervised):
-        logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
-    logits_SV = logits.reshape(-1, logits.shape[-1]).float()
-    nll = F.cross_entropy(logits_SV, batch.targets, reduction="sum")
-    with torch.no_grad():
-        correct = (logits_SV.argmax(-1) == batch.targets).sum()
+    rows = chunk_size(model, head, batch.num_supervised, chunk)
+    if rows >= batch.num_supervised:
+        with gathered_before(head, batch.supervised):
+            logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
+        return Objective(*_scored(logits, batch.targets))
+    ends = Ends(model, head)
+    with gathered_before(head, batch.supervised), ends.held_back() as held:
+        model(**batch.inputs, use_cache=False)
+
+    def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor]:
+        return _scored(ends.logits(hidden_1CD, batch.inputs), targets_C)
+
+    parts = zip(held[0].split(rows, 1), batch.targets.split(rows), strict=True)
+    found = [Objective(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
+    nll, correct = (torch.stack(each).sum() for each in zip(*((f.nll, f.num_correct) for f in found), strict=True))
     return Objective(nll, batch.num_supervised, correct)
+
+
+def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
+    """Supervised positions whose logits are computed at a time; no automatic choice goes unsaid.
+
+    Raises:
+        UserError: A number was asked for, and the model does not call its head itself.
+    """
+    whole = max(1, supervised)
+    apart = len(list(model.children())) > 1 and any(child is head for child in model.children())
+    if isinstance(chunk, int):
+        if not apart:
+            raise UserError(
+                f"model.compute.loss_chunk: {chunk} cannot be had.",
+                "This model's head is inside one of its parts, which may end in another way than the whole does.",
+                "Set model.compute.loss_chunk off.",
+            )
+        return chunk
+    rows = max(1, _LOGIT_BYTES // (4 * getattr(head, "out_features", 1)))
+    if chunk == "off" or rows >= whole:
+        return whole
+    why = f"logits of a whole batch take more than {_LOGIT_BYTES // 2**20} MiB"
+    decide(
+        "model.compute.loss_chunk", f"{rows} positions at a time" if apart else "off: its head is inside a part", why
+    )
+    return rows if apart else whole
+
+
+def _scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
+    """The fields of an ``Objective``."""
+    logits_SV = logits.reshape(-1, logits.shape[-1]).float()
+    nll = F.cross_entropy(logits_SV, targets, reduction="sum")
+    with torch.no_grad():
+        return nll, len(targets), (logits_SV.argmax(-1) == targets).sum()
+
+
+class Ends:
+    """The two ends of a model's forward pass: its body, and its head with whatever the model does behind that.
+
+    Args:
+        model: Calls its body (the child that holds the most tensors), then its head.
+        head: Output projection.
+    """
+
+    def __init__(self, model: nn.Module, head: nn.Module) -> None:
+        self.model, self.head = model, head
+        others = [child for child in model.children() if child is not head]
+        self.body: Any = max(others, key=lambda child: sum(1 for _ in child.parameters()))
+        self._output: Any = None
+
+    @contextmanager
+    def held_back(self) -> Iterator[list[Tensor]]:
+        """While active, the head gets nothing to do; what it would have got (1, S, D) comes into the list instead."""
+        held: list[Tensor] = []
+
+        def hold(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            held.append(args[0])
+            return (args[0][:, :0], *args[1:])
+
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            self._output = type(output)(last_hidden_state=output.last_hidden_state.detach()[:, :1].clone())
+
+        handles = [self.head.register_forward_pre_hook(hold), self.body.register_forward_hook(keep)]
+        try:
+            yield held
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def logits(self, hidden_1SD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """(1, S, V): the model's forward pass with its body passed by and these states before the head."""
+        own = self.body.__dict__.get("forward")
+        handle = self.head.register_forward_pre_hook(lambda _, args: (hidden_1SD, *args[1:]))
+        self.body.forward = lambda *_, **__: self._output
+        try:
+            return self.model.forward(**inputs, use_cache=False).logits
+        finally:
+            handle.remove()
+            if own is None:
+                del self.body.forward
+            else:
+                self.body.forward = own
 
 
 @contextmanager

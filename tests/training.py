@@ -11,6 +11,8 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone
 from lightning_mm.module import MMModule
 from lightning_mm.tuning import TuningPolicy
+from lightning_mm.tuning.cache import CacheSettings
+from lightning_mm.tuning.compute import Compute
 from lightning_mm.tuning.groups import OptimizerSettings
 from lightning_mm.tuning.selection import AutoRange
 
@@ -39,6 +41,8 @@ def train(
     ckpt_path: Path | None = None,
     activation_checkpointing: bool = False,
     auto: AutoRange | None = None,
+    compute: Compute | None = None,
+    cache: CacheSettings | None = None,
     **trainer_options: Any,
 ) -> tuple[MMModule, L.Trainer]:
     """Fit; returns the module and its trainer."""
@@ -49,6 +53,8 @@ def train(
         optimizer or OptimizerSettings(lr=1e-2),
         activation_checkpointing=activation_checkpointing,
         auto=auto or AutoRange(),
+        compute=compute or Compute(),
+        cache=cache or CacheSettings(mode="off"),
     )
     files = {split: str(path) for split, path in data.items()}
     datamodule = MMDataModule(

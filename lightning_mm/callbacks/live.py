@@ -18,6 +18,7 @@ from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.selection import Selection
+from lightning_mm.tuning.step import TrainingStep
 
 
 class LiveModule(Protocol):
@@ -28,6 +29,7 @@ class LiveModule(Protocol):
     plan: TuningPlan
     census: Census
     selection: Selection | None
+    step: TrainingStep
     device: torch.device
 
     def answer(self, batch: PromptBatch) -> list[str]:

@@ -4,13 +4,16 @@ Data flow: probe set -> encoded batches, held in memory where they are small -> 
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TypeVar
 
 import lightning as L
+from torch import Tensor
 
 from lightning_mm import state
 from lightning_mm.callbacks.live import data_of, live, looking
+from lightning_mm.data.encoded import is_pixels
 from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
 from lightning_mm.errors import UserError
 from lightning_mm.taps.reading import Reading, gather, read
@@ -57,6 +60,7 @@ class Reader:
         self.blank = probe_set.without_pictures()
         self._before: Reading | None = None
         self._held: dict[str, list[ProbeBatch] | None] = {}
+        self._states: dict[int, Tensor] = {}
         self._bytes = 0
 
     def read(self) -> tuple[Reading | None, str]:
@@ -85,7 +89,25 @@ class Reader:
                 step=self.trainer.global_step,
                 before=before,
                 unchanged=unchanged,
+                begin=self._begun if name == "probes" and module.step.prefix is not None else None,
             )
+
+    @contextmanager
+    def _begun(self, batch: ProbeBatch) -> Iterator[ProbeBatch]:
+        """The first look keeps what enters the lowest trainable block, and the others begin there."""
+        prefix, device = live(self.module).step.prefix, self.module.device
+        assert prefix is not None
+        if id(batch) in self._states and self._held.get("probes"):  # held, so that the id is still this batch's
+            inputs = {name: value for name, value in batch.inputs.items() if not is_pixels(name, value)}
+            with prefix.entering(self._states[id(batch)].to(device)):
+                yield replace(batch, inputs=inputs).to(device)
+            return
+        with prefix.listening() as states:
+            yield batch.to(device)
+        self._states.pop(id(batch), None)
+        if self._bytes + states[0].nbytes <= _HELD_BYTES:
+            self._states[id(batch)] = states[0].cpu()
+            self._bytes += states[0].nbytes
 
     def _gathered(
         self, mine: Reading | None, failure: UserError | str, probe_set: ProbeSet
@@ -103,14 +125,16 @@ class Reader:
             yield from held
             return
         kept: list[ProbeBatch] | None = None if name in self._held else []
-        size = self._bytes
+        size = 0
         for batch in data_of(self.trainer).probe_loader(probe_set):
             if kept is not None:
                 size += batch.weights.nbytes + sum(tensor.nbytes for tensor in batch.inputs.values())
                 kept.append(batch)
-                if size > _HELD_BYTES:
+                if self._bytes + size > _HELD_BYTES:
                     kept = None
             yield batch
         self._held[name] = kept
-        if kept is not None:
-            self._bytes = size
+        if kept is None:
+            self._states.clear()
+        else:
+            self._bytes += size

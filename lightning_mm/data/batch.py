@@ -8,6 +8,7 @@ Shapes: B samples, L tokens after padding, S supervised positions of the whole b
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Batch:
         targets: (S,) the token ids to be predicted there.
         samples: One per row.
         rejected: Rows that fell out of this batch, or were cut.
+        kept: Hidden states of rows whose pictures need not be seen again; the inputs hold no pixels then.
     """
 
     inputs: dict[str, Tensor]
@@ -43,9 +45,15 @@ class Batch:
     targets: Tensor
     samples: tuple[Sample, ...]
     rejected: tuple[Rejection, ...] = ()
+    kept: "Kept | None" = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    @cached_property
+    def real(self) -> Tensor:
+        """(T,) flat indices into B * L of all that is no padding."""
+        return (self.regions != TokenRegion.PAD).flatten().nonzero().squeeze(1)
 
     @property
     def num_supervised(self) -> int:
@@ -56,19 +64,54 @@ class Batch:
     def has_images(self) -> bool:
         return any(sample.images for sample in self.samples)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
+        """Copied to a device; to CUDA the host does not wait for it (see ``_unwaited``)."""
+        waits_not = _unwaited(device) if non_blocking is None else non_blocking
+        return self.to_each(lambda t: t.to(device, non_blocking=waits_not))
 
     def pin_memory(self) -> "Batch":
-        return self._map(lambda t: t.pin_memory())
+        return self.to_each(lambda t: t.pin_memory())
 
-    def _map(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(
+    def to_each(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor put through ``fn``."""
+        made = replace(
             self,
             inputs={k: fn(v) for k, v in self.inputs.items()},
             regions=fn(self.regions),
             supervised=fn(self.supervised),
             targets=fn(self.targets),
+            kept=self.kept and self.kept.map(fn),
+        )
+        # Counted on the host, where it costs no wait for the device.
+        made.__dict__["real"] = fn(self.real)
+        return made
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What enters the lowest trainable block, as far as it is known, and the rows of which it is not.
+
+    Args:
+        states: (B, L, D); zeros for rows that are not known.
+        missing: (M,) rows that are not known.
+        fresh: Those rows with their pictures, a batch of their own; None if there are none.
+        keys: Of those rows, to keep their states under.
+        records: Of those rows, what is kept beside the states.
+    """
+
+    states: Tensor
+    missing: Tensor
+    fresh: "Batch | None" = None
+    keys: tuple[str, ...] = ()
+    records: tuple[dict[str, Tensor], ...] = ()
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Kept":
+        """The same with every tensor that the model needs put through ``fn``."""
+        return replace(
+            self,
+            states=fn(self.states),
+            missing=fn(self.missing),
+            fresh=self.fresh and self.fresh.to_each(fn),
         )
 
 
@@ -99,8 +142,18 @@ class PromptBatch:
     def question_types(self) -> tuple[str, ...]:
         return tuple(s.turns[i].question_type for s, i in zip(self.samples, self.turns, strict=True))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PromptBatch":
-        return replace(self, inputs={k: v.to(device, non_blocking=non_blocking) for k, v in self.inputs.items()})
+    def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "PromptBatch":
+        """As a ``Batch``."""
+        waits_not = _unwaited(device) if non_blocking is None else non_blocking
+        return replace(self, inputs={k: v.to(device, non_blocking=waits_not) for k, v in self.inputs.items()})
 
     def pin_memory(self) -> "PromptBatch":
         return replace(self, inputs={k: v.pin_memory() for k, v in self.inputs.items()})
+
+
+def _unwaited(device: torch.device | str) -> bool:
+    """Whether a copy to this device needs no waiting: work on a CUDA device queues up behind it.
+
+    Lightning asks for such copies of plain tensors only, and would wait for each tensor of a batch.
+    """
+    return torch.device(device).type == "cuda"

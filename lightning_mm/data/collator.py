@@ -55,6 +55,11 @@ class Collator:
         self._encoder = Encoder(processing, max_length, max_megapixels)
         self._reserve = reserve
 
+    @property
+    def processing(self) -> Processing:
+        """The model's processor."""
+        return self._encoder.processing
+
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Make a batch of what can be used.
 
@@ -62,9 +67,9 @@ class Collator:
             UserError: Nothing can be used, and nothing of the reserve either.
         """
         rejected: list[Rejection] = []
-        batch = self._batch(samples, rejected)
+        batch = self.usable(samples, rejected)
         for substitute in self._reserve[:_MAX_SUBSTITUTES] if batch is None else ():
-            if (batch := self._batch([substitute], [])) is not None:
+            if (batch := self.usable([substitute], [])) is not None:
                 batch = replace(batch, supervised=batch.supervised[:0], targets=batch.targets[:0])
                 break
         if batch is None:
@@ -76,7 +81,8 @@ class Collator:
             )
         return replace(batch, rejected=tuple(rejected))
 
-    def _batch(self, samples: Sequence[Sample], rejected: list[Rejection]) -> Batch | None:
+    def usable(self, samples: Sequence[Sample], rejected: list[Rejection]) -> Batch | None:
+        """A batch of what can be used, or nothing; what falls out is added to ``rejected``."""
         rows = [row for sample in samples if (row := self._row(sample, rejected))]
         while rows:
             rows, encoding = self._encoder.encode(rows, "right", rejected)

@@ -90,7 +90,7 @@ def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend, strict
         UserError: A layer does not use transformers' attention registry (``strict``).
     """
     mixers: dict[int, Any] = {b.index: model.get_submodule(b.attention) for b in anatomy.blocks if b.attention}
-    own = [layer for layer, module in mixers.items() if not _exchangeable(module)]
+    own = [layer for layer, module in mixers.items() if not exchangeable(module)]
     if own and strict:
         raise _cannot(own[0], mixers[own[0]])
     modules = [module for layer, module in mixers.items() if layer not in own]
@@ -135,7 +135,7 @@ def _eager_of(module: nn.Module) -> Callable[..., Any]:
     return found
 
 
-def _exchangeable(module: nn.Module) -> bool:
+def exchangeable(module: nn.Module) -> bool:
     """Whether it looks its attention function up in transformers' registry."""
     return hasattr(sys.modules[type(module).__module__], "eager_attention_forward") and hasattr(module, "config")
 

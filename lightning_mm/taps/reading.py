@@ -7,7 +7,8 @@ Shapes: T slices (embeddings and blocks), N vectors of one place, D hidden size,
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -30,6 +31,8 @@ PLACES: Mapping[str, tuple[str, ...]] = {
     "text": ("last", "text", "token"),
 }
 """Which sites are kept of each role of row; a place is written ``role/site``."""
+
+Begin = Callable[[ProbeBatch], AbstractContextManager[ProbeBatch]]
 
 Address = tuple[str, int]
 """A vector's row id, and which of the row's objects it stands for (0 where there is but one vector)."""
@@ -82,6 +85,7 @@ def read(
     step: int = 0,
     before: Reading | None = None,
     unchanged: int = 0,
+    begin: Begin | None = None,
 ) -> Reading:
     """Read this rank's rows. The caller sees to eval mode, no gradients, precision and randomness.
 
@@ -93,6 +97,7 @@ def read(
         step: Noted in the reading.
         before: An earlier reading of the same rows on this rank.
         unchanged: So many slices, from the embeddings up, are taken from ``before``: no weight below them has moved.
+        begin: Surrounds each forward pass, and says what the model is given in it.
     """
     if before is not None and unchanged > anatomy.num_layers:
         return replace(before, step=step)
@@ -104,7 +109,8 @@ def read(
         rejected += batch.rejected
         if not len(batch):
             continue
-        pooled_TBSD = _forward(plain(model), anatomy, batch.to(device), first)
+        with nullcontext(batch.to(device)) if begin is None else begin(batch) as given:
+            pooled_TBSD = _forward(plain(model), anatomy, given, first)
         for place, address, b, s in _kept(batch):
             vectors.setdefault(place, []).append(pooled_TBSD[:, b, s])
             addresses.setdefault(place, []).append(address)

@@ -1,12 +1,13 @@
 """The gradient boundary: the lowest block that trains, and activation checkpointing that stays above it.
 
-Data flow: plan -> ``GradientBoundary`` -> blocks whose forward is recomputed in backward. transformers' own switch puts
+Data flow: plan -> ``blocks_in_graph`` -> blocks whose forward is recomputed in backward. transformers' own switch puts
 input-gradient hooks on every nested embedding, so the frozen prefix enters the graph and partial tuning saves nothing;
 here only blocks that are in the graph anyway are wrapped, and hooks that others have set are taken off.
 """
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from functools import partial, wraps
 from typing import Any
 
@@ -70,7 +71,9 @@ def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)
+        # What surrounds this run (tokens that are no padding) must surround it when it is run again.
+        again = copy_context().run
+        return checkpoint(partial(again, partial(forward, **kwargs)), *args, use_reentrant=False)
 
     run.recomputes = forward  # type: ignore[attr-defined]
     return run

@@ -1,0 +1,105 @@
+"""Batches of rows whose frozen prefix is known: nothing is decoded, resized or tokenized again.
+
+Data flow: Samples -> ``row_key`` -> what the store holds of them; the others through the model's own collator -> one
+``Batch`` of all rows, with what is known in ``Batch.kept`` and the rest beside it, to be computed and kept.
+
+Shapes: B rows, L tokens after padding, D hidden size.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_mm.data.batch import Batch, Kept
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.encoded import Inseparable, Record, cut, joined
+from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.store import RecordStore
+
+STATES = "hidden"
+"""What a record calls the (T, D) states of its row."""
+
+_CUT = "note"
+"""What a record calls the reason why its row lost its end, in UTF-8."""
+
+
+class KeptCollator:
+    """Makes training batches, of known rows without their pictures.
+
+    Args:
+        collator: Of the model, for rows that are not known.
+        store: What is known, by ``row_key``.
+        width: D.
+        dtype: Of the states in a batch.
+    """
+
+    def __init__(self, collator: Collator, store: RecordStore, width: int, dtype: torch.dtype) -> None:
+        self._collator, self._store, self._width, self._dtype = collator, store, width, dtype
+        self._pad = int(collator.processing.processor.tokenizer.pad_token_id)
+        self._digests: dict[tuple[Path, int, int], str] = {}
+
+    def __call__(self, samples: Sequence[Sample]) -> Batch:
+        """Make a batch of what can be used. Raises UserError where nothing can."""
+        keys = {id(sample): self.key(sample) for sample in samples}
+        known = {key: record for key in keys.values() if (record := self._store.get(key, self._dtype)) is not None}
+        unknown = [sample for sample in samples if keys[id(sample)] not in known]
+        rejected: list[Rejection] = []
+        fresh = self._collator.usable(unknown, rejected) if unknown else None
+        try:
+            encoded = cut(fresh) if fresh is not None else []
+        except Inseparable:
+            return self._collator(samples)
+        if not known and not encoded:
+            return self._collator(samples)
+        made = {id(s): record for s, record in zip(fresh.samples if fresh else (), encoded, strict=True)}
+        usable = [s for s in samples if keys[id(s)] in known or id(s) in made]
+        records = [made.get(id(s)) or known[keys[id(s)]] for s in usable]
+        rejected += [note for s in usable if id(s) not in made and (note := _note(known[keys[id(s)]], s))]
+        batch = joined(records, usable, self._pad)
+        notes = {each.origin: each.reason for each in rejected if each.kind == "cut"}
+        kept = Kept(
+            self._states(batch, records),
+            torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
+            fresh,
+            tuple(keys[id(s)] for s in usable if id(s) in made),
+            tuple(_noted(made[id(s)], notes.get(s.origin)) for s in usable if id(s) in made),
+        )
+        return replace(batch, kept=kept, rejected=tuple(rejected))
+
+    def key(self, sample: Sample) -> str:
+        """SHA-256 over what is said and over the bytes of the pictures."""
+        told = [[turn.role, turn.text] for turn in sample.turns]
+        pictures = [self._digest(path) for path in sample.images]
+        return hashlib.sha256(json.dumps([told, pictures]).encode()).hexdigest()
+
+    def _digest(self, path: Path) -> str:
+        try:
+            stat = path.stat()
+            place = (path, stat.st_size, stat.st_mtime_ns)
+            if place not in self._digests:
+                self._digests[place] = hashlib.sha256(path.read_bytes()).hexdigest()
+        except OSError:
+            return f"unreadable {path}"  # the collator says so
+        return self._digests[place]
+
+    def _states(self, batch: Batch, records: Sequence[Record]) -> Tensor:
+        states_BLD = torch.zeros(*batch.regions.shape, self._width, dtype=self._dtype)
+        for row_LD, record in zip(states_BLD, records, strict=True):
+            if STATES in record:
+                row_LD[: len(record["regions"])] = record[STATES]
+        return states_BLD
+
+
+def _noted(record: Record, reason: str | None) -> Record:
+    return record if reason is None else {**record, _CUT: torch.tensor(list(reason.encode()), dtype=torch.uint8)}
+
+
+def _note(record: Record, sample: Sample) -> Rejection | None:
+    if _CUT not in record:
+        return None
+    return Rejection(sample.origin, bytes(record[_CUT].tolist()).decode(), "cut")

@@ -1,0 +1,144 @@
+"""How a batch becomes a loss: no padding inside the blocks, from the frozen prefix's states where they are kept.
+
+Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``keep`` is asked once, when the loader is made,
+whether the prefix can and shall be kept.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.kept import KeptCollator
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.kernels import apply_liger, compile_blocks
+from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
+from lightning_mm.objective import Objective, supervised_nll
+from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks
+from lightning_mm.tuning.cache import CacheSettings, PrefixCache, open_store, verified
+from lightning_mm.tuning.compute import Compute
+from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.prefix import FrozenPrefix
+from lightning_mm.tuning.tower import cut_tower
+
+_WORTH = 1.2
+"""From so many epochs on, keeping what enters the boundary pays for writing it."""
+
+
+class TrainingStep:
+    """One model under one plan, prepared to be trained.
+
+    Args:
+        model: Frozen and adapted as planned; its blocks are prepared in place.
+        anatomy: Of it.
+        plan: What trains.
+        compute: How a step is computed.
+        checkpointing: Whether blocks are recomputed in backward.
+    """
+
+    def __init__(
+        self, model: nn.Module, anatomy: Anatomy, plan: TuningPlan, compute: Compute, checkpointing: bool
+    ) -> None:
+        self.model, self.anatomy, self.plan, self.compute = model, anatomy, plan, compute
+        self.cache: PrefixCache | None = None
+        self.prefix: FrozenPrefix | None = None
+        self._asked = False
+        if compute.liger:
+            apply_liger(model)
+        if compute.compile == "blocks":
+            compile_blocks(model, blocks_in_graph(model, anatomy, plan))
+        if compute.packing:
+            packed = unpad_blocks(model, anatomy)
+            why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
+            decide("model.compute.packing", f"{len(packed)} of {anatomy.num_layers} blocks without padding", why)
+        if checkpointing:
+            blocks = blocks_in_graph(model, anatomy, plan)[:: compute.checkpoint_every]
+            checkpoint_blocks(model, blocks)
+            decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+
+    def objective(self, batch: Batch) -> Objective:
+        """Summed NLL of a batch."""
+        head = self.model.get_submodule(self.anatomy.head)
+        with self._begun(batch), unpadded(self._tokens(batch)):
+            return supervised_nll(self.model, head, batch, self.compute.loss_chunk)
+
+    def keep(
+        self,
+        settings: CacheSettings,
+        collator: Collator,
+        example: Callable[[], Batch],
+        epochs: float,
+        facts: dict[str, Any],
+    ) -> Collator | KeptCollator:
+        """The collator to train with: where the prefix is kept, one that leaves out what is known.
+
+        Args:
+            settings: As configured.
+            collator: Of the model.
+            example: Some rows, on the model's device, to verify with.
+            epochs: How often each row is seen.
+            facts: What else the states depend on.
+
+        Raises:
+            UserError: The cache is asked for (mode 'on') and cannot be had.
+        """
+        if not self._asked:
+            self._asked = True
+            batch = example()
+            cut_tower(self.model, self.anatomy, batch)
+            try:
+                self.cache = self._opened(settings, collator, batch, epochs, facts)
+            except UserError as error:
+                if settings.mode == "on":
+                    raise
+                decide("model.cache", "off", error.why)
+        if self.cache is None:
+            return collator
+        return self.cache.collator(collator, self._width)
+
+    def flush(self) -> None:
+        """Write what is on its way: a checkpoint is being saved."""
+        if self.cache is not None:
+            self.cache.flush()
+
+    def close(self) -> None:
+        """Write what is on its way; from now on every batch is computed whole."""
+        if self.cache is not None:
+            self.cache.close()
+            self.cache = None
+
+    def _opened(
+        self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
+    ) -> PrefixCache | None:
+        if settings.mode == "off":
+            return None
+        pad = int(collator.processing.processor.tokenizer.pad_token_id)
+        prefix = self.prefix = verified(self.model, self.anatomy, self.plan, batch, pad)
+        states = prefix.states(batch)
+        self._width = states.shape[-1]
+        exact = states.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
+        kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
+        store = open_store(settings, prefix, collator.processing, facts, kept)
+        if settings.mode == "auto" and epochs < _WORTH and not len(store):
+            decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
+            store.close()
+            return None
+        return PrefixCache(prefix, store, kept, torch.float32 if exact else torch.bfloat16)
+
+    def _tokens(self, batch: Batch) -> RealTokens | None:
+        return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
+
+    def _begun(self, batch: Batch) -> AbstractContextManager[None]:
+        if batch.kept is None:
+            return nullcontext()
+        assert self.cache is not None, "batches without pixels are made for a cache"
+        fresh = batch.kept.fresh
+        with unpadded(None if fresh is None else self._tokens(fresh)):
+            states = self.cache.states(batch.kept)
+        return self.cache.prefix.entering(states)

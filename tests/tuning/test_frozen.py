@@ -1,0 +1,136 @@
+"""Frozen weights held in bfloat16 change no bit of a bf16-mixed run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallback, ProbingCallback, Schedule
+from lightning_mm.callbacks.evaluation import HeldOutEvaluation
+from lightning_mm.dashboards.layers_file import read_layers
+from lightning_mm.data.batch import Batch
+from lightning_mm.errors import UserError
+from lightning_mm.models.tiny import FAMILIES
+from lightning_mm.module import MMModule
+from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from lightning_mm.tuning.compute import Compute
+from lightning_mm.tuning.frozen import castable, hold_frozen
+from tests.test_resume import Losses
+from tests.training import train
+from tests.tuning.test_policies import Data, Family, batch_of, configured
+
+MIDDLE = IntermediateOnly(layers="1-2")
+
+
+def step(module: MMModule, batch: Batch) -> dict[str, Tensor]:
+    """Loss, logits and gradients of one step under autocast."""
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        objective = module.objective(batch)
+        with torch.no_grad():
+            logits = module.model(**batch.inputs).logits
+    objective.nll.backward()
+    found = {"loss": objective.nll.detach(), "logits": logits}
+    for name, parameter in module.trainable.items():
+        assert parameter.grad is not None
+        found[name], parameter.grad = parameter.grad, None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "tuning"),
+    [
+        *((name, MIDDLE) for name in sorted(FAMILIES)),
+        ("llava", LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.1))),
+        ("gemma3", LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dora=True))),
+        ("qwen3_vl", ConnectorOnly()),
+    ],
+)
+def test_no_bit_changes(name: str, tuning: TuningPolicy, family: Family, data: Data) -> None:
+    module, batch = configured(family(name), tuning), batch_of(family(name), data)
+    expected = step(module, batch)
+    saved = hold_frozen(module.model, module.plan, "bf16-mixed")
+    assert saved == sum(p.nbytes for p in module.parameters() if p.dtype == torch.bfloat16) > 0
+    found = step(module, batch)
+    assert expected.keys() == found.keys()
+    for key, value in expected.items():
+        assert torch.equal(value, found[key]), key
+
+
+def test_only_frozen_linear_weights_that_nothing_else_reads(family: Family, data: Data) -> None:
+    module = configured(family("gemma3"), MIDDLE)  # its head is tied to its embedding
+    hold_frozen(module.model, module.plan, "bf16-mixed")
+    owners = dict(module.model.named_modules())
+    tied = module.model.get_input_embeddings().weight
+    for name, parameter in module.model.named_parameters():
+        linear = isinstance(owners[name.rpartition(".")[0]], nn.Linear)
+        expected = linear and not parameter.requires_grad and parameter is not tied
+        assert (parameter.dtype == torch.bfloat16) == expected, name
+    assert module.model.dtype == torch.float32
+
+
+def test_under_dora_the_weights_stay(family: Family) -> None:
+    module = configured(family("llava"), LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dora=True)))
+    held = {id(parameter) for parameter in castable(module.model, module.plan)}
+    for name, parameter in module.model.named_parameters():
+        assert not (name.endswith(".base_layer.weight") and id(parameter) in held), name
+
+
+def test_nothing_is_cast_where_autocast_is_not(family: Family) -> None:
+    module = configured(family("llava"), MIDDLE)
+    assert hold_frozen(module.model, module.plan, "32-true") == 0
+    assert hold_frozen(module.model, module.plan, "bf16-mixed", "float32") == 0
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
+    with pytest.raises(UserError, match=r"does not go with trainer\.precision 32-true"):
+        hold_frozen(module.model, module.plan, "32-true", "bfloat16")
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_whole_run_is_the_same(name: str, family: Family, data: Data, tmp_path: Path) -> None:
+    """Training, validation by loss and by answers, and questions before and after: all bits, through the trainer."""
+    runs = []
+    for wanted in ("float32", "auto"):
+        losses = Losses()
+        module, trainer = train(
+            family(name),
+            data,
+            tmp_path,
+            tuning=MIDDLE,
+            compute=Compute(frozen_dtype=wanted),
+            precision="bf16-mixed",
+            max_steps=4,
+            limit_val_batches=1.0,
+            val_check_interval=2,
+            callbacks=[losses, HeldOutEvaluation()],
+        )
+        metrics = {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("val/")}
+        assert metrics
+        runs.append((module, losses.by_step, metrics))
+    (plain, *expected), (held, *found) = runs
+    assert found == expected
+    assert plain.base == held.base
+    assert any(p.dtype == torch.bfloat16 for p in held.parameters())
+    assert not any(p.dtype == torch.bfloat16 for p in plain.parameters())
+    for key, parameter in plain.trainable.items():
+        assert torch.equal(parameter, held.trainable[key]), key
+
+
+def test_whoever_looks_sees_the_same(family: Family, data: Data, probes: Path, tmp_path: Path) -> None:
+    """Attention flow alone reads weights itself, in float32: 2^-8 of rounding there."""
+    found: list[dict[tuple[object, ...], float]] = []
+    for wanted in ("float32", "auto"):
+        every = Schedule(every=2, budget=None)
+        causal = CausalCallback(every, count=3, parts=("ablation", "knockout", "flow", "trace"))
+        looking = [ProbingCallback(every), GeometryCallback(every), DriftCallback(every), causal]
+        options = {"tuning": MIDDLE, "max_steps": 2, "precision": "bf16-mixed", "callbacks": looking}
+        folder = tmp_path / wanted
+        train(family("llava"), {**data, "probes": probes}, folder, compute=Compute(frozen_dtype=wanted), **options)
+        rows, bad = read_layers(folder / "layers.csv")
+        assert not bad
+        found.append({(r.step, r.analysis, r.measure, r.site, r.layer): r.value for r in rows if r.value is not None})
+    plain, held = found
+    assert plain.keys() == held.keys()
+    assert {key[1] for key in plain} >= {"causal", "probing", "geometry", "drift"}
+    for key, value in plain.items():
+        assert held[key] == pytest.approx(value, abs=2e-2 if key[2] == "flow" else 0.0), key

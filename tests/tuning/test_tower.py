@@ -1,0 +1,38 @@
+"""Vision blocks that nothing reads are left out, and only those."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.sources import read
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.models.processing import load_processing
+from lightning_mm.tuning.tower import cut_tower
+from tests.rows import uneven
+
+
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [("llava", 1), ("llava_next", 1), ("llava_onevision", 0), ("qwen2_5_vl", 0), ("qwen3_vl", 0), ("gemma3", 0)],
+)
+def test_what_is_not_read_is_not_computed(
+    name: str, unread: int, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """LLaVA reads its tower's last block but one (vision_feature_layer -2); equal logits, bit for bit."""
+    model: Any = load_model(Backbone(path=str(family(name)))).eval()
+    anatomy = Anatomy.of(model)
+    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    with torch.no_grad():
+        expected = model(**batch.inputs).logits
+        assert cut_tower(model, anatomy, batch) == tuple(reversed(anatomy.vision_blocks))[:unread]
+        ran: list[str] = []
+        for block in anatomy.vision_blocks:
+            part = next(m for m in model.get_submodule(block).modules() if isinstance(m, torch.nn.Linear))
+            part.register_forward_hook(lambda *_, name=block: ran.append(name))
+        assert torch.equal(model(**batch.inputs).logits, expected)
+    assert ran == list(anatomy.vision_blocks[: len(anatomy.vision_blocks) - unread])
