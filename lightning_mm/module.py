@@ -111,7 +111,7 @@ class MMModule(Evaluating):
         self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
         if self._trainer is not None:
-            hold_frozen(self.model, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
+            hold_frozen(self.model, self.anatomy, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
         self.step = TrainingStep(self.model, self.anatomy, self.plan, self.compute, self.activation_checkpointing)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._data.keeping = self._keeping

@@ -28,7 +28,7 @@ _KNOWN = (
     ".*dirpath has changed.*",  # a resumed run has its own folder
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
-VERBS = ("fit", "validate", "test", "predict", "inspect", "trace", "edit", "export", "report")
+VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit", "export", "report")
 
 
 def run(arguments: list[str]) -> int:
@@ -58,7 +58,7 @@ def _explained(error: Exception) -> UserError | None:
         return UserError(
             "The device is out of memory.",
             first,
-            "Lower data.batch_size or data.max_length, or set model.activation_checkpointing true.",
+            "Lower data.batch_size, data.max_tokens or data.max_length, or set model.activation_checkpointing true.",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
@@ -70,6 +70,10 @@ def _verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.exporting import export
 
         return export
+    if name == "plan":
+        from lightning_mm.cli.planning import plan
+
+        return plan
     if name == "trace":
         from lightning_mm.cli.tracing import trace
 

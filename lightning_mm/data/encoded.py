@@ -1,7 +1,7 @@
 """Batches taken apart into rows, and put together again: what a row is kept as once its pixels are not needed.
 
-Data flow: Batch -> ``cut`` -> one record of tensors per row (what its file keeps beside the hidden states) -> ``joined``
-with other rows -> the same Batch without pixels.
+Data flow: Batch -> ``cut`` -> one record of tensors per row (what is kept beside its hidden states) -> ``joined`` with
+other rows -> the same Batch without pixels.
 
 Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positions.
 """
@@ -15,7 +15,7 @@ from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.sample import Sample
 
 Record = dict[str, Tensor]
-"""One row: ``token.<input>`` (T, ...), ``row.<input>`` (n, ...), ``regions`` (T,), ``supervised`` and ``targets`` (S,)."""
+"""One row: ``token.<input>`` (T, ...), ``row.<input>`` (n, ...), ``regions`` (T,), ``supervised``, ``targets`` (S,)."""
 
 _TOKEN, _ROW = "token.", "row."
 

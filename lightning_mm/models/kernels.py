@@ -59,20 +59,25 @@ def widen_attention() -> None:
 def _widened(attend: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(attend)
     def run(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        narrow = query.device.type == "cpu" and query.dtype == torch.bfloat16
-        if not (narrow and torch.is_grad_enabled() and query.requires_grad):
-            return attend(module, query, key, value, mask, *args, **options)
+        # Rotary positions make float32 of queries and keys; autocast narrows them just before the kernel.
+        narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if not (narrow and query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad):
+            return attend(module, query, key, value, *args, **options)
         decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
-        if mask is not None and mask.is_floating_point():
-            mask = mask.float()
-        with torch.autocast("cpu", enabled=False):
-            output, weights = attend(module, query.float(), key.float(), value.float(), mask, *args, **options)
-        return output.to(query.dtype), weights
+        wide = [_wide(each) for each in (query, key, value, *args)]
+        options = {name: _wide(each) for name, each in options.items()}
+        with torch.autocast("cpu", enabled=False):  # it would narrow them again
+            output, weights = attend(module, *wide, **options)
+        return output.to(torch.bfloat16), weights
 
     run.widens = True  # type: ignore[attr-defined]
     return run
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def apply_liger(model: Any) -> None:

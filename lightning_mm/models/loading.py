@@ -26,14 +26,14 @@ class Backbone:
         path: Folder or hub name of an image-text-to-text model.
         revision: Commit, tag or branch of a hub model.
         dtype: Type of the weights in memory; 'auto' is float32, which AdamW needs to add small updates.
-        attention: Attention kernel; 'auto' leaves the choice to transformers.
+        attention: Attention kernel; 'auto' leaves the choice to transformers. flex_attention trains on CUDA only.
         quantization: Hold what is frozen in 4 bits (nf4) or 8 bits (int8); what trains at full rank is left as it is.
     """
 
     path: str
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     quantization: Literal["none", "nf4", "int8"] = "none"
 
 
@@ -62,6 +62,8 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     if backbone.dtype == "auto":
         decide("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
     options: dict[str, Any] = {"dtype": dtype, "revision": backbone.revision, "use_safetensors": True}
+    if backbone.attention == "flex_attention" and not torch.cuda.is_available():
+        raise _no_kernel(backbone, "It has no backward pass on this machine's processor.")
     if backbone.attention != "auto":
         options["attn_implementation"] = backbone.attention
     if backbone.quantization != "none":
@@ -74,6 +76,8 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         )
         model, report = loaded
     except (OSError, ValueError, ImportError, RuntimeError) as error:
+        if backbone.attention != "auto" and "attention" in str(error).lower():
+            raise _no_kernel(backbone, _first_line(error)) from error
         raise _unsupported(backbone, config, error) from error
     _refuse_missing(backbone, report)
     kernel = getattr(model.config, "_attn_implementation", "eager")
@@ -142,6 +146,12 @@ def _refuse_missing(backbone: Backbone, report: dict[str, Any]) -> None:
         )
     if unexpected := sorted(report.get("unexpected_keys", ())):
         decide("model.backbone.path", f"{len(unexpected)} tensors not used", f"such as {unexpected[0]}")
+
+
+def _no_kernel(backbone: Backbone, why: str) -> UserError:
+    return UserError(
+        f"model.backbone.attention: {backbone.attention} cannot be had.", why, "Set model.backbone.attention sdpa."
+    )
 
 
 def _unsupported(backbone: Backbone, config: PretrainedConfig, error: Exception) -> UserError:

@@ -168,7 +168,7 @@ def _by_rows(attend: Callable[..., Any]) -> Callable[..., Any]:
         output, weights = attend(module, *rows, *args, **kwargs)  # (B, L, H, E)
         return tokens.pack(output), weights
 
-    run.takes_rows = True  # type: ignore[attr-defined]
+    run.takes_rows = True
     return run
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lightning_mm.models.anatomy import Anatomy
@@ -36,7 +37,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
     try:
         for module in compiled:
             module._compiled_call_impl = None
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, implementation in compiled.items():
             module._compiled_call_impl = implementation

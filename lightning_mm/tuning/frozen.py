@@ -4,36 +4,43 @@ Data flow: model under its plan + the trainer's precision -> the same model, who
 
 Autocast keeps the copy of a weight that trains until the step ends, and copies a frozen one anew each time. Held in
 bfloat16 there is nothing to copy, and every product is the same to the bit. What no matrix product reads (embeddings,
-norms, tables, weights tied to any of them) is not cast by autocast, so it stays as it is.
+norms, tables) is not cast by autocast and stays as it is; a frozen head that is tied to the embedding keeps its copy.
+
+Shapes: D hidden size, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
+from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.tuning.policy import TuningPlan
 
 FrozenType = Literal["auto", "float32", "bfloat16"]
 
 
-def hold_frozen(model: nn.Module, plan: TuningPlan, precision: str, wanted: FrozenType = "auto") -> int:
+def hold_frozen(
+    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, precision: str, wanted: FrozenType = "auto"
+) -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
     Call it after the fingerprint was taken: that is of the weights as they were loaded.
 
     Args:
         model: Under the plan; on any device.
+        anatomy: Of it.
         plan: What trains.
         precision: ``trainer.precision``.
         wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
 
     Returns:
-        Bytes saved.
+        Bytes saved, the copy of a tied head taken off.
 
     Raises:
         UserError: bfloat16 was asked for where nothing casts what enters those weights.
@@ -53,10 +60,33 @@ def hold_frozen(model: nn.Module, plan: TuningPlan, precision: str, wanted: Froz
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
-    if held:
+    head: Any = model.get_submodule(anatomy.head)
+    tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
+    if tied and not head.weight.requires_grad:
+        saved -= head.weight.nbytes // 2
+        head.forward = _copied_once(head)
+    if saved:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
         decide("model.compute.frozen_dtype", "bfloat16", why)
     return saved
+
+
+def _copied_once(head: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """The forward pass of a head whose weight must stay float32: its copy for autocast is made once."""
+    made: tuple[object, Tensor] | None = None
+
+    def forward(hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
+        nonlocal made
+        kind, weight = hidden.device.type, head.weight
+        if not (torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.bfloat16):
+            return F.linear(hidden, weight, head.bias)
+        state = (weight.device, weight.data_ptr(), weight._version)
+        if made is None or made[0] != state:
+            with torch.inference_mode(False), torch.no_grad():  # else no backward pass could use it
+                made = state, weight.to(torch.bfloat16)
+        return F.linear(hidden, made[1], head.bias)
+
+    return forward
 
 
 def castable(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:

@@ -17,6 +17,7 @@ from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.quantized import adamw_8bit
 from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.rounding import StochasticAdamW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,9 @@ class OptimizerSettings:
     """AdamW and its schedule.
 
     Args:
-        name: 'adamw' (fused) or 'adamw8bit' (bitsandbytes: 8-bit states, for memory).
+        name: 'adamw' (fused), 'adamw8bit' (bitsandbytes: 8-bit states, for memory) or 'adamw_sr' (for weights that are
+            trained in bfloat16: updates in float32, rounded at random so that small ones are not lost).
+        state_dtype: What the moments of adamw_sr are held in.
         lr: Peak learning rate; a region may say its own (model.tuning.lr).
         weight_decay: Decoupled weight decay of matrices; vectors (norms, biases) have none.
         betas: Decay of the two moments.
@@ -34,7 +37,8 @@ class OptimizerSettings:
         final: Learning rate at the end, as a share of the peak.
     """
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "adamw_sr"] = "adamw"
+    state_dtype: Literal["float32", "bfloat16"] = "float32"
     lr: float = 1e-4
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -54,6 +58,12 @@ class OptimizerSettings:
         ):
             if not valid:
                 raise UserError(f"model.optimizer.{option}: {value} is out of range.", "See --help.", "Change it.")
+        if self.state_dtype != "float32" and self.name != "adamw_sr":
+            raise UserError(
+                f"model.optimizer.state_dtype: {self.state_dtype} does not go with {self.name}.",
+                "Its moments would lose what is added to them at each step.",
+                "Set model.optimizer.name adamw_sr, or adamw8bit for still smaller states.",
+            )
 
 
 def parameter_groups(
@@ -80,6 +90,13 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -
     if settings.name == "adamw8bit":
         decide("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
         return adamw_8bit(groups, **options)
+    if settings.name == "adamw_sr":
+        why = f"asked for; bfloat16 weights keep the mean of small updates, moments are {settings.state_dtype}"
+        decide("model.optimizer", "AdamW, rounded at random", why)
+        return StochasticAdamW(groups, state_dtype=settings.state_dtype, **options)
+    if any(param.dtype == torch.bfloat16 for group in groups for param in group["params"]):
+        why = "steps below 1/512 of a bfloat16 weight are lost; model.optimizer.name adamw_sr keeps them"
+        decide("model.optimizer.name", "adamw", why)
     decide("model.optimizer", "fused AdamW", "one kernel over all tensors; the same arithmetic")
     return AdamW(groups, fused=True, **options)
 

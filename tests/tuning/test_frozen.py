@@ -1,10 +1,12 @@
 """Frozen weights held in bfloat16 change no bit of a bf16-mixed run."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallback, ProbingCallback, Schedule
 from lightning_mm.callbacks.evaluation import HeldOutEvaluation
@@ -50,8 +52,11 @@ def step(module: MMModule, batch: Batch) -> dict[str, Tensor]:
 def test_no_bit_changes(name: str, tuning: TuningPolicy, family: Family, data: Data) -> None:
     module, batch = configured(family(name), tuning), batch_of(family(name), data)
     expected = step(module, batch)
-    saved = hold_frozen(module.model, module.plan, "bf16-mixed")
-    assert saved == sum(p.nbytes for p in module.parameters() if p.dtype == torch.bfloat16) > 0
+    saved = hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
+    head = module.model.get_submodule(module.anatomy.head)
+    copy = head.weight.nbytes // 2 if "forward" in head.__dict__ else 0
+    assert ("forward" in head.__dict__) == module.anatomy.tied_head
+    assert saved == sum(p.nbytes for p in module.parameters() if p.dtype == torch.bfloat16) - copy
     found = step(module, batch)
     assert expected.keys() == found.keys()
     for key, value in expected.items():
@@ -60,7 +65,7 @@ def test_no_bit_changes(name: str, tuning: TuningPolicy, family: Family, data: D
 
 def test_only_frozen_linear_weights_that_nothing_else_reads(family: Family, data: Data) -> None:
     module = configured(family("gemma3"), MIDDLE)  # its head is tied to its embedding
-    hold_frozen(module.model, module.plan, "bf16-mixed")
+    hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
     owners = dict(module.model.named_modules())
     tied = module.model.get_input_embeddings().weight
     for name, parameter in module.model.named_parameters():
@@ -79,11 +84,11 @@ def test_under_dora_the_weights_stay(family: Family) -> None:
 
 def test_nothing_is_cast_where_autocast_is_not(family: Family) -> None:
     module = configured(family("llava"), MIDDLE)
-    assert hold_frozen(module.model, module.plan, "32-true") == 0
-    assert hold_frozen(module.model, module.plan, "bf16-mixed", "float32") == 0
+    assert hold_frozen(module.model, module.anatomy, module.plan, "32-true") == 0
+    assert hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed", "float32") == 0
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     with pytest.raises(UserError, match=r"does not go with trainer\.precision 32-true"):
-        hold_frozen(module.model, module.plan, "32-true", "bfloat16")
+        hold_frozen(module.model, module.anatomy, module.plan, "32-true", "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
@@ -134,3 +139,35 @@ def test_whoever_looks_sees_the_same(family: Family, data: Data, probes: Path, t
     assert {key[1] for key in plain} >= {"causal", "probing", "geometry", "drift"}
     for key, value in plain.items():
         assert held[key] == pytest.approx(value, abs=2e-2 if key[2] == "flow" else 0.0), key
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often a tensor of a shape is cast."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._to_copy.default and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_copy_of_a_tied_head_is_made_once(family: Family, data: Data) -> None:
+    """Also where it was made in inference mode, as by a validation before training; other weights make another one."""
+    module, batch = configured(family("gemma3"), MIDDLE), batch_of(family("gemma3"), data)
+    table = module.model.get_input_embeddings().weight
+    assert module.anatomy.tied_head
+    hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        module.objective(batch_of(family("gemma3"), data))
+    with Casts(table.shape) as casts:
+        found = step(module, batch)
+    assert casts.count == 0
+    assert table.dtype == torch.float32
+    with torch.no_grad():
+        table.mul_(2)
+    assert not torch.equal(step(module, batch)["logits"], found["logits"])
+    hidden = torch.rand(2, table.shape[1])
+    # Without autocast, the float32 weight itself.
+    assert torch.equal(module.model.get_output_embeddings()(hidden), nn.functional.linear(hidden, table))

@@ -1,0 +1,229 @@
+"""plan: what a run will cost, before it and without weights, beside what every other policy would cost.
+
+Data flow: the arguments of ``fit`` -> model and data as configured, nothing loaded -> a few real batches (or one of
+given lengths) -> ``forecast`` for each policy -> tables, and a JSON file.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from PIL import Image
+from rich.console import Console
+
+from lightning_mm.cli.parsing import OneScreenParser, refuse_foreign_classes
+from lightning_mm.cli.plan_tables import show
+from lightning_mm.cli.training import TrainingCLI
+from lightning_mm.data.batch import Batch, TokenRegion
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.decisions import decide
+from lightning_mm.errors import UserError
+from lightning_mm.module import MMModule
+from lightning_mm.tuning import (
+    ConnectorOnly,
+    EarlyLayers,
+    Full,
+    IntermediateOnly,
+    LateLayers,
+    LoRAOnMiddle,
+    RandomLayers,
+    TuningPolicy,
+    UniformSparse,
+)
+from lightning_mm.tuning.devices import DEVICES, device
+from lightning_mm.tuning.forecast import Blueprint, Forecast, Setting, forecast
+from lightning_mm.tuning.layers import count_layers
+from lightning_mm.tuning.selection import asks_for_selection, with_layers
+
+POLICIES: tuple[TuningPolicy, ...] = (
+    Full(),
+    IntermediateOnly(),
+    LoRAOnMiddle(),
+    ConnectorOnly(),
+    EarlyLayers(),
+    LateLayers(),
+    UniformSparse(),
+    RandomLayers(),
+)
+_BATCHES = 8
+
+
+def plan(arguments: list[str]) -> int:
+    """Tell what a run will cost; returns the exit status."""
+    decide.clear()
+    refuse_foreign_classes(arguments)
+    cli = PlanningCLI(
+        MMModule,
+        MMDataModule,
+        parser_class=OneScreenParser,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        load_from_checkpoint_support=False,
+        run=False,
+        args=arguments[1:],
+    )
+    config, module = cli.config, cli.config_init.model
+    with batches_of(config, module, cli.config_init.data) as batches:
+        setting, on = _setting(config, module), device(config.device, _in_bf16(config, module))
+        largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
+        blueprint = Blueprint(module.backbone, largest, module.compute.packing)
+        own = _fixed(module.tuning, blueprint.anatomy.num_layers)
+        found: list[Forecast] = []
+        for policy in (own, *(POLICIES if config.compare else ())):
+            try:
+                one = forecast(blueprint, policy, batches, setting, on)
+            except UserError as error:
+                if policy is own:
+                    raise
+                decide("plan", f"without {policy.describe()}", error.what)
+                continue
+            if not any((one.plan.full, one.plan.adapted) == (each.plan.full, each.plan.adapted) for each in found):
+                found.append(one)
+    lengths = _lengths(batches)
+    steps = int(config.trainer.max_steps) * setting.accumulate if config.trainer.max_steps > 0 else 0
+    samples = _samples(cli.config_init.data)
+    show(Console(), found, lengths, on, steps=steps, samples=samples)
+    if config.json:
+        facts = {"device": on.name, "utilisation": on.utilisation, "shape": lengths, "samples": samples, "steps": steps}
+        Path(config.json).write_text(json.dumps({**facts, "policies": [one.to_dict() for one in found]}, indent=1))
+    return 0
+
+
+class PlanningCLI(TrainingCLI):
+    """The parser of ``fit`` with a few options more; no trainer is made, nothing is run."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        super().add_arguments_to_parser(parser)
+        listed = ", ".join(DEVICES)
+        parser.add_argument("--device", type=str, default="measured", help=f"{listed}, cpu, or measured here.")
+        parser.add_argument("--json", type=str | None, default=None, help="File to write everything to.")
+        parser.add_argument("--compare", type=bool, default=True, help="Tell of the other policies too.")
+        parser.add_argument("--image_tokens", type=int | None, default=None, help="Of a row, in place of data.train.")
+        parser.add_argument("--text_tokens", type=int | None, default=None, help="The same; answers are text too.")
+        parser.add_argument("--supervised", type=int | None, default=None, help="The same: tokens of the answers.")
+        parser.add_argument("--batch_size", type=int | None, default=None, help="In place of data.batch_size.")
+
+    def before_instantiate_classes(self) -> None:
+        """No run directory is made."""
+
+    def instantiate_classes(self) -> None:
+        parts = Namespace(model=self.config.model, data=self.config.data)
+        self.config_init = self.parser.instantiate_classes(parts)
+
+
+@contextmanager
+def batches_of(config: Namespace, module: MMModule, data: MMDataModule) -> Iterator[list[Batch]]:
+    """Micro-batches as the run will see them, or one of the lengths that were given."""
+    data.num_workers = 0
+    if config.batch_size is not None:
+        data.batch_size = config.batch_size
+    given = {name: config[name] for name in ("image_tokens", "text_tokens", "supervised")}
+    if all(value is None for value in given.values()):
+        if data.paths["train"] is None:
+            raise UserError(
+                "The lengths of rows are not known.",
+                "Neither data.train nor lengths are given.",
+                "Give --data.train FILE, or --image_tokens, --text_tokens and --supervised.",
+            )
+        yield list(islice(iter(data.train_dataloader()), _BATCHES))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = _Rows(module, data.batch_size, Path(folder))
+        text, supervised = given["text_tokens"] or 64, given["supervised"] or 16
+        yield [rows.of(given["image_tokens"], text, supervised)]
+
+
+class _Rows:
+    """Batches of rows of given lengths, through the model's own processor.
+
+    Args:
+        module: Names the model.
+        rows: How many alike.
+        folder: Where they are written.
+    """
+
+    def __init__(self, module: MMModule, rows: int, folder: Path) -> None:
+        self.module, self.rows, self.folder = module, rows, folder
+
+    def of(self, image_tokens: int | None, text_tokens: int, supervised: int) -> Batch:
+        """One batch; pictures of models that take one size only have the tokens that they have."""
+        side, words, answer = 336, 8, 1
+        for _ in range(3):
+            batch = self._made(0 if image_tokens == 0 else side, words, answer)
+            held = _lengths([batch])
+            if image_tokens and held["image_tokens"]:
+                side = max(28, round(side * (image_tokens / held["image_tokens"]) ** 0.5))
+            answer = max(1, answer + supervised - round(held["supervised"]))
+            words = max(1, words + text_tokens - supervised - round(held["text_tokens"] - held["supervised"]))
+        if image_tokens and round(held["image_tokens"]) != image_tokens:
+            decide(
+                "plan", f"{held['image_tokens']:.0f} image tokens", f"the processor makes no picture of {image_tokens}"
+            )
+        return self._made(0 if image_tokens == 0 else side, words, answer)
+
+    def _made(self, side: int, words: int, answer: int) -> Batch:
+        row: dict[str, Any] = {"id": "row"}
+        if side:
+            Image.new("RGB", (side, side), "grey").save(self.folder / "picture.png")
+            row["image"] = "picture.png"
+        mark = "<image>\n" if side else ""
+        turns = (("human", mark + " a" * words), ("gpt", "a" + " a" * (answer - 1)))
+        row["conversations"] = [{"from": who, "value": text} for who, text in turns]
+        file = self.folder / "rows.json"
+        file.write_text(json.dumps([row] * self.rows))
+        backbone = self.module.backbone
+        options: dict[str, Any] = {"processor": backbone.path, "revision": backbone.revision, "max_length": None}
+        data = MMDataModule(train=str(file), batch_size=self.rows, num_workers=0, **options)
+        return next(iter(data.train_dataloader()))
+
+
+def _setting(config: Namespace, module: MMModule) -> Setting:
+    devices = config.trainer.devices
+    ranks = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    return Setting(
+        compute=module.compute,
+        bf16=config.trainer.precision == "bf16-mixed",
+        checkpointing=module.activation_checkpointing,
+        optimizer=module.optimizer.name,
+        ranks=ranks * int(config.trainer.num_nodes),
+        accumulate=int(config.trainer.accumulate_grad_batches),
+    )
+
+
+def _in_bf16(config: Namespace, module: MMModule) -> bool:
+    return config.trainer.precision == "bf16-mixed" or module.backbone.dtype == "bfloat16"
+
+
+def _fixed(policy: TuningPolicy, num_layers: int) -> TuningPolicy:
+    """``layers: auto`` is answered by reading the model; the default range stands in for it."""
+    if not asks_for_selection(policy):
+        return policy
+    count = count_layers("25%-50%", num_layers)
+    first = num_layers // 4
+    decide("model.tuning.layers", "25%-50%", "auto is chosen by reading the model, and plan has no weights")
+    return with_layers(policy, tuple(range(first, first + count)))
+
+
+def _lengths(batches: list[Batch]) -> dict[str, float]:
+    """Means per row, and rows per micro-batch."""
+    rows = sum(len(batch) for batch in batches)
+    image = sum(int((batch.regions == TokenRegion.IMAGE).sum()) for batch in batches)
+    tokens = sum(len(batch.real) for batch in batches)
+    return {
+        "rows": rows / len(batches),
+        "image_tokens": image / rows,
+        "text_tokens": (tokens - image) / rows,
+        "supervised": sum(batch.num_supervised for batch in batches) / rows,
+        "padding": 1 - tokens / sum(batch.regions.numel() for batch in batches),
+    }
+
+
+def _samples(data: MMDataModule) -> int:
+    return len(data.samples("train")) if data.paths["train"] is not None else 0

@@ -1,0 +1,1 @@
+"""What `scripts/bench.py` runs: the product, TRL's SFTTrainer and transformers' Trainer, measured by one stopwatch."""
