@@ -21,7 +21,7 @@ from bench_rivals.arms import ARMS, Arm, growth
 from bench_rivals.environment import rivals_python
 from bench_rivals.results import compared, grown, machine
 from bench_rivals.rows import resized, write_rows
-from bench_rivals.running import Setting, run, warmed
+from bench_rivals.running import RunFailed, Setting, run, warmed
 from bench_rivals.table import write_table
 
 IMAGE_SIZES = (56, 112, 168, 224)
@@ -50,8 +50,11 @@ def main() -> None:
     if not args.table:
         with tempfile.TemporaryDirectory() as work:
             measure(args, Path(work))
-    if "rivals" in (result := _read(args.out)):
+    result = _read(args.out)
+    if "rivals" in result:
         write_table(result, args.readme)
+    elif args.table:
+        raise SystemExit(f"{args.out} holds no comparison yet; run without --table.")
 
 
 def measure(args: argparse.Namespace, work: Path) -> None:
@@ -88,11 +91,18 @@ def rivals(setting: Setting, arms: list[Arm], rounds: int, steps: int) -> dict[s
     short = setting.warm_up + setting.timed
     runs: dict[str, list[dict[str, Any]]] = {arm.key: [] for arm in arms}
     for number in range(rounds):
-        for arm in arms:
-            measured = run(setting, arm, short if number else max(short, steps), batches=not number)
+        for arm in [arm for arm in arms if arm.key in runs]:
+            try:
+                measured = run(setting, arm, short if number else max(short, steps), batches=not number)
+            except RunFailed as failed:
+                if not arm.optional:
+                    raise
+                print(f"left out: {failed}", flush=True)
+                del runs[arm.key]
+                continue
             runs[arm.key].append(measured)
             _say(f"round {number + 1}", arm.key, measured)
-    return compared(arms, runs)
+    return compared([arm for arm in arms if arm.key in runs], runs)
 
 
 def growing(setting: Setting, args: argparse.Namespace) -> dict[str, Any]:

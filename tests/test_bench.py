@@ -26,7 +26,15 @@ Family = Callable[[str], Path]
 def a_run(seconds: float, losses: list[float], ids: int = 1) -> dict[str, Any]:
     batches = [{"ids": ids, "targets": 2, "pixels": 3} for _ in losses]
     measured = {"seconds_per_step": seconds, "cpu_seconds_per_step": seconds, "peak_bytes": 2_000_000_000}
-    return {**measured, "startup_seconds": 5.0, "startup_cpu_seconds": 4.0, "losses": losses, "batches": batches}
+    return {
+        **measured,
+        "startup_seconds": 5.0,
+        "startup_cpu_seconds": 4.0,
+        "warm_up_seconds": 1.0,
+        "steps": [],
+        "losses": losses,
+        "batches": batches,
+    }
 
 
 OURS = arms.Arm("ours", "ours", "ours", "8-15")

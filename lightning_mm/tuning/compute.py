@@ -37,4 +37,6 @@ class Compute:
         for option in ("checkpoint_every", "loss_chunk"):
             value = getattr(self, option)
             if isinstance(value, int) and value < 1:
-                raise UserError(f"model.compute.{option}: {value} is out of range.", "It counts from 1.", "Give 1 up.")
+                raise UserError(
+                    f"model.compute.{option}: {value} is out of range.", "It counts from 1.", "Give 1 or more."
+                )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.flop_counter import flop_registry
@@ -21,6 +22,12 @@ from lightning_mm.models.anatomy import Anatomy, Place, Region
 from lightning_mm.tuning.fused import stand_in
 from lightning_mm.tuning.shape import StepShape, patches
 
+
+def _grouped(rows: Tensor, experts: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
+    return 2 * out_val.numel() * rows.shape[-1]
+
+
+_COUNTS = {**flop_registry, torch.ops.aten._grouped_mm: _grouped}
 _PICTURES = (Region.VISION, Region.CONNECTOR)
 
 
@@ -175,7 +182,7 @@ class Watch:
 
     def see(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
         """Note an operation, if it is a product."""
-        count = flop_registry.get(getattr(func, "overloadpacket", None))
+        count = _COUNTS.get(getattr(func, "overloadpacket", None))
         if count is None or not self._open:
             return
         # The sum in addmm and baddbmm is no product.
@@ -184,7 +191,8 @@ class Watch:
         weights = [t for t in operands if self._is_weight(t)]
         inputs = [t for t in operands if not self._is_weight(t)]
         call = self._open[-1]
-        sum_of = self._grows_by(call.place, operands, flops / 2 / weights[0].numel() if weights else None)
+        rows = len(result) if weights and weights[0].ndim == 3 else flops / 2 / weights[0].numel() if weights else None
+        sum_of = self._grows_by(call.place, operands, rows)
         needed = (sum(t.requires_grad for t in inputs), sum(t.requires_grad for t in weights))
         call.products.append(Product(call.place, *sum_of, flops, *needed))
 
@@ -209,8 +217,11 @@ class Watch:
             square = sizes.count(self.length) > 1
             return ("pairs", self.shape.pairs) if square else ("tokens", self.shape.tokens)
         # Cross-attention takes its keys and values from what the tower saw.
-        by_token = rows in (self.shape.tokens, self.real) or not self.shape.pixels
-        return ("tokens", rows) if by_token else ("pixels", self.shape.pixels)
+        # Mixtures send each token to several experts.
+        for tokens in (self.shape.tokens, float(self.real)):
+            if rows % tokens == 0:
+                return "tokens", tokens
+        return ("pixels", self.shape.pixels) if self.shape.pixels else ("tokens", self.shape.tokens)
 
     def needed(self, reached: set[Any]) -> Iterator[Product]:
         """Every product; without gradients where the loss does not depend on it."""

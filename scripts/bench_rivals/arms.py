@@ -24,6 +24,7 @@ class Arm:
         args: Training arguments, where they differ from that trainer's defaults.
         flags: Of ``theirs.py``.
         warm: Whether what it keeps on disk is filled by a run before the first round.
+        optional: Whether the others go on without it where it fails (a compiler is not everywhere).
     """
 
     key: str
@@ -34,6 +35,7 @@ class Arm:
     args: dict[str, Any] = field(default_factory=dict)
     flags: tuple[str, ...] = ()
     warm: bool = False
+    optional: bool = False
 
 
 def tuning(train: str) -> tuple[str, ...]:
@@ -46,6 +48,7 @@ def tuning(train: str) -> tuple[str, ...]:
 _COLD = ("--model.cache.mode=off",)
 _KEPT = ("--model.cache.mode=on", "--model.cache.folder={work}/cache")
 _WORKER: dict[str, Any] = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
+_COMPILED: dict[str, Any] = {"torch_compile": True}
 # TRL 1.16: the loss is chunked whatever loss_type says; packing and padding_free are refused for pictures.
 _TRL_BEST: dict[str, Any] = {"gradient_checkpointing": False}
 _ANSWERS = ("--answers_only_head",)
@@ -61,10 +64,11 @@ ARMS = (
     Arm("trl.middle.default", f"{_TRL}, {_FEW}, its defaults", "trl", MIDDLE),
     Arm("trl.middle.best", f"{_TRL}, {_FEW}, {_BEST}", "trl", MIDDLE, args=_TRL_BEST),
     Arm("trl.middle.worker", f"{_TRL}, {_FEW}, {_BEST}", "trl", MIDDLE, args=_TRL_BEST | _WORKER),
+    Arm("trl.middle.compiled", f"{_TRL}, {_FEW}, {_BEST}", "trl", MIDDLE, args=_TRL_BEST | _COMPILED, optional=True),
     Arm("trl.middle.patched", f"{_TRL}, {_FEW}, {_PATCHED}", "trl", MIDDLE, args=_TRL_BEST, flags=_ANSWERS),
     Arm("trainer.middle", f"{_TRAINER}, {_FEW}", "transformers", MIDDLE),
     Arm("trainer.middle.worker", f"{_TRAINER}, {_FEW}", "transformers", MIDDLE, args=_WORKER),
-    Arm("trl.full.best", f"{_TRL}, {_ALL}, {_BEST}", "trl", "full", args=_TRL_BEST),
+    Arm("trl.full.best", f"{_TRL}, {_ALL}, no checkpointing", "trl", "full", args=_TRL_BEST),
     Arm("trainer.full", f"{_TRAINER}, {_ALL}", "transformers", "full"),
 )
 """Arms with the same label are ways to the same end: the table shows the fastest."""

@@ -22,6 +22,7 @@ _MEASURED = {
     "peak_bytes": 0,
     "startup_seconds": 2,
     "startup_cpu_seconds": 2,
+    "warm_up_seconds": 2,
 }
 
 
@@ -32,6 +33,7 @@ def compared(arms: Sequence[Arm], runs: Mapping[str, list[Run]]) -> dict[str, An
     entries = {}
     for arm in arms:
         entry = {"label": arm.label, "who": arm.who, "train": arm.train, **_settings(arm), **medians(runs[arm.key])}
+        entry["steps"] = first[arm.key]["steps"]
         entry["losses"] = [round(loss, 6) for loss in first[arm.key]["losses"]]
         if first[arm.key] is not own.get(arm.train, first[arm.key]):
             entry |= _agreement(first[arm.key], own[arm.train])

@@ -20,6 +20,10 @@ TEMPLATE = Path(__file__).with_name("training_template.jinja")
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
+class RunFailed(Exception):
+    """A run ended with an error, or without a measurement."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """What all arms of a comparison have in common.
@@ -63,7 +67,7 @@ def run(setting: Setting, arm: Arm, steps: int, batches: bool = False) -> dict[s
         batches: Whether to note what each batch holds.
 
     Raises:
-        SystemExit: The run failed; its last lines are shown.
+        RunFailed: With the run's last lines.
     """
     out, log = setting.work / "measured.json", setting.work / f"{arm.key}.log"
     out.unlink(missing_ok=True)
@@ -72,11 +76,12 @@ def run(setting: Setting, arm: Arm, steps: int, batches: bool = False) -> dict[s
     environment = {**os.environ, **dict.fromkeys(_THREADS, str(max(1, setting.threads // setting.ranks)))}
     environment["PYTHONPATH"] = os.pathsep.join((str(SCRIPTS), str(SCRIPTS.parent)))
     environment |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(setting.work / "compiled")
     environment[VARIABLE] = json.dumps({**job, "launched": time.time()})
     with log.open("w", encoding="utf-8") as told:
         done = subprocess.run(command, cwd=setting.work, env=environment, stdout=told, stderr=told)
     if done.returncode or not out.is_file():
-        raise SystemExit(f"{arm.key} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
+        raise RunFailed(f"{arm.key} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
     measured: dict[str, Any] = json.loads(out.read_text(encoding="utf-8"))
     return measured
 

@@ -41,6 +41,7 @@ class Stopwatch:
     batches: bool = False
     startup: float | None = None
     startup_cpu: float = 0.0
+    began: float = 0.0
     stamps: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     seen: list[dict[str, int]] = field(default_factory=list)
@@ -56,6 +57,7 @@ class Stopwatch:
         """A step begins; its batch is there."""
         if self.startup is None:
             self.startup, self.startup_cpu = time.time() - self.launched, time.process_time()
+            self.began = time.perf_counter()
 
     def end(self, loss: Any) -> None:
         """A step is over, its weights are updated.
@@ -103,6 +105,7 @@ class Stopwatch:
         told = {
             "startup_seconds": round(self.startup or 0.0, 3),
             "startup_cpu_seconds": round(self.startup_cpu, 3),
+            "warm_up_seconds": round(block[0] - self.began, 3),
             "seconds_per_step": round((block[-1] - block[0]) / self.timed, 4),
             "cpu_seconds_per_step": round((self.cpu[last] - self.cpu[first]) / self.timed, 4),
             "steps": [round(b - a, 4) for a, b in pairwise(block)],

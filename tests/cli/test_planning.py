@@ -42,21 +42,20 @@ def test_all_policies_side_by_side(fit: Fit, tmp_path: Path, capsys: pytest.Capt
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_floor_is_that_of_the_batches(fit: Fit, tmp_path: Path, family: Family, data: dict[str, Path]) -> None:
-    """One batch of equal rows, so that there is no padding: what torch counts in a real step."""
-    told = planned(
-        fit, tmp_path, "--image_tokens", "4", "--text_tokens", "90", "--supervised", "9", "--batch_size", "3"
-    )
+def test_lengths_can_be_given(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that are alike have no padding, so that the run is its floor."""
+    lengths = ("--text_tokens", "90", "--supervised", "9", "--batch_size", "3", "--compare", "false")
+    told = planned(fit, tmp_path, "--image_tokens", "16", *lengths)
     shape = told["shape"]
-    assert (shape["rows"], shape["image_tokens"], shape["text_tokens"], shape["supervised"]) == (3, 4, 90, 9)
+    assert (shape["rows"], shape["image_tokens"], shape["text_tokens"], shape["supervised"]) == (3, 16, 90, 9)
     assert shape["padding"] == 0
-    own = told["policies"][0]
-    assert own["flops"]["floor"] == pytest.approx(own["flops"]["run"])
+    assert told["policies"][0]["flops"]["floor"] == pytest.approx(told["policies"][0]["flops"]["run"])
+    assert "the processor makes no picture" not in capsys.readouterr().err
+    planned(fit, tmp_path, "--image_tokens", "4", *lengths)
+    assert "16 image tokens" in capsys.readouterr().err
 
 
-def test_lengths_are_those_of_the_first_batches(
-    fit: Fit, tmp_path: Path, family: Family, data: dict[str, Path]
-) -> None:
+def test_lengths_are_those_of_the_data(fit: Fit, tmp_path: Path, family: Family, data: dict[str, Path]) -> None:
     """Twelve rows in one batch, counted by torch with its padding: the run's figure without packing."""
     options = ("--data.batch_size", "12", "--model.compute.packing", "false", "--model.tuning", "IntermediateOnly")
     told = planned(fit, tmp_path, *options, "--model.tuning.layers", "1-2")

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.models.anatomy import Region
+from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.tiny import FAMILIES
 from lightning_mm.module import MMModule
+from lightning_mm.objective import supervised_nll
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.compute import Compute
@@ -37,8 +39,7 @@ def prepared(folder: Path, policy: TuningPolicy, batch: Batch, packing: bool = F
     module.configure_model()
     module.unread = unread_tensors(module.model, module.anatomy, lambda: module.objective(batch).nll)
     module._drop_unread()
-    if folder.name != "mllama":  # whose blocks read the tower past their stream
-        cut_tower(module.model, module.anatomy, batch)
+    cut_tower(module.model, module.anatomy, batch)
     return module
 
 
@@ -153,6 +154,44 @@ def test_blocks_alike_are_rehearsed_once_with_equal_findings(name: str, family: 
     for place, products in found[0][0].items():
         assert products.total == pytest.approx(found[1][0][place].total)
     assert found[0][1] == found[1][1]
+
+
+@pytest.mark.parametrize("lora", [LoRA(r=4, dora=True), LoRA(r=4, rslora=True, rank_per_layer={"2": 8})])
+def test_adapters_of_any_kind(lora: LoRA, family: Family, data: Data) -> None:
+    batch = batch_of(family("llava"), data)
+    module = prepared(family("llava"), LoRAOnMiddle(layers="1-2", lora=lora), batch)
+    cost = StepCost.of(module.model, module.anatomy, module.plan, batch)
+    assert cost.at(StepShape.of(batch, padded=True)).floor == pytest.approx(counted(module, batch), rel=1e-9)
+
+
+def test_mixtures_count_the_experts_that_a_token_is_sent_to(family: Family, data: Data) -> None:
+    """What torch counts, and the grouped products that it does not see: two per expert, in closed form."""
+    folder = family("qwen3_vl")
+    text, batch = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, batch_of(folder, data)
+    model = mixture(folder, text)
+    anatomy = Anatomy.of(model)
+    plan = IntermediateOnly(layers="1-2").plan(anatomy)
+    apply_plan(model, anatomy, plan)
+    found = StepCost.of(model, anatomy, plan, batch).at(StepShape.of(batch, padded=True)).floor
+    with FlopCounterMode(display=False) as counter:
+        supervised_nll(model, model.get_submodule(anatomy.head), batch).nll.backward()
+    width, tokens = model.config.get_text_config().hidden_size, batch.regions.numel()
+    experts = 2 * tokens * 2 * (width * 2 * 32 + 32 * width)  # FLOPs of one layer's, forward
+    # Forward in four layers; inputs' gradients in the three from layer 1 up, weights' in two.
+    assert found == pytest.approx(counter.get_total_flops() + experts * (4 + 3 + 2), rel=1e-9)
+
+
+def mixture(folder: Path, text: dict[str, int]) -> Any:
+    """Qwen3-VL with experts, otherwise like the tiny one."""
+    plain = AutoConfig.from_pretrained(folder).to_dict()
+    parts = {
+        name: {k: v for k, v in plain[name].items() if k != "model_type"} for name in ("text_config", "vision_config")
+    }
+    parts["text_config"] |= {**text, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    tokens = {name: plain[name] for name in ("image_token_id", "vision_start_token_id", "vision_end_token_id")}
+    model: Any = Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(**parts, **tokens))
+    model.set_attn_implementation("eager")
+    return model
 
 
 def frozen_below(module: MMModule) -> list[str]:

@@ -18,7 +18,15 @@ from tests.rows import uneven
 
 @pytest.mark.parametrize(
     ("name", "unread"),
-    [("llava", 1), ("llava_next", 1), ("llava_onevision", 0), ("qwen2_5_vl", 0), ("qwen3_vl", 0), ("gemma3", 0)],
+    [
+        ("llava", 1),
+        ("llava_next", 1),
+        ("llava_onevision", 0),
+        ("qwen2_5_vl", 0),
+        ("qwen3_vl", 0),
+        ("gemma3", 0),
+        ("mllama", 0),
+    ],
 )
 def test_what_is_not_read_is_not_computed(
     name: str, unread: int, family: Callable[[str], Path], tmp_path: Path
