@@ -4,6 +4,7 @@ import gc
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.dashboards.layers_file import LayerRow, read_layers
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
+from lightning_mm.module import MMModule
 from lightning_mm.taps.reading import Reading
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle
+from lightning_mm.tuning.cache import CacheSettings
 from tests.test_resume import DROPOUT, Losses
 from tests.training import train
 from tests.tuning.test_policies import Family
@@ -112,6 +115,29 @@ def test_slices_from_before_are_those_that_would_be_read_again(
     train(family("llava"), probed, tmp_path, callbacks=[whole], tuning=MIDDLE, max_steps=2)
     for one, other in zip(short.looks, whole.looks, strict=True):
         assert all(torch.equal(x, other.reading.features[place]) for place, x in one.reading.features.items())
+
+
+def test_later_looks_begin_above_the_frozen_prefix(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
+    """The same readings (weights differ by the order of sums), but only the first look shows the model the pictures."""
+    readings: dict[str, list[Reading]] = {}
+    towers: dict[str, list[int]] = {}
+    for mode in ("off", "on"):
+        kept, ran = Kept(), towers.setdefault(mode, [])
+
+        def count(module: MMModule, kept: Kept = kept, ran: list[int] = ran) -> None:
+            block = module.model.get_submodule(module.anatomy.vision_blocks[0])
+            block.register_forward_hook(lambda *_: None if module.training else ran.append(len(kept.looks)))
+
+        cache = CacheSettings(mode=mode, folder=str(tmp_path / "kept"))
+        options: dict[str, Any] = {"tuning": MIDDLE, "max_steps": 2, "callbacks": [kept], "on_start": count}
+        train(family("llava"), probed, tmp_path / mode, cache=cache, **options)
+        readings[mode] = [look.reading for look in kept.looks]
+    assert len(readings["on"]) == len(readings["off"]) == 3
+    for on, off in zip(readings["on"], readings["off"], strict=True):
+        for place, features in off.features.items():
+            torch.testing.assert_close(on.features[place], features, rtol=1e-4, atol=1e-5)
+    assert towers["off"].count(2) > 0, "its third look runs the tower"
+    assert towers["on"].count(2) == 0
 
 
 @pytest.mark.parametrize("policy", [Full(), ConnectorOnly(), LoRAOnMiddle(layers="1-2", lora=LoRA(r=2))])

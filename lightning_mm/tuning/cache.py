@@ -22,7 +22,6 @@ from lightning_mm.data.collator import Collator
 from lightning_mm.data.encoded import Inseparable, cut, joined
 from lightning_mm.data.kept import STATES, KeptCollator
 from lightning_mm.data.store import RecordStore
-from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.processing import Processing
@@ -184,10 +183,7 @@ def open_store(
         **facts,
     }
     limit = int(settings.limit * 2**30)
-    store = RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=kept)
-    held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-    decide("model.cache", f"what enters block {prefix.first}, in {kept}", f"{held}; {store.folder}")
-    return store
+    return RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=kept)
 
 
 def prefix_digest(model: nn.Module, anatomy: Anatomy, first: int) -> str:

@@ -130,6 +130,8 @@ class TrainingStep:
             decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
             store.close()
             return None
+        held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
+        decide("model.cache", f"what enters block {prefix.first}, in {kept}", f"{held}; {store.folder}")
         return PrefixCache(prefix, store, kept, torch.float32 if exact else torch.bfloat16)
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
