@@ -218,3 +218,14 @@ def test_attention_of_the_model_is_its_own_again(family: Callable[[str], Path], 
 
 def _hooks(model: Any) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_autocast_rounds_and_is_replayed_all_the_same(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Rotations leave queries in float32 while products are in bfloat16: not the tolerance of a float32 model."""
+    one = subject(family, "llava", tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        base = record(one.model, one.anatomy, one.ask().inputs)
+        assert {call.value.dtype for call in base.calls.values()} == {torch.bfloat16}
+        replayed = Replay(one.model, one.anatomy, base).logits(start=base.length - 1, layer=2)
+    error = (replayed - base.logits).square().mean().sqrt() / base.logits.std()
+    assert float(error) < 0.05
