@@ -126,6 +126,8 @@ class MMModule(Evaluating):
             "dtype": str(self.model.dtype),
             "attention": str(getattr(self.model.config, "_attn_implementation", None)),
             "max_length": data.max_length,
+            "device": trainer.strategy.root_device.type,
+            "matmul": torch.get_float32_matmul_precision(),
         }
 
         def example() -> Batch:

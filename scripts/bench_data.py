@@ -10,7 +10,6 @@ layers 8-15 on the same batches -> benchmarks/data.json.
 import argparse
 import json
 import os
-import platform
 import tempfile
 import time
 from collections import defaultdict
@@ -22,6 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from machine import processor
 from PIL import Image
 
 from lightning_mm.data import images
@@ -59,7 +59,7 @@ def main() -> None:
     taken = model_takes(args.model, args.train, args.steps)
     best = {name: max(told["samples_per_second"].values()) for name, told in pipeline.items()}
     told = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor(), "cores": os.cpu_count()},
         "torch": torch.__version__,
         "pipeline": pipeline,
         "model_samples_per_second": taken,
@@ -201,12 +201,6 @@ def order(model: str, train: Path, options: dict[str, Any]) -> dict[str, float]:
         "padding": round(1 - real / positions, 4),
         "samples_per_batch": round(rows / 31, 2),
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

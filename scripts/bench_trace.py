@@ -11,13 +11,13 @@ the repository: python scripts/bench_trace.py MODEL QUESTIONS
 import argparse
 import json
 import os
-import platform
 import random
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from machine import processor
 
 from lightning_mm.causal.answers import answered
 from lightning_mm.causal.constraints import read_questions
@@ -60,7 +60,7 @@ def main() -> None:
         for p, (site, layer, token) in zip(plain, drawn, strict=True)
     ]
     told = {
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "machine": {"processor": processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads()},
         "torch": torch.__version__,
         "model": type(model).__name__,
         "shape": {
@@ -112,12 +112,6 @@ def _restored(
     with intervened(model, anatomy, [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]):
         logits = model(**rows, use_cache=False).logits[2, -1].double()
     return float(logits.softmax(-1)[target])
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 if __name__ == "__main__":

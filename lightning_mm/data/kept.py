@@ -25,7 +25,7 @@ STATES = "hidden"
 """What a record calls the (T, D) states of its row."""
 
 _CUT = "note"
-"""What a record calls the reason why its row lost its end, in UTF-8."""
+"""What a record calls the reasons why its row is not whole: a JSON list in UTF-8."""
 
 
 class KeptCollator:
@@ -59,15 +59,18 @@ class KeptCollator:
         made = {id(s): record for s, record in zip(fresh.samples if fresh else (), encoded, strict=True)}
         usable = [s for s in samples if keys[id(s)] in known or id(s) in made]
         records = [made.get(id(s)) or known[keys[id(s)]] for s in usable]
-        rejected += [note for s in usable if id(s) not in made and (note := _note(known[keys[id(s)]], s))]
         batch = joined(records, usable, self._pad)
-        notes = {each.origin: each.reason for each in rejected if each.kind == "cut"}
+        notes: dict[str, list[str]] = {}
+        for each in rejected:
+            if each.kind == "cut":
+                notes.setdefault(each.origin, []).append(each.reason)
+        rejected += [note for s in usable if id(s) not in made for note in _notes(known[keys[id(s)]], s)]
         kept = Kept(
             self._states(batch, records),
             torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
             fresh,
             tuple(keys[id(s)] for s in usable if id(s) in made),
-            tuple(_noted(made[id(s)], notes.get(s.origin)) for s in usable if id(s) in made),
+            tuple(_noted(made[id(s)], notes.get(s.origin, [])) for s in usable if id(s) in made),
         )
         return replace(batch, kept=kept, rejected=tuple(rejected))
 
@@ -95,11 +98,12 @@ class KeptCollator:
         return states_BLD
 
 
-def _noted(record: Record, reason: str | None) -> Record:
-    return record if reason is None else {**record, _CUT: torch.tensor(list(reason.encode()), dtype=torch.uint8)}
+def _noted(record: Record, reasons: list[str]) -> Record:
+    if not reasons:
+        return record
+    return {**record, _CUT: torch.tensor(list(json.dumps(reasons).encode()), dtype=torch.uint8)}
 
 
-def _note(record: Record, sample: Sample) -> Rejection | None:
-    if _CUT not in record:
-        return None
-    return Rejection(sample.origin, bytes(record[_CUT].tolist()).decode(), "cut")
+def _notes(record: Record, sample: Sample) -> list[Rejection]:
+    reasons = json.loads(bytes(record[_CUT].tolist())) if _CUT in record else []
+    return [Rejection(sample.origin, reason, "cut") for reason in reasons]

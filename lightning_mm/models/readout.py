@@ -6,7 +6,7 @@ Shapes: N hidden states, D hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,15 +51,22 @@ def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[i
 def passed_by(model: nn.Module, anatomy: Anatomy, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
     """While active, the blocks compute nothing and the last one returns ``output``."""
     blocks = [model.get_submodule(name) for name in anatomy.layers]
-    held = [block.__dict__.get("forward") for block in blocks]
-    try:
+    with restored(blocks):
         for index, block in enumerate(blocks):
             answer = (output,) if tuples.get(index) else output
             block.forward = lambda *_, answer=answer, **__: answer
         yield
+
+
+@contextmanager
+def restored(blocks: Sequence[nn.Module]) -> Iterator[None]:
+    """Whatever these blocks' forward becomes while this is active, it is put back."""
+    held = [block.__dict__.get("forward") for block in blocks]
+    try:
+        yield
     finally:
         for block, own in zip(blocks, held, strict=True):
             if own is None:
-                del block.forward
+                block.__dict__.pop("forward", None)
             else:
                 block.forward = own

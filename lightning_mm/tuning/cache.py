@@ -7,6 +7,7 @@ Shapes: B rows, L tokens, D hidden size, M rows that are not known.
 """
 
 import hashlib
+import json
 import os
 from collections import deque
 from dataclasses import dataclass
@@ -177,6 +178,7 @@ def open_store(
     """
     identity = {
         "weights": prefix_digest(prefix.model, prefix.anatomy, prefix.first),
+        "config": config_digest(prefix.model),
         "block": prefix.first,
         "processor": processor_digest(processing),
         "versions": [version("torch"), version("transformers")],
@@ -187,17 +189,29 @@ def open_store(
 
 
 def prefix_digest(model: nn.Module, anatomy: Anatomy, first: int) -> str:
-    """SHA-256 over every weight and buffer below a block."""
+    """SHA-256 over every weight and buffer below a block, and over the scales of those that are quantised."""
     above = tuple(f"{name}." for name in anatomy.layers[first:])
     digest = hashlib.sha256()
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.startswith(above):
+    # A state dict holds what quantised weights are scaled by; rotary tables are in the buffers only.
+    for name, tensor in {**dict(model.named_buffers()), **model.state_dict()}.items():
+        if name.startswith(above) or not isinstance(tensor, Tensor):
             continue
         if name in anatomy.places and anatomy.places[name].region in (Region.NORM, Region.HEAD):
             continue
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
     return digest.hexdigest()
+
+
+def config_digest(model: Any) -> str:
+    """SHA-256 over what the weights do not tell: features that are read, epsilons, scalings; not where it came from."""
+
+    def told(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(k): told(v) for k, v in value.items() if k not in ("_name_or_path", "transformers_version")}
+        return [told(each) for each in value] if isinstance(value, list | tuple) else str(value)
+
+    return hashlib.sha256(json.dumps(told(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
 def processor_digest(processing: Processing) -> str:

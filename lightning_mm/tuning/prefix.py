@@ -11,7 +11,7 @@ Shapes: B rows, L tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from lightning_mm.data.batch import Batch
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.readout import restored
 from lightning_mm.objective import gathered_before, supervised_nll
 from lightning_mm.taps.tap import uncompiled
 
@@ -91,7 +92,7 @@ class FrozenPrefix:
         """
         training = [module for module in self.model.modules() if module.training]
         head = self.model.get_submodule(self.anatomy.head)
-        with torch.random.fork_rng(enabled=True), uncompiled(self.model):
+        with own_randomness(batch.regions.device), uncompiled(self.model):
             try:
                 for module in training:
                     module.training = False
@@ -118,16 +119,14 @@ class FrozenPrefix:
 @contextmanager
 def passed_by(blocks: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
     """While active, these blocks return the hidden states that they are given."""
-    held = [block.__dict__.get("forward") for block in blocks]
-    try:
+    with restored(blocks):
         pass_by(blocks, in_tuple)
         yield
-    finally:
-        for block, own in zip(blocks, held, strict=True):
-            if own is None:
-                del block.forward
-            else:
-                block.forward = own
+
+
+def own_randomness(device: torch.device) -> AbstractContextManager[None]:
+    """While active, what is drawn leaves no trace in the generators of the host and of this device."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 def pass_by(blocks: Sequence[nn.Module], in_tuple: bool) -> None:

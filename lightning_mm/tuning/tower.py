@@ -1,17 +1,22 @@
 """The vision tower cut at the features that are read: blocks above them are computed by the family's code, and dropped.
 
-Data flow: an example batch -> the model's logits with and without the tower's last block, last two, ... -> the blocks
-that change nothing, passed by from then on (LLaVA reads the last but one).
+Data flow: an example batch -> logits where the tower's last block, the one below, ... puts out what is not a number ->
+the blocks that do not show in them, passed by from then on (LLaVA reads the last but one).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.decisions import decide
 from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.readout import restored
 from lightning_mm.objective import gathered_before
-from lightning_mm.tuning.prefix import outputs_of, pass_by, passed_by
+from lightning_mm.tuning.prefix import own_randomness, pass_by
 
 
 @torch.no_grad()
@@ -27,23 +32,40 @@ def cut_tower(model: nn.Module, anatomy: Anatomy, batch: Batch) -> tuple[str, ..
         return ()
     head = model.get_submodule(anatomy.head)
 
-    def logits() -> Tensor:
+    def reads() -> bool:
+        """Whether what is not a number reaches the logits; where a closed gate is in between, it does too."""
         with gathered_before(head, batch.supervised):
-            return model(**batch.inputs, use_cache=False).logits
+            return not bool(model(**batch.inputs, use_cache=False).logits.isfinite().all())
 
     cut: list[str] = []
-    with torch.random.fork_rng():
-        last = model.get_submodule(anatomy.vision_blocks[-1])
-        with outputs_of(last) as outputs:
-            expected = logits()
-        in_tuple = bool(outputs) and isinstance(outputs[0], tuple)
+    in_tuple = False
+    with own_randomness(batch.regions.device):
         for name in reversed(anatomy.vision_blocks):
-            blocks = [model.get_submodule(each) for each in (*cut, name)]
-            with passed_by(blocks, in_tuple):
-                if not torch.equal(logits(), expected):
+            with _spoilt(model.get_submodule(name)) as outputs:
+                if reads() or not outputs:
                     break
+            in_tuple = isinstance(outputs[0], tuple)
             cut.append(name)
     if cut:
         pass_by([model.get_submodule(name) for name in cut], in_tuple)
         decide("vision tower", f"{len(cut)} of {len(anatomy.vision_blocks)} blocks left out", "nothing reads them")
     return tuple(cut)
+
+
+@contextmanager
+def _spoilt(block: nn.Module) -> Iterator[list[Any]]:
+    """While active, what the block computes is listed, and what it returns is not a number. Its forward is replaced,
+    since transformers' own hooks may already have taken the features when one of ours is asked."""
+    outputs: list[Any] = []
+    forward = block.forward
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        outputs.append(output)
+        if isinstance(output, tuple):
+            return (torch.full_like(output[0], float("nan")), *output[1:])
+        return torch.full_like(output, float("nan"))
+
+    with restored([block]):
+        block.forward = spoilt
+        yield outputs

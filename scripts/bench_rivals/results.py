@@ -4,13 +4,12 @@ Data flow: list of runs per arm -> one entry per arm, with all values beside the
 """
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
+from machine import processor
 
 from bench_rivals.arms import Arm, Growth
 from bench_rivals.environment import VERSIONS
@@ -63,7 +62,7 @@ def machine() -> dict[str, Any]:
     import transformers
 
     described: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
     }
@@ -89,10 +88,3 @@ def _agreement(run: Run, own: Run) -> dict[str, Any]:
 def _settings(arm: Arm) -> dict[str, Any]:
     settings: dict[str, Any] = {"options": list(arm.options)} if arm.who == "ours" else {"args": arm.args}
     return settings | ({"flags": list(arm.flags)} if arm.flags else {})
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

@@ -1,5 +1,6 @@
 """Training from a kept prefix is training: equal losses and weights, cold, warm, half known, resumed, across runs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,12 +11,20 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lightning_mm.data import images
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.sources import read
+from lightning_mm.data.store import RecordStore
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.models.processing import load_processing
 from lightning_mm.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.cache import CacheSettings
+from lightning_mm.tuning.cache import CacheSettings, PrefixCache
 from lightning_mm.tuning.compute import Compute
+from lightning_mm.tuning.prefix import FrozenPrefix
+from tests.rows import uneven
 from tests.test_resume import DROPOUT, Losses, SaveAt
 from tests.training import train
 
@@ -171,6 +180,45 @@ def test_other_weights_are_another_prefix(family: Family, data: Data, tmp_path: 
         losses(model, data, tmp_path, cache=on(tmp_path), max_steps=2)
     losses(family("llava"), data, tmp_path, cache=on(tmp_path), max_steps=2)
     assert len(list((tmp_path / "kept").glob("*/identity.json"))) == 2
+
+
+def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: Data, tmp_path: Path) -> None:
+    """The same weights, another config: no weight tells which features are read."""
+    for layer in (-2, -1):
+        model = tmp_path / f"reads{layer}"
+        shutil.copytree(family("llava"), model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "vision_feature_layer": layer}))
+        plain, _ = losses(model, data, tmp_path, max_steps=3)
+        kept, _ = losses(model, data, tmp_path, cache=on(tmp_path), max_steps=3)
+        assert kept == pytest.approx(plain, rel=1e-5)
+    assert len(list((tmp_path / "kept").glob("*/identity.json"))) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path: Path) -> None:
+    """Bit for bit, and what was told of a row when it was new is told again."""
+    model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
+    anatomy, samples = Anatomy.of(model.eval()), read(uneven(tmp_path)).samples
+    store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
+    cache = PrefixCache(FrozenPrefix(model, anatomy, 2), store, dtype, torch.float32)
+    collator = cache.collator(Collator(processing, max_length=64), width_of(model))
+    new = collator(samples)
+    assert new.kept is not None
+    assert new.kept.fresh is not None
+    used = cache.states(new.kept)
+    known = collator(samples)
+    assert known.kept is not None
+    assert known.kept.fresh is None
+    for b in range(len(samples)):
+        tokens = int((new.regions[b] != 0).sum())
+        assert torch.equal(used[b, :tokens], known.kept.states[b, :tokens])
+    assert [each.reason for each in new.rejected] == [each.reason for each in known.rejected]
+    assert any(each.kind == "cut" for each in known.rejected)
+
+
+def width_of(model: Any) -> int:
+    return int(model.config.get_text_config().hidden_size)
 
 
 def test_one_epoch_keeps_nothing_unless_asked(family: Family, data: Data, tmp_path: Path) -> None:

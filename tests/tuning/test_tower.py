@@ -44,3 +44,14 @@ def test_what_is_not_read_is_not_computed(
             part.register_forward_hook(lambda *_, name=block: ran.append(name))
         assert torch.equal(model(**batch.inputs).logits, expected)
     assert ran == list(anatomy.vision_blocks[: len(anatomy.vision_blocks) - unread])
+
+
+def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Llama 3.2's gates begin: the tower changes no logit yet, and will be read as soon as they open."""
+    model: Any = load_model(Backbone(path=str(family("mllama")))).eval()
+    gates = [p for name, p in model.named_parameters() if "cross_attn" in name and "gate" in name and p.numel() == 1]
+    assert gates
+    for gate in gates:
+        torch.nn.init.zeros_(gate)
+    batch = Collator(load_processing(str(family("mllama"))))(read(uneven(tmp_path)).samples)
+    assert cut_tower(model, Anatomy.of(model), batch) == ()
