@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config as inductor
 import torch.distributed as dist
 from PIL import Image
 
@@ -27,6 +28,18 @@ FAMILIES = ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a tiny model, by the name of its family."""
     return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Runs in tests, and the processes they start, keep their prefixes and compiled code out of the user's folders."""
+    folder = tmp_path_factory.mktemp("caches")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+        # The compiler's pool of threads lives as long as the process: tests compile in the thread that asks.
+        patch.setattr(inductor, "compile_threads", 1)
+        yield
 
 
 @pytest.fixture(autouse=True)
