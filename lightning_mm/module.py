@@ -130,8 +130,8 @@ class MMModule(Evaluating):
             "matmul": torch.get_float32_matmul_precision(),
         }
 
-        def example() -> Batch:
-            return data.example_batch().to(trainer.strategy.root_device)
+        def example(count: int) -> Batch:
+            return data.example_batch(count).to(trainer.strategy.root_device)
 
         with trainer.precision_plugin.forward_context():
             return self.step.keep(self.cache, collator, example, epochs, facts)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.data.batch import Batch, TokenRegion
+from lightning_mm.data.batch import Batch, KeptFeatures, TokenRegion
 from lightning_mm.models.anatomy import Region
 from lightning_mm.tuning.flops import StepCost
 from lightning_mm.tuning.policy import TuningPlan
@@ -54,6 +54,9 @@ class Work:
 
     def add(self, batch: Batch) -> None:
         """Count a batch; nothing is read back from the device."""
+        if isinstance(batch.kept, KeptFeatures):
+            self._add_features(batch, batch.kept)
+            return
         seen = batch if batch.kept is None else batch.kept.fresh
         self._done.samples += len(batch)
         self._done.positions += batch.regions.numel()
@@ -63,6 +66,20 @@ class Work:
         images = (batch.regions == TokenRegion.IMAGE).sum()
         seen_pairs = nothing if seen is None else pairs if seen is batch else _pairs(seen)
         counts = torch.stack([images, pairs, pairs - seen_pairs, nothing if seen is None else _picture_pairs(seen)])
+        self._count(counts)
+
+    def _add_features(self, batch: Batch, kept: KeptFeatures) -> None:
+        """The tower saw the new rows only; the connector, cheap beside it, is counted with it."""
+        self._done.samples += len(batch)
+        self._done.positions += batch.regions.numel()
+        pixels = sum(_pixels(fresh) for fresh in kept.fresh)
+        self._done.shape += StepShape(len(batch.real), 0, batch.num_supervised, pixels)
+        pairs, nothing = _pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
+        images = (batch.regions == TokenRegion.IMAGE).sum()
+        pictures = sum((_picture_pairs(fresh) for fresh in kept.fresh), nothing)
+        self._count(torch.stack([images, pairs, nothing, pictures]))
+
+    def _count(self, counts: Tensor) -> None:
         self._on_device = counts if self._on_device is None else self._on_device + counts
 
     def take(self) -> Done:

@@ -46,9 +46,9 @@ def show(
     console.print(_parts(own))
     console.print(_memory(own, on))
     if own.uncached_because:
-        console.print(f"No prefix cache: {own.uncached_because}")
+        console.print(f"No cache: {own.uncached_because}")
     if steps:
-        cached = "" if own.cached_seconds is None else f"; {_time(steps * own.cached_seconds)} from a full prefix cache"
+        cached = "" if own.cached_seconds is None else f"; {_time(steps * own.cached_seconds)} from a full cache"
         console.print(f"The run: {steps} steps, {_time(steps * own.seconds)}{cached}.")
 
 

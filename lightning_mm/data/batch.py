@@ -36,7 +36,8 @@ class Batch:
         targets: (S,) the token ids to be predicted there.
         samples: One per row.
         rejected: Rows that fell out of this batch, or were cut.
-        kept: Hidden states of rows whose pictures need not be seen again; the inputs hold no pixels then.
+        kept: What is known of rows whose pictures need not be seen again: hidden states, and the inputs hold no
+            pixels then; or features, and their pictures are grey.
     """
 
     inputs: dict[str, Tensor]
@@ -45,7 +46,7 @@ class Batch:
     targets: Tensor
     samples: tuple[Sample, ...]
     rejected: tuple[Rejection, ...] = ()
-    kept: "Kept | None" = None
+    kept: "Kept | KeptFeatures | None" = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -113,6 +114,30 @@ class Kept:
             missing=fn(self.missing),
             fresh=self.fresh and self.fresh.to_each(fn),
         )
+
+
+@dataclass(frozen=True)
+class KeptFeatures:
+    """What the vision tower makes of pictures, as far as it is known, and the rows of which it is not.
+
+    Args:
+        states: Of each row, as the tower's last block puts them out; None: not known, or no picture.
+        missing: Rows that are not known.
+        fresh: Those rows with their pictures, each a batch of its own.
+        keys: Of those rows, to keep their features under.
+        records: Of those rows, what is kept beside the features.
+    """
+
+    states: tuple[Tensor | None, ...]
+    missing: tuple[int, ...] = ()
+    fresh: "tuple[Batch, ...]" = ()
+    keys: tuple[str, ...] = ()
+    records: tuple[dict[str, Tensor], ...] = ()
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "KeptFeatures":
+        """The same with every tensor that the model needs put through ``fn``."""
+        states = tuple(None if each is None else fn(each) for each in self.states)
+        return replace(self, states=states, fresh=tuple(each.to_each(fn) for each in self.fresh))
 
 
 @dataclass(frozen=True)

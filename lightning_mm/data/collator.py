@@ -81,9 +81,15 @@ class Collator:
             )
         return replace(batch, rejected=tuple(rejected))
 
-    def usable(self, samples: Sequence[Sample], rejected: list[Rejection]) -> Batch | None:
-        """A batch of what can be used, or nothing; what falls out is added to ``rejected``."""
-        rows = [row for sample in samples if (row := self._row(sample, rejected))]
+    def usable(self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False) -> Batch | None:
+        """A batch of what can be used, or nothing.
+
+        Args:
+            samples: To be encoded.
+            rejected: What falls out is added to it.
+            grey: No picture is decoded: a grey one of its size stands for it.
+        """
+        rows = [row for sample in samples if (row := self._row(sample, rejected, grey))]
         while rows:
             rows, encoding = self._encoder.encode(rows, "right", rejected)
             if encoding is None:
@@ -96,9 +102,12 @@ class Collator:
             rows = [row for row, fault in zip(rows, faults, strict=True) if not fault]
         return None
 
-    def _row(self, sample: Sample, rejected: list[Rejection]) -> Row | None:
+    def _row(self, sample: Sample, rejected: list[Rejection], grey: bool) -> Row | None:
         try:
             rendered = self._encoder.chat.render(sample.turns)
+            if grey:
+                limit = self._encoder.max_megapixels
+                return Row(sample, [_grey(pictures.check_header(path, limit)) for path in sample.images], rendered)
             return Row(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
         except (ChatError, pictures.BadImage) as error:
             rejected.append(Rejection(sample.origin, str(error)))
@@ -201,8 +210,12 @@ class PromptCollator:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
         if self._blank_images:
-            images = [Image.new("RGB", image.size, _MID_GREY) for image in images]
+            images = [_grey(image.size) for image in images]
         return Row(sample, images, rendered, turn)
+
+
+def _grey(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, _MID_GREY)
 
 
 def _cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:

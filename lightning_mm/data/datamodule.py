@@ -220,8 +220,11 @@ class MMDataModule(L.LightningDataModule):
         self.ledger.add(rejection for batch in made for rejection in batch.rejected)
         return [batch for batch in made if batch.num_supervised]
 
-    def example_batch(self) -> Batch:
-        """The first conversation with a picture, alone, to measure a step with.
+    def example_batch(self, count: int = 1) -> Batch:
+        """The first conversations with pictures, to measure a step with.
+
+        Args:
+            count: How many, if there are so many.
 
         Raises:
             UserError: No file is given, or nothing in it can be used.
@@ -231,12 +234,12 @@ class MMDataModule(L.LightningDataModule):
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
         collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
         ordered = sorted(samples, key=lambda sample: not sample.images)
-        for sample in ordered[:-1]:
+        for start in range(0, len(ordered) - count, count):
             try:
-                return collator([sample])
-            except UserError:  # it is in the ledger as soon as it meets a loader; another one serves as well here
+                return collator(ordered[start : start + count])
+            except UserError:  # they are in the ledger as soon as they meet a loader; others serve as well here
                 continue
-        return collator(ordered[-1:])
+        return collator(ordered[-count:])
 
     def majority_answers(self) -> dict[str, str]:
         """The most frequent training answer to each type of question: what a model that never looks could say."""

@@ -1,19 +1,18 @@
-"""The frozen prefix computed once per row and kept on disk: its first epoch fills the cache, the others begin above it.
+"""What is frozen computed once per row and kept on disk: the first epoch fills the cache, the others begin above it.
 
 Data flow: settings + model + plan -> ``verified``, ``open_store`` -> ``PrefixCache``: a collator for the loader, and
-for the step the states that are known, and those of new rows, computed and kept.
+for the step the states that are known, and those of new rows, computed and kept. ``features`` does the same with what
+the vision tower makes of pictures, where something between it and the blocks trains.
 
 Shapes: B rows, L tokens, D hidden size, M rows that are not known.
 """
 
-import hashlib
-import json
 import os
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from lightning_mm.data.kept import STATES, KeptCollator
 from lightning_mm.data.store import RecordStore
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.processing import Processing
 from lightning_mm.tuning.boundary import unchanged_slices
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.prefix import FrozenPrefix
@@ -36,7 +34,7 @@ _PENDING = 2
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSettings:
-    """Where the frozen prefix's hidden states are kept.
+    """Where the frozen prefix's hidden states, or the vision tower's features, are kept.
 
     Args:
         mode: 'auto' keeps them where rows are seen more than once, or where some are kept already.
@@ -62,7 +60,60 @@ class CacheSettings:
         return Path(self.folder) if self.folder else Path(home) / "lightning_mm"
 
 
-class PrefixCache:
+class RowCache:
+    """What does not change, kept by row; off the device without waiting for it.
+
+    Args:
+        store: Where it is kept.
+        kept: As what: float32, bfloat16 or int8.
+        dtype: Of the states in a batch.
+    """
+
+    def __init__(self, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
+        self.store, self.kept, self.dtype = store, kept, dtype
+        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Callable[[Tensor], None]]] = deque()
+
+    def flush(self) -> None:
+        """Write everything that is on its way: a run resumed from here must find what this one has used."""
+        self._write(0)
+        self.store.flush()
+
+    def close(self) -> None:
+        """Nothing more is kept."""
+        self._write(0)
+        self.store.close()
+
+    def _rounded(self, made: Tensor) -> Tensor:
+        """As they will come back, so that it makes no difference whether a row is known."""
+        rounded = made
+        if self.kept == "int8":
+            scale = made.float().abs().amax(-1, keepdim=True) / 127
+            rounded = (made / scale).nan_to_num(0.0).round().clamp(-127, 127) * scale
+        elif self.kept == "bfloat16":
+            rounded = made.bfloat16()
+        return rounded.to(self.dtype).to(made.dtype)
+
+    def _keep(self, made: Tensor, put: Callable[[Tensor], None]) -> None:
+        """``put`` is given the states on the host as soon as they are there."""
+        if made.device.type != "cuda":
+            self._pending.append((made, None, put))
+        else:
+            host = torch.empty(made.shape, dtype=made.dtype, pin_memory=True)
+            host.copy_(made, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
+            self._pending.append((host, arrived, put))
+        self._write(_PENDING)
+
+    def _write(self, waiting: int) -> None:
+        while self._pending and (len(self._pending) > waiting or self._pending[0][1] is None):
+            made, arrived, put = self._pending.popleft()
+            if arrived is not None:
+                arrived.synchronize()
+            put(made)
+
+
+class PrefixCache(RowCache):
     """What enters the lowest trainable block, kept by row.
 
     Args:
@@ -73,8 +124,8 @@ class PrefixCache:
     """
 
     def __init__(self, prefix: FrozenPrefix, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
-        self.prefix, self.store, self.kept, self.dtype = prefix, store, kept, dtype
-        self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Kept]] = deque()
+        super().__init__(store, kept, dtype)
+        self.prefix = prefix
 
     def collator(self, collator: Collator, width: int) -> KeptCollator:
         """A collator that leaves out the pictures of rows that are known."""
@@ -87,48 +138,13 @@ class PrefixCache:
         made_MLD = self.prefix.states(kept.fresh)
         states_BLD = kept.states.to(made_MLD.dtype)
         states_BLD[kept.missing, : made_MLD.shape[1]] = self._rounded(made_MLD)
-        self._fetch(made_MLD, kept)
-        self._write(_PENDING)
-        return states_BLD
 
-    def flush(self) -> None:
-        """Write everything that is on its way: a run resumed from here must find what this one has used."""
-        self._write(0)
-        self.store.flush()
-
-    def close(self) -> None:
-        """Nothing more is kept."""
-        self._write(0)
-        self.store.close()
-
-    def _rounded(self, made_MLD: Tensor) -> Tensor:
-        """As they will come back, so that it makes no difference whether a row is known."""
-        rounded_MLD = made_MLD
-        if self.kept == "int8":
-            scale_ML1 = made_MLD.float().abs().amax(-1, keepdim=True) / 127
-            rounded_MLD = (made_MLD / scale_ML1).nan_to_num(0.0).round().clamp(-127, 127) * scale_ML1
-        elif self.kept == "bfloat16":
-            rounded_MLD = made_MLD.bfloat16()
-        return rounded_MLD.to(self.dtype).to(made_MLD.dtype)
-
-    def _fetch(self, made_MLD: Tensor, kept: Kept) -> None:
-        """Off the device, without waiting for it."""
-        if made_MLD.device.type != "cuda":
-            self._pending.append((made_MLD, None, kept))
-            return
-        host_MLD = torch.empty(made_MLD.shape, dtype=made_MLD.dtype, pin_memory=True)
-        host_MLD.copy_(made_MLD, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
-        self._pending.append((host_MLD, arrived, kept))
-
-    def _write(self, waiting: int) -> None:
-        while self._pending and (len(self._pending) > waiting or self._pending[0][1] is None):
-            made_MLD, arrived, kept = self._pending.popleft()
-            if arrived is not None:
-                arrived.synchronize()
-            for row_LD, key, record in zip(made_MLD, kept.keys, kept.records, strict=True):
+        def put(host_MLD: Tensor) -> None:
+            for row_LD, key, record in zip(host_MLD, kept.keys, kept.records, strict=True):
                 self.store.put(key, {**record, STATES: row_LD[: len(record["regions"])]})
+
+        self._keep(made_MLD, put)
+        return states_BLD
 
 
 def boundary_of(plan: TuningPlan) -> int:
@@ -162,65 +178,6 @@ def verified(model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch,
         raise _none(str(error)) from error
     prefix.verify(batch, rest.to(batch.regions.device))
     return prefix
-
-
-def open_store(
-    settings: CacheSettings, prefix: FrozenPrefix, processing: Processing, facts: dict[str, Any], kept: Any
-) -> RecordStore:
-    """The place of this prefix on disk.
-
-    Args:
-        settings: As configured.
-        prefix: Whose states are kept.
-        processing: Makes the rows.
-        facts: What else the states depend on (longest row, precision, attention kernel).
-        kept: How states are kept.
-    """
-    identity = {
-        "weights": prefix_digest(prefix.model, prefix.anatomy, prefix.first),
-        "config": config_digest(prefix.model),
-        "block": prefix.first,
-        "processor": processor_digest(processing),
-        "versions": [version("torch"), version("transformers")],
-        **facts,
-    }
-    limit = int(settings.limit * 2**30)
-    return RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=kept)
-
-
-def prefix_digest(model: nn.Module, anatomy: Anatomy, first: int) -> str:
-    """SHA-256 over every weight and buffer below a block, and over the scales of those that are quantised."""
-    above = tuple(f"{name}." for name in anatomy.layers[first:])
-    digest = hashlib.sha256()
-    # A state dict holds what quantised weights are scaled by; rotary tables are in the buffers only.
-    for name, tensor in {**dict(model.named_buffers()), **model.state_dict()}.items():
-        if name.startswith(above) or not isinstance(tensor, Tensor):
-            continue
-        if name in anatomy.places and anatomy.places[name].region in (Region.NORM, Region.HEAD):
-            continue
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).cpu().numpy().data)
-    return digest.hexdigest()
-
-
-def config_digest(model: Any) -> str:
-    """SHA-256 over what the weights do not tell: features that are read, epsilons, scalings; not where it came from."""
-
-    def told(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(k): told(v) for k, v in value.items() if k not in ("_name_or_path", "transformers_version")}
-        return [told(each) for each in value] if isinstance(value, list | tuple) else str(value)
-
-    return hashlib.sha256(json.dumps(told(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
-
-
-def processor_digest(processing: Processing) -> str:
-    """SHA-256 over all that makes inputs of a row: tokenizer, picture processor, chat template."""
-    processor = processing.processor
-    told = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]
-    told += [repr(sorted((k, str(v)) for k, v in processor.image_processor.to_dict().items()))]
-    told += [repr(sorted((k, str(v)) for k, v in vars(processor).items() if isinstance(v, str | int | float | bool)))]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
 
 
 def _none(why: str) -> UserError:

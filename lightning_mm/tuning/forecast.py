@@ -13,13 +13,11 @@ import torch
 from torch import nn
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
 from lightning_mm.models.unpadding import unpad_blocks
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.boundary import blocks_in_graph
-from lightning_mm.tuning.cache import boundary_of
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.compute import Compute
 from lightning_mm.tuning.devices import Device
@@ -29,10 +27,9 @@ from lightning_mm.tuning.memory import Memory, gradient_bytes, optimizer_bytes, 
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 from lightning_mm.tuning.prefix import pass_by
 from lightning_mm.tuning.rehearsal import ready, without_weights
+from lightning_mm.tuning.savings import saving
 from lightning_mm.tuning.shape import StepShape
 from lightning_mm.tuning.tally import Unread, tally, unread_parts
-
-_BELOW = (Region.OTHER, Region.VISION, Region.CONNECTOR, Region.EMBEDDING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,7 @@ class Forecast:
         plan: What trains.
         flops: The floor: what the policy needs, without padding and without anything computed twice.
         run: FLOPs that the run will spend.
-        cached: The same once the frozen prefix is kept on disk; None where it cannot be.
+        cached: The same once the frozen prefix, or the tower's features, are kept on disk; None where it cannot be.
         uncached_because: Why not.
         memory: Bytes at the peak.
         checkpoint: Bytes of a checkpoint: what trains, and its optimizer states.
@@ -148,6 +145,11 @@ class Blueprint:
                     parameter.data = parameter.data.bfloat16()
         return skeleton, plan
 
+    @property
+    def unread_blocks(self) -> tuple[str, ...]:
+        """Vision blocks that nothing reads."""
+        return tuple(self._unread.blocks)
+
     def _copied(self) -> nn.Module:
         with without_weights():
             skeleton = copy.deepcopy(self._plain)
@@ -183,7 +185,10 @@ def forecast(
     again = blocks_in_graph(skeleton, anatomy, plan)[:: setting.compute.checkpoint_every]
     spent = cost.at(mean_shape(batches, blueprint.packed))
     run = spent.floor + (_recomputed(spent, anatomy, again) if setting.checkpointing else 0.0)
-    cached, why = _cached(run, spent, plan)
+    rows = sum(len(batch) for batch in batches) / len(batches)
+    mean = mean_shape(batches, packed=True).scaled(1 / rows)
+    kept = saving(plan, anatomy, spent, done, largest, mean, blueprint.unread_blocks)
+    cached = None if kept.flops is None else run - kept.flops
     trained = gradient_bytes(skeleton)
     memory = step_memory(
         skeleton,
@@ -201,20 +206,17 @@ def forecast(
     def seconds(flops: float) -> float:
         return device.seconds(flops, trained / setting.accumulate, setting.bf16 or blueprint.dtype == torch.bfloat16)
 
-    shape = mean_shape(batches, packed=True)
-    per_token = done.entering[anatomy.layers[0]] / largest.regions.numel()
-    rows = sum(len(batch) for batch in batches) / len(batches)
     return Forecast(
         census=take_census(skeleton, anatomy, plan),
         plan=plan,
         flops=cost.at(_unpadded(batches)),
         run=run,
         cached=cached,
-        uncached_because=why,
+        uncached_because=kept.why,
         memory=memory,
         checkpoint=trained + optimizer_bytes(skeleton, setting.optimizer),
         traffic=traffic(trained, setting.ranks),
-        record=0.0 if cached is None else shape.tokens / rows * per_token / (2 if setting.bf16 else 1),
+        record=kept.record / (2 if setting.bf16 else 1),
         seconds=seconds(run),
         cached_seconds=None if cached is None else seconds(cached),
     )
@@ -238,13 +240,3 @@ def _recomputed(spent: StepFlops, anatomy: Anatomy, again: Sequence[str]) -> flo
     layers = tuple(index for index, name in enumerate(anatomy.layers) if name in again)
     share = sum(name in again for name in anatomy.vision_blocks) / max(1, len(anatomy.vision_blocks))
     return spent.layers(layers).forward + share * spent.region(Region.VISION).forward
-
-
-def _cached(run: float, spent: StepFlops, plan: TuningPlan) -> tuple[float | None, str]:
-    """FLOPs of a step that begins above the frozen prefix, or why none can."""
-    try:
-        first = boundary_of(plan)
-    except UserError as error:
-        return None, error.why
-    below = [*(spent.region(region) for region in _BELOW), spent.layers(range(first))]
-    return run - sum(part.total for part in below), ""

@@ -43,6 +43,9 @@ class FrozenPrefix:
         self._blocks = [model.get_submodule(name) for name in anatomy.layers]
         self._in_tuples = False
 
+    def __str__(self) -> str:
+        return f"what enters block {self.first}"
+
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """(B, L, D) what enters the block; needs all inputs of the batch, pictures too."""
@@ -90,30 +93,51 @@ class FrozenPrefix:
         Raises:
             UserError: They are not the same, or the rest cannot do without the pictures.
         """
-        training = [module for module in self.model.modules() if module.training]
         head = self.model.get_submodule(self.anatomy.head)
-        with own_randomness(batch.regions.device), uncompiled(self.model):
+        with untouched(self.model, batch.regions.device):
             try:
-                for module in training:
-                    module.training = False
                 with outputs_of(self._blocks[-1]) as outputs:
                     whole = supervised_nll(self.model, head, batch).nll
                 self._in_tuples = isinstance(outputs[0], tuple)
                 states = self.states(batch)
                 with self.entering(states):
                     halves = supervised_nll(self.model, head, rest).nll
-            except (RuntimeError, ValueError, TypeError, AttributeError, LookupError) as error:
-                first_line = (str(error).strip() or type(error).__name__).split("\n")[0]
-                raise _refusal(
-                    f"above block {self.first} the model needs more than its stream: {first_line}"
-                ) from error
-            finally:
-                for module in training:
-                    module.training = True
-        tolerance = _TOLERANCE.get(states.dtype if whole.dtype == states.dtype else torch.bfloat16, _COARSE)
-        gap = float((whole - halves).abs() / whole.abs().clamp_min(1e-6))
-        if not gap <= tolerance:
+            except RUN_ERRORS as error:
+                why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"
+                raise _refusal(why) from error
+        gap = gap_between(whole, halves, states.dtype)
+        if gap:
             raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself when block {self.first} is begun at")
+
+
+RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+"""What a model's own code raises where it is not given all that it needs."""
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in short."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def gap_between(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
+    """How far a summed loss is off, relative; 0 where that can be the order of sums in ``dtype``."""
+    tolerance = _TOLERANCE.get(dtype if whole.dtype == dtype else torch.bfloat16, _COARSE)
+    gap = float((whole - halves).abs() / whole.abs().clamp_min(1e-6))
+    return 0.0 if gap <= tolerance else gap
+
+
+@contextmanager
+def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """While active, the model is in eval mode and as transformers wrote it; nothing is left changed."""
+    training = [module for module in model.modules() if module.training]
+    with own_randomness(device), uncompiled(model):
+        try:
+            for module in training:
+                module.training = False
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
 
 @contextmanager

@@ -9,26 +9,34 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lightning_mm.data.batch import Batch
+from lightning_mm.data.batch import Batch, KeptFeatures
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.kept import KeptCollator
+from lightning_mm.data.store import RecordStore
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.kernels import apply_liger, compile_blocks, widen_attention
 from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
 from lightning_mm.objective import Objective, supervised_nll
-from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks
-from lightning_mm.tuning.cache import CacheSettings, PrefixCache, open_store, verified
+from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks, unchanged_slices
+from lightning_mm.tuning.cache import CacheSettings, PrefixCache, verified
 from lightning_mm.tuning.compute import Compute
+from lightning_mm.tuning.features import FeatureCache, FrozenTower, verified_tower
+from lightning_mm.tuning.identity import open_store
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.prefix import FrozenPrefix
 from lightning_mm.tuning.tower import cut_tower
 
 _WORTH = 1.2
 """From so many epochs on, keeping what enters the boundary pays for writing it."""
+
+_TOWER_SHARE = 0.1
+"""Of a forward pass: below it, reading features from disk saves nothing that shows."""
+
+_ROWS = 3
+"""So many rows show that what the tower makes of one does not hang on those beside it."""
 
 
 class TrainingStep:
@@ -46,7 +54,7 @@ class TrainingStep:
         self, model: nn.Module, anatomy: Anatomy, plan: TuningPlan, compute: Compute, checkpointing: bool
     ) -> None:
         self.model, self.anatomy, self.plan, self.compute = model, anatomy, plan, compute
-        self.cache: PrefixCache | None = None
+        self.cache: PrefixCache | FeatureCache | None = None
         self.prefix: FrozenPrefix | None = None
         self._asked = False
         if compute.liger:
@@ -73,16 +81,16 @@ class TrainingStep:
         self,
         settings: CacheSettings,
         collator: Collator,
-        example: Callable[[], Batch],
+        example: Callable[[int], Batch],
         epochs: float,
         facts: dict[str, Any],
-    ) -> Collator | KeptCollator:
-        """The collator to train with: where the prefix is kept, one that leaves out what is known.
+    ) -> Callable[..., Batch]:
+        """The collator to train with: where what is frozen is kept, one that leaves out what is known.
 
         Args:
             settings: As configured.
             collator: Of the model.
-            example: Some rows, on the model's device, to verify with.
+            example: So many rows, on the model's device, to verify with.
             epochs: How often each row is seen.
             facts: What else the states depend on.
 
@@ -91,16 +99,23 @@ class TrainingStep:
         """
         if not self._asked:
             self._asked = True
-            batch = example()
-            cut_tower(self.model, self.anatomy, batch)
+            batch = example(1)
+            unread = cut_tower(self.model, self.anatomy, batch)
             try:
-                self.cache = self._opened(settings, collator, batch, epochs, facts)
+                if settings.mode == "off":
+                    pass
+                elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
+                    self._keep_features(settings, collator, example(_ROWS), unread, epochs, facts)
+                else:
+                    self._keep_prefix(settings, collator, batch, epochs, facts)
             except UserError as error:
                 if settings.mode == "on":
                     raise
                 decide("model.cache", "off", error.why)
         if self.cache is None:
             return collator
+        if isinstance(self.cache, FeatureCache):
+            return self.cache.collator(collator)
         return self.cache.collator(collator, self._width)
 
     def flush(self) -> None:
@@ -114,25 +129,55 @@ class TrainingStep:
             self.cache.close()
             self.cache = None
 
-    def _opened(
+    def _keep_prefix(
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
-    ) -> PrefixCache | None:
-        if settings.mode == "off":
-            return None
+    ) -> None:
         pad = int(collator.processing.processor.tokenizer.pad_token_id)
         prefix = self.prefix = verified(self.model, self.anatomy, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
-        exact = states.dtype == torch.float32 and not torch.is_autocast_enabled(states.device.type)
+        opened = self._opened(settings, prefix, collator, epochs, facts, states)
+        if opened is not None:
+            self.cache = PrefixCache(prefix, *opened)
+
+    def _keep_features(
+        self,
+        settings: CacheSettings,
+        collator: Collator,
+        batch: Batch,
+        unread: tuple[str, ...],
+        epochs: float,
+        facts: dict[str, Any],
+    ) -> None:
+        tower = verified_tower(self.model, self.anatomy, unread, batch, collator)
+        if settings.mode == "auto" and tower.share < _TOWER_SHARE:
+            why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
+            decide("model.cache", "off", why)
+            return
+        opened = self._opened(settings, tower, collator, epochs, facts, next(self.model.parameters()))
+        if opened is not None:
+            self.cache = FeatureCache(tower, *opened)
+
+    def _opened(
+        self,
+        settings: CacheSettings,
+        part: FrozenPrefix | FrozenTower,
+        collator: Collator,
+        epochs: float,
+        facts: dict[str, Any],
+        example: Tensor,
+    ) -> tuple[RecordStore, str, torch.dtype] | None:
+        """The store, how it keeps, and the type of states in a batch; nothing where it is not worth it."""
+        exact = example.dtype == torch.float32 and not torch.is_autocast_enabled(example.device.type)
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
-        store = open_store(settings, prefix, collator.processing, facts, kept)
+        store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _WORTH and not len(store):
             decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
             store.close()
             return None
         held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-        decide("model.cache", f"what enters block {prefix.first}, in {kept}", f"{held}; {store.folder}")
-        return PrefixCache(prefix, store, kept, torch.float32 if exact else torch.bfloat16)
+        decide("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
+        return store, kept, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
         return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
@@ -141,6 +186,11 @@ class TrainingStep:
         if batch.kept is None:
             return nullcontext()
         assert self.cache is not None, "batches without pixels are made for a cache"
+        if isinstance(batch.kept, KeptFeatures):
+            assert isinstance(self.cache, FeatureCache), "features are kept for one"
+            with unpadded(None):
+                return self.cache.tower.entering(self.cache.states(batch.kept))
+        assert isinstance(self.cache, PrefixCache), "states are kept for one"
         fresh = batch.kept.fresh
         with unpadded(None if fresh is None else self._tokens(fresh)):
             states = self.cache.states(batch.kept)

@@ -20,7 +20,7 @@ from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processing import load_processing
 from lightning_mm.module import MMModule
-from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.cache import CacheSettings, PrefixCache
 from lightning_mm.tuning.compute import Compute
 from lightning_mm.tuning.prefix import FrozenPrefix
@@ -152,7 +152,6 @@ def test_workers_read_what_is_kept(family: Family, data: Data, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("name", "tuning", "why"),
     [
-        ("llava", ConnectorOnly(), "Connector trained"),
         ("qwen3_vl", IntermediateOnly(layers="1"), "differs by"),  # deepstack: pictures are added behind block 1, too
         ("mllama", IntermediateOnly(layers="1"), "differs by"),  # block 1 attends to pictures
     ],
