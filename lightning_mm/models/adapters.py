@@ -7,13 +7,15 @@ Data flow: plan (module names) -> PEFT config with fully-qualified names -> adap
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import nn
 
 from lightning_mm.errors import UserError
+
+if TYPE_CHECKING:  # importing PEFT takes a second or two, which runs without adapters need not wait for
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
 ADAPTER = "default"
 
@@ -61,10 +63,12 @@ def add_lora(model: Any, targets: Collection[str], options: LoRA, ranks: Mapping
     Raises:
         UserError: PEFT adapted other modules than those named.
     """
+    from peft.tuners.tuners_utils import cast_adapter_dtype
+
     model.add_adapter(lora_config(targets, options, ranks), adapter_name=ADAPTER)
     # In bfloat16, AdamW would lose most of its small updates.
     cast_adapter_dtype(model, ADAPTER)
-    adapted = {name for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = set(adapted_modules(model))
     if adapted != set(targets):
         stray, missing = sorted(adapted - set(targets)), sorted(set(targets) - adapted)
         raise UserError(
@@ -74,8 +78,19 @@ def add_lora(model: Any, targets: Collection[str], options: LoRA, ranks: Mapping
         )
 
 
-def lora_config(targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> LoraConfig:
+def adapted_modules(model: nn.Module) -> "dict[str, LoraLayer]":
+    """The modules that adapters stand on, by name."""
+    if not hasattr(model, "peft_config"):
+        return {}
+    from peft.tuners.lora import LoraLayer
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+def lora_config(targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> "LoraConfig":
     """PEFT's config for exactly these modules."""
+    from peft import LoraConfig
+
     patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}
     return LoraConfig(
         r=options.r,

@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
-from lightning_mm.models.adapters import ADAPTER
+from lightning_mm.models.adapters import ADAPTER, adapted_modules
 from lightning_mm.models.card import Origin, write_card
 
 
@@ -78,6 +76,8 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trai
     """
     if ADAPTER not in getattr(model, "peft_config", {}):
         raise _not_an_adapter("The model has no LoRA adapter.")
+    from peft import get_peft_model_state_dict
+
     owners = _owners(model, fully_trained)
     # save_embedding_layers would look the base up on the hub; what trained is listed here, nothing else is meant.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
@@ -91,8 +91,8 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trai
     return Path(out)
 
 
-def _adapter_config(model: Any, owners: list[str], origin: Origin) -> LoraConfig:
-    config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER])
+def _adapter_config(model: Any, owners: list[str], origin: Origin) -> Any:
+    config = copy.deepcopy(model.peft_config[ADAPTER])
     config.base_model_name_or_path, config.revision = origin.base, origin.revision
     config.modules_to_save, config.inference_mode = owners or None, True
     return config
@@ -100,7 +100,7 @@ def _adapter_config(model: Any, owners: list[str], origin: Origin) -> LoraConfig
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict as it would be without adapters; all but the merged tensors share memory with the live model."""
-    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    adapted = adapted_modules(model)
     inside = tuple(f"{name}." for name in adapted)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     for name, layer in adapted.items():
@@ -110,7 +110,7 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _merged(name: str, layer: LoraLayer) -> nn.Module:
+def _merged(name: str, layer: Any) -> nn.Module:
     twin = copy.deepcopy(layer)
     try:
         twin.merge(safe_merge=True)
@@ -157,9 +157,10 @@ def _owners(model: nn.Module, parameters: Collection[str]) -> list[str]:
     """The modules that hold these parameters, none inside another: what PEFT is to keep a trained copy of."""
     names = {name.rpartition(".")[0] for name in parameters}
     owners = sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
+    adapted = adapted_modules(model)
     for owner in owners:
         module = model.get_submodule(owner)
-        if owner == "" or any(isinstance(m, LoraLayer) for m in module.modules()):
+        if owner == "" or any(name.startswith(f"{owner}.") or name == owner for name in adapted):
             raise _not_an_adapter(f"{owner or 'The model'} itself holds fully trained tensors, and has LoRA inside.")
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise _not_an_adapter(f"{owner} holds fully trained tensors, but is a list: PEFT cannot replace it.")

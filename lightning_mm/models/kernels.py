@@ -1,4 +1,4 @@
-"""Faster ways to compute the same: compiled blocks, Liger's fused kernels, attention on processors.
+"""Faster ways to compute the same: compiled blocks, and Liger's fused kernels.
 
 Data flow: model, before anything is wrapped around its blocks -> the same model, whose modules compute otherwise.
 """
@@ -8,8 +8,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import nn
 
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
@@ -43,41 +42,6 @@ def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
             ) from error
 
     return run
-
-
-def widen_attention() -> None:
-    """From now on, sdpa on a processor computes in float32 where bfloat16 gradients will flow through it.
-
-    torch's bfloat16 backward there takes 2.5 times as long as its float32 one (AMX, 9 heads of 64, 162 tokens), and
-    loses more. Other calls are left alone.
-    """
-    attend: Any = AttentionInterface._global_mapping["sdpa"]
-    if not hasattr(attend, "widens"):
-        AttentionInterface.register("sdpa", _widened(attend))
-
-
-def _widened(attend: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(attend)
-    def run(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        # Rotary positions make float32 of queries and keys; autocast narrows them just before the kernel.
-        narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        if not (narrow and query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad):
-            return attend(module, query, key, value, *args, **options)
-        decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
-        wide = [_wide(each) for each in (query, key, value, *args)]
-        options = {name: _wide(each) for name, each in options.items()}
-        with torch.autocast("cpu", enabled=False):  # it would narrow them again
-            output, weights = attend(module, *wide, **options)
-        return output.to(torch.bfloat16), weights
-
-    run.widens = True  # type: ignore[attr-defined]
-    return run
-
-
-def _wide(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def apply_liger(model: Any) -> None:

@@ -17,7 +17,8 @@ from lightning_mm.data.store import RecordStore
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.kernels import apply_liger, compile_blocks, widen_attention
+from lightning_mm.models.kernels import apply_liger, compile_blocks
+from lightning_mm.models.processors import attend_on_processors
 from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
 from lightning_mm.objective import Objective, supervised_nll
 from lightning_mm.tuning.boundary import blocks_in_graph, checkpoint_blocks, unchanged_slices
@@ -61,7 +62,7 @@ class TrainingStep:
             apply_liger(model)
         if compute.compile == "blocks":
             compile_blocks(model, blocks_in_graph(model, anatomy, plan))
-        widen_attention()
+        attend_on_processors()
         if compute.packing:
             packed = unpad_blocks(model, anatomy)
             why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"

@@ -8,10 +8,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightning_mm.errors import UserError
-from lightning_mm.models import kernels
 from lightning_mm.models.kernels import apply_liger, compile_blocks
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.tiny import build_tiny
@@ -221,47 +219,3 @@ def test_flex_attention_computes_the_same(name: str, data: Data, tmp_path: Path)
         found.append(step(module.to("cuda"), batch))
     for key, value in found[0].items():
         torch.testing.assert_close(found[1][key], value, rtol=1e-3, atol=1e-3 * float(value.abs().max()), msg=key)
-
-
-def attended(dtype: torch.dtype, widened: bool, **options: Any) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients of attention over 3 rows of 17 tokens with 2 heads of 16, under autocast for bfloat16."""
-    drawn = torch.Generator().manual_seed(0)
-    given = [torch.randn(3, 2, 17, 16, generator=drawn).to(dtype).requires_grad_() for _ in range(3)]
-    attend: Any = kernels._widened(sdpa_attention_forward) if widened else sdpa_attention_forward
-    module = nn.Linear(1, 1)
-    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output, _ = attend(module, *given, options.pop("mask", None), **options)
-    output.backward(torch.randn(output.shape, generator=drawn).to(output.dtype))
-    return output.detach(), [each.grad for each in given if each.grad is not None]
-
-
-@pytest.mark.parametrize("mask", ["none", "bool", "float"])
-def test_attention_on_a_processor_is_wider_where_gradients_flow(mask: str) -> None:
-    """Nearer to float32 than the bfloat16 kernel is, with the types that it has."""
-    seen = torch.ones(17, 17).tril().bool()
-    masks: dict[str, Any] = {"none": None, "bool": seen, "float": torch.zeros(17, 17).masked_fill(~seen, -1e9)}
-    options = {"mask": masks[mask], "is_causal": False}
-    exact, gradients = attended(torch.float32, False, **options)
-    narrow, _ = attended(torch.bfloat16, False, **options)
-    wide, found = attended(torch.bfloat16, True, **options)
-    assert wide.dtype == narrow.dtype == torch.bfloat16
-    assert [each.dtype for each in found] == [torch.bfloat16] * 3
-    for one, other in zip((wide, *found), (exact, *gradients), strict=True):
-        torch.testing.assert_close(one.float(), other, rtol=0.03, atol=0.03)  # inputs were rounded to 8 bits
-
-
-def test_attention_without_gradients_or_in_float32_is_left_alone() -> None:
-    seen: list[torch.dtype] = []
-
-    def attend(module: nn.Module, query: Tensor, *_: Any) -> tuple[Tensor, None]:
-        seen.append(query.dtype)
-        return query, None
-
-    run: Any = kernels._widened(attend)
-    heads = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
-    with torch.no_grad():
-        run(None, heads, heads, heads)
-    run(None, heads.detach(), heads, heads)
-    run(None, heads.float(), heads.float(), heads.float())
-    run(None, heads, heads, heads)
-    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
