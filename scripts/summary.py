@@ -13,20 +13,24 @@ from rich.table import Table
 
 
 def table(runs: list[Path]) -> Table:
-    """One row per question type: before the first run, after each run, and what needs no picture."""
-    evaluations = [json.loads((run / "evaluation.json").read_text(encoding="utf-8")) for run in runs]
-    rows = [{row["type"]: row for row in evaluation["rows"]} for evaluation in evaluations]
-    shown = Table(title=f"held-out questions answered exactly right ({evaluations[0]['split']} split)")
-    moments = ["untrained", *(run.name for run in runs), "no picture", "majority"]
+    """One row per question type: after each run, and what needs no picture."""
+    last = json.loads((runs[-1] / "evaluation.json").read_text(encoding="utf-8"))
+    rows = {row["type"]: row for row in last["rows"]}
+    shown = Table(title=f"held-out questions answered exactly right ({last['split']} split)")
     shown.add_column("question")
-    for name in ("n", *moments):
+    # A stage that is not asked at its end is asked at the beginning of the next one: the model is the same.
+    for name in ("n", *(run.name.rpartition("-")[2] for run in runs), "no picture", "majority"):
         shown.add_column(name, justify="right")
-    for kind in rows[-1]:
-        # A stage that was not asked at its end is asked at the beginning of the next one: the model is the same.
-        after = [rows[i + 1][kind]["before"] if i + 1 < len(rows) else rows[i][kind]["after"] for i in range(len(rows))]
-        values = [rows[0][kind]["before"], *after, rows[-1][kind]["no_image"], rows[-1][kind]["majority"]]
-        shown.add_row(kind, str(rows[-1][kind]["n"]), *map(_percent, values))
+    for kind, row in rows.items():
+        after = [_asked(runs[i + 1], kind) for i in range(len(runs) - 1)]
+        values = [*after, row["after"], row["no_image"], row["majority"]]
+        shown.add_row(kind, str(row["n"]), *map(_percent, values))
     return shown
+
+
+def _asked(run: Path, kind: str) -> Any:
+    rows = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    return next((row["before"] for row in rows if row["type"] == kind), None)
 
 
 def looks(run: Path, seconds: float) -> str:

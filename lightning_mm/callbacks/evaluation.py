@@ -100,8 +100,10 @@ class HeldOutEvaluation(Callback):
                 data.ledger.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
                 asked += _pair(batch, answers)
-        everyone = [question for part in state.gathered(asked) for question in part]
-        return list({question.key: question for question in everyone}.values())
+        found = {question.key: question for part in state.gathered(asked) for question in part}
+        # In the order of the file, whatever order they were asked in.
+        keys = [_key(sample, turn) for sample, turn in data.questions(split, self.max_questions)]
+        return [found[key] for key in keys if key in found]
 
     def _rows(self, asked: Sequence[Asked], majority: dict[str, str]) -> list[dict[str, Any]]:
         types = [*sorted({question.question_type for question in asked}), ALL]
@@ -143,7 +145,11 @@ class HeldOutEvaluation(Callback):
 
 def _pair(batch: PromptBatch, answers: list[str]) -> list[Asked]:
     rows = zip(batch.samples, batch.turns, answers, strict=True)
-    return [Asked(f"{sample.origin}#{turn}", sample, turn, answer) for sample, turn, answer in rows]
+    return [Asked(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
+
+
+def _key(sample: Sample, turn: int) -> str:
+    return f"{sample.origin}#{turn}"
 
 
 def _spread(asked: Sequence[Asked], count: int) -> list[Asked]:

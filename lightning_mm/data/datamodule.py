@@ -23,7 +23,7 @@ from lightning_mm.data.probe_collator import ProbeCollator
 from lightning_mm.data.probe_loading import load_probes
 from lightning_mm.data.probe_sets import ProbeSet
 from lightning_mm.data.probing import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
-from lightning_mm.data.questions import Question, majority_answers, questions_of
+from lightning_mm.data.questions import Question, by_length, majority_answers, questions_of
 from lightning_mm.data.sample import Sample
 from lightning_mm.data.sources import read
 from lightning_mm.decisions import decide
@@ -173,20 +173,24 @@ class MMDataModule(L.LightningDataModule):
 
     def test_dataloader(self) -> list[GuardedLoader]:
         """Batches for the loss, then questions, then the same questions with grey pictures."""
-        questions = self._questions("test")
+        questions = self.questions("test")
         return [*self._evaluation("test", None), self._loader(questions, self._prompt_collator(blank_images=True))]
 
     def predict_dataloader(self) -> GuardedLoader:
         """Questions."""
-        return self._loader(self._questions("predict"), self._prompt_collator())
+        return self._loader(self.questions("predict"), self._prompt_collator())
 
     def question_types(self, split: str) -> tuple[str, ...]:
         """Types of the split's questions, sorted: the same on every rank."""
-        return tuple(sorted({sample.turns[index].question_type for sample, index in self._questions(split)}))
+        return tuple(sorted({sample.turns[index].question_type for sample, index in self.questions(split)}))
+
+    def questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
+        """The questions of a split, or the first of them, in the order of its file."""
+        return questions_of(self.samples(split))[:limit]
 
     def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> GuardedLoader:
-        """The questions of a split, or the first of them, with their pictures or with grey ones."""
-        return self._loader(self._questions(split, limit), self._prompt_collator(blank_images))
+        """The questions of a split, or the first of them, with their pictures or grey ones; short answers first."""
+        return self._loader(by_length(self.questions(split, limit)), self._prompt_collator(blank_images))
 
     def probe_set(self) -> ProbeSet:
         """The rows to look inside the model with: drawn once, with a seed of its own, and the same on every rank.
@@ -243,13 +247,10 @@ class MMDataModule(L.LightningDataModule):
 
     def majority_answers(self) -> dict[str, str]:
         """The most frequent training answer to each type of question: what a model that never looks could say."""
-        return majority_answers(self._questions("train"))
-
-    def _questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
-        return questions_of(self.samples(split))[:limit]
+        return majority_answers(self.questions("train"))
 
     def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
-        samples, questions = self.samples(split), self._questions(split, limit)
+        samples, questions = self.samples(split), by_length(self.questions(split, limit))
         loaders = [self._loader(samples, self._kept(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 

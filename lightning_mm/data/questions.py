@@ -17,6 +17,11 @@ def questions_of(samples: Iterable[Sample]) -> tuple[Question, ...]:
     return tuple((sample, index) for sample in samples for index in sample.answers)
 
 
+def by_length(questions: Iterable[Question]) -> tuple[Question, ...]:
+    """Those with short answers first: a batch is generated until its longest answer ends."""
+    return tuple(sorted(questions, key=lambda question: len(question[0].turns[question[1]].text)))
+
+
 def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
     """The most frequent answer to each type of question, in lower case and without its full stop."""
     counts: dict[str, Counter[str]] = {}

@@ -31,7 +31,8 @@ from lightning_mm.tuning.cache import RowCache
 from lightning_mm.tuning.prefix import RUN_ERRORS, first_line, gap_between, outputs_of, passed_by, untouched
 
 _SAME = 1e-4
-"""Relative to the largest feature: float32 sums in another order. A neighbour's pictures would change far more."""
+_COARSE = 3e-2
+"""Relative to the largest feature: sums in another order, in float32 or in 16 bits. Other pictures change far more."""
 
 
 class FrozenTower:
@@ -202,7 +203,8 @@ def _joint(states: Sequence[Tensor | None], whole: Tensor) -> int:
         if len(set(others)) == 1 and sum(each.shape[dim] for each in having) == whole.shape[dim]:
             gap = float((torch.cat(having, dim).float() - whole.float()).abs().max())
             scale = float(whole.float().abs().max())
-            if gap <= (_SAME if whole.dtype == torch.float32 else 100 * _SAME) * scale:
+            exact = whole.dtype == torch.float32 and not torch.is_autocast_enabled(whole.device.type)
+            if gap <= (_SAME if exact else _COARSE) * scale:
                 return dim
             raise _refusal(f"what it makes of a picture changes by {gap / scale:.2g} with those beside it")
     raise _refusal(f"the features of a batch, {tuple(whole.shape)}, are not those of its rows side by side")

@@ -137,13 +137,25 @@ def test_evaluation_sees_each_sample_and_question_once(module: Make, folder: Pat
     trainer(folder).validate(model, data, verbose=False)
     val = [str(index) for index in range(5)]
     questions = [sample for sample in val for _ in range(2)]
-    assert model.evaluated == [(0, "Batch", i) for i in val] + [(1, "PromptBatch", i) for i in questions[:3]]
+    batches = [(0, "Batch", i) for i in val]
+    # Questions come with the shortest answers first.
+    assert model.evaluated[:5] == batches
+    assert sorted(model.evaluated[5:]) == [(1, "PromptBatch", i) for i in questions[:3]]
     model.evaluated.clear()
     trainer(folder).test(model, data, verbose=False)
-    asked = [(loader, "PromptBatch", i) for loader in (1, 2) for i in questions]
-    assert model.evaluated == [(0, "Batch", i) for i in val] + asked
+    assert model.evaluated[:5] == batches
+    assert sorted(model.evaluated[5:]) == [(loader, "PromptBatch", i) for loader in (1, 2) for i in questions]
     predicted: Any = trainer(folder).predict(model, data)
     assert [sample for batch in predicted for sample in batch] == questions
+
+
+def test_questions_with_short_answers_come_first(module: Make, folder: Path) -> None:
+    """A batch is generated until its longest answer ends; the order of the file is kept for what is reported."""
+    data = module(test=str(folder / "val.json"), eval_batch_size=2)
+    lengths = [len(text) for batch in data.question_loader("test") for text in batch.references]
+    in_file = [len(sample.turns[turn].text) for sample, turn in data.questions("test")]
+    assert lengths == sorted(in_file)
+    assert lengths != in_file
 
 
 def test_only_the_third_test_loader_is_blind(module: Make, folder: Path) -> None:

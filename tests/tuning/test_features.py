@@ -194,3 +194,19 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     assert told.record == sum(made) / len(batch)
     assert told.cached is not None
     assert told.run - told.cached == pytest.approx(told.flops.region(Region.VISION).total)
+
+
+def test_under_autocast_sums_are_coarser(family: Family, data: Data, tmp_path: Path) -> None:
+    """1e-2: features are rounded to bfloat16 once more, where they are kept."""
+    plain, _ = losses(family("internvl"), data, tmp_path, tuning=CONNECTOR, precision="bf16-mixed", max_steps=8)
+    for _ in range(2):
+        kept, _ = losses(
+            family("internvl"),
+            data,
+            tmp_path,
+            tuning=CONNECTOR,
+            precision="bf16-mixed",
+            max_steps=8,
+            cache=on(tmp_path),
+        )
+        assert kept == pytest.approx(plain, rel=1e-2)
