@@ -119,7 +119,7 @@ class MMModule(Evaluating):
     def _keeping(self, collator: Collator) -> Collate:
         """What the loader of a split makes batches with, once the model is on its device."""
         data, trainer = self._data, self.trainer
-        seen = trainer.max_steps * trainer.accumulate_grad_batches * data.batch_size * trainer.world_size
+        seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
         epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
         facts = {
             "precision": str(trainer.precision),

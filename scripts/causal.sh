@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What causes the answers, after scripts/quickstart.sh: a run that learns facts about flags, a trace of what it knows,
-# and edits of it. Two cores, no GPU; half an hour to an hour.
+# and edits of it. Two cores, no GPU; about an hour.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh nano
@@ -16,6 +16,6 @@ if [ ! -d runs/flags/checkpoints ]; then
 fi
 rm -rf runs/trace-flags runs/edit-flags
 lightning-mm trace runs/flags --questions nano/data/constraints.json \
-    --kinds '[flag_country,flag_capital,flag_continent]' --limit 24 --name trace-flags
-lightning-mm edit runs/flags --edits nano/data/edits.json --limit 12 --control true --data nano/data/val.json \
+    --kinds '[flag_country,flag_capital,flag_continent]' --name trace-flags
+lightning-mm edit runs/flags --edits nano/data/edits.json --limit 24 --control true --data nano/data/val.json \
     --name edit-flags

@@ -13,7 +13,7 @@ import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.budget import planned_loader
+from lightning_mm.data.budget import TokenBudgetSampler, planned_loader
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.ledger import Ledger
 from lightning_mm.data.lengths import Lengths, measure_lengths
@@ -151,16 +151,24 @@ class MMDataModule(L.LightningDataModule):
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
         else:
-            loader = planned_loader(samples, collate, self._lengths(samples), max_tokens=self.max_tokens, **options)
+            loader = planned_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
         if self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             assert isinstance(progress, _ProcessedTracker)
             loader.processed = lambda: progress.processed
         return loader
 
-    def _lengths(self, samples: tuple[Sample, ...]) -> Lengths:
+    @property
+    def rows_per_batch(self) -> float:
+        """Conversations in a training batch of one rank, on average."""
+        if self.max_tokens is None:
+            return float(self.batch_size)
+        return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
+
+    @cached_property
+    def _lengths(self) -> Lengths:
         return measure_lengths(
-            samples,
+            self.samples("train"),
             self.processing,
             max_length=self.max_length,
             max_megapixels=self.max_megapixels,

@@ -149,6 +149,13 @@ def test_evaluation_sees_each_sample_and_question_once(module: Make, folder: Pat
     assert [sample for batch in predicted for sample in batch] == questions
 
 
+def test_rows_of_a_batch_are_foretold(module: Make, folder: Path) -> None:
+    data = module(train=str(folder / "train.json"), max_tokens=200)
+    batches = [len(batch) for batch in data.train_dataloader()]
+    assert data.rows_per_batch == pytest.approx(sum(batches) / len(batches))
+    assert module(train=str(folder / "train.json"), batch_size=3).rows_per_batch == 3
+
+
 def test_questions_with_short_answers_come_first(module: Make, folder: Path) -> None:
     """A batch is generated until its longest answer ends; the order of the file is kept for what is reported."""
     data = module(test=str(folder / "val.json"), eval_batch_size=2)
