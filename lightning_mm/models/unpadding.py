@@ -21,6 +21,7 @@ from transformers import AttentionInterface
 
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.attending import exchangeable
+from lightning_mm.models.processors import attend_on_processors
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
@@ -105,6 +106,7 @@ def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
 
     Blocks whose attention is not looked up in transformers' registry are left as they are.
     """
+    attend_on_processors()  # inside of what puts tokens back into rows: how long a row is decides there
     for kernel in _KERNELS:
         if kernel in AttentionInterface._global_mapping:
             AttentionInterface.register(kernel, _by_rows(AttentionInterface._global_mapping[kernel]))

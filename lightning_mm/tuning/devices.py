@@ -27,6 +27,7 @@ class Device:
         bandwidth: Bytes/s of its memory.
         memory: Bytes; 0 where it is not known.
         utilisation: Share of the peak that a step is assumed to reach, norms and kernel launches included.
+        processor: Whether it is a CPU, where short rows' attention is written out (``models.processors``).
     """
 
     name: str
@@ -35,6 +36,7 @@ class Device:
     bandwidth: float
     memory: float
     utilisation: float = 0.45
+    processor: bool = False
 
     def seconds(self, flops: float, trained_bytes: float, bf16: bool) -> float:
         """Predicted time of a step: products at the assumed utilisation, then the optimizer at the memory's speed."""
@@ -73,7 +75,7 @@ def device(name: str, bf16: bool) -> Device:
     if plain == "cpu":
         # Two fused multiply-adds of 8 float32 numbers a cycle (AVX2) at 2.5 GHz; two channels of DDR4-3200, halved.
         cores = os.cpu_count() or 1
-        return Device(f"CPU, {cores} cores", 80e9 * cores, 80e9 * cores, 25e9, 0, _ON_CPU)
+        return Device(f"CPU, {cores} cores", 80e9 * cores, 80e9 * cores, 25e9, 0, _ON_CPU, processor=True)
     if plain == "measured":
         return _measured(bf16)
     raise UserError(
@@ -85,7 +87,7 @@ def _measured(bf16: bool) -> Device:
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     peak = matmul_peak(here, torch.bfloat16 if bf16 else torch.float32, seconds=1.0)
     if here.type == "cpu":
-        return Device("this CPU", peak, peak, 25e9, 0, _ON_CPU)
+        return Device("this CPU", peak, peak, 25e9, 0, _ON_CPU, processor=True)
     properties = torch.cuda.get_device_properties(here)
     known = next((d for key, d in DEVICES.items() if key in properties.name.lower().replace(" ", "")), None)
     return Device(properties.name, peak, peak, known.bandwidth if known else 1e12, properties.total_memory)

@@ -15,6 +15,7 @@ from torch import nn
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
+from lightning_mm.models.processors import SHORT
 from lightning_mm.models.unpadding import unpad_blocks
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.boundary import blocks_in_graph
@@ -180,7 +181,7 @@ def forecast(
     skeleton, plan = blueprint.under(policy, setting)
     anatomy = blueprint.anatomy
     largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
-    done = tally(skeleton, anatomy, largest, bf16=setting.bf16)
+    done = tally(skeleton, anatomy, largest, bf16=setting.bf16, short=SHORT if device.processor else 0)
     cost = StepCost.of_tally(done)
     again = blocks_in_graph(skeleton, anatomy, plan)[:: setting.compute.checkpoint_every]
     spent = cost.at(mean_shape(batches, blueprint.packed))

@@ -28,11 +28,12 @@ class OneKernel(TorchFunctionMode):
 
     Args:
         observe: Sees the two products of attention, as if they were written out.
+        short: Rows of up to so many tokens keep the weights of every pair for backward after all.
     """
 
-    def __init__(self, observe: Observe | None = None) -> None:
+    def __init__(self, observe: Observe | None = None, short: int = 0) -> None:
         super().__init__()
-        self.observe = observe
+        self.observe, self.short = observe, short
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -43,7 +44,8 @@ class OneKernel(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        out: Tensor = _Fused.apply(query, key, value)
+        written = query.shape[-2] * key.shape[-2] <= self.short**2
+        out: Tensor = _Fused.apply(query, key, value, written)
         if self.observe is not None:
             rows = query.shape[:-2]
             key_BHEK = key[..., :1, :, :].expand(*rows, *key.shape[-2:]).transpose(-2, -1).flatten(0, -3)
@@ -152,14 +154,24 @@ class _Fused(torch.autograd.Function):
     """Shapes of fused attention: (B, H, Q, E), (B, H, K, E), (B, H, K, F) -> (B, H, Q, F)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, written: bool) -> Tensor:
         # Laid out as the kernels do: transposing it back to (B, Q, H, F) then costs no copy.
         rows, heads, length = query.shape[0], query.shape[-3], query.shape[-2]
         out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2) if query.ndim == 4 else None
         out = query.new_empty(*query.shape[:-1], value.shape[-1]) if out is None else out
-        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        if written:
+            # In float32 whatever comes in: the scaled queries, keys, values, and the weights of all pairs. Those stand
+            # here row by row: their gradients come when more of the block is gone than they take, so that they are
+            # not the largest tensor that backward needs room for twice.
+            size = (*query.shape[1:-1], key.shape[-2])
+            weights = [query.new_empty(size, dtype=torch.float32) for _ in range(rows)]
+            scaled = torch.empty_like(query, dtype=torch.float32)
+            ctx.save_for_backward(scaled, key.float(), value.float(), *weights)
+        else:
+            ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.given = [(t.shape, t.dtype) for t in (query, key, value)]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
+        return *(torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in ctx.given), None

@@ -42,7 +42,9 @@ class Tally:
     entering: dict[str, int]
 
 
-def tally(skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = False, once: bool = True) -> Tally:
+def tally(
+    skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = False, once: bool = True, short: int = 0
+) -> Tally:
     """Rehearse the training objective of one batch.
 
     Args:
@@ -51,6 +53,7 @@ def tally(skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = Fals
         batch: On the CPU.
         bf16: As under autocast to bfloat16.
         once: Rehearse blocks that are alike once.
+        short: Rows of up to so many tokens keep the weights of every pair (``OneKernel``).
 
     Raises:
         UserError: The model branches on values that only its weights could give.
@@ -61,7 +64,7 @@ def tally(skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = Fals
             stack.enter_context(watch.attached(anatomy, once))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor))
-            stack.enter_context(OneKernel(watch.see))
+            stack.enter_context(OneKernel(watch.see, short))
             if bf16:
                 stack.enter_context(Bfloat16(watch.copied))
             stack.enter_context(Rehearsal(watch.see))
@@ -69,7 +72,7 @@ def tally(skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = Fals
             loss = supervised_nll(skeleton, skeleton.get_submodule(anatomy.head), batch).nll
     except (RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         if once:  # blocks may hand things to one another past their outputs
-            return tally(skeleton, anatomy, batch, bf16, once=False)
+            return tally(skeleton, anatomy, batch, bf16, once=False, short=short)
         raise refused(skeleton, error) from error
     reached = reached_from(loss.grad_fn)
     read = {node.variable for node in reached if hasattr(node, "variable")}

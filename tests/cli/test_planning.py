@@ -34,7 +34,7 @@ def test_all_policies_side_by_side(fit: Fit, tmp_path: Path, capsys: pytest.Capt
     assert own["flops"]["floor"] < full["flops"]["floor"]
     assert own["memory"]["total"] < full["memory"]["total"]
     assert own["flops"]["cached"] < own["flops"]["run"]
-    assert full["not_cached_because"]
+    assert full["flops"]["run"] > full["flops"]["cached"] > 0.9 * full["flops"]["run"], "only the tower is saved"
     assert told["samples"] == 12
     printed = capsys.readouterr().out
     for word in ("layers below", "weight gradients", "optimizer", "H200"):

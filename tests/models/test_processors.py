@@ -1,5 +1,7 @@
 """Attention on processors is torch's own attention: outputs and gradients, under every mask, in every width."""
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -8,9 +10,16 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
+from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lightning_mm.models.processors import SHORT, WrittenOut, attending
+from lightning_mm.models import processors
+from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.models.processors import SHORT, WrittenOut, attend_on_processors, attending
+from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
+from lightning_mm.objective import supervised_nll
+from tests.tuning.test_policies import batch_of
 
 
 class Grouped(nn.Module):
@@ -130,6 +139,29 @@ def test_long_rows_are_left_to_the_kernel(length: int, written: bool) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         attending(sdpa_attention_forward)(nn.Linear(1, 1), heads, heads, heads, None, scaling=1.0)
     assert any(shape[-2:] == (length, length) for shape in kept) == written
+
+
+def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
+    family: Callable[[str], Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever was asked for first: four short rows side by side are no long one."""
+    registered: dict[str, Any] = {"sdpa": sdpa_attention_forward}
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", registered)
+    model = load_model(Backbone(path=str(family("llava"))))
+    unpad_blocks(model, Anatomy.of(model))
+    attend_on_processors()
+    seen: list[int] = []
+    real = processors._attended
+
+    def attended(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(query.shape[0])
+        return real(query, *args, **options)
+
+    monkeypatch.setattr(processors, "_attended", attended)
+    batch = batch_of(family("llava"), data, 4)
+    with unpadded(RealTokens(batch.real, *batch.regions.shape)):
+        supervised_nll(model, model.lm_head, batch)
+    assert 4 in seen
 
 
 def test_attention_without_gradients_is_left_alone() -> None:
