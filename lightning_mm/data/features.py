@@ -51,14 +51,18 @@ class FeatureCollator:
                 known[key] = record
             elif (made := self._collator.usable([sample], told.setdefault(key, []))) is not None:
                 fresh[key] = made
-        for each in told.values():
-            rejected += each
         usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in fresh]
-        # What falls out or is cut here has been told of already, when the row was encoded with its pictures.
-        batch = self._collator.usable(usable, [], grey=True) if usable else None
+        again: list[Rejection] = []
+        batch = self._collator.usable(usable, again, grey=True) if usable else None
         if batch is None:
             return self._collator(samples)
-        rejected += [note for s in batch.samples if keys[id(s)] in known for note in notes(known[keys[id(s)]], s)]
+        for key, each in told.items():
+            rejected += each if key not in fresh else []
+        # Rows that are cut have been told of when they were encoded with their pictures; twins are told of one by one.
+        rejected += [each for each in again if each.kind != "cut"]
+        for s in batch.samples:
+            key = keys[id(s)]
+            rejected += notes(known[key], s) if key in known else [replace(each, origin=s.origin) for each in told[key]]
         return replace(batch, kept=self._kept(batch, keys, known, fresh, told), rejected=tuple(rejected))
 
     def _kept(

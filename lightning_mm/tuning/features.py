@@ -28,7 +28,15 @@ from lightning_mm.models.readout import restored
 from lightning_mm.objective import gathered_before, supervised_nll
 from lightning_mm.taps.tap import uncompiled
 from lightning_mm.tuning.cache import RowCache
-from lightning_mm.tuning.prefix import RUN_ERRORS, first_line, gap_between, outputs_of, passed_by, untouched
+from lightning_mm.tuning.prefix import (
+    RUN_ERRORS,
+    first_line,
+    gap_between,
+    outputs_of,
+    own_randomness,
+    passed_by,
+    untouched,
+)
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -50,7 +58,7 @@ class FrozenTower:
         if not read:
             raise _refusal("no vision blocks are known")
         self.top = read[-1]
-        self.share = 0.0
+        self.share, self.dtype = 0.0, torch.float32
         self._below = [model.get_submodule(name) for name in read[:-1]]
         self._top = model.get_submodule(self.top)
         self._layers = [model.get_submodule(name) for name in anatomy.layers]
@@ -64,6 +72,8 @@ class FrozenTower:
         """What the last block puts out for one row; nothing where it has no picture."""
         head = self.model.get_submodule(self.anatomy.head)
         with (
+            # What trains behind the tower may draw; whether a row is known must make no difference to later draws.
+            own_randomness(row.regions.device),
             uncompiled(self.model),
             outputs_of(self._top) as outputs,
             passed_by(self._layers, self._layer_in_tuple),
@@ -125,7 +135,8 @@ class FrozenTower:
                 raise _refusal(
                     f"the model needs more than what its last block puts out: {first_line(error)}"
                 ) from error
-        gap = gap_between(whole, halves, _hidden(outputs[0]).dtype)
+        self.dtype = _hidden(outputs[0]).dtype
+        gap = gap_between(whole, halves, self.dtype)
         if gap:
             raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself with the tower left out")
         self.share = tower_flops.get_total_flops() / max(all_flops.get_total_flops(), 1)
@@ -198,6 +209,8 @@ def _hidden(output: Any) -> Tensor:
 def _joint(states: Sequence[Tensor | None], whole: Tensor) -> int:
     """Along which dimension the states of rows are those of their batch."""
     having = [each for each in states if each is not None]
+    if len(having) < 2:
+        raise _refusal("one row with pictures does not show how rows stand side by side")
     for dim in range(whole.ndim - 1):
         others = [each.shape[:dim] + each.shape[dim + 1 :] for each in (*having, whole)]
         if len(set(others)) == 1 and sum(each.shape[dim] for each in having) == whole.shape[dim]:

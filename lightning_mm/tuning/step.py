@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_mm.data.batch import Batch, KeptFeatures
 from lightning_mm.data.collator import Collator
@@ -137,7 +137,7 @@ class TrainingStep:
         prefix = self.prefix = verified(self.model, self.anatomy, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
-        opened = self._opened(settings, prefix, collator, epochs, facts, states)
+        opened = self._opened(settings, prefix, collator, epochs, facts, states.dtype)
         if opened is not None:
             self.cache = PrefixCache(prefix, *opened)
 
@@ -155,7 +155,7 @@ class TrainingStep:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
             decide("model.cache", "off", why)
             return
-        opened = self._opened(settings, tower, collator, epochs, facts, next(self.model.parameters()))
+        opened = self._opened(settings, tower, collator, epochs, facts, tower.dtype)
         if opened is not None:
             self.cache = FeatureCache(tower, *opened)
 
@@ -166,10 +166,10 @@ class TrainingStep:
         collator: Collator,
         epochs: float,
         facts: dict[str, Any],
-        example: Tensor,
+        dtype: torch.dtype,
     ) -> tuple[RecordStore, str, torch.dtype] | None:
         """The store, how it keeps, and the type of states in a batch; nothing where it is not worth it."""
-        exact = example.dtype == torch.float32 and not torch.is_autocast_enabled(example.device.type)
+        exact = dtype == torch.float32 and not torch.is_autocast_enabled(facts["device"])
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _WORTH and not len(store):

@@ -229,3 +229,14 @@ def test_autocast_rounds_and_is_replayed_all_the_same(family: Callable[[str], Pa
         replayed = Replay(one.model, one.anatomy, base).logits(start=base.length - 1, layer=2)
     error = (replayed - base.logits).square().mean().sqrt() / base.logits.std()
     assert float(error) < 0.05
+
+
+def test_under_autocast_a_wrong_replay_is_still_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Whichever layer it is that forgets the tokens before; values that are those of their neighbours would pass."""
+    one = subject(family, "llava", tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer in range(one.anatomy.num_layers):
+            base = record(one.model, one.anatomy, one.ask().inputs)
+            base.calls[layer].value.zero_()
+            with pytest.raises(UserError, match="of their spread"):
+                Replay(one.model, one.anatomy, base)

@@ -1,15 +1,21 @@
 """Training on kept vision features is training: equal losses and weights, and refused where it would not be."""
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from lightning_mm.callbacks.work import Work
 from lightning_mm.data import images
+from lightning_mm.data.batch import KeptFeatures
 from lightning_mm.data.collator import Collator
+from lightning_mm.data.features import FeatureCollator
 from lightning_mm.data.sources import read
+from lightning_mm.data.store import RecordStore
 from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Region
@@ -210,3 +216,84 @@ def test_under_autocast_sums_are_coarser(family: Family, data: Data, tmp_path: P
             cache=on(tmp_path),
         )
         assert kept == pytest.approx(plain, rel=1e-2)
+
+
+def test_what_trains_may_draw(family: Family, data: Data, tmp_path: Path) -> None:
+    """Bit for bit, with dropout behind the tower: new rows leave no trace in the generators."""
+    tuning = LoRAOnMiddle(layers="1-2", lora=LoRA(r=2, dropout=0.3), connector="lora")
+    cold, _ = losses(family("llava"), data, tmp_path, tuning=tuning, cache=on(tmp_path))
+    warm, _ = losses(family("llava"), data, tmp_path, tuning=tuning, cache=on(tmp_path))
+    assert warm == cold
+
+
+def test_rows_without_pictures_and_twins(family: Family, rows: Any, tmp_path: Path) -> None:
+    """Batches with a picture in every row, in some, and in none; a conversation that stands in the file twice."""
+    folder = tmp_path / "data"
+    made = [*rows(folder, 3), *rows(folder, 4, seed=1, text_only=True)]
+    file = folder / "mixed.json"
+    file.write_text(json.dumps([*made, made[0]]))
+    mixed = {"train": file}
+    for name in ("llava", "qwen2_5_vl"):
+        options: dict[str, Any] = {"tuning": CONNECTOR, "max_steps": 12, "batch_size": 2}
+        plain, _ = losses(family(name), mixed, tmp_path, **options)
+        for _ in range(2):
+            kept, _ = losses(family(name), mixed, tmp_path, **options, cache=on(tmp_path))
+            assert kept == pytest.approx(plain, rel=1e-5)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_nothing_falls_out_silently(known: bool, family: Family, rows: Any, tmp_path: Path) -> None:
+    """One picture is damaged, one too long row is cut, twice; a grey row that the processor refuses is told of, too."""
+    made = rows(tmp_path, 3)
+    (tmp_path / made[1]["image"]).write_bytes(b"no picture")
+    made[2]["conversations"][1]["value"] = "very " * 200
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([*made, made[2]]))
+    samples = read(file).samples
+    store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype="float32")
+    plain = Collator(load_processing(str(family("llava"))), max_length=80)
+    collator = FeatureCollator(plain, store, torch.float32)
+    if known:
+        first = collator(samples).kept
+        assert isinstance(first, KeptFeatures)
+        for key, record in zip(first.keys, first.records, strict=True):
+            store.put(key, {**record, "hidden": torch.zeros(1, 2, 3)})
+    batch = collator(samples)
+    told, expected = (sorted((r.origin, r.reason, r.kind) for r in b.rejected) for b in (batch, plain(samples)))
+    assert told == expected
+    assert {reason for origin, reason, kind in told if kind == "cut" and origin.endswith(("[2]", "[3]"))}
+    with pytest.MonkeyPatch.context() as patch:
+        header = images.check_header
+        bad = str(samples[0].images[0])
+
+        def check(path: Path, limit: float) -> tuple[int, int]:
+            if str(path) == bad:
+                raise images.BadImage(path, "gone")
+            return header(path, limit)
+
+        patch.setattr(images, "check_header", check)
+        assert any("gone" in each.reason for each in collator(samples).rejected)
+
+
+def test_one_row_does_not_show_how_rows_stand_side_by_side(family: Family, rows: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    file = folder / "one.json"
+    made = [*rows(folder, 1), *rows(folder, 3, seed=1, text_only=True)]
+    file.write_text(json.dumps(made))
+    with pytest.raises(UserError, match="One row with pictures"):
+        losses(family("llava"), {"train": file}, tmp_path, tuning=CONNECTOR, cache=on(tmp_path), max_steps=2)
+
+
+def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path: Path) -> None:
+    collator = Collator(load_processing(str(family("llava"))))
+    samples = read(data["train"]).samples[:2]
+    whole, rows = collator(samples), [collator([sample]) for sample in samples]
+    done = []
+    for kept in (None, KeptFeatures((None, None), (0, 1), tuple(rows)), KeptFeatures((torch.zeros(1),) * 2)):
+        work = Work()
+        work.add(replace(whole, kept=kept))
+        done.append(work.take())
+    plain, new, known = done
+    assert new == plain
+    assert known.shape.pixels == 0 < plain.shape.pixels
+    assert replace(known.shape, pixels=plain.shape.pixels) == plain.shape
