@@ -159,6 +159,7 @@ def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
 
     monkeypatch.setattr(processors, "_attended", attended)
     batch = batch_of(family("llava"), data, 4)
+    monkeypatch.setattr(processors, "SHORT", batch.regions.shape[1])
     with unpadded(RealTokens(batch.real, *batch.regions.shape)):
         supervised_nll(model, model.lm_head, batch)
     assert 4 in seen
