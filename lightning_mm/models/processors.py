@@ -1,23 +1,25 @@
 """Attention on processors (CPUs), where torch's fused kernel is slow as soon as gradients flow.
 
-Data flow: transformers' "sdpa" -> in float32, and in rows of a few hundred tokens as two products and a softmax.
+Data flow: transformers' "sdpa" -> rows of a few hundred tokens as two products and a softmax, one backward written for
+both; other rows by torch's kernel in float32.
 
-Measured on two cores with AMX, 9 heads of 64, forward and backward: torch's bfloat16 kernel takes 1.4 to 1.9 times as
-long as its float32 one, and loses more; and that one 1.8 times as long as the written-out products at 140 to 155
-tokens, as long at 300, and half as long at 600.
+Measured on two cores with AMX, 9 heads of 64 over 3 of keys, forward and backward, uneven rows of 120 to 156 tokens:
+torch's bfloat16 kernel takes 1.4 to 1.9 times as long as its float32 one, and loses more; that one 2.2 times as long as
+the products here. At 500 tokens they are even.
 
-Shapes: B rows, H heads, Q queries, K keys, E head size.
+Shapes: B rows, T tokens of all rows, H heads, G heads of keys (H / G queries share one), Q queries and K keys of a row,
+E head size, F size of a value.
 """
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface
 
 from lightning_mm.decisions import decide
@@ -25,11 +27,54 @@ from lightning_mm.decisions import decide
 SHORT = 256
 """Up to so many tokens a row, the weights of all pairs are small enough to be kept for backward."""
 
+ALONE = 64
+"""From so many tokens a row, in the mean, on, a row's products are large enough to be computed one row at a time."""
+
+_UNSEEN = -1e4
+"""What has no more than this added to its score has no weight."""
+
+_OF_KERNELS_ONLY = ("position_bias", "cache", "softcap")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Some rows of equal length, one after the other.
+
+    Args:
+        queries: Where they stand among the tokens of all queries.
+        keys: The same of the keys.
+        count: How many rows.
+        mask: (count or 1, 1 or H, Q, K) added to the scores; None where every query sees every key.
+    """
+
+    queries: slice
+    keys: slice
+    count: int
+    mask: Tensor | None
+
+
+_StandIn = Callable[[Tensor, Tensor, Tensor, Sequence[Rows]], Tensor]
+_stand_in: ContextVar[_StandIn | None] = ContextVar("what stands for attention where there are no values", default=None)
+
+
+@contextmanager
+def rehearsed(stand_in: _StandIn) -> Iterator[None]:
+    """While active, the meta device is a processor, on which this stands for the attention of short rows.
+
+    Args:
+        stand_in: (T, H, E), (T, G, E), (T, G, F) and the rows -> (T, H, F).
+    """
+    held = _stand_in.set(stand_in)
+    try:
+        yield
+    finally:
+        _stand_in.reset(held)
+
 
 def attend_on_processors() -> None:
     """From now on, sdpa on a processor is computed so where gradients will flow through it; else it is left alone."""
     attend: Any = AttentionInterface._global_mapping["sdpa"]
-    if not hasattr(attend, "on_processors"):
+    if not hasattr(attend, "apart"):
         AttentionInterface.register("sdpa", attending(attend))
 
 
@@ -38,66 +83,184 @@ def attending(attend: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(attend)
     def run(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        flows = query.device.type == "cpu" and torch.is_grad_enabled() and query.requires_grad
-        if not flows or torch.compiler.is_compiling():
-            return attend(module, query, key, value, *args, **options)
-        # Rotary positions make float32 of queries and keys; autocast narrows them just before the kernel.
-        narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        short = query.shape[-2] * key.shape[-2] <= SHORT**2
+        if not _flows(query):
+            return attend(module, query, key, value, attention_mask, *args, **options)
+        if _plain(attention_mask, args, options) and query.shape[2] * key.shape[2] <= SHORT**2:
+            return _short(module, query, key, value, attention_mask, options), None
+        narrow = _narrow(query)
+        given = (query, key, value, attention_mask, *args)
         if narrow:
-            decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
-            query, key, value = (_wide(each) for each in (query, key, value))
-            args = tuple(_wide(each) for each in args)
-            options = {name: _wide(each) for name, each in options.items()}
+            given, options = tuple(map(_wide, given)), {name: _wide(each) for name, each in options.items()}
         # Autocast would narrow them again.
-        with torch.autocast("cpu", enabled=False), WrittenOut() if short else nullcontext():
-            output, weights = attend(module, query, key, value, *args, **options)
+        with torch.autocast("cpu", enabled=False):
+            output, weights = attend(module, *given, **options)
         return output.to(torch.bfloat16) if narrow else output, weights
 
-    run.on_processors = True  # type: ignore[attr-defined]
+    def apart(
+        rows_of: Callable[[Any], Sequence[Rows]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,
+        *args: Any,
+        **options: Any,
+    ) -> Tensor | None:
+        """(1, T, H, F) of (1, H, T, E) and so on, rows side by side; None where it is not to be computed so."""
+        if not (_flows(query) and _plain(attention_mask, args, options)):
+            return None
+        rows = rows_of(attention_mask)
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        return _attended(query, key, value, rows, options)[None] if rows else None
+
+    run.apart = apart  # type: ignore[attr-defined]
     return run
 
 
-class WrittenOut(TorchFunctionMode):
-    """While active, fused attention is two matrix products and a softmax."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return _attended(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+def attended_apart(lengths: Sequence[int]) -> bool:
+    """Whether rows of so many tokens are attended to one at a time."""
+    return len(lengths) > 0 and max(lengths) <= SHORT and sum(lengths) >= ALONE * len(lengths)
 
 
-def _attended(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    """(B, H, Q, E) as ``scaled_dot_product_attention`` gives it."""
-    if enable_gqa:
-        groups = query.shape[-3] // key.shape[-3]
-        key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-    scores_BHQK = torch.matmul(query * (query.shape[-1] ** -0.5 if scale is None else scale), key.transpose(-2, -1))
-    if is_causal:
-        attn_mask = torch.ones(scores_BHQK.shape[-2:], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None:
-        scores_BHQK += _added(attn_mask, scores_BHQK.dtype)
-    weights_BHQK = scores_BHQK.softmax(-1)
-    return torch.matmul(F.dropout(weights_BHQK, dropout_p) if dropout_p else weights_BHQK, value)
+def rows_apart(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, ...]:
+    """Rows of real tokens side by side; none where they are attended to in rows of equal length.
+
+    Args:
+        index: (T,) real tokens, flat into rows * length, ascending.
+        rows: B.
+        length: Tokens of a row with its padding.
+        mask: (B or 1, 1 or H, length, length), boolean or added to the scores, as the model made it.
+    """
+    lengths: list[int] = torch.bincount(index // length, minlength=rows).tolist()
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or not attended_apart([each for each in lengths if each]):
+        return ()
+    found = []
+    start = 0
+    for row, count in enumerate(lengths):
+        if not count:
+            continue
+        span = slice(start, start + count)
+        places = index[span] % length
+        added = _added(mask[row if len(mask) > 1 else 0, :, places])
+        own = added[..., places]
+        if (added > _UNSEEN).sum() != (own > _UNSEEN).sum():
+            return ()  # real tokens see padding
+        found.append(Rows(span, span, 1, own[None].contiguous()))
+        start += count
+    return tuple(found)
 
 
-def _added(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """What a mask adds to scores. Finite, so that a row of padding that sees nothing gives numbers, too."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+def _flows(query: Tensor) -> bool:
+    """Whether gradients will, here."""
+    here = query.device.type == "cpu" or (query.device.type == "meta" and _stand_in.get() is not None)
+    here = here and query.ndim == 4 and not torch.compiler.is_compiling()
+    return here and torch.is_grad_enabled() and query.requires_grad
+
+
+def _plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
+    """Whether nothing is asked for but scaled products under a mask that nobody learns."""
+    learned = isinstance(mask, Tensor) and mask.requires_grad
+    more = args or options.get("dropout") or any(options.get(name) is not None for name in _OF_KERNELS_ONLY)
+    return not learned and not more
+
+
+def _short(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+    """(B, Q, H, F) of (B, H, Q, E) and so on; what is causal is found out as transformers does it."""
+    length, asked = query.shape[2], options.get("is_causal")
+    if mask is None and length > 1 and (getattr(module, "is_causal", True) if asked is None else asked):
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril()
+    rows = Rows(slice(None), slice(None), len(query), None if mask is None else _added(mask))
+    query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
+    return _attended(query, key, value, (rows,), options).unflatten(0, (rows.count, -1))
+
+
+def _narrow(query: Tensor) -> bool:
+    """Whether the kernel would run in bfloat16. Rotary positions make float32 of queries; autocast narrows them."""
+    narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    if narrow:
+        decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
+    return narrow
 
 
 def _wide(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _added(mask: Tensor) -> Tensor:
+    """What a mask adds to scores. Finite, so that a row of padding that sees nothing gives numbers, too."""
+    if mask.dtype != torch.bool:
+        return mask.clamp(min=torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+
+
+def _attended(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
+    """(T, H, F) of (T, H, E), (T, G, E) and (T, G, F), as ``scaled_dot_product_attention`` gives it by row."""
+    if (stand_in := _stand_in.get()) is not None:
+        return stand_in(query, key, value, rows)
+    given = torch.bfloat16 if _narrow(query) else query.dtype
+    scale = options.get("scaling")
+    out: Tensor = _Attention.apply(query, key, value, rows, query.shape[-1] ** -0.5 if scale is None else scale, given)
+    return out
+
+
+class _Attention(torch.autograd.Function):
+    """Queries that share their keys are one long row, so that keys are not repeated; in float32 or wider."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], scale: float, given: torch.dtype
+    ) -> Tensor:
+        out = query.new_empty(*query.shape[:2], value.shape[-1], dtype=given)
+        saved: list[Tensor] = []
+        with torch.autocast("cpu", enabled=False):
+            for each in rows:
+                q = _folded(query[each.queries], each.count, key.shape[1]).mul_(scale)
+                k, v = (_folded(t[each.keys], each.count, key.shape[1]) for t in (key, value))
+                scores = torch.bmm(q, k.mT)
+                if each.mask is not None:
+                    scores.view(each.count, query.shape[1], -1, k.shape[1]).add_(each.mask)
+                weights = scores.softmax(-1)
+                _unfold(torch.bmm(weights, v), out[each.queries], each.count)
+                saved += (q, k, v, weights)
+        ctx.save_for_backward(*saved)
+        ctx.rows, ctx.scale, ctx.like = rows, scale, [(t.shape, t.dtype) for t in (query, key, value)]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        of_query, of_key, of_value = found = [
+            gradient.new_empty(shape, dtype=dtype) if needed else None
+            for (shape, dtype), needed in zip(ctx.like, ctx.needs_input_grad, strict=False)
+        ]
+        groups = ctx.like[1][0][1]
+        saved = iter(ctx.saved_tensors)
+        with torch.autocast("cpu", enabled=False):
+            for each, q, k, v, weights in zip(ctx.rows, saved, saved, saved, saved, strict=False):
+                out = _folded(gradient[each.queries], each.count, groups)
+                if of_value is not None:
+                    _unfold(torch.bmm(weights.mT, out), of_value[each.keys], each.count)
+                if of_query is None and of_key is None:
+                    continue
+                of_weights = torch.bmm(out, v.mT)
+                scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+                if of_query is not None:
+                    _unfold(torch.bmm(scores, k).mul_(ctx.scale), of_query[each.queries], each.count)
+                if of_key is not None:
+                    _unfold(torch.bmm(scores.mT, q), of_key[each.keys], each.count)
+        return *found, None, None, None
+
+
+def _folded(tokens: Tensor, rows: int, groups: int) -> Tensor:
+    """(rows * Q, H, E) -> (rows * G, H / G * Q, E) in float32 or wider, in one copy."""
+    there = tokens.unflatten(0, (rows, -1)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    wide = torch.promote_types(tokens.dtype, torch.float32)
+    return torch.empty(there.shape, dtype=wide, device=tokens.device).copy_(there).flatten(2, 3).flatten(0, 1)
+
+
+def _unfold(folded: Tensor, out: Tensor, rows: int) -> None:
+    """(rows * G, H / G * Q, E) -> into (rows * Q, H, E)."""
+    groups = len(folded) // rows
+    there = out.unflatten(0, (rows, -1)).unflatten(2, (groups, -1))
+    there.copy_(folded.view(rows, groups, there.shape[3], -1, out.shape[-1]).permute(0, 3, 1, 2, 4))

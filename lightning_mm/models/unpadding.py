@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.attending import exchangeable
-from lightning_mm.models.processors import attend_on_processors
+from lightning_mm.models.processors import Rows, attend_on_processors, rows_apart
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
@@ -39,6 +39,7 @@ class RealTokens:
     def __init__(self, index: Tensor, rows: int, length: int) -> None:
         self.index, self.rows, self.length = index, rows, length
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+        self._apart: dict[int, tuple[Tensor, tuple[Rows, ...]]] = {}
 
     @property
     def padded(self) -> bool:
@@ -69,6 +70,12 @@ class RealTokens:
         if id(value) not in self._packed:
             self._packed[id(value)] = (value, self._tensor(value))  # all blocks are given the same rotary tables
         return self._packed[id(value)][1]
+
+    def apart(self, mask: Any) -> tuple[Rows, ...]:
+        """The rows as they stand side by side, under a mask that the model made; none where they stay in rows."""
+        if id(mask) not in self._apart:
+            self._apart[id(mask)] = (mask, rows_apart(self.index, self.rows, self.length, mask))
+        return self._apart[id(mask)][1]
 
     def _tensor(self, value: Tensor) -> Tensor:
         shape = value.shape
@@ -156,7 +163,7 @@ def _by_row(mask: Tensor, tokens: RealTokens) -> bool:
 
 
 def _by_rows(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """An attention function that puts the tokens of a block that runs unpadded back into rows."""
+    """An attention function that puts the tokens of a block that runs unpadded back into rows, where it must."""
     if hasattr(attend, "takes_rows"):
         return attend
 
@@ -166,6 +173,10 @@ def _by_rows(attend: Callable[..., Any]) -> Callable[..., Any]:
         tokens = _inside.get()
         if tokens is None:
             return attend(module, query, key, value, *args, **kwargs)
+        apart: Any = getattr(attend, "apart", None)
+        alone = None if apart is None else apart(tokens.apart, query, key, value, *args, **kwargs)
+        if alone is not None:
+            return alone, None
         rows = [tokens.unpack(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value)]
         output, weights = attend(module, *rows, *args, **kwargs)  # (B, L, H, E)
         return tokens.pack(output), weights

@@ -5,6 +5,7 @@ rehearsed step -> ``Forecast``.
 """
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -12,17 +13,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mm.data.batch import Batch
+from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
-from lightning_mm.models.processors import SHORT
+from lightning_mm.models.processors import attended_apart
 from lightning_mm.models.unpadding import unpad_blocks
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.boundary import blocks_in_graph
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.compute import Compute
 from lightning_mm.tuning.devices import Device
-from lightning_mm.tuning.flops import StepCost, StepFlops
+from lightning_mm.tuning.flops import Products, StepCost, StepFlops
 from lightning_mm.tuning.frozen import castable
 from lightning_mm.tuning.memory import Memory, gradient_bytes, optimizer_bytes, step_memory, traffic
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
@@ -181,10 +182,10 @@ def forecast(
     skeleton, plan = blueprint.under(policy, setting)
     anatomy = blueprint.anatomy
     largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
-    done = tally(skeleton, anatomy, largest, bf16=setting.bf16, short=SHORT if device.processor else 0)
+    done = tally(skeleton, anatomy, largest, bf16=setting.bf16, processor=device.processor)
     cost = StepCost.of_tally(done)
     again = blocks_in_graph(skeleton, anatomy, plan)[:: setting.compute.checkpoint_every]
-    spent = cost.at(mean_shape(batches, blueprint.packed))
+    spent = as_run(cost, batches, blueprint.packed, device.processor)
     run = spent.floor + (_recomputed(spent, anatomy, again) if setting.checkpointing else 0.0)
     rows = sum(len(batch) for batch in batches) / len(batches)
     mean = mean_shape(batches, packed=True).scaled(1 / rows)
@@ -221,6 +222,18 @@ def forecast(
         seconds=seconds(run),
         cached_seconds=None if cached is None else seconds(cached),
     )
+
+
+def as_run(cost: StepCost, batches: Sequence[Batch], packed: bool, processor: bool) -> StepFlops:
+    """FLOPs of a micro-batch as it is run. On a CPU, where gradients flow, attention need not see padding either."""
+    places: dict[tuple[Region, int | None], Products] = defaultdict(Products)
+    for batch in batches:
+        real, rows = cost.at(StepShape.of(batch)).places, (batch.regions != TokenRegion.PAD).sum(1).tolist()
+        alone = packed and processor and attended_apart(rows)
+        for place, products in cost.at(mean_shape([batch], packed)).places.items():
+            spent = real[place] if alone and products.input_gradients else products
+            places[place] += spent.scaled(1 / len(batches))
+    return StepFlops(dict(places))
 
 
 def mean_shape(batches: Sequence[Batch], packed: bool) -> StepShape:

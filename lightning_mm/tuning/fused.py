@@ -1,11 +1,13 @@
 """How a rehearsed step computes what depends on the device: fused kernels, and types under bf16-mixed.
 
-Data flow: functions that the model calls -> ``OneKernel``, ``Bfloat16`` -> operations as a real device would run them.
+Data flow: functions that the model calls -> ``OneKernel``, ``ShortRows``, ``Bfloat16`` -> operations as a real device
+would run them.
 
-Shapes: B rows, H heads, Q queries, K keys, E head size, F size of a value.
+Shapes: B rows, L tokens after padding, T real tokens of all rows, H heads, G heads of keys, Q queries, K keys, E head
+size, F size of a value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from lightning_mm.models.processors import Rows
 from lightning_mm.tuning.rehearsal import Observe
 
 _META = torch.device("meta")
@@ -28,12 +31,11 @@ class OneKernel(TorchFunctionMode):
 
     Args:
         observe: Sees the two products of attention, as if they were written out.
-        short: Rows of up to so many tokens keep the weights of every pair for backward after all.
     """
 
-    def __init__(self, observe: Observe | None = None, short: int = 0) -> None:
+    def __init__(self, observe: Observe | None = None) -> None:
         super().__init__()
-        self.observe, self.short = observe, short
+        self.observe = observe
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -44,17 +46,47 @@ class OneKernel(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        written = query.shape[-2] * key.shape[-2] <= self.short**2
-        out: Tensor = _Fused.apply(query, key, value, written)
+        out: Tensor = _Fused.apply(query, key, value)
         if self.observe is not None:
             rows = query.shape[:-2]
-            key_BHEK = key[..., :1, :, :].expand(*rows, *key.shape[-2:]).transpose(-2, -1).flatten(0, -3)
-            value_BHKF = value[..., :1, :, :].expand(*rows, *value.shape[-2:]).flatten(0, -3)
-            scores = query.new_empty(key_BHEK.shape[0], query.shape[-2], key.shape[-2])
-            scores.requires_grad_(query.requires_grad or key.requires_grad)
-            self.observe(_aten.bmm.default, (query.flatten(0, -3), key_BHEK), scores)
-            self.observe(_aten.bmm.default, (scores, value_BHKF), out.flatten(0, -3))
+            key_BHKE = key[..., :1, :, :].expand(*rows, *key.shape[-2:])
+            value_BHKF = value[..., :1, :, :].expand(*rows, *value.shape[-2:])
+            _products(self.observe, *(each.flatten(0, -3) for each in (query, key_BHKE, value_BHKF)))
         return out
+
+
+class ShortRows:
+    """Attention of short rows on a processor, as ``models.processors`` computes it: what it keeps, and its products.
+
+    Args:
+        observe: Sees the two products, as rows that are padded to equal length would need them.
+        shape: B, L.
+        bf16: Whether it gives bfloat16, as under autocast.
+    """
+
+    def __init__(self, observe: Observe, shape: tuple[int, int], bf16: bool) -> None:
+        self.observe, self.shape, self.bf16 = observe, shape, bf16
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows]) -> Tensor:
+        out: Tensor = _Written.apply(query, key, value, rows, torch.bfloat16 if self.bf16 else query.dtype)
+        apart = rows[0].queries != slice(None)  # side by side, and not all that there are
+        count, length = self.shape if apart else (rows[0].count, len(query) // rows[0].count)
+        keys = length if apart else len(key) // count
+        heads, size = query.shape[1] * count, query.shape[2]
+        padded = (query.new_empty(heads, length, size), query.new_empty(heads, keys, size))
+        values = value.new_empty(heads, keys, value.shape[2])
+        for made, like in zip((*padded, values), (query, key, value), strict=True):
+            made.requires_grad_(like.requires_grad)
+        _products(self.observe, *padded, values)
+        return out
+
+
+def _products(observe: Observe, query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Show the two of (BH, Q, E), (BH, K, E) and (BH, K, F)."""
+    scores = query.new_empty(*query.shape[:2], key.shape[1])
+    scores.requires_grad_(query.requires_grad or key.requires_grad)
+    observe(_aten.bmm.default, (query, key.transpose(-2, -1)), scores)
+    observe(_aten.bmm.default, (scores, value), query.new_empty(*query.shape[:2], value.shape[-1]))
 
 
 class StandIn(torch.autograd.Function):
@@ -154,24 +186,38 @@ class _Fused(torch.autograd.Function):
     """Shapes of fused attention: (B, H, Q, E), (B, H, K, E), (B, H, K, F) -> (B, H, Q, F)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, written: bool) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # Laid out as the kernels do: transposing it back to (B, Q, H, F) then costs no copy.
         rows, heads, length = query.shape[0], query.shape[-3], query.shape[-2]
         out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2) if query.ndim == 4 else None
         out = query.new_empty(*query.shape[:-1], value.shape[-1]) if out is None else out
-        if written:
-            # In float32 whatever comes in: the scaled queries, keys, values, and the weights of all pairs. Those stand
-            # here row by row: their gradients come when more of the block is gone than they take, so that they are
-            # not the largest tensor that backward needs room for twice.
-            size = (*query.shape[1:-1], key.shape[-2])
-            weights = [query.new_empty(size, dtype=torch.float32) for _ in range(rows)]
-            scaled = torch.empty_like(query, dtype=torch.float32)
-            ctx.save_for_backward(scaled, key.float(), value.float(), *weights)
-        else:
-            ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
         ctx.given = [(t.shape, t.dtype) for t in (query, key, value)]
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        return *(torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in ctx.given), None
+        return tuple(torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in ctx.given)
+
+
+class _Written(torch.autograd.Function):
+    """Shapes of attention that keeps its weights: (T, H, E), (T, G, E), (T, G, F) -> (T, H, F)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], given: torch.dtype
+    ) -> Tensor:
+        heads = query.shape[1]
+        # In float32 whatever comes in. Weights stand here row by row, also of rows of equal length: their gradients
+        # come when more of the block is gone than they take, so that they are not the largest tensor that backward
+        # needs room for twice.
+        sizes = [(len(query[r.queries]) // r.count, len(key[r.keys]) // r.count) for r in rows for _ in range(r.count)]
+        weights = [query.new_empty(heads, *size, dtype=torch.float32) for size in sizes]
+        folded = [torch.empty_like(each, dtype=torch.float32) for each in (query, key, value)]
+        ctx.save_for_backward(*folded, *weights)
+        ctx.given = [(t.shape, t.dtype) for t in (query, key, value)]
+        return query.new_empty(*query.shape[:2], value.shape[-1], dtype=given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return *(torch.empty(shape, dtype=dtype, device=_META) for shape, dtype in ctx.given), None, None

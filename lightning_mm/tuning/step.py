@@ -18,6 +18,7 @@ from lightning_mm.decisions import decide
 from lightning_mm.errors import UserError
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.kernels import apply_liger, compile_blocks
+from lightning_mm.models.norms import norm_on_processors
 from lightning_mm.models.processors import attend_on_processors
 from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
 from lightning_mm.objective import Objective, supervised_nll
@@ -63,6 +64,7 @@ class TrainingStep:
         if compute.compile == "blocks":
             compile_blocks(model, blocks_in_graph(model, anatomy, plan))
         attend_on_processors()
+        norm_on_processors(model)
         if compute.packing:
             packed = unpad_blocks(model, anatomy)
             why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.anatomy import Anatomy, Region
+from lightning_mm.models.processors import attend_on_processors, rehearsed
 from lightning_mm.models.unpadding import RealTokens, unpadded
 from lightning_mm.objective import supervised_nll
-from lightning_mm.tuning.fused import Bfloat16, OneKernel
+from lightning_mm.tuning.fused import Bfloat16, OneKernel, ShortRows
 from lightning_mm.tuning.rehearsal import Rehearsal, refused
 from lightning_mm.tuning.watch import Kept, Product, Watch, reached_from
 
@@ -43,7 +44,12 @@ class Tally:
 
 
 def tally(
-    skeleton: nn.Module, anatomy: Anatomy, batch: Batch, bf16: bool = False, once: bool = True, short: int = 0
+    skeleton: nn.Module,
+    anatomy: Anatomy,
+    batch: Batch,
+    bf16: bool = False,
+    once: bool = True,
+    processor: bool = False,
 ) -> Tally:
     """Rehearse the training objective of one batch.
 
@@ -53,7 +59,7 @@ def tally(
         batch: On the CPU.
         bf16: As under autocast to bfloat16.
         once: Rehearse blocks that are alike once.
-        short: Rows of up to so many tokens keep the weights of every pair (``OneKernel``).
+        processor: As on a CPU, where short rows' attention is written out (``models.processors``).
 
     Raises:
         UserError: The model branches on values that only its weights could give.
@@ -64,7 +70,10 @@ def tally(
             stack.enter_context(watch.attached(anatomy, once))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor))
-            stack.enter_context(OneKernel(watch.see, short))
+            stack.enter_context(OneKernel(watch.see))
+            if processor:
+                attend_on_processors()
+                stack.enter_context(rehearsed(ShortRows(watch.see, (*batch.regions.shape,), bf16)))
             if bf16:
                 stack.enter_context(Bfloat16(watch.copied))
             stack.enter_context(Rehearsal(watch.see))
@@ -72,7 +81,7 @@ def tally(
             loss = supervised_nll(skeleton, skeleton.get_submodule(anatomy.head), batch).nll
     except (RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         if once:  # blocks may hand things to one another past their outputs
-            return tally(skeleton, anatomy, batch, bf16, once=False, short=short)
+            return tally(skeleton, anatomy, batch, bf16, once=False, processor=processor)
         raise refused(skeleton, error) from error
     reached = reached_from(loss.grad_fn)
     read = {node.variable for node in reached if hasattr(node, "variable")}

@@ -1,13 +1,12 @@
 """Attention on processors is torch's own attention: outputs and gradients, under every mask, in every width."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from torch import Tensor, nn
 from transformers import AttentionInterface
@@ -16,7 +15,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lightning_mm.models import processors
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processors import SHORT, WrittenOut, attend_on_processors, attending
+from lightning_mm.models.processors import (
+    ALONE,
+    SHORT,
+    Rows,
+    attend_on_processors,
+    attended_apart,
+    attending,
+    rows_apart,
+)
 from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
 from lightning_mm.objective import supervised_nll
 from tests.tuning.test_policies import batch_of
@@ -25,8 +32,11 @@ from tests.tuning.test_policies import batch_of
 class Grouped(nn.Module):
     """What transformers' function asks of an attention module whose keys serve several queries."""
 
-    num_key_value_groups = 3
     is_causal = True
+
+    def __init__(self, num_key_value_groups: int) -> None:
+        super().__init__()
+        self.num_key_value_groups = num_key_value_groups
 
 
 def attended(dtype: torch.dtype, here: bool, **options: Any) -> tuple[Tensor, list[Tensor]]:
@@ -64,66 +74,77 @@ def test_attention_on_a_processor_is_wider_where_gradients_flow(mask: str) -> No
     keys=st.integers(1, 20),
     size=st.sampled_from([1, 4, 16]),
     mask=st.sampled_from(["none", "causal", "bool", "float"]),
-    grouped=st.booleans(),
+    groups=st.sampled_from([1, 3, 6]),
     scale=st.sampled_from([None, 0.3]),
+    frozen=st.sampled_from([(), (1,), (2,), (1, 2)]),
 )
-def test_written_out_it_is_what_the_kernel_computes(
-    seed: int, rows: int, queries: int, keys: int, size: int, mask: str, grouped: bool, scale: float | None
+def test_short_rows_are_what_the_kernel_computes(
+    seed: int,
+    rows: int,
+    queries: int,
+    keys: int,
+    size: int,
+    mask: str,
+    groups: int,
+    scale: float | None,
+    frozen: tuple[int, ...],
 ) -> None:
-    """float64: 1e-10 is the order of sums."""
+    """Outputs and gradients, values of another size; float64: 1e-10 is the order of sums."""
     drawn = torch.Generator().manual_seed(seed)
-    heads = (3, 1 if grouped else 3, 1 if grouped else 3)
-    lengths = (queries, keys, keys)
-    tensors = [
-        torch.randn(rows, h, n, size, generator=drawn, dtype=torch.float64).requires_grad_()
-        for h, n in zip(heads, lengths, strict=True)
-    ]
+    keys = max(keys, queries) if mask == "causal" else keys
+    sizes = ((6, queries, size), (groups, keys, size), (groups, keys, size + 1))
+    tensors = [torch.randn(rows, *each, generator=drawn, dtype=torch.float64) for each in sizes]
+    trained = [each.requires_grad_() for index, each in enumerate(tensors) if index not in frozen]
     seen = torch.rand(rows, 1, queries, keys, generator=drawn) < 0.6
     seen[..., 0] = True  # of a row that sees nothing, torch says 0
     masks = {"bool": seen, "float": torch.randn(rows, 1, queries, keys, generator=drawn, dtype=torch.float64)}
-    options: dict[str, Any] = {"is_causal": mask == "causal", "enable_gqa": grouped, "scale": scale}
-
-    def computed() -> list[Tensor]:
-        query, key, value = tensors
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=masks.get(mask), **options)
-        return [output, *torch.autograd.grad(output.square().sum(), tensors)]
-
-    expected = computed()
-    with WrittenOut():
-        found = computed()
-    for one, other in zip(found, expected, strict=True):
+    module = Grouped(6 // groups)
+    found = []
+    for attend in (attending(sdpa_attention_forward), sdpa_attention_forward):
+        run: Any = attend
+        output, _ = run(module, *tensors, masks.get(mask), scaling=scale, is_causal=mask == "causal")
+        found.append([output, *torch.autograd.grad(output.square().sum(), trained)])
+    assert "_Attention" in str(found[0][0].grad_fn.next_functions) + str(found[0][0].grad_fn)
+    for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
-def test_grouped_keys_and_transformers_own_causality() -> None:
-    """Through transformers' function, which repeats keys and finds out itself what is causal; float32."""
+def test_what_is_causal_is_found_out_as_transformers_does() -> None:
+    """By the module, or by what is asked for; float32."""
     drawn = torch.Generator().manual_seed(0)
     query = torch.randn(2, 6, 9, 4, generator=drawn).requires_grad_()
     key, value = (torch.randn(2, 2, 9, 4, generator=drawn).requires_grad_() for _ in range(2))
-    outputs: list[Tensor] = []
-    for attend in (sdpa_attention_forward, attending(sdpa_attention_forward)):
-        output, _ = attend(Grouped(), query, key, value, None)
-        outputs.append(output)
-    torch.testing.assert_close(outputs[1], outputs[0])
+    for asked in (None, True, False):
+        outputs = []
+        for attend in (sdpa_attention_forward, attending(sdpa_attention_forward)):
+            run: Any = attend
+            outputs.append(run(Grouped(3), query, key, value, None, is_causal=asked)[0])
+        torch.testing.assert_close(outputs[1], outputs[0])
 
 
 def test_a_row_of_padding_that_sees_nothing_gives_numbers() -> None:
     query = torch.randn(1, 1, 3, 4, requires_grad=True)
     mask = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
-    with WrittenOut():
-        output = F.scaled_dot_product_attention(query, query, query, attn_mask=mask)
+    output, _ = attending(sdpa_attention_forward)(nn.Linear(1, 1), query, query, query, mask)
     (gradient,) = torch.autograd.grad(output.sum(), [query])
     assert output.isfinite().all()
     assert gradient.isfinite().all()
 
 
-def test_dropout_is_kept() -> None:
+@pytest.mark.parametrize("asked", ["dropout", "learned"])
+def test_what_only_the_kernel_can_do_is_left_to_it(asked: str) -> None:
+    """Dropout, and a bias that is learned."""
     torch.manual_seed(0)
     ones = torch.ones(1, 1, 200, 1, requires_grad=True)
-    with WrittenOut():
-        output = F.scaled_dot_product_attention(ones, ones, ones, dropout_p=0.5)
-    assert output.mean().item() == pytest.approx(1.0, abs=0.05)  # 200 means of 200: 0.005 is one standard error
-    assert output.std().item() > 0.05
+    bias = torch.zeros(1, 1, 200, 200, requires_grad=asked == "learned")
+    options = {"dropout": 0.5} if asked == "dropout" else {}
+    output, _ = attending(sdpa_attention_forward)(nn.Linear(1, 1), ones, ones, ones, bias, **options)
+    if asked == "dropout":
+        assert output.mean().item() == pytest.approx(1.0, abs=0.05)  # 200 means of 200: 0.005 is one standard error
+        assert output.std().item() > 0.05
+    else:
+        (gradient,) = torch.autograd.grad(output.square().sum(), bias)
+        assert gradient.shape == bias.shape
 
 
 @pytest.mark.parametrize(("length", "written"), [(SHORT, True), (SHORT + 1, False)])
@@ -141,43 +162,113 @@ def test_long_rows_are_left_to_the_kernel(length: int, written: bool) -> None:
     assert any(shape[-2:] == (length, length) for shape in kept) == written
 
 
-def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
-    family: Callable[[str], Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=4).filter(any),
+    left=st.booleans(),
+    shape=st.sampled_from(["causal", "free", "window"]),
+    added=st.booleans(),
+)
+def test_rows_side_by_side_are_rows_in_a_batch(
+    seed: int, lengths: list[int], left: bool, shape: str, added: bool
 ) -> None:
-    """Whichever was asked for first: four short rows side by side are no long one."""
+    """Uneven rows, padded on either side, under masks as models make them; float64, order of sums."""
+    drawn = torch.Generator().manual_seed(seed)
+    rows, length = len(lengths), max(lengths)
+    real = torch.zeros(rows, length, dtype=torch.bool)
+    for row, count in enumerate(lengths):
+        real[row, length - count if left else 0 :][:count] = True
+    every = torch.ones(length, length, dtype=torch.bool)
+    seen = {"causal": every.tril(), "free": every, "window": every.tril() & ~every.tril(-3)}[shape]
+    mask = seen & real[:, None, None, :]
+    given = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf) if added else mask
+    tokens = RealTokens(real.flatten().nonzero()[:, 0], rows, length)
+    made = rows_apart(tokens.index, rows, length, given)
+    assert not made  # rows as short as these stay together
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(processors, "ALONE", 0)
+        made = rows_apart(tokens.index, rows, length, given)
+    assert [each.queries.stop - each.queries.start for each in made] == [count for count in lengths if count]
+    packed = [torch.randn(1, n, len(tokens.index), 4, generator=drawn, dtype=torch.float64) for n in (4, 2, 2)]
+    packed = [each.requires_grad_() for each in packed]
+    attend: Any = attending(sdpa_attention_forward)
+    alone = attend.apart(lambda _: made, *packed, given)
+    in_rows = [tokens.unpack(each.transpose(1, 2)).transpose(1, 2) for each in packed]
+    together = tokens.pack(sdpa_attention_forward(Grouped(2), *in_rows, mask)[0])
+    drawn_gradient = torch.randn(alone.shape, generator=drawn, dtype=torch.float64)
+    for one, other in zip(
+        (alone, *torch.autograd.grad(alone, packed, drawn_gradient)),
+        (together, *torch.autograd.grad(together, packed, drawn_gradient)),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_real_tokens_that_see_padding_stay_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Left out, it would change what they compute."""
+    monkeypatch.setattr(processors, "ALONE", 0)
+    index = torch.tensor([0, 1, 2, 3, 4])  # a row of three, and one of two
+    causal = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
+    assert len(rows_apart(index, 2, 3, causal)) == 2
+    assert not rows_apart(index, 2, 3, torch.ones(2, 1, 3, 3, dtype=torch.bool))
+    assert not rows_apart(index, 2, 3, torch.zeros(2, 1, 3, 3))
+    assert not rows_apart(index, 2, 3, None)
+    assert not rows_apart(index, 2, 3, causal[:, 0])
+
+
+def test_rows_are_attended_to_alone_from_some_length_on() -> None:
+    assert attended_apart([ALONE, ALONE, ALONE + 20])
+    assert attended_apart([ALONE - 20, ALONE + 20])
+    assert not attended_apart([ALONE - 20, ALONE])
+    assert not attended_apart([ALONE, SHORT + 1])
+    assert not attended_apart([])
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
+    family: Callable[[str], Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """Whichever was asked for first: four short rows side by side are no long one; and alone they are four."""
     registered: dict[str, Any] = {"sdpa": sdpa_attention_forward}
     monkeypatch.setattr(AttentionInterface, "_global_mapping", registered)
     model = load_model(Backbone(path=str(family("llava"))))
     unpad_blocks(model, Anatomy.of(model))
     attend_on_processors()
-    seen: list[tuple[int, int]] = []
+    seen: list[list[int]] = []
     real = processors._attended
 
-    def attended(query: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append((query.shape[0], query.shape[-2]))
-        return real(query, *args, **options)
+    def attended(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
+        seen.append([each.count * 1000 + len(query[each.queries]) // each.count for each in rows])
+        return real(query, key, value, rows, options)
 
     monkeypatch.setattr(processors, "_attended", attended)
     batch = batch_of(family("llava"), data, 4)
-    monkeypatch.setattr(processors, "SHORT", batch.regions.shape[1])
-    with unpadded(RealTokens(batch.real, *batch.regions.shape)):
-        supervised_nll(model, model.lm_head, batch)
-    assert tuple(batch.regions.shape) in seen
+    rows, length = batch.regions.shape
+    monkeypatch.setattr(processors, "SHORT", length)
+    monkeypatch.setattr(processors, "ALONE", 0 if alone else length)
+    with unpadded(RealTokens(batch.real, rows, length)):
+        nll = supervised_nll(model, model.lm_head, batch).nll
+    lengths = torch.bincount(batch.real // length).tolist()
+    assert ([1000 + each for each in lengths] if alone else [1000 * rows + length]) in seen
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {"sdpa": sdpa_attention_forward})
+    expected = supervised_nll(model, model.lm_head, batch).nll
+    assert nll.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
 
 
 def test_attention_without_gradients_is_left_alone() -> None:
-    seen: list[tuple[torch.dtype, bool]] = []
+    seen: list[torch.dtype] = []
 
     def attend(module: nn.Module, query: Tensor, *_: Any) -> tuple[Tensor, None]:
-        seen.append((query.dtype, bool(torch._C._len_torch_function_stack())))
+        seen.append(query.dtype)
         return query, None
 
     run: Any = attending(attend)
     heads = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
         run(None, heads, heads, heads)
+        assert run.apart(lambda _: 1 / 0, heads, heads, heads) is None
     run(None, heads.detach(), heads, heads)
-    run(None, heads.float(), heads.float(), heads.float())
+    assert seen == [torch.bfloat16] * 2
     run(None, heads, heads, heads)
-    assert [dtype for dtype, _ in seen] == [torch.bfloat16, torch.bfloat16, torch.float32, torch.float32]
-    assert [written for _, written in seen] == [False, False, True, True]
+    assert len(seen) == 2

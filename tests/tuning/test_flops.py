@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
 
 from lightning_mm.data.batch import Batch
+from lightning_mm.models import processors
 from lightning_mm.models.anatomy import Anatomy, Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.tiny import FAMILIES
@@ -21,6 +23,7 @@ from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, Tuni
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.compute import Compute
 from lightning_mm.tuning.flops import StepCost, StepShape, step_flops
+from lightning_mm.tuning.forecast import as_run
 from lightning_mm.tuning.reach import unread_tensors
 from lightning_mm.tuning.rehearsal import skeleton_of, without_weights
 from lightning_mm.tuning.tally import tally
@@ -73,19 +76,27 @@ def test_floor_is_what_a_step_computes_and_nothing_below_it_is_saved(
     assert not saved, f"kept by {sorted(set(saved))[:3]}"
 
 
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-def test_without_padding_only_attention_sees_it(name: str, family: Family, data: Data) -> None:
+def test_without_padding_only_attention_sees_it(
+    name: str, alone: bool, family: Family, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where gradients flow, not even that, if each row is attended to alone."""
     batch = batch_of(family(name), data)
     module = prepared(family(name), IntermediateOnly(layers="1-2"), batch, packing=True, eager=False)
     cost = StepCost.of(module.model, module.anatomy, module.plan, batch)
     real, padded = StepShape.of(batch), StepShape.of(batch, padded=True)
-    packed = StepShape(real.tokens, padded.pairs, real.supervised, real.pixels, real.picture_pairs)
     assert real.tokens < padded.tokens
+    if not alone:
+        monkeypatch.setattr(processors, "ALONE", 10**6)
     with saving(module.model, frozen_below(module)) as saved:
         expected = counted(module, batch)
     assert not saved
-    assert cost.at(packed).floor == pytest.approx(expected, rel=1e-9)
-    assert step_flops(module.model, module.anatomy, module.plan, batch).floor < cost.at(packed).floor
+    assert as_run(cost, [batch], packed=True, processor=True).floor == pytest.approx(expected, rel=1e-9)
+    in_rows = cost.at(replace(padded, tokens=real.tokens)).floor
+    assert as_run(cost, [batch], packed=True, processor=False).floor == in_rows
+    assert cost.at(real).floor < expected <= in_rows
+    assert (expected < in_rows) == alone
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "idefics3"])
