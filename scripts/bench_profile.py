@@ -71,11 +71,12 @@ class Way:
             module = self.module
             hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed", module.compute.frozen_dtype)
         self.module.train()
-        cut_tower(self.module.model, self.module.anatomy, example)
+        self.autocast: Callable[[], Any] = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
+        with self.autocast():
+            cut_tower(self.module.model, self.module.anatomy, example)
         groups = parameter_groups(self.module.model, self.module.anatomy, self.module.plan, self.module.optimizer)
         self.optimizer = build_optimizer(groups, self.module.optimizer)
         self.prefix = FrozenPrefix(self.module.model, self.module.anatomy, FIRST) if kept else None
-        self.autocast: Callable[[], Any] = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
 
     def step(self, batch: Batch) -> Split:
         """Seconds by part and kind."""

@@ -5,6 +5,7 @@ Data flow: arguments -> ``parsing`` (one-screen errors) -> ``training`` (fit, va
 """
 
 import errno
+import gc
 import logging
 import sys
 import warnings
@@ -35,7 +36,10 @@ def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     _speak()
     try:
-        return _verb(arguments[0])(arguments)
+        verb = _verb(arguments[0])
+        gc.freeze()  # what is there now stays
+        gc.enable()
+        return verb(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

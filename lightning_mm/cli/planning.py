@@ -5,6 +5,7 @@ given lengths) -> ``forecast`` for each policy -> tables, and a JSON file.
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def plan(arguments: list[str]) -> int:
         args=arguments[1:],
     )
     config, module = cli.config, cli.config_init.model
-    with batches_of(config, module, cli.config_init.data) as batches:
+    with batches_of(config, module, cli.config_init.data) as batches, _uncompiled():
         setting, on = _setting(config, module), device(config.device, _in_bf16(config, module))
         largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
         blueprint = Blueprint(module.backbone, largest, module.compute.packing)
@@ -94,6 +95,17 @@ def plan(arguments: list[str]) -> int:
         facts = {"device": on.name, "utilisation": on.utilisation, "shape": lengths, "samples": samples, "steps": steps}
         Path(config.json).write_text(json.dumps({**facts, "policies": [one.to_dict() for one in found]}, indent=1))
     return 0
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Without torch's compiler, which bitsandbytes would wake for a second when PEFT imports it."""
+    held = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop("TORCHDYNAMO_DISABLE") if held is None else os.environ.update(TORCHDYNAMO_DISABLE=held)
 
 
 class PlanningCLI(TrainingCLI):

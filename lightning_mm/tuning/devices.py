@@ -85,7 +85,7 @@ def device(name: str, bf16: bool) -> Device:
 
 def _measured(bf16: bool) -> Device:
     here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(here, torch.bfloat16 if bf16 else torch.float32, seconds=1.0)
+    peak = matmul_peak(here, torch.bfloat16 if bf16 else torch.float32)
     if here.type == "cpu":
         return Device("this CPU", peak, peak, 25e9, 0, _ON_CPU, processor=True)
     properties = torch.cuda.get_device_properties(here)
