@@ -62,7 +62,6 @@ def train(
     )
     trainer = L.Trainer(
         default_root_dir=folder,
-        accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -70,7 +69,7 @@ def train(
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
         callbacks=[*(callbacks or []), *([_OnStart(on_start)] if on_start else [])],
-        **{"limit_val_batches": 0, **trainer_options},
+        **{"accelerator": "cpu", "devices": 1, "limit_val_batches": 0, **trainer_options},
     )
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer

@@ -3,8 +3,8 @@
 Data flow: model -> its norms, each tried beside our formula -> the same model, whose norms of that formula have one
 backward written for them where gradients flow.
 
-Measured on two cores, 1100 tokens of 576 in float32, forward and backward: 4.8 ms as transformers writes it, 4.6 ms by
-``torch.nn.functional.rms_norm``, 0.9 ms here; a decoder of 30 layers has 61 of them.
+Measured on two cores, 1100 tokens of 576 in float32, forward and backward, alone: 4.8 ms as transformers writes it, 4.6
+by ``torch.nn.functional.rms_norm``, 0.9 here. In a training step of 61 of them among products: 3 to 5 % of the step.
 
 Shapes: ... any, D hidden size.
 """
@@ -44,7 +44,11 @@ def norm_on_processors(model: nn.Module) -> int:
             module.forward = partial(_normed, module, module.forward, eps, offset)
             changed += 1
     if changed:
-        decide("norms", f"{changed} RMS norms with one backward", "transformers' takes longer than attention here")
+        decide(
+            "norms",
+            f"{changed} RMS norms with one backward",
+            "fewer passes over the tokens; the same numbers up to rounding",
+        )
     return changed
 
 
