@@ -33,27 +33,27 @@ lightning-mm VERB --help lists a verb's options; -c FILE.yaml may be given sever
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    try:
-        return _answer(given)
-    except BrokenPipeError:  # who reads has enough, as `head` has
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
-        return 141
-
-
-def _answer(given: list[str]) -> int:
     if not given or given[0] in ("-h", "--help", "help"):
-        print(HELP, flush=True)
-        return 0
+        return _help()
     if given[0] == "--version":
         from lightning_mm import __version__
 
         print(__version__)
         return 0
-    # Nothing that is imported is garbage; looking for some costs a tenth of the start. ``cli.run`` goes on looking.
-    gc.disable()
+    if "lightning_mm.cli" not in sys.modules:
+        # Nothing that is imported is garbage; looking for some costs a tenth of the start. ``cli.run`` goes on looking.
+        gc.disable()
     from lightning_mm.cli import run
 
     return run(given)
+
+
+def _help() -> int:
+    try:
+        print(HELP, flush=True)
+    except BrokenPipeError:  # who reads has enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+    return 0
 
 
 if __name__ == "__main__":

@@ -36,10 +36,7 @@ def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     _speak()
     try:
-        verb = _verb(arguments[0])
-        gc.freeze()  # what is there now stays
-        gc.enable()
-        return verb(arguments)
+        return _begun(arguments[0])(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -67,6 +64,16 @@ def _explained(error: Exception) -> UserError | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
     return killed_worker(error) if isinstance(error, RuntimeError) else None
+
+
+def _begun(name: str) -> Callable[[list[str]], int]:
+    """A verb, and garbage is looked for again, if ``__main__`` has stopped that: what was imported stays."""
+    try:
+        return _verb(name)
+    finally:
+        if not gc.isenabled():
+            gc.freeze()
+            gc.enable()
 
 
 def _verb(name: str) -> Callable[[list[str]], int]:

@@ -44,11 +44,7 @@ def norm_on_processors(model: nn.Module) -> int:
             module.forward = partial(_normed, module, module.forward, eps, offset)
             changed += 1
     if changed:
-        decide(
-            "norms",
-            f"{changed} RMS norms with one backward",
-            "fewer passes over the tokens; the same numbers up to rounding",
-        )
+        decide("norms", f"{changed} RMS norms with one backward", "fewer passes over the tokens, equal up to rounding")
     return changed
 
 

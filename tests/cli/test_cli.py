@@ -321,6 +321,23 @@ def test_mistakes_of_the_other_verbs(arguments_: list[str], tmp_path: Path, monk
     assert "Traceback" not in error
 
 
+def test_who_reads_help_may_have_enough() -> None:
+    command = [sys.executable, "-m", "lightning_mm", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT) as asked:
+        assert asked.stdout is not None
+        assert asked.stderr is not None
+        asked.stdout.close()
+        assert asked.stderr.read() == b""
+    assert asked.returncode == 0
+
+
+@pytest.mark.parametrize("verb", ["report", "no-such-verb"])
+def test_garbage_is_looked_for_after_the_start(verb: str) -> None:
+    code = f"import gc; from lightning_mm.__main__ import main; main(['{verb}']); print(gc.isenabled())"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False).stdout
+    assert output.endswith("True\n")
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys; from lightning_mm.__main__ import main; main(['--help']); print('torch' in sys.modules)"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
