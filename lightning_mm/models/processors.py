@@ -1,20 +1,17 @@
 """Attention on processors (CPUs), where torch's fused kernel is slow as soon as gradients flow.
 
-Data flow: transformers' "sdpa" -> rows of a few hundred tokens as two products and a softmax, one backward written for
-both; other rows by torch's kernel in float32.
+Data flow: transformers' "sdpa" -> rows of a few hundred tokens as ``short_rows`` computes them; other rows by torch's
+kernel in float32.
 
 Measured on two cores with AMX, 9 heads of 64 over 3 of keys, forward and backward, uneven rows of 120 to 156 tokens:
 torch's bfloat16 kernel takes 1.4 to 1.9 times as long as its float32 one, and loses more; that one 2.2 times as long as
-the products here. At 500 tokens they are even.
+the products of ``short_rows``. At 500 tokens they are even.
 
-Shapes: B rows, T tokens of all rows, H heads, G heads of keys (H / G queries share one), Q queries and K keys of a row,
-E head size, F size of a value.
+Shapes: B rows, T tokens of all rows, H heads, G heads of keys, Q queries and K keys of a row, E head size, F size of a
+value.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -23,6 +20,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from lightning_mm.decisions import decide
+from lightning_mm.models.short_rows import Rows, RowsAttention, standing_in
 
 SHORT = 256
 """Up to so many tokens a row, the weights of all pairs are small enough to be kept for backward."""
@@ -34,41 +32,6 @@ _UNSEEN = -1e4
 """What has no more than this added to its score has no weight."""
 
 _OF_KERNELS_ONLY = ("position_bias", "cache", "softcap")
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some rows of equal length, one after the other.
-
-    Args:
-        queries: Where they stand among the tokens of all queries.
-        keys: The same of the keys.
-        count: How many rows.
-        mask: (count or 1, 1 or H, Q, K) added to the scores; None where every query sees every key.
-    """
-
-    queries: slice
-    keys: slice
-    count: int
-    mask: Tensor | None
-
-
-_StandIn = Callable[[Tensor, Tensor, Tensor, Sequence[Rows]], Tensor]
-_stand_in: ContextVar[_StandIn | None] = ContextVar("what stands for attention where there are no values", default=None)
-
-
-@contextmanager
-def rehearsed(stand_in: _StandIn) -> Iterator[None]:
-    """While active, the meta device is a processor, on which this stands for the attention of short rows.
-
-    Args:
-        stand_in: (T, H, E), (T, G, E), (T, G, F) and the rows -> (T, H, F).
-    """
-    held = _stand_in.set(stand_in)
-    try:
-        yield
-    finally:
-        _stand_in.reset(held)
 
 
 def attend_on_processors() -> None:
@@ -153,7 +116,7 @@ def rows_apart(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, 
 
 def _flows(query: Tensor) -> bool:
     """Whether gradients will, here."""
-    here = query.device.type == "cpu" or (query.device.type == "meta" and _stand_in.get() is not None)
+    here = query.device.type == "cpu" or (query.device.type == "meta" and standing_in() is not None)
     here = here and query.ndim == 4 and not torch.compiler.is_compiling()
     return here and torch.is_grad_enabled() and query.requires_grad
 
@@ -196,71 +159,11 @@ def _added(mask: Tensor) -> Tensor:
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
     """(T, H, F) of (T, H, E), (T, G, E) and (T, G, F), as ``scaled_dot_product_attention`` gives it by row."""
-    if (stand_in := _stand_in.get()) is not None:
+    if (stand_in := standing_in()) is not None:
         return stand_in(query, key, value, rows)
     given = torch.bfloat16 if _narrow(query) else query.dtype
     scale = options.get("scaling")
-    out: Tensor = _Attention.apply(query, key, value, rows, query.shape[-1] ** -0.5 if scale is None else scale, given)
+    out: Tensor = RowsAttention.apply(
+        query, key, value, rows, query.shape[-1] ** -0.5 if scale is None else scale, given
+    )
     return out
-
-
-class _Attention(torch.autograd.Function):
-    """Queries that share their keys are one long row, so that keys are not repeated; in float32 or wider."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], scale: float, given: torch.dtype
-    ) -> Tensor:
-        out = query.new_empty(*query.shape[:2], value.shape[-1], dtype=given)
-        saved: list[Tensor] = []
-        with torch.autocast("cpu", enabled=False):
-            for each in rows:
-                q = _folded(query[each.queries], each.count, key.shape[1]).mul_(scale)
-                k, v = (_folded(t[each.keys], each.count, key.shape[1]) for t in (key, value))
-                scores = torch.bmm(q, k.mT)
-                if each.mask is not None:
-                    scores.view(each.count, query.shape[1], -1, k.shape[1]).add_(each.mask)
-                weights = scores.softmax(-1)
-                _unfold(torch.bmm(weights, v), out[each.queries], each.count)
-                saved += (q, k, v, weights)
-        ctx.save_for_backward(*saved)
-        ctx.rows, ctx.scale, ctx.like = rows, scale, [(t.shape, t.dtype) for t in (query, key, value)]
-        return out
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        of_query, of_key, of_value = found = [
-            gradient.new_empty(shape, dtype=dtype) if needed else None
-            for (shape, dtype), needed in zip(ctx.like, ctx.needs_input_grad, strict=False)
-        ]
-        groups = ctx.like[1][0][1]
-        saved = iter(ctx.saved_tensors)
-        with torch.autocast("cpu", enabled=False):
-            for each, q, k, v, weights in zip(ctx.rows, saved, saved, saved, saved, strict=False):
-                out = _folded(gradient[each.queries], each.count, groups)
-                if of_value is not None:
-                    _unfold(torch.bmm(weights.mT, out), of_value[each.keys], each.count)
-                if of_query is None and of_key is None:
-                    continue
-                of_weights = torch.bmm(out, v.mT)
-                scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-                if of_query is not None:
-                    _unfold(torch.bmm(scores, k).mul_(ctx.scale), of_query[each.queries], each.count)
-                if of_key is not None:
-                    _unfold(torch.bmm(scores.mT, q), of_key[each.keys], each.count)
-        return *found, None, None, None
-
-
-def _folded(tokens: Tensor, rows: int, groups: int) -> Tensor:
-    """(rows * Q, H, E) -> (rows * G, H / G * Q, E) in float32 or wider, in one copy."""
-    there = tokens.unflatten(0, (rows, -1)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
-    wide = torch.promote_types(tokens.dtype, torch.float32)
-    return torch.empty(there.shape, dtype=wide, device=tokens.device).copy_(there).flatten(2, 3).flatten(0, 1)
-
-
-def _unfold(folded: Tensor, out: Tensor, rows: int) -> None:
-    """(rows * G, H / G * Q, E) -> into (rows * Q, H, E)."""
-    groups = len(folded) // rows
-    there = out.unflatten(0, (rows, -1)).unflatten(2, (groups, -1))
-    there.copy_(folded.view(rows, groups, there.shape[3], -1, out.shape[-1]).permute(0, 3, 1, 2, 4))

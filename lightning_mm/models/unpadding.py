@@ -21,7 +21,8 @@ from transformers import AttentionInterface
 
 from lightning_mm.models.anatomy import Anatomy
 from lightning_mm.models.attending import exchangeable
-from lightning_mm.models.processors import Rows, attend_on_processors, rows_apart
+from lightning_mm.models.processors import attend_on_processors, rows_apart
+from lightning_mm.models.short_rows import Rows
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-from lightning_mm.models.processors import Rows
+from lightning_mm.models.short_rows import Rows
 from lightning_mm.tuning.rehearsal import Observe
 
 _META = torch.device("meta")
@@ -56,7 +56,7 @@ class OneKernel(TorchFunctionMode):
 
 
 class ShortRows:
-    """Attention of short rows on a processor, as ``models.processors`` computes it: what it keeps, and its products.
+    """Attention of short rows on a processor, as ``models.short_rows`` computes it: what it keeps, and its products.
 
     Args:
         observe: Sees the two products, as rows that are padded to equal length would need them.

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.anatomy import Anatomy, Region
-from lightning_mm.models.processors import attend_on_processors, rehearsed
+from lightning_mm.models.processors import attend_on_processors
+from lightning_mm.models.short_rows import rehearsed
 from lightning_mm.models.unpadding import RealTokens, unpadded
 from lightning_mm.objective import supervised_nll
 from lightning_mm.tuning.fused import Bfloat16, OneKernel, ShortRows

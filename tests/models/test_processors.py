@@ -18,12 +18,12 @@ from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processors import (
     ALONE,
     SHORT,
-    Rows,
     attend_on_processors,
     attended_apart,
     attending,
     rows_apart,
 )
+from lightning_mm.models.short_rows import Rows
 from lightning_mm.models.unpadding import RealTokens, unpad_blocks, unpadded
 from lightning_mm.objective import supervised_nll
 from tests.tuning.test_policies import batch_of
@@ -104,7 +104,7 @@ def test_short_rows_are_what_the_kernel_computes(
         run: Any = attend
         output, _ = run(module, *tensors, masks.get(mask), scaling=scale, is_causal=mask == "causal")
         found.append([output, *torch.autograd.grad(output.square().sum(), trained)])
-    assert "_Attention" in str(found[0][0].grad_fn.next_functions) + str(found[0][0].grad_fn)
+    assert "RowsAttention" in str(found[0][0].grad_fn.next_functions) + str(found[0][0].grad_fn)
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
