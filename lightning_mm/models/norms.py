@@ -37,7 +37,8 @@ def norm_on_processors(model: nn.Module) -> int:
             continue
         if weights["weight"].device.type != "cpu" or "forward" in module.__dict__:
             continue
-        kind = (type(module), eps)
+        flags = ((key, value) for key, value in vars(module).items() if isinstance(value, bool | float | str))
+        kind = (type(module), *flags)
         if kind not in tried:
             tried[kind] = _offset(module, eps)
         if (offset := tried[kind]) is not None:

@@ -78,6 +78,25 @@ def test_other_modules_are_left_alone(module: nn.Module) -> None:
     assert "forward" not in module.__dict__
 
 
+class Flagged(LlamaRMSNorm):
+    """Two formulas under one name."""
+
+    def __init__(self, size: int, centred: bool) -> None:
+        super().__init__(size)
+        self.centred = centred
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        normed: Tensor = super().forward(hidden_states - hidden_states.mean(-1, keepdim=True) * self.centred)
+        return normed
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_flag_may_change_what_a_class_computes(first: bool) -> None:
+    module = nn.Sequential(Flagged(8, first), Flagged(8, not first), Flagged(8, first))
+    assert norm_on_processors(module) == (1 if first else 2)
+    assert [("forward" in each.__dict__) != each.centred for each in module] == [True] * 3
+
+
 def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module = LlamaRMSNorm(8)
     norm_on_processors(module)
