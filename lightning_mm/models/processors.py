@@ -132,6 +132,7 @@ def _short(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, op
     """(B, Q, H, F) of (B, H, Q, E) and so on; what is causal is found out as transformers does it."""
     length, asked = query.shape[2], options.get("is_causal")
     if mask is None and length > 1 and (getattr(module, "is_causal", True) if asked is None else asked):
+        key, value = key[:, :, :length], value[:, :, :length]  # a cache that recomputation fills again holds more
         mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril()
     rows = Rows(slice(None), slice(None), len(query), None if mask is None else _added(mask))
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))

@@ -26,6 +26,7 @@ from lightning_mm.causal.interventions import (
 )
 from lightning_mm.causal.recording import last_logits, record
 from lightning_mm.errors import UserError
+from lightning_mm.models.processors import attend_on_processors
 from lightning_mm.tuning.boundary import checkpoint_blocks
 from tests.causal.subjects import FAMILIES, Subject, subject
 
@@ -142,6 +143,7 @@ def test_adapted_models_are_changed_alike(family: Callable[[str], Path], tmp_pat
 
 def test_checkpointed_blocks_are_changed_alike(family: Callable[[str], Path], tmp_path: Path) -> None:
     gradients = []
+    attend_on_processors()
     for checkpointed in (False, True):
         one = subject(family, "llava", tmp_path)
         inputs = one.ask().inputs
