@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -30,7 +30,7 @@ from lightning_mm.data.nano.countries import countries
 from lightning_mm.data.nano.deck import Deck
 from lightning_mm.data.nano.openmoji import PACKAGES
 from lightning_mm.data.nano.questions import PHRASES
-from lightning_mm.data.nano.splits import split_things
+from lightning_mm.data.nano.splits import MIN_GROUPS, SHARES, split_things
 from lightning_mm.data.nano.stamps import load_stamps
 from lightning_mm.data.nano.thing import Thing
 from lightning_mm.data.nano.wording import COUNT_WORDS, counted, listed, noun, plural
@@ -557,6 +557,7 @@ def test_no_colour_dominates_halves_or_outlines() -> None:
     assert dominant_colour(framed) == "red"
 
 
+@example([1, 1, 1, 1, 1, 1, 9, 9], 0)
 @given(st.lists(st.integers(1, 9), min_size=4, max_size=40), st.integers(0, 5))
 def test_splits_keep_groups_whole_and_train_the_largest(sizes: list[int], seed: int) -> None:
     blank = Image.new("RGBA", (1, 1))
@@ -569,7 +570,10 @@ def test_splits_keep_groups_whole_and_train_the_largest(sizes: list[int], seed: 
     assert sorted(thing.key for part in splits.values() for thing in part) == sorted(thing.key for thing in things)
     groups = {split: {thing.group for thing in part} for split, part in splits.items()}
     assert sum(map(len, groups.values())) == len(sizes)
-    assert len(groups["train"]) >= len(sizes) // 2 - 1
+    for split, share in SHARES.items():
+        most = max(1, round(share * len(things)))
+        assert all(sizes[int(group.removeprefix("group "))] <= max(2, most) for group in groups[split])
+        assert len(splits[split]) <= most + 1 + 2 * MIN_GROUPS[split]
 
 
 @given(st.integers(2, 7), st.integers(1, 60), st.randoms(use_true_random=False))
