@@ -17,7 +17,7 @@ from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPoli
 from lightning_mm.tuning.cache import CacheSettings
 from lightning_mm.tuning.groups import OptimizerSettings, build_optimizer, parameter_groups
 from tests.test_resume import Losses
-from tests.training import train
+from tests.training import losses_of, train
 from tests.tuning.test_policies import Family, batch_of
 
 DEVICES = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
@@ -69,13 +69,7 @@ def test_a_model_in_nf4_learns(policy: TuningPolicy, device: str, wide: Family, 
     groups = parameter_groups(module.model, module.anatomy, module.plan, module.optimizer)
     optimizer = build_optimizer(groups, module.optimizer)
     batch = batch_of(wide("llava"), data).to(device)
-    losses = []
-    for _ in range(8):
-        loss = module.objective(batch).nll
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of(module, batch, optimizer, 8)
     assert losses[-1] < 0.95 * losses[0]
 
 

@@ -13,6 +13,7 @@ from lightning_mm.models.loading import Backbone
 from lightning_mm.models.tiny import build_tiny
 from lightning_mm.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from tests.training import losses_of
 from tests.tuning.test_policies import Family, batch_of
 
 
@@ -40,13 +41,7 @@ def test_what_is_frozen_is_in_four_bits(name: str, wide: Family, data: dict[str,
     assert all("nf4" in row.dtype for row in module.census.rows if row.region in ("layers 0", "layers 3"))
     optimizer = torch.optim.AdamW(module.trainable.values(), lr=1e-2)
     batch = batch_of(wide(name), data)
-    losses = []
-    for _ in range(5):
-        loss = module.objective(batch).nll
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(float(loss.detach()))
+    losses = losses_of(module, batch, optimizer, 5)
     assert losses[-1] < losses[0]
 
 

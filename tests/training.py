@@ -1,12 +1,15 @@
 """A short real training run on a tiny model, as the command line would set it up."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 
+from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone
 from lightning_mm.module import MMModule
@@ -24,6 +27,23 @@ class _OnStart(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MMModule)
         self.call(pl_module)
+
+
+def scale_of(name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Tells how large a gradient's rounding is: itself, or the weight beside a key's bias, which moves no softmax."""
+    return gradients[name.removesuffix("bias") + "weight" if name.endswith("k_proj.bias") else name]
+
+
+def losses_of(module: MMModule, batch: Batch, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Summed NLL before each of some steps on one batch."""
+    losses = []
+    for _ in range(steps):
+        loss = module.objective(batch).nll
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
 def train(

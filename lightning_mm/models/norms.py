@@ -44,8 +44,6 @@ def norm_on_processors(model: nn.Module) -> int:
         if (offset := tried[kind]) is not None:
             module.forward = partial(_normed, module, module.forward, eps, offset)
             changed += 1
-    if changed:
-        decide("norms", f"{changed} RMS norms with one backward", "fewer passes over the tokens, equal up to rounding")
     return changed
 
 
@@ -73,6 +71,8 @@ def _normed(
     flows = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
     if not (ours and flows):
         return forward(hidden, *args, **options)
+    # Told where it is so: a model that is loaded on a processor may be trained elsewhere.
+    decide("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
     return _Norm.apply(hidden, module.weight, eps, offset)
 
 
@@ -85,7 +85,7 @@ class _Norm(torch.autograd.Function):
         scale = scale.square_().div_(hidden.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(hidden, weight, scale)
         ctx.offset = offset
-        return (hidden * scale).mul_(weight + offset if offset else weight)
+        return (hidden * scale).mul_(weight.to(hidden.dtype) + offset)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,7 +95,7 @@ class _Norm(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             of_weight = (gradient * hidden).mul_(scale).flatten(0, -2).sum(0).to(weight.dtype)
         if ctx.needs_input_grad[0]:
-            scaled = gradient * (weight + ctx.offset if ctx.offset else weight)
+            scaled = gradient * (weight.to(hidden.dtype) + ctx.offset)
             along = (scaled * hidden).sum(-1, keepdim=True).mul_(scale**3).div_(-hidden.shape[-1])
             of_hidden = scaled.mul_(scale).addcmul_(hidden, along)
         return of_hidden, of_weight, None, None
