@@ -40,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(__version__)
         return 0
-    if "lightning_mm.cli" not in sys.modules:
+    if "lightning_mm.cli.main" not in sys.modules:
         # Nothing that is imported is garbage; looking for some costs a tenth of the start. ``cli.run`` goes on looking.
         gc.disable()
-    from lightning_mm.cli import run
+    from lightning_mm.cli.main import run
 
     return run(given)
 

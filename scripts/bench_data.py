@@ -21,7 +21,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from machine import processor
+from machine import processor as processor_name
 from PIL import Image
 
 from lightning_mm.data import images
@@ -29,9 +29,9 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.chat import Chat
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models import processing
+from lightning_mm.models import processor
 from lightning_mm.models.loading import Backbone
-from lightning_mm.module import MMModule
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly
 
 BATCH, SHARE = 8, 480
@@ -59,7 +59,7 @@ def main() -> None:
     taken = model_takes(args.model, args.train, args.steps)
     best = {name: max(told["samples_per_second"].values()) for name, told in pipeline.items()}
     told = {
-        "machine": {"processor": processor(), "cores": os.cpu_count()},
+        "machine": {"processor": processor_name(), "cores": os.cpu_count()},
         "torch": torch.__version__,
         "pipeline": pipeline,
         "model_samples_per_second": taken,
@@ -122,8 +122,8 @@ def profile(data: MMDataModule) -> dict[str, float]:
     parts = {
         "decode": (images, "load"),
         "template": (Chat, "render"),
-        "tokenize": (processing._RecordingTokenizer, "__call__"),
-        "processor": (processing.Processing, "encode"),
+        "tokenize": (processor._RecordingTokenizer, "__call__"),
+        "processor": (processor.Processing, "encode"),
         "collate": (Collator, "__call__"),
     }
     spent: dict[str, float] = defaultdict(float)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
+from lightning_mm.geometry.cka import cka, cka_matrix
 from lightning_mm.geometry.dimension import gride, two_nn
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import label_overlap, overlap
-from lightning_mm.geometry.similarity import cka, cka_matrix
-from lightning_mm.probes.protocol import probe
+from lightning_mm.geometry.knn_overlap import label_overlap, overlap
+from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.representations import Bank
+from lightning_mm.probes.probe import probe
 
 LAYERS, SAMPLES, FEATURES, LABELS = 31, 1000, 576, 6
 

@@ -25,9 +25,9 @@ from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from lightning_mm.estimate import values
-from lightning_mm.probes.protocol import probe
-from lightning_mm.probes.sampling import dealt
+from lightning_mm.core.estimate import values
+from lightning_mm.probes.cross_validation import dealt
+from lightning_mm.probes.probe import probe
 
 SEED = 0
 

@@ -25,14 +25,14 @@ from torch.profiler import ProfilerActivity, profile
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.encoded import is_pixels
+from lightning_mm.execution.cache.collators import is_pixels
+from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
+from lightning_mm.execution.frozen_dtype import hold_frozen
+from lightning_mm.execution.vision_truncation import cut_tower
 from lightning_mm.models.loading import Backbone
-from lightning_mm.module import MMModule
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly
-from lightning_mm.tuning.frozen import hold_frozen
-from lightning_mm.tuning.groups import build_optimizer, parameter_groups
-from lightning_mm.tuning.prefix import FrozenPrefix
-from lightning_mm.tuning.tower import cut_tower
+from lightning_mm.tuning.optimizer import build_optimizer, parameter_groups
 
 PARTS = ("forward", "backward", "optimizer")
 FIRST = 8

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from lightning_mm.data.store import RecordStore
+from lightning_mm.execution.cache.store import RecordStore
 
 SHAPES = {"nano": ((100, 576), 400), "8 B": ((1000, 4096), 12)}
 ROUNDS = 5

@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from machine import processor
 
-from lightning_mm.causal.answers import answered
-from lightning_mm.causal.constraints import read_questions
-from lightning_mm.causal.corruption import Corrupt, corrupted
-from lightning_mm.causal.interventions import Intervention, intervened
-from lightning_mm.causal.questions import Asked, Asker
-from lightning_mm.causal.tracing import Tracing, trace
-from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.causal.effects.activation_patching import Tracing, trace
+from lightning_mm.causal.interventions.corruption import Corrupt, corrupted
+from lightning_mm.causal.interventions.interventions import Intervention, intervened
+from lightning_mm.causal.questions.files import read_questions
+from lightning_mm.causal.questions.question import Asked, Asker
+from lightning_mm.causal.questions.scoring import answered
+from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processing import load_processing
+from lightning_mm.models.processor import load_processing
 
 SITES = ("mlp", "attention")
 

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/setup.sh nano
 
-python -m lightning_mm.data.nano nano/data
+python -m lightning_mm.nano.data nano/data
 common=(-c configs/data/nano.yaml -c configs/trainer/cpu.yaml)
 if grep -qs amx_bf16 /proc/cpuinfo; then
     common+=(--trainer.precision bf16-mixed)

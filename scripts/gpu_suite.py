@@ -29,23 +29,22 @@ from lightning.pytorch.callbacks import Callback
 from machine import processor
 
 from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule
-from lightning_mm.cli.planning import POLICIES
+from lightning_mm.cli.plan import POLICIES
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Anatomy
+from lightning_mm.execution.frozen_dtype import hold_frozen
+from lightning_mm.execution.step import Compute, TrainingStep
+from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone
-from lightning_mm.models.tiny import build_tiny
-from lightning_mm.module import MMModule
+from lightning_mm.planning.devices import matmul_peak, wait_for
+from lightning_mm.planning.flops import step_flops
+from lightning_mm.testing.tiny import build_tiny
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, TuningPolicy
 from lightning_mm.tuning.apply import apply_plan
-from lightning_mm.tuning.compute import Compute
-from lightning_mm.tuning.flops import step_flops
-from lightning_mm.tuning.frozen import hold_frozen
-from lightning_mm.tuning.groups import OptimizerSettings, build_optimizer, parameter_groups
-from lightning_mm.tuning.peak import matmul_peak, wait_for
-from lightning_mm.tuning.step import TrainingStep
-from lightning_mm.tuning.tower import cut_tower
+from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, parameter_groups
 
 TESTS = (
     "tests/test_devices.py",

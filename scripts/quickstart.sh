@@ -6,8 +6,8 @@ cd "$(dirname "$0")/.."
 started=$(date +%s)
 source scripts/setup.sh nano
 
-python -m lightning_mm.models.nano nano/model
-python -m lightning_mm.data.nano nano/data
+python -m lightning_mm.nano.model.nano nano/model
+python -m lightning_mm.nano.data nano/data
 
 common=(-c configs/data/nano.yaml -c configs/trainer/cpu.yaml)
 # Where the processor multiplies bfloat16 matrices in hardware, a step takes two thirds of the time.

@@ -16,7 +16,7 @@ import torch._inductor.config as inductor
 import torch.distributed as dist
 from PIL import Image
 
-from lightning_mm.models.tiny import build_tiny
+from lightning_mm.testing.tiny import build_tiny
 
 os.environ.setdefault("WANDB_MODE", "offline")
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallback, ProbingCallback, Schedule
+from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.models.loading import Backbone
-from lightning_mm.models.tiny import build_tiny
-from lightning_mm.module import MMModule
+from lightning_mm.testing.tiny import build_tiny
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.cache import CacheSettings
-from lightning_mm.tuning.groups import OptimizerSettings, build_optimizer, parameter_groups
-from tests.test_resume import Losses
-from tests.training import losses_of, train
+from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, parameter_groups
+from tests.helpers.training import losses_of, train
+from tests.training.test_resume import Losses
 from tests.tuning.test_policies import Family, batch_of
 
 DEVICES = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))

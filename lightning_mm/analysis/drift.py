@@ -8,17 +8,17 @@ import torch
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.geometry import SITES, scales
-from lightning_mm.analysis.places import select
-from lightning_mm.data.probe_sets import ProbeSet
-from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.analysis.hidden_states import Reading, shared
+from lightning_mm.analysis.select_rows import select
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.geometry.block_influence import row_cosine
+from lightning_mm.geometry.cka import cka
 from lightning_mm.geometry.dimension import gride
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.influence import row_cosine
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import overlap
+from lightning_mm.geometry.knn_overlap import overlap
+from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.procrustes import procrustes
-from lightning_mm.geometry.similarity import cka
-from lightning_mm.taps.reading import Reading, shared
+from lightning_mm.geometry.representations import Bank
 
 
 def drift(start: Reading, now: Reading, probe_set: ProbeSet, k: int, device: torch.device) -> Findings:

@@ -15,20 +15,20 @@ import torch
 from torch import Tensor
 
 from lightning_mm.analysis.findings import Findings, Matrix
-from lightning_mm.analysis.places import Selected, paired, select
-from lightning_mm.data.probe_sets import ProbeSet
-from lightning_mm.errors import UserError
-from lightning_mm.estimate import Estimate
-from lightning_mm.geometry import canonical, dimension, dissimilarity, divergence, gap, influence, isotropy, similarity
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.imbalance import information_imbalance
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import label_overlap, overlap
+from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.select_rows import Selected, paired, select
+from lightning_mm.core.errors import UserError
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.geometry import block_influence, cca, cka, dimension, divergence, isotropy, modality_gap, rsa
+from lightning_mm.geometry.gride import Gride
+from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.knn_overlap import label_overlap, overlap
+from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.procrustes import procrustes
-from lightning_mm.geometry.ratios import Gride
+from lightning_mm.geometry.representations import Bank
 from lightning_mm.geometry.separability import separability
 from lightning_mm.geometry.spectrum import Spectrum, alpha_req, effective_rank, entropy, participation_ratio, rankme
-from lightning_mm.taps.reading import Reading
 
 SITES: Mapping[str, str] = {"picture": "picture/last", "text": "text/last", "image": "picture/image"}
 PAIRS: Mapping[str, tuple[str, str]] = {
@@ -82,27 +82,27 @@ SHAPES: Mapping[str, OneSite] = {
     "alpha_req": lambda p: alpha_req(p.spectrum, groups=p.groups),
     "anisotropy": lambda p: isotropy.anisotropy(p.bank, p.groups),
     "uniformity": lambda p: isotropy.uniformity(p.bank, groups=p.groups),
-    "block_influence": lambda p: influence.block_influence(p.selected.features, p.groups),
-    "angular_distance": lambda p: influence.angular_distance(p.selected.features, p.groups),
+    "block_influence": lambda p: block_influence.block_influence(p.selected.features, p.groups),
+    "angular_distance": lambda p: block_influence.angular_distance(p.selected.features, p.groups),
 }
 """Measures of one place."""
 
 MEETINGS: Mapping[str, TwoSites] = {
     "overlap": lambda a, b: overlap(a.neighbours, b.neighbours, a.k, a.groups),
-    "cka": lambda a, b: similarity.cka(a.bank, b.bank, a.groups),
-    "cka_rbf": lambda a, b: similarity.cka_rbf(a.bank, b.bank, groups=a.groups),
-    "cka_biased": lambda a, b: similarity.cka_biased(a.bank, b.bank, a.groups),
-    "svcca": lambda a, b: canonical.svcca(a.bank, b.bank, groups=a.groups),
-    "pwcca": lambda a, b: canonical.pwcca(a.bank, b.bank, groups=a.groups),
+    "cka": lambda a, b: cka.cka(a.bank, b.bank, a.groups),
+    "cka_rbf": lambda a, b: cka.cka_rbf(a.bank, b.bank, groups=a.groups),
+    "cka_biased": lambda a, b: cka.cka_biased(a.bank, b.bank, a.groups),
+    "svcca": lambda a, b: cca.svcca(a.bank, b.bank, groups=a.groups),
+    "pwcca": lambda a, b: cca.pwcca(a.bank, b.bank, groups=a.groups),
     "procrustes": lambda a, b: procrustes(a.bank, b.bank, groups=a.groups),
-    "rsa": lambda a, b: dissimilarity.rsa(a.bank, b.bank, groups=a.groups),
+    "rsa": lambda a, b: rsa.rsa(a.bank, b.bank, groups=a.groups),
     "imbalance_image_to_text": lambda a, b: information_imbalance(a.bank, b.bank, groups=a.groups),
     "imbalance_text_to_image": lambda a, b: information_imbalance(b.bank, a.bank, groups=a.groups),
-    "alignment": lambda a, b: gap.alignment(a.bank, b.bank, a.groups),
-    "gap": lambda a, b: gap.modality_gap(a.bank, b.bank, groups=a.groups),
+    "alignment": lambda a, b: modality_gap.alignment(a.bank, b.bank, a.groups),
+    "gap": lambda a, b: modality_gap.modality_gap(a.bank, b.bank, groups=a.groups),
     "gap_auc": lambda a, b: separability(a.bank, b.bank, groups=a.groups),
-    "matched_cosine": lambda a, b: gap.matched_cosine(a.bank, b.bank, a.groups),
-    "token_cosine": lambda a, b: gap.token_cosine(a.bank, b.bank, a.groups),
+    "matched_cosine": lambda a, b: modality_gap.matched_cosine(a.bank, b.bank, a.groups),
+    "token_cosine": lambda a, b: modality_gap.token_cosine(a.bank, b.bank, a.groups),
     "frechet": lambda a, b: divergence.frechet(a.bank, b.bank),
     "mmd": lambda a, b: divergence.mmd(a.bank, b.bank),
 }
@@ -174,7 +174,7 @@ def geometry(
         for measure in (name for name in MEETINGS if name in measures):
             found.add("geometry", measure, site, MEETINGS[measure](a, b))
         if "cka_matrix" in measures:
-            found.matrices.append(Matrix("cka", site, similarity.cka_matrix(a.bank, b.bank).cpu()))
+            found.matrices.append(Matrix("cka", site, cka.cka_matrix(a.bank, b.bank).cpu()))
     return found
 
 
@@ -182,7 +182,7 @@ def _one_site(found: Findings, site: str, place: Place, measures: Collection[str
     for measure in (name for name in SHAPES if name in measures):
         found.add("geometry", measure, site, SHAPES[measure](place))
     if "cka_matrix" in measures:
-        found.matrices.append(Matrix("cka", site, similarity.cka_matrix(place.bank).cpu()))
+        found.matrices.append(Matrix("cka", site, cka.cka_matrix(place.bank).cpu()))
     if "label_overlap" in measures and (sole := _sole_objects(place)) is not None:
         found.add("geometry", "label_overlap", site, sole)
     elif "label_overlap" in measures and any("objects" in row.labels for row in place.selected.rows):

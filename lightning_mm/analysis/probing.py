@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.places import Selected, select
-from lightning_mm.data.probe_sets import ProbeRow, ProbeSet
-from lightning_mm.errors import UserError
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.probes.protocol import probe
+from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.select_rows import Selected, select
+from lightning_mm.core.errors import UserError
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
+from lightning_mm.probes.probe import probe
 from lightning_mm.probes.result import ProbeResult
-from lightning_mm.taps.reading import Reading
 
 PROBES = ("entailment/random", "entailment/hard", "objects", "object_at_patches", "position", "count")
 

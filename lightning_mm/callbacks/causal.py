@@ -16,16 +16,11 @@ import torch
 from torch import Tensor
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.callbacks.inspecting import InspectingCallback
-from lightning_mm.callbacks.inspection import Look
-from lightning_mm.callbacks.live import data_of, live, looking
+from lightning_mm.callbacks.base import InspectingCallback
+from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
-from lightning_mm.causal.answers import answered
-from lightning_mm.causal.constraints import read_questions
-from lightning_mm.causal.questions import Asked, Asker, Question
-from lightning_mm.causal.study import Examined, Studying, study
-from lightning_mm.causal.transplant import answered as answered_right
-from lightning_mm.causal.transplant import (
+from lightning_mm.causal.effects.layer_transplant import answered as answered_right
+from lightning_mm.causal.effects.layer_transplant import (
     both,
     from_adapters,
     from_start,
@@ -33,12 +28,17 @@ from lightning_mm.causal.transplant import (
     transplant_rows,
     windows,
 )
+from lightning_mm.causal.questions.files import read_questions
+from lightning_mm.causal.questions.question import Asked, Asker, Question
+from lightning_mm.causal.questions.scoring import answered
+from lightning_mm.causal.study import Examined, Studying, study
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
-from lightning_mm.decisions import decide
-from lightning_mm.errors import UserError
-from lightning_mm.taps.tap import plain
+from lightning_mm.models.hooks import plain
+from lightning_mm.training.eval_context import data_of, live, looking
 
 PARTS = ("ablation", "knockout", "flow", "trace")
 DEFAULT = ("ablation", "knockout")

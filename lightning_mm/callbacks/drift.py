@@ -5,8 +5,8 @@ Data flow: a look -> the first look's reading and this one -> ``analysis.drift``
 
 from lightning_mm.analysis.drift import drift
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.callbacks.inspecting import InspectingCallback
-from lightning_mm.callbacks.inspection import Look
+from lightning_mm.callbacks.base import InspectingCallback
+from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.geometry import DEFAULT, checked, geometry
-from lightning_mm.callbacks.inspecting import InspectingCallback
-from lightning_mm.callbacks.inspection import Look
+from lightning_mm.callbacks.base import InspectingCallback
+from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
 
 

@@ -5,8 +5,8 @@ Data flow: a look -> ``analysis.probing`` -> accuracies by layer with interval a
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.probing import ProbingOptions, probing
-from lightning_mm.callbacks.inspecting import InspectingCallback
-from lightning_mm.callbacks.inspection import Look
+from lightning_mm.callbacks.base import InspectingCallback
+from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
 
 

@@ -3,47 +3,23 @@
 Data flow: probe set -> encoded batches, held in memory where they are small -> ``taps.read`` -> ``gather`` -> rank 0.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TypeVar
 
 import lightning as L
 from torch import Tensor
 
-from lightning_mm import state
-from lightning_mm.callbacks.live import data_of, live, looking
-from lightning_mm.data.encoded import is_pixels
-from lightning_mm.data.probe_sets import ProbeBatch, ProbeSet
-from lightning_mm.errors import UserError
-from lightning_mm.taps.reading import Reading, gather, read
-from lightning_mm.tuning.boundary import unchanged_slices
+from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.core.distributed import run_on_all_ranks
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
+from lightning_mm.execution.activation_checkpointing import unchanged_slices
+from lightning_mm.execution.cache.collators import is_pixels
+from lightning_mm.training.eval_context import data_of, live, looking
 
 _HELD_BYTES = 512 * 2**20
 """Encoded probe rows up to this size in all stay in memory; what goes beyond is encoded anew at every look."""
-
-Made = TypeVar("Made")
-
-
-def together(attempt: Callable[[], Made]) -> tuple[Made | None, UserError | str]:
-    """Do something on every rank; what any of them fails with is returned on all, and none is left waiting.
-
-    Args:
-        attempt: May hold collectives, if what fails does so before or after them.
-
-    Returns:
-        What was made (None where a rank failed), and the failure of the lowest rank that has one; '' if none.
-    """
-    made: Made | None = None
-    failure: UserError | str = ""
-    try:
-        made = attempt()
-    except UserError as error:
-        failure = error
-    except Exception as error:  # whatever it is, the other ranks must hear of it
-        failure = f"{type(error).__name__}: {error}"
-    failure = next((told for told in state.gathered(failure) if told), "")
-    return (None if failure else made), failure
 
 
 class Reader:
@@ -66,7 +42,7 @@ class Reader:
     def read(self) -> tuple[Reading | None, str]:
         """Every row: the reading (on rank 0 only), and why there is none, the same on every rank."""
         unchanged = unchanged_slices(live(self.module).plan)
-        mine, failure = together(lambda: self._read(self.probe_set, "probes", self._before, unchanged))
+        mine, failure = run_on_all_ranks(lambda: self._read(self.probe_set, "probes", self._before, unchanged))
         if mine is not None and unchanged and self._before is None:
             self._before = mine
         return self._gathered(mine, failure, self.probe_set)
@@ -75,7 +51,7 @@ class Reader:
         """The entailment rows with grey pictures; nothing where there are none."""
         if not len(self.blank):
             return None, ""
-        mine, failure = together(lambda: self._read(self.blank, "without pictures", None, 0))
+        mine, failure = run_on_all_ranks(lambda: self._read(self.blank, "without pictures", None, 0))
         return self._gathered(mine, failure, self.blank)
 
     def _read(self, probe_set: ProbeSet, name: str, before: Reading | None, unchanged: int) -> Reading:
@@ -116,7 +92,7 @@ class Reader:
         if mine is not None:
             # Apart from rows that fell out of the training data: they must not count towards its limit.
             data_of(self.trainer).ledger.add(replace(each, kind="probe") for each in mine.rejected)
-            whole, failure = together(lambda: gather(mine, probe_set))
+            whole, failure = run_on_all_ranks(lambda: gather(mine, probe_set))
         return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
 
     def _encoded(self, probe_set: ProbeSet, name: str) -> Iterator[ProbeBatch]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_mm.errors import UserError
+from lightning_mm.core.errors import UserError
 
 
 @dataclass(frozen=True)

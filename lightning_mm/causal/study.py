@@ -11,23 +11,23 @@ from typing import Any
 import torch
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.causal.ablation import KINDS, ablation_curves
-from lightning_mm.causal.answers import Answer
-from lightning_mm.causal.attention import flow
-from lightning_mm.causal.averages import averaged, told
-from lightning_mm.causal.corruption import KINDS as CORRUPTIONS
-from lightning_mm.causal.corruption import CorruptionKind, corrupted
-from lightning_mm.causal.knockout_curves import Knocking, knockout_curves
-from lightning_mm.causal.lenses import picture_words
-from lightning_mm.causal.pictures import PictureGrids, image_map
-from lightning_mm.causal.predictor import contribution_features, predict_failure
-from lightning_mm.causal.recording import record
-from lightning_mm.causal.tracing import LEAST_FALL, Trace, Tracing, trace
+from lightning_mm.causal.effects.activation_patching import LEAST_FALL, Trace, Tracing, trace
+from lightning_mm.causal.effects.aggregate import averaged, told
+from lightning_mm.causal.effects.attention_flow import flow
+from lightning_mm.causal.effects.failure_predictor import contribution_features, predict_failure
+from lightning_mm.causal.effects.image_overlays import PictureGrids, image_map
+from lightning_mm.causal.effects.knockout_curves import Knocking, knockout_curves
+from lightning_mm.causal.effects.layer_ablation import KINDS, ablation_curves
+from lightning_mm.causal.effects.logit_lens import picture_words
+from lightning_mm.causal.interventions.activation_cache import record
+from lightning_mm.causal.interventions.corruption import KINDS as CORRUPTIONS
+from lightning_mm.causal.interventions.corruption import CorruptionKind, corrupted
+from lightning_mm.causal.questions.scoring import Answer
+from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.decisions import decide, log
-from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Anatomy
-from lightning_mm.models.processing import Processing
+from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.processor import Processing
 
 PARTS = ("trace", "flow", "knockout", "ablation", "pictures", "predictor")
 

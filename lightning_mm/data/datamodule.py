@@ -12,23 +12,21 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.budget import TokenBudgetSampler, planned_loader
+from lightning_mm.data.batch_samplers import TokenBudgetSampler, planned_loader
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.ledger import Ledger
-from lightning_mm.data.lengths import Lengths, measure_lengths
-from lightning_mm.data.loader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
-from lightning_mm.data.preflight import Preflight
-from lightning_mm.data.probe_collator import ProbeCollator
-from lightning_mm.data.probe_loading import load_probes
-from lightning_mm.data.probe_sets import ProbeSet
-from lightning_mm.data.probing import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
-from lightning_mm.data.questions import Question, by_length, majority_answers, questions_of
-from lightning_mm.data.sample import Sample
-from lightning_mm.data.sources import read
-from lightning_mm.decisions import decide
-from lightning_mm.errors import UserError
-from lightning_mm.models.processing import Processing, load_processing
+from lightning_mm.data.dataloader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
+from lightning_mm.data.images import Preflight
+from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
+from lightning_mm.data.probe_sets.collator import ProbeCollator, load_probes
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.sample import Question, Sample, by_length, majority_answers, questions_of
+from lightning_mm.data.token_lengths import Lengths, measure_lengths
+from lightning_mm.models.processor import Processing, load_processing
 
 
 class MMDataModule(L.LightningDataModule):

@@ -8,17 +8,25 @@ The rules, all checked on the header before a pixel is decoded:
     no side more than 100 times the other, which resizing to a fixed short side would blow up.
 Then: the whole file must decode; EXIF rotation is applied; transparency lies on white; 16-bit greys keep their high
 byte; of an animation the first frame is taken, and said so.
+
+A cheap look at every picture before a run begins: only its header is read, and only once.
+
+Data flow: ``datamodule`` hands in Samples; those whose pictures are sound come back, the others are in the ledger.
 """
 
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 from PIL import ExifTags, Image, ImageFile, ImageOps
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.sample import Rejection, Sample
 
 Image.init()
 FORMATS = tuple(
@@ -166,3 +174,44 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
         paper = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(paper, image).convert("RGB")
     return image.convert("RGB")
+
+
+_MAX_HEADERS = 20_000
+
+
+class Preflight:
+    """Headers that have been read.
+
+    Args:
+        ledger: Takes the samples whose pictures are not sound.
+        max_megapixels: Largest picture that is decoded.
+
+    Attributes:
+        sizes: Width and height in pixels of the pictures whose headers were read and are sound.
+    """
+
+    def __init__(self, ledger: Ledger, max_megapixels: float) -> None:
+        self._ledger, self._max_megapixels = ledger, max_megapixels
+        self._faults: dict[Path, str | None] = {}
+        self.sizes: dict[Path, tuple[int, int]] = {}
+
+    def sound(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        """The samples whose pictures can be used, as far as their headers tell."""
+        for sample in samples:
+            fault = next((fault for path in sample.images if (fault := self._fault(path))), None)
+            if fault is None:
+                yield sample
+            else:
+                self._ledger.add([Rejection(sample.origin, fault)])
+
+    def _fault(self, path: Path) -> str | None:
+        if path not in self._faults:
+            if len(self._faults) >= _MAX_HEADERS:
+                decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
+                return None
+            try:
+                self.sizes[path] = check_header(path, self._max_megapixels)
+                self._faults[path] = None
+            except BadImage as error:
+                self._faults[path] = str(error)
+        return self._faults[path]

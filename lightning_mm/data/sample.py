@@ -1,9 +1,14 @@
 """One conversation about zero or more pictures, as read from disk and not yet templated.
 
 Data flow: ``sources`` makes Samples (or ledger entries); ``collator`` turns them into a Batch.
+
+Conversations as questions that can be scored: one per answer.
+
+Data flow: Samples -> ``questions_of`` -> loaders of prompts; of training data, the baseline of never looking.
 """
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,3 +61,26 @@ class Rejection:
     origin: str
     reason: str
     kind: Literal["dropped", "cut", "probe"] = "dropped"
+
+
+Question = tuple[Sample, int]
+"""A conversation, and the index of the turn that answers."""
+
+
+def questions_of(samples: Iterable[Sample]) -> tuple[Question, ...]:
+    """Every answer of these conversations, in order."""
+    return tuple((sample, index) for sample in samples for index in sample.answers)
+
+
+def by_length(questions: Iterable[Question]) -> tuple[Question, ...]:
+    """Those with short answers first: a batch is generated until its longest answer ends."""
+    return tuple(sorted(questions, key=lambda question: len(question[0].turns[question[1]].text)))
+
+
+def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
+    """The most frequent answer to each type of question, in lower case and without its full stop."""
+    counts: dict[str, Counter[str]] = {}
+    for sample, index in questions:
+        turn = sample.turns[index]
+        counts.setdefault(turn.question_type, Counter())[turn.text.strip().rstrip(".").casefold()] += 1
+    return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}

@@ -12,9 +12,9 @@ from itertools import pairwise
 
 import torch
 
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.ratios import RatioEstimator
+from lightning_mm.geometry.gride import RatioEstimator
+from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.representations import Bank
 
 _DIMENSIONS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _CPU = torch.device("cpu")

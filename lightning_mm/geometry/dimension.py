@@ -14,10 +14,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.calibration import invert, noise_dimension
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.ratios import Gride, RatioEstimator, TwoNN
+from lightning_mm.geometry.gride import Gride, RatioEstimator, TwoNN
+from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.resampling import group_jackknife, half_width
 
 _LEAST = 20

@@ -12,14 +12,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.gap import swap_signs
-from lightning_mm.geometry.gram import Bank, cross_distances, exact_products, pair_problems
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.isotropy import pairs_interval
-from lightning_mm.geometry.overlap import band
+from lightning_mm.geometry.knn_overlap import band
+from lightning_mm.geometry.modality_gap import swap_signs
+from lightning_mm.geometry.representations import Bank, cross_distances, exact_products, pair_problems
 from lightning_mm.geometry.resampling import jackknife_interval, too_joined, withheld
-from lightning_mm.geometry.threads import one_thread
 
 _SWAPS = 20
 """Random swaps behind the null of the Frechet distance."""

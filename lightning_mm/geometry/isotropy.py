@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.gram import Bank, exact_products
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.geometry.representations import Bank, exact_products
 from lightning_mm.geometry.resampling import mean_interval
 
 _TERMS = 200

@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.threads import one_thread
+from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
 from lightning_mm.geometry.resampling import mean_interval, permutations, t_quantile, too_fixed, withheld
-from lightning_mm.geometry.threads import one_thread
 
 _MIN_SAMPLES = 3
 """Two centred samples are one direction: every pair of banks would match."""

@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate
+from lightning_mm.core.estimate import Estimate
 
 _MIN_BLOCKS = 3
 """Fewer independent parts give no usable standard error."""

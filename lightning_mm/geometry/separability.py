@@ -11,11 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.gap import swap_signs
-from lightning_mm.geometry.gram import Bank, exact_products, pair_problems
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.threads import one_thread
+from lightning_mm.geometry.modality_gap import swap_signs
+from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
 from lightning_mm.geometry.resampling import deletion_blocks, mean_interval, too_joined, withheld
-from lightning_mm.geometry.threads import one_thread
 
 _LEAST = 10
 """Samples below which no line is trained."""

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.gram import Bank, exact_products
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.hsic import kept_sets
+from lightning_mm.geometry.representations import Bank, exact_products
 from lightning_mm.geometry.resampling import jackknife_interval, mean_interval
-from lightning_mm.geometry.threads import one_thread
 
 _MIN_SAMPLES = 4
 """The unbiased participation ratio divides by N - 3."""

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_mm.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.chance import MAX_SKEW, pearson_quantiles
-from lightning_mm.geometry.gram import exact_products
+from lightning_mm.core.estimate import Estimate, finite, undefined
 from lightning_mm.geometry.hsic import MIN_SAMPLES, u_centred
+from lightning_mm.geometry.null_models import MAX_SKEW, pearson_quantiles
+from lightning_mm.geometry.representations import exact_products
 
 _CONSTANT = 1e-24
 """Self-similarity below this share of the squared mean squared norm is rounding: a spread of 1e-6 of the size."""

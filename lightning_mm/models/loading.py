@@ -14,8 +14,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from lightning_mm.decisions import decide
-from lightning_mm.errors import UserError
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,13 +18,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate
-from lightning_mm.geometry.gram import exact_products
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.representations import exact_products
 from lightning_mm.probes.cross_entropy import Features, Problems
+from lightning_mm.probes.cross_validation import group_draws, hashed, num_groups
 from lightning_mm.probes.intervals import estimates
 from lightning_mm.probes.logistic import num_logits, solve
 from lightning_mm.probes.result import unfinished
-from lightning_mm.probes.sampling import group_draws, hashed, num_groups
 
 FRACTIONS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Where the blocks end."""

@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, finite
+from lightning_mm.core.estimate import Estimate, finite
 
 CONFIDENCE = 0.95
 

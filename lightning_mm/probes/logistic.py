@@ -6,19 +6,31 @@ norm of the weights, bias free; two classes have one logit, more have one each.
 
 Shapes: L layers, N samples, D features, E = D + 1 with a constant, P problems per layer, H logits per problem,
 K classes or labels.
+
+Blocks of layers worked on side by side: one thread for each core, none within an operation.
+
+Data flow: ``protocol`` hands over what is to be done with a block of layers and gets the results in order.
+
+Probing is a long chain of small operations. Shared among cores, each of them waits for the slowest core, for ever where
+another process has it; kept to one core each, blocks wait for nobody, and results do not depend on the number of cores.
+
+Shapes: L layers.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lightning_mm.geometry.gram import exact_products
+from lightning_mm.geometry.representations import exact_products
+from lightning_mm.probes.batched_lbfgs import minimise
 from lightning_mm.probes.cross_entropy import Features, Objective, Problems, preconditioner
-from lightning_mm.probes.lbfgs import minimise
 
 TOLERANCE = 1e-4
 """Largest entry of the gradient of the objective over C and the number of training rows: scikit-learn's ``tol``."""
@@ -161,3 +173,29 @@ def _blocks(x_LNE: Tensor, problems: Problems) -> Iterator[tuple[slice, list[sli
     height = min(_FEATURE_BYTES[device] // (4 * num_samples * x_LNE.shape[2]), _WEIGHT_BYTES[device] // weight_bytes)
     for first in range(0, len(x_LNE), max(height, 1)):
         yield slice(first, first + max(height, 1)), parts
+
+
+_LAYERS = 8
+"""More at once bring nothing but memory."""
+
+Result = TypeVar("Result")
+
+
+def by_layers(work: Callable[[slice], Result], num_layers: int, device: torch.device) -> list[Result]:
+    """What ``work`` makes of each block of layers, in order; a GPU does them one after the other.
+
+    Example:
+        >>> by_layers(lambda layers: layers.start, 20, torch.device("cuda"))
+        [0, 8, 16]
+    """
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    size = max(1, min(_LAYERS, math.ceil(num_layers / threads)))
+    blocks = [slice(start, start + size) for start in range(0, num_layers, size)]
+    if device.type != "cpu":
+        return [work(block) for block in blocks]
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, blocks))
+    finally:
+        torch.set_num_threads(threads)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.geometry.gram import exact_products
-from lightning_mm.geometry.threads import one_thread
+from lightning_mm.core.threads import one_thread
+from lightning_mm.geometry.representations import exact_products
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,6 +1,6 @@
 """Which weights move: layer ranges, policies, the plan made of them, the boundary and the census."""
 
-from lightning_mm.models.adapters import LoRA
+from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.policies import (
     ConnectorOnly,
     EarlyLayers,

@@ -1,14 +1,30 @@
 """Make a model obey a plan: adapters in, gradients on for what was named and off for all else, modes set.
 
 Data flow: model + anatomy + plan -> the same model, changed in place; ``census`` then verifies it from the outside.
+
+A backbone and a policy made into a model that obeys the policy.
+
+Data flow: ``Backbone`` + ``TuningPolicy`` -> skeleton or model -> anatomy -> plan -> the loaded, frozen, adapted model.
+
+Find planned tensors that the model never reads, by asking autograd once.
+
+Data flow: one real sample -> loss -> which planned tensors of tower and connector got no gradient -> a smaller plan.
+LLaVA reads its tower below the top; what is above would sit in the optimizer, and hold up DDP, for nothing.
 """
 
-from torch import nn
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-from lightning_mm.models.adapters import add_lora
-from lightning_mm.models.anatomy import Anatomy, Region
+import torch
+from torch import Tensor, nn
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.models.hooks import remove_input_gradient_hooks
+from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.loading import Backbone, load_model, load_skeleton
+from lightning_mm.models.lora import add_lora
 from lightning_mm.tuning.layers import resolve_layers
-from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
 def apply_plan(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> None:
@@ -57,3 +73,47 @@ def _ranks(anatomy: Anatomy, plan: TuningPlan) -> dict[str, int]:
             if place.region is Region.LAYERS and place.layer in layers:
                 ranks[module] = rank
     return ranks
+
+
+def prepare(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
+    """Load a model and put it under a policy. Raises UserError where either cannot be had."""
+    model, anatomy, plan = _planned(backbone, tuning)
+    apply_plan(model, anatomy, plan)
+    if removed := remove_input_gradient_hooks(model):
+        decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
+    return model, anatomy, plan
+
+
+def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
+    """What trains at full rank must be known before quantisation takes it: then the plan is made on the skeleton."""
+    if backbone.quantization == "none":
+        model = load_model(backbone)
+        anatomy = Anatomy.of(model)
+        return model, anatomy, tuning.plan(anatomy)
+    anatomy = Anatomy.of(load_skeleton(backbone))
+    plan = tuning.plan(anatomy)
+    keep = {name.rpartition(".")[0] for name in plan.full} & anatomy.linears | {anatomy.head}
+    return load_model(backbone, keep_full=keep), anatomy, plan
+
+
+def unread_tensors(model: nn.Module, anatomy: Anatomy, loss: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Trainable tensors of vision tower and connector that ``loss`` does not depend on.
+
+    Args:
+        model: After ``apply_plan``.
+        anatomy: Of the plain model.
+        loss: Computes the training loss () of a sample with a picture.
+    """
+    regions = (Region.VISION, Region.CONNECTOR)
+    asked = {n: p for n, p in model.named_parameters() if p.requires_grad and anatomy.place_of(n).region in regions}
+    if not asked:
+        return ()
+    with torch.random.fork_rng():
+        gradients = torch.autograd.grad(loss(), list(asked.values()), allow_unused=True)
+    return tuple(name for name, gradient in zip(asked, gradients, strict=True) if gradient is None)
+
+
+def without(plan: TuningPlan, unread: Collection[str]) -> TuningPlan:
+    """The plan less some tensors, named as in the adapted model."""
+    modules = {name.partition(".lora_")[0] for name in unread if ".lora_" in name}
+    return replace(plan, full=plan.full - set(unread), adapted=plan.adapted - modules)

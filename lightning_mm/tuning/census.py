@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Anatomy, Region
+from lightning_mm.core.errors import UserError
+from lightning_mm.models.layout import Anatomy, Region
 from lightning_mm.tuning.apply import trains
 from lightning_mm.tuning.layers import describe_layers
 from lightning_mm.tuning.policy import TuningPlan

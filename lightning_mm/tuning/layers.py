@@ -17,7 +17,7 @@ import random
 import re
 from collections.abc import Sequence
 
-from lightning_mm.errors import UserError
+from lightning_mm.core.errors import UserError
 
 LayerSpec = str | int | list[int]
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from lightning_mm.models.anatomy import Region
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.layers import LayerSpec, count_layers
 from lightning_mm.tuning.policy import Mode, PartName, RegionPolicy
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
-from lightning_mm.errors import UserError
-from lightning_mm.models.adapters import LoRA
-from lightning_mm.models.anatomy import Anatomy, Place, Region
+from lightning_mm.core.errors import UserError
+from lightning_mm.models.layout import Anatomy, Place, Region
+from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.layers import LayerSpec, resolve_layers
 
 Mode = Literal["frozen", "lora", "full"]

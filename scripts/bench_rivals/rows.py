@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning_mm.data.dataloader import EpochSampler
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.loader import EpochSampler
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 
 

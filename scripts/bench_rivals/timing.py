@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from bench_rivals.stopwatch import Stopwatch
-from lightning_mm.dashboards import names
+from lightning_mm.core import metric_names
 from lightning_mm.data.batch import Batch
 
 
@@ -28,7 +28,7 @@ class Timing(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
-        self.watch.end(trainer.callback_metrics[names.TRAIN_LOSS].clone())
+        self.watch.end(trainer.callback_metrics[metric_names.TRAIN_LOSS].clone())
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

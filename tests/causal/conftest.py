@@ -1,5 +1,5 @@
 """Fixtures of the causal tests."""
 
-from tests.causal.taught import known
+from tests.helpers.taught_models import known
 
 __all__ = ["known"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mm.models.processing import Processing, load_processing
-from lightning_mm.models.tiny import build_tiny
+from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.testing.tiny import build_tiny
 
 Family = Callable[[str], Path]
 LoadFamily = Callable[[str], Processing]

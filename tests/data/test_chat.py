@@ -8,12 +8,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.data import spans
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
+from lightning_mm.data import chat as spans
 from lightning_mm.data.chat import Chat, ChatError, Rendered
 from lightning_mm.data.sample import Turn
-from lightning_mm.decisions import decide
-from lightning_mm.errors import UserError
-from lightning_mm.models.processing import Processing
+from lightning_mm.models.processor import Processing
 
 PARTS = "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
 # Each writes its turns in the way of a well-known family. None has generation tags but the last.

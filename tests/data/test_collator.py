@@ -12,11 +12,11 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.sample import Sample, Turn
-from lightning_mm.errors import UserError
-from lightning_mm.models.processing import Processing
+from lightning_mm.models.processor import Processing
 
 FAMILIES = (
     "llava",

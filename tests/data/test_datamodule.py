@@ -13,9 +13,9 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.errors import UserError
 
 # Lightning's advice on numbers of workers is not what is tested; that it calls a deprecated torch class is its own to
 # mend.

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate
-from lightning_mm.geometry.canonical import pwcca, svcca
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.cca import pwcca, svcca
+from lightning_mm.geometry.cka import cka, cka_biased, cka_rbf
 from lightning_mm.geometry.dimension import gride, two_nn
-from lightning_mm.geometry.dissimilarity import rsa
 from lightning_mm.geometry.divergence import frechet, mmd
-from lightning_mm.geometry.gap import alignment, matched_cosine, modality_gap, token_cosine
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.imbalance import information_imbalance
+from lightning_mm.geometry.information_imbalance import information_imbalance
 from lightning_mm.geometry.isotropy import anisotropy, median_cosine, uniformity
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import label_overlap, overlap
+from lightning_mm.geometry.knn_overlap import label_overlap, overlap
+from lightning_mm.geometry.modality_gap import alignment, matched_cosine, modality_gap, token_cosine
+from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.procrustes import procrustes
+from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.rsa import rsa
 from lightning_mm.geometry.separability import separability
-from lightning_mm.geometry.similarity import cka, cka_biased, cka_rbf
 from lightning_mm.geometry.spectrum import Spectrum, alpha_req, effective_rank, entropy, participation_ratio, rankme
 
 Measure = Callable[[Bank, Bank, Tensor | None], list[Estimate]]

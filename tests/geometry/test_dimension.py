@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.calibration import curve, noise_dimension
 from lightning_mm.geometry.dimension import calibrated_dimension, gride, log_ratios, two_nn
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.ratios import Gride, TwoNN
+from lightning_mm.geometry.gride import Gride, TwoNN
+from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.representations import Bank
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

@@ -8,9 +8,9 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from lightning_mm.estimate import values
+from lightning_mm.core.estimate import values
 from lightning_mm.geometry.divergence import frechet, mmd
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.geometry.representations import Bank
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

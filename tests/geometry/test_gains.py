@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.imbalance import imbalance_gain, information_imbalance
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import overlap, overlap_gain
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.information_imbalance import imbalance_gain, information_imbalance
+from lightning_mm.geometry.knn_overlap import overlap, overlap_gain
+from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.representations import Bank
 
 
 def noise(*shape: int, seed: int) -> Tensor:

@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_mm.geometry.dimension import gride, log_ratios, two_nn
-from lightning_mm.geometry.gram import Bank
-from lightning_mm.geometry.imbalance import information_imbalance
-from lightning_mm.geometry.neighbours import Neighbours
-from lightning_mm.geometry.overlap import label_overlap, overlap
-from lightning_mm.geometry.ratios import Gride
+from lightning_mm.geometry.gride import Gride
+from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.knn_overlap import label_overlap, overlap
+from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.representations import Bank
 
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPT: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "golden_geometry.py"))

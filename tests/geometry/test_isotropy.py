@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import values
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.core.estimate import values
 from lightning_mm.geometry.isotropy import anisotropy, median_cosine, sphere_uniformity, uniformity
+from lightning_mm.geometry.representations import Bank
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

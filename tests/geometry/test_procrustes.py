@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mm.estimate import Estimate, values
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.geometry.procrustes import expected_match, procrustes, procrustes_angle
+from lightning_mm.geometry.representations import Bank
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:

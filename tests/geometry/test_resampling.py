@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate, undefined
 from lightning_mm.geometry.resampling import (
     deletion_blocks,
     group_jackknife,

@@ -6,8 +6,8 @@ from sklearn.linear_model import Ridge
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
-from lightning_mm.estimate import values
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.core.estimate import values
+from lightning_mm.geometry.representations import Bank
 from lightning_mm.geometry.resampling import deletion_blocks
 from lightning_mm.geometry.separability import left_out_scores, separability
 

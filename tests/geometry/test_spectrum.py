@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_mm.estimate import values
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.core.estimate import values
+from lightning_mm.geometry.representations import Bank
 from lightning_mm.geometry.spectrum import (
     Spectrum,
     alpha_req,

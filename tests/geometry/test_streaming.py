@@ -9,10 +9,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from lightning_mm.estimate import values
-from lightning_mm.geometry.gram import Bank
+from lightning_mm.core.estimate import values
+from lightning_mm.geometry.cka import cka, cka_biased, cka_matrix
 from lightning_mm.geometry.hsic import hsic
-from lightning_mm.geometry.similarity import cka, cka_biased, cka_matrix
+from lightning_mm.geometry.representations import Bank
 from lightning_mm.geometry.streaming import MinibatchCKA, StreamingCKA
 
 

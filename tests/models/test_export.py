@@ -7,15 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from export_subject import DORA, PLAIN, Subject, subject
 
-from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Region
-from lightning_mm.models.card import Origin, write_card
-from lightning_mm.models.export import export_adapter, export_full
+from lightning_mm.core.errors import UserError
+from lightning_mm.models.export.export import Origin, export_adapter, export_full, write_card
+from lightning_mm.models.export.verify import take_reference
+from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.proof import take_reference
-from lightning_mm.models.tiny import build_tiny
+from lightning_mm.testing.tiny import build_tiny
+from tests.helpers.export_model import DORA, PLAIN, Subject, subject
 
 
 @pytest.fixture(scope="module")

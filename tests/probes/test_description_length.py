@@ -10,8 +10,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.probes import description_length as module
+from lightning_mm.probes.cross_validation import hashed
 from lightning_mm.probes.description_length import FRACTIONS, description_length
-from lightning_mm.probes.sampling import hashed
 
 C_VALUES = [1e-3, 1e-2, 1e-1]
 

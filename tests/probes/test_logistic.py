@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.probes import logistic
+from lightning_mm.probes.batched_lbfgs import minimise
 from lightning_mm.probes.cross_entropy import Features, Problems
-from lightning_mm.probes.lbfgs import minimise
 from lightning_mm.probes.logistic import LinearProbes, fit_multilabel, fit_multinomial, solve
 
 C_VALUES = [1e-3, 1e-1, 10.0]

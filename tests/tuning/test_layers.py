@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_mm.errors import UserError
+from lightning_mm.core.errors import UserError
 from lightning_mm.tuning.layers import count_layers, describe_layers, resolve_layers
 
 

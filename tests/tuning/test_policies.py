@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.errors import UserError
-from lightning_mm.models.anatomy import Anatomy, Region
+from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.models.layout import Anatomy, Region
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.module import MMModule
-from lightning_mm.objective import supervised_nll
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import (
     ConnectorOnly,
     EarlyLayers,
@@ -30,9 +30,9 @@ from lightning_mm.tuning import (
 )
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.census import take_census
-from lightning_mm.tuning.groups import OptimizerSettings
+from lightning_mm.tuning.optimizer import OptimizerSettings
 from tests.conftest import FAMILIES
-from tests.training import train
+from tests.helpers.training import train
 
 POLICIES: dict[str, TuningPolicy] = {
     "full": Full(),
@@ -156,7 +156,7 @@ def saved_by_block(module: MMModule, batch: Batch) -> dict[str, int]:
 
 def test_input_gradient_hooks_are_taken_off(family: Family, data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     """What PEFT and transformers set for their own checkpointing puts the frozen prefix into the graph."""
-    from lightning_mm.tuning import prepare as loading_room
+    from lightning_mm.tuning import apply as loading_room
 
     def hooked(backbone: Backbone) -> nn.Module:
         model = load_model(backbone)

@@ -1,0 +1,1 @@
+"""Questions with constraints: read from files, encoded, answered and scored."""

@@ -1,0 +1,330 @@
+"""Questions with the constraints that their answers hang on, read from a file.
+
+Data flow: file -> rows (CSV here, JSON by ``sources``) -> ``question_rows`` -> ``Questions``; what cannot be used
+becomes a ledger entry with its line.
+
+VQA-Constraints as released (2406.04236): CSV in UTF-8 whose columns are an unnamed index and ``question``,
+``main_entity`` (the constraint) and ``image_url``; of its other columns (``subject``, ``director``) nothing is used,
+since they name what only the picture tells. An ``answer`` column is used where there is one. ``image_url`` is never
+fetched: ``./val2014/a.jpg`` or ``https://host/val2014/a.jpg`` is ``val2014/a.jpg`` in the image root, or ``a.jpg``;
+a name that ends in no picture's ending ("A photo of Space Needle") is looked for with each of them.
+
+Our own, in a JSON list or one row per line (JSONL):
+
+    {"id": "7", "image": "a.jpg",
+     "question": "What is the capital of the country with this flag?",
+     "constraint": "the country with this flag",
+     "boxes": [{"name": "flag", "box": [10, 20, 80, 90]}],
+     "answer": "Paris.", "group": "FR", "kind": "capital"}
+
+    question    as a person asks it, without mark of a picture
+    image       relative to the image root, which it may not leave; ``images`` for several; none for text alone
+    constraint  words of the question, by the rules of ``matching``; a list where there are several
+    spans       in place of that: [[first character, one past the last], ...] of the question without blanks around it
+    boxes       visual constraints: [x0, y0, x1, y1] in pixels of the picture as stored
+    answer      what is right; the model's own first token is followed where it is missing
+    group       what intervals must not tear apart; the picture where it is missing
+    kind        sort of question, for numbers by kind
+
+A row must have a question, and ``constraint``, ``spans`` or ``boxes``.
+
+One row of a file into a Question, or the reason why not.
+
+Data flow: ``constraints`` hands in each decoded row; ``QuestionReader.question`` finds and confines its pictures
+(``rows``), finds its constraints in the text (``matching``), and returns a Question or raises ``BadRow``.
+
+Reasons read ``category: detail``, so that the ledger can count by category.
+"""
+
+import csv
+import io
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from lightning_mm.causal.questions import constraint_matching
+from lightning_mm.causal.questions.constraint_matching import Span
+from lightning_mm.causal.questions.question import Question
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.probe_sets.build import scenes
+from lightning_mm.data.probe_sets.files import ObjectBox
+from lightning_mm.data.readers import conversations
+from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.sample import IMAGE_MARK, Rejection
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+"""What a picture's name may end in; one that ends otherwise is looked for with each of them."""
+
+
+class QuestionReader:
+    """Reads the rows of one file.
+
+    Args:
+        image_root: The folder that pictures lie in and may not leave.
+    """
+
+    def __init__(self, image_root: Path) -> None:
+        self._rows = RowReader(image_root, answers_required=False)
+        self._taken: set[str] = set()
+
+    def question(self, row: object, origin: str) -> tuple[Question, str]:
+        """The question, and the rule by which its constraint was found.
+
+        Args:
+            row: Our own form, or one with ``image_url`` in place of ``image``.
+            origin: ``file:line``.
+
+        Raises:
+            BadRow: It cannot be used.
+        """
+        if isinstance(row, BadRow):
+            raise row
+        if not isinstance(row, dict):
+            raise BadRow("not an object: a row is {...}")
+        text = _text_question_rows(row, "question")
+        if text is None:
+            raise BadRow("no question: the row has no 'question'")
+        if IMAGE_MARK in text:
+            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
+        boxes = _boxes(row)
+        spans, rule = _spans(row, text, bool(boxes))
+        images = self._images(row, origin)
+        name = str(origin if row.get("id") in (None, "") else row["id"])
+        name = name if name not in self._taken else f"{name} ({origin})"
+        self._taken.add(name)
+        group = str(row.get("group") or "").strip() or "|".join(map(str, images)) or name
+        return Question(
+            name,
+            text,
+            images,
+            spans,
+            _text_question_rows(row, "answer"),
+            boxes,
+            group,
+            _text_question_rows(row, "kind") or "",
+        ), rule
+
+    def _images(self, row: Mapping[str, Any], origin: str) -> tuple[Path, ...]:
+        """The pictures, confined to the image root."""
+        named = {key: row[key] for key in ("image", "images") if row.get(key) is not None}
+        asked = {"conversations": [{"from": "human", "value": "What?"}]}
+        if "image_url" not in row:
+            return self._rows.sample({**named, **asked}, origin).images
+        for names in _places(row["image_url"]):
+            found: list[Path] = []
+            for name in names:
+                try:
+                    found += self._rows.sample({"image": name, **asked}, origin).images
+                except BadRow as error:
+                    if not str(error).startswith("missing image"):
+                        raise
+            if len(found) > 1:
+                raise BadRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
+            if found:
+                return tuple(found)
+        raise BadRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
+
+
+def _places(url: str) -> Iterator[list[str]]:
+    """Names that the picture may have in the image root, the likelier ones first."""
+    path = unquote(urlsplit(url).path) if "://" in url else url.strip()
+    parts = [part for part in PurePosixPath(path).parts if part != "/"]
+    endings = ("",) if path.lower().endswith(ENDINGS) else ("", *ENDINGS)
+    for tail in dict.fromkeys(["/".join(parts), "".join(parts[-1:])]):
+        if tail:
+            yield [tail + ending for ending in endings]
+
+
+def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Span, ...], str]:
+    """Where the constraints stand, and the rule that says so."""
+    if row.get("spans") is not None:
+        return _given_spans(row["spans"], text), "spans"
+    told = row.get("constraint")
+    constraints = told if isinstance(told, list) else [] if told is None else [told]
+    if not all(isinstance(each, str) for each in constraints):
+        raise BadRow(f"wrong type: 'constraint' is {told!r:.60}, not text or a list of texts")
+    constraints = [each for each in constraints if each.strip()]
+    if not constraints:
+        if not has_boxes:
+            raise BadRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
+        return (), "boxes"
+    spans: list[Span] = []
+    rules = []
+    for each in constraints:
+        found = constraint_matching.find(each, text)
+        if found is None:
+            raise BadRow(f"constraint not in the question: {each!r} in {text!r}")
+        spans += found.spans
+        rules.append(found.rule)
+    return constraint_matching.joined(spans), max(rules, key=constraint_matching.RULES.index)
+
+
+def _given_spans(told: Any, text: str) -> tuple[Span, ...]:
+    pairs = [tuple(pair) if isinstance(pair, list) else () for pair in told] if isinstance(told, list) else []
+    for pair in pairs:
+        whole = len(pair) == 2 and all(type(edge) is int for edge in pair)
+        if not whole or not 0 <= pair[0] < pair[1] <= len(text) or not text[slice(*pair)].strip():
+            raise BadRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
+    if not pairs:
+        raise BadRow(f"wrong type: 'spans' is {told!r:.60}, not [[first, one past the last], ...]")
+    return constraint_matching.joined([(first, last) for first, last in pairs])
+
+
+def _boxes(row: Mapping[str, Any]) -> tuple[ObjectBox, ...]:
+    found = scenes._objects(row.get("boxes")) or ()
+    for each in found:
+        if each.box is None:
+            raise BadRow(f"box without a place: {each.name!r}")
+    return tuple(ObjectBox(each.name, each.box) for each in found if each.box is not None)
+
+
+def _text_question_rows(row: Mapping[str, Any], key: str) -> str | None:
+    """A value without blanks around it; None where there is none."""
+    value = row.get(key)
+    if value is not None and not isinstance(value, str):
+        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+    return (value or "").strip() or None
+
+
+COLUMNS = ("question", "main_entity", "image_url")
+_ROW = (
+    'Rows look like {"question": "What colour is the old car?", "constraint": "the old car", "image": "a.jpg"}, and '
+    f"CSV has the columns {', '.join(COLUMNS)}; pictures lie in the image root."
+)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """A file, read.
+
+    Args:
+        questions: In file order.
+        rejected: Rows that cannot be used; reasons read ``category: detail``.
+        matched: Question id -> the rule of ``matching`` that found its constraint (the last one needed, of several
+            constraints), ``spans`` or ``boxes``.
+    """
+
+    questions: tuple[Question, ...]
+    rejected: tuple[Rejection, ...]
+    matched: Mapping[str, str]
+
+    @property
+    def num_rows(self) -> int:
+        """All rows, used or not."""
+        return len(self.questions) + len(self.rejected)
+
+
+def read_questions(path: Path | str, image_root: Path | str | None = None) -> Questions:
+    """Read questions with constraints.
+
+    Args:
+        path: A file in one of the forms above; JSON begins with a bracket or a brace.
+        image_root: The folder that pictures lie in and may not leave; the file's own folder if None.
+
+    Raises:
+        UserError: No such file, it is empty, lacks a column or breaks CSV's rules, or no row of it can be used.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"No file {path} with questions.", *conversations.why_no_file(path))
+    reader = QuestionReader(Path(image_root) if image_root else path.parent)
+    questions: list[Question] = []
+    rejected: list[Rejection] = []
+    matched: dict[str, str] = {}
+    for origin, row in _rows(path):
+        try:
+            question, rule = reader.question(row, origin)
+        except BadRow as error:
+            rejected.append(Rejection(origin, str(error)))
+        else:
+            questions.append(question)
+            matched[question.id] = rule
+    read = Questions(tuple(questions), tuple(rejected), matched)
+    _check_any(path, read)
+    _say(path, read)
+    return read
+
+
+def _check_any(path: Path, read: Questions) -> None:
+    if read.questions:
+        return
+    if not read.rejected:
+        raise UserError(f"{path} is empty.", "It holds no question.", _ROW)
+    first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejected[:5])
+    raise UserError(
+        f"None of the {read.num_rows} rows of {path} can be used.", f"The first of them:\n    {first}", _ROW
+    )
+
+
+def _say(path: Path, read: Questions) -> None:
+    """How many questions there are, by the rule that found their constraint, and what is not used."""
+    rules = Counter(read.matched.values()).most_common()
+    reasons = Counter(each.reason.partition(":")[0] for each in read.rejected).most_common()
+    found = ", ".join(f"{count} {rule}" for rule, count in rules)
+    left_out = ", ".join(f"{count} {reason}" for reason, count in reasons)
+    decide(
+        "causal.constraints",
+        f"{len(read.questions)} questions of {read.num_rows} rows in {path.name}",
+        f"how constraints were found: {found}" + (f"; not used: {left_out}" if left_out else ""),
+    )
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row with its origin, in our own form."""
+    with path.open("rb") as file:
+        head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
+    return conversations.raw_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    # Strict: a quote that is never closed would otherwise take in the rest of the file without a word.
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
+    line = 1
+    try:
+        columns = [name.strip() for name in next(reader, [])]
+        _check_columns(path, columns)
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells:
+                yield f"{path.name}:{line}", _csv_row(columns, cells)
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise UserError(
+            f"{path} is not CSV.",
+            f"The row that begins at line {line}: {error}.",
+            "Mend it there: a cell with commas, quotes or line breaks stands in quotes, and quotes in it are doubled.",
+        ) from error
+
+
+def _text(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path} is not UTF-8.", f"Line {line}: {error.reason}.", "Save it as UTF-8.") from error
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    missing = [name for name in COLUMNS if columns.count(name) != 1]
+    if not any(columns):
+        raise UserError(f"{path} is empty.", "It holds no row.", _ROW)
+    if missing:
+        raise UserError(
+            f"{path} has no column {', '.join(map(repr, missing))}, or several.",
+            f"Its first line names: {', '.join(map(repr, columns))}.",
+            _ROW,
+        )
+
+
+def _csv_row(columns: list[str], cells: list[str]) -> Any:
+    """A row of the released files in our own form."""
+    if len(cells) != len(columns):
+        return BadRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
+    told = dict(zip(columns, cells, strict=True))
+    row = {key: told[key] for key in ("question", "image_url", "answer", "group", "kind") if key in told}
+    return row | {"id": told.get("id", told.get("", "")).strip(), "constraint": told["main_entity"]}

@@ -1,0 +1,211 @@
+"""inspect: the analyses of the callbacks on any model folder, run or checkpoint, without training; or two compared.
+
+Data flow: model(s) + probe set -> one reading each -> probing, geometry, drift, layer selection -> a folder with
+report.html, layers.csv and JSON; the headlines are printed too.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mm.analysis.drift import drift
+from lightning_mm.analysis.findings import Findings, Recorder
+from lightning_mm.analysis.geometry import DEFAULT, checked, geometry
+from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.probing import ProbingOptions, probing
+from lightning_mm.analysis.summary import MAIN, headline
+from lightning_mm.cli.export import Parser
+from lightning_mm.cli.model_source import Subject, open_subjects
+from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.errors import UserError
+from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.layer_selection.select import AutoRange, tell
+from lightning_mm.report.html import write_report
+
+
+def inspect(arguments: list[str]) -> int:
+    """Read every layer of a model: probes, geometry, and which layers are worth training."""
+    options = _parser().parse_args(arguments[1:])
+    decide.clear()
+    measures, auto = checked(options.measures or DEFAULT), AutoRange(**vars(options.auto))
+    options.probing = ProbingOptions(**vars(options.probing))
+    paths = [options.model, *([options.against] if options.against else [])]
+    subjects, probe_set = open_subjects(paths, options, auto)
+    run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(short(path) for path in paths))
+    seen: list[tuple[Subject, Reading]] = []
+    found = []
+    for step, subject in enumerate(subjects):
+        first = seen[0][1] if seen else None
+        reading, one = _inspected(subject, probe_set, step, measures, options, first, run)
+        found.append(one)
+        seen.append((subject, reading))
+        _label(run, paths, subject)
+    if options.select:
+        _select(seen, probe_set, run)
+    _write_ledger(subjects, run)
+    write_json(run.decisions, [asdict(decision) for decision in decide])
+    write_report(run.path)
+    for path, one in zip(paths, found, strict=True):
+        Console().print(headlines(path, one))
+    log.info("report: %s", run.report)
+    return 0
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="lightning-mm inspect", description=inspect.__doc__)
+    parser.add_argument("model", type=str, help="Model folder or hub name, a run's folder, or a checkpoint of a run.")
+    parser.add_argument("--against", type=str | None, default=None, help="A second one, to see what differs.")
+    parser.add_argument(
+        "--probes",
+        type=str | None,
+        default=None,
+        help="File of pictures with captions and objects (rows, LLaVA JSON, COCO annotations); a run knows its own.",
+    )
+    parser.add_argument(
+        "--data", type=str | None, default=None, help="Conversations for the gradient criteria; a run knows its own."
+    )
+    parser.add_argument(
+        "--image_root",
+        type=str | None,
+        default=None,
+        help="Folder that the pictures of --probes and --data are relative to; each file's own folder if not given.",
+    )
+    parser.add_argument(
+        "--images", type=int | None, default=None, help="Most pictures; a run's own number, else 256, if not given."
+    )
+    parser.add_argument(
+        "--max_length", type=int | None, default=None, help="Longest row in tokens; a run's own, else 2048."
+    )
+    parser.add_argument("--checkpoint", type=str, default="last", help="Of a run: name in its checkpoints.")
+    parser.add_argument("--measures", type=list[str] | None, default=None, help="Geometry measures, or [all].")
+    parser.add_argument("--neighbours", type=int, default=10, help="k of the neighbourhood measures.")
+    parser.add_class_arguments(ProbingOptions, "probing")
+    parser.set_defaults({"probing.selectivity": True})
+    parser.add_argument("--text_only", type=bool, default=True, help="Probe the captions alone too.")
+    parser.add_argument("--select", type=bool, default=True, help="Say which layers are worth training.")
+    parser.add_class_arguments(AutoRange, "auto")
+    parser.add_argument("--batch_size", type=int, default=16, help="Rows per forward pass.")
+    parser.add_argument("--bf16", type=bool, default=False, help="Compute the model's forward pass in bfloat16.")
+    parser.add_argument("--root", type=str, default="runs", help="Folder of all runs.")
+    parser.add_argument("--name", type=str | None, default=None, help="Name of the folder to make.")
+    return parser
+
+
+def _inspected(
+    subject: Subject,
+    probe_set: ProbeSet,
+    step: int,
+    measures: Sequence[str],
+    options: Namespace,
+    first: Reading | None,
+    run: RunDirectory,
+) -> tuple[Reading, Findings]:
+    began = time.perf_counter()
+    reading = subject.read(probe_set, step)
+    problems = [*reading.problems]
+    alone = _without_pictures(subject, probe_set, step, problems) if options.text_only else None
+    forward = time.perf_counter() - began
+    found = probing(reading, alone, probe_set, options.probing, subject.device)
+    found.problems[:0] = problems
+    found.take(geometry(reading, probe_set, measures, options.neighbours, subject.device))
+    if first is not None:
+        found.take(drift(first, reading, probe_set, options.neighbours, subject.device))
+    recorder = Recorder(run)
+    if step == 0:
+        recorder.probes(probe_set)
+    recorder.write(found, forward, time.perf_counter() - began - forward)
+    log.info("%s: read in %.1f s, analysed in %.1f s", subject.name, forward, time.perf_counter() - began - forward)
+    for problem in found.problems:
+        log.warning("%s", problem)
+    return reading, found
+
+
+def _without_pictures(subject: Subject, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
+    """The entailment rows with grey pictures, if there are any; what goes wrong is one problem more."""
+    blank = probe_set.without_pictures()
+    if not len(blank):
+        return None
+    try:
+        reading = subject.read(blank, step)
+    except Exception as error:  # a baseline; what was read with pictures stands without it
+        problems.append(f"nothing was read without pictures: {type(error).__name__}: {error}")
+        return None
+    problems += reading.problems
+    return reading
+
+
+def _select(seen: Sequence[tuple[Subject, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
+    """By the first model; what a second one has made of it is two more criteria."""
+    subject, reading = seen[0]
+    try:
+        selection = subject.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
+    except UserError as error:
+        decide("select", "no layers are chosen", f"{error.what} {error.why}")
+        return
+    tell(selection)
+    write_json(run.selection, selection.to_dict())
+
+
+def _write_ledger(subjects: Sequence[Subject], run: RunDirectory) -> None:
+    """What fell out of probes and conversations, as in a run."""
+    ledger = Ledger()
+    for data in (data for subject in subjects for data in (subject.data, subject.conversations)):
+        ledger.add(data.ledger)
+    if len(ledger):
+        ledger.write(run.ledger)
+
+
+def _label(run: RunDirectory, paths: Sequence[str], subject: Subject) -> None:
+    """Which model is which, and which of its layers were trained."""
+    title = " against ".join(map(short, paths))
+    labels = {str(step): str(path) for step, path in enumerate(paths)}
+    write_json(run.path / "inspection.json", {"title": title, "model": subject.kind, "labels": labels})
+    trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+    if subject.trained:
+        write_json(run.census, {"layers": trained})
+
+
+def short(path: str) -> str:
+    """What to call a model: the name of its folder, or of its run where that says more.
+
+    Example:
+        >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
+        ('middle', 'middle-last', 'model')
+    """
+    named = Path(path)
+    parts = (named.resolve() if named.name in ("", "..") else named).parts
+    if parts[-1] == "export" and len(parts) > 1:
+        return parts[-2]
+    if parts[-1].endswith(".ckpt") and len(parts) > 2:
+        return f"{parts[-3]}-{parts[-1].removesuffix('.ckpt')}"
+    return parts[-1]
+
+
+def headlines(title: str, found: Findings) -> Table:
+    """Peaks of the main profiles, as the console shows them."""
+    table = Table(title=str(title))
+    for column in ("measure", "read at"):
+        table.add_column(column, no_wrap=True)
+    for column in ("peak layer", "value", "95 % interval", "chance", "n", "half height"):
+        table.add_column(column)
+    for measure, site in MAIN:
+        profile = found.profile(measure, site)
+        brief = headline(profile)
+        if brief is None:
+            reason = next((row.undefined for row in profile.values()), "")
+            if reason:
+                table.add_row(measure, site, "undefined", reason)
+            continue
+        peak = brief.peak
+        interval = "" if peak.low is None or peak.high is None else f"{peak.low:.3g} to {peak.high:.3g}"
+        null = "" if peak.null is None else f"{peak.null:.3g}"
+        half = f"{brief.half[0]} to {brief.half[1]}"
+        table.add_row(measure, site, str(brief.peak_layer), f"{peak.value:.3g}", interval, null, str(peak.n), half)
+    return table

@@ -1,0 +1,159 @@
+"""Errors of the command line and of config files, on one screen, with the dotted key and what was probably meant.
+
+Data flow: jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1`` shows the library's own traceback.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lightning_mm import tuning
+from lightning_mm.core.errors import UserError
+
+ALLOWED = ("lightning", "torch", "lightning_mm", "torchmetrics")
+"""Where a config's ``class_path`` may point without ``--allow``."""
+
+
+class OneScreenParser(LightningArgumentParser):
+    """A parser whose errors a person can read."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviated option would be taken for another one without a word.
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raise a UserError instead of printing the usage of some hundred options."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        raise explained(message, [name for action in self._actions for name in action.option_strings])
+
+
+def explained(message: str, options: Iterable[str]) -> UserError:
+    """A parser's message as what, why and fix.
+
+    Args:
+        message: As the library gives it.
+        options: Every option string that exists.
+    """
+    if match := re.search(r"unrecognized arguments: (.*)", message, re.S):
+        given = match[1].split()[0].partition("=")[0]
+        return UserError(f"{given} is no option.", "Nothing reads it.", suggestion(given, options) or "See --help.")
+    keys = re.findall(r'(?:Parser key|key) "([\w.+]+)"', message)
+    unknown = re.search(r"Option '([\w.]+)' is not accepted", message)
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    why = lines[-1] if lines else message
+    if unknown:
+        known = _fields_of(message)
+        dotted = ".".join([*keys, unknown[1]])
+        fix = suggestion(unknown[1], known) or f"Options: {', '.join(known)}."
+        return UserError(f"{dotted} is no option.", "The class named there does not have it.", fix)
+    dotted = ".".join(dict.fromkeys(keys)) if keys else ""
+    if dotted.endswith("tuning") and "import path" in message:
+        value = re.search(r"import path string: (\S+)", message)
+        named = value[1] if value else ""
+        why = f"'{named}' is no tuning policy."
+        return UserError(f"{dotted} cannot be read.", why, suggestion(named, _policies()) or _listed(_policies()))
+    if dotted.startswith("model.tuning") and "is abstract" in message:
+        example = "--model.tuning IntermediateOnly"
+        return UserError(f"{dotted} comes without a policy.", "Its options depend on which it is.", f"Add {example}.")
+    literal = r"Expected a typing.Literal\[(.*?)\].*?(?:Got|Given) value: (\S+)"
+    if match := re.search(literal, message, re.S):
+        choices = re.findall(r"'([^']+)'", match[1])
+        return UserError(
+            f"{dotted}: '{match[2]}' is no choice.", _listed(choices), suggestion(match[2], choices) or "Choose."
+        )
+    if match := re.search(r"required: (?:\w+\.)?([\w.]+)", message):
+        return UserError(
+            f"--{match[1]} is missing.", "It has no default.", f"Give --{match[1]} VALUE, or set it in a file."
+        )
+    return UserError(
+        f"{dotted or 'The command line'} cannot be read.", why.replace("<class '", "").replace("'>", ""), _HELP
+    )
+
+
+_HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1 shows where it was refused."
+
+
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """Did you mean ...?
+
+    Example:
+        >>> suggestion("--model.tunning", ["--model.tuning", "--data.train"])
+        'Did you mean --model.tuning?'
+        >>> suggestion("xyz", ["--model.tuning"])
+        ''
+    """
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def refuse_foreign_classes(arguments: list[str]) -> None:
+    """Stop before a config file makes us import something that nobody has allowed: parsing a class imports it.
+
+    Args:
+        arguments: Of the command line; every YAML file that they name is read, and those that these name.
+
+    Raises:
+        UserError: Naming file, key and class.
+    """
+    values = [argument.rpartition("=")[2] for argument in arguments]
+    allowed = [values[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--allow"]
+    allowed += [argument.partition("=")[2] for argument in arguments if argument.startswith("--allow=")]
+    names = [name for value in allowed for name in value.split(",") if name]
+    for value in values:
+        _scan_file(Path(value), tuple(f"{name.rstrip('.')}." for name in (*ALLOWED, *names)))
+
+
+def _scan_file(path: Path, prefixes: tuple[str, ...]) -> None:
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read.", " ".join(str(error).split()), "Mend the YAML there.") from error
+    _scan(content, path, "", prefixes)
+
+
+def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None:
+    if isinstance(content, dict):
+        for name, value in content.items():
+            _scan(value, path, f"{key}.{name}" if key else str(name), prefixes)
+    elif isinstance(content, list):
+        for index, value in enumerate(content):
+            _scan(value, path, f"{key}[{index}]", prefixes)
+    elif isinstance(content, str):
+        _scan_file(path.parent / content, prefixes)
+        # A bare name ('Full') is one of ours; a dotted one is imported.
+        dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", content)
+        if dotted and not f"{content}.".startswith(prefixes) and _names_class(key):
+            raise UserError(
+                f"{path}: {key}: {content} is not loaded.",
+                f"Config files may name classes of {', '.join(p.rstrip('.') for p in prefixes)} only.",
+                f"If you trust it: --allow {content.partition('.')[0]}",
+            )
+
+
+def _names_class(key: str) -> bool:
+    """Whether a key's value is taken for a class: class_path itself, and options that are classes."""
+    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
+    return last in ("class_path", "tuning", "callbacks", "callbacks+", "logger", "strategy", "profiler", "plugins")
+
+
+def _policies() -> list[str]:
+    return [name for name in tuning.__all__ if issubclass(getattr(tuning, name), tuning.TuningPolicy)][:-1]
+
+
+def _fields_of(message: str) -> list[str]:
+    match = re.search(r"class_path '[\w.]*?(\w+)'", message)
+    policy = getattr(tuning, match[1], None) if match else None
+    return [field.name for field in fields(policy)] if policy is not None else []
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"Choices are {', '.join(names)}."

@@ -1,0 +1,1 @@
+"""What every room may use: errors, decisions, estimates, metric names, the run directory, files and ranks."""

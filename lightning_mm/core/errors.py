@@ -1,0 +1,32 @@
+"""What a user is told when something of theirs cannot work: one screen, no traceback.
+
+Data flow: any module raises ``UserError``; ``cli.main`` prints it and exits with status 2.
+"""
+
+
+class UserError(Exception):
+    """A fault that the user can mend: what happened, why, and how to mend it.
+
+    Args:
+        what: What failed, naming the option, file or row.
+        why: The cause, as far as it is known.
+        fix: What to do next.
+
+    Example:
+        >>> print(UserError("No layer matches '40-50'.", "The model has layers 0 to 31.", "Use '8-15'."))
+        No layer matches '40-50'.
+          why: The model has layers 0 to 31.
+          fix: Use '8-15'.
+    """
+
+    def __init__(self, what: str, why: str, fix: str) -> None:
+        super().__init__(what, why, fix)
+        self.what, self.why, self.fix = what, why, fix
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def first_line(error: Exception) -> str:
+    """What went wrong, in short."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]

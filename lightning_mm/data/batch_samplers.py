@@ -1,0 +1,247 @@
+"""Batches of conversations of like length: as many as fit a budget of tokens, or always as many.
+
+Data flow: ``Lengths`` -> a plan of each epoch's steps, one batch per rank -> this rank's share behind
+``ResumableLoader``.
+
+A plan depends on nothing but the lengths, (seed, epoch) and the number of ranks; every rank makes it whole and takes
+its part. Each epoch has as many batches as any other, so that schedules and progress are exact, and each sample is in
+it once (where samples do not divide by the ranks, a few are there twice).
+
+By budget: the samples, longest first, fall into buckets of lengths within 5 % of each other; each epoch shuffles every
+bucket, and cuts the same places. Batches of like cost make a step, for the slowest rank decides how long it takes; the
+order of steps is random.
+By number: the epoch's permutation is cut into windows, each sorted by length; the order of steps in a window is random.
+
+Shapes: N samples, W ranks.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.distributed import rank_and_world_size
+from lightning_mm.data.dataloader import Collate, EpochSampler, ResumableLoader, loader_options, mix
+from lightning_mm.data.token_lengths import Lengths
+
+Batches = list[list[int]]
+_NARROW = 0.95
+_WINDOW = 32
+
+
+class PlannedSampler(EpochSampler):
+    """One rank's share of an epoch's plan: whole batches, as lists of indices.
+
+    Args:
+        lengths: Of all samples.
+        seed: With the epoch, all that the order depends on.
+        rank: Of this process.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, lengths: Lengths, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(len(lengths), seed, rank, world_size)
+        self.lengths = lengths
+
+    def plan(self, epoch: int) -> list[Batches]:
+        """All steps of an epoch, each with one batch per rank."""
+        return self._steps(torch.Generator().manual_seed(mix(self.seed, epoch)))
+
+    def _steps(self, generator: torch.Generator) -> list[Batches]:
+        raise NotImplementedError
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # batches, where the base has samples
+        for step in self.plan(self.epoch)[self.skip :]:
+            yield step[self.rank]
+
+    def identity(self) -> dict[str, int]:
+        return {"lengths": self.lengths.digest}
+
+
+class TokenBudgetSampler(PlannedSampler):
+    """Batches of as many samples as fit: rows times the longest of them is at most ``max_tokens``.
+
+    A sample that is longer than that is a batch of its own.
+
+    Args:
+        max_tokens: Of one batch, padding included.
+    """
+
+    def __init__(self, lengths: Lengths, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(lengths, seed, rank, world_size)
+        self.max_tokens = max_tokens
+        self._longest_first = torch.argsort(lengths.tokens, descending=True, stable=True)
+        sorted_tokens = lengths.tokens[self._longest_first].tolist()
+        self._bucket_of, self._cuts = _buckets(sorted_tokens, max_tokens)
+        _split_until_divisible(self._cuts, world_size)
+        self.num_repeated = -len(self._cuts) % world_size  # every batch is of one sample, and they do not divide
+
+    def __len__(self) -> int:
+        return -(-len(self._cuts) // self.world_size)
+
+    def _steps(self, generator: torch.Generator) -> list[Batches]:
+        noise = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
+        order = self._longest_first[torch.argsort(self._bucket_of + noise, stable=True)]
+        batches = [order[start:end].tolist() for start, end in self._cuts]
+        batches += [batches[i % len(batches)] for i in range(self.num_repeated)]
+        costs = torch.stack([self.lengths.costs[batch].sum() for batch in batches])
+        alike = torch.argsort(costs, descending=True, stable=True).reshape(-1, self.world_size)
+        steps = alike[torch.randperm(len(alike), generator=generator)].tolist()
+        return [[batches[number] for number in step] for step in steps]
+
+    def identity(self) -> dict[str, int]:
+        return {**super().identity(), "batch_size": 0, "max_tokens": self.max_tokens}
+
+
+class LengthGroupedSampler(PlannedSampler):
+    """Batches of always as many samples, of like length.
+
+    Args:
+        batch_size: Of each rank.
+    """
+
+    def __init__(self, lengths: Lengths, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(lengths, seed, rank, world_size)
+        self.batch_size = batch_size
+        self.num_repeated = -self.num_samples % world_size
+
+    def __len__(self) -> int:
+        return -(-super().__len__() // self.batch_size)
+
+    def _steps(self, generator: torch.Generator) -> list[Batches]:
+        order = torch.randperm(self.num_samples, generator=generator)
+        order = order[torch.arange(self.num_samples + self.num_repeated) % self.num_samples]
+        steps: list[Batches] = []
+        for window in order.split(_WINDOW * self.world_size * self.batch_size):
+            alike = window[torch.argsort(self.lengths.tokens[window], descending=True, stable=True)]
+            chunks = alike.split(self.world_size * self.batch_size)
+            drawn = torch.randperm(len(chunks), generator=generator).tolist()
+            # Dealt in turn, the ranks' parts of a chunk are alike in length and in cost.
+            steps += [[chunks[i][rank :: self.world_size].tolist() for rank in range(self.world_size)] for i in drawn]
+        return steps
+
+    def identity(self) -> dict[str, int]:
+        return {**super().identity(), "batch_size": self.batch_size, "group_by_length": 1}
+
+
+def _buckets(tokens: Sequence[int], max_tokens: int) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Buckets of like length, and where batches begin and end: by position in the order from long to short.
+
+    Args:
+        tokens: Lengths, longest first.
+        max_tokens: Of a batch.
+
+    Returns:
+        (N,) float64 number of each position's bucket, and the cuts.
+    """
+    bucket, longest = 0, tokens[0]
+    buckets, longests = [], []
+    for length in tokens:
+        if length < _NARROW * longest:
+            bucket, longest = bucket + 1, length
+        buckets.append(bucket)
+        longests.append(longest)
+    cuts, start = [], 0
+    while start < len(tokens):
+        end = min(len(tokens), start + max(1, max_tokens // longests[start]))
+        cuts.append((start, end))
+        start = end
+    return torch.tensor(buckets, dtype=torch.float64), cuts
+
+
+def _split_until_divisible(cuts: list[tuple[int, int]], world_size: int) -> None:
+    """Halve the batches of most samples until all ranks get as many batches, or each has one sample only."""
+    while len(cuts) % world_size:
+        largest = max(range(len(cuts)), key=lambda i: (cuts[i][1] - cuts[i][0], i))
+        start, end = cuts[largest]
+        if end - start == 1:
+            return
+        middle = (start + end) // 2
+        cuts[largest : largest + 1] = [(start, middle), (middle, end)]
+
+
+def planned_loader(
+    dataset: Sequence[Any],
+    collate: Collate,
+    lengths: Lengths,
+    *,
+    max_tokens: int | None = None,
+    batch_size: int = 1,
+    seed: int = 0,
+    num_workers: int = 0,
+) -> ResumableLoader:
+    """The loader of one rank for training; the rank is torch.distributed's.
+
+    Args:
+        dataset: The samples.
+        collate: Makes a batch of some.
+        lengths: Of the samples.
+        max_tokens: Batches of as many samples as fit; of ``batch_size`` if not given.
+        batch_size: Samples of a batch.
+        seed: Of the order.
+        num_workers: Processes that prepare batches.
+    """
+    rank, world_size = rank_and_world_size()
+    sampler: TokenBudgetSampler | LengthGroupedSampler
+    if max_tokens is not None:
+        sampler = TokenBudgetSampler(lengths, max_tokens, seed, rank, world_size)
+        _tell_budget(sampler)
+    else:
+        sampler = LengthGroupedSampler(lengths, batch_size, seed, rank, world_size)
+        _tell_grouping(sampler)
+    if sampler.num_repeated:
+        decide(
+            "data.train",
+            f"{sampler.num_repeated} samples are seen twice in each epoch",
+            f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
+        )
+    return ResumableLoader(**loader_options(_Rows(dataset), collate, sampler, None, num_workers))
+
+
+class _Rows(Dataset[list[Any]]):
+    """A dataset that is asked for whole batches; for single samples by Lightning's overfit_batches."""
+
+    def __init__(self, dataset: Sequence[Any]) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int | list[int]) -> list[Any]:
+        return [self._dataset[i] for i in ([index] if isinstance(index, int) else index)]
+
+
+def _tell_budget(sampler: TokenBudgetSampler) -> None:
+    tokens, batches = sampler.lengths.tokens, [batch for step in sampler.plan(0) for batch in step]
+    size = sampler.num_samples / len(batches)
+    decide(
+        "data.max_tokens",
+        f"{len(sampler)} steps an epoch, {size:.1f} samples each",
+        f"{int(tokens.sum()) / (len(batches) * sampler.max_tokens):.0%} of {sampler.max_tokens} tokens are used, "
+        f"padding is {padding_share(tokens, batches):.1%} of a batch",
+    )
+    if over := int((tokens > sampler.max_tokens).sum()):
+        decide("data.max_tokens", f"{over} samples are batches of their own", "they are longer than the budget")
+
+
+def _tell_grouping(sampler: LengthGroupedSampler) -> None:
+    tokens, batches = sampler.lengths.tokens, [batch for step in sampler.plan(0) for batch in step]
+    shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).split(sampler.batch_size)
+    before = padding_share(tokens, [batch.tolist() for batch in shuffled])
+    after = padding_share(tokens, batches)
+    decide("data.group_by_length", f"padding is {after:.1%} of a batch", f"{before:.1%} in random order")
+
+
+def padding_share(tokens: Tensor, batches: Sequence[Sequence[int]]) -> float:
+    """Padding as a share of all positions of right-padded batches.
+
+    Args:
+        tokens: (N,) lengths.
+        batches: Indices.
+    """
+    rows = [tokens[list(batch)] for batch in batches]
+    positions = sum(len(row) * int(row.max()) for row in rows)
+    return 1 - sum(int(row.sum()) for row in rows) / positions

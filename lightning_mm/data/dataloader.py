@@ -1,0 +1,251 @@
+"""Batches in an order that depends on nothing but (seed, epoch), that can be taken up again in the middle.
+
+Data flow: dataset -> sampler -> (workers: dataset[i], collate) -> the loops. A training loader's ``state_dict`` goes
+into the checkpoint through Lightning and comes back by ``load_state_dict``.
+
+Training: one permutation per epoch, dealt out to the ranks in turn. Where the samples do not divide by the number of
+ranks, the first few of the permutation are dealt once more, so that all ranks have as many batches. Nothing is
+dropped.
+Evaluation: file order, each sample exactly once over all ranks.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Sequence, Sized
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.distributed import rank_and_world_size
+from lightning_mm.core.errors import UserError
+
+Collate = Callable[[list[Any]], Any]
+_PLACE = ("epoch", "batches", "num_batches")
+
+
+class EpochSampler(Sampler[int]):
+    """One rank's share of the epoch's permutation.
+
+    Args:
+        num_samples: Of the whole dataset.
+        seed: With the epoch, all that the order depends on.
+        rank: Of this process.
+        world_size: Number of ranks.
+    """
+
+    def __init__(self, num_samples: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.num_samples, self.seed, self.rank, self.world_size = num_samples, seed, rank, world_size
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls this as an epoch begins, but after it asked for the first iterator."""
+        self.epoch = epoch
+
+    def identity(self) -> dict[str, int]:
+        """What else the order depends on."""
+        return {}
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.world_size)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        order = torch.randperm(self.num_samples, generator=generator)
+        dealt = order[torch.arange(self.rank, len(self) * self.world_size, self.world_size) % self.num_samples]
+        yield from dealt[self.skip :].tolist()
+
+
+class ShareSampler(Sampler[int]):
+    """One rank's share of a dataset in file order: every sample exactly once over all ranks."""
+
+    def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
+        self._share = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self._share)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._share)
+
+
+class _Carried:
+    """A collate function whose UserErrors reach the main process as they are: torch would make plain text of them."""
+
+    def __init__(self, collate: Collate) -> None:
+        self.collate = collate
+
+    def __call__(self, rows: list[Any]) -> Any:
+        try:
+            return self.collate(rows)
+        except UserError as error:
+            return error
+
+
+class GuardedLoader(DataLoader[Any]):
+    """A DataLoader whose failures are told in the user's terms.
+
+    Attributes:
+        waited: Seconds that have been spent waiting for batches, the start of the workers included.
+    """
+
+    waited: float = 0.0
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning asks for no more than an iterator
+        try:
+            began = time.perf_counter()
+            for batch in super().__iter__():
+                self.waited += time.perf_counter() - began
+                if isinstance(batch, UserError):
+                    raise batch
+                yield batch
+                began = time.perf_counter()
+        except RuntimeError as error:
+            told = killed_worker(error)
+            if told is None:
+                raise
+            raise told from error
+
+
+def killed_worker(error: RuntimeError) -> UserError | None:
+    """What to tell if this error means that a data worker died; torch may raise it anywhere, not only in a loader."""
+    if not str(error).startswith("DataLoader worker"):
+        return None
+    return UserError(
+        "A data worker was killed.",
+        f"{error} Most often the machine ran out of memory, or of shared memory (/dev/shm).",
+        "Lower data.num_workers or data.batch_size; in a container, raise --shm-size.",
+    )
+
+
+class ResumableLoader(GuardedLoader):
+    """A training loader that knows its place.
+
+    The place is (epoch, batches done). An iterator begins where the loaded place says, if that is the epoch it is
+    asked for, and at the beginning otherwise. It decides so at its first batch and not before: on a restart Lightning
+    makes the iterator first and tells the epoch later.
+
+    Attributes:
+        processed: If set, how many batches of this epoch the loop has finished: a batch that was handed out but that
+            broke the step is not done.
+    """
+
+    processed: Callable[[], int] | None = None
+    _place: tuple[int, int] = (0, 0)
+    _resume: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # as in GuardedLoader
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):  # Lightning's overfit_batches puts a sequential one in
+            yield from super().__iter__()
+            return
+        epoch = sampler.epoch
+        done = self._resume[1] if self._resume and self._resume[0] == epoch else 0
+        self._place, self._resume = (epoch, done), None
+        sampler.skip = done * (self.batch_size or 1)  # without a batch_size, the sampler counts batches
+        assert self.generator is not None
+        self.generator.manual_seed(mix(sampler.seed, epoch))
+        for batch in super().__iter__():
+            done += 1
+            self._place = (epoch, done)
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The place, and what the order depends on."""
+        epoch, done = self._resume or self._place
+        if self.processed is not None and self._resume is None:
+            done = min(done, self.processed())
+        return {"epoch": epoch, "batches": done, "num_batches": len(self), **self._identity()}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Take up the order of a checkpoint.
+
+        Raises:
+            UserError: The checkpoint is in the middle of an epoch that this loader would order otherwise.
+        """
+        identity = self._identity()
+        keys = [key for key in {**identity, **state} if key not in _PLACE]
+        changed = {key: (state.get(key), identity.get(key)) for key in keys if state.get(key) != identity.get(key)}
+        if changed and state["batches"] < state["num_batches"]:
+            told = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            raise UserError(
+                f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']} of "
+                f"{state['num_batches']} of epoch {state['epoch']}.",
+                f"Samples would be lost or seen twice: {told}.",
+                "Resume with the same data, model, data.seed, data.batch_size, data.max_tokens, data.group_by_length "
+                "and number of devices, or from the end of an epoch.",
+            )
+        self._resume = (state["epoch"], state["batches"])
+        if isinstance(self.sampler, EpochSampler):
+            self.sampler.set_epoch(state["epoch"])
+
+    def _identity(self) -> dict[str, int]:
+        sampler = self.sampler
+        if not isinstance(sampler, EpochSampler):
+            return {}
+        return {
+            "seed": sampler.seed,
+            "num_samples": sampler.num_samples,
+            "batch_size": self.batch_size or 0,
+            "world_size": sampler.world_size,
+            **sampler.identity(),
+        }
+
+
+def training_loader(
+    dataset: Sequence[Any], collate: Collate, *, batch_size: int, seed: int = 0, num_workers: int = 0
+) -> ResumableLoader:
+    """The loader of one rank for training; the rank is torch.distributed's."""
+    rank, world_size = rank_and_world_size()
+    if extra := -len(dataset) % world_size:
+        decide(
+            "data.train",
+            f"{extra} samples are seen twice in each epoch",
+            f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
+        )
+    sampler = EpochSampler(len(dataset), seed, rank, world_size)
+    return ResumableLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
+
+
+def evaluation_loader(
+    dataset: Sequence[Any], collate: Collate, *, batch_size: int, num_workers: int = 0
+) -> GuardedLoader:
+    """The loader of one rank for evaluation; the rank is torch.distributed's.
+
+    Raises:
+        UserError: There are fewer samples than ranks: a rank without a batch would leave the others waiting.
+    """
+    rank, world_size = rank_and_world_size()
+    if len(dataset) < world_size:
+        raise UserError(
+            f"{len(dataset)} samples cannot be evaluated on {world_size} devices.",
+            "Each device needs at least one.",
+            "Use fewer devices, or more samples.",
+        )
+    return GuardedLoader(
+        **loader_options(dataset, collate, ShareSampler(len(dataset), rank, world_size), batch_size, num_workers)
+    )
+
+
+def loader_options(
+    dataset: Sized, collate: Collate, sampler: Sampler[Any], batch_size: int | None, num_workers: int
+) -> dict[str, Any]:
+    """Arguments of a DataLoader; without ``batch_size`` the sampler gives whole batches."""
+    return {
+        "dataset": cast(Dataset[Any], dataset),
+        "sampler": sampler,
+        "batch_size": batch_size,
+        "collate_fn": _Carried(collate),
+        "num_workers": num_workers,
+        "persistent_workers": num_workers > 0,
+        "pin_memory": torch.cuda.is_available(),
+        # Workers' base seeds are drawn from here and not from the global generator, which dropout uses.
+        "generator": torch.Generator().manual_seed(0),
+    }
+
+
+def mix(seed: int, epoch: int) -> int:
+    """A generator seed for this epoch: unlike ``seed + epoch``, no two runs share an order."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")

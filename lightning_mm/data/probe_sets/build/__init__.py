@@ -1,0 +1,89 @@
+"""Probe sets, drawn from any file that tells something about pictures.
+
+Data flow: file -> ``reading`` (with ``scenes``, ``descriptions``, ``coco``) -> ``choosing`` (with ``boxes``) ->
+``entailment`` (with ``partners``, ``wording``) and ``objects`` -> ``drawing`` -> ``ProbeSet``. ``reading`` says which
+forms files have. ``grids`` is for the collator: which image tokens show a part of a picture.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.images import load
+from lightning_mm.data.probe_sets.build.coco import Scenes, read_scenes
+from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, choose, draw
+from lightning_mm.data.probe_sets.files import is_probe_set
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.data.rejected_samples import Ledger
+
+__all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
+
+
+def open_probe_set(
+    path: Path | str,
+    image_root: Path | str | None,
+    ledger: Ledger,
+    *,
+    max_pictures: int,
+    prompt: str = ENTAILMENT_PROMPT,
+    seed: int = 0,
+    max_megapixels: float = 40.0,
+) -> ProbeSet:
+    """A saved probe set, or one drawn from a file.
+
+    Args:
+        path: What ``ProbeSet.save`` wrote, or a file in one of the forms of ``reading``.
+        image_root: The folder that image paths are relative to; the file's own folder if None. A saved set has its own.
+        ledger: Takes what cannot be used.
+        max_pictures: At most so many.
+        prompt: Of entailment rows, with ``{caption}`` in it. A saved set has its own.
+        seed: Of the draw.
+        max_megapixels: Largest picture that is decoded.
+
+    Raises:
+        UserError: The file cannot be read, or nothing in it can be probed.
+    """
+    path = Path(path)
+    if path.is_file():
+        with path.open("rb") as file:
+            if is_probe_set(file.read(4096).decode("utf-8", errors="replace")):
+                return ProbeSet.load(path).subset(max_pictures)
+    read = read_scenes(path, image_root)
+    _check_any(path, read)
+    shown, bad_pictures = choose(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
+    drawn = draw(shown, source=str(path), prompt=prompt, seed=seed)
+    ledger.num_rows += read.num_rows
+    ledger.add([*read.rejections, *bad_pictures, *drawn.rejections])
+    ledger.check()
+    return drawn.probe_set
+
+
+def _check_any(path: Path, read: Scenes) -> None:
+    if read.rejections and not read.scenes:
+        first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejections[:5])
+        raise UserError(
+            f"None of the {read.num_rows} rows of {path} can be probed.",
+            f"The first of them:\n    {first}",
+            'Rows look like {"image": "a.jpg", "caption": "a cat", "objects": [{"name": "cat", "box": [0, 0, 9, 9]}]}.',
+        )
+
+
+def file_for_probes(paths: Mapping[str, str | None]) -> str:
+    """The file that probes are drawn from where none is named: one that is not trained on.
+
+    Args:
+        paths: Split -> its file.
+
+    Raises:
+        UserError: There is none.
+    """
+    for split in ("val", "test"):
+        if (path := paths[split]) is not None:
+            decide("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
+            return path
+    raise UserError(
+        "There is nothing to look inside the model with.",
+        "data.probes is not set, and neither are data.val and data.test.",
+        "Give --data.probes FILE, with captions or objects of pictures that are not trained on.",
+    )

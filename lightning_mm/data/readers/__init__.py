@@ -1,0 +1,1 @@
+"""Files of training data, read into samples."""

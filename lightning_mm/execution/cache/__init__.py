@@ -1,0 +1,1 @@
+"""Activations of frozen parts, computed once per row and kept on disk."""

@@ -1,0 +1,71 @@
+"""The vision tower cut at the features that are read: blocks above them are computed by the family's code, and dropped.
+
+Data flow: an example batch -> logits where the tower's last block, the one below, ... puts out what is not a number ->
+the blocks that do not show in them, passed by from then on (LLaVA reads the last but one).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.data.batch import Batch
+from lightning_mm.execution.cache.frozen_prefix import own_randomness, pass_by
+from lightning_mm.execution.loss import gathered_before
+from lightning_mm.models.hooks import restored
+from lightning_mm.models.layout import Anatomy
+
+
+@torch.no_grad()
+def cut_tower(model: nn.Module, anatomy: Anatomy, batch: Batch) -> tuple[str, ...]:
+    """Pass by the vision blocks that nothing reads, in place; returns their names, top first.
+
+    Args:
+        model: The plain model, on the batch's device.
+        anatomy: Of it.
+        batch: With pictures; without any, nothing is cut.
+    """
+    if not batch.has_images or not anatomy.vision_blocks:
+        return ()
+    head = model.get_submodule(anatomy.head)
+
+    def reads() -> bool:
+        """Whether what is not a number reaches the logits; where a closed gate is in between, it does too."""
+        with gathered_before(head, batch.supervised):
+            return not bool(model(**batch.inputs, use_cache=False).logits.isfinite().all())
+
+    cut: list[str] = []
+    in_tuple = False
+    with own_randomness(batch.regions.device):
+        for name in reversed(anatomy.vision_blocks):
+            with _spoilt(model.get_submodule(name)) as outputs:
+                if reads() or not outputs:
+                    break
+            in_tuple = isinstance(outputs[0], tuple)
+            cut.append(name)
+    if cut:
+        pass_by([model.get_submodule(name) for name in cut], in_tuple)
+        decide("vision tower", f"{len(cut)} of {len(anatomy.vision_blocks)} blocks left out", "nothing reads them")
+    return tuple(cut)
+
+
+@contextmanager
+def _spoilt(block: nn.Module) -> Iterator[list[Any]]:
+    """While active, what the block computes is listed, and what it returns is not a number. Its forward is replaced,
+    since transformers' own hooks may already have taken the features when one of ours is asked."""
+    outputs: list[Any] = []
+    forward = block.forward
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        outputs.append(output)
+        if isinstance(output, tuple):
+            return (torch.full_like(output[0], float("nan")), *output[1:])
+        return torch.full_like(output, float("nan"))
+
+    with restored([block]):
+        block.forward = spoilt
+        yield outputs

@@ -1,0 +1,149 @@
+"""How alike two representations are after the best linear match of one with the other: SVCCA and PWCCA.
+
+Data flow: two ``Bank``s of the same samples -> principal directions -> canonical correlations -> one Estimate per
+layer. Canonical correlations of unrelated data are far from zero and all 1 with as many directions as samples: no more
+than N/10 directions of a side are used, and every value stands beside its mean over random pairings.
+
+Shapes: L layers, N samples, D features, R directions (S of the other side), P pairings, B leave-out sets.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.threads import one_thread
+from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
+from lightning_mm.geometry.resampling import (
+    deletion_blocks,
+    jackknife_interval,
+    permutations,
+    t_quantile,
+    too_fixed,
+    withheld,
+)
+
+_SAMPLES_PER_DIRECTION = 10
+"""With fewer, chance correlations swamp the rest."""
+
+_ROUNDING = 8
+"""Squared singular values below this many roundings of the largest are rounding."""
+
+_SPANNED = 64
+"""A direction of which a deletion leaves less than this many roundings was the deleted block's own."""
+
+_DRAWS = 6
+"""Random pairings; the values are means over directions, which hardly vary between pairings."""
+
+
+def svcca(a: Bank, b: Bank, variance: float = 0.99, groups: Tensor | None = None) -> list[Estimate]:
+    """Mean canonical correlation of the directions that hold most of the variance (Raghu et al. 2017).
+
+    Args:
+        a: L layers of N samples.
+        b: As many layers of the same samples; the features may differ.
+        variance: Share of each side's variance that its directions hold, if there are 10 samples for each.
+        groups: (N,) int ids, equal for samples that share a picture.
+
+    Returns:
+        Per layer the mean correlation, with k = the correlations averaged; the interval holds the directions fixed.
+        The null is the mean over random pairings; there, mean rho^2 = max(R, S)/(N-1). ``chance.calibrated`` of
+        the estimate compares layers with different k.
+
+    Example:
+        >>> x = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(0))
+        >>> sheared = x @ torch.tensor([[2.0, 1.0], [0.0, 1.0]])
+        >>> round(svcca(Bank.of(x), Bank.of(sheared), variance=1.0)[0].value, 4)
+        1.0
+    """
+    return _layerwise(a, b, variance, False, groups)
+
+
+def pwcca(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:
+    """Canonical correlations weighted by how much of ``a`` each accounts for (Morcos et al. 2018); not symmetric.
+
+    The weight of a canonical variate h of ``a`` is sum_j |<h, x_j>| over the features x_j of ``a``: the value depends
+    on the axes of ``a``, rotating ``b`` changes nothing. Arguments and result are those of ``svcca``, with all the
+    directions for which there are samples.
+    """
+    return _layerwise(a, b, 1.0, True, groups)
+
+
+def _layerwise(a: Bank, b: Bank, variance: float, weighted: bool, groups: Tensor | None) -> list[Estimate]:
+    n = a.num_samples
+    order_PN = permutations(n, _DRAWS, groups=groups).to(a.centred.device)
+    deleted = [block.to(a.centred.device) for block in deletion_blocks(n, groups)]
+    estimates = []
+    with exact_products():
+        for layer, problem in enumerate(pair_problems(a, b, _SAMPLES_PER_DIRECTION)):
+            if problem:
+                estimates.append(undefined(problem, n))
+                continue
+            (a_NR, a_note), (b_NS, b_note) = (_directions(bank, layer, variance) for bank in (a, b))
+            found = _matched(a_NR, b_NS, a.centred[layer] if weighted else None, order_PN, deleted)
+            estimates.append(found.noted(*dict.fromkeys((a_note, b_note))))
+    return withheld(estimates, too_fixed(groups))
+
+
+def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tensor, deleted: list[Tensor]) -> Estimate:
+    cross_RS, loadings_DR = a_NR.mT @ b_NS, None if weigh_ND is None else weigh_ND.mT @ a_NR
+    whole = _mean_correlation(cross_RS, loadings_DR)
+    left_out = [_mean_correlation(*_without(a_NR, b_NS, cross_RS, weigh_ND, loadings_DR, block)) for block in deleted]
+    low, high = jackknife_interval(torch.stack([whole, *left_out]), 0.0, 1.0)
+    drawn_P = torch.stack([_mean_correlation(a_NR.mT @ b_NS[order_N], loadings_DR) for order_N in order_PN])
+    null = float(drawn_P.mean())
+    width = t_quantile(_DRAWS - 1) * float(drawn_P.std()) * math.sqrt(1 + 1 / _DRAWS)
+    band = {"null": null, "null_low": null - width, "null_high": null + width}
+    return finite(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
+
+
+def _directions(bank: Bank, layer: int, variance: float) -> tuple[Tensor, str]:
+    """Orthonormal scores (N, R) of the leading directions, and a note if samples are too few for all of them."""
+    values_K, scores_NR = bank.principal[layer]
+    share_K = values_K.double().cumsum(0) / values_K.double().sum()
+    sound = int((values_K > _ROUNDING * torch.finfo(values_K.dtype).eps * values_K[0]).sum())
+    wanted = min(int((share_K < variance).sum()) + 1, sound)
+    kept = min(wanted, scores_NR.shape[1])
+    if kept == wanted:
+        return scores_NR[:, :kept], ""
+    held = f"{kept} of {wanted} directions, {float(share_K[kept - 1]):.1%} of the variance"
+    return scores_NR[:, :kept], f"{held}: {_SAMPLES_PER_DIRECTION} samples for each"
+
+
+@one_thread()
+def _mean_correlation(cross_RS: Tensor, loadings_DR: Tensor | None) -> Tensor:
+    """() float64 mean of the canonical correlations, plain or weighted by what they account for; NaN if not finite."""
+    if not torch.isfinite(cross_RS).all():
+        return torch.tensor(math.nan, dtype=torch.float64, device=cross_RS.device)
+    if loadings_DR is None:
+        return torch.linalg.svdvals(cross_RS).clamp_max(1).double().mean()
+    variates_RK, rho_K, _ = torch.linalg.svd(cross_RS, full_matrices=False)
+    weights_K = (loadings_DR @ variates_RK).abs().double().sum(0)
+    return (weights_K / weights_K.sum() * rho_K.clamp_max(1)).sum()
+
+
+@one_thread()
+def _without(
+    a_NR: Tensor,
+    b_NS: Tensor,
+    cross_RS: Tensor,
+    weigh_ND: Tensor | None,
+    loadings_DR: Tensor | None,
+    block: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """What correlations and loadings are without the samples of a block: less its share, whitened again."""
+    gone_a, gone_b, kept = a_NR[block], b_NS[block], len(a_NR) - len(block)
+    sum_a, sum_b = gone_a.sum(0), gone_b.sum(0)
+    own_RR = torch.eye(len(sum_a)).to(a_NR) - gone_a.mT @ gone_a - sum_a.outer(sum_a) / kept
+    own_SS = torch.eye(len(sum_b)).to(b_NS) - gone_b.mT @ gone_b - sum_b.outer(sum_b) / kept
+    left_RS = cross_RS - gone_a.mT @ gone_b - sum_a.outer(sum_b) / kept
+    (root_RR, fail_a), (root_SS, fail_b) = torch.linalg.cholesky_ex(own_RR), torch.linalg.cholesky_ex(own_SS)
+    least = min(float(root.diagonal().min()) for root in (root_RR, root_SS))
+    if fail_a or fail_b or least**2 < _SPANNED * torch.finfo(root_RR.dtype).eps:
+        return torch.full_like(cross_RS, math.nan), None
+    if weigh_ND is not None and loadings_DR is not None:
+        gone_DR = weigh_ND[block].mT @ gone_a + weigh_ND[block].sum(0).outer(sum_a) / kept
+        loadings_DR = torch.linalg.solve_triangular(root_RR, (loadings_DR - gone_DR).mT, upper=False).mT
+    half_RS = torch.linalg.solve_triangular(root_RR, left_RS, upper=False)
+    return torch.linalg.solve_triangular(root_SS, half_RS.mT, upper=False).mT, loadings_DR

@@ -1,0 +1,1 @@
+"""Which layers are worth training: criteria, their significance, and the search for a range."""

@@ -1,0 +1,192 @@
+"""What the loss asks of each block: gradient criteria, one backward pass per batch, no weight changed, nothing kept.
+
+Data flow: model + a few training batches -> per batch and block: squared gradient norm, running mean of the gradient
+-> RGN, SNR and Fisher scores. Gradients are reduced to these numbers as they appear and freed at once, so that no more
+than one tensor's gradient is in memory beside the activations.
+
+Shapes: K batches, L decoder blocks.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.data.batch import Batch
+from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.layer_selection.layer_range_search import Criterion
+from lightning_mm.models.layout import Anatomy, Region
+
+GRADIENT = ("rgn", "snr", "fisher")
+"""The criteria that are made of gradients."""
+
+
+@dataclass(frozen=True, eq=False)
+class GradientScores:
+    """Gradient statistics of every decoder block; zero, and NaN as a ratio, where no loss depends on a block.
+
+    Args:
+        relative_norm: (K, L) RGN = ||g|| / ||theta|| of each batch (Surgical Fine-Tuning, Lee et al. 2023).
+        fisher: (K, L) ||g||^2 per weight: the trace of the empirical Fisher matrix by batches, per parameter.
+        signal_to_noise: (L,) ||mean g||^2 / mean ||g - mean g||^2 over a fixed sample of the block's weights.
+        signal_to_noise_halves: (H, L) the same of every half of the batches.
+    """
+
+    relative_norm: Tensor
+    fisher: Tensor
+    signal_to_noise: Tensor
+    signal_to_noise_halves: Tensor
+
+
+_SAMPLED = 4096
+"""Entries of each tensor whose gradients are kept per batch, for the signal-to-noise ratio."""
+
+
+def scores_if_possible(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device, criteria: Collection[str]
+) -> GradientScores | None:
+    """``gradient_scores`` where a criterion asks for them; None, and said why, where they cannot be had."""
+    if not set(GRADIENT) & set(criteria):
+        return None
+    why = ""
+    if len(batches) < 2:
+        why = f"{len(batches)} batches to take a loss of, and 2 are needed: give conversations (data.train, --data)"
+    elif any(not p.is_floating_point() for p in _block_weights(model, anatomy).values()):
+        why = "the blocks are quantised, and gradients of whole numbers are not defined"
+    else:
+        try:
+            return gradient_scores(model, anatomy, batches, device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            why = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    decide("auto.criteria", "without gradients", why)
+    return None
+
+
+def gradient_scores(
+    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device
+) -> GradientScores:
+    """Measure. The caller sees to eval mode and randomness; ``requires_grad`` is as before afterwards.
+
+    Args:
+        model: The plain model, all of whose block weights are floating point. Adapters count as part of the function,
+            not of the weights.
+        anatomy: Of it.
+        batches: At least two.
+        device: Where the model is.
+    """
+    names = _block_weights(model, anatomy)
+    blocks = {name: anatomy.place_of(name).layer for name in names}
+    squared = torch.zeros(len(batches), anatomy.num_layers, dtype=torch.float64)
+    sampled: list[dict[str, Tensor]] = []
+    for index, batch in enumerate(batches):
+        kept: dict[str, Tensor] = {}
+
+        def note(name: str, gradient: Tensor, index: int = index, kept: dict[str, Tensor] = kept) -> None:
+            flat = gradient.float().flatten()
+            squared[index, blocks[name]] += float(flat.square().sum())
+            kept[name] = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu()
+
+        with _watched(model, names, note), torch.enable_grad():
+            objective = supervised_nll(model, model.get_submodule(anatomy.head), batch.to(device))
+            (objective.nll / max(objective.num_tokens, 1)).backward()
+        sampled.append(kept)
+    weights, counts = _sizes(names, blocks, anatomy.num_layers)
+    ratio = _signal_to_noise(sampled, blocks, anatomy)
+    halves = [_signal_to_noise([sampled[k] for k in half], blocks, anatomy) for half in halves_of(len(batches))]
+    return GradientScores((squared / weights).sqrt(), squared / counts, ratio, torch.stack(halves))
+
+
+def gradient_criteria(gradients: GradientScores, names: Collection[str], resamples: int) -> list[Criterion]:
+    """The criteria named, with as many halves of the batches as are asked for."""
+    measured = {"rgn": gradients.relative_norm, "fisher": gradients.fisher}
+    made = [
+        Criterion(name, _log(per_batch.mean(0)), _log(halved(per_batch, resamples)), "gradients")
+        for name, per_batch in measured.items()
+        if name in names
+    ]
+    if "snr" in names:
+        halves = _cycled(_log(gradients.signal_to_noise_halves), resamples)
+        made.append(Criterion("snr", _log(gradients.signal_to_noise), halves, "gradients"))
+    return made
+
+
+def _log(ratios: Tensor) -> Tensor:
+    """NaN, which has no say, where a block has no gradient at all."""
+    return ratios.log().where(ratios > 0, torch.nan)
+
+
+def halved(per_batch: Tensor, resamples: int) -> Tensor:
+    """(resamples, L) means over halves of the batches: as many as there are, again and again."""
+    return _cycled(torch.stack([per_batch[half].mean(0) for half in halves_of(len(per_batch))]), resamples)
+
+
+def _cycled(rows: Tensor, count: int) -> Tensor:
+    return rows.repeat(-(-count // len(rows)), 1)[:count]
+
+
+def halves_of(count: int) -> list[list[int]]:
+    """Every half of so many batches, the larger half where they are odd.
+
+    Example:
+        >>> halves_of(3)
+        [[0, 1], [0, 2], [1, 2]]
+    """
+    return [list(half) for half in combinations(range(count), (count + 1) // 2)]
+
+
+def _block_weights(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+    """The decoder blocks' own weights, by their names in this model."""
+    own = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
+    return {name: p for name, p in own.items() if anatomy.place_of(name).region is Region.LAYERS}
+
+
+def _sizes(names: dict[str, nn.Parameter], blocks: dict[str, int | None], num_layers: int) -> tuple[Tensor, Tensor]:
+    weights, counts = torch.zeros(2, num_layers, dtype=torch.float64)
+    for name, parameter in names.items():
+        weights[blocks[name]] += float(parameter.detach().float().square().sum())
+        counts[blocks[name]] += parameter.numel()
+    return weights, counts
+
+
+def _signal_to_noise(sampled: list[dict[str, Tensor]], blocks: dict[str, int | None], anatomy: Anatomy) -> Tensor:
+    signal, noise = torch.zeros(2, anatomy.num_layers, dtype=torch.float64)
+    every = {name: gradient for kept in sampled for name, gradient in kept.items()}
+    for name, one in every.items():
+        # A batch whose loss does not depend on a tensor (cross-attention without a picture) has gradient zero there.
+        gradients = torch.stack([kept.get(name, torch.zeros_like(one)) for kept in sampled]).double()
+        mean = gradients.mean(0)
+        signal[blocks[name]] += float(mean.square().sum())
+        noise[blocks[name]] += float((gradients - mean).square().sum(1).mean())
+    return (signal / noise.clamp_min(1e-30)).where(signal > 0, torch.nan)
+
+
+@contextmanager
+def _watched(model: nn.Module, names: dict[str, nn.Parameter], note: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Only the named parameters get gradients, each handed to ``note`` and dropped."""
+    before = {p: p.requires_grad for p in model.parameters()}
+    handles = []
+
+    def hooked(name: str) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            note(name, parameter.grad)
+            parameter.grad = None
+
+        return hook
+
+    try:
+        for parameter in before:
+            parameter.requires_grad_(False)
+        for name, parameter in names.items():
+            parameter.requires_grad_(True)
+            handles.append(parameter.register_post_accumulate_grad_hook(hooked(name)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)

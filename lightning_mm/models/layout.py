@@ -1,0 +1,321 @@
+"""Where the parts of a multimodal LLM are, found on the model object and never by a table of families.
+
+Data flow: a loaded (or meta-device) Hugging Face model -> ``resolving`` -> ``Anatomy``: one ``Place`` for every
+parameter, one ``Block`` for every decoder block. Policies, the census, the boundary, taps and interventions speak of
+parts through it.
+
+The rules by which the parts of a model are found.
+
+Data flow: a transformers model -> ``Resolver.resolve`` -> ``Anatomy``.
+
+The rules, in order: the decoder's blocks are the list inside ``get_decoder()`` as long as the text config says;
+embeddings and head are what the model's own accessors return; the vision tower is ``get_encoder(modality="image")``;
+what lies between tower and decoder is the connector, also where it is built into the tower (Qwen-VL's mergers).
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from lightning_mm.core.errors import UserError
+
+
+class Region(StrEnum):
+    """The parts of a model that a policy can name; together they hold every parameter exactly once."""
+
+    VISION = "vision"
+    CONNECTOR = "connector"
+    EMBEDDING = "embedding"
+    LAYERS = "layers"
+    NORM = "norm"
+    HEAD = "head"
+    OTHER = "other"
+    """Off the way from picture to text (audio towers, say): frozen under every policy."""
+
+
+class Part(StrEnum):
+    """The parts of one decoder block."""
+
+    ATTENTION = "attention"
+    MLP = "mlp"
+    NORM = "norm"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter sits: its region and, inside a decoder block, the block's index and part."""
+
+    region: Region
+    layer: int | None = None
+    part: Part | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """The parts of one decoder block, by the names of their modules.
+
+    Args:
+        index: Its place, from 0.
+        name: Of the block.
+        attention: Its token mixer; None where it has none.
+        mlp: Its feed-forward part; None where it has none.
+        o_proj: The linear module that ends the token mixer; None where it ends otherwise.
+        down_proj: The linear module that ends the feed-forward part; None in mixtures of experts.
+    """
+
+    index: int
+    name: str
+    attention: str | None
+    mlp: str | None
+    o_proj: str | None
+    down_proj: str | None
+
+
+_LAST_LINEARS = ("o_proj", "out_proj", "down_proj", "c_proj", "wo", "w2", "dense", "fc2", "dense_4h_to_h")
+"""What the field calls the linear module that leads back into the stream."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The resolved layout of one model.
+
+    Args:
+        places: Parameter name -> place; a tied parameter stands once, under its first name.
+        layers: Module names of the decoder's blocks, bottom to top.
+        vision_blocks: Module names of the vision tower's blocks; empty where there is no tower.
+        embedding: Module name of the token embedding.
+        head: Module name of the output projection.
+        tied_head: Whether the head's weight is the embedding's.
+        linears: Names of the linear modules: what an adapter can stand on.
+    """
+
+    places: Mapping[str, Place]
+    layers: tuple[str, ...]
+    vision_blocks: tuple[str, ...]
+    embedding: str
+    head: str
+    tied_head: bool
+    linears: frozenset[str]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    def parameters_in(self, region: Region) -> tuple[str, ...]:
+        """Names of the region's parameters, in the model's order."""
+        return tuple(name for name, place in self.places.items() if place.region is region)
+
+    def place_of(self, name: str) -> Place:
+        """Place of a parameter, also after adapters were put in and changed or added names."""
+        plain = re.sub(r"\.lora_\w+(\..*)?$", ".weight", name.replace(".base_layer.", "."))
+        return self.places[plain]
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """The decoder's blocks, bottom to top."""
+        return tuple(self._block(index, name) for index, name in enumerate(self.layers))
+
+    def _block(self, index: int, name: str) -> Block:
+        attention, mlp = (self._child(name, part) for part in (Part.ATTENTION, Part.MLP))
+        return Block(index, name, attention, mlp, self._last_linear(attention), self._last_linear(mlp))
+
+    def _child(self, block: str, part: Part) -> str | None:
+        """The block's child that holds the most tensors of a part."""
+        inside = [name for name, place in self.places.items() if name.startswith(f"{block}.") and place.part is part]
+        children = Counter(name.removeprefix(f"{block}.").partition(".")[0] for name in inside)
+        return f"{block}.{children.most_common(1)[0][0]}" if children else None
+
+    def _last_linear(self, module: str | None) -> str | None:
+        found = (f"{module}.{name}" for name in _LAST_LINEARS if f"{module}.{name}" in self.linears)
+        return next(found, None)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Anatomy":
+        """Resolve a model.
+
+        Args:
+            model: A transformers model of the image-text-to-text kind; the meta device will do.
+
+        Raises:
+            UserError: A part cannot be told apart; the candidates are listed.
+
+        Note:
+            Call it on the plain model, before adapters are put in: they change names.
+        """
+
+        return Resolver(model).resolve()
+
+
+class Resolver:
+    """Finds the parts of one model."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.names = {id(module): name for name, module in model.named_modules()}
+        self.text_config = model.config.get_text_config(decoder=True)
+        _refuse_unless_decoder_only(model)
+
+    def resolve(self) -> Anatomy:
+        embedding = self._embedding()
+        decoder, layers = self._decoder_layers()
+        head = self._head(embedding)
+        tower = self._tower(decoder)
+        blocks = _tower_blocks(tower) if tower is not None else ()
+        claims: dict[int, Place] = {}
+        self._claim(claims, embedding, Place(Region.EMBEDDING))
+        self._claim_decoder(claims, decoder, layers)
+        self._claim(claims, head, Place(Region.HEAD))
+        self._claim_other(claims)
+        self._claim_picture_path(claims, tower, blocks)
+        places = {name: claims[id(parameter)] for name, parameter in self.model.named_parameters()}
+        return Anatomy(
+            places=places,
+            layers=tuple(self.names[id(layer)] for layer in layers),
+            vision_blocks=tuple(self.names[id(block)] for block in blocks),
+            embedding=self.names[id(embedding)],
+            head=self.names[id(head)],
+            tied_head=head.weight is embedding.weight,
+            linears=frozenset(name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)),
+        )
+
+    def _embedding(self) -> nn.Module:
+        try:
+            return self.model.get_input_embeddings()
+        except NotImplementedError as error:
+            raise _unknown(self.model, "token embedding", self.names.values()) from error
+
+    def _head(self, embedding: nn.Module) -> nn.Module:
+        if (head := self.model.get_output_embeddings()) is not None:
+            return head
+        linears = [m for m in self.model.modules() if isinstance(m, nn.Linear) and m is not embedding]
+        fitting = [m for m in linears if m.out_features == self.text_config.vocab_size]
+        if len(fitting) != 1:
+            raise _unknown(self.model, "output head", [self.names[id(m)] for m in fitting])
+        return fitting[0]
+
+    def _decoder_layers(self) -> tuple[nn.Module, tuple[nn.Module, ...]]:
+        """The module that owns the list of decoder blocks, and the blocks."""
+        root, depth = self.model.get_decoder(), self.text_config.num_hidden_layers
+        lists = {n: m for n, m in root.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth}
+        lists = {n: m for n, m in lists.items() if not _embeds_patches(root.get_submodule(n.partition(".")[0]))}
+        outermost = [n for n in lists if not any(n.startswith(f"{other}.") for other in lists)]
+        if len(outermost) != 1:
+            prefix = self.names.get(id(root), "")
+            raise _unknown(self.model, f"list of {depth} decoder blocks", [f"{prefix}.{n}" for n in outermost])
+        owner = root.get_submodule(outermost[0].rpartition(".")[0])
+        return owner, tuple(lists[outermost[0]])
+
+    def _tower(self, decoder: nn.Module) -> nn.Module | None:
+        """The vision tower, or None for models that embed patches directly (Fuyu)."""
+        tower = self.model.get_encoder(modality="image")
+        if tower is None or any(module is decoder for module in tower.modules()):
+            return None
+        return tower
+
+    def _claim(self, claims: dict[int, Place], module: nn.Module, place: Place) -> None:
+        for parameter in module.parameters():
+            claims.setdefault(id(parameter), place)
+
+    def _claim_decoder(self, claims: dict[int, Place], decoder: nn.Module, layers: tuple[nn.Module, ...]) -> None:
+        for index, layer in enumerate(layers):
+            for part, parameter in _parts(layer):
+                claims.setdefault(id(parameter), Place(Region.LAYERS, index, part))
+        for child in decoder.children():
+            if "norm" in type(child).__name__.lower():
+                self._claim(claims, child, Place(Region.NORM))
+        if decoder is not self.model.base_model and decoder is not self.model:
+            self._claim(claims, decoder, Place(Region.EMBEDDING))
+
+    def _claim_other(self, claims: dict[int, Place]) -> None:
+        audio = self.model.get_encoder(modality="audio")
+        if audio is not None and audio not in (self.model, self.model.base_model, self.model.get_decoder()):
+            self._claim(claims, audio, Place(Region.OTHER))
+
+    def _claim_picture_path(
+        self, claims: dict[int, Place], tower: nn.Module | None, blocks: tuple[nn.Module, ...]
+    ) -> None:
+        """Towers and connector: all that is left. A tower with nothing outside it carries its own connector."""
+        inside = {id(p) for p in tower.parameters()} if tower is not None else set()
+        for sibling in self._siblings(tower):
+            if _embeds_patches(sibling):
+                self._claim(claims, sibling, Place(Region.VISION))
+        outside = [p for p in self.model.parameters() if id(p) not in claims and id(p) not in inside]
+        if tower is not None and not any(p.ndim > 1 for p in outside):
+            for module in _built_in_connector(tower, blocks):
+                self._claim(claims, module, Place(Region.CONNECTOR))
+        if tower is not None:
+            self._claim(claims, tower, Place(Region.VISION))
+        for parameter in outside:
+            claims.setdefault(id(parameter), Place(Region.CONNECTOR))
+
+    def _siblings(self, tower: nn.Module | None) -> Iterator[nn.Module]:
+        """Modules beside the tower and the decoder: second towers and connectors."""
+        decoder = self.model.get_decoder()
+        owners = [self.model] if self.model.base_model is self.model else [self.model, self.model.base_model]
+        for module in owners:
+            for child in module.children():
+                if not any(m is decoder or m is tower for m in child.modules()):
+                    yield child
+
+
+def _embeds_patches(module: nn.Module) -> bool:
+    """Whether a module is a tower of its own: it convolves pixels (3 channels) and has a list of blocks."""
+    convolves = any(getattr(m, "in_channels", None) == 3 for m in module.modules())
+    return convolves and any(isinstance(m, nn.ModuleList) and len(m) > 1 for m in module.modules())
+
+
+def _tower_blocks(tower: nn.Module) -> tuple[nn.Module, ...]:
+    """The tower's blocks: of its lists of modules with attention, the one that holds most weights.
+
+    Mergers that feed several decoder layers (Qwen3-VL) are a list too, and can be the heavier one.
+    """
+    every: list[nn.ModuleList] = [m for m in tower.modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
+    lists = [m for m in every if any("attn" in n or "attention" in n for n, _ in m[0].named_modules())] or every
+    sizes = [sum(p.numel() for p in m.parameters()) for m in lists]
+    return tuple(lists[sizes.index(max(sizes))]) if lists else ()
+
+
+def _built_in_connector(tower: nn.Module, blocks: tuple[nn.Module, ...]) -> Iterator[nn.Module]:
+    """Children of the tower that stand behind its blocks and hold matrices (mergers, down-sampling convolutions)."""
+    behind = False
+    for child in tower.children():
+        if behind and any(p.ndim > 1 for p in child.parameters()):
+            yield child
+        behind = behind or any(block is module for block in blocks[:1] for module in child.modules())
+
+
+def _parts(layer: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
+    """Each parameter of a block with its part: norms by class, feed-forwards by class, else the token mixer."""
+    for name, child in layer.named_children():
+        kind = f"{name} {type(child).__name__}".lower()
+        feed_forward = any(word in kind for word in ("mlp", "moe", "feed_forward", "feedforward", "ffn", "expert"))
+        for module in child.modules():
+            norm = "norm" in type(module).__name__.lower()
+            part = Part.NORM if norm else Part.MLP if feed_forward else Part.ATTENTION
+            yield from ((part, parameter) for parameter in module.parameters(recurse=False))
+    yield from ((Part.NORM, parameter) for parameter in layer.parameters(recurse=False))
+
+
+def _refuse_unless_decoder_only(model: Any) -> None:
+    text = model.config.get_text_config(decoder=True)
+    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
+        raise UserError(
+            f"{type(model).__name__} cannot be tuned here.",
+            "Layer ranges are defined for multimodal LLMs whose text part is a decoder only.",
+            "Choose such a model (LLaVA, Qwen-VL, InternVL, SmolVLM, Gemma 3, ...).",
+        )
+
+
+def _unknown(model: nn.Module, what: str, candidates: Iterable[str]) -> UserError:
+    shown = list(candidates)[:12]
+    return UserError(
+        f"The {what} of {type(model).__name__} cannot be told apart.",
+        f"Candidates: {', '.join(shown) or 'none'}.",
+        "Report the model's type and this list; a model whose parts are not certain is not trained on a guess.",
+    )

@@ -1,0 +1,247 @@
+"""The model's own processor, loaded without running foreign code, with a record of what its tokenizer was given.
+
+Data flow: ``load_processing(path)`` -> ``Processing``; ``chat`` renders messages with it, ``collator`` encodes texts
+and pictures.
+
+A processor writes out each image placeholder as many tokens before it tokenizes. Answers are found in the text as it
+was before that, so the text that reaches the tokenizer is kept, with the characters that each token stands for.
+
+Shapes: B texts, L tokens after padding.
+
+Processors for pictures and video, on machines that can only do pictures.
+
+The processors of Qwen-VL, InternVL and LLaVA-OneVision hold a video processor also where no video ever comes. Those of
+transformers all need torchvision, and without it such a processor can neither be made nor loaded. Importing this module
+mends that: where torchvision is absent, an optional video processor is left out. Where it is there, nothing changes.
+
+Data flow: ``import lightning_mm.models.processor`` -> ``AutoProcessor.from_pretrained`` and the processors'
+own classes work.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+from transformers import AutoConfig, AutoProcessor, PretrainedConfig, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.utils.import_utils import is_torchvision_available
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.errors import UserError
+
+_base: Any = ProcessorMixin
+_all_parts = _base.get_attributes.__func__
+
+
+def _parts_but_video(cls: type[ProcessorMixin]) -> list[str]:
+    video = inspect.signature(cls.__init__).parameters.get("video_processor")
+    left_out = "video_processor" if video is not None and video.default is None else None
+    return [part for part in _all_parts(cls) if part != left_out]
+
+
+if not is_torchvision_available():
+    _base.get_attributes = classmethod(_parts_but_video)
+
+
+def video_part(name: str) -> dict[str, Any]:
+    """The video processor of that class, as an argument for a processor; nothing where there is no torchvision."""
+    return {"video_processor": getattr(transformers, name)()} if is_torchvision_available() else {}
+
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """A batch of texts and pictures as the model takes them.
+
+    Args:
+        inputs: Tensors by the names that the model's forward knows; ``input_ids`` (B, L).
+        texts: What was tokenized, image tokens written out.
+        offsets: (B, L, 2) first character and one past the last of each token in its text; (0, 0) where there is none.
+    """
+
+    inputs: dict[str, Tensor]
+    texts: tuple[str, ...]
+    offsets: Tensor
+
+
+class _RecordingTokenizer:
+    """A tokenizer that remembers its last call."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.texts: tuple[str, ...] = ()
+        self.offsets = torch.zeros(0, 0, 2, dtype=torch.long)
+
+    def __call__(self, text: Any = None, **options: Any) -> Any:
+        encoding = self._tokenizer(text, **options)
+        self.texts = (text,) if isinstance(text, str) else tuple(text)
+        # Through numpy: torch takes a tuple of two at a time, which would be half of the tokenizer's own time.
+        offsets = np.array([row.offsets for row in encoding.encodings], dtype=np.int64)
+        self.offsets = torch.from_numpy(offsets)
+        return encoding
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "_tokenizer":  # not there yet while it is being unpickled
+            raise AttributeError(name)
+        return getattr(self._tokenizer, name)
+
+
+class Processing:
+    """One model's processor.
+
+    Args:
+        processor: A multimodal processor of transformers with a fast tokenizer.
+        config: The model's config.
+    """
+
+    def __init__(self, processor: Any, config: PretrainedConfig) -> None:
+        self.processor, self.config = processor, config
+        self.template = _template(processor)
+        self.image_token_ids = _image_token_ids(processor, config)
+        if processor.tokenizer.pad_token is None:
+            processor.tokenizer.pad_token = processor.tokenizer.eos_token
+            decide("data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out")
+        self._recording = copy.copy(processor)
+        self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
+
+    @property
+    def eos_token(self) -> str | None:
+        """What ends an answer where the chat template writes nothing."""
+        token: str | None = self.processor.tokenizer.eos_token
+        return token
+
+    @cached_property
+    def added_tokens(self) -> frozenset[str]:
+        """Texts that the tokenizer takes whole, without those of blanks only."""
+        tokens = {str(token.content) for token in self.processor.tokenizer.added_tokens_decoder.values()}
+        return frozenset(token for token in tokens if token.strip()) | self.special_tokens
+
+    @cached_property
+    def special_tokens(self) -> frozenset[str]:
+        """Texts that steer the model, which nobody may write into a conversation."""
+        tokenizer = self.processor.tokenizer
+        special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        own = {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
+        return frozenset(token for token in special | own | set(tokenizer.all_special_tokens) if token.strip())
+
+    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the chat template writes it; whatever the template raises comes through."""
+        text: str = self.processor.apply_chat_template(
+            messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+        return text
+
+    def encode(
+        self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: Literal["left", "right"]
+    ) -> Encoding:
+        """One call of the processor; what it raises on odd pictures comes through.
+
+        Args:
+            texts: Rendered conversations.
+            images: The pictures of each.
+            padding_side: Right to train, left to generate.
+        """
+        options = {
+            "padding": True,
+            "padding_side": padding_side,
+            "truncation": False,
+            "add_special_tokens": self._adds_special(texts[0]),
+        }
+        features = self._recording(
+            text=list(texts),
+            images=[list(row) for row in images] if any(images) else None,
+            text_kwargs=options,
+            return_tensors="pt",
+        )
+        recorder = self._recording.tokenizer
+        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self._forward_names}
+        assert recorder.offsets.shape[:2] == inputs["input_ids"].shape, "the last text tokenized is not the batch"
+        return Encoding(inputs, recorder.texts, recorder.offsets)
+
+    def num_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each rendered conversation, its image placeholders not written out."""
+        if not texts:
+            return []
+        encoding = self.processor.tokenizer(list(texts), add_special_tokens=self._adds_special(texts[0]))
+        return [len(ids) for ids in encoding["input_ids"]]
+
+    def _adds_special(self, text: str) -> bool:
+        bos = self.processor.tokenizer.bos_token
+        return not (bos and text.startswith(bos))
+
+    @cached_property
+    def _forward_names(self) -> frozenset[str]:
+        model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
+        return frozenset(inspect.signature(model_class.forward).parameters)
+
+
+def load_processing(path: str, revision: str | None = None) -> Processing:
+    """Load a model's processor from a folder or the hub.
+
+    Raises:
+        UserError: There is none, it needs code of its own, or it is not one for pictures and text.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+        loader: Any = AutoProcessor
+        processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"The processor of {path} cannot be loaded.",
+            str(error).strip().split("\n")[0],
+            f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
+        ) from error
+    _refuse_unfit(path, processor, config)
+    return Processing(processor, config)
+
+
+def _refuse_unfit(path: str, processor: Any, config: PretrainedConfig) -> None:
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
+    elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        why = f"{type(processor).__name__} does not take both pictures and text."
+    elif not processor.tokenizer.is_fast:
+        why = f"{type(processor.tokenizer).__name__} cannot say which characters a token stands for."
+    else:
+        return
+    raise UserError(f"{path} cannot be trained on pictures and text.", why, "Choose a model with a fast tokenizer.")
+
+
+def _template(processor: Any) -> str:
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        raise UserError(
+            "The model has no chat template.",
+            "Neither its processor nor its tokenizer says how a conversation is written.",
+            "Put a chat_template.jinja beside its processor_config.json; base models often lack one that their "
+            "instruction-tuned sibling has.",
+        )
+    return template
+
+
+def _image_token_ids(processor: Any, config: PretrainedConfig) -> tuple[int, ...]:
+    """What stands for a piece of a picture in ``input_ids``: the model's word on it before the processor's."""
+    for owner in (config, getattr(config, "vision_config", None), processor):
+        for name in ("image_token_id", "image_token_index"):
+            if isinstance(token_id := getattr(owner, name, None), int):
+                return (token_id,)
+    raise UserError(
+        f"{type(config).__name__} does not say which token stands for a picture.",
+        "It has neither image_token_id nor image_token_index.",
+        "Add image_token_id to the model's config.json.",
+    )

@@ -1,0 +1,108 @@
+"""Things from a folder of Tux Paint stamps: photo cut-outs with English captions (Debian's tuxpaint-stamps-default).
+An optional second source.
+
+Data flow: ``<folder>/<category>/.../<name>.png`` with ``<name>.txt`` beside it become Things; what cannot be used is
+counted with its reason.
+"""
+
+import hashlib
+import re
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.sample import Rejection
+from lightning_mm.nano.data.catalog import Thing, cropped, entries
+from lightning_mm.nano.data.images import dominant_colour
+
+DEFAULT_FOLDER = Path("/usr/share/tuxpaint/stamps")
+_CATEGORIES = {
+    "animals": "animal",
+    "food": "food",
+    "vehicles": "vehicle",
+    "household": "household",
+    "clothes": "clothing",
+    "plants": "plant",
+}
+_MAX_PIXELS = 16_000_000
+
+
+def load_stamps(folder: Path, size: int) -> tuple[list[Thing], list[Rejection]]:
+    """Every stamp whose caption is "A ..." or "An ..." with at most three words, in one of the six categories.
+
+    Args:
+        folder: The stamps folder.
+        size: The longest side of a cut-out, in pixels; a longer one is scaled down to it.
+
+    Raises:
+        UserError: The folder holds no stamp.
+    """
+    groups = {entry.name: entry.group for entry in entries()}
+    things: list[Thing] = []
+    rejected: list[Rejection] = []
+    for path in _pictures(folder):
+        found = _load(path, path.relative_to(folder), size, groups)
+        if isinstance(found, Thing):
+            things.append(found)
+        else:
+            rejected.append(Rejection(f"stamps:{path.relative_to(folder).as_posix()}", found))
+    return things, rejected
+
+
+def stamps_digest(folder: Path) -> str:
+    """SHA-256 over the names and bytes of every picture and caption: another collection is another data set."""
+    digest = hashlib.sha256()
+    for path in _pictures(folder):
+        caption = path.with_suffix(".txt")
+        digest.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(hashlib.sha256(caption.read_bytes() if caption.is_file() else b"").digest())
+    return digest.hexdigest()
+
+
+def _pictures(folder: Path) -> list[Path]:
+    paths = sorted(folder.rglob("*.png"))
+    if not paths:
+        raise UserError(
+            f"No stamps in {folder}.",
+            "It holds no .png file.",
+            "Install Debian's tuxpaint-stamps-default, or name its stamps folder.",
+        )
+    return paths
+
+
+def _load(path: Path, place: Path, size: int, groups: dict[str, str]) -> Thing | str:
+    """The Thing of one stamp, or why it is left out."""
+    category = _CATEGORIES.get(place.parts[0])
+    if category is None:
+        return "a stamp of none of the six categories"
+    caption = path.with_suffix(".txt")
+    if not caption.is_file():
+        return "a stamp without a caption"
+    line = caption.read_text("utf-8", errors="replace").split("\n", 1)[0].strip()
+    match = re.fullmatch(r"An? ([a-z-]+(?: [a-z-]+){0,2})\.?", line)
+    if match is None:
+        return 'a stamp whose caption is not "A ..." with at most three words'
+    cutout = _cutout(path, size)
+    if isinstance(cutout, str):
+        return cutout
+    name = match[1]
+    last = name.split()[-1]
+    group = groups.get(name) or groups.get(last) or last
+    return Thing(
+        f"stamps:{place.with_suffix('').as_posix()}", name, category, group, "one", cutout, dominant_colour(cutout)
+    )
+
+
+def _cutout(path: Path, size: int) -> Image.Image | str:
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > _MAX_PIXELS:
+                return "a stamp of more than 16 million pixels"
+            cutout = cropped(picture.convert("RGBA"))
+    except (UnidentifiedImageError, OSError):
+        return "a stamp that cannot be read"
+    if cutout is None:
+        return "a stamp that is wholly transparent"
+    cutout.thumbnail((size, size), Image.Resampling.LANCZOS)
+    return cutout

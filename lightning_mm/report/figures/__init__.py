@@ -1,0 +1,1 @@
+"""Charts, heat maps and maps of traces."""

@@ -1,0 +1,1 @@
+"""Which measures share a panel, and traces as tables."""

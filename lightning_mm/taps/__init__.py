@@ -1,1 +1,0 @@
-"""Hidden states out of the live model: hooks on its decoder blocks, pooled where they are, gone afterwards."""

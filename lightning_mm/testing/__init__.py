@@ -1,0 +1,1 @@
+"""Tiny random models of many families, for our tests and our users'."""

@@ -1,0 +1,285 @@
+"""How each tiny family turns pictures and talks into tensors: the family's own processor, at tiny sizes.
+
+Data flow: a ``Plan`` -> processor with its chat template -> ``tiny.build_tiny``.
+
+PIL's image processors are named, for torchvision may be absent; where it is not, what is saved loads as torchvision's.
+
+A small byte-level BPE tokenizer, learned on the spot from the text below: no file, no network, the same every time.
+
+Data flow: the text -> 384 tokens (256 bytes and 128 merges) + the family's special tokens -> ``tiny.build_tiny``.
+
+Chat templates in the styles that families of models were taught with, for models that we write ourselves.
+
+Data flow: a style and the text that stands for a picture -> a Jinja template -> the processor's
+``apply_chat_template``. Contents may be a string, or a list of ``{"type": "image"}`` and ``{"type": "text", ...}``
+parts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPImageProcessorPil,
+    Gemma3ImageProcessorPil,
+    Gemma3Processor,
+    GotOcr2ImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
+    InternVLProcessor,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    MllamaImageProcessorPil,
+    MllamaProcessor,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
+    Qwen3VLProcessor,
+)
+
+from lightning_mm.models.processor import video_part
+from lightning_mm.testing.tiny_configs import GRIDS, PATCH, SIDE, Plan
+
+NUM_LEARNED = 384
+TEXT = """\
+What is in the picture? There is a red circle on the left and a blue square on the right. How many circles are there?
+There are two circles in the picture. Is the cat under the table? No, the cat is on the table, and the dog is under it.
+What colour is the bird? The bird is green. Is this an animal, food, a vehicle, a household object, clothing or a plant?
+An animal. What is the capital of the country with this flag? The capital is Paris. Answer with one word. Yes. No.
+Describe the image. The image shows a small yellow boat on the water, with three white clouds above it.
+"""
+
+
+def tiny_tokenizer(
+    named: Mapping[str, str], marks: Sequence[str] = (), *, add_bos: bool = False
+) -> PreTrainedTokenizerFast:
+    """Make the tokenizer of one family.
+
+    Args:
+        named: Special tokens by name: ``bos_token``, ``eos_token``, ``pad_token``, and others that processors ask for.
+        marks: Further special tokens, such as those around a turn.
+        add_bos: Put the first token before every text, as Llama's and Gemma's tokenizers do.
+    """
+    words = Tokenizer(models.BPE())
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_LEARNED, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    words.train_from_iterator(TEXT.splitlines(), trainer)
+    words.add_special_tokens(list(dict.fromkeys([*named.values(), *marks])))
+    if add_bos:
+        bos = named["bos_token"]
+        words.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(
+                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, words.token_to_id(bos))]
+                ),
+            ]
+        )
+    common = {name: token for name, token in named.items() if name in ("bos_token", "eos_token", "pad_token")}
+    others = {name: token for name, token in named.items() if name not in common}
+    return PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=others, model_max_length=4096, **common)
+
+
+def chatml(image: str, system: str = "") -> str:
+    """Qwen, InternVL, SmolLM2: ``<|im_start|>user\\n...<|im_end|>\\n``.
+
+    Args:
+        image: What a picture becomes in the text.
+        system: A system prompt for talks that begin without one, as Qwen2-VL's; empty adds none.
+    """
+    first = (
+        f"{{%- if loop.first and message['role'] != 'system' -%}}{{{{- {_turn('system', system)!r} -}}}}{{%- endif -%}}"
+    )
+    return _talk(
+        (first if system else "")
+        + "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
+        + _content(image)
+        + _say("<|im_end|>\n"),
+        prompt="<|im_start|>assistant\n",
+    )
+
+
+def _turn(role: str, text: str) -> str:
+    return f"<|im_start|>{role}\n{text}<|im_end|>\n"
+
+
+def vicuna(image: str) -> str:
+    """LLaVA 1.5: ``USER: ... ASSISTANT: ...</s>``; the answer's leading space is not part of the prompt."""
+    return _talk(
+        "{%- if message['role'] == 'system' -%}"
+        + _content(image)
+        + "{{- ' ' -}}{%- else -%}{{- message['role'] | upper + ': ' -}}"
+        + _content(image)
+        + "{{- '</s>' if message['role'] == 'assistant' else ' ' -}}{%- endif -%}",
+        prompt="ASSISTANT:",
+    )
+
+
+def mistral(image: str) -> str:
+    """LLaVA-NeXT on Mistral, Pixtral: ``<s>[INST] ... [/INST] ...</s>``; there is no mark of the assistant's turn."""
+    return "{{- '<s>' -}}" + _talk(
+        "{%- if message['role'] == 'assistant' -%}{{- ' ' -}}"
+        + _content(image)
+        + "{{- '</s>' -}}{%- else -%}{{- '[INST] ' -}}"
+        + _content(image)
+        + "{{- ' [/INST]' -}}{%- endif -%}",
+        prompt="",
+    )
+
+
+def gemma(image: str) -> str:
+    """Gemma: ``<bos><start_of_turn>user\\n...<end_of_turn>\\n``; the assistant is called the model."""
+    return "{{- '<bos>' -}}" + _talk(
+        "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
+        + _content(image, " | trim")
+        + _say("<end_of_turn>\n"),
+        prompt="<start_of_turn>model\n",
+    )
+
+
+def llama3(image: str) -> str:
+    """Llama 3: ``<|start_header_id|>user<|end_header_id|>\\n\\n...<|eot_id|>``."""
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    return "{{- '<|begin_of_text|>' -}}" + _talk(
+        "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
+        + _content(image, " | trim")
+        + _say("<|eot_id|>"),
+        prompt=header.format("assistant"),
+    )
+
+
+def idefics(image: str) -> str:
+    """Idefics3, SmolVLM: ``<|im_start|>User:...<end_of_utterance>\\nAssistant: ...``."""
+    return "{{- '<|im_start|>' -}}" + _talk(
+        "{{- message['role'] | capitalize -}}"
+        "{{- ':' if message['content'] is not string and message['content'][0]['type'] == 'image' else ': ' -}}"
+        + _content(image)
+        + _say("<end_of_utterance>\n"),
+        prompt="Assistant:",
+    )
+
+
+def _talk(message: str, prompt: str) -> str:
+    ending = f"{{%- if add_generation_prompt -%}}{_say(prompt)}{{%- endif -%}}" if prompt else ""
+    return f"{{%- for message in messages -%}}{message}{{%- endfor -%}}{ending}"
+
+
+def _say(text: str) -> str:
+    return f"{{{{- {text!r} -}}}}"
+
+
+def _content(image: str, tidy: str = "") -> str:
+    return (
+        f"{{%- if message['content'] is string -%}}{{{{- message['content']{tidy} -}}}}{{%- else -%}}"
+        "{%- for part in message['content'] -%}"
+        f"{{%- if part['type'] == 'image' -%}}{_say(image)}"
+        f"{{%- elif part['type'] == 'text' -%}}{{{{- part['text']{tidy} -}}}}{{%- endif -%}}"
+        "{%- endfor -%}{%- endif -%}"
+    )
+
+
+SQUARE = {"height": SIDE, "width": SIDE}
+CLIP: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
+CLASS_TOKEN: dict[str, Any] = {
+    "patch_size": PATCH,
+    "vision_feature_select_strategy": "default",
+    "num_additional_image_tokens": 1,
+}
+
+
+def llava(plan: Plan) -> ProcessorMixin:
+    """One square per picture."""
+    images = CLIPImageProcessorPil(**CLIP)
+    return LlavaProcessor(images, plan.tokenizer, chat_template=vicuna("<image>\n"), **CLASS_TOKEN)
+
+
+def llava_next(plan: Plan) -> ProcessorMixin:
+    """The picture whole, and in the tiles of the grid that fits best."""
+    images = LlavaNextImageProcessorPil(**CLIP, image_grid_pinpoints=GRIDS)
+    return LlavaNextProcessor(images, plan.tokenizer, chat_template=mistral("<image>\n"), **CLASS_TOKEN)
+
+
+def llava_onevision(plan: Plan) -> ProcessorMixin:
+    """As LLaVA-NeXT."""
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=GRIDS),
+        plan.tokenizer,
+        **video_part("LlavaOnevisionVideoProcessor"),
+        num_image_tokens=(SIDE // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=chatml("<image>\n"),
+    )
+
+
+def _qwen(kind: type[ProcessorMixin], video: str, plan: Plan, system: str = "") -> ProcessorMixin:
+    # Pixels, not sides: between 1 and 16 tokens of 2 x 2 patches.
+    size = {"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 16 * (2 * PATCH) ** 2}
+    return kind(
+        Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, temporal_patch_size=2, merge_size=2),
+        plan.tokenizer,
+        **video_part(video),
+        chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>", system),
+    )
+
+
+def qwen2_vl(plan: Plan) -> ProcessorMixin:
+    """Any size, kept in proportion; the template makes up a system prompt."""
+    return _qwen(Qwen2VLProcessor, "Qwen2VLVideoProcessor", plan, "You are a helpful assistant.")
+
+
+def qwen2_5_vl(plan: Plan) -> ProcessorMixin:
+    """As Qwen2-VL."""
+    return _qwen(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor", plan, "You are a helpful assistant.")
+
+
+def qwen3_vl(plan: Plan) -> ProcessorMixin:
+    """As Qwen2-VL, without a made-up system prompt."""
+    return _qwen(Qwen3VLProcessor, "Qwen3VLVideoProcessor", plan)
+
+
+def idefics3(plan: Plan) -> ProcessorMixin:
+    """One square per picture, or with splitting also its tiles, each announced by its row and column.
+
+    SmolVLM's models take it too: their own processor asks for the package num2words, to speak of video.
+    """
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": 2 * SIDE if plan.split_images else SIDE},
+        max_image_size={"longest_edge": SIDE},
+        do_image_splitting=plan.split_images,
+    )
+    return Idefics3Processor(images, plan.tokenizer, image_seq_len=4, chat_template=idefics("<image>"))
+
+
+def internvl(plan: Plan) -> ProcessorMixin:
+    """One square per picture, or with splitting up to 4 tiles and a thumbnail."""
+    return InternVLProcessor(
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4 if plan.split_images else 1),
+        plan.tokenizer,
+        **video_part("InternVLVideoProcessor"),
+        image_seq_length=4,
+        chat_template=chatml("<IMG_CONTEXT>\n"),
+    )
+
+
+def gemma3(plan: Plan) -> ProcessorMixin:
+    """One square per picture; image tokens stand between marks and empty lines."""
+    return Gemma3Processor(
+        Gemma3ImageProcessorPil(size=SQUARE),
+        plan.tokenizer,
+        image_seq_length=4,
+        chat_template=gemma("<start_of_image>"),
+    )
+
+
+def mllama(plan: Plan) -> ProcessorMixin:
+    """Up to 4 tiles per picture, one token in the text."""
+    images = MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4)
+    return MllamaProcessor(images, plan.tokenizer, chat_template=llama3("<|image|>"))

@@ -1,0 +1,1 @@
+"""The LightningModule, its checkpoints and metrics, and the choice of layers before training."""

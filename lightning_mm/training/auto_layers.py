@@ -1,0 +1,99 @@
+"""``layers: auto`` at the start of a fit: every rank reads its share of the probe set, rank 0 chooses, all obey.
+
+Data flow: backbone + data module -> reading and gradients of the untuned model -> ``tuning.selection`` -> one range.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
+from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, select_layers, tell
+from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.training import checkpoint
+from lightning_mm.training.eval_context import data_of
+from lightning_mm.tuning.policy import TuningPolicy
+
+
+def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, trainer: L.Trainer) -> Selection:
+    """Read the untuned model and choose; the same choice on every rank.
+
+    Args:
+        backbone: The model; it is loaded for this and given back.
+        policy: The policy that says ``auto``.
+        options: How to choose.
+        trainer: With its data module, in whose precision and on whose device the model is read.
+
+    Raises:
+        UserError: Some rank cannot read, or nothing can be chosen; the same on every rank.
+    """
+    generators = checkpoint.rng_state()
+    probe_set = data_of(trainer).probe_set()
+    spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
+    try:
+        with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
+            model, anatomy = _agreed(lambda: _loaded(backbone, trainer))
+            mine = _agreed(lambda: _read(model, anatomy, probe_set, trainer))
+            reading = _agreed(lambda: gather(mine, probe_set))
+            selection = _agreed(lambda: _selected(model, anatomy, reading, probe_set, options, trainer, spec))
+        chosen: Selection = all_gather_object(selection)[0]
+    finally:
+        checkpoint.restore_rng(generators)
+    tell(chosen)
+    return chosen
+
+
+def _agreed(attempt: Callable[[], Made]) -> Made:
+    """What is made, or one error on all ranks."""
+    made, failure = run_on_all_ranks(attempt)
+    if isinstance(failure, UserError):
+        raise failure
+    if failure:
+        raise UserError(
+            "Layers cannot be chosen (layers: auto).", failure, "Mend that, or name the layers, such as 25%-50%."
+        )
+    return made  # type: ignore[return-value]  # None is what was made, where there was no failure
+
+
+def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, Anatomy]:
+    model: Any = load_model(backbone)
+    anatomy = Anatomy.of(model)
+    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), anatomy
+
+
+def _read(model: Any, anatomy: Anatomy, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
+    data = data_of(trainer)
+    with torch.no_grad(), trainer.precision_plugin.forward_context():
+        mine = read(model, anatomy, data.probe_loader(probe_set), trainer.strategy.root_device)
+    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+    return mine
+
+
+def _selected(
+    model: Any,
+    anatomy: Anatomy,
+    reading: Reading | None,
+    probe_set: ProbeSet,
+    options: AutoRange,
+    trainer: L.Trainer,
+    spec: str,
+) -> Selection | None:
+    """On rank 0, which holds all that was read."""
+    if reading is None:
+        return None
+    for problem in reading.problems:
+        decide("auto.probes", "not all are read", problem)
+    device = trainer.strategy.root_device
+    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT) & set(options.criteria) else []
+    with trainer.precision_plugin.forward_context():
+        gradients = scores_if_possible(model, anatomy, batches, device, options.criteria)
+    return select_layers(reading, probe_set, gradients, options, device, spec)

@@ -1,0 +1,1 @@
+"""Callbacks of every run: checkpoints, evaluation, run recorder, throughput, progress bar."""

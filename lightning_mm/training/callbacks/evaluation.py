@@ -1,0 +1,167 @@
+"""Ask the model held-out questions before and after training, beside what chance and language alone would give.
+
+Data flow: PromptBatches of the held-out split -> answers -> accuracy by question type, beside the majority answer of
+the training data and the same model without its picture -> ``evaluation.json``, ``samples.json``.
+"""
+
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+
+from lightning_mm.core.decisions import decide
+from lightning_mm.core.distributed import all_gather_object
+from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.data.batch import PromptBatch
+from lightning_mm.data.sample import IMAGE_MARK, Sample
+from lightning_mm.training.answer_metrics import ALL, is_correct
+from lightning_mm.training.eval_context import data_of, live, looking
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One held-out question and an answer to it."""
+
+    key: str
+    sample: Sample
+    turn: int
+    answer: str
+
+    @property
+    def truth(self) -> str:
+        return self.sample.turns[self.turn].text
+
+    @property
+    def question_type(self) -> str:
+        return self.sample.turns[self.turn].question_type
+
+
+class HeldOutEvaluation(Callback):
+    """Accuracy by question type on the test split (validation split if there is none).
+
+    Args:
+        before: Ask before the first step too.
+        after: Ask after the last step.
+        no_image: Ask once more after training with every picture blank: what language alone gives.
+        max_questions: At most so many, in file order; all if None.
+        shown: So many samples are kept with their pictures.
+    """
+
+    def __init__(
+        self,
+        before: bool = True,
+        after: bool = True,
+        no_image: bool = True,
+        max_questions: int | None = None,
+        shown: int = 24,
+    ) -> None:
+        self.before, self.after, self.no_image = before, after, no_image
+        self.max_questions, self.shown = max_questions, shown
+        self.run: RunDirectory | None = None
+        self._answers: dict[str, dict[str, str]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"answers": self._answers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._answers = state_dict["answers"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.before and "before" not in self._answers and trainer.global_step == 0:
+            self._ask_and_write(trainer, pl_module, ["before"])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.after and not trainer.interrupted:
+            self._ask_and_write(trainer, pl_module, ["after", "no_image"] if self.no_image else ["after"])
+
+    def _ask_and_write(self, trainer: L.Trainer, pl_module: L.LightningModule, moments: list[str]) -> None:
+        split = "test" if data_of(trainer).samples("test") else "val"
+        if not data_of(trainer).samples(split):
+            decide("evaluation", "skipped", "neither data.test nor data.val is given")
+            return
+        asked: list[Asked] = []
+        for moment in moments:
+            asked = self._ask(trainer, pl_module, split, blank=moment == "no_image")
+            self._answers[moment] = {question.key: question.answer for question in asked}
+        if self.run is not None and trainer.is_global_zero:
+            majority = data_of(trainer).majority_answers()
+            write_json(self.run.evaluation, {"split": split, "rows": self._rows(asked, majority)})
+            write_json(self.run.samples, [self._sample(i, q) for i, q in enumerate(_spread(asked, self.shown))])
+
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool) -> list[Asked]:
+        data = data_of(trainer)
+        loader = data.question_loader(split, blank_images=blank, limit=self.max_questions)
+        asked: list[Asked] = []
+        with looking(trainer, pl_module):
+            for batch in loader:
+                data.ledger.add(batch.rejected)
+                answers = live(pl_module).answer(batch.to(pl_module.device))
+                asked += _pair(batch, answers)
+        found = {question.key: question for part in all_gather_object(asked) for question in part}
+        # In the order of the file, whatever order they were asked in.
+        keys = [_key(sample, turn) for sample, turn in data.questions(split, self.max_questions)]
+        return [found[key] for key in keys if key in found]
+
+    def _rows(self, asked: Sequence[Asked], majority: dict[str, str]) -> list[dict[str, Any]]:
+        types = [*sorted({question.question_type for question in asked}), ALL]
+        rows = []
+        for kind in types:
+            chosen = [q for q in asked if kind in (ALL, q.question_type)]
+            guesses = [is_correct(majority.get(q.question_type, ""), q.truth) for q in chosen]
+            measured = {moment: self._accuracy(moment, chosen) for moment in ("before", "after", "no_image")}
+            rows.append({"type": kind, "n": len(chosen), "majority": _mean(guesses), **measured})
+        return rows
+
+    def _accuracy(self, moment: str, asked: Sequence[Asked]) -> float | None:
+        answers = self._answers.get(moment)
+        if answers is None:
+            return None
+        return _mean([is_correct(answers[q.key], q.truth) for q in asked if q.key in answers])
+
+    def _sample(self, index: int, question: Asked) -> dict[str, Any]:
+        assert self.run is not None
+        self.run.pictures.mkdir(exist_ok=True)
+        kept = []
+        for number, path in enumerate(question.sample.images):
+            target = self.run.pictures / f"{index:04d}-{number}{path.suffix.lower()}"
+            shutil.copyfile(path, target)
+            kept.append(f"samples/{target.name}")
+        row: dict[str, Any] = {
+            "id": question.sample.id,
+            "images": kept,
+            "question": question.sample.turns[question.turn - 1].text.replace(IMAGE_MARK, "").strip(),
+            "truth": question.truth,
+            "type": question.question_type,
+        }
+        for moment in ("before", "after"):
+            answer = self._answers.get(moment, {}).get(question.key)
+            row[moment] = answer
+            row[f"correct_{moment}"] = None if answer is None else is_correct(answer, question.truth)
+        return row
+
+
+def _pair(batch: PromptBatch, answers: list[str]) -> list[Asked]:
+    rows = zip(batch.samples, batch.turns, answers, strict=True)
+    return [Asked(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
+
+
+def _key(sample: Sample, turn: int) -> str:
+    return f"{sample.origin}#{turn}"
+
+
+def _spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+    """The first questions of every type in turn, so that each type is seen."""
+    by_type: dict[str, list[Asked]] = {}
+    for question in asked:
+        by_type.setdefault(question.question_type, []).append(question)
+    ranked = sorted((rank, kind, q.key) for kind, qs in by_type.items() for rank, q in enumerate(qs))
+    chosen = {key for _, _, key in ranked[:count]}
+    return [question for question in asked if question.key in chosen]
+
+
+def _mean(hits: Iterable[bool]) -> float | None:
+    values = list(hits)
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,154 @@
+"""Write down what a run is and what became of it: census, decisions, ledger, report.
+
+Data flow: module, data module and ``decide`` -> the run directory -> ``dashboards.local.write_report``. Rank 0 writes.
+"""
+
+from dataclasses import asdict
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback
+from rich.console import Console
+from rich.table import Table
+
+from lightning_mm.core import metric_names
+from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
+from lightning_mm.data.batch import PromptBatch
+from lightning_mm.report.html import write_report
+from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.tuning.census import Census
+
+GENERATIONS = 8
+"""So many answers of each validation are kept in ``generations.jsonl``."""
+
+
+class RunRecorder(Callback):
+    """Keeps the run directory up to date and shows the census before the first step.
+
+    Args:
+        run: The run's folder.
+    """
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self._shown = False
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._note(trainer, batch)
+        lost = sum(entry.kind != "probe" for entry in data_of(trainer).ledger)
+        pl_module.log(metric_names.REJECTED, float(lost))
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
+    ) -> None:
+        self._note(trainer, batch)
+        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero:
+            append_jsonl(
+                self.run.path / "generations.jsonl", _generations(trainer.global_step, batch, outputs["answers"])
+            )
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
+    ) -> None:
+        self._note(trainer, batch)
+
+    def on_predict_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
+    ) -> None:
+        self._note(trainer, batch)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._write(trainer)
+
+    def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._write(trainer)
+        if trainer.is_global_zero:
+            log.info("report: %s", self.run.report)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if trainer.is_global_zero and self._shown:
+            self._write_files(trainer)
+
+    def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._shown or not trainer.is_global_zero:
+            return
+        self._shown = True
+        census = live(pl_module).census
+        write_json(self.run.census, census.to_dict())
+        if (selection := live(pl_module).selection) is not None:
+            write_json(self.run.selection, selection.to_dict())
+        Console().print(census_table(census))
+        self._write_files(trainer)
+
+    def _note(self, trainer: L.Trainer, batch: Any) -> None:
+        if batch.rejected:
+            ledger = data_of(trainer).ledger
+            ledger.add(batch.rejected)
+            ledger.check()
+
+    def _write(self, trainer: L.Trainer) -> None:
+        data_of(trainer).ledger.gather()
+        if trainer.is_global_zero:
+            self._write_files(trainer)
+
+    def _write_files(self, trainer: L.Trainer) -> None:
+        data_of(trainer).ledger.write(self.run.ledger)
+        write_json(self.run.decisions, [asdict(decision) for decision in decide])
+        for logger in trainer.loggers:
+            logger.save()
+        write_report(self.run.path)
+
+
+def _generations(step: int, batch: PromptBatch, answers: list[str]) -> list[dict[str, Any]]:
+    """Some answers of a validation, with their pictures and what would have been right."""
+    rows = list(zip(batch.samples, batch.turns, answers, strict=True))[:GENERATIONS]
+    return [
+        {
+            "step": step,
+            "images": [str(path) for path in sample.images],
+            "question": sample.turns[turn - 1].text,
+            "truth": sample.turns[turn].text,
+            "answer": answer,
+        }
+        for sample, turn, answer in rows
+    ]
+
+
+def census_table(census: Census) -> Table:
+    """The census as the console shows it."""
+    share = census.trainable / census.total
+    table = Table(title=f"{census.policy}: {census.trainable:,} of {census.total:,} weights train ({share:.1%})")
+    for column in ("region", "trains", "dtype", "mode"):
+        table.add_column(column)
+    for column in ("weights", "trainable", "lr"):
+        table.add_column(column, justify="right")
+    for row in census.rows:
+        style = "bold" if row.trainable else "dim"
+        mode, lr = "train" if row.training else "eval", "" if row.lr is None else f"{row.lr:g}"
+        table.add_row(
+            row.region, row.mode, row.dtype, mode, f"{row.parameters:,}", f"{row.trainable:,}", lr, style=style
+        )
+    table.caption = f"layers {census.expression} of {census.num_layers}, digest {census.digest[:12]}"
+    return table

@@ -1,0 +1,149 @@
+"""Traces equal the plain loop, are exact at their ends, and find an association where it was written."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mm.causal.editing.multedit import EditOptions, Rewriting, rewritten
+from lightning_mm.causal.editing.weight_edit import edited
+from lightning_mm.causal.effects.activation_patching import Trace, Tracing, attribution, trace
+from lightning_mm.causal.effects.aggregate import averaged
+from lightning_mm.causal.interventions.activation_cache import record
+from lightning_mm.causal.interventions.corruption import Corrupt, corrupted
+from lightning_mm.causal.interventions.interventions import Intervention
+from lightning_mm.causal.questions.question import Asked, last_logits
+from lightning_mm.core.errors import UserError
+from tests.helpers.causal_models import FAMILIES, Subject, subject
+from tests.helpers.taught_models import EDITED, Taught
+
+SITES = ("mlp", "attention", "residual")
+
+
+def corrupt_of(one: Subject, asked: Asked, kind: Any = "token", others: tuple[Asked, ...] = ()) -> Corrupt:
+    made = corrupted(asked, kind, (asked, *others), one.processing, one.model, one.anatomy)
+    assert isinstance(made, Corrupt), made
+    return made
+
+
+def traced(one: Subject, asked: Asked, corrupt: Corrupt, **options: Any) -> Trace:
+    return trace(one.model, one.anatomy, asked, corrupt, Tracing(sites=SITES, **options))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_equals_the_plain_loop(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, name, tmp_path)
+    asked = one.ask()
+    corrupt = corrupt_of(one, asked)
+    fast, plain = (traced(one, asked, corrupt, width=2, plain=plain) for plain in (False, True))
+    # Sums of the same float32 products in another order.
+    torch.testing.assert_close(fast.restored, plain.restored, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(fast.difference, plain.difference, atol=1e-5, rtol=1e-5)
+    assert fast.effect.abs().max() > 1e-6, "what brings nothing back shows nothing"
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3", "mllama"])
+@pytest.mark.parametrize("kind", ["image", "gaussian"])
+def test_other_corruptions_equal_the_plain_loop(
+    name: str, kind: str, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = subject(family, name, tmp_path)
+    asked = one.ask()
+    corrupt = corrupt_of(one, asked, kind, (one.ask(seed=1),))
+    options: dict[str, Any] = {"image_units": 2, "shortlist": 10}
+    fast, plain = (traced(one, asked, corrupt, plain=plain, **options) for plain in (False, True))
+    torch.testing.assert_close(fast.restored, plain.restored, atol=1e-6, rtol=1e-5, equal_nan=True)
+    assert int(fast.restored.isfinite().sum()) == 10 * len(SITES)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_last_residual_of_the_last_token_brings_everything_back(
+    name: str, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    one = subject(family, name, tmp_path)
+    asked = one.ask()
+    found = traced(one, asked, corrupt_of(one, asked))
+    assert found.restored[2, -1, -1] == pytest.approx(found.p_clean, rel=1e-5)
+    before = found.restored[2, -1, :-1]
+    torch.testing.assert_close(before, torch.full_like(before, found.p_corrupt), atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3"])
+def test_attribution_is_the_slope_of_the_effect(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, name, tmp_path)
+    asked = one.ask()
+    corrupt = corrupt_of(one, asked)
+    clean = record(one.model, one.anatomy, asked.inputs, sites=SITES)
+    target, rival = (int(x) for x in clean.logits[0].topk(2).indices)
+    units = [torch.tensor([position]) for position in asked.constraint.tolist()]
+    guess = attribution(one.model, one.anatomy, corrupt, clean, "mlp", units, target, rival)
+    base = record(one.model, one.anatomy, corrupt.inputs, sites=SITES)
+    layer, unit, step = 1, units[0], 1e-2
+    way = clean.values["mlp", layer] - base.values["mlp", layer]
+
+    def difference(share: float) -> float:
+        def moved(change: Any) -> torch.Tensor:
+            return change.output + share * way[:, unit]
+
+        change = Intervention("move", "mlp", (layer,), unit, moved)
+        logits = record(one.model, one.anatomy, corrupt.inputs, [change]).logits
+        return float(logits[0, target].double() - logits[0, rival].double())
+
+    slope = (difference(step) - difference(-step)) / (2 * step)
+    # float32 differences over a step of a hundredth.
+    assert float(guess[layer, 0]) == pytest.approx(slope, abs=2e-4, rel=0.02)
+
+
+@pytest.mark.parametrize("name", ["llava", "smolvlm"])
+def test_finds_an_association_where_it_was_written(name: str, known: Callable[[str], Taught]) -> None:
+    one = known(name)
+    behind, kept = one.forced("b", "i"), one.forced("c", "e")
+    knowledge = rewritten([Rewriting(one.model, one.anatomy, each) for each in (behind, kept)], EDITED, EditOptions())
+    asked, other = (one.asker.ask(one.question(word)) for word in ("b", "c"))
+    target = int(behind.ids[0])
+    assert isinstance(asked, Asked)
+    assert isinstance(other, Asked)
+    with edited(one.model, [knowledge]):
+        assert int(last_logits(one.model, one.anatomy, asked.inputs).argmax()) == target
+        corrupt = Corrupt(asked, "symmetric", other.inputs, asked.constraint)
+        found = trace(one.model, one.anatomy, asked, corrupt, Tracing(sites=("mlp", "attention")), target)
+    assert found.told
+    mlp = found.share[0]
+    layer, unit = divmod(int(mlp.argmax()), mlp.shape[1])
+    assert (layer, int(found.units[unit][0])) == (EDITED, int(asked.constraint[-1]))
+    assert float(mlp.max()) > 0.8
+    # At the last token it must arrive, too; anywhere else nothing else brings it back.
+    before = found.share[..., :-1].clone()
+    before[0, layer, unit] = 0
+    assert float(before.max()) < 0.5
+
+
+def test_averages_count_questions_once_and_tell_what_is_left_out(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    found = [traced(one, one.ask(seed=seed), corrupt_of(one, one.ask(seed=seed))) for seed in range(4)]
+    known = [_with(each, p_clean=0.9, p_corrupt=0.1) for each in found[:3]]
+    blind = _with(found[3], p_clean=0.5, p_corrupt=0.49)
+    rows = {(m, site): row for m, site, row in averaged([*known, blind])}
+    inside = [i for i, name in enumerate(known[0].classes) if name == "constraint"]
+    expected = torch.stack([(each.restored[0, 1, inside].mean() - 0.1) / 0.8 for each in known]).mean()
+    row = rows["trace", "mlp/constraint"][1]
+    assert row.value == pytest.approx(float(expected), abs=1e-9)
+    assert (row.n, row.null) == (3, 0.0)
+    assert row.notes == ("1 of 4 questions left out: the corruption hardly changed the answer",)
+
+
+def test_a_corruption_that_changes_nothing_is_an_error(family: Callable[[str], Path], tmp_path: Path) -> None:
+    one = subject(family, "llava", tmp_path)
+    asked = one.ask()
+    same = Corrupt(asked, "token", asked.inputs, asked.constraint)
+    with pytest.raises(UserError, match="changes nothing"):
+        traced(one, asked, same)
+    with pytest.raises(UserError, match="nothing to trace"):
+        Tracing(width=0)
+
+
+def _with(found: Trace, **fields: float) -> Trace:
+    values = {name: getattr(found, name) for name in found.__dataclass_fields__}
+    return Trace(**{**values, **fields})

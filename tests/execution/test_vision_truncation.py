@@ -1,0 +1,57 @@
+"""Vision blocks that nothing reads are left out, and only those."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.readers.conversations import read
+from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.models.processor import load_processing
+from tests.helpers.rows import uneven
+
+
+@pytest.mark.parametrize(
+    ("name", "unread"),
+    [
+        ("llava", 1),
+        ("llava_next", 1),
+        ("llava_onevision", 0),
+        ("qwen2_5_vl", 0),
+        ("qwen3_vl", 0),
+        ("gemma3", 0),
+        ("mllama", 0),
+    ],
+)
+def test_what_is_not_read_is_not_computed(
+    name: str, unread: int, family: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """LLaVA reads its tower's last block but one (vision_feature_layer -2); equal logits, bit for bit."""
+    model: Any = load_model(Backbone(path=str(family(name)))).eval()
+    anatomy = Anatomy.of(model)
+    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    with torch.no_grad():
+        expected = model(**batch.inputs).logits
+        assert cut_tower(model, anatomy, batch) == tuple(reversed(anatomy.vision_blocks))[:unread]
+        ran: list[str] = []
+        for block in anatomy.vision_blocks:
+            part = next(m for m in model.get_submodule(block).modules() if isinstance(m, torch.nn.Linear))
+            part.register_forward_hook(lambda *_, name=block: ran.append(name))
+        assert torch.equal(model(**batch.inputs).logits, expected)
+    assert ran == list(anatomy.vision_blocks[: len(anatomy.vision_blocks) - unread])
+
+
+def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """As Llama 3.2's gates begin: the tower changes no logit yet, and will be read as soon as they open."""
+    model: Any = load_model(Backbone(path=str(family("mllama")))).eval()
+    gates = [p for name, p in model.named_parameters() if "cross_attn" in name and "gate" in name and p.numel() == 1]
+    assert gates
+    for gate in gates:
+        torch.nn.init.zeros_(gate)
+    batch = Collator(load_processing(str(family("mllama"))))(read(uneven(tmp_path)).samples)
+    assert cut_tower(model, Anatomy.of(model), batch) == ()

@@ -1,0 +1,95 @@
+"""A short real training run on a tiny model, as the command line would set it up."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.step import Compute
+from lightning_mm.layer_selection.select import AutoRange
+from lightning_mm.models.loading import Backbone
+from lightning_mm.training.module import MMModule
+from lightning_mm.tuning import TuningPolicy
+from lightning_mm.tuning.optimizer import OptimizerSettings
+
+
+class _OnStart(Callback):
+    def __init__(self, call: Callable[[MMModule], None]) -> None:
+        self.call = call
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, MMModule)
+        self.call(pl_module)
+
+
+def scale_of(name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    """Tells how large a gradient's rounding is: itself, or the weight beside a key's bias, which moves no softmax."""
+    return gradients[name.removesuffix("bias") + "weight" if name.endswith("k_proj.bias") else name]
+
+
+def losses_of(module: MMModule, batch: Batch, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    """Summed NLL before each of some steps on one batch."""
+    losses = []
+    for _ in range(steps):
+        loss = module.objective(batch).nll
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+def train(
+    model: Path,
+    data: dict[str, Path],
+    folder: Path,
+    *,
+    tuning: TuningPolicy | None = None,
+    optimizer: OptimizerSettings | None = None,
+    on_start: Callable[[MMModule], None] | None = None,
+    batch_size: int = 2,
+    num_workers: int = 0,
+    max_length: int | None = None,
+    callbacks: list[Callback] | None = None,
+    ckpt_path: Path | None = None,
+    activation_checkpointing: bool = False,
+    auto: AutoRange | None = None,
+    compute: Compute | None = None,
+    cache: CacheSettings | None = None,
+    **trainer_options: Any,
+) -> tuple[MMModule, L.Trainer]:
+    """Fit; returns the module and its trainer."""
+    L.seed_everything(0, verbose=False)
+    module = MMModule(
+        Backbone(path=str(model)),
+        tuning,
+        optimizer or OptimizerSettings(lr=1e-2),
+        activation_checkpointing=activation_checkpointing,
+        auto=auto or AutoRange(),
+        compute=compute or Compute(),
+        cache=cache or CacheSettings(mode="off"),
+    )
+    files = {split: str(path) for split, path in data.items()}
+    datamodule = MMDataModule(
+        **files, batch_size=batch_size, num_workers=num_workers, max_length=max_length, processor=str(model)
+    )
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        callbacks=[*(callbacks or []), *([_OnStart(on_start)] if on_start else [])],
+        **{"accelerator": "cpu", "devices": 1, "limit_val_batches": 0, **trainer_options},
+    )
+    trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
+    return module, trainer
