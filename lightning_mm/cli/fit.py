@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.analysis.findings import carry_over
 from lightning_mm.callbacks.base import InspectingCallback
-from lightning_mm.cli.parser import OneScreenParser, refuse_foreign_classes
+from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.csv_logger import MetricsFile
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.distributed import all_gather_object
@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
     TrainingCLI(
         MMModule,
         MMDataModule,
-        parser_class=OneScreenParser,
+        parser_class=Parser,
         auto_configure_optimizers=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -103,7 +103,9 @@ class TrainingCLI(LightningCLI):
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
         self.run = _run_directory(config, str(self.subcommand))
         if _RANK.rank == 0:
-            self._parser(self.subcommand).save(_reusable(config), self.run.config, overwrite=True, skip_validation=True)
+            self._parser(self.subcommand).save(
+                _reusable_config(config), self.run.config, overwrite=True, skip_validation=True
+            )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             _continue_metrics(Path(resumed), self.run)
             carry_over(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
@@ -136,7 +138,7 @@ class TrainingCLI(LightningCLI):
         callbacks: list[Callback] = [ProgressBar(), Throughput()]
         given = self._get(self.config_init, "trainer").get("callbacks") or []
         lookers = [callback for callback in given if isinstance(callback, InspectingCallback)]
-        _refuse_twice(lookers)
+        _refuse_duplicates(lookers)
         for callback in lookers:
             callback.run = self.run
         if self.subcommand == "fit":
@@ -186,7 +188,7 @@ def _run_directory(config: Namespace, verb: str) -> RunDirectory:
     return run
 
 
-def _reusable(config: Namespace) -> Namespace:
+def _reusable_config(config: Namespace) -> Namespace:
     """The config as any verb can read it: what belongs to one call only is left out."""
     kept = config.clone()
     for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
@@ -194,7 +196,7 @@ def _reusable(config: Namespace) -> Namespace:
     return kept
 
 
-def _refuse_twice(lookers: Sequence[InspectingCallback]) -> None:
+def _refuse_duplicates(lookers: Sequence[InspectingCallback]) -> None:
     """Lightning keeps the state of callbacks by their class, and refuses a second one in words about its code."""
     kinds = [type(looker).__name__ for looker in lookers]
     for kind in kinds:

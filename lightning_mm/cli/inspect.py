@@ -7,7 +7,6 @@ report.html, layers.csv and JSON; the headlines are printed too.
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 
 from jsonargparse import Namespace
 from rich.console import Console
@@ -19,8 +18,8 @@ from lightning_mm.analysis.geometry import DEFAULT, checked, geometry
 from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.analysis.probing import ProbingOptions, probing
 from lightning_mm.analysis.summary import MAIN, headline
-from lightning_mm.cli.export import Parser
-from lightning_mm.cli.model_source import InspectedModel, open_subjects
+from lightning_mm.cli.model_source import InspectedModel, model_label, open_models
+from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, write_json
@@ -37,23 +36,23 @@ def inspect(arguments: list[str]) -> int:
     measures, auto = checked(options.measures or DEFAULT), AutoRange(**vars(options.auto))
     options.probing = ProbingOptions(**vars(options.probing))
     paths = [options.model, *([options.against] if options.against else [])]
-    subjects, probe_set = open_subjects(paths, options, auto)
-    run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(short(path) for path in paths))
+    subjects, probe_set = open_models(paths, options, auto)
+    run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(model_label(path) for path in paths))
     seen: list[tuple[InspectedModel, Reading]] = []
     found = []
     for step, subject in enumerate(subjects):
         first = seen[0][1] if seen else None
-        reading, one = _inspected(subject, probe_set, step, measures, options, first, run)
+        reading, one = _inspect_model(subject, probe_set, step, measures, options, first, run)
         found.append(one)
         seen.append((subject, reading))
-        _label(run, paths, subject)
+        _write_labels(run, paths, subject)
     if options.select:
         _select(seen, probe_set, run)
     _write_ledger(subjects, run)
     write_json(run.decisions, [asdict(decision) for decision in decide])
     write_report(run.path)
     for path, one in zip(paths, found, strict=True):
-        Console().print(headlines(path, one))
+        Console().print(peaks_table(path, one))
     log.info("report: %s", run.report)
     return 0
 
@@ -98,7 +97,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _inspected(
+def _inspect_model(
     subject: InspectedModel,
     probe_set: ProbeSet,
     step: int,
@@ -162,9 +161,9 @@ def _write_ledger(subjects: Sequence[InspectedModel], run: RunDirectory) -> None
         ledger.write(run.ledger)
 
 
-def _label(run: RunDirectory, paths: Sequence[str], subject: InspectedModel) -> None:
+def _write_labels(run: RunDirectory, paths: Sequence[str], subject: InspectedModel) -> None:
     """Which model is which, and which of its layers were trained."""
-    title = " against ".join(map(short, paths))
+    title = " against ".join(map(model_label, paths))
     labels = {str(step): str(path) for step, path in enumerate(paths)}
     write_json(run.path / "inspection.json", {"title": title, "model": subject.kind, "labels": labels})
     trained = {"expression": "", "trained": list(subject.trained), "total": subject.mm.layout.num_layers}
@@ -172,23 +171,7 @@ def _label(run: RunDirectory, paths: Sequence[str], subject: InspectedModel) -> 
         write_json(run.census, {"layers": trained})
 
 
-def short(path: str) -> str:
-    """What to call a model: the name of its folder, or of its run where that says more.
-
-    Example:
-        >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
-        ('middle', 'middle-last', 'model')
-    """
-    named = Path(path)
-    parts = (named.resolve() if named.name in ("", "..") else named).parts
-    if parts[-1] == "export" and len(parts) > 1:
-        return parts[-2]
-    if parts[-1].endswith(".ckpt") and len(parts) > 2:
-        return f"{parts[-3]}-{parts[-1].removesuffix('.ckpt')}"
-    return parts[-1]
-
-
-def headlines(title: str, found: Findings) -> Table:
+def peaks_table(title: str, found: Findings) -> Table:
     """Peaks of the main profiles, as the console shows them."""
     table = Table(title=str(title))
     for column in ("measure", "read at"):

@@ -34,14 +34,14 @@ VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit
 
 def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
-    _speak()
+    _configure_logging()
     try:
-        return _begun(arguments[0])(arguments)
+        return _load_verb(arguments[0])(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MisconfigurationException, OSError) as error:
-        if (told := _explained(error)) is None:
+        if (told := _explain(error)) is None:
             raise
         print(f"error: {told}", file=sys.stderr)
         return 2
@@ -50,7 +50,7 @@ def run(arguments: list[str]) -> int:
         return 130
 
 
-def _explained(error: Exception) -> UserError | None:
+def _explain(error: Exception) -> UserError | None:
     """What a library's error means to the user; None where it would be our own fault."""
     first = str(error).partition("\n")[0]
     if isinstance(error, MisconfigurationException):
@@ -66,17 +66,17 @@ def _explained(error: Exception) -> UserError | None:
     return killed_worker(error) if isinstance(error, RuntimeError) else None
 
 
-def _begun(name: str) -> Callable[[list[str]], int]:
+def _load_verb(name: str) -> Callable[[list[str]], int]:
     """A verb, and garbage is looked for again, if ``__main__`` has stopped that: what was imported stays."""
     try:
-        return _verb(name)
+        return _import_verb(name)
     finally:
         if not gc.isenabled():
             gc.freeze()
             gc.enable()
 
 
-def _verb(name: str) -> Callable[[list[str]], int]:
+def _import_verb(name: str) -> Callable[[list[str]], int]:
     if name == "export":
         from lightning_mm.cli.export import export
 
@@ -108,7 +108,7 @@ def _verb(name: str) -> Callable[[list[str]], int]:
     raise UserError(f"'{name}' is no verb.", f"Verbs are {', '.join(VERBS)}.", suggestion(name, VERBS) or "See --help.")
 
 
-def _speak() -> None:
+def _configure_logging() -> None:
     """Our own lines to the console; of the libraries, warnings only."""
     logger = logging.getLogger("lightning_mm")
     if not logger.handlers:

@@ -1,6 +1,6 @@
 """From the command line of ``inspect`` to what is inspected: each path checked, then opened, and one probe set for all.
 
-Data flow: paths and options -> ``Source`` (checked, nothing loaded) -> probe set -> ``InspectedModel``.
+Data flow: paths and options -> ``ModelSource`` (checked, nothing loaded) -> probe set -> ``InspectedModel``.
 
 What is to be inspected: a model folder, a run, or one of its checkpoints, each as a model that can be read.
 
@@ -19,7 +19,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import Reading, read, shared
-from lightning_mm.cli.export import restored
+from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, read_json
@@ -126,7 +126,7 @@ class InspectedModel:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def check_alike(subjects: Sequence[InspectedModel]) -> None:
+def check_same_architecture(subjects: Sequence[InspectedModel]) -> None:
     """Refuse to compare models of different shape, block by block.
 
     Raises:
@@ -147,7 +147,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """What a path names.
 
     Args:
@@ -161,7 +161,7 @@ class Source:
     checkpoint: Path | None = None
 
     @classmethod
-    def of(cls, path: str, checkpoint: str) -> "Source":
+    def of(cls, path: str, checkpoint: str) -> "ModelSource":
         """See what a path names, without loading it.
 
         Args:
@@ -190,7 +190,7 @@ class Source:
         return cls(path)
 
     @classmethod
-    def _of_checkpoint(cls, path: str, checkpoint: Path) -> "Source":
+    def _of_checkpoint(cls, path: str, checkpoint: Path) -> "ModelSource":
         state.read_checkpoint(checkpoint)
         folder = checkpoint.absolute().parent.parent
         if not (folder / "config.yaml").is_file():
@@ -202,7 +202,23 @@ class Source:
         return cls(path, RunDirectory(folder), checkpoint)
 
 
-def open_subjects(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[InspectedModel], ProbeSet]:
+def model_label(path: str) -> str:
+    """What to call a model: the name of its folder, or of its run where that says more.
+
+    Example:
+        >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
+        ('middle', 'middle-last', 'model')
+    """
+    named = Path(path)
+    parts = (named.resolve() if named.name in ("", "..") else named).parts
+    if parts[-1] == "export" and len(parts) > 1:
+        return parts[-2]
+    if parts[-1].endswith(".ckpt") and len(parts) > 2:
+        return f"{parts[-3]}-{parts[-1].removesuffix('.ckpt')}"
+    return parts[-1]
+
+
+def open_models(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[InspectedModel], ProbeSet]:
     """Open all that is to be inspected, and draw the probe set that all of it is asked.
 
     Raises:
@@ -210,12 +226,12 @@ def open_subjects(paths: Sequence[str], options: Namespace, auto: AutoRange) -> 
     """
     if options.images is not None and options.images < 2:
         raise UserError(f"images is {options.images}.", "Pictures are compared.", "Give --images 2 or more.")
-    sources = [Source.of(path, options.checkpoint) for path in paths]
+    sources = [ModelSource.of(path, options.checkpoint) for path in paths]
     early = None
     if not any(source.run for source in sources):  # a mistake in the file shows before a model is loaded
-        early = _probe_set(_fresh(paths[0], None, options), options)
-    subjects = [opened(source, options, auto) for source in sources]
-    check_alike(subjects)
+        early = _probe_set(_data_from_options(paths[0], None, options), options)
+    subjects = [open_model(source, options, auto) for source in sources]
+    check_same_architecture(subjects)
     if early is not None:
         return subjects, early
     own = next(subject for subject, source in zip(subjects, sources, strict=True) if source.run)
@@ -244,27 +260,27 @@ def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
     return data.probe_set()
 
 
-def opened(source: Source, options: Namespace, auto: AutoRange) -> InspectedModel:
+def open_model(source: ModelSource, options: Namespace, auto: AutoRange) -> InspectedModel:
     """Load what a path names, ready to be read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained: tuple[int, ...] = ()
     if source.run is not None and source.checkpoint is not None:
-        module, data = restored(source.run, source.checkpoint)
+        module, data = load_run(source.run, source.checkpoint)
         mm, trained = module.mm, module.plan.layers
         data.batch_size = data.eval_batch_size = options.batch_size
         data.max_length = options.max_length or data.max_length
         backbone = module.backbone
-        conversations = _fresh(backbone.path, backbone.revision, options) if options.data else data
+        conversations = _data_from_options(backbone.path, backbone.revision, options) if options.data else data
     else:
-        data = conversations = _fresh(source.path, None, options)
+        data = conversations = _data_from_options(source.path, None, options)
         mm = MultimodalModel.of(load_model(Backbone(path=source.path)), source=source.path)
-        trained = _trained(Path(source.path).absolute().parent)
+        trained = _trained_layers(Path(source.path).absolute().parent)
     mm.model.eval().requires_grad_(False).to(device)
     kind = type(mm.model).__name__
     return InspectedModel(source.path, kind, mm, data, conversations, trained, options.bf16, auto)
 
 
-def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataModule:
+def _data_from_options(processor: str, revision: str | None, options: Namespace) -> MMDataModule:
     """What the command line alone says of data."""
     length = {} if options.max_length is None else {"max_length": options.max_length}
     return MMDataModule(
@@ -279,7 +295,7 @@ def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataMo
     )
 
 
-def _trained(run: Path) -> tuple[int, ...]:
+def _trained_layers(run: Path) -> tuple[int, ...]:
     """The layers that a run has trained, for the folder that was exported from it; none where it is no run."""
     if not (run / "census.json").is_file():
         return ()

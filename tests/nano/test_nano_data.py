@@ -252,9 +252,9 @@ def test_edits_change_facts_that_were_learned(built: Path, rows: dict[str, list[
     facts = {(row["image"], text): answer for row, _, text, answer in pairs(learned)}
     read = read_edits(built / "edits.json")
     assert not read.rejections
-    assert read.rewrites
-    assert len({each.question.group for each in read.rewrites}) == len(read.rewrites)
-    for each in read.rewrites:
+    assert read.requests
+    assert len({each.question.group for each in read.requests}) == len(read.rewrites)
+    for each in read.requests:
         image = f"images/{each.question.images[0].name}"
         assert facts[image, each.question.text] == each.question.answer
         assert each.new_answer != each.question.answer
