@@ -40,7 +40,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def says(one: Taught, word: str, answer: str | None = None) -> bool:
-    return score_answer(one.mm, one.forced(word, answer or KNOWN[word])).said
+    return score_answer(one.mm, one.forced(word, answer or KNOWN[word])).is_greedy
 
 
 def rewriting(one: Taught, word: str, answer: str) -> ValueOptimizer:
@@ -179,7 +179,7 @@ def test_adapters_stay_and_are_counted(known: Known) -> None:
         after = ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e"))._sites[EDITED][1]
         torch.testing.assert_close(after, found.output + found.delta, atol=1e-4, rtol=1e-4)
         moved = {key for key, tensor in before.items() if not torch.equal(model.state_dict()[key], tensor)}
-        assert score_answer(MultimodalModel(model, one.layout), one.forced("d", "e")).said
+        assert score_answer(MultimodalModel(model, one.layout), one.forced("d", "e")).is_greedy
     assert moved == {f"{name}.base_layer.weight"}
     plain = rewriting(one, "d", "e")._sites[EDITED][1]
     assert not torch.allclose(plain, found.output), "the adapter does say something"
