@@ -1,7 +1,7 @@
-"""inspect: the analyses of the callbacks on any model folder, run or checkpoint, without training; or two compared.
+"""The verb inspect: the callbacks' analyses on any model folder, run or checkpoint, without training; or two compared.
 
-Data flow: model(s) + probe set -> one reading each -> probing, geometry, drift, layer selection -> a folder with
-report.html, layers.csv and JSON; the headlines are printed too.
+Data flow: model(s) + probe set -> hidden states of each -> probing, geometry, drift, layer selection -> a folder with
+report.html, layers.csv and JSON; the peaks are printed.
 """
 
 import time
@@ -36,19 +36,19 @@ def inspect(arguments: list[str]) -> int:
     measures, auto = checked(options.measures or DEFAULT), AutoRange(**vars(options.auto))
     options.probing = ProbingOptions(**vars(options.probing))
     paths = [options.model, *([options.against] if options.against else [])]
-    subjects, probe_set = open_models(paths, options, auto)
+    models, probe_set = open_models(paths, options, auto)
     run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(model_label(path) for path in paths))
     seen: list[tuple[InspectedModel, Reading]] = []
     found = []
-    for step, subject in enumerate(subjects):
+    for step, model in enumerate(models):
         first = seen[0][1] if seen else None
-        reading, one = _inspect_model(subject, probe_set, step, measures, options, first, run)
+        reading, one = _inspect_model(model, probe_set, step, measures, options, first, run)
         found.append(one)
-        seen.append((subject, reading))
-        _write_labels(run, paths, subject)
+        seen.append((model, reading))
+        _write_labels(run, paths, model)
     if options.select:
         _select(seen, probe_set, run)
-    _write_ledger(subjects, run)
+    _write_ledger(models, run)
     write_json(run.decisions, [asdict(decision) for decision in decide])
     write_report(run.path)
     for path, one in zip(paths, found, strict=True):
@@ -98,7 +98,7 @@ def _parser() -> Parser:
 
 
 def _inspect_model(
-    subject: InspectedModel,
+    model: InspectedModel,
     probe_set: ProbeSet,
     step: int,
     measures: Sequence[str],
@@ -107,33 +107,33 @@ def _inspect_model(
     run: RunDirectory,
 ) -> tuple[Reading, Findings]:
     began = time.perf_counter()
-    reading = subject.read(probe_set, step)
+    reading = model.read(probe_set, step)
     problems = [*reading.problems]
-    alone = _without_pictures(subject, probe_set, step, problems) if options.text_only else None
+    alone = _without_pictures(model, probe_set, step, problems) if options.text_only else None
     forward = time.perf_counter() - began
-    found = probing(reading, alone, probe_set, options.probing, subject.device)
+    found = probing(reading, alone, probe_set, options.probing, model.device)
     found.problems[:0] = problems
-    found.take(geometry(reading, probe_set, measures, options.neighbours, subject.device))
+    found.take(geometry(reading, probe_set, measures, options.neighbours, model.device))
     if first is not None:
-        found.take(drift(first, reading, probe_set, options.neighbours, subject.device))
+        found.take(drift(first, reading, probe_set, options.neighbours, model.device))
     recorder = Recorder(run)
     if step == 0:
         recorder.probes(probe_set)
     recorder.write(found, forward, time.perf_counter() - began - forward)
-    log.info("%s: read in %.1f s, analysed in %.1f s", subject.name, forward, time.perf_counter() - began - forward)
+    log.info("%s: read in %.1f s, analysed in %.1f s", model.name, forward, time.perf_counter() - began - forward)
     for problem in found.problems:
         log.warning("%s", problem)
     return reading, found
 
 
-def _without_pictures(subject: InspectedModel, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
-    """The entailment rows with grey pictures, if there are any; what goes wrong is one problem more."""
+def _without_pictures(model: InspectedModel, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
+    """Hidden states of the entailment rows with grey images; None without such rows, or if reading fails."""
     blank = probe_set.without_pictures()
     if not len(blank):
         return None
     try:
-        reading = subject.read(blank, step)
-    except Exception as error:  # a baseline; what was read with pictures stands without it
+        reading = model.read(blank, step)
+    except Exception as error:  # only a baseline: the results with images stand without it
         problems.append(f"nothing was read without pictures: {type(error).__name__}: {error}")
         return None
     problems += reading.problems
@@ -141,10 +141,10 @@ def _without_pictures(subject: InspectedModel, probe_set: ProbeSet, step: int, p
 
 
 def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
-    """By the first model; what a second one has made of it is two more criteria."""
-    subject, reading = seen[0]
+    """Select layers of the first model; a second, tuned one adds two criteria."""
+    model, reading = seen[0]
     try:
-        selection = subject.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
+        selection = model.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
     except UserError as error:
         decide("select", "no layers are chosen", f"{error.what} {error.why}")
         return
@@ -152,27 +152,27 @@ def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet,
     write_json(run.selection, selection.to_dict())
 
 
-def _write_ledger(subjects: Sequence[InspectedModel], run: RunDirectory) -> None:
-    """What fell out of probes and conversations, as in a run."""
+def _write_ledger(models: Sequence[InspectedModel], run: RunDirectory) -> None:
+    """Write the ledger of rejected probe and conversation rows."""
     ledger = Ledger()
-    for data in (data for subject in subjects for data in (subject.data, subject.conversations)):
+    for data in (data for model in models for data in (model.data, model.conversations)):
         ledger.add(data.ledger)
     if len(ledger):
         ledger.write(run.ledger)
 
 
-def _write_labels(run: RunDirectory, paths: Sequence[str], subject: InspectedModel) -> None:
-    """Which model is which, and which of its layers were trained."""
+def _write_labels(run: RunDirectory, paths: Sequence[str], model: InspectedModel) -> None:
+    """Write which model is which step, and which of its layers were trained."""
     title = " against ".join(map(model_label, paths))
     labels = {str(step): str(path) for step, path in enumerate(paths)}
-    write_json(run.path / "inspection.json", {"title": title, "model": subject.kind, "labels": labels})
-    trained = {"expression": "", "trained": list(subject.trained), "total": subject.mm.layout.num_layers}
-    if subject.trained:
+    write_json(run.path / "inspection.json", {"title": title, "model": model.kind, "labels": labels})
+    trained = {"expression": "", "trained": list(model.trained), "total": model.mm.layout.num_layers}
+    if model.trained:
         write_json(run.census, {"layers": trained})
 
 
 def peaks_table(title: str, found: Findings) -> Table:
-    """Peaks of the main profiles, as the console shows them."""
+    """Peaks of the main profiles, for the console."""
     table = Table(title=str(title))
     for column in ("measure", "read at"):
         table.add_column(column, no_wrap=True)

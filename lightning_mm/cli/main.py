@@ -1,7 +1,6 @@
-"""The command line: one place where verbs, config files and run directories meet.
+"""The command line: finds the verb and runs it; errors become one message and an exit status.
 
-Data flow: arguments -> ``parsing`` (one-screen errors) -> ``training`` (fit, validate, test, predict) or ``exporting``
--> exit status.
+Data flow: arguments -> the verb's function (imported when needed) -> exit status.
 """
 
 import errno
@@ -17,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
-from lightning_mm.core.errors import UserError
+from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.dataloader import killed_worker
 
 _KNOWN = (
@@ -41,9 +40,9 @@ def run(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MisconfigurationException, OSError) as error:
-        if (told := _explain(error)) is None:
+        if (explained := _explain(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {explained}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -51,8 +50,8 @@ def run(arguments: list[str]) -> int:
 
 
 def _explain(error: Exception) -> UserError | None:
-    """What a library's error means to the user; None where it would be our own fault."""
-    first = str(error).partition("\n")[0]
+    """A library's error as ``UserError``; None if the user cannot mend it."""
+    first = first_line(error)
     if isinstance(error, MisconfigurationException):
         return UserError("The trainer cannot be set up.", first, "Change the trainer's options, or its -c file.")
     if isinstance(error, torch.OutOfMemoryError):
@@ -67,7 +66,7 @@ def _explain(error: Exception) -> UserError | None:
 
 
 def _load_verb(name: str) -> Callable[[list[str]], int]:
-    """A verb, and garbage is looked for again, if ``__main__`` has stopped that: what was imported stays."""
+    """Import a verb, and enable garbage collection again, which ``__main__`` disables for a fast start."""
     try:
         return _import_verb(name)
     finally:
@@ -109,7 +108,7 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
 
 
 def _configure_logging() -> None:
-    """Our own lines to the console; of the libraries, warnings only."""
+    """Log our own messages to the console; of the libraries, warnings only."""
     logger = logging.getLogger("lightning_mm")
     if not logger.handlers:
         handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
