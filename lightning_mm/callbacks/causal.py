@@ -101,11 +101,11 @@ class CausalCallback(InspectingCallback):
     def _found(self, look: Look) -> Findings:
         assert self._module is not None
         module = live(self._module)
-        examined = Examined(plain(module.model), module.anatomy, self._data.processing)
+        examined = Examined(plain(module.model), module.layout, self._data.processing)
         asker = Asker(self._data.processing)
         if self._asked is None:
             self._asked = self._draw(asker)
-        answers, rejected = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+        answers, rejected = answered(examined.model, module.layout, asker, self._asked, look.device)
         known = [replace(each, right=True) for each in answers if each.probability >= LEAST]
         options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
         found = study(examined, known, options, {}, look.step)
@@ -168,17 +168,17 @@ class CausalCallback(InspectingCallback):
             why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
             decide("causal.transplant", "not measured", why)
             return
-        model, anatomy = examined.model, examined.anatomy
-        hybrid = from_start(model, anatomy, self._start)
-        hybrid = both(from_adapters(model, anatomy), hybrid) if adapted else hybrid
+        model, layout = examined.model, examined.layout
+        hybrid = from_start(model, layout, self._start)
+        hybrid = both(from_adapters(model, layout), hybrid) if adapted else hybrid
         self._batches = self._batches or self._data.sample_batches(self.batches, 8)
         with hybrid(()):
-            untouched = answered_right(model, anatomy, self._batches, device)
+            untouched = answered_right(model, layout, self._batches, device)
         chosen = {
             trained[shown]: [trained[i] for i in layers]
             for shown, layers in windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
         }
-        curve = transplant_curve(model, hybrid, anatomy, self._batches, device, chosen)
+        curve = transplant_curve(model, hybrid, layout, self._batches, device, chosen)
         for site, rows in transplant_rows("cumulative", curve, untouched):
             for layer, estimate in rows.items():
                 found.add("causal", "transplant", site, [estimate], first=layer)

@@ -59,7 +59,7 @@ class Reader:
         with looking(self.trainer, self.module):
             return read(
                 module.model,
-                module.anatomy,
+                module.layout,
                 self._encoded(probe_set, name),
                 self.module.device,
                 step=self.trainer.global_step,

@@ -26,7 +26,7 @@ from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.processor import Processing
 
 PARTS = ("trace", "flow", "knockout", "ablation", "pictures", "predictor")
@@ -94,7 +94,7 @@ class Examined:
     """A model to be studied: the plain model in eval mode, on its device."""
 
     model: Any
-    anatomy: Anatomy
+    layout: ModelLayout
     processing: Processing
 
 
@@ -141,7 +141,7 @@ def _trace(
             every,
             examined.processing,
             examined.model,
-            examined.anatomy,
+            examined.layout,
             options.seed,
         )
         if isinstance(corrupt, Rejection):
@@ -149,7 +149,7 @@ def _trace(
             continue
         try:
             found.traces.append(
-                trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
+                trace(examined.model, examined.layout, answer.asked, corrupt, options.tracing, answer.target)
             )
         except UserError as error:
             refused = error
@@ -175,25 +175,25 @@ def _trace(
 
 
 def _flow(found: Study, examined: Examined, right: Sequence[Answer]) -> None:
-    for name, estimates in flow(examined.model, examined.anatomy, [answer.asked for answer in right]):
+    for name, estimates in flow(examined.model, examined.layout, [answer.asked for answer in right]):
         found.findings.add("causal", "flow", name, estimates, first=0)
 
 
 def _knockout(found: Study, examined: Examined, right: Sequence[Answer], options: Studying) -> None:
-    for measure, site, estimates in knockout_curves(examined.model, examined.anatomy, right, options.knocking):
+    for measure, site, estimates in knockout_curves(examined.model, examined.layout, right, options.knocking):
         found.findings.add("causal", measure, site, estimates, first=0)
 
 
 def _ablation(found: Study, examined: Examined, right: Sequence[Answer], kinds: Sequence[str]) -> None:
-    for kind, estimates in ablation_curves(examined.model, examined.anatomy, right, kinds):
+    for kind, estimates in ablation_curves(examined.model, examined.layout, right, kinds):
         found.findings.add("causal", "ablation", kind, estimates, first=0)
 
 
 def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images: Mapping[str, str]) -> None:
     """What the picture gives and what the lens reads off it, at five depths."""
-    model, anatomy, processing = examined.model, examined.anatomy, examined.processing
+    model, layout, processing = examined.model, examined.layout, examined.processing
     grids, decode = PictureGrids(processing), processing.processor.tokenizer.decode
-    last = anatomy.num_layers - 1
+    last = layout.num_layers - 1
     depths = sorted({round(part * last / 4) for part in range(5)})
     for answer in right:
         asked = answer.asked
@@ -201,10 +201,10 @@ def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images:
             continue
         try:
             grid = grids.grid(asked)
-            recording = record(model, anatomy, asked.inputs, sites=("residual", "attention"))
+            recording = record(model, layout, asked.inputs, sites=("residual", "attention"))
             to = "constraint" if len(asked.constraint) else "last"
-            entries = [image_map(model, anatomy, recording, asked, grid, layer, to) for layer in depths]
-            entries += [picture_words(model, anatomy, recording, asked, grid, layer, decode) for layer in depths]
+            entries = [image_map(model, layout, recording, asked, grid, layer, to) for layer in depths]
+            entries += [picture_words(model, layout, recording, asked, grid, layer, decode) for layer in depths]
         except UserError as error:
             found.rejected.append(Rejection(asked.question.id, f"not drawn: {error.why}"))
             continue
@@ -218,8 +218,8 @@ def _predictor(found: Study, examined: Examined, answers: Sequence[Answer]) -> N
         return
     features = []
     for answer in usable:
-        recording = record(examined.model, examined.anatomy, answer.asked.inputs, sites=("attention",))
-        features.append(contribution_features(examined.model, examined.anatomy, recording, answer.asked))
+        recording = record(examined.model, examined.layout, answer.asked.inputs, sites=("attention",))
+        features.append(contribution_features(examined.model, examined.layout, recording, answer.asked))
     confidence = torch.tensor([answer.confidence for answer in usable])
     right = torch.tensor([answer.right for answer in usable])
     questions = [answer.asked.question for answer in usable]

@@ -33,7 +33,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import Ledger
 from lightning_mm.models.export.export import Origin, export_full
 from lightning_mm.models.export.verify import Claim, prove, take_reference
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.report.html import write_report
@@ -48,14 +48,14 @@ class Opened:
 
     Args:
         model: In eval mode, nothing of it trains.
-        anatomy: Of it.
+        layout: Of it.
         processing: Its processor.
         base: Folder or hub name that it comes from.
         device: Where it is.
     """
 
     model: Any
-    anatomy: Anatomy
+    layout: ModelLayout
     processing: Processing
     base: str
     device: torch.device
@@ -73,7 +73,7 @@ def edit(arguments: list[str]) -> int:
     run = RunDirectory.create(options.root, options.name or f"edit-{short(options.model)}")
     opened = _open(source)
     asker = Asker(opened.processing, options.prompt)
-    scorer = Scorer(opened.model, opened.anatomy, asker, opened.device, options.max_new_tokens, options.num_unrelated)
+    scorer = Scorer(opened.model, opened.layout, asker, opened.device, options.max_new_tokens, options.num_unrelated)
     study = EditStudy(scorer, file, _batches(conversations, opened, options.conversations))
     scan, layer = _layer(study, options, chosen)
     outcomes = _outcomes(study, options, layer, chosen)
@@ -129,12 +129,12 @@ def _open(source: Source) -> Opened:
     model: Any
     if source.run is not None and source.checkpoint is not None:
         module, data = restored(source.run, source.checkpoint, quantized=False)
-        model, anatomy, processing, base = module.model, module.anatomy, data.processing, module.backbone.path
+        model, layout, processing, base = module.model, module.layout, data.processing, module.backbone.path
     else:
         model = load_model(Backbone(path=source.path))
-        anatomy, processing, base = Anatomy.of(model), load_processing(source.path), source.path
+        layout, processing, base = ModelLayout.of(model), load_processing(source.path), source.path
     model.eval().requires_grad_(False).to(device)
-    return Opened(model, anatomy, processing, base, device)
+    return Opened(model, layout, processing, base, device)
 
 
 def _limited(file: EditFile, limit: int | None) -> EditFile:

@@ -167,7 +167,7 @@ def _label(run: RunDirectory, paths: Sequence[str], subject: Subject) -> None:
     title = " against ".join(map(short, paths))
     labels = {str(step): str(path) for step, path in enumerate(paths)}
     write_json(run.path / "inspection.json", {"title": title, "model": subject.kind, "labels": labels})
-    trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+    trained = {"expression": "", "trained": list(subject.trained), "total": subject.layout.num_layers}
     if subject.trained:
         write_json(run.census, {"layers": trained})
 

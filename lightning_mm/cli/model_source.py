@@ -32,7 +32,7 @@ from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_p
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model, read_config
 from lightning_mm.training import checkpoint as state
 
@@ -45,7 +45,7 @@ class Subject:
         name: As given.
         kind: Its class.
         model: In eval mode.
-        anatomy: Of the plain model.
+        layout: Of the plain model.
         data: Makes its batches of probe rows.
         conversations: Has the conversations that a loss is taken of, if there are any.
         trained: Blocks that were trained; empty where that is not known.
@@ -57,7 +57,7 @@ class Subject:
     name: str
     kind: str
     model: nn.Module
-    anatomy: Anatomy
+    layout: ModelLayout
     data: MMDataModule
     conversations: MMDataModule
     trained: tuple[int, ...]
@@ -74,7 +74,7 @@ class Subject:
     def read(self, probe_set: ProbeSet, step: int = 0) -> Reading:
         """Every layer, on every row; rows that fall out are in the ledger of ``data`` too."""
         with torch.no_grad(), self._precision():
-            reading = read(self.model, self.anatomy, self.data.probe_loader(probe_set), self.device, step=step)
+            reading = read(self.model, self.layout, self.data.probe_loader(probe_set), self.device, step=step)
         self.data.ledger.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
@@ -89,7 +89,7 @@ class Subject:
         batches = self._batches() if pilot or set(GRADIENT) & set(self.auto.criteria) else []
         said = self._piloted(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
-            gradients = scores_if_possible(self.model, self.anatomy, batches, self.device, self.auto.criteria)
+            gradients = scores_if_possible(self.model, self.layout, batches, self.device, self.auto.criteria)
         return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=said)
 
     def _batches(self) -> list[Batch]:
@@ -111,14 +111,14 @@ class Subject:
 
     def _transplanted(self, tuned: "Subject", batches: Sequence[Batch]) -> Tensor | None:
         """(K, L) gains; None, and said why, where they cannot be had."""
-        types = [each.model.get_submodule(each.anatomy.embedding).weight.dtype for each in (self, tuned)]
+        types = [each.model.get_submodule(each.layout.embedding).weight.dtype for each in (self, tuned)]
         if len(batches) < 2:
             why = f"{len(batches)} batches to take a loss of, and 2 are needed: give --data FILE"
         elif types[0] != types[1]:
             why = f"the weights are {types[0]} here and {types[1]} there"
         else:
             with self._precision():
-                return transplant_gains(self.model, tuned.model, self.anatomy, batches, self.device)
+                return transplant_gains(self.model, tuned.model, self.layout, batches, self.device)
         decide("auto.criteria", "without transplant", why)
         return None
 
@@ -132,7 +132,7 @@ def check_alike(subjects: Sequence[Subject]) -> None:
     Raises:
         UserError: Naming both sides.
     """
-    shapes = {each.name: (each.kind, each.anatomy.num_layers, each.width) for each in subjects}
+    shapes = {each.name: (each.kind, each.layout.num_layers, each.width) for each in subjects}
     if len(set(shapes.values())) > 1:
         told = [f"{name} is {kind} with {n} blocks of width {d}" for name, (kind, n, d) in shapes.items()]
         raise UserError(
@@ -251,7 +251,7 @@ def opened(source: Source, options: Namespace, auto: AutoRange) -> Subject:
     model: Any
     if source.run is not None and source.checkpoint is not None:
         module, data = restored(source.run, source.checkpoint)
-        model, anatomy, trained = module.model, module.anatomy, module.plan.layers
+        model, layout, trained = module.model, module.layout, module.plan.layers
         data.batch_size = data.eval_batch_size = options.batch_size
         data.max_length = options.max_length or data.max_length
         backbone = module.backbone
@@ -259,11 +259,11 @@ def opened(source: Source, options: Namespace, auto: AutoRange) -> Subject:
     else:
         data = conversations = _fresh(source.path, None, options)
         model = load_model(Backbone(path=source.path))
-        anatomy = Anatomy.of(model)
+        layout = ModelLayout.of(model)
         trained = _trained(Path(source.path).absolute().parent)
     model.eval().requires_grad_(False).to(device)
     kind = type(model).__name__
-    return Subject(source.path, kind, model, anatomy, data, conversations, trained, device, options.bf16, auto)
+    return Subject(source.path, kind, model, layout, data, conversations, trained, device, options.bf16, auto)
 
 
 def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataModule:

@@ -60,7 +60,7 @@ def trace(arguments: list[str]) -> int:
         raise UserError(f"Nothing in {options.data} can be asked.", "No answer is left of it.", "Give other --data.")
     run = RunDirectory.create(options.root, options.name or f"trace-{short(options.model)}")
     began = time.perf_counter()
-    examined = Examined(subject.model, subject.anatomy, subject.data.processing)
+    examined = Examined(subject.model, subject.layout, subject.data.processing)
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
         found = study(examined, answers, studying, _pictures(run, answers))
         if len(subjects) > 1:
@@ -153,7 +153,7 @@ def _answers(
             rejected.append(asked)
             continue
         with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-            found, lost = answered(subject.model, subject.anatomy, asker, [asked], subject.device)
+            found, lost = answered(subject.model, subject.layout, asker, [asked], subject.device)
         answers, rejected = [*answers, *found], [*rejected, *lost]
         if sum(answer.right for answer in answers) >= options.limit:
             break
@@ -191,12 +191,12 @@ def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
 
 def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[Batch]) -> None:
     """Curves of hybrids: layers of the tuned model in the first one."""
-    hybrid = from_two(base.model, tuned.model, base.anatomy)
-    untouched = transplanted_answers(base.model, base.anatomy, batches, base.device)
+    hybrid = from_two(base.model, tuned.model, base.layout)
+    untouched = transplanted_answers(base.model, base.layout, batches, base.device)
     for mode in ("cumulative", "sliding"):
-        step = max(1, base.anatomy.num_layers // 15)
-        chosen = windows(mode, base.anatomy.num_layers, width=2 * step + 1, step=step)
-        curve = transplant_curve(base.model, hybrid, base.anatomy, batches, base.device, chosen)
+        step = max(1, base.layout.num_layers // 15)
+        chosen = windows(mode, base.layout.num_layers, width=2 * step + 1, step=step)
+        curve = transplant_curve(base.model, hybrid, base.layout, batches, base.device, chosen)
         for site, rows in transplant_rows(mode, curve, untouched):
             for layer, estimate in rows.items():
                 found.findings.add("causal", "transplant", site, [estimate], first=layer)
@@ -218,7 +218,7 @@ def _write(
     )
     write_json(run.path / "inspection.json", {**told, "labels": {"0": short(options.model)}})
     if subject.trained:
-        trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+        trained = {"expression": "", "trained": list(subject.trained), "total": subject.layout.num_layers}
         write_json(run.census, {"layers": trained})
 
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.tuning.policy import TuningPlan
 
 FrozenType = Literal["auto", "float32", "bfloat16"]
 
 
 def hold_frozen(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, precision: str, wanted: FrozenType = "auto"
+    model: nn.Module, layout: ModelLayout, plan: TuningPlan, precision: str, wanted: FrozenType = "auto"
 ) -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
@@ -34,7 +34,7 @@ def hold_frozen(
 
     Args:
         model: Under the plan; on any device.
-        anatomy: Of it.
+        layout: Of it.
         plan: What trains.
         precision: ``trainer.precision``.
         wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
@@ -60,7 +60,7 @@ def hold_frozen(
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
-    head: Any = model.get_submodule(anatomy.head)
+    head: Any = model.get_submodule(layout.head)
     tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2

@@ -15,7 +15,7 @@ from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import Selection
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.training import checkpoint
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.policy import TuningPlan
@@ -25,7 +25,7 @@ class LiveModule(Protocol):
     """The part of ``MMModule`` that callbacks use."""
 
     model: nn.Module
-    anatomy: Anatomy
+    layout: ModelLayout
     plan: TuningPlan
     census: Census
     selection: Selection | None

@@ -31,7 +31,7 @@ from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.geometry.resampling import mean_interval
 from lightning_mm.models.generation import greedy_answers
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 Kind = Literal["edited", "paraphrase", "picture", "neighbour", "unrelated"]
 
@@ -103,7 +103,7 @@ class Scorer:
 
     Args:
         model: The plain model in eval mode.
-        anatomy: Of it.
+        layout: Of it.
         asker: Of the model.
         device: Where the model is.
         max_new_tokens: Longest answer that must stay.
@@ -113,13 +113,13 @@ class Scorer:
     def __init__(
         self,
         model: Any,
-        anatomy: Anatomy,
+        layout: ModelLayout,
         asker: Asker,
         device: torch.device,
         max_new_tokens: int = 8,
         num_unrelated: int = 8,
     ) -> None:
-        self.model, self.anatomy, self.asker, self.device = model, anatomy, asker, device
+        self.model, self.layout, self.asker, self.device = model, layout, asker, device
         self.max_new_tokens, self.num_unrelated = max_new_tokens, num_unrelated
         self.rejected: list[Rejection] = []
         self._own: dict[str, tuple[Forced, Heard] | None] = {}
@@ -158,7 +158,7 @@ class Scorer:
     def right(self, question: Question) -> bool | None:
         """Whether greedy decoding begins with the answer given; None where none is."""
         given = self._forced(question, question.answer, None) if question.answer else None
-        return None if given is None else heard(self.model, self.anatomy, given).said
+        return None if given is None else heard(self.model, self.layout, given).said
 
     def _probe(
         self, kind: Kind, rewrite: Rewrite, question: Question, text: str | None = None, stays: bool = False
@@ -167,7 +167,7 @@ class Scorer:
         new = None if stays else self._forced(question, rewrite.new_answer, text)
         if old is None or (new is None and not stays):
             return None
-        before = heard(self.model, self.anatomy, new) if new is not None else None
+        before = heard(self.model, self.layout, new) if new is not None else None
         edited = rewrite.question
         return Probe(edited.id, edited.group or edited.id, kind, bool(question.images), new, old[0], before, old[1])
 
@@ -179,7 +179,7 @@ class Scorer:
             if isinstance(answer, Rejection):
                 self.rejected.append(answer)
             made = None if isinstance(answer, Rejection) else self._forced(question, answer, text)
-            self._own[key] = (made, heard(self.model, self.anatomy, made)) if made is not None else None
+            self._own[key] = (made, heard(self.model, self.layout, made)) if made is not None else None
         return self._own[key]
 
     def _forced(self, question: Question, answer: str, text: str | None) -> Forced | None:
@@ -190,8 +190,8 @@ class Scorer:
         return made.to(self.device)
 
     def _score(self, probe: Probe) -> Score:
-        old, was = heard(self.model, self.anatomy, probe.old), probe.old_before
-        new = heard(self.model, self.anatomy, probe.new) if probe.new is not None else None
+        old, was = heard(self.model, self.layout, probe.old), probe.old_before
+        new = heard(self.model, self.layout, probe.new) if probe.new is not None else None
         same = (old.likeliest == was.likeliest).float()
         before = probe.new_before
         return Score(
@@ -266,9 +266,9 @@ def overall(scores: Sequence[Score]) -> float:
 
 
 @torch.no_grad()
-def losses_of(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Tensor:
+def losses_of(model: nn.Module, layout: ModelLayout, batches: Sequence[Batch], device: torch.device) -> Tensor:
     """(K, 2) float64 summed loss in nats, and supervised tokens, of each conversation, one a batch."""
-    head = model.get_submodule(anatomy.head)
+    head = model.get_submodule(layout.head)
     found = [supervised_nll(model, head, batch.to(device)) for batch in batches]
     return torch.tensor([[float(each.nll), each.num_tokens] for each in found], dtype=torch.float64).reshape(-1, 2)
 

@@ -28,7 +28,7 @@ from lightning_mm.causal.questions.question import Asked
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.attention.interception import repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 FLOW = ("image->constraint", "constraint->last", "image->last", "question->last")
 
@@ -55,13 +55,13 @@ class Norms:
 
 @torch.no_grad()
 def contributions(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor, by_head: bool = False
+    model: nn.Module, layout: ModelLayout, recording: Recording, layer: int, queries: Tensor, by_head: bool = False
 ) -> Tensor:
     """The contributions themselves.
 
     Args:
         model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
+        layout: Of it.
         recording: Of one question.
         layer: Decoder block.
         queries: (Q,) positions of the tokens that attend.
@@ -73,16 +73,18 @@ def contributions(
     Raises:
         UserError: The layer has no attention, or its output is made of more than values and an output projection.
     """
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+    parts = _Parts.of(model, layout, recording, layer, queries)
     formula = "hqk,hkd->hqkd" if by_head else "hqk,hkd->qkd"
     chunks = [torch.einsum(formula, parts.weight[..., keys], moved) for keys, moved in parts.moved()]
     return torch.cat(chunks, -2)
 
 
 @torch.no_grad()
-def contribution_norms(model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> Norms:
+def contribution_norms(
+    model: nn.Module, layout: ModelLayout, recording: Recording, layer: int, queries: Tensor
+) -> Norms:
     """Norms of contributions, without holding the contributions; arguments and errors as ``contributions``."""
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+    parts = _Parts.of(model, layout, recording, layer, queries)
     tokens, heads = [], []
     for keys, moved_HkD in parts.moved():
         weight_HQk = parts.weight[..., keys]
@@ -106,7 +108,7 @@ def output_map(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 def shares(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, asked: Asked, names: Sequence[str] = FLOW
+    model: nn.Module, layout: ModelLayout, recording: Recording, asked: Asked, names: Sequence[str] = FLOW
 ) -> tuple[Tensor, Tensor]:
     """Of all that reaches the targets of an edge in a layer, the share that comes from its sources.
 
@@ -115,7 +117,7 @@ def shares(
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         recording: The question's run.
         asked: The question.
         names: Edges.
@@ -126,9 +128,9 @@ def shares(
     """
     edges = [edge(asked, name) for name in names]
     queries = torch.cat([each.targets for each in edges if each] or [torch.zeros(0, dtype=torch.long)]).unique()
-    found = torch.full((2, len(names), anatomy.num_layers), torch.nan, dtype=torch.float64)
+    found = torch.full((2, len(names), layout.num_layers), torch.nan, dtype=torch.float64)
     for layer in recording.calls if len(queries) else ():
-        norms = contribution_norms(model, anatomy, recording, layer, queries)
+        norms = contribution_norms(model, layout, recording, layer, queries)
         is_own = norms.tokens.shape[1] == recording.length
         for number, each in enumerate(edges):
             if each:
@@ -139,21 +141,21 @@ def shares(
 
 
 def flow(
-    model: Any, anatomy: Anatomy, asked: Sequence[Asked], names: Sequence[str] = FLOW
+    model: Any, layout: ModelLayout, asked: Sequence[Asked], names: Sequence[str] = FLOW
 ) -> Iterator[tuple[str, list[Estimate]]]:
     """Edge and one Estimate per layer: the mean over questions of ``shares``; chance: all visible tokens give alike.
 
     Args:
         model: The plain model in eval mode.
-        anatomy: Of it.
+        layout: Of it.
         asked: The questions.
         names: Edges.
     """
     found = []
     for one in asked:
         # One at a time: a recording of a large model is large.
-        recording = record(model, anatomy, one.inputs, sites=("attention",))
-        found.append(torch.stack(shares(model, anatomy, recording, one, names)))
+        recording = record(model, layout, one.inputs, sites=("attention",))
+        found.append(torch.stack(shares(model, layout, recording, one, names)))
     questions = [one.question for one in asked]
     for number, name in enumerate(names if found else ()):
         share_QN, null_QN = torch.stack([each[:, number] for each in found], 1)
@@ -177,8 +179,8 @@ class _Parts:
     visible: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
-        name = anatomy.blocks[layer].o_proj
+    def of(cls, model: nn.Module, layout: ModelLayout, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
+        name = layout.blocks[layer].o_proj
         if layer not in recording.calls:
             raise _cannot(layer, "it mixes tokens by other means than attention, or not at all")
         if name is None:

@@ -29,7 +29,7 @@ from lightning_mm.causal.interventions.partial_forward import Replay
 from lightning_mm.causal.questions.question import Asked
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 CLASSES = ("image", "question", "constraint", "last")
 
@@ -162,7 +162,7 @@ class Knockout:
 
 @contextmanager
 def knocked_out(
-    model: nn.Module, anatomy: Anatomy, edges: Sequence[Edge], layers: Sequence[int], kind: Kind
+    model: nn.Module, layout: ModelLayout, edges: Sequence[Edge], layers: Sequence[int], kind: Kind
 ) -> Iterator[None]:
     """While active, whole runs of the model (no cache, all tokens) compute with the edges cut.
 
@@ -170,7 +170,7 @@ def knocked_out(
 
     Args:
         model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
+        layout: Of it.
         edges: What to cut.
         layers: Where.
         kind: ``pre`` or ``post`` the softmax.
@@ -180,7 +180,7 @@ def knocked_out(
             attention row was changed.
     """
     knockout = Knockout(edges, layers, kind)
-    with attention_through(model, anatomy, knockout):
+    with attention_through(model, layout, knockout):
         yield
     knockout.verify()
 

@@ -22,7 +22,7 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.processor import Processing
 
 
@@ -88,7 +88,7 @@ class PictureGrids:
 
 def image_map(
     model: nn.Module,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     recording: Recording,
     asked: Asked,
     grid: PictureGrid,
@@ -101,7 +101,7 @@ def image_map(
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         recording: The question's run.
         asked: The question.
         grid: Of its picture.
@@ -114,7 +114,7 @@ def image_map(
     way = edge(asked, f"image->{to}")
     if not way:
         raise _no_map(asked, f"it has no {way.name}")
-    norms = contribution_norms(model, anatomy, recording, layer, way.targets)
+    norms = contribution_norms(model, layout, recording, layer, way.targets)
     if norms.tokens.shape[1] != recording.length:
         raise _no_map(asked, f"layer {layer} does not attend to the picture's tokens but to the vision tower's states")
     weight_T = norms.tokens[:, way.sources.to(norms.tokens.device)].mean(0)

@@ -22,7 +22,7 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.geometry.resampling import mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.layout import ModelLayout, Region
 
 Mode = Literal["cumulative", "sliding"]
 Hybrid = Callable[[Sequence[int]], AbstractContextManager[None]]
@@ -62,14 +62,14 @@ def windows(mode: Mode, num_layers: int, width: int = 1, step: int = 1) -> dict[
     }
 
 
-def from_two(base: nn.Module, tuned: nn.Module, anatomy: Anatomy) -> Hybrid:
+def from_two(base: nn.Module, tuned: nn.Module, layout: ModelLayout) -> Hybrid:
     """Hybrids of two models of one architecture; layers up to the last bring the final norm and the head with them."""
-    above = [name for region in (Region.NORM, Region.HEAD) for name in anatomy.parameters_in(region)]
+    above = [name for region in (Region.NORM, Region.HEAD) for name in layout.parameters_in(region)]
     top = sorted({name.rpartition(".")[0] for name in above})
 
     def hybrid(layers: Sequence[int]) -> AbstractContextManager[None]:
-        modules = [anatomy.layers[layer] for layer in layers]
-        return transplanted(base, tuned, [*modules, *(top if anatomy.num_layers - 1 in layers else [])])
+        modules = [layout.layers[layer] for layer in layers]
+        return transplanted(base, tuned, [*modules, *(top if layout.num_layers - 1 in layers else [])])
 
     return hybrid
 
@@ -85,27 +85,27 @@ def both(one: Hybrid, other: Hybrid) -> Hybrid:
     return hybrid
 
 
-def from_adapters(model: nn.Module, anatomy: Anatomy) -> Hybrid:
+def from_adapters(model: nn.Module, layout: ModelLayout) -> Hybrid:
     """Hybrids of a model and its adapters: those of other layers count nothing for a while. Copies no weight."""
-    return partial(_adapters_in, model, anatomy)
+    return partial(_adapters_in, model, layout)
 
 
-def from_start(model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor]) -> Hybrid:
+def from_start(model: nn.Module, layout: ModelLayout, start: Mapping[str, Tensor]) -> Hybrid:
     """Hybrids of a model and what some of its tensors were: those of other layers are put back for a while.
 
     Args:
         model: As it is now.
-        anatomy: Of it.
+        layout: Of it.
         start: Parameter name -> what it was, on any device.
     """
-    return partial(_started_but_for, model, anatomy, start)
+    return partial(_started_but_for, model, layout, start)
 
 
 @contextmanager
 def _started_but_for(
-    model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor], layers: Sequence[int]
+    model: nn.Module, layout: ModelLayout, start: Mapping[str, Tensor], layers: Sequence[int]
 ) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
+    inside = tuple(f"{layout.layers[layer]}." for layer in layers)
     parameters = dict(model.named_parameters())
     held = {name: parameters[name].data for name in start if not (inside and name.startswith(inside))}
     try:
@@ -118,8 +118,8 @@ def _started_but_for(
 
 
 @contextmanager
-def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
+def _adapters_in(model: nn.Module, layout: ModelLayout, layers: Sequence[int]) -> Iterator[None]:
+    inside = tuple(f"{layout.layers[layer]}." for layer in layers)
     silenced: list[tuple[Any, bool]] = [
         (module, module._disable_adapters)
         for name, module in model.named_modules()
@@ -139,7 +139,7 @@ def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> I
 def transplant_curve(
     model: nn.Module,
     hybrid: Hybrid,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     batches: Sequence[Batch],
     device: torch.device,
     layers: Mapping[int, Sequence[int]],
@@ -149,7 +149,7 @@ def transplant_curve(
     Args:
         model: The model that hybrids are made in.
         hybrid: Makes them.
-        anatomy: Of the model.
+        layout: Of the model.
         batches: Conversations with answers.
         device: Where the model is.
         layers: As ``windows`` gives them.
@@ -157,17 +157,17 @@ def transplant_curve(
     curve = {}
     for shown, chosen in layers.items():
         with hybrid(chosen):
-            curve[shown] = answered(model, anatomy, batches, device)
+            curve[shown] = answered(model, layout, batches, device)
     return curve
 
 
 @torch.no_grad()
-def answered(model: Any, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Answered:
+def answered(model: Any, layout: ModelLayout, batches: Sequence[Batch], device: torch.device) -> Answered:
     """Which conversations a model answers right, all their answers."""
     right, modalities, pictures = [], [], []
     for batch in batches:
         there = batch.to(device)
-        with gathered_before(model.get_submodule(anatomy.head), there.supervised):
+        with gathered_before(model.get_submodule(layout.head), there.supervised):
             logits = model(**there.inputs, use_cache=False).logits
         hit_S = logits.reshape(len(there.targets), -1).argmax(-1) == there.targets
         row_S = there.supervised // there.inputs["input_ids"].shape[1]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mm.causal.interventions.interventions import Intervention, Site, intervened
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.models.attention.interception import AttentionCall, attention_through
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
 
@@ -53,7 +53,7 @@ class Recording:
 @torch.no_grad()
 def record(
     model: Any,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     inputs: Mapping[str, Tensor],
     interventions: Sequence[Intervention] = (),
     sites: Sequence[Site] = SITES,
@@ -62,22 +62,22 @@ def record(
 
     Args:
         model: The plain model in eval mode.
-        anatomy: Of it.
+        layout: Of it.
         inputs: (B, L) of rows without padding, ending where an answer would begin.
         interventions: What to change in this run; the values are those after the change.
         sites: Which sites' values to keep.
     """
     assert not model.training, "dropout would make every run another one"
     made = Recording(dict(inputs))
-    with intervened(model, anatomy, interventions), _watched(model, anatomy, made, sites):
-        made.logits = last_logits(model, anatomy, inputs)
+    with intervened(model, layout, interventions), _watched(model, layout, made, sites):
+        made.logits = last_logits(model, layout, inputs)
     return made
 
 
 @contextmanager
-def _watched(model: nn.Module, anatomy: Anatomy, made: Recording, sites: Sequence[Site]) -> Iterator[None]:
+def _watched(model: nn.Module, layout: ModelLayout, made: Recording, sites: Sequence[Site]) -> Iterator[None]:
     handles = []
-    for block in anatomy.blocks:
+    for block in layout.blocks:
         module = model.get_submodule(block.name)
         handles.append(module.register_forward_pre_hook(_entering(made, block.index), with_kwargs=True))
         handles.append(module.register_forward_hook(_leaving(made, "residual", block.index, "residual" in sites)))
@@ -91,7 +91,7 @@ def _watched(model: nn.Module, anatomy: Anatomy, made: Recording, sites: Sequenc
         return call.compute()
 
     try:
-        with attention_through(model, anatomy, attend, strict=False):
+        with attention_through(model, layout, attend, strict=False):
             yield
     finally:
         for handle in handles:

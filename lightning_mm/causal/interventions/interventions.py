@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.hooks import uncompiled
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 Site = Literal["residual", "attention", "mlp"]
 Values = Mapping[tuple[Site, int], Tensor]
@@ -121,7 +121,7 @@ def resample(
 
 
 @contextmanager
-def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[None]:
+def intervened(model: nn.Module, layout: ModelLayout, interventions: Sequence[Intervention]) -> Iterator[None]:
     """While active, every forward pass of the model computes with the interventions, in the order given.
 
     Nothing is left behind: no hook, no changed tensor. Works on adapters, quantised weights and under checkpointing;
@@ -129,7 +129,7 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         interventions: What to do.
 
     Raises:
@@ -141,7 +141,7 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
         with uncompiled(model):
             for number, each in enumerate(interventions):
                 for layer in each.layers:
-                    name = _module_of(anatomy.blocks, each.site, layer)
+                    name = _module_of(layout.blocks, each.site, layer)
                     hook = _changing(each, layer, took, (number, layer))
                     handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
             yield

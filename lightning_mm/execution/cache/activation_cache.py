@@ -24,7 +24,7 @@ from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import STATES, Inseparable, KeptCollator, cut, joined
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.tuning.policy import TuningPlan
 
 _PENDING = 2
@@ -164,13 +164,13 @@ def moves(plan: TuningPlan, region: Region) -> bool:
     return plan.modes[region] != "frozen"
 
 
-def verified(model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
+def verified(model: nn.Module, layout: ModelLayout, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
     """The model split at its boundary, shown to give the same loss on a batch.
 
     Raises:
         UserError: It does not, or cannot be split.
     """
-    prefix = FrozenPrefix(model, anatomy, boundary_of(plan))
+    prefix = FrozenPrefix(model, layout, boundary_of(plan))
     try:
         rest = joined(cut(batch), batch.samples, pad_token_id)
     except Inseparable as error:

@@ -21,7 +21,7 @@ from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before, supervised_nll
 from lightning_mm.models.hooks import restored, uncompiled
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _COARSE = 2e-2
@@ -33,13 +33,13 @@ class FrozenPrefix:
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         first: The block that the rest begins with.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, first: int) -> None:
-        self.model, self.anatomy, self.first = model, anatomy, first
-        self._blocks = [model.get_submodule(name) for name in anatomy.layers]
+    def __init__(self, model: nn.Module, layout: ModelLayout, first: int) -> None:
+        self.model, self.layout, self.first = model, layout, first
+        self._blocks = [model.get_submodule(name) for name in layout.layers]
         self._in_tuples = False
 
     def __str__(self) -> str:
@@ -48,7 +48,7 @@ class FrozenPrefix:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """(B, L, D) what enters the block; needs all inputs of the batch, pictures too."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.model.get_submodule(self.layout.head)
         with (
             uncompiled(self.model),
             passed_by(self._blocks[self.first :], self._in_tuples),
@@ -92,7 +92,7 @@ class FrozenPrefix:
         Raises:
             UserError: They are not the same, or the rest cannot do without the pictures.
         """
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.model.get_submodule(self.layout.head)
         with untouched(self.model, batch.regions.device):
             try:
                 with outputs_of(self._blocks[-1]) as outputs:

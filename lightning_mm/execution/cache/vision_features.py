@@ -34,7 +34,7 @@ from lightning_mm.execution.cache.frozen_prefix import (
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import gathered_before, supervised_nll
 from lightning_mm.models.hooks import restored, uncompiled
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -46,20 +46,20 @@ class FrozenTower:
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         unread: The topmost vision blocks, if nothing reads them and they are passed by anyway.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, unread: Sequence[str] = ()) -> None:
-        self.model, self.anatomy = model, anatomy
-        read = [name for name in anatomy.vision_blocks if name not in unread]
+    def __init__(self, model: nn.Module, layout: ModelLayout, unread: Sequence[str] = ()) -> None:
+        self.model, self.layout = model, layout
+        read = [name for name in layout.vision_blocks if name not in unread]
         if not read:
             raise _refusal("no vision blocks are known")
         self.top = read[-1]
         self.share, self.dtype = 0.0, torch.float32
         self._below = [model.get_submodule(name) for name in read[:-1]]
         self._top = model.get_submodule(self.top)
-        self._layers = [model.get_submodule(name) for name in anatomy.layers]
+        self._layers = [model.get_submodule(name) for name in layout.layers]
         self._dim, self._in_tuple, self._layer_in_tuple = 0, False, False
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class FrozenTower:
     @torch.no_grad()
     def states(self, row: Batch) -> Tensor | None:
         """What the last block puts out for one row; nothing where it has no picture."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.model.get_submodule(self.layout.head)
         with (
             # What trains behind the tower may draw; whether a row is known must make no difference to later draws.
             own_randomness(row.regions.device),
@@ -112,7 +112,7 @@ class FrozenTower:
         Raises:
             UserError: They are not the same, or the model needs more of the tower than its last block's output.
         """
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.model.get_submodule(self.layout.head)
         with untouched(self.model, batch.regions.device):
             try:
                 with (
@@ -175,13 +175,13 @@ class FeatureCache(RowCache):
 
 
 def verified_tower(
-    model: nn.Module, anatomy: Anatomy, unread: Sequence[str], batch: Batch, collator: Collator
+    model: nn.Module, layout: ModelLayout, unread: Sequence[str], batch: Batch, collator: Collator
 ) -> FrozenTower:
     """The model split behind its vision tower, shown to give the same loss on a batch.
 
     Args:
         model: The plain model, its tower frozen.
-        anatomy: Of it.
+        layout: Of it.
         unread: Vision blocks that are passed by anyway.
         batch: Some rows with pictures, on the model's device.
         collator: Of the model.
@@ -190,7 +190,7 @@ def verified_tower(
         UserError: It does not, or cannot be split.
     """
     device = batch.regions.device
-    tower = FrozenTower(model, anatomy, unread)
+    tower = FrozenTower(model, layout, unread)
     rows = [collator.usable([sample], []) for sample in batch.samples]
     grey = collator.usable(batch.samples, [], grey=True)
     if grey is None or not batch.has_images:

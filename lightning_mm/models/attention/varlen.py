@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 
 from lightning_mm.models.attention.cpu_kernels import Rows, attend_on_processors, rows_apart
 from lightning_mm.models.attention.interception import exchangeable
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
@@ -108,7 +108,7 @@ def unpadded(tokens: RealTokens | None) -> Iterator[None]:
         _now.reset(held)
 
 
-def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+def unpad_blocks(model: nn.Module, layout: ModelLayout) -> tuple[str, ...]:
     """Prepare every block that can do without padding, in place, once; returns their names.
 
     Blocks whose attention is not looked up in transformers' registry are left as they are.
@@ -118,7 +118,7 @@ def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
         if kernel in AttentionInterface._global_mapping:
             AttentionInterface.register(kernel, _by_rows(AttentionInterface._global_mapping[kernel]))
     prepared = []
-    for each in anatomy.blocks:
+    for each in layout.blocks:
         mixer: Any = model.get_submodule(each.attention) if each.attention else None
         if mixer is None or not exchangeable(mixer) or mixer.config._attn_implementation not in _KERNELS:
             continue

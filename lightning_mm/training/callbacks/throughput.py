@@ -254,9 +254,7 @@ def _of_all_ranks(mine: Interval, trainer: L.Trainer, module: L.LightningModule)
 
 def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
     try:
-        return StepCost.of(
-            live(module).model, live(module).anatomy, live(module).plan, data_of(trainer).example_batch()
-        )
+        return StepCost.of(live(module).model, live(module).layout, live(module).plan, data_of(trainer).example_batch())
     except Exception as error:  # training does not need it
         decide("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
         return None
