@@ -25,6 +25,7 @@ from lightning_mm.causal.interventions.interventions import Intervention, interv
 from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Asked, Asker
 from lightning_mm.causal.questions.scoring import answered
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
@@ -45,7 +46,7 @@ def main() -> None:
     layout, processing = ModelLayout.of(model), load_processing(args.model)
     asked, corrupt, target = _question(model, layout, processing, args.questions)
     began = time.process_time()
-    found = trace(model, layout, asked, corrupt, Tracing(sites=SITES), target)
+    found = trace(MultimodalModel(model, layout), asked, corrupt, Tracing(sites=SITES), target)
     ours = time.process_time() - began
     first = int(found.units[0][0])
     text = [position for position in range(asked.length) if position not in set(asked.image.tolist())]
@@ -87,8 +88,8 @@ def _question(model: Any, layout: ModelLayout, processing: Any, path: str) -> tu
     for question in read_questions(path).questions:
         asked = asker.ask(question)
         if isinstance(asked, Asked):
-            for answer in answered(model, layout, asker, [asked], torch.device("cpu"))[0]:
-                corrupt = corrupted(asked, "token", [asked], processing, model, layout)
+            for answer in answered(MultimodalModel(model, layout), asker, [asked], torch.device("cpu"))[0]:
+                corrupt = corrupted(asked, "token", [asked], processing, MultimodalModel(model, layout))
                 if answer.right and isinstance(corrupt, Corrupt):
                     return asked, corrupt, answer.target
     raise SystemExit("no question is answered right")
@@ -109,7 +110,9 @@ def _restored(
     def restore(change: Any) -> torch.Tensor:
         return torch.cat([change.output[:2], change.output[:1]])
 
-    with intervened(model, layout, [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]):
+    with intervened(
+        MultimodalModel(model, layout), [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]
+    ):
         logits = model(**rows, use_cache=False).logits[2, -1].double()
     return float(logits.softmax(-1)[target])
 

@@ -36,6 +36,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.frozen_dtype import hold_frozen
 from lightning_mm.execution.step import Compute, TrainingStep
 from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone
 from lightning_mm.planning.devices import matmul_peak, wait_for
@@ -73,16 +74,16 @@ def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], devic
     layout = ModelLayout.of(model)
     plan = policy.plan(layout)
     floor = sum(_floor(shape, policy, batch) for batch in batches[1:]) / (len(batches) - 1)
-    apply_plan(model, layout, plan)
-    hold_frozen(model, layout, plan, PRECISION)
-    step = TrainingStep(model, layout, plan, Compute(), checkpointing=False)
+    apply_plan(MultimodalModel(model, layout), plan)
+    hold_frozen(MultimodalModel(model, layout), plan, PRECISION)
+    step = TrainingStep(MultimodalModel(model, layout), plan, Compute(), checkpointing=False)
     settings = OptimizerSettings(lr=1e-5)
-    optimizer = build_optimizer(parameter_groups(model, layout, plan, settings), settings)
+    optimizer = build_optimizer(parameter_groups(MultimodalModel(model, layout), plan, settings), settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     with torch.autocast(device.type, torch.bfloat16):
-        cut_tower(model, layout, batches[0].to(device))
+        cut_tower(MultimodalModel(model, layout), batches[0].to(device))
     for batch in batches:
         wait_for(device)
         began = time.perf_counter()
@@ -110,7 +111,7 @@ def _floor(shape: Shape, policy: TuningPolicy, batch: Batch) -> float:
     with torch.device("meta"):
         model = shape.model()
     layout = ModelLayout.of(model)
-    return step_flops(model, layout, policy.plan(layout), batch).floor
+    return step_flops(MultimodalModel(model, layout), policy.plan(layout), batch).floor
 
 
 def looked_into(device: torch.device, folder: Path, small: bool) -> dict[str, float]:

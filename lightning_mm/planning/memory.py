@@ -17,6 +17,7 @@ from typing import Literal
 from torch import nn
 
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.planning.meta_trace import Tally
 from lightning_mm.tuning.policy import TuningPlan
@@ -82,7 +83,7 @@ def step_memory(
         ranks: Processes of DDP, which holds gradients a second time.
     """
     trained = gradient_bytes(skeleton)
-    again = blocks_in_graph(skeleton, layout, plan)[::checkpoint_every] if checkpointing else ()
+    again = blocks_in_graph(MultimodalModel(skeleton, layout), plan)[::checkpoint_every] if checkpointing else ()
     kept, recomputed = _kept(done, layout, again)
     logits = float(sum(k.size for k in done.kept if k.place.region is Region.HEAD and not k.weight))
     if loss_chunk != "off":

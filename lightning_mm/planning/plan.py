@@ -26,6 +26,7 @@ from lightning_mm.execution.frozen_dtype import castable
 from lightning_mm.execution.step import Compute
 from lightning_mm.models.attention.cpu_kernels import attended_apart
 from lightning_mm.models.attention.varlen import unpad_blocks
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
 from lightning_mm.planning.devices import Device
@@ -196,7 +197,7 @@ class Blueprint:
         skeleton = self._copied() if plan.adapted else self._unadapted
         with without_weights():
             skeleton.to(self.dtype)
-            apply_plan(skeleton, self.layout, plan)
+            apply_plan(MultimodalModel(skeleton, self.layout), plan)
             if setting.bf16 and setting.compute.frozen_dtype != "float32":
                 for parameter in castable(skeleton, plan):
                     parameter.data = parameter.data.bfloat16()
@@ -212,7 +213,7 @@ class Blueprint:
             skeleton = copy.deepcopy(self._plain)
         self._pass_by(skeleton)
         if self.packing:
-            self.packed = bool(unpad_blocks(skeleton, self.layout))
+            self.packed = bool(unpad_blocks(MultimodalModel(skeleton, self.layout)))
         return skeleton
 
     def _pass_by(self, skeleton: nn.Module) -> None:
@@ -239,7 +240,7 @@ def forecast(
     largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
     done = tally(skeleton, layout, largest, bf16=setting.bf16, processor=device.processor)
     cost = StepCost.of_tally(done)
-    again = blocks_in_graph(skeleton, layout, plan)[:: setting.compute.checkpoint_every]
+    again = blocks_in_graph(MultimodalModel(skeleton, layout), plan)[:: setting.compute.checkpoint_every]
     spent = as_run(cost, batches, blueprint.packed, device.processor)
     run = spent.floor + (_recomputed(spent, layout, again) if setting.checkpointing else 0.0)
     rows = sum(len(batch) for batch in batches) / len(batches)
@@ -264,7 +265,7 @@ def forecast(
         return device.seconds(flops, trained / setting.accumulate, setting.bf16 or blueprint.dtype == torch.bfloat16)
 
     return Forecast(
-        census=take_census(skeleton, layout, plan),
+        census=take_census(MultimodalModel(skeleton, layout), plan),
         plan=plan,
         flops=cost.at(_unpadded(batches)),
         run=run,

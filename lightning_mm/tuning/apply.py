@@ -16,9 +16,10 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.core.decisions import decide
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import remove_input_gradient_hooks
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model, load_skeleton
@@ -27,13 +28,13 @@ from lightning_mm.tuning.layers import resolve_layers
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
-def apply_plan(model: nn.Module, layout: ModelLayout, plan: TuningPlan) -> None:
+def apply_plan(mm: MultimodalModel, plan: TuningPlan) -> None:
     """Freeze, unfreeze and adapt, in place. Raises UserError where an adapter cannot stand where it was planned."""
     if plan.lora is not None:
-        add_lora(model, plan.adapted, plan.lora, _ranks(layout, plan))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name, layout, plan))
-    set_modes(model, layout, plan)
+        add_lora(mm.model, plan.adapted, plan.lora, _ranks(mm.layout, plan))
+    for name, parameter in mm.model.named_parameters():
+        parameter.requires_grad_(trains(name, mm.layout, plan))
+    set_modes(mm, plan)
 
 
 def trains(name: str, layout: ModelLayout, plan: TuningPlan) -> bool:
@@ -43,20 +44,20 @@ def trains(name: str, layout: ModelLayout, plan: TuningPlan) -> bool:
     return name.replace(".base_layer.", ".") in plan.full
 
 
-def set_modes(model: nn.Module, layout: ModelLayout, plan: TuningPlan) -> None:
+def set_modes(mm: MultimodalModel, plan: TuningPlan) -> None:
     """Train mode for what trains, eval mode for what is frozen.
 
     A decoder or vision block counts as one piece: if any of it trains, its dropout is on. Elsewhere a module is in
     train mode if all of its parameters train.
     """
-    model.eval()
-    blocks = [model.get_submodule(name) for name in (*layout.layers, *layout.vision_blocks)]
-    for module in model.modules():
+    mm.model.eval()
+    blocks = [mm.model.get_submodule(name) for name in (*mm.layout.layers, *mm.layout.vision_blocks)]
+    for module in mm.model.modules():
         parameters = list(module.parameters())
         if parameters and all(p.requires_grad for p in parameters):
             module.train()
     # An adapter's dropout has no weights of its own, and its module holds frozen ones.
-    adapted = [model.get_submodule(name) for name in plan.adapted]
+    adapted = [mm.model.get_submodule(name) for name in plan.adapted]
     for part in (*blocks, *adapted):
         if any(p.requires_grad for p in part.parameters()):
             part.train()
@@ -75,37 +76,41 @@ def _ranks(layout: ModelLayout, plan: TuningPlan) -> dict[str, int]:
     return ranks
 
 
-def prepare(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, ModelLayout, TuningPlan]:
-    """Load a model and put it under a policy. Raises UserError where either cannot be had."""
-    model, layout, plan = _planned(backbone, tuning)
-    apply_plan(model, layout, plan)
-    if removed := remove_input_gradient_hooks(model):
+def prepare(backbone: Backbone, tuning: TuningPolicy) -> tuple[MultimodalModel, TuningPlan]:
+    """Load a model and put it under a policy.
+
+    Raises:
+        UserError: The model cannot be loaded, or the policy does not fit it.
+    """
+    mm, plan = _planned(backbone, tuning)
+    apply_plan(mm, plan)
+    if removed := remove_input_gradient_hooks(mm.model):
         decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
-    return model, layout, plan
+    return mm, plan
 
 
-def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, ModelLayout, TuningPlan]:
-    """What trains at full rank must be known before quantisation takes it: then the plan is made on the skeleton."""
+def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[MultimodalModel, TuningPlan]:
+    """What trains at full rank must be known before quantization takes it: then the plan is made on the skeleton."""
     if backbone.quantization == "none":
-        model = load_model(backbone)
-        layout = ModelLayout.of(model)
-        return model, layout, tuning.plan(layout)
+        mm = MultimodalModel.of(load_model(backbone), source=backbone.path)
+        return mm, tuning.plan(mm.layout)
     layout = ModelLayout.of(load_skeleton(backbone))
     plan = tuning.plan(layout)
     keep = {name.rpartition(".")[0] for name in plan.full} & layout.linears | {layout.head}
-    return load_model(backbone, keep_full=keep), layout, plan
+    return MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path), plan
 
 
-def unread_tensors(model: nn.Module, layout: ModelLayout, loss: Callable[[], Tensor]) -> tuple[str, ...]:
+def unread_tensors(mm: MultimodalModel, loss: Callable[[], Tensor]) -> tuple[str, ...]:
     """Trainable tensors of vision tower and connector that ``loss`` does not depend on.
 
     Args:
-        model: After ``apply_plan``.
-        layout: Of the plain model.
+        mm: After ``apply_plan``.
         loss: Computes the training loss () of a sample with a picture.
     """
     regions = (Region.VISION, Region.CONNECTOR)
-    asked = {n: p for n, p in model.named_parameters() if p.requires_grad and layout.location_of(n).region in regions}
+    asked = {
+        n: p for n, p in mm.model.named_parameters() if p.requires_grad and mm.layout.location_of(n).region in regions
+    }
     if not asked:
         return ()
     with torch.random.fork_rng():

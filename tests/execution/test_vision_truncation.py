@@ -10,6 +10,7 @@ import torch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read
 from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
@@ -37,7 +38,7 @@ def test_what_is_not_read_is_not_computed(
     batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        assert cut_tower(model, layout, batch) == tuple(reversed(layout.vision_blocks))[:unread]
+        assert cut_tower(MultimodalModel(model, layout), batch) == tuple(reversed(layout.vision_blocks))[:unread]
         ran: list[str] = []
         for block in layout.vision_blocks:
             part = next(m for m in model.get_submodule(block).modules() if isinstance(m, torch.nn.Linear))

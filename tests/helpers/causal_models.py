@@ -12,6 +12,7 @@ from PIL import Image
 
 from lightning_mm.causal.questions.question import Asked, Asker, Question
 from lightning_mm.models.attention import interception
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import Processing, load_processing
@@ -40,6 +41,11 @@ class Subject:
     processing: Processing
     asker: Asker
     folder: Path
+
+    @property
+    def mm(self) -> MultimodalModel:
+        """The handle of the model."""
+        return MultimodalModel(self.model, self.layout, self.processing)
 
     def ask(self, text: str = TEXT, span: tuple[int, int] = SPAN, seed: int = 0, **fields: Any) -> Asked:
         """A question about a picture of noise."""

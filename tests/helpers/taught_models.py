@@ -16,6 +16,7 @@ from PIL import Image
 
 from lightning_mm.causal.questions.question import Asker, Question
 from lightning_mm.causal.questions.scoring import Forced, forced, forced_logits
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import BlockPart, ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
@@ -76,7 +77,9 @@ def taught(folder: Path, work: Path) -> Taught:
         weight.requires_grad_(True)
     adam = torch.optim.Adam(weights, 1e-2)
     for _ in range(120):
-        nll = sum(F.cross_entropy(forced_logits(model, made.layout, each)[:-1], each.ids) for each in lessons)
+        nll = sum(
+            F.cross_entropy(forced_logits(MultimodalModel(model, made.layout), each)[:-1], each.ids) for each in lessons
+        )
         if float(nll.detach()) < 0.05:
             break
         adam.zero_grad()

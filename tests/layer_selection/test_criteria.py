@@ -26,6 +26,7 @@ from lightning_mm.layer_selection.gradient_criteria import (
 from lightning_mm.layer_selection.layer_range_search import Criterion, reliability
 from lightning_mm.layer_selection.select import AutoRange, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
@@ -161,7 +162,7 @@ def adapted(family: Family) -> tuple[nn.Module, ModelLayout]:
     """With fresh adapters, which change nothing yet."""
     model: Any = load_model(Backbone(path=str(family("llava")))).eval()
     layout = ModelLayout.of(model)
-    apply_plan(model, layout, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(layout))
+    apply_plan(MultimodalModel(model, layout), LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(layout))
     return model.eval().requires_grad_(False), layout
 
 
@@ -183,11 +184,11 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
 
     def said(batches: list[Any]) -> str:
         decide.clear()
-        assert scores_if_possible(model, layout, batches, CPU, ("rgn",)) is None
+        assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
         (told,) = [d for d in decide if d.name == "auto.criteria"]
         return told.reason
 
-    assert scores_if_possible(model, layout, batches, CPU, ("overlap",)) is None
+    assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
     assert "1 batches" in said(batches[:1])
 
     def full(*args: Any) -> None:
@@ -213,7 +214,7 @@ def test_a_tuned_model_with_adapters_is_transplanted_whole(family: Family, data:
     with torch.no_grad(), transplanted(base, tuned, layout.layers):
         assert torch.equal(base(**batch.inputs).logits, tuned(**batch.inputs).logits)
     assert [block for name in layout.layers for block in base.get_submodule(name).modules()] == before
-    gains = transplant_gains(base, tuned, layout, [batch], CPU, width=0)
+    gains = transplant_gains(MultimodalModel(base, layout), tuned, [batch], CPU, width=0)
     assert gains[0].ne(0).tolist() == [False, True, True, False]
 
 

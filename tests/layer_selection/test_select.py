@@ -18,6 +18,7 @@ from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import gradient_scores
 from lightning_mm.layer_selection.select import AutoRange, asks_for_selection, select_layers, with_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
@@ -100,7 +101,9 @@ def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn
 
 def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> Reading:
     with torch.no_grad():
-        reading = gather(read(model, layout, data.probe_loader(data.probe_set()), CPU), data.probe_set())
+        reading = gather(
+            read(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU), data.probe_set()
+        )
     assert reading is not None
     return reading
 
@@ -156,7 +159,7 @@ def test_gradient_scores_are_those_of_autograd(family: Family, data: dict[str, P
     model.requires_grad_(False)
     layout = ModelLayout.of(model)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    scores = gradient_scores(model, layout, batches, CPU)
+    scores = gradient_scores(MultimodalModel(model, layout), batches, CPU)
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     for k, batch in enumerate(batches):
         names = {n: p.requires_grad_() for n, p in model.named_parameters() if layout.locations[n].layer == 1}
@@ -226,7 +229,7 @@ def test_transplants_are_exact_and_leave_the_base_as_it_was(family: Family, data
     with transplanted(base, tuned, []):
         own = logits(base)
     assert not torch.equal(own, logits(tuned))
-    gains = transplant_gains(base, tuned, layout, [batch], CPU, width=0)
+    gains = transplant_gains(MultimodalModel(base, layout), tuned, [batch], CPU, width=0)
     assert gains[0, [0, 3]].tolist() == [0, 0]
     assert all(gains[0, [1, 2]] != 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

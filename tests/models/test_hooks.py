@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_mm.analysis.hidden_states import pool
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
-from lightning_mm.models.hooks import plain, tapped
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
+from lightning_mm.models.hooks import tapped
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from tests.conftest import FAMILIES
@@ -30,8 +31,8 @@ def taken(model: nn.Module, layout: ModelLayout, inputs: dict[str, Tensor]) -> l
     def receive(index: int, hidden: Tensor) -> None:
         found[index] = hidden.detach().clone()
 
-    inner = plain(model)
-    with torch.no_grad(), tapped(inner, layout, receive):
+    inner = unwrap_model(model)
+    with torch.no_grad(), tapped(MultimodalModel(inner, layout), receive):
         inner(**inputs, use_cache=False)
     return [found[index] for index in range(layout.num_layers + 1)]
 
@@ -104,7 +105,7 @@ def test_hooks_go_when_the_forward_fails(llava: tuple[nn.Module, ModelLayout, di
     def fail(index: int, hidden: Tensor) -> None:
         raise ArithmeticError("broken")
 
-    with pytest.raises(ArithmeticError, match="broken"), tapped(model, layout, fail):
+    with pytest.raises(ArithmeticError, match="broken"), tapped(MultimodalModel(model, layout), fail):
         model(**inputs)
     assert num_hooks(model.get_decoder()) == before  # type: ignore[operator]
 
@@ -122,7 +123,7 @@ def test_two_hundred_readings_leave_nothing(llava: tuple[nn.Module, ModelLayout,
 def test_only_the_slices_asked_for(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
     model, layout, inputs = llava
     seen: list[int] = []
-    with torch.no_grad(), tapped(model, layout, lambda index, hidden: seen.append(index), (2, 4)):
+    with torch.no_grad(), tapped(MultimodalModel(model, layout), lambda index, hidden: seen.append(index), (2, 4)):
         model(**inputs, use_cache=False)
     assert seen == [2, 4]
 

@@ -15,6 +15,7 @@ from lightning_mm.data.readers.conversations import read
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
@@ -52,7 +53,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(
     batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, layout, batch, None)
-    blocks = unpad_blocks(model, layout)
+    blocks = unpad_blocks(MultimodalModel(model, layout))
     if recomputed:
         checkpoint_blocks(model, layout.layers)
     lengths: set[int] = set()
@@ -74,7 +75,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
     model, layout = loaded(family("llava"))
-    unpad_blocks(model, layout)
+    unpad_blocks(MultimodalModel(model, layout))
     collator, samples = Collator(load_processing(str(family("llava")))), read(uneven(tmp_path)).samples
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
@@ -90,7 +91,7 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
 
 def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> None:
     model, layout = loaded(family("llava"), "eager")
-    assert unpad_blocks(model, layout) == ()
+    assert unpad_blocks(MultimodalModel(model, layout)) == ()
 
 
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     batch = Collator(load_processing(str(family("llava"))))(read(uneven(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        unpad_blocks(model, layout)
+        unpad_blocks(MultimodalModel(model, layout))
         assert torch.equal(model(**batch.inputs).logits, expected)
 
 

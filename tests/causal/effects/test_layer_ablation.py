@@ -19,20 +19,20 @@ CLOSE = {"rel": 1e-4, "abs": 1e-6}
 
 
 def answer(one: Subject, asked: Asked) -> Answer:
-    logits = record(one.model, one.layout, asked.inputs).logits[0]
+    logits = record(one.mm, asked.inputs).logits[0]
     target = int(logits.argmax())
     chance = float(logits.softmax(-1)[target])
     return Answer(asked, target, chance, chance, True, 1)
 
 
 def expected(one: Subject, given: Answer, *changes: Intervention) -> float:
-    runs = [record(one.model, one.layout, given.asked.inputs, some).logits[0] for some in ((), changes)]
+    runs = [record(one.mm, given.asked.inputs, some).logits[0] for some in ((), changes)]
     before, after = (float(logits.double().log_softmax(-1)[given.target]) for logits in runs)
     return math.exp(after - before) - 1
 
 
 def curves(one: Subject, *given: Answer) -> dict[str, list[float]]:
-    return {kind: [each.value for each in row] for kind, row in ablation_curves(one.model, one.layout, given)}
+    return {kind: [each.value for each in row] for kind, row in ablation_curves(one.mm, given)}
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -80,7 +80,7 @@ def test_answers_of_no_probability_are_counted(family: Callable[[str], Path], tm
 
     one.model.get_submodule(one.layout.head).register_forward_hook(steep)
     given = answer(one, one.ask())
-    logits = record(one.model, one.layout, given.asked.inputs).logits[0]
+    logits = record(one.mm, given.asked.inputs).logits[0]
     near = replace(given, target=int(logits.argmin()))
     assert float(logits.softmax(-1)[near.target]) == 0.0
     found = curves(one, near)["skip"]

@@ -19,6 +19,7 @@ from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixC
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.step import Compute
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
@@ -103,7 +104,7 @@ def test_the_tower_runs_once_per_row(family: Family, data: Data, tmp_path: Path)
     seen: list[int] = []
 
     def count(module: MMModule) -> None:
-        mlp = module.model.get_submodule(str(module.layout.blocks[1].mlp))
+        mlp = module.model.get_submodule(str(module.mm.layout.blocks[1].mlp))
         mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     unpacked = Compute(packing=False)
@@ -200,7 +201,7 @@ def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path:
     model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
     layout, samples = ModelLayout.of(model.eval()), read(uneven(tmp_path)).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
-    cache = PrefixCache(FrozenPrefix(model, layout, 2), store, dtype, torch.float32)
+    cache = PrefixCache(FrozenPrefix(MultimodalModel(model, layout), 2), store, dtype, torch.float32)
     collator = cache.collator(Collator(processing, max_length=64), width_of(model))
     new = collator(samples)
     assert new.kept is not None
