@@ -22,8 +22,9 @@ from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.core.io import read_json, write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 
 
