@@ -6,6 +6,7 @@ starts after a kill, finds the old content or the new one, never a half.
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
+
+log = logging.getLogger("lightning_mm")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -107,6 +110,19 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path.name} is missing.", f"There is no {path}.", "Let the run write it.") from error
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path.name} cannot be read.", str(error), "Let the run write it again.") from error
+
+
+def read_json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSON file that holds a list of them; none where there is no file yet.
+
+    A file that cannot be read is warned about and counts as empty: whoever adds to it begins it anew.
+    """
+    try:
+        rows = read_json(path) if path.exists() else []
+    except UserError as error:
+        log.warning("%s %s It is begun anew.", error.what, error.why)
+        return []
+    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
 
 def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.io import read_json, write_atomically, write_json
+from lightning_mm.core.io import read_json_rows, write_atomically, write_json
 from lightning_mm.core.run_directory import RunDirectory
 
 MOST_LAYERS = 1000
@@ -119,16 +119,7 @@ def append_matrix(
     """
     rounded = [[round(float(value), 5) for value in row] for row in values]
     matrix = {"step": step, "measure": measure, "site": site, "layers": list(layers), "values": rounded}
-    write_json(run.matrices, [*(old for old in _matrices(run.matrices) if not _same(old, matrix)), matrix])
-
-
-def _matrices(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = read_json(path) if path.exists() else []
-    except UserError as error:
-        log.warning("%s %s It is begun anew.", error.what, error.why)
-        return []
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+    write_json(run.matrices, [*(old for old in read_json_rows(run.matrices) if not _same(old, matrix)), matrix])
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Files and folders are whole or as they were before, whatever fails on the way."""
 
 import errno
+import logging
 import math
 import multiprocessing
 import os
@@ -16,6 +17,7 @@ from lightning_mm.core.io import (
     append_jsonl,
     is_absent_or_empty,
     read_json,
+    read_json_rows,
     read_jsonl,
     staged_folder,
     write_atomically,
@@ -178,6 +180,18 @@ def test_a_half_written_json_file_is_named(tmp_path, text):
         read_json(path)
     with pytest.raises(UserError, match=r"y\.json is missing"):
         read_json(tmp_path / "y.json")
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"a": 1}', "[1, null]"])
+def test_rows_of_a_file_that_holds_none_are_none_and_a_broken_one_is_said(tmp_path, caplog, text):
+    path = tmp_path / "x.json"
+    assert read_json_rows(path) == []
+    path.write_text(text)
+    with caplog.at_level(logging.WARNING, "lightning_mm"):
+        assert read_json_rows(path) == []
+    assert ("begun anew" in caplog.text) == (text in ("", "{"))
+    write_json(path, [{"step": 1}, 2, {"step": 3}])
+    assert read_json_rows(path) == [{"step": 1}, {"step": 3}]
 
 
 def test_jsonl_appends_and_a_cut_last_line_is_counted(tmp_path):
