@@ -12,7 +12,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import Rejection
 from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
-from tests.tuning.test_policies import Family
+from tests.helpers.data import Family
 
 CPU = torch.device("cpu")
 

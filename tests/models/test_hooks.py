@@ -4,8 +4,6 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,11 +15,7 @@ from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.models.hooks import plain, tapped
 from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
-from tests.conftest import FAMILIES
-from tests.tuning.test_policies import batch_of
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
 
 
 def taken(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list[Tensor]:

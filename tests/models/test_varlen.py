@@ -1,6 +1,5 @@
 """Blocks without padding give what padded blocks give: losses, gradients, every family, recomputed or not."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,8 @@ from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 from lightning_mm.testing.tiny import FAMILIES
-from tests.helpers.rows import uneven
+from tests.helpers.data import Family, make_uneven_rows
 from tests.helpers.training import scale_of
-
-Family = Callable[[str], Path]
 
 
 def loaded(folder: Path, attention: Any = "auto") -> tuple[Any, Anatomy]:
@@ -49,7 +46,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 ) -> None:
     """1e-5 of the largest entry: float32 sums over tokens in another order."""
     model, anatomy = loaded(family(name))
-    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    batch = Collator(load_processing(str(family(name))))(read(make_uneven_rows(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, anatomy, batch, None)
     blocks = unpad_blocks(model, anatomy)
@@ -75,7 +72,7 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
     model, anatomy = loaded(family("llava"))
     unpad_blocks(model, anatomy)
-    collator, samples = Collator(load_processing(str(family("llava")))), read(uneven(tmp_path)).samples
+    collator, samples = Collator(load_processing(str(family("llava")))), read(make_uneven_rows(tmp_path)).samples
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
         batch = collator(chosen)
@@ -96,7 +93,7 @@ def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> N
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     """Looks and generation run the prepared model as it is."""
     model, anatomy = loaded(family("llava"))
-    batch = Collator(load_processing(str(family("llava"))))(read(uneven(tmp_path)).samples)
+    batch = Collator(load_processing(str(family("llava"))))(read(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
         unpad_blocks(model, anatomy)

@@ -19,8 +19,8 @@ from lightning_mm.data.probe_sets.probe_set import ObjectBox, ProbeRow
 from lightning_mm.data.sample import Sample, Turn
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import build_tiny
+from tests.helpers.data import Family
 
-Family = Callable[[str], Path]
 PLAIN = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 TILED = ("llava_next", "llava_onevision", "mllama")
 SIZES = ((64, 64), (60, 40), (40, 90), (300, 200))

@@ -30,13 +30,12 @@ from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
 from lightning_mm.training.callbacks.step_cost import Work
 from lightning_mm.training.callbacks.throughput import Interval, Spent, Throughput, rates
 from lightning_mm.tuning import IntermediateOnly
+from tests.helpers.cli import ROOT
+from tests.helpers.data import Data, Family
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
 
-Data = dict[str, Path]
 MIDDLE = IntermediateOnly(layers="1-2")
 PEAK = 1e12
-ROOT = Path(__file__).parents[1]
 ALL = {
     metric_names.SUPERVISED_TOKENS_PER_SECOND,
     metric_names.TOKENS_PER_SECOND,
