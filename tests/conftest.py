@@ -15,6 +15,7 @@ import torch
 import torch._inductor.config as inductor
 import torch.distributed as dist
 
+from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
 
@@ -25,6 +26,12 @@ os.environ.setdefault("WANDB_MODE", "offline")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     """The folder of a tiny model, by the name of its family."""
     return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
+
+
+@pytest.fixture(scope="session")
+def processing(family: Family) -> Callable[[str], Processing]:
+    """A new ``Processing`` of a family; the caller may change it."""
+    return lambda name: load_processing(str(family(name)))
 
 
 @pytest.fixture(scope="session", autouse=True)
