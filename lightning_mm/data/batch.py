@@ -46,7 +46,7 @@ class Batch:
     targets: Tensor
     samples: tuple[Sample, ...]
     rejected: tuple[Rejection, ...] = ()
-    kept: "Kept | KeptFeatures | None" = None
+    cached: "CachedStates | CachedFeatures | None" = None
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -66,14 +66,14 @@ class Batch:
         return any(sample.images for sample in self.samples)
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
-        """Copied to a device; to CUDA the host does not wait for it (see ``_unwaited``)."""
-        waits_not = _unwaited(device) if non_blocking is None else non_blocking
-        return self.to_each(lambda t: t.to(device, non_blocking=waits_not))
+        """Copied to a device; to CUDA the host does not wait for it (see ``_copies_asynchronously``)."""
+        waits_not = _copies_asynchronously(device) if non_blocking is None else non_blocking
+        return self.map_tensors(lambda t: t.to(device, non_blocking=waits_not))
 
     def pin_memory(self) -> "Batch":
-        return self.to_each(lambda t: t.pin_memory())
+        return self.map_tensors(lambda t: t.pin_memory())
 
-    def to_each(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with every tensor put through ``fn``."""
         made = replace(
             self,
@@ -81,7 +81,7 @@ class Batch:
             regions=fn(self.regions),
             supervised=fn(self.supervised),
             targets=fn(self.targets),
-            kept=self.kept and self.kept.map(fn),
+            cached=self.cached and self.cached.map_tensors(fn),
         )
         # Counted on the host, where it costs no wait for the device.
         made.__dict__["real"] = fn(self.real)
@@ -89,7 +89,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedStates:
     """What enters the lowest trainable block, as far as it is known, and the rows of which it is not.
 
     Args:
@@ -101,23 +101,23 @@ class Kept:
     """
 
     states: Tensor
-    missing: Tensor
-    fresh: "Batch | None" = None
+    uncached_rows: Tensor
+    uncached: "Batch | None" = None
     keys: tuple[str, ...] = ()
     records: tuple[dict[str, Tensor], ...] = ()
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Kept":
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "CachedStates":
         """The same with every tensor that the model needs put through ``fn``."""
         return replace(
             self,
             states=fn(self.states),
-            missing=fn(self.missing),
-            fresh=self.fresh and self.fresh.to_each(fn),
+            uncached_rows=fn(self.uncached_rows),
+            uncached=self.uncached and self.uncached.map_tensors(fn),
         )
 
 
 @dataclass(frozen=True)
-class KeptFeatures:
+class CachedFeatures:
     """What the vision tower makes of pictures, as far as it is known, and the rows of which it is not.
 
     Args:
@@ -129,15 +129,15 @@ class KeptFeatures:
     """
 
     states: tuple[Tensor | None, ...]
-    missing: tuple[int, ...] = ()
-    fresh: "tuple[Batch, ...]" = ()
+    uncached_rows: tuple[int, ...] = ()
+    uncached: "tuple[Batch, ...]" = ()
     keys: tuple[str, ...] = ()
     records: tuple[dict[str, Tensor], ...] = ()
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "KeptFeatures":
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "CachedFeatures":
         """The same with every tensor that the model needs put through ``fn``."""
         states = tuple(None if each is None else fn(each) for each in self.states)
-        return replace(self, states=states, fresh=tuple(each.to_each(fn) for each in self.fresh))
+        return replace(self, states=states, uncached=tuple(each.map_tensors(fn) for each in self.uncached))
 
 
 @dataclass(frozen=True)
@@ -169,14 +169,14 @@ class PromptBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "PromptBatch":
         """As a ``Batch``."""
-        waits_not = _unwaited(device) if non_blocking is None else non_blocking
+        waits_not = _copies_asynchronously(device) if non_blocking is None else non_blocking
         return replace(self, inputs={k: v.to(device, non_blocking=waits_not) for k, v in self.inputs.items()})
 
     def pin_memory(self) -> "PromptBatch":
         return replace(self, inputs={k: v.pin_memory() for k, v in self.inputs.items()})
 
 
-def _unwaited(device: torch.device | str) -> bool:
+def _copies_asynchronously(device: torch.device | str) -> bool:
     """Whether a copy to this device needs no waiting: work on a CUDA device queues up behind it.
 
     Lightning asks for such copies of plain tensors only, and would wait for each tensor of a batch.

@@ -1,7 +1,7 @@
 """Batches of conversations of like length: as many as fit a budget of tokens, or always as many.
 
-Data flow: ``Lengths`` -> a plan of each epoch's steps, one batch per rank -> this rank's share behind
-``ResumableLoader``.
+Data flow: ``TokenLengths`` -> a plan of each epoch's steps, one batch per rank -> this rank's share behind
+``ResumableDataLoader``.
 
 A plan depends on nothing but the lengths, (seed, epoch) and the number of ranks; every rank makes it whole and takes
 its part. Each epoch has as many batches as any other, so that schedules and progress are exact, and each sample is in
@@ -24,15 +24,15 @@ from torch.utils.data import Dataset
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import rank_and_world_size
-from lightning_mm.data.dataloader import Collate, EpochSampler, ResumableLoader, loader_options, mix
-from lightning_mm.data.token_lengths import Lengths
+from lightning_mm.data.dataloader import Collate, EpochSampler, ResumableDataLoader, epoch_seed, loader_options
+from lightning_mm.data.token_lengths import TokenLengths
 
-Batches = list[list[int]]
-_NARROW = 0.95
+BatchPlan = list[list[int]]
+_MIN_BUCKET_RATIO = 0.95
 _WINDOW = 32
 
 
-class PlannedSampler(EpochSampler):
+class EpochBatchSampler(EpochSampler):
     """One rank's share of an epoch's plan: whole batches, as lists of indices.
 
     Args:
@@ -42,15 +42,15 @@ class PlannedSampler(EpochSampler):
         world_size: Number of ranks.
     """
 
-    def __init__(self, lengths: Lengths, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, lengths: TokenLengths, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(len(lengths), seed, rank, world_size)
         self.lengths = lengths
 
-    def plan(self, epoch: int) -> list[Batches]:
+    def plan(self, epoch: int) -> list[BatchPlan]:
         """All steps of an epoch, each with one batch per rank."""
-        return self._steps(torch.Generator().manual_seed(mix(self.seed, epoch)))
+        return self._steps(torch.Generator().manual_seed(epoch_seed(self.seed, epoch)))
 
-    def _steps(self, generator: torch.Generator) -> list[Batches]:
+    def _steps(self, generator: torch.Generator) -> list[BatchPlan]:
         raise NotImplementedError
 
     def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]  # batches, where the base has samples
@@ -61,7 +61,7 @@ class PlannedSampler(EpochSampler):
         return {"lengths": self.lengths.digest}
 
 
-class TokenBudgetSampler(PlannedSampler):
+class TokenBudgetSampler(EpochBatchSampler):
     """Batches of as many samples as fit: rows times the longest of them is at most ``max_tokens``.
 
     A sample that is longer than that is a batch of its own.
@@ -70,7 +70,7 @@ class TokenBudgetSampler(PlannedSampler):
         max_tokens: Of one batch, padding included.
     """
 
-    def __init__(self, lengths: Lengths, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, lengths: TokenLengths, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(lengths, seed, rank, world_size)
         self.max_tokens = max_tokens
         self._longest_first = torch.argsort(lengths.tokens, descending=True, stable=True)
@@ -82,7 +82,7 @@ class TokenBudgetSampler(PlannedSampler):
     def __len__(self) -> int:
         return -(-len(self._cuts) // self.world_size)
 
-    def _steps(self, generator: torch.Generator) -> list[Batches]:
+    def _steps(self, generator: torch.Generator) -> list[BatchPlan]:
         noise = torch.rand(self.num_samples, generator=generator, dtype=torch.float64)
         order = self._longest_first[torch.argsort(self._bucket_of + noise, stable=True)]
         batches = [order[start:end].tolist() for start, end in self._cuts]
@@ -96,14 +96,14 @@ class TokenBudgetSampler(PlannedSampler):
         return {**super().identity(), "batch_size": 0, "max_tokens": self.max_tokens}
 
 
-class LengthGroupedSampler(PlannedSampler):
+class LengthGroupedSampler(EpochBatchSampler):
     """Batches of always as many samples, of like length.
 
     Args:
         batch_size: Of each rank.
     """
 
-    def __init__(self, lengths: Lengths, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, lengths: TokenLengths, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(lengths, seed, rank, world_size)
         self.batch_size = batch_size
         self.num_repeated = -self.num_samples % world_size
@@ -111,10 +111,10 @@ class LengthGroupedSampler(PlannedSampler):
     def __len__(self) -> int:
         return -(-super().__len__() // self.batch_size)
 
-    def _steps(self, generator: torch.Generator) -> list[Batches]:
+    def _steps(self, generator: torch.Generator) -> list[BatchPlan]:
         order = torch.randperm(self.num_samples, generator=generator)
         order = order[torch.arange(self.num_samples + self.num_repeated) % self.num_samples]
-        steps: list[Batches] = []
+        steps: list[BatchPlan] = []
         for window in order.split(_WINDOW * self.world_size * self.batch_size):
             alike = window[torch.argsort(self.lengths.tokens[window], descending=True, stable=True)]
             chunks = alike.split(self.world_size * self.batch_size)
@@ -140,7 +140,7 @@ def _buckets(tokens: Sequence[int], max_tokens: int) -> tuple[Tensor, list[tuple
     bucket, longest = 0, tokens[0]
     buckets, longests = [], []
     for length in tokens:
-        if length < _NARROW * longest:
+        if length < _MIN_BUCKET_RATIO * longest:
             bucket, longest = bucket + 1, length
         buckets.append(bucket)
         longests.append(longest)
@@ -163,16 +163,16 @@ def _split_until_divisible(cuts: list[tuple[int, int]], world_size: int) -> None
         cuts[largest : largest + 1] = [(start, middle), (middle, end)]
 
 
-def planned_loader(
+def length_batched_loader(
     dataset: Sequence[Any],
     collate: Collate,
-    lengths: Lengths,
+    lengths: TokenLengths,
     *,
     max_tokens: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
     num_workers: int = 0,
-) -> ResumableLoader:
+) -> ResumableDataLoader:
     """The loader of one rank for training; the rank is torch.distributed's.
 
     Args:
@@ -188,20 +188,20 @@ def planned_loader(
     sampler: TokenBudgetSampler | LengthGroupedSampler
     if max_tokens is not None:
         sampler = TokenBudgetSampler(lengths, max_tokens, seed, rank, world_size)
-        _tell_budget(sampler)
+        _log_token_budget(sampler)
     else:
         sampler = LengthGroupedSampler(lengths, batch_size, seed, rank, world_size)
-        _tell_grouping(sampler)
+        _log_grouping(sampler)
     if sampler.num_repeated:
         decide(
             "data.train",
             f"{sampler.num_repeated} samples are seen twice in each epoch",
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
-    return ResumableLoader(**loader_options(_Rows(dataset), collate, sampler, None, num_workers))
+    return ResumableDataLoader(**loader_options(_BatchDataset(dataset), collate, sampler, None, num_workers))
 
 
-class _Rows(Dataset[list[Any]]):
+class _BatchDataset(Dataset[list[Any]]):
     """A dataset that is asked for whole batches; for single samples by Lightning's overfit_batches."""
 
     def __init__(self, dataset: Sequence[Any]) -> None:
@@ -214,7 +214,7 @@ class _Rows(Dataset[list[Any]]):
         return [self._dataset[i] for i in ([index] if isinstance(index, int) else index)]
 
 
-def _tell_budget(sampler: TokenBudgetSampler) -> None:
+def _log_token_budget(sampler: TokenBudgetSampler) -> None:
     tokens, batches = sampler.lengths.tokens, [batch for step in sampler.plan(0) for batch in step]
     size = sampler.num_samples / len(batches)
     decide(
@@ -227,7 +227,7 @@ def _tell_budget(sampler: TokenBudgetSampler) -> None:
         decide("data.max_tokens", f"{over} samples are batches of their own", "they are longer than the budget")
 
 
-def _tell_grouping(sampler: LengthGroupedSampler) -> None:
+def _log_grouping(sampler: LengthGroupedSampler) -> None:
     tokens, batches = sampler.lengths.tokens, [batch for step in sampler.plan(0) for batch in step]
     shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).split(sampler.batch_size)
     before = padding_share(tokens, [batch.tolist() for batch in shuffled])

@@ -30,8 +30,18 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
 from lightning_mm.models.processor import Message, Processing
 
-_ASK, _REPLY, _ASK_MORE, _REPLY_MORE = "Lorem ipsum", "dolor sit", "amet consectetur", "adipiscing elit"
-_PROBE = (Turn("user", _ASK), Turn("assistant", _REPLY), Turn("user", _ASK_MORE), Turn("assistant", _REPLY_MORE))
+_FIRST_QUESTION, _FIRST_ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
+    "Lorem ipsum",
+    "dolor sit",
+    "amet consectetur",
+    "adipiscing elit",
+)
+_TRIAL_TURNS = (
+    Turn("user", _FIRST_QUESTION),
+    Turn("assistant", _FIRST_ANSWER),
+    Turn("user", _SECOND_QUESTION),
+    Turn("assistant", _SECOND_ANSWER),
+)
 
 
 class ChatError(ValueError):
@@ -75,7 +85,7 @@ class Chat:
             self._learn_layout()
             self.placeholder = self._learn_placeholder()
             self._learn_answer()
-            self.render(_PROBE)
+            self.render(_TRIAL_TURNS)
         except ChatError as error:
             raise UserError(
                 "The model's chat template cannot be used to train.",
@@ -113,7 +123,7 @@ class Chat:
             done = start + stop
         return Rendered(text + full[done:], tuple(spans))
 
-    def written(self, turns: Sequence[Turn]) -> str:
+    def render_unmarked(self, turns: Sequence[Turn]) -> str:
         """A conversation with as many tokens as the rendered one, for a fraction of the work: no answer is looked for.
 
         Raises:
@@ -173,9 +183,9 @@ class Chat:
     def _learn_layout(self) -> None:
         """Whether the template wants each role's content in parts or as a string."""
         wanted: dict[Role, list[Turn]] = {
-            "user": [Turn("user", _ASK)],
-            "assistant": [Turn("user", _ASK), Turn("assistant", _REPLY)],
-            "system": [Turn("system", _REPLY_MORE), Turn("user", _ASK)],
+            "user": [Turn("user", _FIRST_QUESTION)],
+            "assistant": [Turn("user", _FIRST_QUESTION), Turn("assistant", _FIRST_ANSWER)],
+            "system": [Turn("system", _SECOND_ANSWER), Turn("user", _FIRST_QUESTION)],
         }
         for role, turns in wanted.items():
             if not self._understands(role, turns):
@@ -198,8 +208,8 @@ class Chat:
             if not isinstance(token, str):
                 raise ChatError("no image placeholder: neither the template nor the processor has one")
             return token
-        with_image = self._raw([Turn("user", IMAGE_MARK + _ASK)])
-        without = self._raw([Turn("user", _ASK)])
+        with_image = self._raw([Turn("user", IMAGE_MARK + _FIRST_QUESTION)])
+        without = self._raw([Turn("user", _FIRST_QUESTION)])
         for head_first in (True, False):
             added = _inserted(with_image, without, head_first)
             if self._special.search(added):
@@ -208,10 +218,10 @@ class Chat:
 
     def _learn_answer(self) -> None:
         """How far behind the generation prompt an answer begins, and whether the template ends it."""
-        full = self._raw(_PROBE[:2])
-        segment = full[self._prefix(full, _PROBE[:1], True) :]
-        self._head = max(0, segment.find(_REPLY))
-        self._has_stop = self._answer_end(segment, _REPLY)[1]
+        full = self._raw(_TRIAL_TURNS[:2])
+        segment = full[self._prefix(full, _TRIAL_TURNS[:1], True) :]
+        self._head = max(0, segment.find(_FIRST_ANSWER))
+        self._has_stop = self._answer_end(segment, _FIRST_ANSWER)[1]
         if not self._has_stop:
             decide("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
 
@@ -237,7 +247,7 @@ def _common(a: str, b: str) -> int:
 Span = tuple[int, int]
 
 
-def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
+def locate_answer_spans(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
     """The answers' spans in the text that was tokenized.
 
     Args:
@@ -252,7 +262,7 @@ def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
     befores = [0]
     for piece in pieces[:-1]:
         befores.append(befores[-1] + len(piece) + len(placeholder))
-    afters = _found(pieces, text)
+    afters = _locate_pieces(pieces, text)
     spans = []
     for start, end in rendered.spans:
         number = bisect_right(befores, start) - 1
@@ -262,7 +272,7 @@ def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
     return spans
 
 
-def _found(pieces: list[str], text: str) -> list[int]:
+def _locate_pieces(pieces: list[str], text: str) -> list[int]:
     """Where each piece begins: the first at the beginning, the last at the end, the others in order between them."""
     last = len(text) - len(pieces[-1])
     starts = [0]
@@ -282,7 +292,7 @@ def _short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:80]}...{text[-80:]}"
 
 
-def tokens(span: Span, offsets: Tensor) -> range:
+def tokens_of_span(span: Span, offsets: Tensor) -> range:
     """The tokens that hold any character of a span.
 
     Args:

@@ -35,7 +35,7 @@ ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeErr
 
 
 @dataclass(frozen=True)
-class Row:
+class RenderedSample:
     """One sample, ready for the processor. ``turn`` is the one asked for, in prompts."""
 
     sample: Sample
@@ -44,7 +44,7 @@ class Row:
     turn: int = -1
 
 
-class Encoder:
+class SampleEncoder:
     """What both collators share: decode, and encode what can be encoded."""
 
     def __init__(self, processing: Processing, max_length: int | None, max_megapixels: float) -> None:
@@ -57,7 +57,9 @@ class Encoder:
             rejected.append(Rejection(sample.origin, "animated image: its first frame is used", "cut"))
         return [picture.image for picture in loaded]
 
-    def encode(self, rows: list[Row], side: Side, rejected: list[Rejection]) -> tuple[list[Row], Encoding | None]:
+    def encode(
+        self, rows: list[RenderedSample], side: Side, rejected: list[Rejection]
+    ) -> tuple[list[RenderedSample], Encoding | None]:
         """All rows in one call; if the processor refuses, those it takes when they are alone."""
         if not rows:
             return [], None
@@ -76,7 +78,7 @@ class Encoder:
                 "Set data.batch_size to 1.",
             ) from error
 
-    def _call(self, rows: list[Row], side: Side) -> Encoding:
+    def _call(self, rows: list[RenderedSample], side: Side) -> Encoding:
         return self.processing.encode([row.rendered.text for row in rows], [row.images for row in rows], side)
 
 
@@ -111,7 +113,7 @@ class Collator:
         max_megapixels: float = 40.0,
         reserve: Sequence[Sample] = (),
     ) -> None:
-        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         self._reserve = reserve
 
     @property
@@ -126,9 +128,9 @@ class Collator:
             UserError: Nothing can be used, and nothing of the reserve either.
         """
         rejected: list[Rejection] = []
-        batch = self.usable(samples, rejected)
+        batch = self.collate_valid(samples, rejected)
         for substitute in self._reserve[:_MAX_SUBSTITUTES] if batch is None else ():
-            if (batch := self.usable([substitute], [])) is not None:
+            if (batch := self.collate_valid([substitute], [])) is not None:
                 batch = replace(batch, supervised=batch.supervised[:0], targets=batch.targets[:0])
                 break
         if batch is None:
@@ -140,7 +142,7 @@ class Collator:
             )
         return replace(batch, rejected=tuple(rejected))
 
-    def usable(self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False) -> Batch | None:
+    def collate_valid(self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False) -> Batch | None:
         """A batch of what can be used, or nothing.
 
         Args:
@@ -161,21 +163,23 @@ class Collator:
             rows = [row for row, fault in zip(rows, faults, strict=True) if not fault]
         return None
 
-    def _row(self, sample: Sample, rejected: list[Rejection], grey: bool) -> Row | None:
+    def _row(self, sample: Sample, rejected: list[Rejection], grey: bool) -> RenderedSample | None:
         try:
             rendered = self._encoder.chat.render(sample.turns)
             if grey:
                 limit = self._encoder.max_megapixels
-                return Row(sample, [_grey(pictures.check_header(path, limit)) for path in sample.images], rendered)
-            return Row(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
+                return RenderedSample(
+                    sample, [_grey_image(pictures.check_header(path, limit)) for path in sample.images], rendered
+                )
+            return RenderedSample(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
         except (ChatError, pictures.BadImage) as error:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
 
-    def _answers(self, row: Row, encoding: Encoding, b: int) -> list[int]:
+    def _answers(self, row: RenderedSample, encoding: Encoding, b: int) -> list[int]:
         """Positions of the answers' tokens in row ``b``."""
-        found = chat.expanded(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
-        return [t for span in found for t in chat.tokens(span, encoding.offsets[b])]
+        found = chat.locate_answer_spans(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        return [t for span in found for t in chat.tokens_of_span(span, encoding.offsets[b])]
 
     def _fault(self, encoding: Encoding, b: int, answer: list[int]) -> str | None:
         """Why row ``b`` cannot be used within ``max_length``."""
@@ -192,14 +196,14 @@ class Collator:
         return None
 
     def _assembled(
-        self, rows: list[Row], encoding: Encoding, answers: list[list[int]], rejected: list[Rejection]
+        self, rows: list[RenderedSample], encoding: Encoding, answers: list[list[int]], rejected: list[Rejection]
     ) -> Batch:
         lengths = encoding.inputs["attention_mask"].sum(1).tolist()
         limit = self._encoder.max_length or max(lengths)
         for row, length in zip(rows, lengths, strict=True):
             if length > limit:
                 rejected.append(Rejection(row.sample.origin, f"cut: {length} tokens, the limit is {limit}", "cut"))
-        inputs = _cut(encoding.inputs, min(limit, max(lengths)))
+        inputs = _truncate(encoding.inputs, min(limit, max(lengths)))
         ids_BL = inputs["input_ids"]
         regions_BL = torch.full(ids_BL.shape, TokenRegion.PROMPT, dtype=torch.uint8)
         regions_BL[self._is_image(ids_BL)] = TokenRegion.IMAGE
@@ -233,7 +237,7 @@ class PromptCollator:
         max_megapixels: float = 40.0,
         blank_images: bool = False,
     ) -> None:
-        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         self._blank_images = blank_images
 
     def __call__(self, questions: Sequence[tuple[Sample, int]]) -> PromptBatch:
@@ -259,7 +263,7 @@ class PromptCollator:
             tuple(rejected),
         )
 
-    def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> Row | None:
+    def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> RenderedSample | None:
         before = sample.turns[:turn]
         try:
             rendered = self._encoder.chat.render(before, add_generation_prompt=True)
@@ -269,15 +273,15 @@ class PromptCollator:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
         if self._blank_images:
-            images = [_grey(image.size) for image in images]
-        return Row(sample, images, rendered, turn)
+            images = [_grey_image(image.size) for image in images]
+        return RenderedSample(sample, images, rendered, turn)
 
 
-def _grey(size: tuple[int, int]) -> Image.Image:
+def _grey_image(size: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", size, _MID_GREY)
 
 
-def _cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+def _truncate(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
     """The first ``length`` columns of every tensor that has one per token: masks and type ids (B, L), and
     cross-attention masks (B, L, images, tiles); pictures' tensors stay whole."""
     shape_BL = inputs["input_ids"].shape

@@ -52,13 +52,13 @@ class EpochSampler(Sampler[int]):
         return -(-self.num_samples // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         dealt = order[torch.arange(self.rank, len(self) * self.world_size, self.world_size) % self.num_samples]
         yield from dealt[self.skip :].tolist()
 
 
-class ShareSampler(Sampler[int]):
+class ShardSampler(Sampler[int]):
     """One rank's share of a dataset in file order: every sample exactly once over all ranks."""
 
     def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
@@ -71,7 +71,7 @@ class ShareSampler(Sampler[int]):
         return iter(self._share)
 
 
-class _Carried:
+class _ReturnUserErrors:
     """A collate function whose UserErrors reach the main process as they are: torch would make plain text of them."""
 
     def __init__(self, collate: Collate) -> None:
@@ -84,7 +84,7 @@ class _Carried:
             return error
 
 
-class GuardedLoader(DataLoader[Any]):
+class CheckedDataLoader(DataLoader[Any]):
     """A DataLoader whose failures are told in the user's terms.
 
     Attributes:
@@ -103,13 +103,13 @@ class GuardedLoader(DataLoader[Any]):
                 yield batch
                 began = time.perf_counter()
         except RuntimeError as error:
-            told = killed_worker(error)
+            told = worker_killed_error(error)
             if told is None:
                 raise
             raise told from error
 
 
-def killed_worker(error: RuntimeError) -> UserError | None:
+def worker_killed_error(error: RuntimeError) -> UserError | None:
     """What to tell if this error means that a data worker died; torch may raise it anywhere, not only in a loader."""
     if not str(error).startswith("DataLoader worker"):
         return None
@@ -120,7 +120,7 @@ def killed_worker(error: RuntimeError) -> UserError | None:
     )
 
 
-class ResumableLoader(GuardedLoader):
+class ResumableDataLoader(CheckedDataLoader):
     """A training loader that knows its place.
 
     The place is (epoch, batches done). An iterator begins where the loaded place says, if that is the epoch it is
@@ -146,7 +146,7 @@ class ResumableLoader(GuardedLoader):
         self._place, self._resume = (epoch, done), None
         sampler.skip = done * (self.batch_size or 1)  # without a batch_size, the sampler counts batches
         assert self.generator is not None
-        self.generator.manual_seed(mix(sampler.seed, epoch))
+        self.generator.manual_seed(epoch_seed(sampler.seed, epoch))
         for batch in super().__iter__():
             done += 1
             self._place = (epoch, done)
@@ -196,7 +196,7 @@ class ResumableLoader(GuardedLoader):
 
 def training_loader(
     dataset: Sequence[Any], collate: Collate, *, batch_size: int, seed: int = 0, num_workers: int = 0
-) -> ResumableLoader:
+) -> ResumableDataLoader:
     """The loader of one rank for training; the rank is torch.distributed's."""
     rank, world_size = rank_and_world_size()
     if extra := -len(dataset) % world_size:
@@ -206,12 +206,12 @@ def training_loader(
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
     sampler = EpochSampler(len(dataset), seed, rank, world_size)
-    return ResumableLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
+    return ResumableDataLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
 
 
 def evaluation_loader(
     dataset: Sequence[Any], collate: Collate, *, batch_size: int, num_workers: int = 0
-) -> GuardedLoader:
+) -> CheckedDataLoader:
     """The loader of one rank for evaluation; the rank is torch.distributed's.
 
     Raises:
@@ -224,8 +224,8 @@ def evaluation_loader(
             "Each device needs at least one.",
             "Use fewer devices, or more samples.",
         )
-    return GuardedLoader(
-        **loader_options(dataset, collate, ShareSampler(len(dataset), rank, world_size), batch_size, num_workers)
+    return CheckedDataLoader(
+        **loader_options(dataset, collate, ShardSampler(len(dataset), rank, world_size), batch_size, num_workers)
     )
 
 
@@ -237,7 +237,7 @@ def loader_options(
         "dataset": cast(Dataset[Any], dataset),
         "sampler": sampler,
         "batch_size": batch_size,
-        "collate_fn": _Carried(collate),
+        "collate_fn": _ReturnUserErrors(collate),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
@@ -246,6 +246,6 @@ def loader_options(
     }
 
 
-def mix(seed: int, epoch: int) -> int:
+def epoch_seed(seed: int, epoch: int) -> int:
     """A generator seed for this epoch: unlike ``seed + epoch``, no two runs share an order."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")

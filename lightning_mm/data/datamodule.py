@@ -1,7 +1,7 @@
 """Everything the trainer asks of the data, from the paths in a config.
 
 Data flow: paths -> ``sources`` -> checked image headers -> ``collator`` behind ``loader`` -> the loops; what falls
-out on the way is in ``ledger``.
+out on the way is in ``rejected_samples``.
 """
 
 import random
@@ -15,17 +15,17 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.batch_samplers import TokenBudgetSampler, planned_loader
+from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.dataloader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
-from lightning_mm.data.images import Preflight
+from lightning_mm.data.dataloader import CheckedDataLoader, ResumableDataLoader, evaluation_loader, training_loader
+from lightning_mm.data.images import ImageHeaderCheck
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
-from lightning_mm.data.probe_sets.collator import ProbeCollator, load_probes
+from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.readers.conversations import read
-from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.data.sample import Question, Sample, by_length, majority_answers, questions_of
-from lightning_mm.data.token_lengths import Lengths, measure_lengths
+from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
+from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
 from lightning_mm.models.processor import Processing, load_processing
 
 
@@ -59,7 +59,7 @@ class MMDataModule(L.LightningDataModule):
         probe_prompt: Asks whether a caption, put in the place of {caption}, is right about the picture.
 
     Attributes:
-        ledger: What is not used, and why.
+        rejected_samples: What is not used, and why.
         keeping: Where set, what makes batches of conversations in place of a collator.
     """
 
@@ -99,10 +99,10 @@ class MMDataModule(L.LightningDataModule):
         self.max_length, self.max_megapixels = max_length, max_megapixels
         self.max_tokens, self.group_by_length = max_tokens, group_by_length
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
-        self.ledger = Ledger(max_bad_fraction)
+        self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
         self._samples: dict[str, tuple[Sample, ...]] = {}
-        self._preflight = Preflight(self.ledger, max_megapixels)
+        self._header_check = ImageHeaderCheck(self.rejected_samples, max_megapixels)
         self._probe_set: ProbeSet | None = None
 
     def setup(self, stage: str) -> None:
@@ -125,11 +125,11 @@ class MMDataModule(L.LightningDataModule):
         """The usable conversations of train, val, test or predict, in file order; none if no file is given."""
         path = self.paths[split]
         if split not in self._samples and path is not None:
-            rows = read(path, self.image_root, answers_required=split != "predict")
-            self.ledger.num_rows += rows.num_rows
-            self.ledger.add(rows.rejections)
-            self._samples[split] = tuple(self._preflight.sound(rows.samples))
-            self.ledger.check()
+            rows = read_conversations(path, self.image_root, answers_required=split != "predict")
+            self.rejected_samples.num_rows += rows.num_rows
+            self.rejected_samples.add(rows.rejections)
+            self._samples[split] = tuple(self._header_check.with_valid_headers(rows.samples))
+            self.rejected_samples.check()
         return self._samples.get(split, ())
 
     @cached_property
@@ -141,7 +141,7 @@ class MMDataModule(L.LightningDataModule):
             )
         return load_processing(self.processor, self.revision)
 
-    def train_dataloader(self) -> ResumableLoader:
+    def train_dataloader(self) -> ResumableDataLoader:
         """Batches in the order of (seed, epoch)."""
         samples = self.samples("train")
         collate = self._kept(samples)
@@ -149,7 +149,7 @@ class MMDataModule(L.LightningDataModule):
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
         else:
-            loader = planned_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
+            loader = length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
         if self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             assert isinstance(progress, _ProcessedTracker)
@@ -164,25 +164,25 @@ class MMDataModule(L.LightningDataModule):
         return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
 
     @cached_property
-    def _lengths(self) -> Lengths:
-        return measure_lengths(
+    def _lengths(self) -> TokenLengths:
+        return measure_token_lengths(
             self.samples("train"),
             self.processing,
             max_length=self.max_length,
             max_megapixels=self.max_megapixels,
-            sizes=self._preflight.sizes,
+            sizes=self._header_check.sizes,
         )
 
-    def val_dataloader(self) -> list[GuardedLoader]:
+    def val_dataloader(self) -> list[CheckedDataLoader]:
         """Batches for the loss, then questions for generation."""
         return self._evaluation("val", self.generation_samples)
 
-    def test_dataloader(self) -> list[GuardedLoader]:
+    def test_dataloader(self) -> list[CheckedDataLoader]:
         """Batches for the loss, then questions, then the same questions with grey pictures."""
         questions = self.questions("test")
         return [*self._evaluation("test", None), self._loader(questions, self._prompt_collator(blank_images=True))]
 
-    def predict_dataloader(self) -> GuardedLoader:
+    def predict_dataloader(self) -> CheckedDataLoader:
         """Questions."""
         return self._loader(self.questions("predict"), self._prompt_collator())
 
@@ -190,13 +190,13 @@ class MMDataModule(L.LightningDataModule):
         """Types of the split's questions, sorted: the same on every rank."""
         return tuple(sorted({sample.turns[index].question_type for sample, index in self.questions(split)}))
 
-    def questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
+    def questions(self, split: str, limit: int | None = None) -> tuple[SampleQuestion, ...]:
         """The questions of a split, or the first of them, in the order of its file."""
         return questions_of(self.samples(split))[:limit]
 
-    def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> GuardedLoader:
+    def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> CheckedDataLoader:
         """The questions of a split, or the first of them, with their pictures or grey ones; short answers first."""
-        return self._loader(by_length(self.questions(split, limit)), self._prompt_collator(blank_images))
+        return self._loader(sort_by_answer_length(self.questions(split, limit)), self._prompt_collator(blank_images))
 
     def probe_set(self) -> ProbeSet:
         """The rows to look inside the model with: drawn once, with a seed of its own, and the same on every rank.
@@ -208,17 +208,17 @@ class MMDataModule(L.LightningDataModule):
             self._probe_set = open_probe_set(
                 self.probes or file_for_probes(self.paths),
                 self.image_root,
-                self.ledger,
+                self.rejected_samples,
                 max_pictures=self.probe_images,
                 prompt=self.probe_prompt,
                 max_megapixels=self.max_megapixels,
             )
         return self._probe_set
 
-    def probe_loader(self, probe_set: ProbeSet) -> GuardedLoader:
+    def probe_loader(self, probe_set: ProbeSet) -> CheckedDataLoader:
         """This rank's share of a probe set, each row once over all ranks, rows of like length together."""
         collator = ProbeCollator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
-        return load_probes(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+        return probe_loader(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def sample_batches(self, count: int, size: int = 4) -> list[Batch]:
         """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
@@ -227,7 +227,7 @@ class MMDataModule(L.LightningDataModule):
         collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         made = [collator(part) for part in cut]
-        self.ledger.add(rejection for batch in made for rejection in batch.rejected)
+        self.rejected_samples.add(rejection for batch in made for rejection in batch.rejected)
         return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self, count: int = 1) -> Batch:
@@ -255,12 +255,12 @@ class MMDataModule(L.LightningDataModule):
         """The most frequent training answer to each type of question: what a model that never looks could say."""
         return majority_answers(self.questions("train"))
 
-    def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
-        samples, questions = self.samples(split), by_length(self.questions(split, limit))
+    def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
+        samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
         loaders = [self._loader(samples, self._kept(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 
-    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> GuardedLoader:
+    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def _kept(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:

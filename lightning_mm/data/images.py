@@ -25,7 +25,7 @@ from warnings import catch_warnings, simplefilter
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from lightning_mm.core.decisions import decide
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection, Sample
 
 Image.init()
@@ -68,7 +68,7 @@ class BadImage(ValueError):
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """A decoded picture.
 
     Args:
@@ -98,7 +98,7 @@ def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
         return (height, width) if is_turned else (width, height)
 
 
-def load(path: Path, max_megapixels: float = 40.0) -> Picture:
+def load(path: Path, max_megapixels: float = 40.0) -> DecodedImage:
     """Decode a whole picture.
 
     Raises:
@@ -111,7 +111,7 @@ def load(path: Path, max_megapixels: float = 40.0) -> Picture:
                 is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
                 image.load()
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return Picture(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
+            return DecodedImage(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
         except BadImage:
             raise
         except _DECODE_ERRORS as error:
@@ -179,30 +179,30 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
 _MAX_HEADERS = 20_000
 
 
-class Preflight:
+class ImageHeaderCheck:
     """Headers that have been read.
 
     Args:
-        ledger: Takes the samples whose pictures are not sound.
+        rejected: Takes the samples whose pictures are not sound.
         max_megapixels: Largest picture that is decoded.
 
     Attributes:
         sizes: Width and height in pixels of the pictures whose headers were read and are sound.
     """
 
-    def __init__(self, ledger: Ledger, max_megapixels: float) -> None:
-        self._ledger, self._max_megapixels = ledger, max_megapixels
+    def __init__(self, rejected: RejectedSamples, max_megapixels: float) -> None:
+        self._rejected, self._max_megapixels = rejected, max_megapixels
         self._faults: dict[Path, str | None] = {}
         self.sizes: dict[Path, tuple[int, int]] = {}
 
-    def sound(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+    def with_valid_headers(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         """The samples whose pictures can be used, as far as their headers tell."""
         for sample in samples:
             fault = next((fault for path in sample.images if (fault := self._fault(path))), None)
             if fault is None:
                 yield sample
             else:
-                self._ledger.add([Rejection(sample.origin, fault)])
+                self._rejected.add([Rejection(sample.origin, fault)])
 
     def _fault(self, path: Path) -> str | None:
         if path not in self._faults:

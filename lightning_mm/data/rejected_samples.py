@@ -15,7 +15,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 
 
-class Ledger:
+class RejectedSamples:
     """Rejections in the order they came; one that returns every epoch is kept once.
 
     Args:

@@ -63,21 +63,21 @@ class Rejection:
     kind: Literal["dropped", "cut", "probe"] = "dropped"
 
 
-Question = tuple[Sample, int]
+SampleQuestion = tuple[Sample, int]
 """A conversation, and the index of the turn that answers."""
 
 
-def questions_of(samples: Iterable[Sample]) -> tuple[Question, ...]:
+def questions_of(samples: Iterable[Sample]) -> tuple[SampleQuestion, ...]:
     """Every answer of these conversations, in order."""
     return tuple((sample, index) for sample in samples for index in sample.answers)
 
 
-def by_length(questions: Iterable[Question]) -> tuple[Question, ...]:
+def sort_by_answer_length(questions: Iterable[SampleQuestion]) -> tuple[SampleQuestion, ...]:
     """Those with short answers first: a batch is generated until its longest answer ends."""
     return tuple(sorted(questions, key=lambda question: len(question[0].turns[question[1]].text)))
 
 
-def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
+def majority_answers(questions: Iterable[SampleQuestion]) -> dict[str, str]:
     """The most frequent answer to each type of question, in lower case and without its full stop."""
     counts: dict[str, Counter[str]] = {}
     for sample, index in questions:

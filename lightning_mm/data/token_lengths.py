@@ -1,7 +1,7 @@
 """How long each conversation will be in tokens, known before a picture is decoded.
 
 Data flow: Samples -> the chat template's text -> the tokenizer; sizes in picture headers -> a blank picture of each
-size through the processor, once -> ``Lengths`` -> ``budget``, which puts like with like.
+size through the processor, once -> ``TokenLengths`` -> ``budget``, which puts like with like.
 
 The ranks share the work. A length is exact where a picture takes as many tokens beside others as it takes beside its
 like, and an estimate elsewhere; of a conversation that will fall out as it is collated, what could be read counts.
@@ -37,7 +37,7 @@ _CELL = math.log(1.05)
 
 
 @dataclass(frozen=True)
-class Lengths:
+class TokenLengths:
     """What each sample costs.
 
     Args:
@@ -63,14 +63,14 @@ class Lengths:
         return zlib.crc32(self.tokens.numpy().tobytes() + self.vision.numpy().tobytes())
 
 
-def measure_lengths(
+def measure_token_lengths(
     samples: Sequence[Sample],
     processing: Processing,
     *,
     max_length: int | None = None,
     max_megapixels: float = 40.0,
     sizes: Mapping[Path, Size] | None = None,
-) -> Lengths:
+) -> TokenLengths:
     """Lengths of samples, the same on every rank; each measures its share.
 
     Args:
@@ -81,7 +81,7 @@ def measure_lengths(
         sizes: Of pictures whose headers have been read, as they lie on the screen.
     """
     rank, world_size = rank_and_world_size()
-    ruler = _Ruler(processing, max_megapixels, dict(sizes or {}))
+    ruler = _LengthMeter(processing, max_megapixels, dict(sizes or {}))
     rows = ruler.measure(samples[rank::world_size])
     parts = all_gather_object(rows)
     whole = torch.zeros(len(samples), 2, dtype=torch.float64)
@@ -90,17 +90,17 @@ def measure_lengths(
     tokens = whole[:, 0].long().clamp(1, max_length)
     told = f"{int(tokens.min())} to {int(tokens.max())} tokens, {tokens.double().mean():.0f} on average"
     decide("data.lengths", told, "by the tokenizer, and a blank picture of each size through the processor")
-    return Lengths(tokens, whole[:, 1].contiguous())
+    return TokenLengths(tokens, whole[:, 1].contiguous())
 
 
-class _Ruler:
+class _LengthMeter:
     """Measures samples."""
 
     def __init__(self, processing: Processing, max_megapixels: float, sizes: dict[Path, Size]) -> None:
         self._processing, self._max_megapixels = processing, max_megapixels
         self._chat = Chat(processing)
         self._sizes: dict[Path, Size | None] = {**sizes}
-        self._questions = [self._chat.written((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)]
+        self._questions = [self._chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)]
         self._bare = processing.num_tokens(self._questions)
         self._weight = vision_weight(processing.config)
         self._pictures: dict[tuple[Size, bool], tuple[int, float]] = {}
@@ -108,7 +108,7 @@ class _Ruler:
     def measure(self, samples: Sequence[Sample]) -> list[tuple[int, float]]:
         """Tokens and vision cost of each."""
         self._read_headers({path for sample in samples for path in sample.images})
-        stand_ins = _stand_ins({size for size in self._sizes.values() if size})
+        stand_ins = _representative_sizes({size for size in self._sizes.values() if size})
         rows = []
         for start in range(0, len(samples), _CHUNK):
             chunk = samples[start : start + _CHUNK]
@@ -121,7 +121,7 @@ class _Ruler:
 
     def _text(self, sample: Sample) -> str:
         try:
-            return self._chat.written(sample.turns)
+            return self._chat.render_unmarked(sample.turns)
         except ChatError:
             return "".join(turn.text for turn in sample.turns)
 
@@ -151,7 +151,7 @@ class _Ruler:
         return self._pictures[size, in_company]
 
 
-def _stand_ins(sizes: set[Size]) -> dict[Size, Size]:
+def _representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
     """Which size each is measured as: itself, or, where there are very many, the largest within about 5 %."""
     if len(sizes) <= _MAX_SIZES:
         return {size: size for size in sizes}

@@ -74,7 +74,7 @@ def _read(model: Any, anatomy: Anatomy, probe_set: ProbeSet, trainer: L.Trainer)
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         mine = read(model, anatomy, data.probe_loader(probe_set), trainer.strategy.root_device)
-    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+    data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 

@@ -123,7 +123,7 @@ def test_rows_that_cannot_be_read_never_stop_training(family: Family, data: Data
         max_length=300,
     )
     assert trainer.global_step == 2
-    ledger = trainer.datamodule.ledger  # type: ignore[attr-defined]
+    ledger = trainer.datamodule.rejected_samples  # type: ignore[attr-defined]
     assert any(entry.kind == "probe" and entry.reason.startswith("too long") for entry in ledger)
     assert ledger.num_dropped == 0
     ledger.check()

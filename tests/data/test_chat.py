@@ -108,7 +108,7 @@ def test_spans_are_as_written_by_hand(make: Make, style: str) -> None:
 def test_what_is_written_has_the_tokens_of_what_is_rendered(make: Make, style: str) -> None:
     made = make(TRUTH[style][0])
     chat = Chat(made)
-    both = [chat.written(TURNS), chat.render(TURNS).text]
+    both = [chat.render_unmarked(TURNS), chat.render(TURNS).text]
     assert made.num_tokens(both)[0] == made.num_tokens(both)[1] > 10
     tokenizer = made.processor.tokenizer
     words = [chat.render(TURNS[2:]).text]
@@ -231,13 +231,13 @@ def test_spans_move_with_the_placeholders(pieces: list[str], expansion: str) -> 
     """Against the truth known by construction; each piece carries its number, as real ones carry their headers."""
     numbered = [f"({i}{piece})" for i, piece in enumerate(pieces)]
     rendered = Rendered("<P>".join(numbered), tuple(_places(numbered, "<P>")))
-    found = spans.expanded(rendered, "<P>", expansion.join(numbered))
+    found = spans.locate_answer_spans(rendered, "<P>", expansion.join(numbered))
     assert found == _places(numbered, expansion)
 
 
 def test_pieces_that_are_alike_keep_their_order() -> None:
     rendered = Rendered("(a)<P>(a)<P>(a)<P>(a)", tuple(_places(["(a)"] * 4, "<P>")))
-    assert spans.expanded(rendered, "<P>", "XX".join(["(a)"] * 4)) == _places(["(a)"] * 4, "XX")
+    assert spans.locate_answer_spans(rendered, "<P>", "XX".join(["(a)"] * 4)) == _places(["(a)"] * 4, "XX")
 
 
 def _places(pieces: list[str], between: str) -> list[tuple[int, int]]:
@@ -248,11 +248,11 @@ def _places(pieces: list[str], between: str) -> list[tuple[int, int]]:
 def test_a_processor_that_rewrites_text_is_an_error() -> None:
     for text in ("abXcd!", "!abXcd", "cdab"):
         with pytest.raises(UserError, match="rewrites the text"):
-            spans.expanded(Rendered("ab<P>cd", ((5, 7),)), "<P>", text)
+            spans.locate_answer_spans(Rendered("ab<P>cd", ((5, 7),)), "<P>", text)
 
 
 def test_tokens_of_a_span() -> None:
     offsets = torch.tensor([[0, 0], [0, 3], [3, 5], [5, 5], [5, 8], [8, 9], [0, 0]])
-    assert spans.tokens((3, 8), offsets) == range(2, 5)
-    assert spans.tokens((4, 6), offsets) == range(2, 5)  # a token is the answer's if any of its characters is
-    assert spans.tokens((9, 12), offsets) == range(0)
+    assert spans.tokens_of_span((3, 8), offsets) == range(2, 5)
+    assert spans.tokens_of_span((4, 6), offsets) == range(2, 5)  # a token is the answer's if any of its characters is
+    assert spans.tokens_of_span((9, 12), offsets) == range(0)

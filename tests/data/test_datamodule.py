@@ -201,11 +201,11 @@ def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
     data = module(train=write(folder / "t.json", rows), max_bad_fraction=0.5)
     data.setup("fit")
     assert [sample.id for sample in data.samples("train")] == ["0", "3"]
-    assert {entry.origin: entry.reason.partition(":")[0] for entry in data.ledger} == {
+    assert {entry.origin: entry.reason.partition(":")[0] for entry in data.rejected_samples} == {
         "t.json:1[1]": "missing image",
         "t.json:1[2]": "not an image",
     }
-    assert (data.ledger.num_dropped, data.ledger.num_rows) == (2, 9)
+    assert (data.rejected_samples.num_dropped, data.rejected_samples.num_rows) == (2, 9)
     with pytest.raises(UserError, match="2 of 4 rows cannot be used"):
         module(train=str(folder / "t.json")).setup("fit")
 

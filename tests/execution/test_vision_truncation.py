@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.vision_truncation import cut_tower
 from lightning_mm.models.layout import Anatomy
 from lightning_mm.models.loading import Backbone, load_model
@@ -34,7 +34,7 @@ def test_what_is_not_read_is_not_computed(
     """LLaVA reads its tower's last block but one (vision_feature_layer -2); equal logits, bit for bit."""
     model: Any = load_model(Backbone(path=str(family(name)))).eval()
     anatomy = Anatomy.of(model)
-    batch = Collator(load_processing(str(family(name))))(read(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
         assert cut_tower(model, anatomy, batch) == tuple(reversed(anatomy.vision_blocks))[:unread]
@@ -53,5 +53,5 @@ def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path],
     assert gates
     for gate in gates:
         torch.nn.init.zeros_(gate)
-    batch = Collator(load_processing(str(family("mllama"))))(read(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processing(str(family("mllama"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert cut_tower(model, Anatomy.of(model), batch) == ()

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
@@ -46,7 +46,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 ) -> None:
     """1e-5 of the largest entry: float32 sums over tokens in another order."""
     model, anatomy = loaded(family(name))
-    batch = Collator(load_processing(str(family(name))))(read(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, anatomy, batch, None)
     blocks = unpad_blocks(model, anatomy)
@@ -72,7 +72,10 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
     model, anatomy = loaded(family("llava"))
     unpad_blocks(model, anatomy)
-    collator, samples = Collator(load_processing(str(family("llava")))), read(make_uneven_rows(tmp_path)).samples
+    collator, samples = (
+        Collator(load_processing(str(family("llava")))),
+        read_conversations(make_uneven_rows(tmp_path)).samples,
+    )
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
         batch = collator(chosen)
@@ -93,7 +96,7 @@ def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> N
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     """Looks and generation run the prepared model as it is."""
     model, anatomy = loaded(family("llava"))
-    batch = Collator(load_processing(str(family("llava"))))(read(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
         unpad_blocks(model, anatomy)

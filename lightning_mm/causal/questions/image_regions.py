@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.data import images
 from lightning_mm.data.chat import Chat
-from lightning_mm.data.probe_sets.build.patch_grids import Grids
+from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
 from lightning_mm.data.probe_sets.collator import GREY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
 from lightning_mm.models.processor import Processing
@@ -27,10 +27,10 @@ def encoded(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor
     return processing.encode([text], [[picture]], "right").inputs
 
 
-def grids_of(processing: Processing) -> Grids:
+def grids_of(processing: Processing) -> PatchGrids:
     """How the model's image tokens lie in pictures."""
     merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-    return Grids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
+    return PatchGrids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
 
 
 def greyed(question: Question) -> Image.Image | Rejection:

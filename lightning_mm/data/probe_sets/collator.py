@@ -27,9 +27,9 @@ from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.data import chat
 from lightning_mm.data import images as pictures
 from lightning_mm.data.chat import ChatError, Rendered
-from lightning_mm.data.collator import Encoder, Row
-from lightning_mm.data.dataloader import GuardedLoader, evaluation_loader
-from lightning_mm.data.probe_sets.build.patch_grids import NO_OBJECT_SITES, Grids
+from lightning_mm.data.collator import RenderedSample, SampleEncoder
+from lightning_mm.data.dataloader import CheckedDataLoader, evaluation_loader
+from lightning_mm.data.probe_sets.build.patch_grids import NO_OBJECT_SITES, PatchGrids
 from lightning_mm.data.probe_sets.files import ProbeRow
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
@@ -48,9 +48,9 @@ class ProbeCollator:
     """
 
     def __init__(self, processing: Processing, max_length: int | None = None, *, max_megapixels: float = 40.0) -> None:
-        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-        self._grids = Grids(self._alone, processing.config.to_dict(), merge_size)
+        self._grids = PatchGrids(self._alone, processing.config.to_dict(), merge_size)
 
     def __call__(self, rows: Sequence[ProbeRow]) -> ProbeBatch:
         """Make a batch of what can be used; it has no row, and no inputs, if nothing can."""
@@ -78,7 +78,7 @@ class ProbeCollator:
                 if reason.startswith(NO_OBJECT_SITES):
                     decide("data.probes.object_at_patches", "not read", reason)
 
-    def _ready(self, row: ProbeRow, rejected: list[Rejection]) -> Row | None:
+    def _ready(self, row: ProbeRow, rejected: list[Rejection]) -> RenderedSample | None:
         try:
             rendered = self._rendered(row)
             images = self._encoder.images(row.sample, len(row.sample.images), rejected)
@@ -87,7 +87,7 @@ class ProbeCollator:
             return None
         if row.blank:
             images = [Image.new("RGB", image.size, GREY) for image in images]
-        return Row(replace(row.sample, id=row.id), images, rendered)
+        return RenderedSample(replace(row.sample, id=row.id), images, rendered)
 
     def _rendered(self, row: ProbeRow) -> Rendered:
         """The turn as the template writes it, with the place of the row's span."""
@@ -99,7 +99,9 @@ class ProbeCollator:
         start = at + said.index(row.span)
         return Rendered(text, ((start, start + len(row.span)),))
 
-    def _encoded(self, ready: list[Row], rejected: list[Rejection]) -> tuple[list[Row], Encoding | None]:
+    def _encoded(
+        self, ready: list[RenderedSample], rejected: list[Rejection]
+    ) -> tuple[list[RenderedSample], Encoding | None]:
         ready, encoding = self._encoder.encode(ready, "right", rejected)
         limit = self._encoder.max_length
         if encoding is None or limit is None:
@@ -120,18 +122,18 @@ class ProbeCollator:
         return self._encoder.processing.encode([text], [[image]], "right").inputs
 
     def _sites(
-        self, row: ProbeRow, made: Row, encoding: Encoding, b: int, picture: int, rejected: list[Rejection]
+        self, row: ProbeRow, made: RenderedSample, encoding: Encoding, b: int, picture: int, rejected: list[Rejection]
     ) -> dict[str, Tensor]:
         """Site -> (L,) how much each token counts, above 0 somewhere. ``picture`` is the batch's pictures before it."""
         ids_L, attended_L = encoding.inputs["input_ids"][b], encoding.inputs["attention_mask"][b] > 0
         image_ids = torch.tensor(self._encoder.processing.image_token_ids)
         image = (torch.isin(ids_L, image_ids) & attended_L).nonzero().flatten()
-        (span,) = chat.expanded(made.rendered, self._encoder.chat.placeholder, encoding.texts[b])
-        text = torch.tensor(list(chat.tokens(span, encoding.offsets[b])), dtype=torch.long)
+        (span,) = chat.locate_answer_spans(made.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        text = torch.tensor(list(chat.tokens_of_span(span, encoding.offsets[b])), dtype=torch.long)
         assert len(text), "a span of characters has tokens"
-        token = _one(image if len(image) else text, row.id)
+        token = _pick_by_hash(image if len(image) else text, row.id)
         read = {"last": attended_L.nonzero()[-1], "image": image, "text": text, "token": token}
-        sites = {name: _spread(torch.ones(len(at)), at, len(ids_L)) for name, at in read.items() if len(at)}
+        sites = {name: _scatter(torch.ones(len(at)), at, len(ids_L)) for name, at in read.items() if len(at)}
         thw = encoding.inputs.get("image_grid_thw")
         for number, each in enumerate(row.boxes):
             size = made.images[0].size
@@ -141,24 +143,24 @@ class ProbeCollator:
             elif not shown.any():
                 rejected.append(Rejection(row.sample.origin, f"no object site: {each.name!r} is cropped away", "cut"))
             else:
-                sites[f"object:{number}"] = _spread(shown, image, len(ids_L))
+                sites[f"object:{number}"] = _scatter(shown, image, len(ids_L))
         return sites
 
 
-def _spread(weights: Tensor, at: Tensor, length: int) -> Tensor:
+def _scatter(weights: Tensor, at: Tensor, length: int) -> Tensor:
     """(length,) with these weights at these positions."""
     return torch.zeros(length).index_put((at,), weights)
 
 
-def _one(positions: Tensor, row_id: str) -> Tensor:
+def _pick_by_hash(positions: Tensor, row_id: str) -> Tensor:
     """One of the positions, the same for this id in every batch and every run."""
     number = int.from_bytes(hashlib.sha256(row_id.encode()).digest()[:8], "little")
     return positions[number % len(positions)].reshape(1)
 
 
-def load_probes(
+def probe_loader(
     rows: Sequence[ProbeRow], collator: ProbeCollator, *, batch_size: int, num_workers: int
-) -> GuardedLoader:
+) -> CheckedDataLoader:
     """This rank's share of the rows, each row once over all ranks, rows of like length together.
 
     Whole batches are dealt out, so that which rows share one, and with it every digit of what is read, does not depend
@@ -176,10 +178,10 @@ def load_probes(
     if size < batch_size:
         decide("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {rank_and_world_size()[1]} ranks")
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return evaluation_loader(batches, _WholeBatch(collator), batch_size=1, num_workers=num_workers)
+    return evaluation_loader(batches, _UnwrapBatch(collator), batch_size=1, num_workers=num_workers)
 
 
-class _WholeBatch:
+class _UnwrapBatch:
     """Collates what is a batch already; a class, for workers are sent it."""
 
     def __init__(self, collate: ProbeCollator) -> None:

@@ -1,6 +1,6 @@
 """A probe set as a file: JSON that names its pictures and carries its hash.
 
-Data flow: ``ProbeSet.save`` -> ``write``; ``read`` -> ``Told`` -> ``ProbeSet.load``, which checks the hash.
+Data flow: ``ProbeSet.save`` -> ``write_probe_set``; ``read_probe_set`` -> ``ProbeSetFile`` -> ``ProbeSet.load``, which checks the hash.
 
 Pictures are named relative to ``image_root``, the folder that holds all of them, and may not leave it.
 
@@ -79,7 +79,7 @@ class ProbeRow:
         """
         return self.id.rpartition(":")[0] or self.id
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """All that the row says, but for its picture, in JSON's types."""
         labels = {probe: list(label) if isinstance(label, tuple) else label for probe, label in self.labels.items()}
         boxes = [{"name": each.name, "box": [float(edge) for edge in each.box]} for each in self.boxes]
@@ -100,7 +100,7 @@ FORMAT = "lightning_mm probe set 1"
 
 
 @dataclass(frozen=True)
-class Told:
+class ProbeSetFile:
     """What a file says, as a ProbeSet has it."""
 
     rows: tuple[ProbeRow, ...]
@@ -110,7 +110,7 @@ class Told:
     hash: str
 
 
-def write(
+def write_probe_set(
     path: Path, rows: Sequence[ProbeRow], classes: Mapping[str, Sequence[str]], *, seed: int, source: str, hash: str
 ) -> None:
     """Write a set; a reader never finds half of one."""
@@ -123,7 +123,7 @@ def write(
         "source": source,
         "image_root": str(root),
         "classes": {probe: list(names) for probe, names in classes.items()},
-        "rows": [{**row.told(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
+        "rows": [{**row.to_dict(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
     }
     fresh = path.with_name(f"{path.name}.new")
     fresh.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -131,15 +131,15 @@ def write(
 
 
 def is_probe_set(head: str) -> bool:
-    """Whether a file that begins so was written by ``write``."""
+    """Whether a file that begins so was written by ``write_probe_set``."""
     return FORMAT in head[:200]
 
 
-def read(path: Path) -> Told:
+def read_probe_set(path: Path) -> ProbeSetFile:
     """Read a set that was saved; that it is the same is for the caller to check, by the hash.
 
     Raises:
-        UserError: No such file, or not what ``write`` writes.
+        UserError: No such file, or not what ``write_probe_set`` writes.
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
@@ -148,7 +148,7 @@ def read(path: Path) -> Told:
         root = Path(told["image_root"]).resolve()
         rows = tuple(_row(row, root, f"{path.name}[{number}]") for number, row in enumerate(told["rows"]))
         classes = {str(probe): tuple(map(str, names)) for probe, names in told["classes"].items()}
-        return Told(rows, classes, int(told["seed"]), str(told["source"]), str(told["hash"]))
+        return ProbeSetFile(rows, classes, int(told["seed"]), str(told["source"]), str(told["hash"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"{path} cannot be read as a probe set.",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role, read, write
+from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role, read_probe_set, write_probe_set
 from lightning_mm.data.sample import Rejection
 
 __all__ = ["Label", "ObjectBox", "ProbeBatch", "ProbeRow", "ProbeSet", "Role"]
@@ -57,7 +57,7 @@ class ProbeSet:
     def hash(self) -> str:
         """SHA-256 over ids, texts, labels, boxes, classes and the pictures' bytes, whatever the order of the rows."""
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
-        rows = sorted(_digest([row.told(), [digests[path] for path in row.sample.images]]) for row in self.rows)
+        rows = sorted(_digest([row.to_dict(), [digests[path] for path in row.sample.images]]) for row in self.rows)
         return _digest([rows, {probe: list(names) for probe, names in self.classes.items()}])
 
     def subset(self, max_pictures: int) -> "ProbeSet":
@@ -68,7 +68,7 @@ class ProbeSet:
         """
         if len(self.images) <= max_pictures:
             return self
-        families = sorted(_families(self.rows), key=lambda family: min(row.id for row in family))
+        families = sorted(_connected_groups(self.rows), key=lambda family: min(row.id for row in family))
         random.Random(f"{self.seed}:subset").shuffle(families)
         sizes = [len({path for row in family for path in row.sample.images}) for family in families]
         kept: set[str] = set()
@@ -111,7 +111,7 @@ class ProbeSet:
 
     def save(self, path: Path) -> None:
         """Write it as JSON; pictures are named, not copied."""
-        write(path, self.rows, self.classes, seed=self.seed, source=self.source, hash=self.hash)
+        write_probe_set(path, self.rows, self.classes, seed=self.seed, source=self.source, hash=self.hash)
 
     @classmethod
     def load(cls, path: Path) -> "ProbeSet":
@@ -120,7 +120,7 @@ class ProbeSet:
         Raises:
             UserError: It is no probe set, or its rows or pictures are not what they were.
         """
-        told = read(path)
+        told = read_probe_set(path)
         probe_set = cls(told.rows, told.classes, told.seed, told.source)
         if probe_set.hash != told.hash:
             raise UserError(
@@ -167,7 +167,7 @@ def _digest(told: Any) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
-def _families(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
+def _connected_groups(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
     """Rows that hang together by a group or a picture."""
     parents: dict[str, str] = {}
 

@@ -13,7 +13,7 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
@@ -192,20 +192,20 @@ def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: D
 def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path: Path) -> None:
     """Bit for bit, and what was told of a row when it was new is told again."""
     model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
-    anatomy, samples = Anatomy.of(model.eval()), read(make_uneven_rows(tmp_path)).samples
+    anatomy, samples = Anatomy.of(model.eval()), read_conversations(make_uneven_rows(tmp_path)).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
     cache = PrefixCache(FrozenPrefix(model, anatomy, 2), store, dtype, torch.float32)
     collator = cache.collator(Collator(processing, max_length=64), width_of(model))
     new = collator(samples)
-    assert new.kept is not None
-    assert new.kept.fresh is not None
-    used = cache.states(new.kept)
+    assert new.cached is not None
+    assert new.cached.uncached is not None
+    used = cache.states(new.cached)
     known = collator(samples)
-    assert known.kept is not None
-    assert known.kept.fresh is None
+    assert known.cached is not None
+    assert known.cached.uncached is None
     for b in range(len(samples)):
         tokens = int((new.regions[b] != 0).sum())
-        assert torch.equal(used[b, :tokens], known.kept.states[b, :tokens])
+        assert torch.equal(used[b, :tokens], known.cached.states[b, :tokens])
     assert [each.reason for each in new.rejected] == [each.reason for each in known.rejected]
     assert any(each.kind == "cut" for each in known.rejected)
 

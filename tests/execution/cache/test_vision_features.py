@@ -11,9 +11,9 @@ import torch
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
-from lightning_mm.data.batch import KeptFeatures
+from lightning_mm.data.batch import CachedFeatures
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution import step
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.cache.collators import FeatureCollator
@@ -188,7 +188,7 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     """Bytes of the features as they are made, and the tower's FLOPs, from the plan that runs nothing."""
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
-    batch = collator([s for s in read(data["train"]).samples if s.images][:2])
+    batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
     model, anatomy, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
     tower = FrozenTower(model, anatomy, cut_tower(model.eval(), anatomy, batch))
     rows = [collator([sample]) for sample in batch.samples]
@@ -247,13 +247,13 @@ def test_nothing_falls_out_silently(known: bool, family: Family, rows: Any, tmp_
     made[2]["conversations"][1]["value"] = "very " * 200
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([*made, made[2]]))
-    samples = read(file).samples
+    samples = read_conversations(file).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype="float32")
     plain = Collator(load_processing(str(family("llava"))), max_length=80)
     collator = FeatureCollator(plain, store, torch.float32)
     if known:
-        first = collator(samples).kept
-        assert isinstance(first, KeptFeatures)
+        first = collator(samples).cached
+        assert isinstance(first, CachedFeatures)
         for key, record in zip(first.keys, first.records, strict=True):
             store.put(key, {**record, "hidden": torch.zeros(1, 2, 3)})
     batch = collator(samples)
@@ -286,12 +286,12 @@ def test_one_row_does_not_show_how_rows_stand_side_by_side(family: Family, rows:
 
 def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path: Path) -> None:
     collator = Collator(load_processing(str(family("llava"))))
-    samples = read(data["train"]).samples[:2]
+    samples = read_conversations(data["train"]).samples[:2]
     whole, rows = collator(samples), [collator([sample]) for sample in samples]
     done = []
-    for kept in (None, KeptFeatures((None, None), (0, 1), tuple(rows)), KeptFeatures((torch.zeros(1),) * 2)):
+    for kept in (None, CachedFeatures((None, None), (0, 1), tuple(rows)), CachedFeatures((torch.zeros(1),) * 2)):
         work = Work()
-        work.add(replace(whole, kept=kept))
+        work.add(replace(whole, cached=kept))
         done.append(work.take())
     plain, new, known = done
     assert new == plain

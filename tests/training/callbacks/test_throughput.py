@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decide
-from lightning_mm.data.batch import Batch, Kept, TokenRegion
+from lightning_mm.data.batch import Batch, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.planning.devices import compute_dtype, matmul_peak
@@ -180,8 +180,8 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
 
     def cached(batch: Batch, fresh: Batch | None) -> Batch:
         inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
-        kept = Kept(torch.zeros(0), torch.zeros(0), fresh)
-        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, kept=kept)
+        kept = CachedStates(torch.zeros(0), torch.zeros(0), fresh)
+        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, cached=kept)
 
     def counted(batch: Batch) -> float:
         work = Work()

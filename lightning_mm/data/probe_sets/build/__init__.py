@@ -11,11 +11,11 @@ from pathlib import Path
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
-from lightning_mm.data.probe_sets.build.coco import Scenes, read_scenes
-from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, choose, draw
+from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
+from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, build_probe_rows, select_images
 from lightning_mm.data.probe_sets.files import is_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 
 __all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
 
@@ -23,7 +23,7 @@ __all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
 def open_probe_set(
     path: Path | str,
     image_root: Path | str | None,
-    ledger: Ledger,
+    rejected: RejectedSamples,
     *,
     max_pictures: int,
     prompt: str = ENTAILMENT_PROMPT,
@@ -35,7 +35,7 @@ def open_probe_set(
     Args:
         path: What ``ProbeSet.save`` wrote, or a file in one of the forms of ``reading``.
         image_root: The folder that image paths are relative to; the file's own folder if None. A saved set has its own.
-        ledger: Takes what cannot be used.
+        rejected: Takes what cannot be used.
         max_pictures: At most so many.
         prompt: Of entailment rows, with ``{caption}`` in it. A saved set has its own.
         seed: Of the draw.
@@ -51,15 +51,15 @@ def open_probe_set(
                 return ProbeSet.load(path).subset(max_pictures)
     read = read_scenes(path, image_root)
     _check_any(path, read)
-    shown, bad_pictures = choose(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
-    drawn = draw(shown, source=str(path), prompt=prompt, seed=seed)
-    ledger.num_rows += read.num_rows
-    ledger.add([*read.rejections, *bad_pictures, *drawn.rejections])
-    ledger.check()
+    shown, bad_pictures = select_images(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
+    drawn = build_probe_rows(shown, source=str(path), prompt=prompt, seed=seed)
+    rejected.num_rows += read.num_rows
+    rejected.add([*read.rejections, *bad_pictures, *drawn.rejections])
+    rejected.check()
     return drawn.probe_set
 
 
-def _check_any(path: Path, read: Scenes) -> None:
+def _check_any(path: Path, read: SceneFile) -> None:
     if read.rejections and not read.scenes:
         first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejections[:5])
         raise UserError(

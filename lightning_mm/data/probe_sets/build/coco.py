@@ -42,18 +42,18 @@ from typing import Any
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.build.sampling import not_whole
-from lightning_mm.data.probe_sets.build.scenes import RULE, Scene, Unused, scene
+from lightning_mm.data.probe_sets.build.sampling import incomplete_group
+from lightning_mm.data.probe_sets.build.scenes import RULE, NotProbeable, Scene, scene_of_sample
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
 
-_BETWEEN = re.compile(r"[\s,:]*")
+_SEPARATORS = re.compile(r"[\s,:]*")
 _LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
 _LISTS = ("images", "annotations", "categories", "licenses")
 _KEYS_OF_ROWS = ("image", "conversations", "messages")
-File = Mapping[str, Any]
-ByPicture = Mapping[int, list[Any]]
+AnnotationFile = Mapping[str, Any]
+ByImage = Mapping[int, list[Any]]
 
 
 def is_coco(head: str) -> bool:
@@ -65,14 +65,14 @@ def is_coco(head: str) -> bool:
         >>> is_coco('{"info": {"year": 2017}, "image": "a.jpg", "caption": "a cat"}')
         False
     """
-    told = _beginnings(head)
+    told = _value_prefixes(head)
     lists = {key: bool(_LIST_OF_OBJECTS.match(value)) for key, value in told.items() if key in _LISTS}
     if any(key in told for key in _KEYS_OF_ROWS) or not lists.get("images", True):
         return False
     return any(lists.values()) or told.get("info", "").startswith("{")
 
 
-def _beginnings(head: str) -> dict[str, str]:
+def _value_prefixes(head: str) -> dict[str, str]:
     """How the value of each key begins, as far as the text goes."""
     decoder, told = json.JSONDecoder(), dict[str, str]()
     if not head.lstrip().startswith("{"):
@@ -80,8 +80,8 @@ def _beginnings(head: str) -> dict[str, str]:
     at = head.index("{") + 1
     try:
         while head[at : at + 1] != "}":
-            key, at = decoder.raw_decode(head, _after(head, at))
-            at = _after(head, at)
+            key, at = decoder.raw_decode(head, _skip_separators(head, at))
+            at = _skip_separators(head, at)
             told[str(key)] = head[at : at + 64]
             _, at = decoder.raw_decode(head, at)
     except (ValueError, RecursionError):  # the text ends here, or is no JSON
@@ -89,8 +89,8 @@ def _beginnings(head: str) -> dict[str, str]:
     return told
 
 
-def _after(text: str, at: int) -> int:
-    between = _BETWEEN.match(text, at)
+def _skip_separators(text: str, at: int) -> int:
+    between = _SEPARATORS.match(text, at)
     assert between is not None
     return between.end()
 
@@ -105,10 +105,10 @@ def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: It is no annotation file of this kind.
     """
-    paths = [path, *_beside(path)]
-    files = [_file(each) for each in paths]
+    paths = [path, *_companion_file(path)]
+    files = [_load_annotations(each) for each in paths]
     pictures = {image["id"]: image["file_name"] for file in reversed(files) for image in file["images"]}
-    captions, things = _captions(files), _things(files)
+    captions, things = _captions(files), _objects(files)
     decide(
         "data.probes",
         f"{len(captions)} pictures with captions, {len(things)} with known things",
@@ -123,7 +123,7 @@ def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name}:image {number}", row
 
 
-def _beside(path: Path) -> list[Path]:
+def _companion_file(path: Path) -> list[Path]:
     """The file of the other kind with the same ending of its name, if there is one."""
     for own, other in (("captions", "instances"), ("instances", "captions")):
         found = path.with_name(other + path.name.removeprefix(own))
@@ -132,7 +132,7 @@ def _beside(path: Path) -> list[Path]:
     return []
 
 
-def _file(path: Path) -> File:
+def _load_annotations(path: Path) -> AnnotationFile:
     try:
         told = json.loads(path.read_text(encoding="utf-8-sig"))
         _check(told)
@@ -147,7 +147,7 @@ def _file(path: Path) -> File:
 
 
 def _check(told: Any) -> None:
-    """Raise what ``_file`` explains where something that is read later is not there or of another type."""
+    """Raise what ``_load_annotations`` explains where something that is read later is not there or of another type."""
     for image in told["images"]:
         if not isinstance(image["id"], int) or not isinstance(image["file_name"], str):
             raise TypeError(f"a picture is {image!r:.80}")
@@ -158,7 +158,7 @@ def _check(told: Any) -> None:
             raise TypeError(f"an annotation is {each!r:.80}")
 
 
-def _captions(files: list[File]) -> ByPicture:
+def _captions(files: list[AnnotationFile]) -> ByImage:
     """Captions by picture, without their full stops; blank ones, which COCO has, left out."""
     found: dict[int, list[Any]] = defaultdict(list)
     for each in (each for file in files for each in file["annotations"]):
@@ -168,7 +168,7 @@ def _captions(files: list[File]) -> ByPicture:
     return dict(found)
 
 
-def _things(files: list[File]) -> ByPicture:
+def _objects(files: list[AnnotationFile]) -> ByImage:
     """Things by picture, for the pictures that a file of things lists: where it knows of none, none is there."""
     found: dict[int, list[Any]] = {}
     for file in files:
@@ -178,18 +178,18 @@ def _things(files: list[File]) -> ByPicture:
             found.setdefault(image["id"], [])
         for each in told:
             things = found.setdefault(each["image_id"], [])
-            if (thing := _thing(each, categories)) not in things:  # one thing may be told of in several captions
+            if (thing := _object(each, categories)) not in things:  # one thing may be told of in several captions
                 things.append(thing)
     return found
 
 
-def _thing(told: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+def _object(told: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     category = categories[told["category_id"]]
-    box = None if told.get("iscrowd") else _edges(told.get("bbox"))
+    box = None if told.get("iscrowd") else _box_edges(told.get("bbox"))
     return {"name": category["name"], "category": category.get("supercategory"), "box": box}
 
 
-def _edges(box: object) -> list[float] | None:
+def _box_edges(box: object) -> list[float] | None:
     """x0, y0, x1, y1; None where the box is of no area, as some of COCO's are, or of less than the first pixel."""
     sides = box if isinstance(box, list) else []
     if len(sides) != 4 or not all(isinstance(side, int | float) and math.isfinite(side) for side in sides):
@@ -198,12 +198,12 @@ def _edges(box: object) -> list[float] | None:
     return [x, y, x + width, y + height] if width > 0 and height > 0 and max(x + width, y + height) > 1 else None
 
 
-_ASKED = {"conversations": [{"from": "human", "value": "What is in the picture?"}]}
+_DUMMY_CONVERSATION = {"conversations": [{"from": "human", "value": "What is in the picture?"}]}
 """For rows that only tell about a picture: the reader of conversations then checks their picture's path."""
 
 
 @dataclass(frozen=True)
-class Scenes:
+class SceneFile:
     """A file, read.
 
     Args:
@@ -217,7 +217,7 @@ class Scenes:
     num_rows: int
 
 
-def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scenes:
+def read_scenes(path: Path | str, image_root: Path | str | None = None) -> SceneFile:
     """Read a file of pictures with captions or objects.
 
     Args:
@@ -241,10 +241,10 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
         num_rows += 1
         try:
             found = _scene(reader, row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
             torn.add(str(row.get("group", "")) if isinstance(row, dict) else "")
-        except Unused as why:
+        except NotProbeable as why:
             unused[str(why)] += 1
         else:
             known = scenes.get(found.image)
@@ -252,28 +252,28 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
             if known is None or found.richness > known.richness:
                 scenes[found.image] = found
     torn &= {each.group for each in scenes.values() if each.group and each.false_captions}
-    rejections += [not_whole(each) for each in scenes.values() if each.group in torn]
+    rejections += [incomplete_group(each) for each in scenes.values() if each.group in torn]
     whole = [each for each in scenes.values() if each.group not in torn]
-    _say(path, len(whole), num_rows, unused)
-    return Scenes(_with_unique_ids(whole), tuple(rejections), num_rows)
+    _log_scenes(path, len(whole), num_rows, unused)
+    return SceneFile(_with_unique_ids(whole), tuple(rejections), num_rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         head = file.read(65536).decode("utf-8-sig", errors="replace")
-    return coco_rows(path) if is_coco(head) else conversations.raw_rows(path)
+    return coco_rows(path) if is_coco(head) else conversations.iter_json_rows(path)
 
 
 def _scene(reader: RowReader, row: Any, origin: str) -> Scene:
     if isinstance(row, dict) and "conversations" not in row and "messages" not in row:
         if row.get("image") is None:
-            raise BadRow("no picture: the row has no 'image'")
-        return scene(reader.sample({**row, **_ASKED}, origin))
+            raise InvalidRow("no picture: the row has no 'image'")
+        return scene_of_sample(reader.sample({**row, **_DUMMY_CONVERSATION}, origin))
     sample = reader.sample(row, origin)
     try:
-        return scene(sample)
-    except BadRow as error:  # a conversation may hold such keys with a meaning of its own
-        raise Unused(f"conversations whose keys say something else ({str(error).partition(':')[0]})") from error
+        return scene_of_sample(sample)
+    except InvalidRow as error:  # a conversation may hold such keys with a meaning of its own
+        raise NotProbeable(f"conversations whose keys say something else ({str(error).partition(':')[0]})") from error
 
 
 def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
@@ -285,7 +285,7 @@ def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
     return tuple(made.values())
 
 
-def _say(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
+def _log_scenes(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
     left_out = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
     decide(
         "data.probes.captions",

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lightning_mm.core.decisions import decide
-from lightning_mm.data.probe_sets.build.patch_grids import clipped
+from lightning_mm.data.probe_sets.build.patch_grids import clip_box
 from lightning_mm.data.probe_sets.build.scenes import LEVELS, Box, Scene, SceneObject
 from lightning_mm.data.probe_sets.files import Label, ObjectBox
 
@@ -26,7 +26,7 @@ SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Questions:
+class ObjectProbes:
     """What is asked, decided for a whole set.
 
     Args:
@@ -42,7 +42,7 @@ class Questions:
     has_sides: bool
 
     @classmethod
-    def of(cls, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> "Questions":
+    def of(cls, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> "ObjectProbes":
         """Decide, and say so.
 
         Args:
@@ -53,17 +53,17 @@ class Questions:
         if not known:
             return cls("name", (), (), False)
         least = max(MIN_PICTURES, math.ceil(MIN_SHARE * len(known)))
-        level, classes = _level(known, least)
+        level, classes = _finest_level(known, least)
         how = f"those in {least} pictures or more, and missing in as many, of {len(known)}; by {level}"
         decide("data.probes.objects", f"{len(classes)} classes: {', '.join(classes) or 'none'}", how)
-        counts = _at_least(least, [_count(scene) for scene in known])
+        counts = _frequent_values(least, [_count(scene) for scene in known])
         decide(
             "data.probes.count",
             ", ".join(map(str, counts)) or "not asked",
             f"numbers of things in {least} pictures or more",
         )
         sides = [_side(scene, size) for scene, size in zip(scenes, sizes, strict=True)]
-        has_sides = set(_at_least(least, sides)) == set(range(len(SIDES)))
+        has_sides = set(_frequent_values(least, sides)) == set(range(len(SIDES)))
         told = Counter(SIDES[side] for side in sides if side is not None)
         decide(
             "data.probes.position",
@@ -104,12 +104,12 @@ class Questions:
 
     def _placed(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> list[tuple[SceneObject, Box]]:
         """The largest things of a class, with what of their boxes is inside the picture."""
-        inside = [(each, box) for each in objects if each.box and (box := clipped(each.box, size))]
+        inside = [(each, box) for each in objects if each.box and (box := clip_box(each.box, size))]
         classed = [(each, box) for each, box in inside if each.kinds.get(self.level) in self.classes]
         return sorted(classed, key=lambda placed: -_area(placed[1]))[:MAX_BOXES]
 
 
-def _level(scenes: Sequence[Scene], least: int) -> tuple[str, tuple[str, ...]]:
+def _finest_level(scenes: Sequence[Scene], least: int) -> tuple[str, tuple[str, ...]]:
     """The finest level whose frequent classes hold half of all things; else the one that holds the most."""
     held: dict[str, tuple[float, tuple[str, ...]]] = {}
     for level in LEVELS:
@@ -145,7 +145,7 @@ def _side(scene: Scene, size: tuple[int, int]) -> int | None:
     return None if abs(off) < OFF_CENTRE else int(off > 0)
 
 
-def _at_least(least: int, values: Sequence[int | None]) -> tuple[int, ...]:
+def _frequent_values(least: int, values: Sequence[int | None]) -> tuple[int, ...]:
     """The values that occur so often; none if but one does, since then there is nothing to tell apart."""
     counts = Counter(value for value in values if value is not None)
     frequent = tuple(sorted(value for value, n in counts.items() if n >= least))

@@ -13,8 +13,8 @@ Shapes: T image tokens of one picture; C colours, H and W of the square of pixel
 
 Boxes against the size of their picture, which no row tells.
 
-Data flow: ``choosing`` (a Scene and the size of its picture) -> ``in_picture`` -> the Scene without what is not in it;
-``say_what_they_look_like`` -> a decision where all boxes together look like those of another format.
+Data flow: ``choosing`` (a Scene and the size of its picture) -> ``drop_outside_boxes`` -> the Scene without what is not in it;
+``check_box_format`` -> a decision where all boxes together look like those of another format.
 
 Shapes: a box is x0, y0, x1, y1 in pixels.
 """
@@ -46,7 +46,7 @@ _QUERY_KEYS = re.compile("perceiver|q_?former|resampler|num_quer|latents")
 
 
 @dataclass(frozen=True)
-class Window:
+class VisibleRegion:
     """What the vision tower sees: edges in the picture's pixels, beyond it where it is padded; and of what comes out,
     height and width in pixels."""
 
@@ -57,14 +57,14 @@ class Window:
     height: int
     width: int
 
-    def cut(self, height: int, width: int) -> "Window":
+    def cut(self, height: int, width: int) -> "VisibleRegion":
         """Its upper left part of so many pixels."""
         right = self.left + (self.right - self.left) * width / self.width
         bottom = self.top + (self.bottom - self.top) * height / self.height
-        return Window(self.left, self.top, right, bottom, height, width)
+        return VisibleRegion(self.left, self.top, right, bottom, height, width)
 
 
-class Grids:
+class PatchGrids:
     """The grids of one model.
 
     Args:
@@ -77,7 +77,7 @@ class Grids:
         self._encode, self._merge_size = encode, merge_size
         self._has_queries = any(_QUERY_KEYS.search(key) for key in config)
         self._patch = _patch_size(config)
-        self._windows: dict[tuple[int, int], Window | str] = {}
+        self._windows: dict[tuple[int, int], VisibleRegion | str] = {}
         self._black_white: tuple[Tensor, Tensor] | None = None
 
     def weights(self, box: Box, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> Tensor | str:
@@ -101,21 +101,23 @@ class Grids:
         shown = torch.outer(down, across).flatten()
         return torch.cat([torch.zeros(num_tokens - len(shown)), shown])
 
-    def layout(self, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> tuple[Window, int, int] | str:
+    def layout(
+        self, size: tuple[int, int], num_tokens: int, thw: Tensor | None
+    ) -> tuple[VisibleRegion, int, int] | str:
         """What the grid shows of the picture, its rows and its columns; or why there is none. Arguments as ``weights``.
 
         Tokens that are more than the grid has come before it.
         """
         return self._told(size, num_tokens, thw) if thw is not None else self._found(size, num_tokens)
 
-    def _told(self, size: tuple[int, int], num_tokens: int, thw: Tensor) -> tuple[Window, int, int] | str:
+    def _told(self, size: tuple[int, int], num_tokens: int, thw: Tensor) -> tuple[VisibleRegion, int, int] | str:
         frames, rows, columns = (int(n) for n in thw)
         rows, columns = rows // self._merge_size, columns // self._merge_size
         if frames != 1 or rows * columns != num_tokens:
             return NO_GRID
-        return Window(0, 0, size[0], size[1], rows, columns), rows, columns
+        return VisibleRegion(0, 0, size[0], size[1], rows, columns), rows, columns
 
-    def _found(self, size: tuple[int, int], num_tokens: int) -> tuple[Window, int, int] | str:
+    def _found(self, size: tuple[int, int], num_tokens: int) -> tuple[VisibleRegion, int, int] | str:
         if self._has_queries:
             return _QUERIES
         if size not in self._windows:
@@ -132,7 +134,7 @@ class Grids:
                     return window.cut(down * self._patch, across * self._patch), rows, columns
         return NO_GRID
 
-    def _seen(self, size: tuple[int, int]) -> Window | str:
+    def _seen(self, size: tuple[int, int]) -> VisibleRegion | str:
         """Send a picture through whose red is x, whose green is y and whose blue is full."""
         if self._black_white is None:
             black, white = (self._pixels(Image.new("RGB", size, colour)) for colour in ("black", "white"))
@@ -148,10 +150,10 @@ class Grids:
             return pixels_CHW
         black, white = (value_C[:, None, None] for value_C in self._black_white)
         red_HW, green_HW, blue_HW = (pixels_CHW - black) / (white - black)
-        across, down = _edges(red_HW, blue_HW, size[0]), _edges(green_HW.T, blue_HW.T, size[1])
+        across, down = _fit_edges(red_HW, blue_HW, size[0]), _fit_edges(green_HW.T, blue_HW.T, size[1])
         if across is None or down is None:
             return _WARPED
-        return Window(across[0], down[0], across[1], down[1], *red_HW.shape)
+        return VisibleRegion(across[0], down[0], across[1], down[1], *red_HW.shape)
 
     def _pixels(self, image: Image.Image) -> Tensor | str:
         """(3, height, width) of a picture that comes out as one square."""
@@ -168,7 +170,7 @@ def _overlaps(start: float, end: float, left: float, right: float, number: int) 
     return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0).float()
 
 
-def _edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, float] | None:
+def _fit_edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, float] | None:
     """Where the first and the last column lie in a picture of this length, by a straight line through one row's shares
     of the ramp; None if they lie on no line. The ends of the ramp, which resizing bends, are left out."""
     is_inside_HW = (inside_HW - 1).abs() < 0.1
@@ -195,13 +197,13 @@ def _patch_size(config: Mapping[str, Any]) -> int | None:
 
 
 Size = tuple[int, int]
-_SLACK = 1.02
+_BOX_TOLERANCE = 1.02
 """Annotators draw boxes a little beyond the edge."""
-_FEWEST = 8
+_MIN_BOXES = 8
 """Boxes that say something about all of a file."""
 
 
-def in_picture(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
+def drop_outside_boxes(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
     """The scene without the things whose boxes lie outside its picture, each with an entry.
 
     Args:
@@ -210,7 +212,7 @@ def in_picture(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
     """
     kept, outside = [], []
     for each in scene.objects or ():
-        if each.box is None or clipped(each.box, size):
+        if each.box is None or clip_box(each.box, size):
             kept.append(each)
         else:
             told = f"box outside the picture: {each.name!r} at {list(each.box)}, the picture is {size[0]} x {size[1]}"
@@ -218,13 +220,13 @@ def in_picture(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
     return (replace(scene, objects=tuple(kept)) if outside else scene), outside
 
 
-def clipped(box: Box, size: Size) -> Box | None:
+def clip_box(box: Box, size: Size) -> Box | None:
     """What of a box is inside a picture of this width and height; None where nothing is."""
     left, top, right, bottom = max(0.0, box[0]), max(0.0, box[1]), min(box[2], size[0]), min(box[3], size[1])
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def say_what_they_look_like(placed: Iterable[tuple[Box, Size]]) -> None:
+def check_box_format(placed: Iterable[tuple[Box, Size]]) -> None:
     """Say so where boxes look as if they were of another format; they are read as x0, y0, x1, y1 in pixels.
 
     Width and height, taken for the far corner, never reach beyond the picture; but then no box at all has its centre
@@ -234,16 +236,16 @@ def say_what_they_look_like(placed: Iterable[tuple[Box, Size]]) -> None:
         placed: Every box, and the size of its picture.
     """
     found = list(placed)
-    if len(found) < _FEWEST:
+    if len(found) < _MIN_BOXES:
         return
-    over = sum(box[2] > _SLACK * size[0] or box[3] > _SLACK * size[1] for box, size in found)
+    over = sum(box[2] > _BOX_TOLERANCE * size[0] or box[3] > _BOX_TOLERANCE * size[1] for box, size in found)
     partial = [(box, size) for box, size in found if box[2] - box[0] < size[0] or box[3] - box[1] < size[1]]
     if over > 0.1 * len(found):
         reason = (
             f"{over} of {len(found)} reach beyond their picture: looks like pixels of another size of the pictures, "
             "or a scale to 1000; scale them to the files"
         )
-    elif len(partial) >= _FEWEST and all(box[0] + box[2] <= w and box[1] + box[3] <= h for box, (w, h) in partial):
+    elif len(partial) >= _MIN_BOXES and all(box[0] + box[2] <= w and box[1] + box[3] <= h for box, (w, h) in partial):
         reason = (
             f"all of the {len(partial)} lie to the upper left: looks like x, y, w, h; if so, give [x, y, x + w, y + h]"
         )

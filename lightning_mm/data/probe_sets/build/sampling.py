@@ -9,7 +9,7 @@ is a pair of equal meaning (2606.03871).
 
 Which pictures a probe set is about, their files decoded once, so that none falls out later and leaves its partner.
 
-Data flow: Scenes of a file -> ``choose`` -> Shown pictures -> ``drawing``.
+Data flow: Scenes of a file -> ``select_images`` -> Shown pictures -> ``drawing``.
 """
 
 import random
@@ -20,10 +20,10 @@ from pathlib import Path
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.images import BadImage, Picture
-from lightning_mm.data.probe_sets.build.entailment import Kind, Wrong, wrong_captions
-from lightning_mm.data.probe_sets.build.objects import Questions
-from lightning_mm.data.probe_sets.build.patch_grids import in_picture, say_what_they_look_like
+from lightning_mm.data.images import BadImage, DecodedImage
+from lightning_mm.data.probe_sets.build.entailment import FalseCaptions, Kind, make_false_captions
+from lightning_mm.data.probe_sets.build.objects import ObjectProbes
+from lightning_mm.data.probe_sets.build.patch_grids import check_box_format, drop_outside_boxes
 from lightning_mm.data.probe_sets.build.scenes import Box, Scene
 from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -31,7 +31,7 @@ from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 
 
 @dataclass(frozen=True)
-class Shown:
+class SelectedImage:
     """A chosen picture.
 
     Args:
@@ -43,9 +43,9 @@ class Shown:
     size: tuple[int, int]
 
 
-def choose(
-    scenes: Iterable[Scene], max_pictures: int, load: Callable[[Path], Picture], seed: int
-) -> tuple[list[Shown], list[Rejection]]:
+def select_images(
+    scenes: Iterable[Scene], max_pictures: int, load: Callable[[Path], DecodedImage], seed: int
+) -> tuple[list[SelectedImage], list[Rejection]]:
     """Choose at most so many pictures: by lot, those that most is known of before the others, groups as a whole.
 
     Args:
@@ -57,31 +57,31 @@ def choose(
     Returns:
         The chosen pictures in the order of their ids, and what was met and cannot be used.
     """
-    chosen: list[Shown] = []
+    chosen: list[SelectedImage] = []
     rejections: list[Rejection] = []
     boxes: list[tuple[Box, tuple[int, int]]] = []
-    for unit in _sampled(_units(scenes, seed), max_pictures, seed):
+    for unit in _subsample_large_groups(_sampling_units(scenes, seed), max_pictures, seed):
         if len(chosen) == max_pictures:
             break
         if len(chosen) + len(unit) <= max_pictures:
-            shown, faults = _shown(unit, load, boxes)
+            shown, faults = _load_unit(unit, load, boxes)
             chosen += shown
             rejections += faults
-    say_what_they_look_like(boxes)
+    check_box_format(boxes)
     return sorted(chosen, key=lambda shown: shown.scene.id), rejections
 
 
-def _units(scenes: Iterable[Scene], seed: int) -> list[list[Scene]]:
+def _sampling_units(scenes: Iterable[Scene], seed: int) -> list[list[Scene]]:
     """Groups, and scenes of no group, shuffled; the richer ones first."""
     by_family: dict[tuple[bool, str], list[Scene]] = {}
     for scene in sorted(scenes, key=lambda scene: scene.id):
         by_family.setdefault((not scene.group, scene.family), []).append(scene)
     units = list(by_family.values())
     random.Random(f"{seed}:pictures").shuffle(units)
-    return sorted(units, key=_poverty)
+    return sorted(units, key=_negative_richness)
 
 
-def _sampled(units: list[list[Scene]], max_pictures: int, seed: int) -> list[list[Scene]]:
+def _subsample_large_groups(units: list[list[Scene]], max_pictures: int, seed: int) -> list[list[Scene]]:
     """The units, of those that would never fit an even share."""
     share = max(2, max_pictures // max(1, len(units)))
     too_large = [unit for unit in units if len(unit) > max_pictures]
@@ -95,18 +95,18 @@ def _sampled(units: list[list[Scene]], max_pictures: int, seed: int) -> list[lis
     return [lot.sample(unit, share) if len(unit) > max_pictures else unit for unit in units]
 
 
-def _poverty(unit: Sequence[Scene]) -> float:
+def _negative_richness(unit: Sequence[Scene]) -> float:
     return -sum(scene.richness for scene in unit) / len(unit)
 
 
-def _shown(
-    unit: Sequence[Scene], load: Callable[[Path], Picture], boxes: list[tuple[Box, tuple[int, int]]]
-) -> tuple[list[Shown], list[Rejection]]:
+def _load_unit(
+    unit: Sequence[Scene], load: Callable[[Path], DecodedImage], boxes: list[tuple[Box, tuple[int, int]]]
+) -> tuple[list[SelectedImage], list[Rejection]]:
     """Those whose files can be used; none of a group that gives wrong captions of its own and is not whole.
 
     All boxes that are met, and the sizes of their pictures, are added to ``boxes``.
     """
-    shown: list[Shown] = []
+    shown: list[SelectedImage] = []
     rejections: list[Rejection] = []
     for scene in unit:
         try:
@@ -117,21 +117,21 @@ def _shown(
         size = picture.image.size
         if not picture.is_turned:
             boxes += [(each.box, size) for each in scene.objects or () if each.box]
-        scene, cut = _upright(scene) if picture.is_turned else in_picture(scene, size)
-        shown.append(Shown(scene, size))
+        scene, cut = _without_boxes(scene) if picture.is_turned else drop_outside_boxes(scene, size)
+        shown.append(SelectedImage(scene, size))
         rejections += cut
     if len(shown) < len(unit) and any(scene.false_captions for scene in unit):
-        rejections += [not_whole(each.scene) for each in shown]
+        rejections += [incomplete_group(each.scene) for each in shown]
         shown = []
     return shown, rejections
 
 
-def not_whole(scene: Scene) -> Rejection:
+def incomplete_group(scene: Scene) -> Rejection:
     """Why a sound row is not used: what is false in it is true in one that fell out, so its words would tell."""
     return Rejection(scene.origin, f"group not whole: another row of group {scene.group!r} cannot be used", "probe")
 
 
-def _upright(scene: Scene) -> tuple[Scene, list[Rejection]]:
+def _without_boxes(scene: Scene) -> tuple[Scene, list[Rejection]]:
     """Without boxes, since they speak of the picture as stored, and it is turned before it is shown."""
     if not any(each.box for each in scene.objects or ()):
         return scene, []
@@ -143,18 +143,20 @@ ENTAILMENT_PROMPT = 'This image describes "{caption}". Is it right? Answer:'
 """As in 2402.17304."""
 PICTURE_QUESTION = "Which things are in this picture?"
 TRUTH = ("false", "true")
-_PLACE = "{caption}"
+_CAPTION_FIELD = "{caption}"
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SampledProbeSet:
     """A probe set, and what could not be put into it."""
 
     probe_set: ProbeSet
     rejections: tuple[Rejection, ...]
 
 
-def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT, seed: int = 0) -> Drawn:
+def build_probe_rows(
+    shown: Sequence[SelectedImage], *, source: str, prompt: str = ENTAILMENT_PROMPT, seed: int = 0
+) -> SampledProbeSet:
     """Write every row that can be asked about these pictures.
 
     Args:
@@ -168,9 +170,9 @@ def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT
     """
     _check_prompt(prompt)
     scenes = [each.scene for each in shown]
-    wrong = wrong_captions([scene for scene in scenes if scene.captions], seed)
-    _say_kinds(scenes, wrong)
-    questions = Questions.of(scenes, [each.size for each in shown])
+    wrong = make_false_captions([scene for scene in scenes if scene.captions], seed)
+    _log_false_captions(scenes, wrong)
+    questions = ObjectProbes.of(scenes, [each.size for each in shown])
     rows: list[ProbeRow] = []
     rejections: list[Rejection] = []
     drafts = [made for each in shown for made in _rows(each, wrong.get(each.scene.id), questions, prompt)]
@@ -186,11 +188,11 @@ def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT
     _check_any(source, rows, probes)
     named = {**dict.fromkeys(("entailment/random", "entailment/hard"), TRUTH), **questions.names}
     classes = {probe: names for probe, names in named.items() if probe in probes}
-    return Drawn(ProbeSet(tuple(rows), classes, seed, source), tuple(rejections))
+    return SampledProbeSet(ProbeSet(tuple(rows), classes, seed, source), tuple(rejections))
 
 
 @dataclass(frozen=True)
-class _Draft:
+class _RowDraft:
     """A row before it is known that its span can be found in its text."""
 
     id: str
@@ -212,14 +214,16 @@ class _Draft:
         return ProbeRow(self.id, self.group, self.role, sample, self.span, self.labels, self.boxes)
 
 
-def _rows(shown: Shown, wrong: Wrong | None, questions: Questions, prompt: str) -> Iterator[_Draft]:
+def _rows(
+    shown: SelectedImage, wrong: FalseCaptions | None, questions: ObjectProbes, prompt: str
+) -> Iterator[_RowDraft]:
     scene = shown.scene
     if wrong:
         yield from _entailment(scene, wrong, prompt)
     labels, boxes = questions.labels(scene, shown.size)
     if labels or scene.captions:
         text = f"{IMAGE_MARK}\n{PICTURE_QUESTION}"
-        yield _Draft(
+        yield _RowDraft(
             f"{scene.id}:picture",
             scene.family,
             "picture",
@@ -232,10 +236,10 @@ def _rows(shown: Shown, wrong: Wrong | None, questions: Questions, prompt: str) 
         )
     if scene.captions:
         text = f"{scene.caption}\n{PICTURE_QUESTION}"
-        yield _Draft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
+        yield _RowDraft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
 
 
-def _entailment(scene: Scene, wrong: Wrong, prompt: str) -> Iterator[_Draft]:
+def _entailment(scene: Scene, wrong: FalseCaptions, prompt: str) -> Iterator[_RowDraft]:
     """The true caption serves both probes: the wrong ones are as many in each."""
     said: dict[str, tuple[str, Mapping[str, Label]]] = {
         "true": (scene.caption, {"entailment/random": 1, "entailment/hard": 1}),
@@ -247,15 +251,17 @@ def _entailment(scene: Scene, wrong: Wrong, prompt: str) -> Iterator[_Draft]:
         said["random"] = (wrong.random, {"entailment/random": 0})
     head = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n"
     for name, (caption, labels) in said.items():
-        text = head + prompt.replace(_PLACE, caption)
-        yield _Draft(f"{scene.id}:{name}", wrong.group, "entailment", text, caption, scene.image, labels, scene.origin)
+        text = head + prompt.replace(_CAPTION_FIELD, caption)
+        yield _RowDraft(
+            f"{scene.id}:{name}", wrong.group, "entailment", text, caption, scene.image, labels, scene.origin
+        )
 
 
 def _check_prompt(prompt: str) -> None:
-    if prompt.count(_PLACE) != 1 or prompt.count(IMAGE_MARK) > 1:
+    if prompt.count(_CAPTION_FIELD) != 1 or prompt.count(IMAGE_MARK) > 1:
         raise UserError(
             f"data.probe_prompt cannot be used: {prompt!r}.",
-            f"It asks whether a caption is right, so it holds {_PLACE} once, and {IMAGE_MARK} once or not at all.",
+            f"It asks whether a caption is right, so it holds {_CAPTION_FIELD} once, and {IMAGE_MARK} once or not at all.",
             f"Write it like {ENTAILMENT_PROMPT!r}.",
         )
 
@@ -271,7 +277,7 @@ def _check_any(source: str, rows: Sequence[ProbeRow], probes: set[str]) -> None:
     )
 
 
-def _say_kinds(scenes: Sequence[Scene], wrong: Mapping[str, Wrong]) -> None:
+def _log_false_captions(scenes: Sequence[Scene], wrong: Mapping[str, FalseCaptions]) -> None:
     captioned = sum(bool(scene.captions) for scene in scenes)
     kinds = Counter(each.kind for each in wrong.values())
     names: dict[Kind, str] = {

@@ -1,10 +1,10 @@
 """What is known about one picture: a caption, captions that are wrong about it, the things in it and where they are.
 
-Data flow: a checked ``Sample`` with the keys that its row held beside the conversation -> ``scene`` -> ``drawing``.
+Data flow: a checked ``Sample`` with the keys that its row held beside the conversation -> ``scene_of_sample`` -> ``drawing``.
 
 Which answers of a conversation are captions.
 
-Data flow: a Sample without a caption of its own -> ``description`` -> ``scenes``.
+Data flow: a Sample without a caption of its own -> ``caption_from_answer`` -> ``scenes``.
 
 The rule: one question, one answer; the question speaks of the picture and asks to describe it (a word of ``_ASKS``, and
 not in a sentence such as "Is there a caption?"), or is of the type ``caption``; the answer has two words or more and is
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.data.readers.conversations import BadRow
+from lightning_mm.data.readers.conversations import InvalidRow
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 
 RULE = (
@@ -39,7 +39,7 @@ _SENTENCE = re.compile(r"[^.!?\n]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
-def description(sample: Sample) -> tuple[str, ...]:
+def caption_from_answer(sample: Sample) -> tuple[str, ...]:
     """The caption that an answer is, without its full stop; nothing where no answer is one.
 
     Example:
@@ -123,11 +123,11 @@ class Scene:
         return 2 * bool(self.captions) + (self.objects is not None)
 
 
-class Unused(ValueError):
+class NotProbeable(ValueError):
     """Why a sound row says nothing that a probe could ask."""
 
 
-def scene(sample: Sample) -> Scene:
+def scene_of_sample(sample: Sample) -> Scene:
     """What a row knows about its picture.
 
     Raises:
@@ -135,16 +135,16 @@ def scene(sample: Sample) -> Scene:
         Unused: It is a conversation that tells nothing that can be asked.
     """
     if len(sample.images) != 1:
-        raise Unused("rows without exactly one picture")
+        raise NotProbeable("rows without exactly one picture")
     told = sample.extra
     captions = _captions(told.get("caption"), "caption")
     false_captions = _captions(told.get("false_captions", told.get("caption_swapped")), "false_captions")
     objects = _objects(told.get("objects", told.get("boxes")))
-    captions = captions or description(sample)
+    captions = captions or caption_from_answer(sample)
     if not captions and objects is None:
-        raise Unused("rows with neither caption nor objects")
+        raise NotProbeable("rows with neither caption nor objects")
     if set(map(str.casefold, captions)) & set(map(str.casefold, false_captions)):
-        raise BadRow("false caption is the true one: the same text is in 'caption' and in 'false_captions'")
+        raise InvalidRow("false caption is the true one: the same text is in 'caption' and in 'false_captions'")
     group = told.get("group")
     return Scene(
         sample.id,
@@ -161,9 +161,9 @@ def _captions(told: object, key: str) -> tuple[str, ...]:
     captions = []
     for text in told if isinstance(told, list) else [] if told is None else [told]:
         if not isinstance(text, str) or not text.strip():
-            raise BadRow(f"wrong type: {key!r} is {text!r:.40}, not text")
+            raise InvalidRow(f"wrong type: {key!r} is {text!r:.40}, not text")
         if IMAGE_MARK in text:
-            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in {key!r}")
+            raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in {key!r}")
         captions.append(" ".join(text.split()))
     return tuple(captions)
 
@@ -172,7 +172,7 @@ def _objects(told: object) -> tuple[SceneObject, ...] | None:
     if told is None:
         return None
     if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
-        raise BadRow(f"wrong type: objects are {told!r:.40}, not a list of objects")
+        raise InvalidRow(f"wrong type: objects are {told!r:.40}, not a list of objects")
     return tuple(_object(each) for each in told)
 
 
@@ -180,22 +180,22 @@ def _object(told: Mapping[str, Any]) -> SceneObject:
     named = ((level, told.get(level)) for level in LEVELS)
     kinds = {level: " ".join(name.split()) for level, name in named if isinstance(name, str) and name.strip()}
     if "name" not in kinds:
-        raise BadRow(f"object without a name: {dict(told)!r:.80}")
+        raise InvalidRow(f"object without a name: {dict(told)!r:.80}")
     return SceneObject(kinds, None if told.get("box") is None else _box(told["box"]))
 
 
 def _box(told: object) -> Box:
     edges = told if isinstance(told, list | tuple) else ()
     if len(edges) != 4 or not all(isinstance(e, int | float) and math.isfinite(e) for e in edges):
-        raise BadRow(f"impossible box: {told!r:.60} is not [x0, y0, x1, y1] in pixels")
+        raise InvalidRow(f"impossible box: {told!r:.60} is not [x0, y0, x1, y1] in pixels")
     left, top, right, bottom = map(float, edges)
     if max(edges) <= 1:
-        raise BadRow(
+        raise InvalidRow(
             f"normalised box: {told!r:.60} ends within the first pixel; it is [x0, y0, x1, y1] in pixels: "
             "multiply by the picture's width and height"
         )
     if not (left < right and top < bottom):
-        raise BadRow(
+        raise InvalidRow(
             f"impossible box: {told!r:.60} has no area as [x0, y0, x1, y1]; if it is [x, y, width, height], "
             "give [x, y, x + width, y + height]"
         )
