@@ -142,7 +142,9 @@ class Collator:
             )
         return replace(batch, rejected=tuple(rejected))
 
-    def collate_valid(self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False) -> Batch | None:
+    def collate_valid(
+        self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False
+    ) -> Batch | None:
         """A batch of what can be used, or nothing.
 
         Args:

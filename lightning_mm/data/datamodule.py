@@ -5,6 +5,7 @@ out on the way is in ``rejected_samples``.
 """
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -60,10 +61,12 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         rejected_samples: What is not used, and why.
-        keeping: Where set, what makes batches of conversations in place of a collator.
+        wrap_collator: Given a ``Collator``, returns the collate function of conversation batches; None uses the
+            collator itself. A fit sets it to read frozen activations from the cache. It is called when a loader is
+            made, after the model is on its device.
     """
 
-    keeping: Callable[[Collator], Callable[..., Any]] | None = None
+    wrap_collator: Callable[[Collator], Callable[..., Any]] | None = None
 
     def __init__(
         self,
@@ -117,9 +120,8 @@ class MMDataModule(L.LightningDataModule):
                 self.samples(split)
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
-            elif self.trainer is not None:
-                self.trainer.limit_val_batches = 0
-                decide("trainer.limit_val_batches", 0, "data.val is not set")
+            else:
+                decide("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The usable conversations of train, val, test or predict, in file order; none if no file is given."""
@@ -144,7 +146,7 @@ class MMDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableDataLoader:
         """Batches in the order of (seed, epoch)."""
         samples = self.samples("train")
-        collate = self._kept(samples)
+        collate = self._collate_function(samples)
         options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
@@ -174,7 +176,11 @@ class MMDataModule(L.LightningDataModule):
         )
 
     def val_dataloader(self) -> list[CheckedDataLoader]:
-        """Batches for the loss, then questions for generation."""
+        """Batches for the loss, then questions for generation; an empty list where ``val`` is not set."""
+        if self.paths["val"] is None:
+            # Lightning takes an empty list for no validation, and warns of it as of a loader without batches.
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
         return self._evaluation("val", self.generation_samples)
 
     def test_dataloader(self) -> list[CheckedDataLoader]:
@@ -224,7 +230,7 @@ class MMDataModule(L.LightningDataModule):
         """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
         samples = self.samples("train")
         drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
-        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+        collator = self._collator(samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         made = [collator(part) for part in cut]
         self.rejected_samples.add(rejection for batch in made for rejection in batch.rejected)
@@ -242,7 +248,7 @@ class MMDataModule(L.LightningDataModule):
         samples = next((s for split in self.paths if (s := self.samples(split))), ())
         if not samples:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
-        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
+        collator = self._collator()
         ordered = sorted(samples, key=lambda sample: not sample.images)
         for start in range(0, len(ordered) - count, count):
             try:
@@ -257,18 +263,19 @@ class MMDataModule(L.LightningDataModule):
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
-        loaders = [self._loader(samples, self._kept(samples))] if samples else []
+        loaders = [self._loader(samples, self._collate_function(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 
     def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
-    def _kept(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+    def _collate_function(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+        """Makes training or validation batches of ``samples``."""
         collator = self._collator(samples)
-        return collator if self.keeping is None else self.keeping(collator)
+        return collator if self.wrap_collator is None else self.wrap_collator(collator)
 
-    def _collator(self, samples: tuple[Sample, ...]) -> Collator:
-        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+    def _collator(self, reserve: Sequence[Sample] = ()) -> Collator:
+        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=reserve)
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
         return PromptCollator(

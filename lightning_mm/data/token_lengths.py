@@ -100,7 +100,9 @@ class _LengthMeter:
         self._processing, self._max_megapixels = processing, max_megapixels
         self._chat = Chat(processing)
         self._sizes: dict[Path, Size | None] = {**sizes}
-        self._questions = [self._chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)]
+        self._questions = [
+            self._chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)
+        ]
         self._bare = processing.num_tokens(self._questions)
         self._weight = vision_weight(processing.config)
         self._pictures: dict[tuple[Size, bool], tuple[int, float]] = {}

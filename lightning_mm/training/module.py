@@ -111,7 +111,7 @@ class MMModule(Evaluating):
             hold_frozen(self.model, self.anatomy, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
         self.step = TrainingStep(self.model, self.anatomy, self.plan, self.compute, self.activation_checkpointing)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.keeping = self._keeping
+            self._data.wrap_collator = self._keeping
 
     def _keeping(self, collator: Collator) -> Collate:
         """What the loader of a split makes batches with, once the model is on its device."""

@@ -129,6 +129,24 @@ def test_fit_kill_and_resume(order: dict[str, Any], stop: int, module: Make, fol
     assert torch.equal(second.weight, whole.weight)
 
 
+def test_a_fit_without_validation_leaves_the_trainer_as_it_is(
+    module: Make, folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same trainer validates afterwards, on the data it is then given."""
+    caplog.set_level(logging.WARNING)
+    model, runs = Recorder(), trainer(folder)
+    limit = runs.limit_val_batches
+    runs.fit(model, datamodule=module(val=None))
+    assert len(model.trained) == 12
+    assert not model.evaluated
+    assert runs.limit_val_batches == limit
+    assert not caplog.records
+    assert "WARN" not in capfd.readouterr().err
+    runs.validate(model, datamodule=module(), verbose=False)
+    assert [sample for loader, _, sample in model.evaluated if loader == 0] == [str(index) for index in range(5)]
+    assert sum(loader == 1 for loader, _, _ in model.evaluated) == 10
+
+
 def test_evaluation_sees_each_sample_and_question_once(module: Make, folder: Path) -> None:
     model = Recorder()
     data = module(
