@@ -21,7 +21,7 @@ from lightning_mm.data.probe_sets.build.false_captions import find_mentions, is_
 from lightning_mm.data.probe_sets.build.sampling import SelectedImage, build_probe_rows
 from lightning_mm.data.probe_sets.build.scenes import Scene, SceneObject
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
-from lightning_mm.nano.data.questions import noun
+from lightning_mm.nano.data.questions import with_article
 
 NOUNS = {"animal": ("cat", "dog", "owl", "hot dog", "horse"), "vehicle": ("car", "bus", "elevated train", "ox cart")}
 PLACES = ("in the park", "at night", "under an old bridge", "near a river", "beside the wall")
@@ -38,7 +38,7 @@ def scenes_of_things(count: int, seed: int = 0) -> list[Scene]:
     for i in range(count):
         category = rng.choice(sorted(NOUNS))
         names = rng.sample(NOUNS[category], rng.randint(1, 2))
-        said = [plural(name) if rng.random() < 0.3 else noun(name) for name in names]
+        said = [plural(name) if rng.random() < 0.3 else with_article(name) for name in names]
         caption = f"{' and '.join(said)} {rng.choice(PLACES)} {i % 7}"
         objects = tuple(thing(name, category) for name in names)
         made.append(Scene(f"{i:04d}", Path(f"/{i}.png"), str(i), (caption[0].upper() + caption[1:],), (), objects))
