@@ -1,16 +1,17 @@
-"""Batches of conversations of like length: as many as fit a budget of tokens, or always as many.
+"""Batches of conversations of similar length: by a budget of tokens, or of a fixed number.
 
-Data flow: ``TokenLengths`` -> a plan of each epoch's steps, one batch per rank -> this rank's share behind
+The plan of an epoch depends only on the lengths, (seed, epoch) and the number of ranks; every rank makes the whole plan
+and takes its part. Every epoch has equally many batches, so that schedules and progress are exact, and contains each
+sample once (a few twice, where samples do not divide by the ranks).
+
+By budget (``TokenBudgetSampler``): samples, longest first, fall into buckets of lengths within 5 % of each other; each
+epoch shuffles within buckets and cuts at the same positions. Batches of similar cost make a step, since the slowest
+rank determines its duration; steps are in random order.
+By number (``LengthGroupedSampler``): the epoch's permutation is cut into windows, each sorted by length; steps within a
+window are in random order.
+
+Data flow: ``TokenLengths`` -> plan of an epoch's steps, one batch per rank -> this rank's batches ->
 ``ResumableDataLoader``.
-
-A plan depends on nothing but the lengths, (seed, epoch) and the number of ranks; every rank makes it whole and takes
-its part. Each epoch has as many batches as any other, so that schedules and progress are exact, and each sample is in
-it once (where samples do not divide by the ranks, a few are there twice).
-
-By budget: the samples, longest first, fall into buckets of lengths within 5 % of each other; each epoch shuffles every
-bucket, and cuts the same places. Batches of like cost make a step, for the slowest rank decides how long it takes; the
-order of steps is random.
-By number: the epoch's permutation is cut into windows, each sorted by length; the order of steps in a window is random.
 
 Shapes: N samples, W ranks.
 """
@@ -33,12 +34,12 @@ _WINDOW = 32
 
 
 class EpochBatchSampler(EpochSampler):
-    """One rank's share of an epoch's plan: whole batches, as lists of indices.
+    """One rank's batches of an epoch's plan, as lists of sample indices.
 
     Args:
-        lengths: Of all samples.
-        seed: With the epoch, all that the order depends on.
-        rank: Of this process.
+        lengths: Lengths of all N samples.
+        seed: Random seed of the order, together with the epoch.
+        rank: Rank of this process.
         world_size: Number of ranks.
     """
 
@@ -62,12 +63,16 @@ class EpochBatchSampler(EpochSampler):
 
 
 class TokenBudgetSampler(EpochBatchSampler):
-    """Batches of as many samples as fit: rows times the longest of them is at most ``max_tokens``.
+    """Batches of as many samples as fit: number of rows times the longest length is at most ``max_tokens``.
 
     A sample that is longer than that is a batch of its own.
 
     Args:
-        max_tokens: Of one batch, padding included.
+        lengths: Lengths of all N samples.
+        max_tokens: Limit on the tokens of a batch, padding included.
+        seed: Random seed of the order, together with the epoch.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     def __init__(self, lengths: TokenLengths, max_tokens: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -77,7 +82,7 @@ class TokenBudgetSampler(EpochBatchSampler):
         sorted_tokens = lengths.tokens[self._longest_first].tolist()
         self._bucket_of, self._cuts = _buckets(sorted_tokens, max_tokens)
         _split_until_divisible(self._cuts, world_size)
-        self.num_repeated = -len(self._cuts) % world_size  # every batch is of one sample, and they do not divide
+        self.num_repeated = -len(self._cuts) % world_size  # not 0 only where every batch is of one sample
 
     def __len__(self) -> int:
         return -(-len(self._cuts) // self.world_size)
@@ -97,10 +102,14 @@ class TokenBudgetSampler(EpochBatchSampler):
 
 
 class LengthGroupedSampler(EpochBatchSampler):
-    """Batches of always as many samples, of like length.
+    """Batches of a fixed number of samples of similar length.
 
     Args:
-        batch_size: Of each rank.
+        lengths: Lengths of all N samples.
+        batch_size: Samples per batch of one rank.
+        seed: Random seed of the order, together with the epoch.
+        rank: Rank of this process.
+        world_size: Number of ranks.
     """
 
     def __init__(self, lengths: TokenLengths, batch_size: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -119,7 +128,7 @@ class LengthGroupedSampler(EpochBatchSampler):
             alike = window[torch.argsort(self.lengths.tokens[window], descending=True, stable=True)]
             chunks = alike.split(self.world_size * self.batch_size)
             drawn = torch.randperm(len(chunks), generator=generator).tolist()
-            # Dealt in turn, the ranks' parts of a chunk are alike in length and in cost.
+            # Every W-th sample: the ranks' parts are similar in length and cost.
             steps += [[chunks[i][rank :: self.world_size].tolist() for rank in range(self.world_size)] for i in drawn]
         return steps
 
@@ -128,14 +137,14 @@ class LengthGroupedSampler(EpochBatchSampler):
 
 
 def _buckets(tokens: Sequence[int], max_tokens: int) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Buckets of like length, and where batches begin and end: by position in the order from long to short.
+    """Buckets of similar length, and where batches begin and end in the order from long to short.
 
     Args:
-        tokens: Lengths, longest first.
-        max_tokens: Of a batch.
+        tokens: Lengths in tokens, longest first.
+        max_tokens: Limit on the tokens of a batch.
 
     Returns:
-        (N,) float64 number of each position's bucket, and the cuts.
+        (N,) float64 bucket of each position, and (start, end) of each batch.
     """
     bucket, longest = 0, tokens[0]
     buckets, longests = [], []
@@ -153,7 +162,7 @@ def _buckets(tokens: Sequence[int], max_tokens: int) -> tuple[Tensor, list[tuple
 
 
 def _split_until_divisible(cuts: list[tuple[int, int]], world_size: int) -> None:
-    """Halve the batches of most samples until all ranks get as many batches, or each has one sample only."""
+    """Halve the largest batches in place until their number divides by the ranks, or each has one sample."""
     while len(cuts) % world_size:
         largest = max(range(len(cuts)), key=lambda i: (cuts[i][1] - cuts[i][0], i))
         start, end = cuts[largest]
@@ -173,16 +182,16 @@ def length_batched_loader(
     seed: int = 0,
     num_workers: int = 0,
 ) -> ResumableDataLoader:
-    """The loader of one rank for training; the rank is torch.distributed's.
+    """The training loader of this rank (of torch.distributed), with batches by length.
 
     Args:
-        dataset: The samples.
-        collate: Makes a batch of some.
-        lengths: Of the samples.
-        max_tokens: Batches of as many samples as fit; of ``batch_size`` if not given.
-        batch_size: Samples of a batch.
-        seed: Of the order.
-        num_workers: Processes that prepare batches.
+        dataset: N samples.
+        collate: Makes a batch of a list of samples.
+        lengths: Lengths of the samples.
+        max_tokens: Limit on the tokens of a batch; None makes batches of ``batch_size``.
+        batch_size: Samples per batch; not used with ``max_tokens``.
+        seed: Random seed of the order.
+        num_workers: Number of worker processes.
     """
     rank, world_size = rank_and_world_size()
     sampler: TokenBudgetSampler | LengthGroupedSampler
@@ -202,7 +211,7 @@ def length_batched_loader(
 
 
 class _BatchDataset(Dataset[list[Any]]):
-    """A dataset that is asked for whole batches; for single samples by Lightning's overfit_batches."""
+    """A dataset indexed by whole batches; by single samples with Lightning's overfit_batches."""
 
     def __init__(self, dataset: Sequence[Any]) -> None:
         self._dataset = dataset
@@ -240,7 +249,7 @@ def padding_share(tokens: Tensor, batches: Sequence[Sequence[int]]) -> float:
 
     Args:
         tokens: (N,) lengths.
-        batches: Indices.
+        batches: Sample indices of each batch.
     """
     rows = [tokens[list(batch)] for batch in batches]
     positions = sum(len(row) * int(row.max()) for row in rows)

@@ -1,7 +1,7 @@
-"""Everything the trainer asks of the data, from the paths in a config.
+"""Lightning data module: loaders for training, evaluation, generation and probing from the paths in a config.
 
-Data flow: paths -> ``sources`` -> checked image headers -> ``collator`` behind ``loader`` -> the loops; what falls
-out on the way is in ``rejected_samples``.
+Data flow: paths -> ``readers`` -> header check of the images -> ``collator`` behind ``dataloader`` -> Lightning's
+loops; what is not used is in ``rejected_samples``.
 """
 
 import random
@@ -60,7 +60,7 @@ class MMDataModule(L.LightningDataModule):
         probe_prompt: Asks whether a caption, put in the place of {caption}, is right about the picture.
 
     Attributes:
-        rejected_samples: What is not used, and why.
+        rejected_samples: Rows and parts of rows that are not used, with reasons.
         wrap_collator: Given a ``Collator``, returns the collate function of conversation batches; None uses the
             collator itself. A fit sets it to read frozen activations from the cache. It is called when a loader is
             made, after the model is on its device.
@@ -109,10 +109,13 @@ class MMDataModule(L.LightningDataModule):
         self._probe_set: ProbeSet | None = None
 
     def setup(self, stage: str) -> None:
-        """Read the files of this stage, on every rank, so that mistakes show before the model is loaded.
+        """Read the files of this stage, on every rank, so that errors show before the model is loaded.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
         Raises:
-            UserError: A file is not there or cannot be used, or too many of its rows cannot.
+            UserError: A file is missing or cannot be used, or too many of its rows cannot.
         """
         needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         for split in needed:
@@ -124,7 +127,7 @@ class MMDataModule(L.LightningDataModule):
                 decide("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> tuple[Sample, ...]:
-        """The usable conversations of train, val, test or predict, in file order; none if no file is given."""
+        """The usable conversations of train, val, test or predict, in file order; empty without a file."""
         path = self.paths[split]
         if split not in self._samples and path is not None:
             rows = read_conversations(path, self.image_root, answers_required=split != "predict")
@@ -144,7 +147,7 @@ class MMDataModule(L.LightningDataModule):
         return load_processing(self.processor, self.revision)
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """Batches in the order of (seed, epoch)."""
+        """Training batches in the order of (seed, epoch)."""
         samples = self.samples("train")
         collate = self._collate_function(samples)
         options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
@@ -160,7 +163,7 @@ class MMDataModule(L.LightningDataModule):
 
     @property
     def rows_per_batch(self) -> float:
-        """Conversations in a training batch of one rank, on average."""
+        """Average number of conversations in a training batch of one rank."""
         if self.max_tokens is None:
             return float(self.batch_size)
         return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
@@ -184,28 +187,34 @@ class MMDataModule(L.LightningDataModule):
         return self._evaluation("val", self.generation_samples)
 
     def test_dataloader(self) -> list[CheckedDataLoader]:
-        """Batches for the loss, then questions, then the same questions with grey pictures."""
+        """Batches for the loss, questions for generation, and the same questions with gray images."""
         questions = self.questions("test")
         return [*self._evaluation("test", None), self._loader(questions, self._prompt_collator(blank_images=True))]
 
     def predict_dataloader(self) -> CheckedDataLoader:
-        """Questions."""
+        """Questions for generation."""
         return self._loader(self.questions("predict"), self._prompt_collator())
 
     def question_types(self, split: str) -> tuple[str, ...]:
-        """Types of the split's questions, sorted: the same on every rank."""
+        """Types of the split's questions, sorted; equal on every rank."""
         return tuple(sorted({sample.turns[index].question_type for sample, index in self.questions(split)}))
 
     def questions(self, split: str, limit: int | None = None) -> tuple[SampleQuestion, ...]:
-        """The questions of a split, or the first of them, in the order of its file."""
+        """The questions of a split in file order, at most ``limit`` (None: all)."""
         return questions_of(self.samples(split))[:limit]
 
     def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> CheckedDataLoader:
-        """The questions of a split, or the first of them, with their pictures or grey ones; short answers first."""
+        """Questions of a split for generation, short answers first.
+
+        Args:
+            split: train, val, test or predict.
+            blank_images: Whether images are replaced by gray ones.
+            limit: Number of questions, from the first of the file on; None takes all.
+        """
         return self._loader(sort_by_answer_length(self.questions(split, limit)), self._prompt_collator(blank_images))
 
     def probe_set(self) -> ProbeSet:
-        """The rows to look inside the model with: drawn once, with a seed of its own, and the same on every rank.
+        """The rows to probe the model with: drawn once with a fixed seed, equal on every rank.
 
         Raises:
             UserError: There is no file to draw from, or nothing in it can be probed.
@@ -222,12 +231,17 @@ class MMDataModule(L.LightningDataModule):
         return self._probe_set
 
     def probe_loader(self, probe_set: ProbeSet) -> CheckedDataLoader:
-        """This rank's share of a probe set, each row once over all ranks, rows of like length together."""
+        """This rank's share of a probe set, each row once over all ranks, rows of similar length together."""
         collator = ProbeCollator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
         return probe_loader(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def sample_batches(self, count: int, size: int = 4) -> list[Batch]:
-        """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
+        """Random training batches, drawn with the seed, to measure gradients with; empty without training data.
+
+        Args:
+            count: Number of batches.
+            size: Conversations per batch.
+        """
         samples = self.samples("train")
         drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
         collator = self._collator(samples)
@@ -237,10 +251,10 @@ class MMDataModule(L.LightningDataModule):
         return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self, count: int = 1) -> Batch:
-        """The first conversations with pictures, to measure a step with.
+        """A batch of the first conversations with images, to measure a step with.
 
         Args:
-            count: How many, if there are so many.
+            count: Number of conversations, or fewer where there are fewer.
 
         Raises:
             UserError: No file is given, or nothing in it can be used.
@@ -253,12 +267,12 @@ class MMDataModule(L.LightningDataModule):
         for start in range(0, len(ordered) - count, count):
             try:
                 return collator(ordered[start : start + count])
-            except UserError:  # they are in the ledger as soon as they meet a loader; others serve as well here
+            except UserError:  # a loader will record the rejection; here other samples serve as well
                 continue
         return collator(ordered[-count:])
 
     def majority_answers(self) -> dict[str, str]:
-        """The most frequent training answer to each type of question: what a model that never looks could say."""
+        """Question type -> most frequent training answer: the baseline that ignores the question."""
         return majority_answers(self.questions("train"))
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.data import images
-from lightning_mm.data.chat import Chat
+from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
 from lightning_mm.data.probe_sets.collator import GREY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
@@ -23,7 +23,7 @@ from lightning_mm.models.processor import Processing
 
 def encoded(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
     """A picture through the model's processor, with next to no text: one row."""
-    text = Chat(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
+    text = ChatRenderer(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
     return processing.encode([text], [[picture]], "right").inputs
 
 

@@ -1,16 +1,11 @@
-"""A file of conversations, row by row, into Samples; what does not fit becomes a ledger entry with its line.
+"""Reads a file of conversations into Samples; a row that cannot be used becomes a Rejection with its line.
 
-Data flow: ``read(path)`` -> ``ConversationFile`` (samples, rejections) -> ``datamodule``.
-
-Two ways to write a row, in a JSON list or one per line (JSONL):
+Rows are in a JSON list or one per line (JSONL), in one of two formats:
     LLaVA's   {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
     HF's      {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, ...]}, ...]}
 
-One row of a data file into one Sample, or the reason why not.
-
-Data flow: ``sources`` hands in each decoded row; ``RowReader.sample`` returns a Sample or raises ``InvalidRow``.
-
-Reasons read ``category: detail``, so that the ledger can count by category.
+Data flow: path -> ``iter_json_rows`` -> ``RowReader.sample`` -> Sample or ``InvalidRow`` -> ``ConversationFile`` ->
+``datamodule``.
 """
 
 import json
@@ -34,15 +29,18 @@ _KNOWN_KEYS = frozenset({"id", "image", "images", "conversations", "messages", "
 
 
 class InvalidRow(ValueError):
-    """Why a row cannot be used, as ``category: detail``."""
+    """Why a row cannot be used, as ``category: detail``, by which rejections are counted."""
 
 
 class RowReader:
-    """Reads the rows of one file.
+    """Converts the rows of one file.
 
     Args:
-        image_root: The folder that image paths are relative to and may not leave.
-        answers_required: Whether a row without an answer is bad.
+        image_root: Folder that image paths are relative to and may not leave.
+        answers_required: Whether a row without an answer is invalid.
+
+    Attributes:
+        num_marked: Number of rows that named images without marks.
     """
 
     def __init__(self, image_root: Path, answers_required: bool = True) -> None:
@@ -52,10 +50,14 @@ class RowReader:
         self._images: dict[str, Path] = {}
 
     def sample(self, row: object, origin: str) -> Sample:
-        """Check one row and make a Sample of it.
+        """The Sample of one decoded row.
+
+        Args:
+            row: The JSON value, or the ``InvalidRow`` that decoding it gave.
+            origin: ``file:line`` of the row.
 
         Raises:
-            BadRow: It cannot be used.
+            InvalidRow: It cannot be used.
         """
         if isinstance(row, InvalidRow):
             raise row
@@ -96,7 +98,7 @@ class RowReader:
         return _ROLES[name]
 
     def _closed(self, turns: list[Turn]) -> list[Turn]:
-        """The turns, if they ask and answer as they should."""
+        """The turns, checked for order and content; an open question gets an empty answer if allowed."""
         if not self._answers_required and turns[-1].role == "user":
             turns = [*turns, Turn("assistant", "", turns[-1].question_type)]
         if not any(turn.role == "assistant" for turn in turns):
@@ -113,7 +115,7 @@ class RowReader:
         return turns
 
     def _marked(self, turns: list[Turn], num_images: int) -> tuple[Turn, ...]:
-        """One mark per picture: as written, or all in front of the first question where the row has none."""
+        """The turns with one mark per image: as written, or all before the first question where there are none."""
         num_marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         if num_marks == 0 and num_images:
             self.num_marked += 1
@@ -137,13 +139,13 @@ class RowReader:
         return self._images[name]
 
     def _confined(self, name: str) -> Path:
-        """The file a row names, which must lie in the image root once every link is followed."""
+        """The path of an image, which must be inside the image root after links are resolved."""
         if "://" in name or name.startswith("data:"):
             raise InvalidRow(f"image is a URL: {name[:80]!r}, nothing is fetched from the network; download it first")
         try:
             path = (self._root / name).resolve()
             inside, exists = path.is_relative_to(self._root), path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
+        except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links
             raise InvalidRow(f"impossible image path: {error}") from error
         if not inside:
             raise InvalidRow(f"image outside the image root: {name!r} leads to {path}")
@@ -155,7 +157,7 @@ class RowReader:
 
 
 def _joined(content: object, images: list[str]) -> str:
-    """HF's content parts as text with marks; pictures named in a part are added to ``images``."""
+    """HF's content parts as text with marks; images named in a part are added to ``images``."""
     if not isinstance(content, list):
         raise InvalidRow(f"wrong type: the text of a turn is {_kind(content)}")
     texts = []
@@ -182,17 +184,17 @@ def _kind(value: object) -> str:
 
 
 MAX_ROW_CHARACTERS = 4_000_000
-"""A longer row holds something else than a conversation, such as a picture in base64."""
+"""Limit on a row; a longer one holds something else, such as an image in base64."""
 
 
 @dataclass(frozen=True)
 class ConversationFile:
-    """A file, read.
+    """The content of a file.
 
     Args:
-        samples: In file order.
-        rejections: The rows that cannot be used.
-        num_rows: Both together.
+        samples: Usable rows in file order.
+        rejections: Rows that cannot be used.
+        num_rows: Number of all rows.
     """
 
     samples: tuple[Sample, ...]
@@ -203,15 +205,15 @@ class ConversationFile:
 def read_conversations(
     path: Path | str, image_root: Path | str | None = None, *, answers_required: bool = True
 ) -> ConversationFile:
-    """Read a file of conversations.
+    """The samples and rejections of a file of conversations.
 
     Args:
         path: A ``.json`` list or a ``.jsonl`` file.
-        image_root: The folder that image paths are relative to and may not leave; the file's own folder if None.
-        answers_required: Whether a row without an answer is rejected; if not, an open question gets an empty one.
+        image_root: Folder that image paths are relative to and may not leave; None takes the file's own folder.
+        answers_required: Whether a row without an answer is rejected; if not, an open question gets an empty answer.
 
     Raises:
-        UserError: No such file, not JSON, or no usable row in it.
+        UserError: There is no such file, it is not JSON, or it has no usable row.
     """
     path = Path(path)
     if not path.is_file():
@@ -235,6 +237,7 @@ def read_conversations(
 
 
 def missing_file_reason(path: Path) -> tuple[str, str]:
+    """Why and fix of the UserError for a path that is no file."""
     if path.is_dir():
         return "It is a folder.", "Name the .json or .jsonl file in it."
     return "It does not exist.", "Check the path; it is relative to the folder the command runs in."
@@ -255,14 +258,21 @@ def _check_any(path: Path, samples: list[Sample], rejections: list[Rejection]) -
 
 
 def iter_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with its origin; a row that is not JSON comes as the BadRow it is."""
+    """Each row with its origin; a row that is not valid JSON as an ``InvalidRow``.
+
+    Args:
+        path: A ``.json`` list or a ``.jsonl`` file.
+
+    Raises:
+        UserError: A JSON list is not valid or not UTF-8.
+    """
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return _list_rows(path) if head.startswith(b"[") else _line_rows(path)
 
 
 class _Decoder(json.JSONDecoder):
-    """JSON as the standard has it: no NaN, no Infinity."""
+    """JSON decoder that rejects NaN and Infinity."""
 
     def __init__(self) -> None:
         super().__init__(parse_constant=self._note)
@@ -272,7 +282,7 @@ class _Decoder(json.JSONDecoder):
         self.constants.append(name)
 
     def row(self, text: str, start: int = 0) -> tuple[Any, int]:
-        """The row at ``start`` and where it ends; a BadRow in its place if it breaks a rule but has an end."""
+        """The row at ``start`` and where it ends; an ``InvalidRow`` in its place if it ends but breaks a rule."""
         self.constants.clear()
         row, end = self.raw_decode(text, start)
         if self.constants:
@@ -306,7 +316,7 @@ def _line_row(decoder: _Decoder, line: bytes) -> Any:
 
 
 def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Elements of a JSON list, each with the line it begins at and its index."""
+    """Elements of a JSON list, each with its first line and its index."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

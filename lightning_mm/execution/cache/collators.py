@@ -254,7 +254,7 @@ class FeatureCollator:
                 fresh[key] = made
         usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in fresh]
         again: list[Rejection] = []
-        batch = self._collator.collate_valid(usable, again, grey=True) if usable else None
+        batch = self._collator.collate_valid(usable, again, blank_images=True) if usable else None
         if batch is None:
             return self._collator(samples)
         for key, each in told.items():

@@ -192,7 +192,7 @@ def verified_tower(
     device = batch.regions.device
     tower = FrozenTower(model, anatomy, unread)
     rows = [collator.collate_valid([sample], []) for sample in batch.samples]
-    grey = collator.collate_valid(batch.samples, [], grey=True)
+    grey = collator.collate_valid(batch.samples, [], blank_images=True)
     if grey is None or not batch.has_images:
         raise _refusal("no picture is in the data")
     tower.verify(batch, grey.to(device), [row.to(device) for row in rows if row is not None])

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil
 
-from lightning_mm.data.chat import Chat
+from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids, VisibleRegion
 from lightning_mm.data.probe_sets.build.scenes import Box
 from lightning_mm.data.probe_sets.collator import ProbeCollator
@@ -120,7 +120,7 @@ def test_tiles_are_said_not_guessed(name: str, processing: Callable[[str], Proce
 
 
 def grids(made: Processing, **config: Any) -> PatchGrids:
-    chat = Chat(made)
+    chat = ChatRenderer(made)
     text = chat.render([Turn("user", "<image>\n?")], add_generation_prompt=True).text
     merge_size = getattr(made.processor.image_processor, "merge_size", 1)
     return PatchGrids(
