@@ -220,7 +220,7 @@ def internvl(sizes: TinySizes) -> PreTrainedConfig:
 
 
 def gemma3(sizes: TinySizes) -> PreTrainedConfig:
-    """SigLIP pooled to 4 tokens, Gemma 3: image tokens attend to each other, so training must pass ``token_type_ids``."""
+    """SigLIP pooled to 4 tokens, Gemma 3: image tokens attend to each other: training passes ``token_type_ids``."""
     text = Gemma3TextConfig(
         **sizes.text, head_dim=sizes.hidden // 4, query_pre_attn_scalar=sizes.hidden // 4, sliding_window=16
     )

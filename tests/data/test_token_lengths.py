@@ -71,7 +71,7 @@ def test_a_header_tells_the_size_as_it_is_decoded(pictures: list[Path]) -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_patches_are_counted(name: str, processing: Load) -> None:
     made = processing(name)
-    chat = token_lengths.Chat(made).render_unmarked([Turn("user", "<image>\nWell?")])
+    chat = token_lengths.ChatRenderer(made).render_unmarked([Turn("user", "<image>\nWell?")])
     inputs = made.encode([chat], [[Image.new("RGB", (60, 40))]], "right").inputs
     if name == "llava":
         side = made.config.vision_config.image_size // made.config.vision_config.patch_size

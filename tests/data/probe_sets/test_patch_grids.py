@@ -129,7 +129,7 @@ def grids(made: Processing, **config: Any) -> PatchGrids:
 
 
 def seen(made: Processing, size: tuple[int, int]) -> VisibleRegion:
-    window = grids(made)._seen(size)
+    window = grids(made)._measure_region(size)
     assert isinstance(window, VisibleRegion)
     return window
 
@@ -164,7 +164,7 @@ def test_windows_see_padding(fill: float, processing: Callable[[str], Processing
         pixels = small(images=image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": torch.cat([pixels, torch.full((1, 3, 16, 32), fill)], 2)}
 
-    window = PatchGrids(encode, made.config.to_dict())._seen((60, 30))
+    window = PatchGrids(encode, made.config.to_dict())._measure_region((60, 30))
     assert isinstance(window, VisibleRegion)
     assert (window.left, window.right) == pytest.approx((0, 60), abs=0.6)
     assert (window.top, window.bottom) == pytest.approx((0, 60), abs=1.2), "it goes on beyond the picture"

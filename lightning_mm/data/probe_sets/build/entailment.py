@@ -1,17 +1,16 @@
-"""Wrong captions for each picture, so chosen that words alone do not give them away.
+"""False captions for each image, balanced so that words alone do not predict the label.
 
-Data flow: Scenes with captions -> ``partners`` (who trades with whom) -> ``make_false_captions`` -> ``drawing``, which
-writes the rows.
+A caption that is only ever false, or a noun that is false more often than true, could be detected without the image.
+So images exchange captions: where one gets another's caption, or one of its nouns, the other gets its own. Over both
+images every text (random false captions) and every word (swapped nouns) is true as often as false. Images that exchange
+captions form a group that no split may divide: the half in training would teach the opposite of the half in the test.
+Groups given by the file exchange within, or all with those of one other group: if frames of one video exchanged with
+many videos, everything would be one group.
 
-A caption that is only ever wrong, or a noun that is oftener wrong than right, can be told without looking. So pictures
-trade: where one has another's caption, or one of its nouns, the other has its own. Over both pictures every text (for
-random wrong captions) and every word (for traded nouns) is as often true as false. Pictures that trade form a group
-that no split may tear apart: the half in training would teach the opposite of the half in the test. Groups of the file
-trade within, or all with those of one other group: were every frame of a video to trade with another video, all of them
-would hang together, and nothing could be split.
+Hard false captions are, in this order: given by the row; one noun swapped with an image that has no such object; the
+caption with the most words in common. Random ones are another image's caption.
 
-Hard wrong captions are, in this order: what the row itself gives; one noun traded with a picture that has no such
-thing; the caption that shares the most words. Random ones are another picture's caption as it is.
+Data flow: Scenes with captions -> ``false_captions`` (pairs, swaps) -> ``make_false_captions`` -> ``sampling``.
 """
 
 import random
@@ -37,13 +36,13 @@ Kind = Literal["given", "traded", "nearest"]
 
 @dataclass(frozen=True)
 class FalseCaptions:
-    """The wrong captions of one picture.
+    """The false captions of one image.
 
     Args:
-        random: Another picture's caption; None where there is none that is surely wrong.
-        hard: A nearly true one.
-        group: Of the pictures that trade, and of those that hang together with them.
-        kind: How ``hard`` was made.
+        random: Another image's caption; None where none is certainly false.
+        hard: A nearly true caption.
+        group: Name of the group of images that exchange captions.
+        kind: How ``hard`` was made: ``given``, ``traded`` (noun swapped) or ``nearest``.
     """
 
     random: str | None
@@ -53,11 +52,11 @@ class FalseCaptions:
 
 
 def make_false_captions(scenes: Sequence[Scene], seed: int) -> dict[str, FalseCaptions]:
-    """Wrong captions by the id of the scene; a scene that finds no partner has none.
+    """Id of a scene -> its false captions; a scene without a partner is left out.
 
     Args:
-        scenes: Those with a caption.
-        seed: Of the pairing.
+        scenes: Scenes with a caption.
+        seed: Random seed of the pairing.
     """
     order = sorted(scenes, key=lambda scene: scene.id)
     random.Random(f"{seed}:entailment").shuffle(order)
@@ -77,7 +76,7 @@ def make_false_captions(scenes: Sequence[Scene], seed: int) -> dict[str, FalseCa
 
 
 def _families(scenes: Sequence[Scene]) -> list[list[Scene]]:
-    """What the file holds together; scenes of no group alone."""
+    """Scenes by the groups of the file; scenes without a group alone."""
     by_family: dict[str, list[Scene]] = {}
     for scene in scenes:
         by_family.setdefault(scene.family, []).append(scene)
@@ -85,7 +84,7 @@ def _families(scenes: Sequence[Scene]) -> list[list[Scene]]:
 
 
 def _pair_groups(families: Sequence[list[Scene]], singles: list[Scene]) -> list[list[Scene]]:
-    """Groups of like size in twos; one left over takes as many of the single scenes, out of their list, if any."""
+    """Groups of similar size in pairs; one left over takes as many single scenes, out of their list, if any."""
     by_size = sorted(families, key=len, reverse=True)
     parties = [[one, other] for one, other in zip(by_size[::2], by_size[1::2], strict=False)]
     if len(by_size) % 2:
@@ -100,11 +99,11 @@ def _pair_groups(families: Sequence[list[Scene]], singles: list[Scene]) -> list[
 
 def _with_common_group(scenes: Sequence[Scene], found: Mapping[str, FalseCaptions]) -> dict[str, FalseCaptions]:
     group = _group_name(scenes)
-    return {name: replace(wrong, group=group) for name, wrong in found.items()}
+    return {name: replace(captions, group=group) for name, captions in found.items()}
 
 
 def _match_within(scenes: Sequence[Scene]) -> dict[str, FalseCaptions]:
-    """Wrong captions from among these scenes."""
+    """False captions from among these scenes."""
     found: dict[str, FalseCaptions] = {}
     given, alone = _split_given([scene for scene in scenes if scene.false_captions])
     for family in given:
@@ -118,7 +117,7 @@ def _match_within(scenes: Sequence[Scene]) -> dict[str, FalseCaptions]:
 
 
 def _split_given(scenes: Sequence[Scene]) -> tuple[list[list[Scene]], list[Scene]]:
-    """Scenes whose rows give wrong captions: groups as the rows say, the others in twos."""
+    """Scenes whose rows give false captions, by group or in pairs, and those without a partner."""
     families = _families(scenes)
     pairs, left = match_pairs([family[0] for family in families if len(family) == 1], mutually_false, enough=1.0)
     return [family for family in families if len(family) > 1] + [list(pair) for pair in pairs], left
@@ -141,7 +140,7 @@ def _traded(pair: Pair) -> dict[str, FalseCaptions]:
 
 
 def _nearest(block: Sequence[Pair]) -> dict[str, FalseCaptions]:
-    """Within a pair captions are near; the next pair of the block gives the random ones."""
+    """False captions of a block of pairs: hard ones within a pair, random ones from the next pair."""
     group, others = _group_name([scene for pair in block for scene in pair]), _rotate_captions(block)
     return {
         scene.id: FalseCaptions(others.get(scene.id), near.caption, group, "nearest")
@@ -151,8 +150,10 @@ def _nearest(block: Sequence[Pair]) -> dict[str, FalseCaptions]:
 
 
 def _rotate_captions(units: Sequence[Sequence[Scene]]) -> dict[str, str]:
-    """For each scene the caption of its like in another unit, handed round so that each is used once; nothing at all
-    where it cannot be done with captions that are surely wrong: half of a trade would leave a cue."""
+    """Scene id -> caption of the corresponding scene of another unit, each caption used once.
+
+    Empty where that is not possible with captions that are certainly false: an incomplete exchange would be a cue.
+    """
     for shift in range(1, len(units)):
         givers = [*units[shift:], *units[:shift]]
         pairs = [pair for unit, giver in zip(units, givers, strict=True) for pair in zip(unit, giver, strict=True)]
@@ -162,7 +163,7 @@ def _rotate_captions(units: Sequence[Sequence[Scene]]) -> dict[str, str]:
 
 
 def _pair_blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Two pairs each, the last of three where their number is odd."""
+    """Blocks of two pairs, the last of three where their number is odd."""
     blocks = [list(pairs[i : i + 2]) for i in range(0, len(pairs), 2)]
     if len(blocks) > 1 and len(blocks[-1]) == 1:
         odd = blocks.pop()
