@@ -30,7 +30,7 @@ from lightning_mm.core.io import staged_folder, write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.models.export.export import Origin, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.models.handle import MultimodalModel
@@ -187,7 +187,7 @@ def _write(
     causal = {"title": title, "model": kind, "n_questions": len(right), "n_right": sum(map(bool, right))}
     write_json(run.path / "causal.json", {**causal, "tables": list(made)})
     write_json(run.path / "inspection.json", {"title": title, "model": kind, "labels": {}})
-    ledger = Ledger(1.0)
+    ledger = RejectedSamples(1.0)
     ledger.num_rows = study.file.num_rows
     ledger.add([*study.file.rejections, *study.scorer.rejected])
     ledger.write(run.ledger)

@@ -26,7 +26,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange, tell
 from lightning_mm.report.html import write_report
 
@@ -156,9 +156,9 @@ def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet,
 
 def _write_ledger(subjects: Sequence[InspectedModel], run: RunDirectory) -> None:
     """What fell out of probes and conversations, as in a run."""
-    ledger = Ledger()
+    ledger = RejectedSamples()
     for data in (data for subject in subjects for data in (subject.data, subject.conversations)):
-        ledger.add(data.ledger)
+        ledger.add(data.rejected_samples)
     if len(ledger):
         ledger.write(run.ledger)
 

@@ -18,7 +18,7 @@ from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.dataloader import killed_worker
+from lightning_mm.data.dataloader import worker_killed_error
 
 _KNOWN = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
@@ -63,7 +63,7 @@ def _explained(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
-    return killed_worker(error) if isinstance(error, RuntimeError) else None
+    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
 
 
 def _begun(name: str) -> Callable[[list[str]], int]:

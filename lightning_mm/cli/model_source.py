@@ -76,7 +76,7 @@ class InspectedModel:
         """Every layer, on every row; rows that fall out are in the ledger of ``data`` too."""
         with torch.no_grad(), self._precision():
             reading = read(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
-        self.data.ledger.add(replace(each, kind="probe") for each in reading.rejected)
+        self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
@@ -230,7 +230,7 @@ def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
         return open_probe_set(
             options.probes,
             options.image_root,
-            data.ledger,
+            data.rejected_samples,
             max_pictures=most,
             prompt=data.probe_prompt,
             max_megapixels=data.max_megapixels,

@@ -33,7 +33,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.report.figures.trace_maps import save_trace
@@ -67,7 +67,7 @@ def trace(arguments: list[str]) -> int:
         if len(subjects) > 1:
             _transplant(subject, subjects[1], found, batches)
     _write(run, found, time.perf_counter() - began, options, answers, subject)
-    ledger = Ledger()
+    ledger = RejectedSamples()
     ledger.add([*read.rejected, *rejected, *found.rejected])
     ledger.write(run.ledger)
     write_json(run.decisions, [asdict(decision) for decision in decide])

@@ -26,7 +26,7 @@ from lightning_mm.causal.questions.files import QuestionReader
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
 
 
@@ -84,10 +84,10 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     rewrites: list[Rewrite] = []
     staying: list[Question] = []
     rejections: list[Rejection] = []
-    for origin, row in conversations.raw_rows(path):
+    for origin, row in conversations.iter_json_rows(path):
         try:
             made = _row(reader, images, row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
         else:
             (rewrites if isinstance(made, Rewrite) else staying).append(made)  # type: ignore[arg-type]
@@ -102,15 +102,15 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
 
 
 def _row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> Rewrite | Question:
-    if isinstance(row, BadRow):
+    if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     if row.get("new_answer") is None:
         return _staying(reader, row, origin)
     question = reader.question(row, origin)[0]
     if not question.spans:
-        raise BadRow("no constraint: the key of an edit is read at the last token of its words")
+        raise InvalidRow("no constraint: the key of an edit is read at the last token of its words")
     near = [_staying(reader, each, f"{origin} neighbours[{i}]") for i, each in enumerate(_list(row, "neighbours"))]
     others = [_images(images, each, f"{origin} other_images[{i}]") for i, each in enumerate(_list(row, "other_images"))]
     paraphrases = [_text({"paraphrases": each}, "paraphrases") for each in _list(row, "paraphrases")]
@@ -120,7 +120,7 @@ def _row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> Re
 def _staying(reader: QuestionReader, row: Any, origin: str) -> Question:
     """A question whose answer must stay; its constraint is not needed."""
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     text = _text(row, "question").strip()
     plain = {key: value for key, value in row.items() if key not in ("constraint", "boxes")}
     question = reader.question({**plain, "question": text, "spans": [[0, len(text)]]}, origin)[0]
@@ -135,12 +135,12 @@ def _images(reader: RowReader, names: Any, origin: str) -> tuple[Path, ...]:
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return value
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     value = row.get(key) or []
     if not isinstance(value, list):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
     return value

@@ -31,7 +31,7 @@ A row must have a question, and ``constraint``, ``spans`` or ``boxes``.
 One row of a file into a Question, or the reason why not.
 
 Data flow: ``constraints`` hands in each decoded row; ``QuestionReader.question`` finds and confines its pictures
-(``rows``), finds its constraints in the text (``matching``), and returns a Question or raises ``BadRow``.
+(``rows``), finds its constraints in the text (``matching``), and returns a Question or raises ``InvalidRow``.
 
 Reasons read ``category: detail``, so that the ledger can count by category.
 """
@@ -53,7 +53,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import IMAGE_MARK, Rejection
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -81,15 +81,15 @@ class QuestionReader:
         Raises:
             BadRow: It cannot be used.
         """
-        if isinstance(row, BadRow):
+        if isinstance(row, InvalidRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow("not an object: a row is {...}")
+            raise InvalidRow("not an object: a row is {...}")
         text = _text_question_rows(row, "question")
         if text is None:
-            raise BadRow("no question: the row has no 'question'")
+            raise InvalidRow("no question: the row has no 'question'")
         if IMAGE_MARK in text:
-            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
+            raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
         boxes = _boxes(row)
         spans, rule = _spans(row, text, bool(boxes))
         images = self._images(row, origin)
@@ -119,14 +119,14 @@ class QuestionReader:
             for name in names:
                 try:
                     found += self._rows.sample({"image": name, **asked}, origin).images
-                except BadRow as error:
+                except InvalidRow as error:
                     if not str(error).startswith("missing image"):
                         raise
             if len(found) > 1:
-                raise BadRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
+                raise InvalidRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
             if found:
                 return tuple(found)
-        raise BadRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
+        raise InvalidRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
 
 
 def _places(url: str) -> Iterator[list[str]]:
@@ -146,18 +146,18 @@ def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Sp
     told = row.get("constraint")
     constraints = told if isinstance(told, list) else [] if told is None else [told]
     if not all(isinstance(each, str) for each in constraints):
-        raise BadRow(f"wrong type: 'constraint' is {told!r:.60}, not text or a list of texts")
+        raise InvalidRow(f"wrong type: 'constraint' is {told!r:.60}, not text or a list of texts")
     constraints = [each for each in constraints if each.strip()]
     if not constraints:
         if not has_boxes:
-            raise BadRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
+            raise InvalidRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
         return (), "boxes"
     spans: list[Span] = []
     rules = []
     for each in constraints:
         found = constraint_matching.find(each, text)
         if found is None:
-            raise BadRow(f"constraint not in the question: {each!r} in {text!r}")
+            raise InvalidRow(f"constraint not in the question: {each!r} in {text!r}")
         spans += found.spans
         rules.append(found.rule)
     return constraint_matching.joined(spans), max(rules, key=constraint_matching.RULES.index)
@@ -168,9 +168,9 @@ def _given_spans(told: Any, text: str) -> tuple[Span, ...]:
     for pair in pairs:
         whole = len(pair) == 2 and all(type(edge) is int for edge in pair)
         if not whole or not 0 <= pair[0] < pair[1] <= len(text) or not text[slice(*pair)].strip():
-            raise BadRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
+            raise InvalidRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
     if not pairs:
-        raise BadRow(f"wrong type: 'spans' is {told!r:.60}, not [[first, one past the last], ...]")
+        raise InvalidRow(f"wrong type: 'spans' is {told!r:.60}, not [[first, one past the last], ...]")
     return constraint_matching.joined([(first, last) for first, last in pairs])
 
 
@@ -178,7 +178,7 @@ def _boxes(row: Mapping[str, Any]) -> tuple[ObjectBox, ...]:
     found = scenes._objects(row.get("boxes")) or ()
     for each in found:
         if each.box is None:
-            raise BadRow(f"box without a place: {each.name!r}")
+            raise InvalidRow(f"box without a place: {each.name!r}")
     return tuple(ObjectBox(each.name, each.box) for each in found if each.box is not None)
 
 
@@ -186,7 +186,7 @@ def _text_question_rows(row: Mapping[str, Any], key: str) -> str | None:
     """A value without blanks around it; None where there is none."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return (value or "").strip() or None
 
 
@@ -230,7 +230,7 @@ def read_questions(path: Path | str, image_root: Path | str | None = None) -> Qu
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No file {path} with questions.", *conversations.why_no_file(path))
+        raise UserError(f"No file {path} with questions.", *conversations.missing_file_reason(path))
     reader = QuestionReader(Path(image_root) if image_root else path.parent)
     questions: list[Question] = []
     rejected: list[Rejection] = []
@@ -238,7 +238,7 @@ def read_questions(path: Path | str, image_root: Path | str | None = None) -> Qu
     for origin, row in _rows(path):
         try:
             question, rule = reader.question(row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejected.append(Rejection(origin, str(error)))
         else:
             questions.append(question)
@@ -277,7 +277,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row with its origin, in our own form."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return conversations.raw_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+    return conversations.iter_json_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -324,7 +324,7 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 def _csv_row(columns: list[str], cells: list[str]) -> Any:
     """A row of the released files in our own form."""
     if len(cells) != len(columns):
-        return BadRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
+        return InvalidRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
     told = dict(zip(columns, cells, strict=True))
     row = {key: told[key] for key in ("question", "image_url", "answer", "group", "kind") if key in told}
     return row | {"id": told.get("id", told.get("", "")).strip(), "constraint": told["main_entity"]}

@@ -14,23 +14,23 @@ from torch import Tensor
 
 from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.data import images
-from lightning_mm.data.chat import Chat
-from lightning_mm.data.probe_sets.build.patch_grids import Grids
-from lightning_mm.data.probe_sets.collator import GREY
+from lightning_mm.data.chat import ChatRenderer
+from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
+from lightning_mm.data.probe_sets.collator import GRAY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
 from lightning_mm.models.processor import Processing
 
 
 def encoded(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
     """A picture through the model's processor, with next to no text: one row."""
-    text = Chat(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
+    text = ChatRenderer(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
     return processing.encode([text], [[picture]], "right").inputs
 
 
-def grids_of(processing: Processing) -> Grids:
+def grids_of(processing: Processing) -> PatchGrids:
     """How the model's image tokens lie in pictures."""
     merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-    return Grids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
+    return PatchGrids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
 
 
 def greyed(question: Question) -> Image.Image | Rejection:
@@ -41,7 +41,7 @@ def greyed(question: Question) -> Image.Image | Rejection:
     drawing = ImageDraw.Draw(picture)
     for each in question.boxes:
         left, top, right, bottom = map(round, each.box)
-        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GREY)
+        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GRAY)
     return picture
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_mm.data import chat as spans
 from lightning_mm.data import images as pictures
 from lightning_mm.data.chat import ChatError
-from lightning_mm.data.collator import Encoder, Row
+from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 from lightning_mm.execution.loss import gathered_before
@@ -126,7 +126,7 @@ class Asker:
 
     def __init__(self, processing: Processing, prompt: str = "{question}", max_megapixels: float = 40.0) -> None:
         assert prompt.count("{question}") == 1, "checked where options are read"
-        self._encoder, self.prompt = Encoder(processing, None, max_megapixels), prompt
+        self._encoder, self.prompt = SampleEncoder(processing, None, max_megapixels), prompt
 
     def ask(self, question: Question, text: str | None = None, answer: str = "") -> Asked | Rejection:
         """One row, or why it cannot be made.
@@ -153,10 +153,10 @@ class Asker:
         start = at + before
         wanted = [(start, start + len(worded)), *((start + a, start + b) for a, b in question.spans if text is None)]
         full = type(rendered)(rendered.text + answer, tuple(wanted))
-        _, encoding = self._encoder.encode([Row(sample, images, full)], "right", rejected)
+        _, encoding = self._encoder.encode([RenderedSample(sample, images, full)], "right", rejected)
         if encoding is None:
             return rejected[0]
-        found = spans.expanded(full, self._encoder.chat.placeholder, encoding.texts[0])
+        found = spans.locate_answer_spans(full, self._encoder.chat.placeholder, encoding.texts[0])
         whole, *parts = (_positions(span, encoding.offsets[0]) for span in found)
         ids = encoding.inputs["input_ids"][0]
         image = torch.isin(ids, torch.tensor(self._encoder.processing.image_token_ids)).nonzero().flatten()
@@ -184,7 +184,7 @@ class Asker:
 
 
 def _positions(span: tuple[int, int], offsets: Tensor) -> Tensor:
-    return torch.tensor(list(spans.tokens(span, offsets)), dtype=torch.long)
+    return torch.tensor(list(spans.tokens_of_span(span, offsets)), dtype=torch.long)
 
 
 def asked(asker: Asker, questions: Sequence[Question]) -> tuple[list[Asked], list[Rejection]]:

@@ -21,7 +21,7 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA, add_lora
 from lightning_mm.testing.tiny import build_tiny
-from tests.conftest import FAMILIES
+from tests.helpers.data import FAMILIES
 from tests.helpers.taught_models import EDITED, KNOWN, Taught
 
 Known = Callable[[str], Taught]

@@ -13,7 +13,7 @@ from lightning_mm.causal.interventions.activation_cache import record
 from lightning_mm.causal.questions.image_regions import BoxTokens
 from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, Grids
+from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, PatchGrids
 from lightning_mm.data.probe_sets.files import ObjectBox
 from tests.helpers.causal_models import SPAN, TEXT, subject
 
@@ -56,14 +56,14 @@ def test_what_has_no_place_is_refused_with_the_reason(
     assert isinstance(two, Asked)
     with pytest.raises(UserError, match="2 pictures"):
         grids.grid(two)
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
     assert (grids.grid(asked).rows, grids.grid(asked).window) == (4, None), "16 tokens of an unknown kind"
     queries = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
-    monkeypatch.setattr(Grids, "layout", lambda *_: queries)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: queries)
     with pytest.raises(UserError, match="learned queries"):
         grids.grid(asked)
     odd = Asked(asked.question, asked.inputs, asked.tokens, asked.image[:15], asked.spans, asked.text)
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
     with pytest.raises(UserError, match="no grid"):
         grids.grid(odd)
 
