@@ -4,7 +4,6 @@ Data flow: model + file of edits -> ``EditStudy`` -> a folder with report.html, 
 (all results) -> with --out the edited model as a complete Hugging Face folder.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -28,11 +27,12 @@ from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import staged_folder, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.models.export.export import Origin, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
@@ -162,7 +162,7 @@ def _write(run: RunDirectory, study: EditStudy, results: dict[str, Any], shown: 
     causal = {"title": title, "model": kind, "n_questions": len(right), "n_right": sum(map(bool, right))}
     write_json(run.path / "causal.json", {**causal, "tables": list(shown)})
     write_json(run.path / "inspection.json", {"title": title, "model": kind, "labels": {}})
-    ledger = Ledger(1.0)
+    ledger = RejectedSamples(1.0)
     ledger.num_rows = study.file.num_rows
     ledger.add([*study.file.rejections, *study.scorer.rejected])
     ledger.write(run.ledger)

@@ -62,7 +62,7 @@ def _explain(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
-    return killed_worker(error) if isinstance(error, RuntimeError) else None
+    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
 
 
 def _load_verb(name: str) -> Callable[[list[str]], int]:

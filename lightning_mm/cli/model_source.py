@@ -19,7 +19,8 @@ from lightning_mm.analysis.hidden_states import Reading, read, shared
 from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.io import read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.build import open_probe_set
@@ -72,7 +73,7 @@ class InspectedModel:
         """Hidden states of every layer on every row; rejected rows also go to the ledger of ``data``."""
         with torch.no_grad(), self._precision():
             reading = read(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
-        self.data.ledger.add(replace(each, kind="probe") for each in reading.rejected)
+        self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
@@ -243,7 +244,7 @@ def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
         return open_probe_set(
             options.probes,
             options.image_root,
-            data.ledger,
+            data.rejected_samples,
             max_pictures=most,
             prompt=data.probe_prompt,
             max_megapixels=data.max_megapixels,

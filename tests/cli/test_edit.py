@@ -16,9 +16,7 @@ from lightning_mm.causal.editing.weight_edit import apply_edits
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.export.export import Origin, export_full
 from lightning_mm.models.loading import Backbone, load_model
-from tests.helpers.taught_models import EDITED, Taught, known
-
-__all__ = ["known"]  # a fixture
+from tests.helpers.taught_models import EDITED, Taught
 
 
 def row(word: str, **more: Any) -> dict[str, Any]:

@@ -18,12 +18,8 @@ from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training import checkpoint
-from tests.cli.test_cli import Fit, arguments, fit
-from tests.cli.test_inspect import QUICK, inspect
-from tests.conftest import make_probe_rows
-from tests.tuning.test_policies import Family
-
-__all__ = ["arguments", "fit"]  # fixtures
+from tests.helpers.cli import QUICK, Fit, inspect
+from tests.helpers.data import Family, make_probe_rows
 
 
 def options(*given: str) -> Any:

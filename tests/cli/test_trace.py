@@ -14,9 +14,7 @@ from lightning_mm.analysis.findings import Findings
 from lightning_mm.cli.trace import strongest_table
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.export.export import Origin, export_full
-from tests.helpers.taught_models import KNOWN, Taught, known
-
-__all__ = ["known"]  # a fixture
+from tests.helpers.taught_models import KNOWN, Taught
 
 LIGHT = ["--parts", "[trace,flow,pictures]", "--tracing.sites", "[mlp]"]
 

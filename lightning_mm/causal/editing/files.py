@@ -26,7 +26,7 @@ from lightning_mm.causal.questions.files import QuestionReader
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
 
 
@@ -84,7 +84,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     requests: list[EditRequest] = []
     locality: list[Question] = []
     rejections: list[Rejection] = []
-    for origin, row in conversations.raw_rows(path):
+    for origin, row in conversations.iter_json_rows(path):
         try:
             parsed = _parse_row(reader, images, row, origin)
         except BadRow as error:
@@ -107,7 +107,7 @@ def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str)
     if isinstance(row, BadRow):
         raise row
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     if row.get("new_answer") is None:
         return _locality_question(reader, row, origin)
     question = reader.read_row(row, origin)[0]
@@ -124,7 +124,7 @@ def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str)
 def _locality_question(reader: QuestionReader, row: Any, origin: str) -> Question:
     """A question whose answer must not change; it needs no constraint."""
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     text = _text(row, "question").strip()
     plain = {key: value for key, value in row.items() if key not in ("constraint", "boxes")}
     question = reader.read_row({**plain, "question": text, "spans": [[0, len(text)]]}, origin)[0]
@@ -139,12 +139,12 @@ def _images(reader: RowReader, names: Any, origin: str) -> tuple[Path, ...]:
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return value
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     value = row.get(key) or []
     if not isinstance(value, list):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
     return value

@@ -47,7 +47,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import IMAGE_MARK, Rejection
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -75,15 +75,15 @@ class QuestionReader:
         Raises:
             BadRow: The row cannot be used; its text is the reason.
         """
-        if isinstance(row, BadRow):
+        if isinstance(row, InvalidRow):
             raise row
         if not isinstance(row, dict):
             raise BadRow("not an object: a row is {...}")
         text = _text_field(row, "question")
         if text is None:
-            raise BadRow("no question: the row has no 'question'")
+            raise InvalidRow("no question: the row has no 'question'")
         if IMAGE_MARK in text:
-            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
+            raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
         boxes = _boxes(row)
         spans, rule = _spans(row, text, bool(boxes))
         images = self._images(row, origin)
@@ -117,10 +117,10 @@ class QuestionReader:
                     if not str(error).startswith("missing image"):
                         raise
             if len(found) > 1:
-                raise BadRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
+                raise InvalidRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
             if found:
                 return tuple(found)
-        raise BadRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
+        raise InvalidRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
 
 
 def _candidate_names(url: str) -> Iterator[list[str]]:
@@ -144,7 +144,7 @@ def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Sp
     constraints = [each for each in constraints if each.strip()]
     if not constraints:
         if not has_boxes:
-            raise BadRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
+            raise InvalidRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
         return (), "boxes"
     spans: list[Span] = []
     rules = []
@@ -162,7 +162,7 @@ def _given_spans(given: Any, text: str) -> tuple[Span, ...]:
     for pair in pairs:
         whole = len(pair) == 2 and all(type(edge) is int for edge in pair)
         if not whole or not 0 <= pair[0] < pair[1] <= len(text) or not text[slice(*pair)].strip():
-            raise BadRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
+            raise InvalidRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
     if not pairs:
         raise BadRow(f"wrong type: 'spans' is {given!r:.60}, not [[first, one past the last], ...]")
     return constraint_matching.merge_spans([(first, last) for first, last in pairs])
@@ -180,7 +180,7 @@ def _text_field(row: Mapping[str, Any], key: str) -> str | None:
     """A stripped text value; None if it is missing or blank."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return (value or "").strip() or None
 
 
@@ -224,7 +224,7 @@ def read_questions(path: Path | str, image_root: Path | str | None = None) -> Qu
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No file {path} with questions.", *conversations.why_no_file(path))
+        raise UserError(f"No file {path} with questions.", *conversations.missing_file_reason(path))
     reader = QuestionReader(Path(image_root) if image_root else path.parent)
     questions: list[Question] = []
     rejected: list[Rejection] = []
@@ -271,7 +271,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Each row with its origin, in the JSON form."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return conversations.raw_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+    return conversations.iter_json_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:

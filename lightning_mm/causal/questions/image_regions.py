@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_mm.causal.questions.question import EncodedQuestion, Question
 from lightning_mm.data import images
-from lightning_mm.data.chat import Chat
-from lightning_mm.data.probe_sets.build.patch_grids import Grids
-from lightning_mm.data.probe_sets.collator import GREY
+from lightning_mm.data.chat import ChatRenderer
+from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
+from lightning_mm.data.probe_sets.collator import GRAY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
 from lightning_mm.models.processor import Processing
 
@@ -41,7 +41,7 @@ def grey_out_boxes(question: Question) -> Image.Image | Rejection:
     drawing = ImageDraw.Draw(picture)
     for each in question.boxes:
         left, top, right, bottom = map(round, each.box)
-        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GREY)
+        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GRAY)
     return picture
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_mm.data import chat
 from lightning_mm.data import images as image_files
 from lightning_mm.data.chat import ChatError
-from lightning_mm.data.collator import Encoder, Row
+from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 from lightning_mm.execution.loss import gathered_before
@@ -129,7 +129,7 @@ class QuestionEncoder:
 
     def __init__(self, processing: Processing, prompt: str = "{question}", max_megapixels: float = 40.0) -> None:
         assert prompt.count("{question}") == 1, "checked where options are read"
-        self._encoder, self.prompt = Encoder(processing, None, max_megapixels), prompt
+        self._encoder, self.prompt = SampleEncoder(processing, None, max_megapixels), prompt
 
     def encode(self, question: Question, text: str | None = None, answer: str = "") -> EncodedQuestion | Rejection:
         """Encode a question as one row; a ``Rejection`` with the reason if it cannot be encoded.
@@ -156,7 +156,7 @@ class QuestionEncoder:
         start = at + before
         wanted = [(start, start + len(worded)), *((start + a, start + b) for a, b in question.spans if text is None)]
         full = type(rendered)(rendered.text + answer, tuple(wanted))
-        _, encoding = self._encoder.encode([Row(sample, images, full)], "right", rejected)
+        _, encoding = self._encoder.encode([RenderedSample(sample, images, full)], "right", rejected)
         if encoding is None:
             return rejected[0]
         expanded = chat.expanded(full, self._encoder.chat.placeholder, encoding.texts[0])

@@ -13,7 +13,7 @@ from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.causal.questions.image_regions import BoxTokens
 from lightning_mm.causal.questions.question import EncodedQuestion, Question
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, Grids
+from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, PatchGrids
 from lightning_mm.data.probe_sets.files import ObjectBox
 from tests.helpers.causal_models import SPAN, TEXT, subject
 
@@ -59,7 +59,7 @@ def test_what_has_no_place_is_refused_with_the_reason(
     monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
     assert (grids.grid(encoded).rows, grids.grid(encoded).window) == (4, None), "16 tokens of an unknown kind"
     queries = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
-    monkeypatch.setattr(Grids, "layout", lambda *_: queries)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: queries)
     with pytest.raises(UserError, match="learned queries"):
         grids.grid(encoded)
     odd = EncodedQuestion(

@@ -16,9 +16,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import load_processing
 from tests.helpers.causal_models import Subject, subject
-from tests.helpers.taught_models import KNOWN, Taught, known
-
-__all__ = ["known"]  # a fixture
+from tests.helpers.taught_models import KNOWN, Taught
 
 CPU = torch.device("cpu")
 
