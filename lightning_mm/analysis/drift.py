@@ -10,7 +10,7 @@ from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.geometry import SITES, scales
 from lightning_mm.analysis.hidden_states import Reading, shared
 from lightning_mm.analysis.select_rows import select
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.block_influence import row_cosine
 from lightning_mm.geometry.cka import cka
@@ -60,7 +60,7 @@ def _differences(before: list[Estimate], after: list[Estimate]) -> list[Estimate
 
 def _difference(before: Estimate, after: Estimate) -> Estimate:
     if before.value is None or after.value is None:
-        return undefined(before.undefined or after.undefined, after.n)
+        return Estimate.undefined_because(before.undefined or after.undefined, after.n)
     width = sum(((e.high - e.low) / 2) ** 2 for e in (before, after) if e.high is not None and e.low is not None) ** 0.5
     change = after.value - before.value
-    return finite(change, after.n, low=change - width, high=change + width, null=0.0)
+    return Estimate.of(change, after.n, low=change - width, high=change + width, null=0.0)

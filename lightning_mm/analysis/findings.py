@@ -59,8 +59,19 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
     def add(self, analysis: str, measure: str, site: str, estimates: Sequence[Estimate], first: int = -1) -> None:
-        """Put down one measure of all slices, or of the layers from ``first`` on."""
-        self.rows += [_row(self.step, analysis, measure, site, layer, e) for layer, e in enumerate(estimates, first)]
+        """Add one measure of consecutive layers.
+
+        Args:
+            analysis: What measured it.
+            measure: Its name.
+            site: Where it was measured.
+            estimates: One per layer.
+            first: The layer of the first estimate; -1 for the embeddings.
+        """
+        self.rows += [
+            LayerRow(self.step, analysis, measure, site, layer, **vars(estimate))
+            for layer, estimate in enumerate(estimates, first)
+        ]
 
     def take(self, part: "Findings") -> None:
         """Add what another analysis of the same step found."""
@@ -71,26 +82,6 @@ class Findings:
     def profile(self, measure: str, site: str) -> dict[int, LayerRow]:
         """One measure by layer; empty where it was not made."""
         return {row.layer: row for row in self.rows if (row.measure, row.site) == (measure, site)}
-
-
-def _row(step: int, analysis: str, measure: str, site: str, layer: int, e: Estimate) -> LayerRow:
-    return LayerRow(
-        step=step,
-        analysis=analysis,
-        measure=measure,
-        site=site,
-        layer=layer,
-        value=e.value,
-        low=e.low,
-        high=e.high,
-        null=e.null,
-        null_low=e.null_low,
-        null_high=e.null_high,
-        n=e.n,
-        k=e.k,
-        undefined=e.undefined,
-        notes="; ".join(note.replace("; ", ", ") for note in e.notes),
-    )
 
 
 COMPARED = ("picture/last", "picture/image", "text/last")

@@ -16,7 +16,7 @@ from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.analysis.select_rows import Selected, select
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.probes.probe import probe
 from lightning_mm.probes.result import ProbeResult
@@ -177,7 +177,9 @@ def _contrast(found: Findings) -> None:
     for layer in layers:
         one, other = whole[layer], parts[layer]
         if one.value is None or other.value is None:
-            estimates.append(undefined(one.undefined or other.undefined, min(one.n or 0, other.n or 0)))
+            estimates.append(
+                Estimate.undefined_because(one.undefined or other.undefined, min(one.n or 0, other.n or 0))
+            )
             continue
         difference, width = 0.0, 0.0
         for row, sign in ((one, 1), (other, -1)):
@@ -187,5 +189,5 @@ def _contrast(found: Findings) -> None:
                 width += ((row.high - row.low) / 2 / max(1 - chance, 1e-9)) ** 2
         half = width**0.5
         n = min(one.n or 0, other.n or 0)
-        estimates.append(finite(difference, n, low=difference - half, high=difference + half, null=0.0))
+        estimates.append(Estimate.of(difference, n, low=difference - half, high=difference + half, null=0.0))
     found.add("probing", "global_minus_local", "last", estimates)

@@ -11,12 +11,13 @@ import io
 import logging
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
 
 MOST_LAYERS = 1000
@@ -25,25 +26,16 @@ log = logging.getLogger("lightning_mm")
 
 
 @dataclass(frozen=True)
-class LayerRow:
-    """One number measured in one layer at one step, in the order of the columns of layers.csv.
+class LayerKey:
+    """What a row of layers.csv measures: rows with the same key replace each other.
 
     Args:
         step: Optimizer steps done.
-        analysis: What measured it: probing, geometry, drift or selection.
-        measure: The measure's name, as ``measures.measure`` knows it.
-        site: Where it was read: last, image, text, ... or ``image~text`` for a pair; empty where that has no meaning.
+        analysis: What measured it: probing, geometry, drift, causal or selection.
+        measure: The measure's name, as ``measure_catalog.measure`` knows it.
+        site: Token position or modality it was measured at: last, image, text, ... or ``image~text`` for a pair; empty
+            for a measure without one.
         layer: -1 for the embeddings, i for the output of decoder block i.
-        value: The number; None where it is undefined.
-        low: Lower end of its 95 % interval.
-        high: Upper end.
-        null: What chance would give.
-        null_low: Lower end of the band that 95 % of chance results fall in.
-        null_high: Upper end.
-        n: Samples it rests on.
-        k: Neighbours, classes or components it was computed with.
-        undefined: Why there is no value.
-        notes: What a reader must know, joined by "; ".
     """
 
     step: int
@@ -51,21 +43,19 @@ class LayerRow:
     measure: str
     site: str
     layer: int
-    value: float | None = None
-    low: float | None = None
-    high: float | None = None
-    null: float | None = None
-    null_low: float | None = None
-    null_high: float | None = None
-    n: int | None = None
-    k: int | None = None
-    undefined: str = ""
-    notes: str = ""
+
+
+@dataclass(frozen=True)
+class LayerRow(Estimate, LayerKey):
+    """An ``Estimate`` with its key. The fields, key first, are the columns of layers.csv in this order."""
+
+    @property
+    def key(self) -> tuple[int, str, str, str, int]:
+        """The fields of ``LayerKey``."""
+        return self.step, self.analysis, self.measure, self.site, self.layer
 
 
 COLUMNS = tuple(field.name for field in fields(LayerRow))
-_NUMBERS = ("value", "low", "high", "null", "null_low", "null_high")
-_Place = tuple[int, str, str, str, int]
 
 
 def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
@@ -87,7 +77,7 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
     before, bad = _parsed(old)
     if bad:
         log.warning("%s: %d lines that hold no measurement are removed", path.name, bad)
-    kept = {_place(row): row for row in [*before, *new]}
+    kept = {row.key: row for row in [*before, *new]}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(",".join(COLUMNS) + "\n" + _lines(kept.values()), encoding="utf-8", newline="")
@@ -140,20 +130,18 @@ def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return all(one.get(key) == other.get(key) for key in ("step", "measure", "site"))
 
 
-def _place(row: LayerRow) -> _Place:
-    return row.step, row.analysis, row.measure, row.site, row.layer
-
-
 def _lines(rows: Iterable[LayerRow]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([_cell(value) for value in astuple(row)] for row in rows)
+    csv.writer(text, lineterminator="\n").writerows([_cell(getattr(row, name)) for name in COLUMNS] for row in rows)
     return text.getvalue()
 
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.7g}" if math.isfinite(value) else ""
-    return "" if value is None else " ".join(str(value).split())  # one row is one line, whatever a note holds
+    if isinstance(value, tuple):
+        value = "; ".join(note.replace("; ", ", ") for note in value)
+    return "" if value is None else " ".join(str(value).split())  # one row is one line: notes may hold line breaks
 
 
 def _parsed(text: str) -> tuple[list[LayerRow], int]:
@@ -174,21 +162,21 @@ def _cells(line: str) -> list[str]:
 
 
 def _row(columns: Sequence[str], cells: Sequence[str]) -> LayerRow | None:
-    """The row that a line holds, or None: a number that is none, or a layer that cannot be, condemns it."""
+    """The row of a line; None where it holds none: a number that does not parse, for instance."""
     if len(cells) != len(columns):
         return None
     of = dict.fromkeys(COLUMNS, "") | dict(zip(columns, cells, strict=True))
     try:
-        step, layer = int(of["step"]), int(of["layer"])
-        value, low, high, null, null_low, null_high = (_number(of[name]) for name in _NUMBERS)
-        n, k = (int(of[name]) if of[name] else None for name in ("n", "k"))
+        parsed: dict[str, Any] = {field.name: _PARSERS[field.type](of[field.name]) for field in fields(LayerRow)}
     except ValueError:
         return None
-    if not (0 <= step < 10**12 and -1 <= layer < MOST_LAYERS and of["measure"]):
+    if not (0 <= parsed["step"] < 10**12 and -1 <= parsed["layer"] < MOST_LAYERS and parsed["measure"]):
         return None
-    why = of["undefined"] or ("" if value is not None else "no value")
-    named = (step, of["analysis"], of["measure"], of["site"], layer)
-    return LayerRow(*named, value, low, high, null, null_low, null_high, n, k, why, of["notes"])
+    if parsed["value"] is None:
+        parsed["undefined"] = parsed["undefined"] or "no value"
+    elif parsed["undefined"]:
+        return None
+    return LayerRow(**parsed)
 
 
 def _number(cell: str) -> float | None:
@@ -196,3 +184,13 @@ def _number(cell: str) -> float | None:
         return None
     value = float(cell)
     return value if math.isfinite(value) and abs(value) < 1e100 else None
+
+
+_PARSERS: dict[object, Callable[[str], object]] = {
+    int: int,
+    str: str,
+    float | None: _number,
+    int | None: lambda cell: int(cell) if cell else None,
+    tuple[str, ...]: lambda cell: tuple(filter(None, cell.split("; "))),
+}
+"""Cell -> value, by the type of the field."""

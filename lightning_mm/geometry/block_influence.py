@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.resampling import mean_interval
 
 
@@ -53,12 +53,17 @@ def _blocks(features: Tensor, groups: Tensor | None, measure: Callable[[Tensor, 
     Small angles are lost in the cosine: that of equal float32 rows is off by 1e-7, and the angle by 5e-4.
     """
     n = features.shape[1]
-    estimates, before_ND = [undefined("embeddings: no block has made them", n)], _directions(features[0])
+    estimates, before_ND = (
+        [Estimate.undefined_because("embeddings: no block has made them", n)],
+        _directions(features[0]),
+    )
     for slice_ND in features[1:]:
         after_ND = _directions(slice_ND)
         missing = int((before_ND.isnan() | after_ND.isnan()).any(1).sum())
         if missing:
-            estimates.append(undefined(f"no direction: {missing} of {n} samples are zero or not finite", n))
+            estimates.append(
+                Estimate.undefined_because(f"no direction: {missing} of {n} samples are zero or not finite", n)
+            )
         else:
             values_N = measure((before_ND - after_ND).norm(dim=1), (before_ND + after_ND).norm(dim=1))
             estimates += _means(values_N[None], groups)
@@ -75,4 +80,4 @@ def _directions(slice_ND: Tensor) -> Tensor:
 def _means(values_TN: Tensor, groups: Tensor | None) -> list[Estimate]:
     mean, low, high = mean_interval(values_TN, groups)
     n = values_TN.shape[1]
-    return [finite(float(m), n, low=float(a), high=float(b)) for m, a, b in zip(mean, low, high, strict=True)]
+    return [Estimate.of(float(m), n, low=float(a), high=float(b)) for m, a, b in zip(mean, low, high, strict=True)]

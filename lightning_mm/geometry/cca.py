@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
 from lightning_mm.geometry.resampling import (
@@ -78,7 +78,7 @@ def _layerwise(a: Bank, b: Bank, variance: float, weighted: bool, groups: Tensor
     with exact_products():
         for layer, problem in enumerate(pair_problems(a, b, _SAMPLES_PER_DIRECTION)):
             if problem:
-                estimates.append(undefined(problem, n))
+                estimates.append(Estimate.undefined_because(problem, n))
                 continue
             (a_NR, a_note), (b_NS, b_note) = (_directions(bank, layer, variance) for bank in (a, b))
             found = _matched(a_NR, b_NS, a.centred[layer] if weighted else None, order_PN, deleted)
@@ -95,7 +95,7 @@ def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tens
     null = float(drawn_P.mean())
     width = t_quantile(_DRAWS - 1) * float(drawn_P.std()) * math.sqrt(1 + 1 / _DRAWS)
     band = {"null": null, "null_low": null - width, "null_high": null + width}
-    return finite(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
+    return Estimate.of(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
 
 
 def _directions(bank: Bank, layer: int, variance: float) -> tuple[Tensor, str]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import MIN_SAMPLES, kept_sets, left_out_hsic, u_centred
 from lightning_mm.geometry.null_models import Parts, chance_band
 from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
@@ -105,7 +105,7 @@ def _layerwise(a: Bank, b: Bank, groups: Tensor | None, kernel: Kernel, debiased
                 estimates.append(_ratio(first, second, groups, debiased))
             else:
                 reason = first if isinstance(first, str) else str(second)
-                estimates.append(undefined(reason, a.num_samples))
+                estimates.append(Estimate.undefined_because(reason, a.num_samples))
     return withheld(estimates, too_fixed(groups))
 
 
@@ -117,7 +117,7 @@ def _ratio(first_NN: Tensor, second_NN: Tensor, groups: Tensor | None, debiased:
     pairs = ((first_NN, second_NN), (first_NN, first_NN), (second_NN, second_NN))
     shared_B, own_B, other_B = (left_out_hsic(x_NN, y_NN, kept_NB, debiased) for x_NN, y_NN in pairs)
     if debiased and float(torch.minimum(own_B[0], other_B[0])) <= _floor(first_NN.dtype):
-        return undefined("no self-similarity: all samples are equally far from one another", n)
+        return Estimate.undefined_because("no self-similarity: all samples are equally far from one another", n)
     # A block that holds all the structure leaves a self-term of zero: that deletion, and the interval, is undefined.
     own_B, other_B = (torch.where(term_B > 0, term_B, math.nan) for term_B in (own_B, other_B))
     ratio_B = shared_B / (own_B.sqrt() * other_B.sqrt())
@@ -129,7 +129,7 @@ def _ratio(first_NN: Tensor, second_NN: Tensor, groups: Tensor | None, debiased:
         first, second = Parts.of_gram(first_NN), Parts.of_gram(second_NN)
         traces = float(first_NN.trace()) * float(second_NN.trace())
         band = chance_band(first, second, groups, constant=traces / ((n - 1) * first.norm * second.norm))
-    return finite(float(ratio_B[0]), n, low=float(low), high=float(high), **band)
+    return Estimate.of(float(ratio_B[0]), n, low=float(low), high=float(high), **band)
 
 
 def _linear(bank: Bank, layer: int) -> Tensor | str:

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.calibration import invert, noise_dimension
 from lightning_mm.geometry.gride import Gride, RatioEstimator, TwoNN
 from lightning_mm.geometry.neighbors import Neighbours
@@ -87,7 +87,10 @@ def _nth(distances_LNK: Tensor, count_LNK: Tensor, nth: int) -> Tensor:
 def _dimensions(neighbours: Neighbours, estimator: RatioEstimator, groups: Tensor | None) -> list[Estimate]:
     layers, n, width = neighbours.indices.shape
     if width < estimator.n2:
-        return [undefined(p or f"too few: neighbour {estimator.n2} of {n} samples", n) for p in neighbours.problems]
+        return [
+            Estimate.undefined_because(p or f"too few: neighbour {estimator.n2} of {n} samples", n)
+            for p in neighbours.problems
+        ]
     ratios_LN = log_ratios(neighbours, estimator.n1, estimator.n2)
     value_L = estimator(ratios_LN)
     error_L, dof = group_jackknife(lambda kept: estimator(ratios_LN[:, kept.to(ratios_LN.device)]), n, groups)
@@ -103,17 +106,19 @@ def _estimate(
 ) -> Estimate:
     count = int((~ratios_N.isnan()).sum())
     if problem := neighbours.problems[layer]:
-        return undefined(problem, len(ratios_N))
+        return Estimate.undefined_because(problem, len(ratios_N))
     if count < _LEAST:
-        return undefined(f"too few: {count} distinct samples with {estimator.n2} distinct neighbours", len(ratios_N))
+        return Estimate.undefined_because(
+            f"too few: {count} distinct samples with {estimator.n2} distinct neighbours", len(ratios_N)
+        )
     copies, ties = int(neighbours.copies[layer].sum()), int((ratios_N == 0).sum())
     if not math.isfinite(value):
-        return undefined(
+        return Estimate.undefined_because(
             f"ties: neighbours {estimator.n1} and {estimator.n2} are equally far for {ties} samples", count
         )
     null = noise_dimension(count, neighbours.width, estimator, neighbours.indices.device)
     low, high = max(value - half, 0.0), value + half  # NaN stays NaN
-    estimate = finite(value, count, low=low, high=high, null=null, k=estimator.n2)
+    estimate = Estimate.of(value, count, low=low, high=high, null=null, k=estimator.n2)
     return estimate.noted(
         f"{copies} samples that coincide with an earlier one are left out" if copies else "",
         f"{len(ratios_N) - copies - count} samples have too few distinct neighbours"
@@ -126,10 +131,13 @@ def _estimate(
 def _calibrated(estimate: Estimate, estimator: RatioEstimator) -> Estimate:
     if estimate.value is None:
         return estimate
+    assert estimate.n is not None, "the calibration curve depends on the number of samples"
     value, low, high, null = (
         None if number is None else invert(number, estimate.n, estimator)
         for number in (estimate.value, estimate.low, estimate.high, estimate.null)
     )
     if value is None:
-        return undefined(f"beyond the calibration curve: the estimate is {estimate.value:.3g}", estimate.n)
+        return Estimate.undefined_because(
+            f"beyond the calibration curve: the estimate is {estimate.value:.3g}", estimate.n
+        )
     return replace(estimate, value=value, low=low, high=high, null=null)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.isotropy import pairs_interval
@@ -69,7 +69,7 @@ def frechet(a: Bank, b: Bank, components: int = 64, groups: Tensor | None = None
             values_B = _distance(_moments(first_NC, kept_BN), _moments(second_NC, kept_BN))
             drawn_P = _distance(*_swapped(first_NC, second_NC, sign_PN))
         low, high = jackknife_interval(values_B, 0)
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), k=count, **band(drawn_P, None))
+        return Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), k=count, **band(drawn_P, None))
 
     return withheld(_layerwise(a, b, measure), too_joined(groups))
 
@@ -94,13 +94,13 @@ def mmd(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[E
         apart_NN = cross_distances(*_placed(a, b, layer))
         squared = _median(*within, apart_NN)
         if not squared > 0:
-            return undefined("constant: most samples of both readings coincide", n)
+            return Estimate.undefined_because("constant: most samples of both readings coincide", n)
         near_a, near_b, across = (torch.exp(squared_NN / (-2 * squared)) for squared_NN in (*within, apart_NN))
         pairs_NN = (near_a + near_b - across - across.T).fill_diagonal_(0)
         with exact_products():
             drawn_P = ((sign_PN @ pairs_NN) * sign_PN).sum(1) / (n * (n - 1))
         mean, low, high = pairs_interval(pairs_NN.sum(1) / (n - 1), groups)
-        return finite(mean, n, low=low, high=high, **band(drawn_P, 0.0))
+        return Estimate.of(mean, n, low=low, high=high, **band(drawn_P, 0.0))
 
     return withheld(_layerwise(a, b, measure), too_joined(groups), exact=True)
 
@@ -108,7 +108,7 @@ def mmd(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) -> list[E
 def _layerwise(a: Bank, b: Bank, measure: Callable[[int], Estimate]) -> list[Estimate]:
     assert a.centred.shape == b.centred.shape, "two banks of the same samples and features, layer by layer"
     return [
-        undefined(problem, a.num_samples) if problem else measure(layer)
+        Estimate.undefined_because(problem, a.num_samples) if problem else measure(layer)
         for layer, problem in enumerate(pair_problems(a, b, _LEAST))
     ]
 

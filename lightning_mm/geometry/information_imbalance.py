@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.knn_overlap import band
 from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.representations import Bank
@@ -47,7 +47,7 @@ def information_imbalance(a: Bank, b: Bank, k: int = 1, groups: Tensor | None = 
     n = a.num_samples
     order_PN = None if groups is None else permutations(n, _DRAWS, groups=groups).to(a.centred.device)
     estimates = [
-        undefined(problem, n)
+        Estimate.undefined_because(problem, n)
         if (problem := near.problem(layer, k) or b.problems[layer])
         else _imbalance(near, b, layer, k, groups, order_PN)
         for layer in range(a.num_layers)
@@ -74,15 +74,17 @@ def imbalance_gain(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estim
     near, n = Neighbours.of(a, 1), a.num_samples
     problems = [near.problem(layer, 1) or b.problems[layer] for layer in range(a.num_layers)]
     if problems[0]:
-        return [undefined(problems[0], n) for _ in problems]
+        return [Estimate.undefined_because(problems[0], n) for _ in problems]
     first_N = _terms(near, b, 0, 1)
 
     def measure(layer: int) -> Estimate:
         mean, low, high = (float(x) for x in mean_interval((first_N - _terms(near, b, layer, 1))[None], groups))
         low, high = mean - _SHARED * (mean - low), mean + _SHARED * (high - mean)
-        return finite(mean, n, k=1, low=low, high=high, null=0.0)
+        return Estimate.of(mean, n, k=1, low=low, high=high, null=0.0)
 
-    return [undefined(problem, n) if problem else measure(layer) for layer, problem in enumerate(problems)]
+    return [
+        Estimate.undefined_because(problem, n) if problem else measure(layer) for layer, problem in enumerate(problems)
+    ]
 
 
 def _terms(near: Neighbours, b: Bank, layer: int, k: int) -> Tensor:
@@ -102,7 +104,7 @@ def _imbalance(
     else:
         chance = band(_drawn(near.indices[layer, :, :k].long(), b.squared_distances(layer), order_PN), None)
     low, high = max(mean - _SHARED * (mean - low), 0.0), mean + _SHARED * (high - mean)  # in this order NaN stays
-    return finite(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
+    return Estimate.of(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
 
 
 def _drawn(near_NK: Tensor, squared_NN: Tensor, order_PN: Tensor) -> Tensor:

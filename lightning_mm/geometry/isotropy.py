@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.representations import Bank, exact_products
 from lightning_mm.geometry.resampling import mean_interval
 
@@ -44,13 +44,13 @@ def anisotropy(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
 
     def measure(layer: int) -> Estimate:
         if problem := directionless(bank, layer):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         unit_ND = unit_rows(bank, layer)
         with exact_products():
             terms_N = (unit_ND @ unit_ND.sum(0) - 1) / (n - 1)
         mean, low, high = pairs_interval(terms_N, groups)
         band = 1.96 * math.sqrt(2 / (n * (n - 1) * width))
-        return finite(mean, n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
+        return Estimate.of(mean, n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
 
     return [measure(layer) for layer in range(bank.num_layers)]
 
@@ -69,7 +69,7 @@ def median_cosine(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
 
     def measure(layer: int) -> Estimate:
         if problem := directionless(bank, layer):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         cosine_NN = cosines(bank, layer)
         upper_M = cosine_NN[upper[0], upper[1]].sort().values
         median = upper_M[len(upper_M) // 2] if len(upper_M) % 2 else upper_M[len(upper_M) // 2 - 1 :][:2].mean()
@@ -77,7 +77,7 @@ def median_cosine(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
         share, low, high = pairs_interval(below_N, groups)
         low, high = (_at(upper_M, 0.5 + end - share) for end in (low, high))
         band = 1.96 * math.sqrt(math.pi / (n * (n - 1) * width))
-        return finite(float(median), n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
+        return Estimate.of(float(median), n, low=low, high=high, null=0.0, null_low=-band, null_high=band)
 
     return [measure(layer) for layer in range(bank.num_layers)]
 
@@ -98,12 +98,12 @@ def uniformity(bank: Bank, t: float = 2.0, groups: Tensor | None = None) -> list
 
     def measure(layer: int) -> Estimate:
         if problem := directionless(bank, layer):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         log_near_NN = 2 * t * (cosines(bank, layer).double() - 1).fill_diagonal_(-math.inf)
         nearest = float(log_near_NN.max())  # taken out, as the exponentials of a sharp t are all zero
         mean, low, high = pairs_interval((log_near_NN - nearest).exp_().sum(1) / (n - 1), groups)
         value, below, above = nearest + math.log(mean), (low - mean) / mean, (high - mean) / mean
-        return finite(value, n, low=value + below, high=value + above, null=null)
+        return Estimate.of(value, n, low=value + below, high=value + above, null=null)
 
     return [measure(layer) for layer in range(bank.num_layers)]
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.neighbors import Neighbours
 from lightning_mm.geometry.resampling import dependent, jackknife_interval, permutations, too_fixed, withheld
@@ -55,14 +55,16 @@ def overlap(
 
     def measure(layer: int) -> Estimate:
         if problem := a.problem(layer, k) or b.problem(layer, k):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
         values_B = _agreements(near_a, near_b, kept_BN, k, score)
         low, high = jackknife_interval(values_B, 0, 1)
         member_NN = _membership(near_b[:, :k])
         drawn_P = _score(member_NN[order_PN[:, :, None], order_PN[:, near_a[:, :k]]].sum(2), k, score).mean(1)
         notes = (*a.notes(layer, k), *b.notes(layer, k))
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
+        return Estimate.of(
+            float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact)
+        )
 
     return withheld([measure(layer) for layer in range(len(a.problems))], too_fixed(groups))
 
@@ -96,11 +98,11 @@ def overlap_gain(
 
     def measure(layer: int) -> Estimate:
         if rival_B is None or (a.problem(layer, k) or b.problem(layer, k)):
-            return undefined(missing or a.problem(layer, k) or b.problem(layer, k), n)
+            return Estimate.undefined_because(missing or a.problem(layer, k) or b.problem(layer, k), n)
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
         gain_B = _agreements(near_a, near_b, kept_BN, k, "overlap") - rival_B
         low, high = jackknife_interval(gain_B, -1, 1)
-        return finite(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
+        return Estimate.of(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
 
     return [measure(layer) for layer in range(len(a.problems))]
 
@@ -141,7 +143,10 @@ def label_overlap(
     n, device = len(labels), neighbours.indices.device
     class_N = torch.unique(labels.to(device), return_inverse=True)[1]
     if n == 0 or int(class_N.max()) == 0:
-        return [undefined(p or "one class: all samples carry the same label", n) for p in neighbours.problems]
+        return [
+            Estimate.undefined_because(p or "one class: all samples carry the same label", n)
+            for p in neighbours.problems
+        ]
     groups, kept_BN = dependent(groups), kept_sets(neighbours.distances[0], groups).T.bool()
     classes_PN = class_N[permutations(n, _DRAWS, seed, groups).to(device)]
     null = float(neighbours.chance_of(class_N) @ _weights(class_N, kept_BN[0], balanced))
@@ -149,13 +154,15 @@ def label_overlap(
 
     def measure(layer: int) -> Estimate:
         if problem := neighbours.problem(layer, k):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         near_NK = neighbours.indices[layer, :, : 2 * k].long()
         values_B = torch.stack([_purity(near_NK, class_N, kept_N, k, balanced) for kept_N in kept_BN])
         low, high = jackknife_interval(values_B, 0, 1)
         drawn_P = torch.stack([_purity(near_NK[:, :k], drawn_N, kept_BN[0], k, balanced) for drawn_N in classes_PN])
         notes = neighbours.notes(layer, k)
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
+        return Estimate.of(
+            float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact)
+        )
 
     return withheld([measure(layer) for layer in range(len(neighbours.problems))], too_fixed(groups))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.isotropy import directionless, unit_rows
 from lightning_mm.geometry.knn_overlap import band
 from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
@@ -38,7 +38,7 @@ def alignment(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0, alp
         mean, low, high = (float(end) for end in mean_interval(own_N[None], groups))
         distance_NN = (2 - 2 * _cosines(first_ND, second_ND)).clamp_min(0).pow(alpha / 2)
         drawn_P = _of_strangers(distance_NN, groups, seed).nanmean(1)
-        return finite(mean, len(first_ND), low=low, high=high, **band(drawn_P, None))
+        return Estimate.of(mean, len(first_ND), low=low, high=high, **band(drawn_P, None))
 
     return withheld(_layerwise(a, b, measure), too_fixed(groups))
 
@@ -60,7 +60,7 @@ def matched_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0
     def measure(first_ND: Tensor, second_ND: Tensor) -> Estimate:
         n = len(first_ND)
         if int(partners_N.min()) == 0:
-            return undefined("one group: no two samples are different", n)
+            return Estimate.undefined_because("one group: no two samples are different", n)
         cosine_NN = _cosines(first_ND, second_ND)
         others_NN = cosine_NN.where(different_NN, 0)
         mismatched = others_NN.sum() / partners_N.sum()
@@ -68,7 +68,7 @@ def matched_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0
         mean, low, high = (float(end) for end in mean_interval((cosine_NN.diagonal() - around_N)[None], groups))
         value = float(cosine_NN.diagonal().mean() - mismatched)
         drawn_P = _of_strangers(cosine_NN, groups, seed).nanmean(1)
-        return finite(value, n, low=value + low - mean, high=value + high - mean, **band(drawn_P, 0.0))
+        return Estimate.of(value, n, low=value + low - mean, high=value + high - mean, **band(drawn_P, 0.0))
 
     return withheld(_layerwise(a, b, measure), too_fixed(groups), exact=True)
 
@@ -93,7 +93,7 @@ def token_cosine(a: Bank, b: Bank, groups: Tensor | None = None, seed: int = 0) 
         levels = [(0.5 + float(end - share)) if math.isfinite(end) else math.nan for end in (low, high)]
         ends = [float(own_N.quantile(min(max(level, 0.0), 1.0))) if level == level else math.nan for level in levels]
         drawn_P = _of_strangers(cosine_NN, groups, seed).nanquantile(0.5, 1)
-        return finite(float(median), len(first_ND), low=ends[0], high=ends[1], **band(drawn_P, None))
+        return Estimate.of(float(median), len(first_ND), low=ends[0], high=ends[1], **band(drawn_P, None))
 
     return withheld(_layerwise(a, b, measure), too_fixed(groups))
 
@@ -117,12 +117,12 @@ def modality_gap(
         apart_ND = first_ND - second_ND
         scale = _within(first_ND, second_ND) if relative else 1.0
         if not scale > 0:
-            return undefined("no spread: the samples of a modality point in one direction", n)
+            return Estimate.undefined_because("no spread: the samples of a modality point in one direction", n)
         with exact_products():
             toward_N = apart_ND @ torch.nn.functional.normalize(apart_ND.mean(0), dim=0)
             drawn_P = (sign_PN @ apart_ND / n).norm(dim=1)
         mean, low, high = (float(end) / scale for end in mean_interval(toward_N[None], groups))
-        return finite(mean, n, low=max(low, 0.0), high=high, **band(drawn_P / scale, None))
+        return Estimate.of(mean, n, low=max(low, 0.0), high=high, **band(drawn_P / scale, None))
 
     return withheld(_layerwise(a, b, measure), too_joined(groups))
 
@@ -162,5 +162,7 @@ def _layerwise(a: Bank, b: Bank, measure: Callable[[Tensor, Tensor], Estimate]) 
     estimates = []
     for layer, pair in enumerate(pair_problems(a, b)):
         problem = pair or directionless(a, layer) or directionless(b, layer)
-        estimates.append(undefined(problem, n) if problem else measure(unit_rows(a, layer), unit_rows(b, layer)))
+        estimates.append(
+            Estimate.undefined_because(problem, n) if problem else measure(unit_rows(a, layer), unit_rows(b, layer))
+        )
     return estimates

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import u_centred
 from lightning_mm.geometry.resampling import permutations
 
@@ -88,14 +88,14 @@ def calibrated(estimate: Estimate) -> Estimate:
     2026).
 
     Example:
-        >>> calibrated(Estimate(0.75, 100, null=0.5)).value
+        >>> calibrated(Estimate(0.75, n=100, null=0.5)).value
         0.5
     """
     null = estimate.null
     if estimate.value is None:
         return estimate
     if null is None or null >= 1:
-        return undefined("no room above chance" if null else "no null to compare with", estimate.n)
+        return Estimate.undefined_because("no room above chance" if null else "no null to compare with", estimate.n)
 
     def scaled(value: float | None) -> float | None:
         return None if value is None else (value - null) / (1 - null)

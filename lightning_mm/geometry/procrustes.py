@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
 from lightning_mm.geometry.resampling import mean_interval, permutations, t_quantile, too_fixed, withheld
@@ -49,7 +49,7 @@ def procrustes(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]
     with exact_products():
         for layer, problem in enumerate(pair_problems(a, b, _MIN_SAMPLES)):
             if problem:
-                estimates.append(undefined(problem, a.num_samples))
+                estimates.append(Estimate.undefined_because(problem, a.num_samples))
                 continue
             x_ND, y_NE = (_compact(bank.centred[layer]) for bank in (a, b))
             left_DK, values_K, right_KE = torch.linalg.svd(x_ND.mT @ y_NE, full_matrices=False)
@@ -59,7 +59,7 @@ def procrustes(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]
                 band = _drawn_band(x_ND, y_NE, groups)
             else:
                 band = _expected_band(a.principal[layer][0], b.principal[layer][0], a.num_samples)
-            estimates.append(finite(min(value, 1.0), a.num_samples, low=low, high=high, **band))
+            estimates.append(Estimate.of(min(value, 1.0), a.num_samples, low=low, high=high, **band))
     return withheld(estimates, too_fixed(groups))
 
 

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import MIN_SAMPLES, kept_sets
 from lightning_mm.geometry.null_models import Parts, chance_band
 from lightning_mm.geometry.representations import Bank, exact_distances, exact_products, pair_problems
@@ -57,11 +57,11 @@ def rsa(
     with exact_products():
         for layer, problem in enumerate(pair_problems(a, b, MIN_SAMPLES)):
             if problem:
-                estimates.append(undefined(problem, n))
+                estimates.append(Estimate.undefined_because(problem, n))
                 continue
             distances = [_distances(bank, layer, used_M.to(bank.centred.device), distance) for bank in (a, b)]
             if flat := sum(int(squared_MM.isnan().all(1).sum()) for squared_MM in distances):
-                estimates.append(undefined(f"no correlation: {flat} samples have equal features", n))
+                estimates.append(Estimate.undefined_because(f"no correlation: {flat} samples have equal features", n))
                 continue
             (a_MM, a_ties), (b_MM, b_ties) = map(_rank_matrix, distances)
             tied = (
@@ -113,7 +113,7 @@ def _rank_matrix(squared_MM: Tensor) -> tuple[Tensor, float]:
 def _correlation(a_MM: Tensor, b_MM: Tensor, group_M: Tensor | None) -> Estimate:
     m = len(a_MM)
     if not (torch.isfinite(a_MM).all() and torch.isfinite(b_MM).all()):
-        return undefined("no order: all distances are equal", m)
+        return Estimate.undefined_because("no order: all distances are equal", m)
     kept_MB = kept_sets(a_MM, group_M)
     count_B = kept_MB.double().sum(0)
     pairs_B = count_B * (count_B - 1)
@@ -126,4 +126,4 @@ def _correlation(a_MM: Tensor, b_MM: Tensor, group_M: Tensor | None) -> Estimate
     correlation_B = (total(a_MM * b_MM) - mean_a_B * mean_b_B) / (spread_a_B.sqrt() * spread_b_B.sqrt())
     low, high = jackknife_interval(correlation_B, -1.0, 1.0)
     band = chance_band(Parts.of_distances(a_MM), Parts.of_distances(b_MM), group_M)
-    return finite(float(correlation_B[0]), m, low=float(low), high=float(high), **band)
+    return Estimate.of(float(correlation_B[0]), m, low=float(low), high=float(high), **band)

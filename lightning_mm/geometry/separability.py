@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.modality_gap import swap_signs
 from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
@@ -53,7 +53,7 @@ def separability(
     estimates = []
     for layer, pair in enumerate(pair_problems(a, b, _LEAST)):
         if pair or few:
-            estimates.append(undefined(pair or few, n))
+            estimates.append(Estimate.undefined_because(pair or few, n))
             continue
         shift_D = (b.mean[layer] - a.mean[layer]) / 2
         rows_MD = torch.cat([a.centred[layer] - shift_D, b.centred[layer] + shift_D])
@@ -67,7 +67,7 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     target_MP = torch.cat([-sign_PN, sign_PN], 1).T.to(rows_MD)
     score_MP = left_out_scores(rows_MD, target_MP, parts, ridge)
     if not torch.isfinite(score_MP).all():
-        return undefined("no line: the products of the rows overflow or lose their digits", n)
+        return Estimate.undefined_because("no line: the products of the rows overflow or lose their digits", n)
     wins_N, areas_P, variance = torch.zeros(n, dtype=torch.float64), torch.zeros(len(sign_PN)).double(), 0.0
     for part in parts:
         first_FP, second_FP, kept_FP = score_MP[part], score_MP[n + part], sign_PN.T[part].to(score_MP) > 0
@@ -80,7 +80,9 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     value, error = mean / 2, float(areas_P[1:].std())
     wider = max(1.0, error / math.sqrt(variance))
     low, high = max(value - wider * (mean - low), 0.0), min(value + wider * (high - mean), 1.0)  # NaN stays NaN
-    return finite(value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error)
+    return Estimate.of(
+        value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error
+    )
 
 
 def _area_of(low_FP: Tensor, high_FP: Tensor) -> Tensor:

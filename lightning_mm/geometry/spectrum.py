@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.threads import one_thread
 from lightning_mm.geometry.hsic import kept_sets
 from lightning_mm.geometry.representations import Bank, exact_products
@@ -85,12 +85,14 @@ def participation_ratio(bank: Bank, debiased: bool = True, groups: Tensor | None
 
     def measure(layer: int) -> Estimate:
         if bank.problems[layer] or n < _MIN_SAMPLES:
-            return undefined(bank.problems[layer] or f"too few: {n} samples", n)
+            return Estimate.undefined_because(bank.problems[layer] or f"too few: {n} samples", n)
         values_B = _participation(bank.squared_distances(layer), kept_NB, debiased)
         if not values_B[0] > 0:
-            return undefined("no variance beyond what noise of this size has: tr S^2 is not above 0", n)
+            return Estimate.undefined_because(
+                "no variance beyond what noise of this size has: tr S^2 is not above 0", n
+            )
         low, high = jackknife_interval(values_B, 0)
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), null=null)
+        return Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), null=null)
 
     return [measure(layer) for layer in range(bank.num_layers)]
 
@@ -132,7 +134,7 @@ def alpha_req(spectrum: Spectrum, first: int = 11, last: int = 100, groups: Tens
         end = min(last, n - 1, int((values_R > 0).sum()))  # centred data have one direction less than samples
         if spectrum.problems[layer] or end - first + 1 < _MIN_POINTS:
             few = f"too few: {end} eigenvalues above 0 for a line from number {first}"
-            measured.append(undefined(spectrum.problems[layer] or few, n))
+            measured.append(Estimate.undefined_because(spectrum.problems[layer] or few, n))
             continue
         line = _Line(first, end)
         estimate = _estimate(spectrum, layer, line, groups)
@@ -215,7 +217,7 @@ def _exponential(value: Tensor, slope_R: Tensor) -> tuple[Tensor, Tensor]:
 def _measured(spectrum: Spectrum, measure: Measure, groups: Tensor | None) -> list[Estimate]:
     n = spectrum.squares.shape[1]
     return [
-        undefined(problem, n) if problem else _estimate(spectrum, layer, measure, groups)
+        Estimate.undefined_because(problem, n) if problem else _estimate(spectrum, layer, measure, groups)
         for layer, problem in enumerate(spectrum.problems)
     ]
 
@@ -228,7 +230,7 @@ def _estimate(spectrum: Spectrum, layer: int, measure: Measure, groups: Tensor |
     influence_N = (spectrum.squares[layer].double() - values_R) @ slope_R
     _, below, above = mean_interval(influence_N[None], groups)
     null = float(measure(isotropic(n - spectrum.centred, spectrum.width))[0])
-    return finite(float(value), n, low=float(value + below), high=float(value + above), null=null)
+    return Estimate.of(float(value), n, low=float(value + below), high=float(value + above), null=null)
 
 
 def _participation(squared_NN: Tensor, kept_NB: Tensor, debiased: bool) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import MIN_SAMPLES, u_centred
 from lightning_mm.geometry.null_models import MAX_SKEW, pearson_quantiles
 from lightning_mm.geometry.representations import exact_products
@@ -98,7 +98,9 @@ class StreamingCKA(Metric):
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             n = int(self.ab[0, -1, -1])
             if n < MIN_SAMPLES:
-                return [undefined(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)] * len(self.ab)
+                return [
+                    Estimate.undefined_because(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)
+                ] * len(self.ab)
             skew_L = MAX_SKEW * _concentration(self.aa) * _concentration(self.bb)
             error_L = torch.full_like(skew_L, math.sqrt(2 / (n * (n - 3))))
             return _with_band(self._values(), error_L, skew_L, n, self.broken)
@@ -203,10 +205,10 @@ def _with_band(values_L: Tensor, error_L: Tensor, skew_L: Tensor, n: int, broken
     found, rows = [], zip(*(x_L.tolist() for x_L in (values_L, error_L, skew_L, broken_L)), strict=True)
     for value, error, skew, broken in rows:
         if math.isnan(value):
-            found.append(undefined(f"not finite: {broken} of {n} samples" if broken else _NOTHING, n))
+            found.append(Estimate.undefined_because(f"not finite: {broken} of {n} samples" if broken else _NOTHING, n))
         else:
             low, high = pearson_quantiles(skew)
-            found.append(finite(value, n, null=0.0, null_low=low * error, null_high=high * error))
+            found.append(Estimate.of(value, n, null=0.0, null_low=low * error, null_high=high * error))
     return found
 
 

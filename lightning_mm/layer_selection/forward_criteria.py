@@ -27,7 +27,7 @@ from lightning_mm.analysis.geometry import scales
 from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.analysis.select_rows import Keep, Selected, paired, select
 from lightning_mm.core.decisions import decide
-from lightning_mm.core.estimate import Estimate, finite, undefined, values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.geometry.block_influence import angular_distance, block_influence
 from lightning_mm.geometry.dimension import gride
@@ -131,7 +131,10 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
     """
     n, problems = len(labels), Bank.of(features).problems
     if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2 or all(problems):
-        return [undefined(problem or "too few: groups or classes to leave one out", n) for problem in problems]
+        return [
+            Estimate.undefined_because(problem or "too few: groups or classes to leave one out", n)
+            for problem in problems
+        ]
     mean_T1D = features.mean(1, keepdim=True)
     spread_T1D = features.std(1, keepdim=True)
     x_TND = (features - mean_T1D) / torch.where(spread_T1D > _ROUNDING * mean_T1D.abs(), spread_T1D, torch.inf)
@@ -142,9 +145,9 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
     right_TN = ((y_N1 - fitted.left_out)[..., 0] * y_N1[:, 0] > 0).double()
     ends = zip(*mean_interval(right_TN, groups), strict=True)
     majority = max(float(labels.double().mean()), 1 - float(labels.double().mean()))
-    found = [finite(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
+    found = [Estimate.of(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
     by_layer = dict(zip(sound, found, strict=True))
-    return [by_layer.get(layer) or undefined(problem, n) for layer, problem in enumerate(problems)]
+    return [by_layer.get(layer) or Estimate.undefined_because(problem, n) for layer, problem in enumerate(problems)]
 
 
 def _entailment_rows(material: Material) -> tuple[Selected, Tensor] | None:
@@ -180,7 +183,7 @@ def _complement(e: Estimate) -> Estimate:
     if e.value is None:
         return e
     turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
-    return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
+    return Estimate.of(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
 
 
 def _overlaps(material: Material) -> Tensor:

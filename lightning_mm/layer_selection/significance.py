@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.core.estimate import Estimate, finite, values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.information_imbalance import imbalance_gain
 from lightning_mm.geometry.knn_overlap import overlap_gain
@@ -104,7 +104,7 @@ def _entailments(material: Material) -> Iterator[Claim]:
 def _above(e: Estimate, floor: float) -> Estimate:
     if e.value is None or e.low is None or e.high is None:
         return e
-    return finite(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
+    return Estimate.of(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
 
 
 def _beyond_chance(claim: Claim) -> str:

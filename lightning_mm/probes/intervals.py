@@ -13,7 +13,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.core.estimate import Estimate
 
 CONFIDENCE = 0.95
 
@@ -59,7 +59,7 @@ def estimates(
     for value, (low, high) in zip(score_L.tolist(), bounds(centred_LB).clamp(least, most).tolist(), strict=True):
         if (least, most) == (0, 1) and low == high == value:
             low, high = (faultless, 1.0) if value == 1 else (0.0, 1 - faultless) if value == 0 else (low, high)
-        found.append(finite(value, n, k=k, low=low, high=high, null=null))
+        found.append(Estimate.of(value, n, k=k, low=low, high=high, null=null))
     return found
 
 
@@ -139,7 +139,7 @@ def plateau(found: Sequence[Estimate]) -> tuple[int, int] | None:
     """First and last of the layers around the maximum whose intervals reach it; None without any value.
 
     Example:
-        >>> plateau([Estimate(value, 100, high=value + 0.1) for value in (0.5, 0.75, 0.8, 0.6)])
+        >>> plateau([Estimate(value, n=100, high=value + 0.1) for value in (0.5, 0.75, 0.8, 0.6)])
         (1, 2)
     """
     values = [-math.inf if estimate.value is None else estimate.value for estimate in found]

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import finite, undefined, values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.geometry.representations import exact_products
 from lightning_mm.probes import intervals
 from lightning_mm.probes.cross_entropy import real
@@ -86,7 +86,7 @@ def probe(
     n, subject = len(labels), Subject.of(labels, groups_N)
     if subject.fault:
         names = MULTINOMIAL if kind == "multinomial" else MULTILABEL
-        reasons = [undefined(subject.fault, n)] * len(x_LND)
+        reasons = [Estimate.undefined_because(subject.fault, n)] * len(x_LND)
         return ProbeResult.undefined(names, reasons, control=control, compression=compression)
     rows_M, cross_fit = subject.rows.to(x_LND.device), n <= CROSS_FIT if cross_fit is None else cross_fit
     c_values = c_values or [value / x_LND.shape[2] for value in _C_TIMES_D]
@@ -185,12 +185,15 @@ class _Task:
         """Control, and selectivity: main score minus control."""
         main = next(iter(control.scores.values()))
         if (self.targets[1] == self.targets[1][:, :1]).all():
-            alike = [undefined("one class: all types have drawn the same control label", one.n) for one in main]
+            alike = [
+                Estimate.undefined_because("one class: all types have drawn the same control label", one.n)
+                for one in main
+            ]
             return alike, alike
         levels = values(next(iter(true.scores.values())))
         rows = zip(main, levels, values(main), intervals.bounds(true.draws - control.draws).tolist(), strict=True)
         differences = [
-            finite(level - other, one.n, k=one.k, low=low, high=high, null=0.0)
+            Estimate.of(level - other, one.n, k=one.k, low=low, high=high, null=0.0)
             for one, level, other, (low, high) in rows
         ]
         return main, differences

@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, undefined, values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.probes import intervals, scores
 from lightning_mm.probes.cross_validation import group_draws, num_groups
 
@@ -256,7 +256,9 @@ class ProbeResult:
     def without(self, faults: Sequence[str], n: int) -> "ProbeResult":
         """The same with nothing said of faulty layers, but why; n samples were there."""
         faulty = torch.tensor([bool(fault) for fault in faults], device=self.draws.device)[:, None]
-        kept = self.each(lambda row: [undefined(f, n) if f else one for f, one in zip(faults, row, strict=True)])
+        kept = self.each(
+            lambda row: [Estimate.undefined_because(f, n) if f else one for f, one in zip(faults, row, strict=True)]
+        )
         p_values = [math.nan if fault else p for fault, p in zip(faults, self.p_values, strict=True)]
         draws, c = (torch.where(faulty, math.nan, found) for found in (self.draws, self.c))
         return replace(kept, draws=draws, c=c, p_values=p_values)

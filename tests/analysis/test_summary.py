@@ -4,16 +4,16 @@ import torch
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.summary import headline, scalars
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.block_influence import angular_distance, block_influence, row_cosine
 
 
 def found(values: list[float | None], measure: str = "overlap", null: float = 0.1) -> Findings:
     findings = Findings(7)
     estimates = [
-        undefined("constant: all coincide", 50)
+        Estimate.undefined_because("constant: all coincide", 50)
         if v is None
-        else Estimate(v, 50, low=v - 0.05, high=v + 0.05, null=null)
+        else Estimate(v, n=50, low=v - 0.05, high=v + 0.05, null=null)
         for v in values
     ]
     findings.add("geometry", measure, "last", estimates)

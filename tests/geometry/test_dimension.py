@@ -151,7 +151,7 @@ def test_calibration_undoes_the_bias(estimator: TwoNN | Gride) -> None:
     points = curve(500, estimator)
     assert points[0] == (0.0, 0.0)
     assert all(low < high for (_, low), (_, high) in pairwise(points))
-    far = calibrated_dimension([Estimate(1e4, 500)], estimator)[0]
+    far = calibrated_dimension([Estimate(1e4, n=500)], estimator)[0]
     assert far.undefined.startswith("beyond the calibration curve")
 
 

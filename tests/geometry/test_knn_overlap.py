@@ -146,7 +146,7 @@ def test_calibrated_scale() -> None:
     assert scaled.null == 0
     assert (scaled.low < scaled.value < scaled.high, scaled.n, scaled.k) == (True, 80, 10)
     assert calibrated(overlap(a, a, 10)[0]).value == 1
-    assert calibrated(Estimate(0.5, 10)).undefined
+    assert calibrated(Estimate(0.5, n=10)).undefined
 
 
 def test_pictures_of_unequal_size_have_no_chance_level() -> None:

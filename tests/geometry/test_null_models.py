@@ -9,7 +9,7 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import u_centred
 from lightning_mm.geometry.null_models import Parts, calibrated, chance_band, pearson_quantiles
 
@@ -112,11 +112,11 @@ def test_quantiles_are_those_of_pearson_iii(skewness: float) -> None:
 
 
 def test_calibrated() -> None:
-    estimate = Estimate(0.6, 10, low=0.2, high=1.0, null=0.2, null_low=0.0, null_high=0.4, k=3)
+    estimate = Estimate(0.6, n=10, low=0.2, high=1.0, null=0.2, null_low=0.0, null_high=0.4, k=3)
     scaled = calibrated(estimate)
     found = (scaled.value, scaled.low, scaled.high, scaled.null, scaled.null_low, scaled.null_high)
     assert found == pytest.approx((0.5, 0, 1, 0, -0.25, 0.25))
     assert scaled.k == 3
-    assert calibrated(undefined("constant", 5)).undefined == "constant"
-    assert calibrated(Estimate(1.0, 5, null=1.0)).undefined
-    assert calibrated(Estimate(1.0, 5)).undefined
+    assert calibrated(Estimate.undefined_because("constant", 5)).undefined == "constant"
+    assert calibrated(Estimate(1.0, n=5, null=1.0)).undefined
+    assert calibrated(Estimate(1.0, n=5)).undefined

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.resampling import (
     deletion_blocks,
     group_jackknife,
@@ -171,9 +171,9 @@ def test_few_groups_are_no_swaps() -> None:
 
 
 def test_without_chance_there_is_a_note() -> None:
-    one = Estimate(0.5, 10, null=0.1, null_low=0.0, null_high=0.2)
+    one = Estimate(0.5, n=10, null=0.1, null_low=0.0, null_high=0.2)
     assert withheld([one], "") == [one]
     bare, known = withheld([one], "why")[0], withheld([one], "why", exact=True)[0]
     assert (bare.null, bare.null_low, bare.null_high, bare.notes) == (None, None, None, ("why",))
     assert (known.null, known.null_low, known.null_high, known.notes) == (0.1, None, None, ("why",))
-    assert withheld([undefined("constant", 5)], "why")[0] == undefined("constant", 5)
+    assert withheld([Estimate.undefined_because("constant", 5)], "why")[0] == Estimate.undefined_because("constant", 5)

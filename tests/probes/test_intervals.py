@@ -7,7 +7,7 @@ import torch
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.probes.cross_validation import group_draws
 from lightning_mm.probes.intervals import (
     band,
@@ -111,7 +111,7 @@ def test_auroc_of_calls_is_balanced_accuracy() -> None:
 
 
 def rows(*levels: float | None) -> list[Estimate]:
-    return [undefined("why", 10) if v is None else Estimate(v, 10, high=v + 0.05) for v in levels]
+    return [Estimate.undefined_because("why", 10) if v is None else Estimate(v, n=10, high=v + 0.05) for v in levels]
 
 
 def test_peak_has_the_layers_where_draws_peak() -> None:

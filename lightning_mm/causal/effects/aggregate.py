@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lightning_mm.causal.effects.activation_patching import Trace, Tracing
 from lightning_mm.causal.questions.question import TOKEN_CLASSES, Question
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.resampling import mean_interval
 
 
@@ -48,11 +48,11 @@ def profile(
     for value_Q, null_Q in zip(value_QN.double().T, null_QN.double().T, strict=True):
         known = ~value_Q.isnan()
         if not known.any():
-            found.append(undefined(missing, 0))
+            found.append(Estimate.undefined_because(missing, 0))
             continue
         mean, low, high = (float(end) for end in mean_interval(value_Q[known][None], group_Q[known]))
         null = float(null_Q[known].mean())
-        found.append(finite(mean, int(known.sum()), low=low, high=high, null=null))
+        found.append(Estimate.of(mean, int(known.sum()), low=low, high=high, null=null))
     return found
 
 

@@ -34,7 +34,7 @@ from lightning_mm.causal.interventions.activation_cache import Recording
 from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.layout import Anatomy
 from lightning_mm.probes.cross_validation import MIN_GROUPS_PER_CLASS, dealt, group_draws, num_groups
 from lightning_mm.probes.intervals import bounds
@@ -184,7 +184,7 @@ def predict_failure(
     """
     group_Q, label_Q = group_ids(questions), right_Q.long().cpu()
     if why := _fault(label_Q, group_Q):
-        none = undefined(why, len(label_Q))
+        none = Estimate.undefined_because(why, len(label_Q))
         return Prediction(none, none, none, none, none, kept=0.0, c=C)
     part_SQ = torch.stack([dealt(label_Q, group_Q, 2, seed) for seed in range(splits)])
     c = strength(len(label_Q) // 2, feature_QF.shape[1])
@@ -251,7 +251,7 @@ def _risk(score_Q: Tensor, label_Q: Tensor, weight_BQ: Tensor, part_Q: Tensor) -
 def _estimate(value_B: Tensor, n: int, null: float, least: float = 0.0) -> Estimate:
     """Value of everyone, and what 95 % of the draws lie between."""
     low, high = bounds(value_B[None, 1:])[0].clamp(least, 1).tolist()
-    return finite(float(value_B[0]), n, low=low, high=high, null=null)
+    return Estimate.of(float(value_B[0]), n, low=low, high=high, null=null)
 
 
 def _fault(label_Q: Tensor, group_Q: Tensor) -> str:

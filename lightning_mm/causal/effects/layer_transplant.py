@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.geometry.resampling import mean_interval
@@ -197,7 +197,7 @@ def transplant_rows(
         yield (
             f"{mode}/{modality}",
             {
-                layer: finite(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
+                layer: Estimate.of(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
                 for layer, (mean, low, high) in zip(curve, found, strict=True)
             },
         )
