@@ -18,7 +18,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor, nn
 
-from lightning_mm.analysis.hidden_states import Reading, read, shared
+from lightning_mm.analysis.hidden_states import HiddenStates, common_samples, extract_hidden_states
 from lightning_mm.cli.export import restored
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
@@ -71,15 +71,17 @@ class Subject:
         model: Any = self.model
         return int(model.config.get_text_config(decoder=True).hidden_size)
 
-    def read(self, probe_set: ProbeSet, step: int = 0) -> Reading:
+    def read(self, probe_set: ProbeSet, step: int = 0) -> HiddenStates:
         """Every layer, on every row; rows that fall out are in the ledger of ``data`` too."""
         with torch.no_grad(), self._precision():
-            reading = read(self.model, self.anatomy, self.data.probe_loader(probe_set), self.device, step=step)
+            reading = extract_hidden_states(
+                self.model, self.anatomy, self.data.probe_loader(probe_set), self.device, step=step
+            )
         self.data.ledger.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
-        self, reading: Reading, probe_set: ProbeSet, pilot: "tuple[Subject, Reading] | None" = None
+        self, reading: HiddenStates, probe_set: ProbeSet, pilot: "tuple[Subject, HiddenStates] | None" = None
     ) -> Selection:
         """The layers worth training, also by what a second, tuned model says.
 
@@ -100,10 +102,10 @@ class Subject:
             return []
 
     def _piloted(
-        self, reading: Reading, probe_set: ProbeSet, tuned: "Subject", after: Reading, batches: list[Batch]
+        self, reading: HiddenStates, probe_set: ProbeSet, tuned: "Subject", after: HiddenStates, batches: list[Batch]
     ) -> list[Criterion]:
         """Criteria 3 and 5: what the tuned model changed, and what its blocks are worth one window at a time."""
-        before, after, _ = shared(reading, after)
+        before, after, _ = common_samples(reading, after)
         drifted = drift_criterion(before, after, probe_set, self.auto.resamples, self.auto.seed, self.device)
         gains = self._transplanted(tuned, batches)
         worth = None if gains is None else transplant_criterion(gains, self.auto.resamples)

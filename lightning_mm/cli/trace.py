@@ -16,7 +16,7 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.analysis.findings import Findings, Recorder
+from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.causal.effects.activation_patching import Tracing
 from lightning_mm.causal.effects.knockout_curves import Knocking
 from lightning_mm.causal.effects.layer_transplant import answered as transplanted_answers
@@ -205,7 +205,7 @@ def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[B
 def _write(
     run: RunDirectory, found: Study, seconds: float, options: Namespace, answers: Sequence[Answer], subject: Subject
 ) -> None:
-    Recorder(run).write(found.findings, 0.0, seconds)
+    FindingsWriter(run).write(found.findings, 0.0, seconds)
     write_json(run.path / "traces.json", found.maps)
     write_json(run.path / "pictures.json", found.pictures)
     (run.path / "maps").mkdir(exist_ok=True)

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class MetricsFile(Logger):
+class ResumableCSVLogger(Logger):
     """A Lightning logger that appends to one CSV file, which ``dashboards.local.read_curves`` reads.
 
     Args:

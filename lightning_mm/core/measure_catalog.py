@@ -208,7 +208,7 @@ def _variant(parent: Measure, variant: str) -> Measure:
     )
 
 
-PLACES = {
+SITE_WORDS = {
     "": "",
     "last": "last token",
     "picture": "last token, picture",
@@ -219,9 +219,9 @@ PLACES = {
     "image~text": "picture and caption tokens",
     "skip": "whole layer skipped",
 }
-SITES = {"mlp": "MLP", "attention": "Attention", "residual": "Residual stream"}
+MODULE_SITES = {"mlp": "MLP", "attention": "Attention", "residual": "Residual stream"}
 """What of a layer is put back, or taken away."""
-CLASSES = {
+TOKEN_CLASSES = {
     "image_early": "picture, early",
     "image_late": "picture, late",
     "constraint": "constraint",
@@ -240,19 +240,19 @@ _HEADS: dict[str, tuple[str, dict[str, str]]] = {
     "sliding": ("layers about this one", _ASKED),
     "zero": ("output set to zero", _PARTS),
     "mean": ("output set to its mean", _PARTS | {"image": "picture tokens"}),
-    **{site: (f"{words} put back", CLASSES) for site, words in SITES.items()},
+    **{site: (f"{words} put back", TOKEN_CLASSES) for site, words in MODULE_SITES.items()},
 }
 
 
-def place(site: str) -> str:
+def describe_site(site: str) -> str:
     """The words of a site.
 
     Example:
         >>> place("image->constraint/pre"), place("zero/mlp"), place("my/own")
         ('picture to constraint, rest renormalised (pre)', 'output set to zero, MLP', 'my/own')
     """
-    if site in PLACES:
-        return PLACES[site]
+    if site in SITE_WORDS:
+        return SITE_WORDS[site]
     edge, _, kind = site.partition("/")
     start, arrow, end = edge.partition("->")
     if arrow and kind in _CUTS:

@@ -29,7 +29,7 @@ from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.layout import Anatomy
 
@@ -300,7 +300,7 @@ def _mean(values: Sequence[float], groups: Sequence[str], bounded: bool) -> Esti
         return Estimate.undefined_because("no such question was given", 0)
     index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = torch.tensor([index[group] for group in groups])
-    mean, low, high = (float(x) for x in mean_interval(torch.tensor([values], dtype=torch.float64), ids))
+    mean, low, high = (float(x) for x in clustered_mean_interval(torch.tensor([values], dtype=torch.float64), ids))
     if bounded:
         low, high = (max(0.0, low), min(1.0, high)) if not math.isnan(low) else (low, high)
     return Estimate.of(mean, len(values), low=low, high=high)

@@ -21,7 +21,7 @@ from torch import Tensor
 from lightning_mm.causal.effects.activation_patching import Trace, Tracing
 from lightning_mm.causal.questions.question import TOKEN_CLASSES, Question
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 
 
 def group_ids(questions: Sequence[Question]) -> Tensor:
@@ -50,7 +50,7 @@ def profile(
         if not known.any():
             found.append(Estimate.undefined_because(missing, 0))
             continue
-        mean, low, high = (float(end) for end in mean_interval(value_Q[known][None], group_Q[known]))
+        mean, low, high = (float(end) for end in clustered_mean_interval(value_Q[known][None], group_Q[known]))
         null = float(null_Q[known].mean())
         found.append(Estimate.of(mean, int(known.sum()), low=low, high=high, null=null))
     return found

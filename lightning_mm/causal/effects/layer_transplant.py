@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
 from lightning_mm.models.layout import Anatomy, Region
 
@@ -191,7 +191,9 @@ def transplant_rows(
     """
     for modality in sorted(set(untouched.modalities)):
         members = torch.tensor([found == modality for found in untouched.modalities])
-        ends = mean_interval(torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members])
+        ends = clustered_mean_interval(
+            torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members]
+        )
         found = zip(*(end.tolist() for end in ends), strict=True)
         n, null = int(members.sum()), float(untouched.right[members].mean())
         yield (
