@@ -1,7 +1,9 @@
-"""layers.csv and matrices.json: what was measured in each layer, kept whole when a run is killed or resumed.
+"""layers.csv and matrices.json: the measurements of every layer, kept whole when a run is killed or resumed.
 
-Data flow: an inspection's rows -> layers.csv; ``local`` and ``online`` read them back. One process writes. Rows of a
-step that was inspected before are replaced: a resumed run looks again at steps that it had already seen.
+One process writes. Rows of a step that was inspected before are replaced, because a resumed run repeats inspections of
+steps after its checkpoint.
+
+Data flow: ``analysis.findings`` -> rows -> layers.csv -> ``read_layers`` -> ``report``.
 
 Shapes: L layers; layer -1 is the embeddings, layer i the output of decoder block i.
 """
@@ -11,7 +13,7 @@ import io
 import logging
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
 
 MOST_LAYERS = 1000
-"""No decoder has so many; a larger number in a file is a fault of the file."""
+"""No decoder has more layers; a line with a larger number is damaged."""
 log = logging.getLogger("lightning_mm")
 
 
@@ -64,7 +66,7 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
     A kill cuts at most the last line, which the next call removes.
 
     Args:
-        path: The file; it is made where there is none.
+        path: The file; created if it does not exist.
         rows: The rows of one inspection, or of one analysis of it.
     """
     new = list(rows)
@@ -74,7 +76,7 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(_lines(new))
         return
-    before, bad = _parsed(old)
+    before, bad = _parse(old)
     if bad:
         log.warning("%s: %d lines that hold no measurement are removed", path.name, bad)
     kept = {row.key: row for row in [*before, *new]}
@@ -87,7 +89,10 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
 
 
 def read_layers(path: Path) -> tuple[list[LayerRow], int]:
-    """The rows of layers.csv in file order, and how many lines hold none (a kill can cut the last one).
+    """The rows of layers.csv in file order, and the number of damaged lines (a kill can cut the last one).
+
+    Args:
+        path: The file.
 
     Raises:
         UserError: If the file is missing or cannot be read at all.
@@ -96,7 +101,7 @@ def read_layers(path: Path) -> tuple[list[LayerRow], int]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path.name} is missing.", str(error), "Let an inspection write it.") from error
-    return _parsed(text)
+    return _parse(text)
 
 
 def append_matrix(
@@ -105,29 +110,23 @@ def append_matrix(
     """Add a layer by layer matrix to matrices.json; one of the same step, measure and site is replaced.
 
     Args:
-        run: The run's folder.
+        run: The run directory.
         step: Optimizer steps done.
-        measure: Such as cka.
-        site: Where its rows, and its columns, were read.
-        layers: The layers of its rows and columns.
+        measure: Name of the measure, such as cka.
+        site: Site of the rows and of the columns.
+        layers: Layers of the rows and columns.
         values: (L, L); values that are not finite become null.
     """
     rounded = [[round(float(value), 5) for value in row] for row in values]
     matrix = {"step": step, "measure": measure, "site": site, "layers": list(layers), "values": rounded}
-    write_json(run.matrices, [*(old for old in _matrices(run.matrices) if not _same(old, matrix)), matrix])
-
-
-def _matrices(path: Path) -> list[dict[str, Any]]:
     try:
-        found = read_json(path) if path.exists() else []
+        before = read_json(run.matrices) if run.matrices.exists() else []
     except UserError as error:
         log.warning("%s %s It is begun anew.", error.what, error.why)
-        return []
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
-
-
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    return all(one.get(key) == other.get(key) for key in ("step", "measure", "site"))
+        before = []
+    entries = [each for each in before if isinstance(each, dict)] if isinstance(before, list) else []
+    others = [each for each in entries if any(each.get(name) != matrix[name] for name in ("step", "measure", "site"))]
+    write_json(run.matrices, [*others, matrix])
 
 
 def _lines(rows: Iterable[LayerRow]) -> str:
@@ -144,12 +143,12 @@ def _cell(value: object) -> str:
     return "" if value is None else " ".join(str(value).split())  # one row is one line: notes may hold line breaks
 
 
-def _parsed(text: str) -> tuple[list[LayerRow], int]:
-    """Each line by itself: a stray quote costs its own line only."""
-    lines = [line for line in text.split("\n")[:-1] if line.strip()]  # what no line end follows was cut
+def _parse(text: str) -> tuple[list[LayerRow], int]:
+    """Rows and number of damaged lines; each line is parsed by itself, so that a stray quote damages only its own."""
+    lines = [line for line in text.split("\n")[:-1] if line.strip()]  # a line without a line end was cut
     cut = int(bool(text.rpartition("\n")[2].strip()))
     columns = _cells(lines[0]) if lines else []
-    rows = [_row(columns, _cells(line)) for line in lines[1:]]
+    rows = [_parse_line(columns, _cells(line)) for line in lines[1:]]
     kept = [row for row in rows if row is not None]
     return kept, len(rows) - len(kept) + cut
 
@@ -161,7 +160,7 @@ def _cells(line: str) -> list[str]:
         return []
 
 
-def _row(columns: Sequence[str], cells: Sequence[str]) -> LayerRow | None:
+def _parse_line(columns: Sequence[str], cells: Sequence[str]) -> LayerRow | None:
     """The row of a line; None where it holds none: a number that does not parse, for instance."""
     if len(cells) != len(columns):
         return None
