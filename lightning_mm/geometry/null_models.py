@@ -91,7 +91,7 @@ def adjust_for_chance(estimate: Estimate) -> Estimate:
     For measures whose chance level depends on the number of directions, neighbors or samples (Groeger et al. 2026).
 
     Example:
-        >>> calibrated(Estimate(0.75, n=100, null=0.5)).value
+        >>> adjust_for_chance(Estimate(0.75, n=100, null=0.5)).value
         0.5
     """
     null = estimate.null

@@ -87,7 +87,7 @@ def expected_nuclear_norm(first_K: Tensor, second_K: Tensor, dimensions: int) ->
         dimensions: Dimension of the space that O rotates: N-1 for N centered samples.
 
     Example:
-        >>> round(expected_match(torch.ones(50), torch.ones(50), 50), 2)  # the nuclear norm of a rotation
+        >>> round(expected_nuclear_norm(torch.ones(50), torch.ones(50), 50), 2)  # the nuclear norm of a rotation
         50.0
     """
     a_K, b_K = first_K.double(), second_K.double()

@@ -37,7 +37,7 @@ def jackknife_blocks(n: int, groups: Tensor | None = None, blocks: int = 12, see
         Per block the sorted (n_b,) indices of its samples; together they are 0..N-1.
 
     Example:
-        >>> [len(block) for block in deletion_blocks(10, blocks=5)]
+        >>> [len(block) for block in jackknife_blocks(10, blocks=5)]
         [2, 2, 2, 2, 2]
     """
     group_N = torch.arange(n) if groups is None else torch.unique(groups.cpu(), return_inverse=True)[1]
@@ -158,7 +158,7 @@ def clustered_mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> t
         (L,) float64 mean, low and high; low and high are NaN with fewer than 3 groups.
 
     Example:
-        >>> mean, low, high = mean_interval(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+        >>> mean, low, high = clustered_mean_interval(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
         >>> round(float(mean), 2), round(float(high - mean), 2)  # 0.577/2 times t(3)
         (0.5, 0.92)
     """
@@ -222,7 +222,7 @@ def permutation_problem(groups: Tensor | None) -> str:
     Of all groups of one size one stays in place on average, and a group of unique size always does.
 
     Example:
-        >>> too_fixed(torch.tensor([0, 1, 1, 2, 2, 2]))
+        >>> permutation_problem(torch.tensor([0, 1, 1, 2, 2, 2]))
         'chance is not drawn: groups change places with their like only, and 100% of the samples would stay'
     """
     if (groups := nontrivial_groups(groups)) is None:

@@ -149,7 +149,7 @@ def marchenko_pastur_eigenvalues(n: int, width: int) -> Tensor:
     """(R,) expected eigenvalues of isotropic noise, largest first: quantiles of the Marchenko-Pastur distribution.
 
     Example:
-        >>> x = isotropic(1000, 500)
+        >>> x = marchenko_pastur_eigenvalues(1000, 500)
         >>> round(float(x.sum() ** 2 / x.square().sum()))  # (N-1) D / (N-1+D)
         333
     """

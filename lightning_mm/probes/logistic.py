@@ -186,7 +186,7 @@ def map_layer_blocks(work: Callable[[slice], Result], num_layers: int, device: t
         device: Where the features are.
 
     Example:
-        >>> by_layers(lambda layers: layers.start, 20, torch.device("cuda"))
+        >>> map_layer_blocks(lambda layers: layers.start, 20, torch.device("cuda"))
         [0, 8, 16]
     """
     threads = torch.get_num_threads() if device.type == "cpu" else 1
