@@ -69,14 +69,14 @@ class Way:
         self.module.configure_model()
         if bf16:
             module = self.module
-            hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed", module.compute.frozen_dtype)
+            hold_frozen(module.mm, module.plan, "bf16-mixed", module.compute.frozen_dtype)
         self.module.train()
         self.autocast: Callable[[], Any] = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with self.autocast():
-            cut_tower(self.module.model, self.module.anatomy, example)
-        groups = parameter_groups(self.module.model, self.module.anatomy, self.module.plan, self.module.optimizer)
+            cut_tower(self.module.mm, example)
+        groups = parameter_groups(self.module.mm, self.module.plan, self.module.optimizer)
         self.optimizer = build_optimizer(groups, self.module.optimizer)
-        self.prefix = FrozenPrefix(self.module.model, self.module.anatomy, FIRST) if kept else None
+        self.prefix = FrozenPrefix(self.module.mm, FIRST) if kept else None
 
     def step(self, batch: Batch) -> Split:
         """Seconds by part and kind."""

@@ -36,7 +36,8 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.frozen_dtype import hold_frozen
 from lightning_mm.execution.step import Compute, TrainingStep
 from lightning_mm.execution.vision_truncation import cut_tower
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone
 from lightning_mm.planning.devices import matmul_peak, wait_for
 from lightning_mm.planning.flops import step_flops
@@ -70,19 +71,19 @@ def tested(seconds: float) -> dict[str, Any]:
 def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], device: torch.device, peak: float) -> Any:
     """Seconds, tokens, memory and MFU of one policy's steps."""
     model = built(shape, device)
-    anatomy = Anatomy.of(model)
-    plan = policy.plan(anatomy)
+    layout = ModelLayout.of(model)
+    plan = policy.plan(layout)
     floor = sum(_floor(shape, policy, batch) for batch in batches[1:]) / (len(batches) - 1)
-    apply_plan(model, anatomy, plan)
-    hold_frozen(model, anatomy, plan, PRECISION)
-    step = TrainingStep(model, anatomy, plan, Compute(), checkpointing=False)
+    apply_plan(MultimodalModel(model, layout), plan)
+    hold_frozen(MultimodalModel(model, layout), plan, PRECISION)
+    step = TrainingStep(MultimodalModel(model, layout), plan, Compute(), checkpointing=False)
     settings = OptimizerSettings(lr=1e-5)
-    optimizer = build_optimizer(parameter_groups(model, anatomy, plan, settings), settings)
+    optimizer = build_optimizer(parameter_groups(MultimodalModel(model, layout), plan, settings), settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     with torch.autocast(device.type, torch.bfloat16):
-        cut_tower(model, anatomy, batches[0].to(device))
+        cut_tower(MultimodalModel(model, layout), batches[0].to(device))
     for batch in batches:
         wait_for(device)
         began = time.perf_counter()
@@ -109,8 +110,8 @@ def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], devic
 def _floor(shape: Shape, policy: TuningPolicy, batch: Batch) -> float:
     with torch.device("meta"):
         model = shape.model()
-    anatomy = Anatomy.of(model)
-    return step_flops(model, anatomy, policy.plan(anatomy), batch).floor
+    layout = ModelLayout.of(model)
+    return step_flops(MultimodalModel(model, layout), policy.plan(layout), batch).floor
 
 
 def looked_into(device: torch.device, folder: Path, small: bool) -> dict[str, float]:

@@ -14,10 +14,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import gather_object
@@ -26,8 +25,8 @@ from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.geometry.representations import exact_products
-from lightning_mm.models.hooks import plain, tapped
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
+from lightning_mm.models.hooks import tapped
 
 ROLE_SITES: Mapping[str, tuple[str, ...]] = {
     "entailment": ("last",),
@@ -116,8 +115,7 @@ def pool(hidden_BLD: Tensor, weights_BSL: Tensor) -> Tensor:
 
 
 def extract_hidden_states(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     batches: Iterable[ProbeBatch],
     device: torch.device,
     *,
@@ -129,8 +127,7 @@ def extract_hidden_states(
     """Hidden states of this rank's rows. The caller sets eval mode, no_grad, precision and random state.
 
     Args:
-        model: The model, wrapped (DDP, FSDP) or not.
-        anatomy: Layout of the plain model.
+        mm: The model, wrapped (DDP, FSDP) or not.
         batches: This rank's share of the probe set.
         device: Where the model is.
         step: Optimizer steps done, recorded in the result.
@@ -139,8 +136,9 @@ def extract_hidden_states(
             them has changed.
         begin: Context manager around each forward pass that returns the batch to run; None runs the batch as it is.
     """
-    if before is not None and unchanged > anatomy.num_layers:
+    if before is not None and unchanged > mm.layout.num_layers:
         return replace(before, step=step)
+    mm = replace(mm, model=unwrap_model(mm.model))
     first = unchanged if before is not None else 0
     vectors: dict[str, list[Tensor]] = {}
     samples: dict[str, list[SampleId]] = {}
@@ -150,7 +148,7 @@ def extract_hidden_states(
         if not len(batch):
             continue
         with nullcontext(batch.to(device)) if begin is None else begin(batch) as given:
-            pooled_TBSD = _forward(plain(model), anatomy, given, first)
+            pooled_TBSD = _forward(mm, given, first)
         for position, sample, b, s in _present_sites(batch):
             vectors.setdefault(position, []).append(pooled_TBSD[:, b, s])
             samples.setdefault(position, []).append(sample)
@@ -162,7 +160,7 @@ def extract_hidden_states(
     return HiddenStates(step, features, sample_index, tuple(rejected))
 
 
-def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Tensor:
+def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
     """(T - first, B, S, D) pooled hidden states, on the CPU."""
     taken: dict[int, Tensor] = {}
     below: list[Tensor] = []
@@ -174,9 +172,9 @@ def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Ten
             taken[index] = pool(hidden_BLD, batch.weights)
 
     no_position = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
-    with tapped(model, anatomy, receive), gathered_before(model.get_submodule(anatomy.head), no_position):
-        model(**batch.inputs, use_cache=False)
-    wanted = range(first, anatomy.num_layers + 1)
+    with tapped(mm, receive), gathered_before(mm.model.get_submodule(mm.layout.head), no_position):
+        mm.model(**batch.inputs, use_cache=False)
+    wanted = range(first, mm.layout.num_layers + 1)
     skipped = [index for index in wanted if index not in taken]
     for index in skipped:  # a block that is left out is the identity: its slice is the one below
         assert index - 1 in taken or below, "the lowest block was not run"

@@ -15,18 +15,19 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 
-def blocks_in_graph(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> tuple[str, ...]:
+def blocks_in_graph(mm: MultimodalModel, plan: TuningPlan) -> tuple[str, ...]:
     """Names of the blocks that backward crosses: from the lowest trainable one up, in decoder and vision tower."""
-    decoder = anatomy.layers[plan.lowest_layer :]
+    decoder = mm.layout.layers[plan.lowest_layer :]
     if plan.modes[Region.VISION] == "frozen":
         return decoder
-    trained = [any(p.requires_grad for p in model.get_submodule(b).parameters()) for b in anatomy.vision_blocks]
+    trained = [any(p.requires_grad for p in mm.model.get_submodule(b).parameters()) for b in mm.layout.vision_blocks]
     lowest = trained.index(True) if any(trained) else len(trained)
-    return (*anatomy.vision_blocks[lowest:], *decoder)
+    return (*mm.layout.vision_blocks[lowest:], *decoder)
 
 
 def unchanged_slices(plan: TuningPlan) -> int:

@@ -19,22 +19,19 @@ from torch import Tensor, nn
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.tuning.policy import TuningPlan
 
 FrozenType = Literal["auto", "float32", "bfloat16"]
 
 
-def hold_frozen(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, precision: str, wanted: FrozenType = "auto"
-) -> int:
+def hold_frozen(mm: MultimodalModel, plan: TuningPlan, precision: str, wanted: FrozenType = "auto") -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
     Call it after the fingerprint was taken: that is of the weights as they were loaded.
 
     Args:
-        model: Under the plan; on any device.
-        anatomy: Of it.
+        mm: Under the plan; on any device.
         plan: What trains.
         precision: ``trainer.precision``.
         wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
@@ -56,11 +53,11 @@ def hold_frozen(
     if wanted == "float32":
         decide("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
         return 0
-    held = castable(model, plan)
+    held = castable(mm.model, plan)
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
-    head: Any = model.get_submodule(anatomy.head)
+    head: Any = mm.model.get_submodule(mm.layout.head)
     tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2

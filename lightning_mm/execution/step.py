@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
@@ -32,7 +31,8 @@ from lightning_mm.execution.vision_truncation import cut_tower
 from lightning_mm.models.attention.cpu_kernels import attend_on_processors
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
 from lightning_mm.models.compile import apply_liger, compile_blocks
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.models.rms_norm_cpu import norm_on_processors
 from lightning_mm.tuning.policy import TuningPlan
 
@@ -84,39 +84,37 @@ class TrainingStep:
 
     Args:
         model: Frozen and adapted as planned; its blocks are prepared in place.
-        anatomy: Of it.
+        layout: Of it.
         plan: What trains.
         compute: How a step is computed.
         checkpointing: Whether blocks are recomputed in backward.
     """
 
-    def __init__(
-        self, model: nn.Module, anatomy: Anatomy, plan: TuningPlan, compute: Compute, checkpointing: bool
-    ) -> None:
-        self.model, self.anatomy, self.plan, self.compute = model, anatomy, plan, compute
+    def __init__(self, mm: MultimodalModel, plan: TuningPlan, compute: Compute, checkpointing: bool) -> None:
+        self.mm, self.plan, self.compute = mm, plan, compute
         self.cache: PrefixCache | FeatureCache | None = None
         self.prefix: FrozenPrefix | None = None
         self._asked = False
         if compute.liger:
-            apply_liger(model)
+            apply_liger(mm.model)
         if compute.compile == "blocks":
-            compile_blocks(model, blocks_in_graph(model, anatomy, plan))
+            compile_blocks(mm.model, blocks_in_graph(mm, plan))
         attend_on_processors()
-        norm_on_processors(model)
+        norm_on_processors(mm.model)
         if compute.packing:
-            packed = unpad_blocks(model, anatomy)
+            packed = unpad_blocks(mm)
             why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
-            decide("model.compute.packing", f"{len(packed)} of {anatomy.num_layers} blocks without padding", why)
+            decide("model.compute.packing", f"{len(packed)} of {mm.layout.num_layers} blocks without padding", why)
         if checkpointing:
-            blocks = blocks_in_graph(model, anatomy, plan)[:: compute.checkpoint_every]
-            checkpoint_blocks(model, blocks)
+            blocks = blocks_in_graph(mm, plan)[:: compute.checkpoint_every]
+            checkpoint_blocks(mm.model, blocks)
             decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
 
     def objective(self, batch: Batch) -> Objective:
         """Summed NLL of a batch."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.mm.model.get_submodule(self.mm.layout.head)
         with self._begun(batch), unpadded(self._tokens(batch)):
-            return supervised_nll(self.model, head, batch, self.compute.loss_chunk)
+            return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
 
     def keep(
         self,
@@ -141,7 +139,7 @@ class TrainingStep:
         if not self._asked:
             self._asked = True
             batch = example(1)
-            unread = cut_tower(self.model, self.anatomy, batch)
+            unread = cut_tower(self.mm, batch)
             try:
                 if settings.mode == "off":
                     pass
@@ -174,7 +172,7 @@ class TrainingStep:
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
         pad = int(collator.processing.processor.tokenizer.pad_token_id)
-        prefix = self.prefix = verified(self.model, self.anatomy, self.plan, batch, pad)
+        prefix = self.prefix = verified(self.mm, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
         opened = self._opened(settings, prefix, collator, epochs, facts, states.dtype)
@@ -190,7 +188,7 @@ class TrainingStep:
         epochs: float,
         facts: dict[str, Any],
     ) -> None:
-        tower = verified_tower(self.model, self.anatomy, unread, batch, collator)
+        tower = verified_tower(self.mm, unread, batch, collator)
         if settings.mode == "auto" and tower.share < _TOWER_SHARE:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
             decide("model.cache", "off", why)

@@ -15,40 +15,39 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.cache.frozen_prefix import own_randomness, pass_by
 from lightning_mm.execution.loss import gathered_before
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import restored
-from lightning_mm.models.layout import Anatomy
 
 
 @torch.no_grad()
-def cut_tower(model: nn.Module, anatomy: Anatomy, batch: Batch) -> tuple[str, ...]:
+def cut_tower(mm: MultimodalModel, batch: Batch) -> tuple[str, ...]:
     """Pass by the vision blocks that nothing reads, in place; returns their names, top first.
 
     Args:
-        model: The plain model, on the batch's device.
-        anatomy: Of it.
+        mm: The plain model, on the batch's device.
         batch: With pictures; without any, nothing is cut.
     """
-    if not batch.has_images or not anatomy.vision_blocks:
+    if not batch.has_images or not mm.layout.vision_blocks:
         return ()
-    head = model.get_submodule(anatomy.head)
+    head = mm.model.get_submodule(mm.layout.head)
 
     def reads() -> bool:
         """Whether what is not a number reaches the logits; where a closed gate is in between, it does too."""
         with gathered_before(head, batch.supervised):
-            return not bool(model(**batch.inputs, use_cache=False).logits.isfinite().all())
+            return not bool(mm.model(**batch.inputs, use_cache=False).logits.isfinite().all())
 
     cut: list[str] = []
     in_tuple = False
     with own_randomness(batch.regions.device):
-        for name in reversed(anatomy.vision_blocks):
-            with _spoilt(model.get_submodule(name)) as outputs:
+        for name in reversed(mm.layout.vision_blocks):
+            with _spoilt(mm.model.get_submodule(name)) as outputs:
                 if reads() or not outputs:
                     break
             in_tuple = isinstance(outputs[0], tuple)
             cut.append(name)
     if cut:
-        pass_by([model.get_submodule(name) for name in cut], in_tuple)
-        decide("vision tower", f"{len(cut)} of {len(anatomy.vision_blocks)} blocks left out", "nothing reads them")
+        pass_by([mm.model.get_submodule(name) for name in cut], in_tuple)
+        decide("vision tower", f"{len(cut)} of {len(mm.layout.vision_blocks)} blocks left out", "nothing reads them")
     return tuple(cut)
 
 

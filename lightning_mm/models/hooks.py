@@ -18,23 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 Receive = Callable[[int, Tensor], None]
-
-
-def plain(model: Any) -> nn.Module:
-    """The transformers model inside what others have wrapped around it: torch.compile, DDP, PEFT."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
-        else:
-            assert isinstance(model, nn.Module)
-            return model
 
 
 @contextmanager
@@ -52,25 +38,22 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(
-    model: nn.Module, anatomy: Anatomy, receive: Receive, slices: Collection[int] | None = None
-) -> Iterator[None]:
+def tapped(mm: MultimodalModel, receive: Receive, slices: Collection[int] | None = None) -> Iterator[None]:
     """While active, every forward pass of the model hands over its hidden states.
 
     Blocks that were compiled run uncompiled meanwhile. No hook is left behind, also where the forward pass fails.
 
     Args:
-        model: As ``plain`` gives it.
-        anatomy: Of that model.
+        mm: As ``plain`` gives it.
         receive: Called with the slice and its hidden states (B, L, D), once per forward pass and slice.
         slices: Which of the ``num_layers + 1`` slices; all if None.
     """
-    wanted = set(range(anatomy.num_layers + 1) if slices is None else slices)
+    wanted = set(range(mm.layout.num_layers + 1) if slices is None else slices)
     handles = []
     try:
-        with uncompiled(model):
-            for index, name in enumerate(anatomy.layers):
-                block = model.get_submodule(name)
+        with uncompiled(mm.model):
+            for index, name in enumerate(mm.layout.layers):
+                block = mm.model.get_submodule(name)
                 if index == 0 and 0 in wanted:
                     handles.append(block.register_forward_pre_hook(_entering(receive), with_kwargs=True))
                 if index + 1 in wanted:
@@ -96,12 +79,11 @@ def _leaving(receive: Receive, index: int) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, bool], chunk: int = 256) -> Tensor:
+def read_out(mm: MultimodalModel, hidden: Tensor, tuples: Mapping[int, bool], chunk: int = 256) -> Tensor:
     """Logits of hidden states (the logit lens, where they come from inner blocks).
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         hidden: (N, D) before the final norm.
         tuples: Which blocks return tuples, as a ``Recording`` knows.
         chunk: Hidden states at a time; the vocabulary is large.
@@ -109,27 +91,27 @@ def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, 
     Returns:
         (N, V) float32.
     """
-    return torch.cat([logits_of(model, anatomy, part, tuples) for part in hidden.split(chunk)])
+    return torch.cat([logits_of(mm, part, tuples) for part in hidden.split(chunk)])
 
 
-def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
+def logits_of(mm: MultimodalModel, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
     """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
     hidden_N1D = hidden_ND[:, None]
     # Any word will do, for its embedding is passed by too; some models (Gemma 4) want to know which word it was.
-    word = int(getattr(model.config, "image_token_id", None) == 0)
+    word = int(getattr(mm.model.config, "image_token_id", None) == 0)
     given = {"input_ids": torch.full((len(hidden_ND), 1), word, device=hidden_ND.device)}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if "position_ids" in inspect.signature(mm.model.forward).parameters:
         # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
-    with passed_by(model, anatomy, hidden_N1D, tuples):
-        logits = model(use_cache=False, **given).logits
+    with passed_by(mm, hidden_N1D, tuples):
+        logits = mm.model(use_cache=False, **given).logits
     return logits[:, -1].float()
 
 
 @contextmanager
-def passed_by(model: nn.Module, anatomy: Anatomy, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
+def passed_by(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
     """While active, the blocks compute nothing and the last one returns ``output``."""
-    blocks = [model.get_submodule(name) for name in anatomy.layers]
+    blocks = [mm.model.get_submodule(name) for name in mm.layout.layers]
     with restored(blocks):
         for index, block in enumerate(blocks):
             answer = (output,) if tuples.get(index) else output

@@ -83,10 +83,10 @@ def test_compiled_blocks_compute_the_same(
 
 def test_only_blocks_that_backward_crosses(family: Family, quick: list[int]) -> None:
     module = configured(family, "llava", COMPILED, LateLayers(budget="1"))
-    below = [module.model.get_submodule(name) for name in module.anatomy.layers[: module.plan.lowest_layer]]
+    below = [module.model.get_submodule(name) for name in module.mm.layout.layers[: module.plan.lowest_layer]]
     plain = configured(family, "llava", Compute(), LateLayers(budget="1"))
     assert len(below) == 3
-    for one, other in zip(below, plain.anatomy.layers, strict=False):
+    for one, other in zip(below, plain.mm.layout.layers, strict=False):
         assert getattr(one.forward, "__qualname__", "") == plain.model.get_submodule(other).forward.__qualname__
 
 
@@ -97,12 +97,12 @@ def test_whoever_looks_sees_every_hook_run(family: Family, data: Data, quick: li
     quick.clear()
     seen: list[int] = []
     inner: list[Tensor] = []
-    block = module.anatomy.blocks[1]
+    block = module.mm.layout.blocks[1]
     assert block.o_proj is not None
     handle = module.model.get_submodule(block.o_proj).register_forward_hook(lambda *_: inner.append(_[2]))
-    with torch.no_grad(), tapped(module.model, module.anatomy, lambda index, hidden: seen.append(index)):
+    with torch.no_grad(), tapped(module.mm, lambda index, hidden: seen.append(index)):
         module.objective(batch)
-    assert seen == list(range(module.anatomy.num_layers + 1))
+    assert seen == list(range(module.mm.layout.num_layers + 1))
     assert len(inner) == 1
     assert not quick
     handle.remove()

@@ -24,7 +24,7 @@ from lightning_mm.models.attention.cpu_kernels import (
     rows_apart,
 )
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from tests.tuning.test_policies import batch_of
 
@@ -233,7 +233,7 @@ def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
     registered: dict[str, Any] = {"sdpa": sdpa_attention_forward}
     monkeypatch.setattr(AttentionInterface, "_global_mapping", registered)
     model = load_model(Backbone(path=str(family("llava"))))
-    unpad_blocks(model, Anatomy.of(model))
+    unpad_blocks(model, ModelLayout.of(model))
     attend_on_processors()
     seen: list[list[int]] = []
     real = cpu_kernels._attended

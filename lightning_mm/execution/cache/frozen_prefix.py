@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before, supervised_nll
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import restored, uncompiled
-from lightning_mm.models.layout import Anatomy
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _COARSE = 2e-2
@@ -33,13 +33,13 @@ class FrozenPrefix:
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         first: The block that the rest begins with.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, first: int) -> None:
-        self.model, self.anatomy, self.first = model, anatomy, first
-        self._blocks = [model.get_submodule(name) for name in anatomy.layers]
+    def __init__(self, mm: MultimodalModel, first: int) -> None:
+        self.mm, self.first = mm, first
+        self._blocks = [mm.model.get_submodule(name) for name in mm.layout.layers]
         self._in_tuples = False
 
     def __str__(self) -> str:
@@ -48,14 +48,14 @@ class FrozenPrefix:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """(B, L, D) what enters the block; needs all inputs of the batch, pictures too."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
-            uncompiled(self.model),
+            uncompiled(self.mm.model),
             passed_by(self._blocks[self.first :], self._in_tuples),
             self.listening() as held,
             gathered_before(head, batch.supervised[:0]),
         ):
-            self.model(**batch.inputs, use_cache=False)
+            self.mm.model(**batch.inputs, use_cache=False)
         # A weight that was cast here without a graph must not be found by what trains.
         torch.clear_autocast_cache()
         return held[0]
@@ -92,15 +92,15 @@ class FrozenPrefix:
         Raises:
             UserError: They are not the same, or the rest cannot do without the pictures.
         """
-        head = self.model.get_submodule(self.anatomy.head)
-        with untouched(self.model, batch.regions.device):
+        head = self.mm.model.get_submodule(self.mm.layout.head)
+        with untouched(self.mm.model, batch.regions.device):
             try:
                 with outputs_of(self._blocks[-1]) as outputs:
-                    whole = supervised_nll(self.model, head, batch).nll
+                    whole = supervised_nll(self.mm.model, head, batch).nll
                 self._in_tuples = isinstance(outputs[0], tuple)
                 states = self.states(batch)
                 with self.entering(states):
-                    halves = supervised_nll(self.model, head, rest).nll
+                    halves = supervised_nll(self.mm.model, head, rest).nll
             except RUN_ERRORS as error:
                 why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"
                 raise _refusal(why) from error

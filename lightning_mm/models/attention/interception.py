@@ -18,7 +18,7 @@ from transformers.masking_utils import eager_mask
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 _NAME = "lightning_mm"
 _MASKED = ("eager", "sdpa")
@@ -77,19 +77,18 @@ Attend = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 
 @contextmanager
-def attention_through(model: nn.Module, anatomy: Anatomy, attend: Attend, strict: bool = True) -> Iterator[None]:
+def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) -> Iterator[None]:
     """While active, ``attend`` answers for every attention of the decoder; towers keep their own.
 
     Args:
-        model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
+        mm: The plain model; adapters and quantised weights may be in it.
         attend: Takes each call and returns what the attention function would: output (B, Q, H, E), weights or None.
         strict: Refuse where a layer mixes tokens otherwise; else such a layer keeps its own way, and is never asked.
 
     Raises:
         UserError: A layer does not use transformers' attention registry (``strict``).
     """
-    mixers: dict[int, Any] = {b.index: model.get_submodule(b.attention) for b in anatomy.blocks if b.attention}
+    mixers: dict[int, Any] = {b.index: mm.model.get_submodule(b.attention) for b in mm.layout.blocks if b.attention}
     own = [layer for layer, module in mixers.items() if not exchangeable(module)]
     if own and strict:
         raise _cannot(own[0], mixers[own[0]])

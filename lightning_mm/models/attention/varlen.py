@@ -16,12 +16,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from lightning_mm.models.attention.cpu_kernels import Rows, attend_on_processors, rows_apart
 from lightning_mm.models.attention.interception import exchangeable
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
@@ -108,7 +108,7 @@ def unpadded(tokens: RealTokens | None) -> Iterator[None]:
         _now.reset(held)
 
 
-def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
+def unpad_blocks(mm: MultimodalModel) -> tuple[str, ...]:
     """Prepare every block that can do without padding, in place, once; returns their names.
 
     Blocks whose attention is not looked up in transformers' registry are left as they are.
@@ -118,11 +118,11 @@ def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
         if kernel in AttentionInterface._global_mapping:
             AttentionInterface.register(kernel, _by_rows(AttentionInterface._global_mapping[kernel]))
     prepared = []
-    for each in anatomy.blocks:
-        mixer: Any = model.get_submodule(each.attention) if each.attention else None
+    for each in mm.layout.blocks:
+        mixer: Any = mm.model.get_submodule(each.attention) if each.attention else None
         if mixer is None or not exchangeable(mixer) or mixer.config._attn_implementation not in _KERNELS:
             continue
-        block = model.get_submodule(each.name)
+        block = mm.model.get_submodule(each.name)
         block.forward = _packed(block.forward)
         prepared.append(each.name)
     return tuple(prepared)
