@@ -32,7 +32,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.models.export.export import Origin, export_full, refuse_taken
+from lightning_mm.models.export.export import Origin, export_full
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
@@ -173,16 +173,10 @@ def _write(run: RunDirectory, study: EditStudy, results: dict[str, Any], shown: 
 def _export(mm: MultimodalModel, edit: WeightEdit, study: EditStudy, out: Path, verify: bool) -> None:
     """Export the edited model, verified in a fresh process before the folder appears."""
     origin = Origin(mm.source, facts={"Edited": f"MultEdit of {len(study.cases)} questions in {edit.module}"})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        apply_edits(mm.model, [edit]),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
-    ):
-        staged = Path(scratch) / out.name
+    with apply_edits(mm.model, [edit]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if verify:
             prove(Claim(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
-        staged.replace(out)
     log.info("exported: %s", out)
 
 

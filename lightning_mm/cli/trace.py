@@ -15,10 +15,12 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.analysis.findings import Findings, Recorder
+from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.causal.effects.activation_patching import TraceConfig
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
-from lightning_mm.causal.effects.layer_transplant import add_transplant_curves
+from lightning_mm.causal.effects.layer_transplant import (
+    add_transplant_curves,
+)
 from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import Answer, answer_until
@@ -27,8 +29,9 @@ from lightning_mm.cli.model_source import InspectedModel, ModelSource, check_sam
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.report.figures.trace_maps import save_trace
 from lightning_mm.report.html import write_report
@@ -62,11 +65,11 @@ def trace(arguments: list[str]) -> int:
         result = run_study(mm, answers, config, _copy_images(run, answers))
         if len(models) > 1:
             add_transplant_curves(result.findings, mm, models[1].mm.model, batches)
-    Recorder(run).write(result.findings, 0.0, time.perf_counter() - began)
+    FindingsWriter(run).write(result.findings, 0.0, time.perf_counter() - began)
     title = {"title": " against ".join(map(model_label, paths)), "model": model.kind}
     _write(run, result, answers, title, model)
     write_json(run.path / "inspection.json", {**title, "labels": {"0": model_label(options.model)}})
-    ledger = Ledger()
+    ledger = RejectedSamples()
     ledger.add([*file.rejected, *rejected, *result.rejected])
     ledger.write(run.ledger)
     write_json(run.decisions, [asdict(decision) for decision in decide])

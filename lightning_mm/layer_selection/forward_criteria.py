@@ -1,6 +1,6 @@
 """Reasons to train some blocks rather than others, read off the untuned model without a gradient.
 
-Data flow: ``Reading`` of the probe set -> one score per block, on all pictures and on random halves of them ->
+Data flow: ``HiddenStates`` of the probe set -> one score per block, on all pictures and on random halves of them ->
 ``Criterion``. A block is judged by what it puts out (slice i + 1 of the reading).
 
 Shapes: L decoder blocks, R resamples.
@@ -14,7 +14,7 @@ Shapes: T slices, N rows, D hidden size.
 
 What reasons to choose layers are computed from: a reading, or a part of its pictures, and pairs of equal meaning.
 
-Data flow: ``Reading`` + ``ProbeSet`` -> ``Material`` -> ``Pair`` -> ``criteria``, ``entailment``, ``evidence``.
+Data flow: ``HiddenStates`` + ``ProbeSet`` -> ``Material`` -> ``Pair`` -> ``criteria``, ``entailment``, ``evidence``.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,20 +23,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.geometry import scales
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import Keep, Selected, paired, select
+from lightning_mm.analysis.geometry import gride_scales
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import RowFilter, SelectedRows, select_pairs, select_rows
 from lightning_mm.core.decisions import decide
-from lightning_mm.core.estimate import Estimate, finite, undefined, values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.geometry.block_influence import angular_distance, block_influence
-from lightning_mm.geometry.dimension import gride
 from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.intrinsic_dimension import gride
 from lightning_mm.geometry.knn_overlap import overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.null_models import calibrated
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.null_models import adjust_for_chance
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.probes.ridge import Ridge
 
@@ -47,37 +47,37 @@ MEETING_PLACES = {"last": ("picture/last", "text/last"), "image~text": ("picture
 class Material:
     """What criteria are computed from; ``keep`` names the pictures of a resample."""
 
-    reading: Reading
+    reading: HiddenStates
     probe_set: ProbeSet
     device: torch.device
-    keep: Keep
+    keep: RowFilter
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
     """Pictures and their captions at one site, sample by sample."""
 
-    pictures: Bank
-    captions: Bank
+    pictures: Representations
+    captions: Representations
     groups: Tensor
 
     @classmethod
     def at(cls, material: Material, site: str) -> "Pair | None":
         """At ``last`` or ``image~text``; None where no picture was read with a caption."""
-        pair = paired(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
+        pair = select_pairs(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
         if pair is None:
             return None
         one, other = (half.to(material.device) for half in pair)
-        return cls(Bank.of(one.features), Bank.of(other.features), one.groups)
+        return cls(Representations.of(one.features), Representations.of(other.features), one.groups)
 
     @property
     def near(self) -> int:
-        """How many neighbours: ten, or an eighth of the samples where there are few."""
+        """How many neighbors: ten, or an eighth of the samples where there are few."""
         return max(1, min(10, self.pictures.num_samples // 8))
 
     @property
-    def neighbours(self) -> tuple[Neighbours, Neighbours]:
-        return Neighbours.of(self.pictures), Neighbours.of(self.captions)
+    def neighbors(self) -> tuple[Neighbors, Neighbors]:
+        return Neighbors.of(self.pictures), Neighbors.of(self.captions)
 
 
 _MIN_GROUPS = 10
@@ -129,9 +129,12 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
         labels: (N,) 0 or 1.
         groups: (N,) ids of what is left out together.
     """
-    n, problems = len(labels), Bank.of(features).problems
+    n, problems = len(labels), Representations.of(features).problems
     if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2 or all(problems):
-        return [undefined(problem or "too few: groups or classes to leave one out", n) for problem in problems]
+        return [
+            Estimate.undefined_because(problem or "too few: groups or classes to leave one out", n)
+            for problem in problems
+        ]
     mean_T1D = features.mean(1, keepdim=True)
     spread_T1D = features.std(1, keepdim=True)
     x_TND = (features - mean_T1D) / torch.where(spread_T1D > _ROUNDING * mean_T1D.abs(), spread_T1D, torch.inf)
@@ -139,21 +142,21 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
     y_N1 = (labels.to(x_TND) * 2 - 1)[:, None]
     penalties = [strength * x_TND.shape[2] for strength in _PENALTIES]
     fitted = Ridge.fit(x_TND[sound], y_N1, penalties, groups_N=groups)
-    right_TN = ((y_N1 - fitted.left_out)[..., 0] * y_N1[:, 0] > 0).double()
-    ends = zip(*mean_interval(right_TN, groups), strict=True)
+    right_TN = ((y_N1 - fitted.loo_residuals)[..., 0] * y_N1[:, 0] > 0).double()
+    ends = zip(*clustered_mean_interval(right_TN, groups), strict=True)
     majority = max(float(labels.double().mean()), 1 - float(labels.double().mean()))
-    found = [finite(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
+    found = [Estimate.of(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
     by_layer = dict(zip(sound, found, strict=True))
-    return [by_layer.get(layer) or undefined(problem, n) for layer, problem in enumerate(problems)]
+    return [by_layer.get(layer) or Estimate.undefined_because(problem, n) for layer, problem in enumerate(problems)]
 
 
-def _entailment_rows(material: Material) -> tuple[Selected, Tensor] | None:
+def _entailment_rows(material: Material) -> tuple[SelectedRows, Tensor] | None:
     for name in ("entailment/hard", "entailment/random"):
 
         def wanted(row: ProbeRow, name: str = name) -> bool:
             return name in row.labels and material.keep(row)
 
-        chosen = select(material.reading, material.probe_set, "entailment/last", wanted)
+        chosen = select_rows(material.reading, material.probe_set, "entailment/last", wanted)
         if chosen is not None:
             labels = torch.tensor([row.labels[name] for row in chosen.rows], device=material.device)
             return chosen.to(material.device), labels
@@ -163,11 +166,11 @@ def _entailment_rows(material: Material) -> tuple[Selected, Tensor] | None:
 def meeting(material: Material, site: str) -> list[Estimate]:
     """Mutual kNN overlap of pictures and captions (2606.03871), every slice."""
     pair = Pair.at(material, site)
-    return [] if pair is None else overlap(*pair.neighbours, pair.near, pair.groups)
+    return [] if pair is None else overlap(*pair.neighbors, pair.near, pair.groups)
 
 
 def foretelling(material: Material, site: str) -> tuple[list[Estimate], list[Estimate]]:
-    """1 - information imbalance from picture to caption, and back: 0 by chance, 1 where neighbours are the same."""
+    """1 - information imbalance from picture to caption, and back: 0 by chance, 1 where neighbors are the same."""
     pair = Pair.at(material, site)
     if pair is None:
         return [], []
@@ -180,12 +183,12 @@ def _complement(e: Estimate) -> Estimate:
     if e.value is None:
         return e
     turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
-    return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
+    return Estimate.of(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
 
 
 def _overlaps(material: Material) -> Tensor:
     sites = [meeting(material, site) for site in MEETING_PLACES]
-    return _mean_of(torch.tensor(values([calibrated(e) for e in site])) for site in sites if site)
+    return _mean_of(torch.tensor(values([adjust_for_chance(e) for e in site])) for site in sites if site)
 
 
 def _imbalances(material: Material) -> Tensor:
@@ -198,12 +201,12 @@ def _entailments(material: Material) -> Tensor:
 
 
 def _dimensions(material: Material) -> Tensor:
-    selected = select(material.reading, material.probe_set, "picture/last", material.keep)
+    selected = select_rows(material.reading, material.probe_set, "picture/last", material.keep)
     if selected is None:
         return torch.empty(0)
     selected = selected.to(material.device)
-    near = Neighbours.of(Bank.of(selected.features))
-    return torch.tensor(values(gride(near, *scales(len(selected)), groups=selected.groups)))
+    near = Neighbors.of(Representations.of(selected.features))
+    return torch.tensor(values(gride(near, *gride_scales(len(selected)), groups=selected.groups)))
 
 
 def _influences(material: Material) -> Tensor:
@@ -226,7 +229,7 @@ FORWARD: Mapping[str, tuple[str, Callable[[Material], Tensor]]] = {
 
 
 def forward_criteria(
-    reading: Reading, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
+    reading: HiddenStates, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
 ) -> Iterator[Criterion]:
     """The criteria named, on all pictures and on random halves of them; one that cannot be had is said to be missing.
 
@@ -252,7 +255,7 @@ def forward_criteria(
 
 
 def drift_criterion(
-    before: Reading, after: Reading, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
+    before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
     """Criterion 3: how much of each layer's neighbourhoods a pilot run has changed, in pictures (2606.03871).
 
@@ -260,11 +263,11 @@ def drift_criterion(
     """
 
     def changed(material: Material) -> Tensor:
-        one, other = (select(reading, probe_set, "picture/last", material.keep) for reading in (before, after))
+        one, other = (select_rows(reading, probe_set, "picture/last", material.keep) for reading in (before, after))
         if one is None or other is None:
             return torch.empty(0)
         near = max(1, min(10, len(one) // 8))
-        then, now = (Neighbours.of(Bank.of(x.features.to(device))) for x in (one, other))
+        then, now = (Neighbors.of(Representations.of(x.features.to(device))) for x in (one, other))
         return 1 - torch.tensor(values(overlap(then, now, near)))
 
     scores = changed(Material(before, probe_set, device, lambda row: True))
@@ -282,7 +285,7 @@ def _drawn(score: Callable[[Material], Tensor], halves: list[Material], whole: T
     return torch.stack(rows)[:, 1:].double()
 
 
-def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:
+def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[RowFilter]:
     groups = sorted({row.group for row in probe_set.rows})
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
@@ -290,7 +293,7 @@ def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:
         yield _in({groups[i] for i in order})
 
 
-def _in(groups: set[str]) -> Keep:
+def _in(groups: set[str]) -> RowFilter:
     def keep(row: ProbeRow) -> bool:
         return row.group in groups
 
@@ -301,7 +304,7 @@ def _of_places(
     material: Material, measure: Callable[[Tensor], list[Estimate]], places: tuple[str, ...]
 ) -> Iterator[Tensor]:
     for place in places:
-        selected = select(material.reading, material.probe_set, place, material.keep)
+        selected = select_rows(material.reading, material.probe_set, place, material.keep)
         if selected is not None:
             yield torch.tensor(values(measure(selected.features.to(material.device))))
 

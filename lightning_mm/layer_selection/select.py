@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -128,7 +128,7 @@ def with_layers(policy: TuningPolicy, layers: Sequence[int]) -> TuningPolicy:
 
 
 def select_layers(
-    reading: Reading,
+    reading: HiddenStates,
     probe_set: ProbeSet,
     gradients: GradientScores | None,
     options: AutoRange,

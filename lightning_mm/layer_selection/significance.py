@@ -1,6 +1,7 @@
 """Whether a model shows at all where picture and language meet: a choice of layers without that would be a guess.
 
-Data flow: ``Reading`` -> estimates with their nulls -> tests of all layers (Benjamini-Hochberg) -> yes or no, and why.
+Data flow: ``HiddenStates`` -> estimates with their nulls -> tests of all layers (Benjamini-Hochberg) -> yes or no, and
+why.
 
 Chance is not enough of a rival. A random network sorts pictures by how full they are and captions by how long they
 are, so that the two agree a little without any meaning: what counts is more agreement than the embeddings of the same
@@ -15,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.core.estimate import Estimate, finite, values
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.information_imbalance import imbalance_gain
 from lightning_mm.geometry.knn_overlap import overlap_gain
@@ -57,7 +58,7 @@ class Claim:
     gain: list[Estimate]
 
 
-def weigh(reading: Reading, probe_set: ProbeSet, device: torch.device) -> Evidence:
+def weigh(reading: HiddenStates, probe_set: ProbeSet, device: torch.device) -> Evidence:
     """Test every layer against chance and against its rival: the embeddings, or random answers."""
     material = Material(reading, probe_set, device, lambda row: True)
     claims = [*_meetings(material), *_foretellings(material), *_entailments(material)]
@@ -75,8 +76,8 @@ def _meetings(material: Material) -> Iterator[Claim]:
     rivals = {site: profile[0].value for site, profile in profiles.items() if profile[0].value is not None}
     for site, pair in pairs.items():
         same = [s for s in rivals if torch.equal(pairs[s].groups, pair.groups)] or [site]
-        rival = pairs[max(same, key=lambda s: rivals.get(s, 0.0))].neighbours
-        gain = overlap_gain(*pair.neighbours, rival, pair.near, pair.groups)
+        rival = pairs[max(same, key=lambda s: rivals.get(s, 0.0))].neighbors
+        gain = overlap_gain(*pair.neighbors, rival, pair.near, pair.groups)
         yield Claim(f"overlap of picture and caption ({site})", profiles[site], gain)
 
 
@@ -104,7 +105,7 @@ def _entailments(material: Material) -> Iterator[Claim]:
 def _above(e: Estimate, floor: float) -> Estimate:
     if e.value is None or e.low is None or e.high is None:
         return e
-    return finite(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
+    return Estimate.of(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
 
 
 def _beyond_chance(claim: Claim) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
@@ -98,10 +98,11 @@ def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn
     return model, layout
 
 
-def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> Reading:
+def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> HiddenStates:
     with torch.no_grad():
-        reading = gather(
-            read(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU), data.probe_set()
+        reading = gather_hidden_states(
+            extract_hidden_states(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU),
+            data.probe_set(),
         )
     assert reading is not None
     return reading
