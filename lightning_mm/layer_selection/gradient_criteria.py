@@ -8,8 +8,9 @@ Shapes: K batches, L decoder blocks.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations
 
 import torch
@@ -21,6 +22,7 @@ from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
+from lightning_mm.tuning.unused_parameters import only_requires_grad
 
 GRADIENT = ("rgn", "snr", "fisher")
 """The criteria that are made of gradients."""
@@ -88,7 +90,7 @@ def gradient_scores(mm: MultimodalModel, batches: Sequence[Batch], device: torch
             squared[index, blocks[name]] += float(flat.square().sum())
             kept[name] = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu()
 
-        with _watched(mm.model, names, note), torch.enable_grad():
+        with _gradients_to(note, mm.model, names), torch.enable_grad():
             objective = supervised_nll(mm.model, mm.model.get_submodule(mm.layout.head), batch.to(device))
             (objective.nll / max(objective.num_tokens, 1)).backward()
         sampled.append(kept)
@@ -163,28 +165,17 @@ def _signal_to_noise(sampled: list[dict[str, Tensor]], blocks: dict[str, int | N
 
 
 @contextmanager
-def _watched(model: nn.Module, names: dict[str, nn.Parameter], note: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Only the named parameters get gradients, each handed to ``note`` and dropped."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    handles = []
+def _gradients_to(
+    note: Callable[[str, Tensor], None], model: nn.Module, names: dict[str, nn.Parameter]
+) -> Iterator[None]:
+    """While active, only the named parameters get gradients, and each is handed to ``note`` and freed at once."""
 
-    def hooked(name: str) -> Callable[[Tensor], None]:
-        def hook(parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            note(name, parameter.grad)
-            parameter.grad = None
+    def hook(parameter: Tensor, name: str) -> None:
+        assert parameter.grad is not None
+        note(name, parameter.grad)
+        parameter.grad = None
 
-        return hook
-
-    try:
-        for parameter in before:
-            parameter.requires_grad_(False)
+    with only_requires_grad(model, names.values()), ExitStack() as hooks:
         for name, parameter in names.items():
-            parameter.requires_grad_(True)
-            handles.append(parameter.register_post_accumulate_grad_hook(hooked(name)))
+            hooks.enter_context(parameter.register_post_accumulate_grad_hook(partial(hook, name=name)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)

@@ -31,6 +31,14 @@ from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.planning.meta_modes import Bfloat16, OneKernel, Rehearsal, ShortRows, refused, stand_in
 from lightning_mm.planning.step_shape import StepShape, patches
+from lightning_mm.tuning.unused_parameters import (
+    PICTURE_REGIONS,
+    graph_leaves,
+    graph_nodes,
+    only_requires_grad,
+    picture_parameters,
+    unused_vision_blocks,
+)
 
 
 def _grouped(rows: Tensor, experts: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
@@ -38,7 +46,6 @@ def _grouped(rows: Tensor, experts: Tensor, *_: Any, out_val: Tensor, **__: Any)
 
 
 _COUNTS = {**flop_registry, torch.ops.aten._grouped_mm: _grouped}
-_PICTURES = (Region.VISION, Region.CONNECTOR)
 
 
 @dataclass(frozen=True)
@@ -220,7 +227,7 @@ class Watch:
         sizes = [size for t in operands for size in t.shape[-2:]]
         if place.region is Region.HEAD:
             return "supervised", self.shape.supervised
-        if place.region in (*_PICTURES, Region.OTHER):
+        if place.region in (*PICTURE_REGIONS, Region.OTHER):
             square = rows is None and any(sizes.count(count) > 1 for count in self.patches)
             return ("picture_pairs", self.shape.picture_pairs) if square else ("pixels", self.shape.pixels)
         if rows is None:
@@ -253,18 +260,6 @@ def _likeness(block: nn.Module, given: list[Tensor]) -> Any:
     return type(block), weights, facts, inputs
 
 
-def reached_from(node: Any) -> set[Any]:
-    """Every node of the graph below one."""
-    found: set[Any] = set()
-    left = [node] if node is not None else []
-    while left:
-        node = left.pop()
-        if node not in found:
-            found.add(node)
-            left += [below for below, _ in node.next_functions if below is not None]
-    return found
-
-
 def _tensors(value: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor)]
 
@@ -277,14 +272,12 @@ class Tally:
         loss: () its summed NLL, without a value.
         products: With no gradients counted where the loss does not depend on them.
         kept: Tensors that backward needs, weights left out.
-        read: Weights that need a gradient and on which the loss depends.
         entering: Bytes of what enters each block, by the block's name.
     """
 
     loss: Tensor
     products: list[Product]
     kept: list[Kept]
-    read: set[Tensor]
     entering: dict[str, int]
 
 
@@ -328,9 +321,7 @@ def tally(
         if once:  # blocks may hand things to one another past their outputs
             return tally(skeleton, layout, batch, bf16, once=False, processor=processor)
         raise refused(skeleton, error) from error
-    reached = reached_from(loss.grad_fn)
-    read = {node.variable for node in reached if hasattr(node, "variable")}
-    return Tally(loss, list(watch.needed(reached)), watch.kept, read, watch.entering)
+    return Tally(loss, list(watch.needed(graph_nodes(loss))), watch.kept, watch.entering)
 
 
 @dataclass(frozen=True)
@@ -349,18 +340,14 @@ class Unread:
 
 
 def unread_parts(skeleton: nn.Module, layout: ModelLayout, batch: Batch) -> Unread:
-    """Ask one rehearsed step; nothing is unread where the batch has no picture. Changes what needs a gradient."""
+    """Ask one rehearsed step; nothing is unread where the batch has no picture."""
     if not any(name.startswith("pixel_values") for name in batch.inputs):
         return Unread()
-    asked = {n: p for n, p in skeleton.named_parameters() if layout.location_of(n).region in _PICTURES}
-    for parameter in skeleton.parameters():
-        parameter.requires_grad_(False)
-    for parameter in asked.values():
-        parameter.requires_grad_(True)
+    asked = picture_parameters(skeleton, layout)
     in_tuple: list[bool] = []
     top = skeleton.get_submodule(layout.vision_blocks[-1] if layout.vision_blocks else layout.head)
-    with top.register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple))):
-        read = tally(skeleton, layout, batch).read
-    unread = [n for n in layout.vision_blocks if read.isdisjoint(skeleton.get_submodule(n).parameters())]
-    names = frozenset(name for name, parameter in asked.items() if parameter not in read)
-    return Unread(names, tuple(unread), any(in_tuple))
+    hook = top.register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple)))
+    with only_requires_grad(skeleton, asked.values()), hook:
+        used = graph_leaves(tally(skeleton, layout, batch).loss)
+    names = frozenset(name for name, parameter in asked.items() if parameter not in used)
+    return Unread(names, unused_vision_blocks(skeleton, layout, used), any(in_tuple))

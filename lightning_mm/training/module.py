@@ -32,7 +32,7 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.evaluating import Evaluating
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
-from lightning_mm.tuning.apply import prepare, set_modes, trains, unread_tensors, without
+from lightning_mm.tuning.apply import prepare, set_modes, trains, without
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.optimizer import (
     OptimizerSettings,
@@ -41,6 +41,7 @@ from lightning_mm.tuning.optimizer import (
     restore_rates,
     schedule_factor,
 )
+from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
 class MMModule(Evaluating):
@@ -180,7 +181,7 @@ class MMModule(Evaluating):
         self.model.to(device)
         with self.trainer.precision_plugin.forward_context():
             head = self.mm.head
-            return unread_tensors(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
+            return unused_parameters(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

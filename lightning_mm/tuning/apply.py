@@ -5,18 +5,10 @@ Data flow: model + layout + plan -> the same model, changed in place; ``census``
 A backbone and a policy made into a model that obeys the policy.
 
 Data flow: ``Backbone`` + ``TuningPolicy`` -> skeleton or model -> layout -> plan -> the loaded, frozen, adapted model.
-
-Find planned tensors that the model never reads, by asking autograd once.
-
-Data flow: one real sample -> loss -> which planned tensors of tower and connector got no gradient -> a smaller plan.
-LLaVA reads its tower below the top; what is above would sit in the optimizer, and hold up DDP, for nothing.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
-
-import torch
-from torch import Tensor
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.models.handle import MultimodalModel
@@ -98,24 +90,6 @@ def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[MultimodalModel,
     plan = tuning.plan(layout)
     keep = {name.rpartition(".")[0] for name in plan.full} & layout.linears | {layout.head}
     return MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path), plan
-
-
-def unread_tensors(mm: MultimodalModel, loss: Callable[[], Tensor]) -> tuple[str, ...]:
-    """Trainable tensors of vision tower and connector that ``loss`` does not depend on.
-
-    Args:
-        mm: After ``apply_plan``.
-        loss: Computes the training loss () of a sample with a picture.
-    """
-    regions = (Region.VISION, Region.CONNECTOR)
-    asked = {
-        n: p for n, p in mm.model.named_parameters() if p.requires_grad and mm.layout.location_of(n).region in regions
-    }
-    if not asked:
-        return ()
-    with torch.random.fork_rng():
-        gradients = torch.autograd.grad(loss(), list(asked.values()), allow_unused=True)
-    return tuple(name for name, gradient in zip(asked, gradients, strict=True) if gradient is None)
 
 
 def without(plan: TuningPlan, unread: Collection[str]) -> TuningPlan:

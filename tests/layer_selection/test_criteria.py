@@ -152,7 +152,7 @@ def test_gradients_of_batches_without_pictures(pictures: int, family: Family, da
     plain = batch_of(family("mllama"), {"train": file})
     batches = [plain, batch_of(family("mllama"), data) if pictures else batch_of(family("mllama"), {"train": file}, 2)]
     model: Any = load_model(Backbone(path=str(family("mllama")))).eval().requires_grad_(False)
-    scores = gradient_scores(model, ModelLayout.of(model), batches, CPU)
+    scores = gradient_scores(MultimodalModel.of(model), batches, CPU)
     assert scores.relative_norm[0].ne(0).tolist() == [True, False, True, True]
     assert bool(scores.relative_norm[1, 1]) == bool(pictures)
     assert scores.signal_to_noise.isnan().tolist() == [False, not pictures, False, False]
@@ -169,8 +169,8 @@ def adapted(family: Family) -> tuple[nn.Module, ModelLayout]:
 def test_adapters_do_not_change_whose_gradients_are_measured(family: Family, data: Data) -> None:
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    expected = gradient_scores(base, ModelLayout.of(base), batches, CPU)
-    found = gradient_scores(*adapted(family), batches, CPU)
+    expected = gradient_scores(MultimodalModel.of(base), batches, CPU)
+    found = gradient_scores(MultimodalModel(*adapted(family)), batches, CPU)
     for name in ("relative_norm", "fisher", "signal_to_noise"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=1e-4)
 

@@ -27,7 +27,8 @@ from lightning_mm.planning.plan import as_run
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import apply_plan, unread_tensors
+from lightning_mm.tuning.apply import apply_plan
+from lightning_mm.tuning.unused_parameters import unused_parameters
 from tests.tuning.test_policies import POLICIES, Data, Family, batch_of
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,7 +41,7 @@ def prepared(folder: Path, policy: TuningPolicy, batch: Batch, packing: bool = F
     module = MMModule(backbone, policy, compute=Compute(packing=packing))
     module.unread = ()
     module.configure_model()
-    module.unread = unread_tensors(module.mm, lambda: module.objective(batch).nll)
+    module.unread = unused_parameters(module.mm, lambda: module.objective(batch).nll)
     module._drop_unread()
     cut_tower(module.mm, batch)
     return module
