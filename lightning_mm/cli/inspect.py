@@ -26,7 +26,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, write_json
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.layer_selection.select import AutoRange, tell
+from lightning_mm.layer_selection.select import AutoRange, log_selection
 from lightning_mm.report.html import write_report
 
 
@@ -149,7 +149,7 @@ def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet,
     except UserError as error:
         decide("select", "no layers are chosen", f"{error.what} {error.why}")
         return
-    tell(selection)
+    log_selection(selection)
     write_json(run.selection, selection.to_dict())
 
 

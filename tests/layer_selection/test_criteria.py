@@ -21,7 +21,7 @@ from lightning_mm.layer_selection.gradient_criteria import (
     GradientScores,
     gradient_criteria,
     gradient_scores,
-    scores_if_possible,
+    try_gradient_scores,
 )
 from lightning_mm.layer_selection.layer_range_search import Criterion, reliability
 from lightning_mm.layer_selection.select import AutoRange, select_layers
@@ -69,7 +69,7 @@ def test_two_captions_are_enough(tmp_path: Path) -> None:
     probe_set = probe_set_of(tmp_path, captioned=2)
     options = AutoRange(resamples=12)
     selection = select_layers(reading_of(probe_set), probe_set, None, options, CPU)
-    assert not selection.evidence.found
+    assert not selection.significance.found
     found = {criterion.name: criterion for criterion in selection.criteria}
     assert {"dimension", "influence", "angle"} <= found.keys()
     assert "without entailment" in left_out()
@@ -184,11 +184,11 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
 
     def said(batches: list[Any]) -> str:
         decide.clear()
-        assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
+        assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
         (told,) = [d for d in decide if d.name == "auto.criteria"]
         return told.reason
 
-    assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
+    assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
     assert "1 batches" in said(batches[:1])
 
     def full(*args: Any) -> None:

@@ -7,7 +7,7 @@ from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.planning.meta_modes import skeleton_of
-from lightning_mm.planning.meta_trace import unread_parts
+from lightning_mm.planning.meta_trace import find_unused_vision
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.tuning.unused_parameters import (
     graph_leaves,
@@ -25,7 +25,7 @@ def test_plan_and_fit_find_the_same(name: str, family: Family, data: Data) -> No
     """The names that a real loss gives no gradient, by autograd itself; LLaVA and LLaVA-NeXT leave one block unread."""
     batch = batch_of(family(name), data, 2)
     mm = MultimodalModel.of(load_model(Backbone(path=str(family(name)))))
-    planned = unread_parts(skeleton_of(mm.model), mm.layout, batch)
+    planned = find_unused_vision(skeleton_of(mm.model), mm.layout, batch)
     asked = picture_parameters(mm.model, mm.layout)
 
     def loss() -> torch.Tensor:

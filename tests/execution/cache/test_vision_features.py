@@ -26,12 +26,12 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.processor import load_processing
+from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.planning.plan import Blueprint, Setting, forecast
-from lightning_mm.training.callbacks.step_cost import Work
+from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import prepare
+from lightning_mm.tuning.apply import prepare_model
 from tests.execution.cache.test_frozen_prefix import losses, on
 from tests.helpers.training import train
 from tests.training.test_resume import SaveAt
@@ -157,9 +157,9 @@ def test_where_it_would_be_wrong_it_is_refused(
 def test_only_the_tower_tells_towers_apart(family: Family) -> None:
     """What trains is no part of the name, adapters neither; every weight of the tower is."""
     backbone = Backbone(path=str(family("llava")))
-    model, layout, _ = prepare(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
+    model, layout, _ = prepare_model(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
     first = tower_digest(MultimodalModel(model, layout))
-    plain, its, _ = prepare(backbone, Full(vision="frozen"))
+    plain, its, _ = prepare_model(backbone, Full(vision="frozen"))
     assert tower_digest(plain, its) == first
     with torch.no_grad():
         for name in its.places:
@@ -193,12 +193,12 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
     batch = collator([s for s in read(data["train"]).samples if s.images][:2])
-    model, layout, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
+    model, layout, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
     tower = FrozenTower(MultimodalModel(model, layout), cut_tower(MultimodalModel(model.eval(), layout), batch))
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
-    blueprint = Blueprint(Backbone(path=str(family(name))), batch)
-    told = forecast(blueprint, CONNECTOR, [batch], Setting(), DEVICES["h200"])
+    blueprint = MetaModel(Backbone(path=str(family(name))), batch)
+    told = estimate_cost(blueprint, CONNECTOR, [batch], RunSettings(), DEVICES["h200"])
     assert told.record == sum(made) / len(batch)
     assert told.cached is not None
     assert told.run - told.cached == pytest.approx(told.flops.region(Region.VISION).total)
@@ -292,7 +292,7 @@ def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path
     whole, rows = collator(samples), [collator([sample]) for sample in samples]
     done = []
     for kept in (None, KeptFeatures((None, None), (0, 1), tuple(rows)), KeptFeatures((torch.zeros(1),) * 2)):
-        work = Work()
+        work = BatchCounter()
         work.add(replace(whole, kept=kept))
         done.append(work.take())
     plain, new, known = done
