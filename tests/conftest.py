@@ -20,8 +20,20 @@ from lightning_mm.testing.tiny import build_tiny
 
 os.environ.setdefault("WANDB_MODE", "offline")
 
+SLOW_TESTS = frozenset(
+    line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if line and not line.startswith("#")
+)
+"""Tests that are marked slow, with all their parameters."""
+
 FAMILIES = ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3")
 """The families that every policy is tried on."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what slow.txt names, so that ``-m "not slow"`` leaves it out."""
+    for item in items:
+        if item.nodeid.partition("[")[0] in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,12 @@ are not counted.
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.cache.frozen_prefix import pass_by
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skip_blocks
 from lightning_mm.models.layout import Region
 from lightning_mm.planning.meta_modes import meta_weights, skeleton_of
 from lightning_mm.planning.meta_trace import MetaTrace, find_unused_vision, trace_step
@@ -134,7 +135,7 @@ class StepCost:
         """
         skeleton = skeleton_of(mm.model)
         unused = find_unused_vision(skeleton, mm.layout, batch)
-        pass_by([skeleton.get_submodule(name) for name in unused.blocks], unused.in_tuple)
+        skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in unused.blocks], unused.in_tuple)
         with meta_weights():
             apply_plan(MultimodalModel(skeleton, mm.layout), plan)
         return cls.of_trace(trace_step(skeleton, mm.layout, batch))

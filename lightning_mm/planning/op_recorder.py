@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.models.hooks import restored
+from lightning_mm.models.hooks import replace_forward
 from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.planning.meta_kernels import placeholder_like
 from lightning_mm.planning.meta_modes import GROUPED_MM, map_tensors, tensors_in
@@ -132,15 +132,15 @@ class OpRecorder:
             equal_once: Whether equal blocks run once.
         """
         names = (*self.layout.vision_blocks, *self.layout.layers)
-        blocks = [self.skeleton.get_submodule(name) for name in names]
         with ExitStack() as stack:
             for name, location in self.locations.items():
                 module = self.skeleton.get_submodule(name)
                 stack.enter_context(module.register_forward_pre_hook(partial(self._enter, location)))
                 stack.enter_context(module.register_forward_hook(self._leave))
-            stack.enter_context(restored(blocks))
-            for block, name in zip(blocks, names, strict=True):
-                block.forward = partial(self._block, name, equal_once, block, block.forward)
+            for name in names:
+                block = self.skeleton.get_submodule(name)
+                run = partial(self._block, name, equal_once, block)
+                replace_forward(stack, block, partial(partial, run))  # given the block's own forward
             yield
 
     def _enter(self, location: ParameterLocation, *_: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from lightning_mm.execution.cache.collators import FeatureCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
-from lightning_mm.execution.vision_truncation import cut_tower
-from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.processor import load_processing
@@ -157,20 +157,20 @@ def test_where_it_would_be_wrong_it_is_refused(
 def test_only_the_tower_tells_towers_apart(family: Family) -> None:
     """What trains is no part of the name, adapters neither; every weight of the tower is."""
     backbone = Backbone(path=str(family("llava")))
-    model, layout, _ = prepare_model(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
-    first = tower_digest(MultimodalModel(model, layout))
-    plain, its, _ = prepare_model(backbone, Full(vision="frozen"))
-    assert tower_digest(plain, its) == first
+    adapted, _ = prepare_model(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
+    first = tower_digest(adapted)
+    plain, _ = prepare_model(backbone, Full(vision="frozen"))
+    assert tower_digest(plain) == first
     with torch.no_grad():
-        for name in its.places:
+        for name in plain.layout.locations:
             if "vision_tower" not in name:
-                plain.get_parameter(name).add_(1.0)
-        assert tower_digest(plain, its) == first
-        for name in its.places:
+                plain.model.get_parameter(name).add_(1.0)
+        assert tower_digest(plain) == first
+        for name in plain.layout.locations:
             if "vision_tower" in name:
-                before = tower_digest(plain, its)
-                plain.get_parameter(name).view(-1)[0] += 1.0
-                assert tower_digest(plain, its) != before, name
+                before = tower_digest(plain)
+                plain.model.get_parameter(name).view(-1)[0] += 1.0
+                assert tower_digest(plain) != before, name
 
 
 def test_a_small_tower_is_kept_on_request_only(
@@ -193,8 +193,9 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
     batch = collator([s for s in read(data["train"]).samples if s.images][:2])
-    model, layout, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
-    tower = FrozenTower(MultimodalModel(model, layout), cut_tower(MultimodalModel(model.eval(), layout), batch))
+    mm, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
+    mm.model.eval()
+    tower = FrozenTower(mm, truncate_tower(mm, batch, ExitStack()))
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
     blueprint = MetaModel(Backbone(path=str(family(name))), batch)
