@@ -30,7 +30,7 @@ from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.layer_selection.select import AutoRange, tell
+from lightning_mm.layer_selection.select import AutoRange, log_selection
 from lightning_mm.report.html import write_report
 
 
@@ -155,7 +155,7 @@ def _select(seen: Sequence[tuple[InspectedModel, HiddenStates]], probe_set: Prob
     except UserError as error:
         decide("select", "no layers are chosen", f"{error.what} {error.why}")
         return
-    tell(selection)
+    log_selection(selection)
     write_json(run.selection, selection.to_dict())
 
 

@@ -30,7 +30,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.build import open_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.forward_criteria import drift_criterion
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
@@ -93,10 +93,10 @@ class InspectedModel:
         Raises:
             UserError: No row was read, or none of the criteria can be computed.
         """
-        batches = self._batches() if pilot or set(GRADIENT) & set(self.auto.criteria) else []
+        batches = self._batches() if pilot or set(GRADIENT_CRITERIA) & set(self.auto.criteria) else []
         pilot_criteria = self._pilot_criteria(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
-            gradients = scores_if_possible(self.mm, batches, self.device, self.auto.criteria)
+            gradients = try_gradient_scores(self.mm, batches, self.device, self.auto.criteria)
         return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=pilot_criteria)
 
     def _batches(self) -> list[Batch]:
