@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,9 +34,9 @@ from lightning_mm.cli.plan import POLICIES
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.execution.frozen_dtype import hold_frozen
-from lightning_mm.execution.step import Compute, TrainingStep
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.step import TrainingStep
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone
@@ -75,15 +76,14 @@ def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], devic
     plan = policy.plan(layout)
     floor = sum(_floor(shape, policy, batch) for batch in batches[1:]) / (len(batches) - 1)
     apply_plan(MultimodalModel(model, layout), plan)
-    hold_frozen(MultimodalModel(model, layout), plan, PRECISION)
-    step = TrainingStep(MultimodalModel(model, layout), plan, Compute(), checkpointing=False)
+    step = TrainingStep(MultimodalModel(model, layout), plan, Compute(), checkpointing=False, precision=PRECISION)
     settings = OptimizerSettings(lr=1e-5)
     optimizer = build_optimizer(parameter_groups(MultimodalModel(model, layout), plan, settings), settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     with torch.autocast(device.type, torch.bfloat16):
-        cut_tower(MultimodalModel(model, layout), batches[0].to(device))
+        truncate_tower(MultimodalModel(model, layout), batches[0].to(device), ExitStack())
     for batch in batches:
         wait_for(device)
         began = time.perf_counter()

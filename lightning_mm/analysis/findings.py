@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,10 +19,10 @@ from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.core.decisions import decide
-from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.core.io import read_json, read_json_rows, write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 
 
@@ -125,7 +124,8 @@ class Recorder:
             "share": share,
             "problems": found.problems,
         }
-        write_json(self.run.inspections, [*(x for x in self._inspections() if x.get("step") != found.step), told])
+        others = [row for row in read_json_rows(self.run.inspections) if row.get("step") != found.step]
+        write_json(self.run.inspections, [*others, told])
 
     def keep_start(self, reading: Reading, probe_set: ProbeSet) -> None:
         """Keep the first reading of a run."""
@@ -152,13 +152,6 @@ class Recorder:
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             decide("inspection.drift", "not measured", f"the reading before the first step is not at hand: {error}")
             return None
-
-    def _inspections(self) -> list[dict[str, Any]]:
-        try:
-            held = read_json(self.run.inspections)
-        except UserError:
-            return []
-        return [row for row in held if isinstance(row, dict)] if isinstance(held, list) else []
 
 
 def carry_over(earlier: RunDirectory, run: RunDirectory, step: int) -> None:

@@ -4,7 +4,6 @@ Data flow: model + file of edits -> ``EditStudy`` -> a folder with report.html, 
 (every number) -> with --out the edited model as a complete Hugging Face folder.
 """
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -27,11 +26,12 @@ from lightning_mm.cli.inspect import short
 from lightning_mm.cli.model_source import Source
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import staged_folder, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.models.export.export import Origin, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
@@ -196,24 +196,19 @@ def _write(
 
 
 def _free(out: str | None) -> Path | None:
-    if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
-        raise UserError(f"{out} is taken.", "An export never overwrites.", "Name another --out, or remove the folder.")
-    return None if out is None else Path(out)
+    if out is None:
+        return None
+    refuse_taken(Path(out), "Name another --out, or remove the folder.")
+    return Path(out)
 
 
 def _export(mm: MultimodalModel, edit: Edit, study: EditStudy, out: Path, proved: bool) -> None:
     questions = f"{len(study.cases)} questions"
     origin = Origin(mm.source, facts={"Edited": f"MultEdit of {questions} in {edit.module}"})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        edited(mm.model, [edit]),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
-    ):
-        staged = Path(scratch) / out.name
+    with edited(mm.model, [edit]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if proved:
             prove(Claim(staged, take_reference(mm.model, study.cases[0].target.asked.inputs)))
-        staged.replace(out)
     log.info("exported: %s", out)
 
 

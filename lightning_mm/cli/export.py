@@ -5,7 +5,6 @@ proved equal in a fresh process; or ``report.html`` anew.
 """
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +15,10 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_mm.cli.parser import explained, refuse_foreign_classes
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models.export.export import Origin, export_adapter, export_full
+from lightning_mm.models.export.export import Origin, export_adapter, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.report.html import write_report
 from lightning_mm.training import checkpoint as state
@@ -54,15 +54,12 @@ def export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     run = RunDirectory.open(options.run)
     out = Path(options.out) if options.out else run.path / "export"
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is taken.", "An export never overwrites.", "Name another --out, or remove the folder.")
+    refuse_taken(out, "Name another --out, or remove the folder.")
     module, data = restored(run, _checkpoint(run, options.checkpoint), quantized=options.format == "adapter")
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_made(out.parent)) as scratch:
-        staged = Path(scratch) / out.name
+    with staged_folder(out) as staged:
         _write(module, staged, options)
         if options.prove:
             _prove(module, data, staged, options.format)
-        staged.replace(out)
     log.info("exported: %s", out)
     return 0
 
@@ -109,11 +106,6 @@ def _prove(module: MMModule, data: MMDataModule, folder: Path, form: Format) -> 
     base = module.backbone.path if form == "adapter" else None
     reference = take_reference(module.model, data.example_batch().inputs)
     prove(Claim(folder=folder, reference=reference, base=base, revision=module.backbone.revision if base else None))
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _config(run: RunDirectory) -> Namespace:

@@ -23,7 +23,8 @@ from lightning_mm.core.csv_logger import MetricsFile
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, read_json
+from lightning_mm.core.io import append_jsonl, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.report.wandb import OnlineLogger

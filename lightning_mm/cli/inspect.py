@@ -23,7 +23,8 @@ from lightning_mm.cli.export import Parser
 from lightning_mm.cli.model_source import InspectedModel, open_subjects
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import Ledger
 from lightning_mm.layer_selection.select import AutoRange, tell

@@ -22,7 +22,8 @@ from lightning_mm.analysis.hidden_states import Reading, read, shared
 from lightning_mm.cli.export import restored
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.io import read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.build import open_probe_set

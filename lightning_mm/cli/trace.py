@@ -30,7 +30,8 @@ from lightning_mm.cli.inspect import short
 from lightning_mm.cli.model_source import InspectedModel, Source, check_alike, opened
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.rejected_samples import Ledger
 from lightning_mm.data.sample import Rejection

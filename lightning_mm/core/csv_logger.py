@@ -5,7 +5,7 @@ an earlier start in the same folder, and a resumed run is just that.
 """
 
 import csv
-import os
+import io
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +13,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_mm.core.io import write_atomically
 
 
 class MetricsFile(Logger):
@@ -59,15 +61,14 @@ class MetricsFile(Logger):
         """Write the file anew with all columns, whole or not at all; a last line that a kill cut goes."""
         rows: list[dict[str, str]] = []
         if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+            old = self._path.read_text(encoding="utf-8")
+            reader = csv.DictReader(old[: old.rfind("\n") + 1].splitlines())
             rows = list(reader)
             self._columns += [key for key in reader.fieldnames or () if key not in self._columns]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self._path)
+        write_atomically(self._path, text.getvalue())
         self._ready = True

@@ -10,14 +10,14 @@ import csv
 import io
 import logging
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
+from lightning_mm.core.io import read_json_rows, write_atomically, write_json
+from lightning_mm.core.run_directory import RunDirectory
 
 MOST_LAYERS = 1000
 """No decoder has so many; a larger number in a file is a fault of the file."""
@@ -88,12 +88,7 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
     if bad:
         log.warning("%s: %d lines that hold no measurement are removed", path.name, bad)
     kept = {_place(row): row for row in [*before, *new]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(",".join(COLUMNS) + "\n" + _lines(kept.values()), encoding="utf-8", newline="")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, ",".join(COLUMNS) + "\n" + _lines(kept.values()))
 
 
 def read_layers(path: Path) -> tuple[list[LayerRow], int]:
@@ -124,16 +119,7 @@ def append_matrix(
     """
     rounded = [[round(float(value), 5) for value in row] for row in values]
     matrix = {"step": step, "measure": measure, "site": site, "layers": list(layers), "values": rounded}
-    write_json(run.matrices, [*(old for old in _matrices(run.matrices) if not _same(old, matrix)), matrix])
-
-
-def _matrices(path: Path) -> list[dict[str, Any]]:
-    try:
-        found = read_json(path) if path.exists() else []
-    except UserError as error:
-        log.warning("%s %s It is begun anew.", error.what, error.why)
-        return []
-    return [item for item in found if isinstance(item, dict)] if isinstance(found, list) else []
+    write_json(run.matrices, [*(old for old in read_json_rows(run.matrices) if not _same(old, matrix)), matrix])
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import write_atomically
 from lightning_mm.data.sample import Rejection
 
 
@@ -71,5 +72,4 @@ class Ledger:
 
     def write(self, path: Path) -> None:
         """One JSON object per line: origin, reason, kind."""
-        lines = (json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self)
-        path.write_text("".join(lines), encoding="utf-8")
+        write_atomically(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self))

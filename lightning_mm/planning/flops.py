@@ -11,11 +11,12 @@ Shapes: B rows, L tokens after padding, S supervised positions.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.cache.frozen_prefix import pass_by
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skip_blocks
 from lightning_mm.models.layout import Region
 from lightning_mm.planning.meta_modes import skeleton_of, without_weights
 from lightning_mm.planning.meta_trace import Tally, tally, unread_parts
@@ -106,7 +107,7 @@ class StepCost:
         """
         skeleton = skeleton_of(mm.model)
         unread = unread_parts(skeleton, mm.layout, batch)
-        pass_by([skeleton.get_submodule(name) for name in unread.blocks], unread.in_tuple)
+        skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in unread.blocks], unread.in_tuple)
         with without_weights():
             apply_plan(MultimodalModel(skeleton, mm.layout), plan)
         return cls.of_tally(tally(skeleton, mm.layout, batch))

@@ -26,7 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.models.attention.cpu_kernels import attend_on_processors, rehearsed
+from lightning_mm.models.attention.cpu_kernels import rehearsed, use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.planning.meta_modes import Bfloat16, OneKernel, Rehearsal, ShortRows, refused, stand_in
@@ -317,7 +317,7 @@ def tally(
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor))
             stack.enter_context(OneKernel(watch.see))
             if processor:
-                attend_on_processors()
+                use_cpu_attention(skeleton, stack)
                 stack.enter_context(rehearsed(ShortRows(watch.see, (*batch.regions.shape,), bf16)))
             if bf16:
                 stack.enter_context(Bfloat16(watch.copied))

@@ -11,6 +11,7 @@ Data flow: plan + FLOPs of a step + what enters the blocks of a rehearsed one ->
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,12 +22,12 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
 from lightning_mm.execution.cache.activation_cache import boundary_of, moves
-from lightning_mm.execution.cache.frozen_prefix import pass_by
 from lightning_mm.execution.frozen_dtype import castable
-from lightning_mm.execution.step import Compute
-from lightning_mm.models.attention.cpu_kernels import attended_apart
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.models.attention.cpu_kernels import attended_apart, use_cpu_attention
 from lightning_mm.models.attention.varlen import unpad_blocks
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skip_blocks
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
 from lightning_mm.planning.devices import Device
@@ -213,11 +214,13 @@ class Blueprint:
             skeleton = copy.deepcopy(self._plain)
         self._pass_by(skeleton)
         if self.packing:
-            self.packed = bool(unpad_blocks(MultimodalModel(skeleton, self.layout)))
+            undo = ExitStack()  # never closed: the skeleton is ours
+            use_cpu_attention(skeleton, undo)
+            self.packed = bool(unpad_blocks(MultimodalModel(skeleton, self.layout), undo))
         return skeleton
 
     def _pass_by(self, skeleton: nn.Module) -> None:
-        pass_by([skeleton.get_submodule(name) for name in self._unread.blocks], self._unread.in_tuple)
+        skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in self._unread.blocks], self._unread.in_tuple)
 
 
 def forecast(

@@ -13,6 +13,8 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty
+from lightning_mm.models.processor import optional_video_processor, save_processor
 from lightning_mm.testing import tiny_configs, tiny_processors
 from lightning_mm.testing.tiny_configs import Plan
 from lightning_mm.testing.tiny_processors import tiny_tokenizer
@@ -142,9 +144,10 @@ def build_tiny(
     made = FAMILIES[family]
     tokenizer = tiny_tokenizer(made.special, made.marks, add_bos=made.add_bos)
     plan = Plan(tokenizer, layers, hidden, dropout, tower, split_images)
-    processor, config = made.processor(plan), made.config(plan)
+    with optional_video_processor():
+        processor, config = made.processor(plan), made.config(plan)
     _draw(config, plan, seed).save_pretrained(out)
-    processor.save_pretrained(out)
+    save_processor(processor, out)
     return out
 
 
@@ -184,5 +187,5 @@ def _check(family: str, out: Path, layers: int, hidden: int) -> None:
             "It takes 2 layers or more (some families treat the second in another way), and a width of whole heads.",
             "Use layers=4 and hidden=32 or 64.",
         )
-    if out.exists() and any(out.iterdir()):
+    if not is_absent_or_empty(out):
         raise UserError(f"{out} is taken.", "It is not empty.", "Name another folder, or remove it.")

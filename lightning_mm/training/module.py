@@ -20,9 +20,9 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.frozen_dtype import hold_frozen
 from lightning_mm.execution.loss import Objective, Window, anchored, scale_gradients, supervised_nll
-from lightning_mm.execution.step import Compute, TrainingStep
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, with_layers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
@@ -98,8 +98,9 @@ class MMModule(Evaluating):
             )
 
     def configure_model(self) -> None:
-        """Load, plan, freeze, verify; once."""
+        """Load, plan, freeze, verify, once; prepare the model for this stage's steps."""
         if hasattr(self, "census"):
+            self.step.open()
             return
         self.processing = load_processing(self.backbone.path, self.backbone.revision)
         self.processor = self.processing.processor
@@ -110,9 +111,8 @@ class MMModule(Evaluating):
         self._drop_unread()
         self.census = take_census(self.mm, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
-        if self._trainer is not None:
-            hold_frozen(self.mm, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
-        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing)
+        precision = str(self.trainer.precision) if self._trainer is not None else None
+        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._data.keeping = self._keeping
 
@@ -137,7 +137,12 @@ class MMModule(Evaluating):
             return self.step.keep(self.cache, collator, example, epochs, facts)
 
     def on_fit_end(self) -> None:
-        self.step.close()
+        self.step.close_cache()
+
+    def teardown(self, stage: str) -> None:
+        """Take off the model what preparing it has put on: another user of it runs the family's own code."""
+        if hasattr(self, "step"):
+            self.step.close()
 
     def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
         """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""

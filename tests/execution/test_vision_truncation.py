@@ -1,6 +1,7 @@
 """Vision blocks that nothing reads are left out, and only those."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
@@ -38,7 +39,10 @@ def test_what_is_not_read_is_not_computed(
     batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        assert cut_tower(MultimodalModel(model, layout), batch) == tuple(reversed(layout.vision_blocks))[:unread]
+        assert (
+            truncate_tower(MultimodalModel(model, layout), batch, ExitStack())
+            == tuple(reversed(layout.vision_blocks))[:unread]
+        )
         ran: list[str] = []
         for block in layout.vision_blocks:
             part = next(m for m in model.get_submodule(block).modules() if isinstance(m, torch.nn.Linear))
@@ -55,4 +59,4 @@ def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path],
     for gate in gates:
         torch.nn.init.zeros_(gate)
     batch = Collator(load_processing(str(family("mllama"))))(read(uneven(tmp_path)).samples)
-    assert cut_tower(model, ModelLayout.of(model), batch) == ()
+    assert truncate_tower(MultimodalModel.of(model), batch, ExitStack()) == ()

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AttentionMaskInterface
 
 from lightning_mm.causal.questions.question import Asked, Asker, Question
-from lightning_mm.models.attention import interception
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
@@ -72,5 +72,6 @@ def subject(family: Callable[[str], Path], name: str, folder: Path) -> Subject:
 
 def see_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every token see every other wherever attention is looked into, as in models whose prompt is a prefix."""
-    causal = interception.eager_mask
-    monkeypatch.setattr(interception, "eager_mask", lambda *given, **named: torch.zeros_like(causal(*given, **named)))
+    masks: Any = AttentionMaskInterface._global_mapping
+    causal = masks["eager"]
+    monkeypatch.setitem(masks, "eager", lambda *given, **named: torch.zeros_like(causal(*given, **named)))

@@ -1,6 +1,7 @@
 """Blocks without padding give what padded blocks give: losses, gradients, every family, recomputed or not."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
@@ -53,9 +55,11 @@ def test_losses_and_gradients_are_those_of_padded_rows(
     batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, layout, batch, None)
-    blocks = unpad_blocks(MultimodalModel(model, layout))
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    blocks = unpad_blocks(MultimodalModel(model, layout), undo)
     if recomputed:
-        checkpoint_blocks(model, layout.layers)
+        checkpoint_blocks(model, layout.layers, ExitStack())
     lengths: set[int] = set()
     rows: set[int] = set()
     for index in range(layout.num_layers):
@@ -75,7 +79,9 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
     model, layout = loaded(family("llava"))
-    unpad_blocks(MultimodalModel(model, layout))
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    unpad_blocks(MultimodalModel(model, layout), undo)
     collator, samples = Collator(load_processing(str(family("llava")))), read(uneven(tmp_path)).samples
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
@@ -91,7 +97,7 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
 
 def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> None:
     model, layout = loaded(family("llava"), "eager")
-    assert unpad_blocks(MultimodalModel(model, layout)) == ()
+    assert unpad_blocks(MultimodalModel(model, layout), ExitStack()) == ()
 
 
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
@@ -100,7 +106,7 @@ def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     batch = Collator(load_processing(str(family("llava"))))(read(uneven(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        unpad_blocks(MultimodalModel(model, layout))
+        unpad_blocks(MultimodalModel(model, layout), ExitStack())
         assert torch.equal(model(**batch.inputs).logits, expected)
 
 

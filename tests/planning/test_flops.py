@@ -1,7 +1,7 @@
 """The floor against torch's own counter: every policy on every family, a step that was really computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalG
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.execution.step import Compute
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention import cpu_kernels
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
@@ -42,7 +42,7 @@ def prepared(folder: Path, policy: TuningPolicy, batch: Batch, packing: bool = F
     module.configure_model()
     module.unread = unread_tensors(module.mm, lambda: module.objective(batch).nll)
     module._drop_unread()
-    cut_tower(module.mm, batch)
+    truncate_tower(module.mm, batch, ExitStack())
     return module
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import write_atomically
 from lightning_mm.data.sample import Sample, Turn
 
 Role = Literal["entailment", "picture", "text"]
@@ -125,9 +126,7 @@ def write(
         "classes": {probe: list(names) for probe, names in classes.items()},
         "rows": [{**row.told(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
     }
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_atomically(path, json.dumps(told, indent=1, ensure_ascii=False) + "\n")
 
 
 def is_probe_set(head: str) -> bool:

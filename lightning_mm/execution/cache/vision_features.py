@@ -10,7 +10,7 @@ them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -28,13 +28,12 @@ from lightning_mm.execution.cache.frozen_prefix import (
     gap_between,
     outputs_of,
     own_randomness,
-    passed_by,
     untouched,
 )
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import gathered_before, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import restored, uncompiled
+from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -74,7 +73,7 @@ class FrozenTower:
             own_randomness(row.regions.device),
             uncompiled(self.mm.model),
             outputs_of(self._top) as outputs,
-            passed_by(self._layers, self._layer_in_tuple),
+            skipped(self._layers, self._layer_in_tuple),
             gathered_before(head, row.supervised[:0]),
         ):
             self.mm.model(**row.inputs, use_cache=False)
@@ -96,8 +95,8 @@ class FrozenTower:
             output = joined.to(hidden.dtype)
             return (output,) if self._in_tuple else output
 
-        with passed_by(self._below, self._in_tuple), restored([self._top]):
-            self._top.forward = known
+        with skipped(self._below, self._in_tuple), ExitStack() as undo:
+            replace_forward(undo, self._top, lambda _: known)
             yield
 
     @torch.no_grad()

@@ -16,7 +16,6 @@ Data flow: ``build`` writes the text into ``LICENSE.txt``.
 import hashlib
 import json
 import random
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,6 +26,7 @@ from typing import Any, Literal
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.data.sample import Rejection
 from lightning_mm.nano.data import openmoji
 from lightning_mm.nano.data.catalog import Thing, entries
@@ -162,32 +162,16 @@ def build_nano_data(
     if _is_built(out, recipe):
         decide("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        _write(fresh, recipe, stamps, sizes)
-        _swap(fresh, out, Path(scratch) / "old")
+    with staged_folder(out, overwrite=True) as staged:
+        _write(staged, recipe, stamps, sizes)
     return out
-
-
-def _swap(fresh: Path, out: Path, old: Path) -> None:
-    """Put ``fresh`` in the place of ``out``; where that fails, what was there is there again."""
-    had_one = out.exists()
-    if had_one:
-        out.rename(old)
-    try:
-        fresh.rename(out)
-    except OSError:
-        if had_one:
-            old.rename(out)
-        raise
 
 
 def _is_built(out: Path, recipe: Mapping[str, Any]) -> bool:
     """Whether ``out`` holds exactly this build; anything but nano data or an empty folder is an error."""
     manifest_path = out / "manifest.json"
     if not manifest_path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_absent_or_empty(out):
             raise UserError(f"{out} is in the way.", "It exists and holds no nano data.", "Name another folder.")
         return False
     manifest = json.loads(manifest_path.read_text("utf-8"))

@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import all_gather_object
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct

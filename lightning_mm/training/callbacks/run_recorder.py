@@ -13,7 +13,8 @@ from rich.table import Table
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decide, log
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
+from lightning_mm.core.io import append_jsonl, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_what_trains_still_does(known: Known) -> None:
     names = [name for name, place in one.layout.locations.items() if place.layer == 2]
     for name in names:
         model.get_parameter(name).requires_grad_(True).grad = torch.ones_like(model.get_parameter(name))
-    checkpoint_blocks(model, one.layout.layers)
+    checkpoint_blocks(model, one.layout.layers, ExitStack())
     wrapped = [model.get_submodule(name).forward for name in one.layout.layers]
     live = Rewriting(MultimodalModel(model, one.layout), one.forced("d", "e"))
     with torch.no_grad():

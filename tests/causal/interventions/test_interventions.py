@@ -1,6 +1,7 @@
 """Interventions do what they say, on every family, and leave nothing behind."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lightning_mm.causal.interventions.interventions import (
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
-from lightning_mm.models.attention.cpu_kernels import attend_on_processors
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from tests.helpers.causal_models import FAMILIES, Subject, subject
 
 
@@ -144,13 +145,13 @@ def test_adapted_models_are_changed_alike(family: Callable[[str], Path], tmp_pat
 
 def test_checkpointed_blocks_are_changed_alike(family: Callable[[str], Path], tmp_path: Path) -> None:
     gradients = []
-    attend_on_processors()
     for checkpointed in (False, True):
         one = subject(family, "llava", tmp_path)
+        use_cpu_attention(one.model, ExitStack())
         inputs = one.ask().inputs
         weight = one.model.get_submodule(one.layout.layers[0]).mlp.up_proj.weight.requires_grad_(True)
         if checkpointed:
-            checkpoint_blocks(one.model, one.layout.layers)
+            checkpoint_blocks(one.model, one.layout.layers, ExitStack())
             one.model.train()
         with intervened(one.mm, [zero("mlp", [1]), skip([2])]):
             one.model(**inputs).logits[0, -1].sum().backward()

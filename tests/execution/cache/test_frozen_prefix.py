@@ -18,7 +18,7 @@ from lightning_mm.data.readers.conversations import read
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_mm.execution.cache.collators import FeatureCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
@@ -194,7 +195,9 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     collator = Collator(processing)
     batch = collator([s for s in read(data["train"]).samples if s.images][:2])
     model, layout, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
-    tower = FrozenTower(MultimodalModel(model, layout), cut_tower(MultimodalModel(model.eval(), layout), batch))
+    tower = FrozenTower(
+        MultimodalModel(model, layout), truncate_tower(MultimodalModel(model.eval(), layout), batch, ExitStack())
+    )
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
     blueprint = Blueprint(Backbone(path=str(family(name))), batch)
