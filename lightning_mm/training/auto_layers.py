@@ -77,7 +77,7 @@ def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> Readi
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         mine = read(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
-    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+    data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 

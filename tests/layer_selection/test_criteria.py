@@ -32,8 +32,7 @@ from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning import LoRAOnMiddle
 from lightning_mm.tuning.apply import apply_plan
-from tests.conftest import make_probe_rows, make_rows
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of, make_probe_rows, make_rows
 
 CPU = torch.device("cpu")
 

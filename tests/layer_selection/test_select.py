@@ -23,9 +23,8 @@ from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.tuning import EarlyLayers, IntermediateOnly
-from tests.conftest import make_probe_rows
+from tests.helpers.data import Family, batch_of, make_probe_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family, batch_of
 
 CPU = torch.device("cpu")
 LAYERS = 8

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.data.batch import Batch, KeptFeatures, TokenRegion
+from lightning_mm.data.batch import Batch, CachedFeatures, TokenRegion
 from lightning_mm.models.layout import Region
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.planning.step_shape import StepShape
@@ -54,10 +54,10 @@ class Work:
 
     def add(self, batch: Batch) -> None:
         """Count a batch; nothing is read back from the device."""
-        if isinstance(batch.kept, KeptFeatures):
-            self._add_features(batch, batch.kept)
+        if isinstance(batch.cached, CachedFeatures):
+            self._add_features(batch, batch.cached)
             return
-        seen = batch if batch.kept is None else batch.kept.fresh
+        seen = batch if batch.cached is None else batch.cached.uncached
         self._done.samples += len(batch)
         self._done.positions += batch.regions.numel()
         self._done.shape += StepShape(len(batch.real), 0, batch.num_supervised, 0 if seen is None else _pixels(seen))
@@ -68,15 +68,15 @@ class Work:
         counts = torch.stack([images, pairs, pairs - seen_pairs, nothing if seen is None else _picture_pairs(seen)])
         self._count(counts)
 
-    def _add_features(self, batch: Batch, kept: KeptFeatures) -> None:
+    def _add_features(self, batch: Batch, kept: CachedFeatures) -> None:
         """The tower saw the new rows only; the connector, cheap beside it, is counted with it."""
         self._done.samples += len(batch)
         self._done.positions += batch.regions.numel()
-        pixels = sum(_pixels(fresh) for fresh in kept.fresh)
+        pixels = sum(_pixels(fresh) for fresh in kept.uncached)
         self._done.shape += StepShape(len(batch.real), 0, batch.num_supervised, pixels)
         pairs, nothing = _pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
         images = (batch.regions == TokenRegion.IMAGE).sum()
-        pictures = sum((_picture_pairs(fresh) for fresh in kept.fresh), nothing)
+        pictures = sum((_picture_pairs(fresh) for fresh in kept.uncached), nothing)
         self._count(torch.stack([images, pairs, nothing, pictures]))
 
     def _count(self, counts: Tensor) -> None:
