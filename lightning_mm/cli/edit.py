@@ -21,7 +21,6 @@ from lightning_mm.causal.editing.study import METHODS, Apply, EditStudy, LayerSc
 from lightning_mm.causal.editing.tables import details, tables
 from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
 from lightning_mm.causal.questions.question import QuestionEncoder
-from lightning_mm.cli.export import check_free
 from lightning_mm.cli.model_source import ModelSource, model_label
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
@@ -47,7 +46,7 @@ def edit(arguments: list[str]) -> int:
     config = EditConfig(**{each.name: getattr(options, each.name) for each in fields(EditConfig)})
     out = None if options.out is None else Path(options.out)
     if out is not None:
-        check_free(out)
+        refuse_taken(out, "Name another --out, or remove the folder.")
     source = ModelSource.of(options.model, options.checkpoint)
     file = read_edits(options.edits, options.image_root)
     if options.limit is not None:
@@ -173,16 +172,10 @@ def _write(run: RunDirectory, study: EditStudy, results: dict[str, Any], shown: 
 def _export(mm: MultimodalModel, edit: WeightEdit, study: EditStudy, out: Path, verify: bool) -> None:
     """Export the edited model, verified in a fresh process before the folder appears."""
     origin = Origin(mm.source, facts={"Edited": f"MultEdit of {len(study.cases)} questions in {edit.module}"})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        apply_edits(mm.model, [edit]),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
-    ):
-        staged = Path(scratch) / out.name
+    with apply_edits(mm.model, [edit]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if verify:
             prove(Claim(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
-        staged.replace(out)
     log.info("exported: %s", out)
 
 

@@ -155,9 +155,9 @@ def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet,
 
 def _write_ledger(models: Sequence[InspectedModel], run: RunDirectory) -> None:
     """Write the ledger of rejected probe and conversation rows."""
-    ledger = Ledger()
+    ledger = RejectedSamples()
     for data in (data for model in models for data in (model.data, model.conversations)):
-        ledger.add(data.ledger)
+        ledger.add(data.rejected_samples)
     if len(ledger):
         ledger.write(run.ledger)
 

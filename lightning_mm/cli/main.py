@@ -17,7 +17,7 @@ from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
 from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.dataloader import killed_worker
+from lightning_mm.data.dataloader import worker_killed_error
 
 _KNOWN = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice

@@ -27,8 +27,9 @@ from lightning_mm.cli.model_source import InspectedModel, ModelSource, check_sam
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.report.figures.trace_maps import save_trace
 from lightning_mm.report.html import write_report
@@ -66,7 +67,7 @@ def trace(arguments: list[str]) -> int:
     title = {"title": " against ".join(map(model_label, paths)), "model": model.kind}
     _write(run, result, answers, title, model)
     write_json(run.path / "inspection.json", {**title, "labels": {"0": model_label(options.model)}})
-    ledger = Ledger()
+    ledger = RejectedSamples()
     ledger.add([*file.rejected, *rejected, *result.rejected])
     ledger.write(run.ledger)
     write_json(run.decisions, [asdict(decision) for decision in decide])

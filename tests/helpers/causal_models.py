@@ -12,7 +12,6 @@ from PIL import Image
 from transformers import AttentionMaskInterface
 
 from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
-from lightning_mm.models.attention import interception
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model

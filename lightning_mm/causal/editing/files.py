@@ -87,7 +87,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     for origin, row in conversations.iter_json_rows(path):
         try:
             parsed = _parse_row(reader, images, row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
         else:
             (requests if isinstance(parsed, EditRequest) else locality).append(parsed)  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
 
 
 def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> EditRequest | Question:
-    if isinstance(row, BadRow):
+    if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
         raise InvalidRow(f"not an object: {row!r:.60}")
@@ -112,7 +112,7 @@ def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str)
         return _locality_question(reader, row, origin)
     question = reader.read_row(row, origin)[0]
     if not question.spans:
-        raise BadRow("no constraint: the key of an edit is read at the last token of its words")
+        raise InvalidRow("no constraint: the key of an edit is read at the last token of its words")
     near = [
         _locality_question(reader, each, f"{origin} neighbours[{i}]") for i, each in enumerate(_list(row, "neighbours"))
     ]

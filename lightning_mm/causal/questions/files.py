@@ -73,12 +73,12 @@ class QuestionReader:
             origin: Where the row comes from, ``file:line``.
 
         Raises:
-            BadRow: The row cannot be used; its text is the reason.
+            InvalidRow: The row cannot be used; its text is the reason.
         """
         if isinstance(row, InvalidRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow("not an object: a row is {...}")
+            raise InvalidRow("not an object: a row is {...}")
         text = _text_field(row, "question")
         if text is None:
             raise InvalidRow("no question: the row has no 'question'")
@@ -113,7 +113,7 @@ class QuestionReader:
             for name in names:
                 try:
                     found += self._rows.sample({"image": name, **conversation}, origin).images
-                except BadRow as error:
+                except InvalidRow as error:
                     if not str(error).startswith("missing image"):
                         raise
             if len(found) > 1:
@@ -140,7 +140,7 @@ def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Sp
     given = row.get("constraint")
     constraints = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(each, str) for each in constraints):
-        raise BadRow(f"wrong type: 'constraint' is {given!r:.60}, not text or a list of texts")
+        raise InvalidRow(f"wrong type: 'constraint' is {given!r:.60}, not text or a list of texts")
     constraints = [each for each in constraints if each.strip()]
     if not constraints:
         if not has_boxes:
@@ -151,7 +151,7 @@ def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Sp
     for each in constraints:
         match = constraint_matching.find_constraint(each, text)
         if match is None:
-            raise BadRow(f"constraint not in the question: {each!r} in {text!r}")
+            raise InvalidRow(f"constraint not in the question: {each!r} in {text!r}")
         spans += match.spans
         rules.append(match.rule)
     return constraint_matching.merge_spans(spans), max(rules, key=constraint_matching.RULES.index)
@@ -164,7 +164,7 @@ def _given_spans(given: Any, text: str) -> tuple[Span, ...]:
         if not whole or not 0 <= pair[0] < pair[1] <= len(text) or not text[slice(*pair)].strip():
             raise InvalidRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
     if not pairs:
-        raise BadRow(f"wrong type: 'spans' is {given!r:.60}, not [[first, one past the last], ...]")
+        raise InvalidRow(f"wrong type: 'spans' is {given!r:.60}, not [[first, one past the last], ...]")
     return constraint_matching.merge_spans([(first, last) for first, last in pairs])
 
 
@@ -172,7 +172,7 @@ def _boxes(row: Mapping[str, Any]) -> tuple[ObjectBox, ...]:
     objects = scenes._objects(row.get("boxes")) or ()
     for each in objects:
         if each.box is None:
-            raise BadRow(f"box without a place: {each.name!r}")
+            raise InvalidRow(f"box without a place: {each.name!r}")
     return tuple(ObjectBox(each.name, each.box) for each in objects if each.box is not None)
 
 
@@ -232,7 +232,7 @@ def read_questions(path: Path | str, image_root: Path | str | None = None) -> Qu
     for origin, row in _rows(path):
         try:
             question, rule = reader.read_row(row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejected.append(Rejection(origin, str(error)))
         else:
             questions.append(question)
@@ -318,7 +318,7 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 def _csv_row(columns: list[str], cells: list[str]) -> Any:
     """A row of the released CSV files in the JSON form."""
     if len(cells) != len(columns):
-        return BadRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
+        return InvalidRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
     named = dict(zip(columns, cells, strict=True))
     row = {key: named[key] for key in ("question", "image_url", "answer", "group", "kind") if key in named}
     return row | {"id": named.get("id", named.get("", "")).strip(), "constraint": named["main_entity"]}

@@ -23,14 +23,14 @@ from lightning_mm.models.processor import Processing
 
 def encode_image(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
     """Processor inputs of one image with a minimal text: one row."""
-    text = Chat(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
+    text = ChatRenderer(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
     return processing.encode([text], [[picture]], "right").inputs
 
 
-def patch_grids(processing: Processing) -> Grids:
+def patch_grids(processing: Processing) -> PatchGrids:
     """The layout of the model's image tokens in images, from its processor."""
     merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-    return Grids(lambda picture: encode_image(processing, picture), processing.config.to_dict(), merge_size)
+    return PatchGrids(lambda picture: encode_image(processing, picture), processing.config.to_dict(), merge_size)
 
 
 def grey_out_boxes(question: Question) -> Image.Image | Rejection:

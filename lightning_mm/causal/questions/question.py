@@ -159,7 +159,7 @@ class QuestionEncoder:
         _, encoding = self._encoder.encode([RenderedSample(sample, images, full)], "right", rejected)
         if encoding is None:
             return rejected[0]
-        expanded = chat.expanded(full, self._encoder.chat.placeholder, encoding.texts[0])
+        expanded = chat.locate_answer_spans(full, self._encoder.chat.placeholder, encoding.texts[0])
         whole, *parts = (_positions(span, encoding.offsets[0]) for span in expanded)
         ids = encoding.inputs["input_ids"][0]
         image = torch.isin(ids, torch.tensor(self._encoder.processing.image_token_ids)).nonzero().flatten()
@@ -187,7 +187,7 @@ class QuestionEncoder:
 
 
 def _positions(span: tuple[int, int], offsets: Tensor) -> Tensor:
-    return torch.tensor(list(chat.tokens(span, offsets)), dtype=torch.long)
+    return torch.tensor(list(chat.tokens_of_span(span, offsets)), dtype=torch.long)
 
 
 @torch.no_grad()

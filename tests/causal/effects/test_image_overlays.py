@@ -56,7 +56,7 @@ def test_what_has_no_place_is_refused_with_the_reason(
     assert isinstance(two, EncodedQuestion)
     with pytest.raises(UserError, match="2 pictures"):
         grids.grid(two)
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
     assert (grids.grid(encoded).rows, grids.grid(encoded).window) == (4, None), "16 tokens of an unknown kind"
     queries = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
     monkeypatch.setattr(PatchGrids, "layout", lambda *_: queries)
@@ -65,7 +65,7 @@ def test_what_has_no_place_is_refused_with_the_reason(
     odd = EncodedQuestion(
         encoded.question, encoded.inputs, encoded.tokens, encoded.image[:15], encoded.spans, encoded.text
     )
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
     with pytest.raises(UserError, match="no grid"):
         grids.grid(odd)
 
