@@ -21,7 +21,6 @@ from lightning_mm.causal.editing.study import METHODS, Apply, EditStudy, LayerSc
 from lightning_mm.causal.editing.tables import details, tables
 from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
 from lightning_mm.causal.questions.question import QuestionEncoder
-from lightning_mm.cli.export import check_free
 from lightning_mm.cli.model_source import ModelSource, model_label
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
@@ -47,7 +46,7 @@ def edit(arguments: list[str]) -> int:
     config = EditConfig(**{each.name: getattr(options, each.name) for each in fields(EditConfig)})
     out = None if options.out is None else Path(options.out)
     if out is not None:
-        check_free(out)
+        refuse_taken(out, "Name another --out, or remove the folder.")
     source = ModelSource.of(options.model, options.checkpoint)
     file = read_edits(options.edits, options.image_root)
     if options.limit is not None:
