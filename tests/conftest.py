@@ -18,8 +18,16 @@ import torch.distributed as dist
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
+from tests.helpers.slow_tests import SLOW_TESTS
 
 os.environ.setdefault("WANDB_MODE", "offline")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what slow.txt names, so that ``-m "not slow"`` leaves it out."""
+    for item in items:
+        if item.nodeid.partition("[")[0] in SLOW_TESTS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

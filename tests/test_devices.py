@@ -65,7 +65,7 @@ def test_a_model_in_nf4_learns(policy: TuningPolicy, device: str, wide: Family, 
     module = MMModule(Backbone(path=str(wide("llava")), quantization="nf4"), policy, OptimizerSettings(lr=1e-2))
     module.configure_model()
     module.to(device)
-    groups = parameter_groups(module.model, module.anatomy, module.plan, module.optimizer)
+    groups = parameter_groups(module.mm, module.plan, module.optimizer)
     optimizer = build_optimizer(groups, module.optimizer)
     batch = batch_of(wide("llava"), data).to(device)
     losses = losses_of(module, batch, optimizer, 8)

@@ -16,10 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import gather_object
@@ -28,8 +27,8 @@ from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.geometry.representations import exact_products
-from lightning_mm.models.hooks import plain, tapped
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
+from lightning_mm.models.hooks import block_io
 
 
 def pool(hidden_BLD: Tensor, weights_BSL: Tensor) -> Tensor:
@@ -116,8 +115,7 @@ class Reading:
 
 
 def read(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     batches: Iterable[ProbeBatch],
     device: torch.device,
     *,
@@ -129,8 +127,7 @@ def read(
     """Read this rank's rows. The caller sees to eval mode, no gradients, precision and randomness.
 
     Args:
-        model: Wrapped or not.
-        anatomy: Of the plain model.
+        mm: Wrapped or not.
         batches: This rank's share of the probe set.
         device: Where the model is.
         step: Noted in the reading.
@@ -138,8 +135,9 @@ def read(
         unchanged: So many slices, from the embeddings up, are taken from ``before``: no weight below them has moved.
         begin: Surrounds each forward pass, and says what the model is given in it.
     """
-    if before is not None and unchanged > anatomy.num_layers:
+    if before is not None and unchanged > mm.layout.num_layers:
         return replace(before, step=step)
+    mm = replace(mm, model=unwrap_model(mm.model))
     first = unchanged if before is not None else 0
     vectors: dict[str, list[Tensor]] = {}
     addresses: dict[str, list[Address]] = {}
@@ -149,7 +147,7 @@ def read(
         if not len(batch):
             continue
         with nullcontext(batch.to(device)) if begin is None else begin(batch) as given:
-            pooled_TBSD = _forward(plain(model), anatomy, given, first)
+            pooled_TBSD = _forward(mm, given, first)
         for place, address, b, s in _kept(batch):
             vectors.setdefault(place, []).append(pooled_TBSD[:, b, s])
             addresses.setdefault(place, []).append(address)
@@ -183,7 +181,7 @@ def shared(one: Reading, other: Reading) -> tuple[Reading, Reading, int]:
     return kept(one), kept(other), len(differing)
 
 
-def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Tensor:
+def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
     """(T - first, B, S, D) pooled hidden states, on the CPU."""
     taken: dict[int, Tensor] = {}
     below: list[Tensor] = []
@@ -195,9 +193,9 @@ def _forward(model: Any, anatomy: Anatomy, batch: ProbeBatch, first: int) -> Ten
             taken[index] = pool(hidden_BLD, batch.weights)
 
     nothing = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
-    with tapped(model, anatomy, receive), gathered_before(model.get_submodule(anatomy.head), nothing):
-        model(**batch.inputs, use_cache=False)
-    wanted = range(first, anatomy.num_layers + 1)
+    with block_io(mm, receive), gathered_before(mm.model.get_submodule(mm.layout.head), nothing):
+        mm.model(**batch.inputs, use_cache=False)
+    wanted = range(first, mm.layout.num_layers + 1)
     skipped = [index for index in wanted if index not in taken]
     for index in skipped:  # a block that is left out is the identity: its slice is the one below
         assert index - 1 in taken or below, "the lowest block was not run"

@@ -31,13 +31,13 @@ from lightning_mm.causal.effects.layer_transplant import (
 from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Asked, Asker, Question
 from lightning_mm.causal.questions.scoring import answered
-from lightning_mm.causal.study import Examined, Studying, study
+from lightning_mm.causal.study import Studying, study
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
-from lightning_mm.models.hooks import plain
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.training.eval_context import data_of, live, looking
 
 PARTS = ("ablation", "knockout", "flow", "trace")
@@ -101,14 +101,14 @@ class CausalCallback(InspectingCallback):
     def _found(self, look: Look) -> Findings:
         assert self._module is not None
         module = live(self._module)
-        examined = Examined(plain(module.model), module.anatomy, self._data.processing)
+        mm = replace(module.mm, model=unwrap_model(module.mm.model), processor=self._data.processing)
         asker = Asker(self._data.processing)
         if self._asked is None:
             self._asked = self._draw(asker)
-        answers, rejected = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+        answers, rejected = answered(mm, asker, self._asked, look.device)
         known = [replace(each, right=True) for each in answers if each.probability >= LEAST]
         options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
-        found = study(examined, known, options, {}, look.step)
+        found = study(mm, known, options, {}, look.step)
         told = found.findings
         lost = [f"{each.origin}: {each.reason}" for each in (*rejected, *found.rejected)]
         if len(known) < len(answers):
@@ -116,7 +116,7 @@ class CausalCallback(InspectingCallback):
         told.problems += [f"CausalCallback: {each}" for each in lost]
         if look.step and self.transplant:
             try:
-                self._transplanted(told, examined, look.device)
+                self._transplanted(told, mm, look.device)
             except (UserError, RuntimeError, LookupError) as error:  # what else was found is kept
                 told.problems.append(f"CausalCallback: no transplant curve: {error}")
         return told
@@ -153,14 +153,14 @@ class CausalCallback(InspectingCallback):
         assert self._module is not None
         self._start = {
             name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in plain(live(self._module).model).named_parameters()
+            for name, parameter in unwrap_model(live(self._module).mm.model).named_parameters()
             if parameter.requires_grad and ".lora_" not in name
         }
         if self._start:
             held = sum(tensor.nbytes for tensor in self._start.values()) / 2**20
             decide("causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step")
 
-    def _transplanted(self, found: Findings, examined: Examined, device: torch.device) -> None:
+    def _transplanted(self, found: Findings, mm: MultimodalModel, device: torch.device) -> None:
         assert self._module is not None
         module = live(self._module)
         trained, adapted = module.plan.layers, module.plan.lora is not None
@@ -168,17 +168,16 @@ class CausalCallback(InspectingCallback):
             why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
             decide("causal.transplant", "not measured", why)
             return
-        model, anatomy = examined.model, examined.anatomy
-        hybrid = from_start(model, anatomy, self._start)
-        hybrid = both(from_adapters(model, anatomy), hybrid) if adapted else hybrid
+        hybrid = from_start(mm, self._start)
+        hybrid = both(from_adapters(mm), hybrid) if adapted else hybrid
         self._batches = self._batches or self._data.sample_batches(self.batches, 8)
         with hybrid(()):
-            untouched = answered_right(model, anatomy, self._batches, device)
+            untouched = answered_right(mm, self._batches, device)
         chosen = {
             trained[shown]: [trained[i] for i in layers]
             for shown, layers in windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
         }
-        curve = transplant_curve(model, hybrid, anatomy, self._batches, device, chosen)
+        curve = transplant_curve(mm, hybrid, self._batches, device, chosen)
         for site, rows in transplant_rows("cumulative", curve, untouched):
             for layer, estimate in rows.items():
                 found.add("causal", "transplant", site, [estimate], first=layer)

@@ -58,8 +58,7 @@ class Reader:
         module = live(self.module)
         with looking(self.trainer, self.module):
             return read(
-                module.model,
-                module.anatomy,
+                module.mm,
                 self._encoded(probe_set, name),
                 self.module.device,
                 step=self.trainer.global_step,

@@ -26,8 +26,7 @@ from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.layout import Anatomy
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.handle import MultimodalModel
 
 PARTS = ("trace", "flow", "knockout", "ablation", "pictures", "predictor")
 
@@ -89,22 +88,13 @@ class Study:
     rejected: list[Rejection] = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """A model to be studied: the plain model in eval mode, on its device."""
-
-    model: Any
-    anatomy: Anatomy
-    processing: Processing
-
-
 def study(
-    examined: Examined, answers: Sequence[Answer], options: Studying, images: Mapping[str, str], step: int = 0
+    mm: MultimodalModel, answers: Sequence[Answer], options: Studying, images: Mapping[str, str], step: int = 0
 ) -> Study:
     """Find out all that is asked for.
 
     Args:
-        examined: The model.
+        mm: The plain model in eval mode, with its processor.
         answers: Questions; those answered wrong are for the predictor only.
         options: What to find out.
         images: Question id -> file of its picture beside the report.
@@ -113,12 +103,12 @@ def study(
     found = Study(Findings(step))
     right = [answer for answer in answers if answer.right]
     parts: dict[str, Callable[[], None]] = {
-        "trace": lambda: _trace(found, examined, right, options, images),
-        "flow": lambda: _flow(found, examined, right),
-        "knockout": lambda: _knockout(found, examined, right, options),
-        "ablation": lambda: _ablation(found, examined, right[: options.ablated], options.ablations),
-        "pictures": lambda: _pictures(found, examined, right[: options.shown], images),
-        "predictor": lambda: _predictor(found, examined, answers),
+        "trace": lambda: _trace(found, mm, right, options, images),
+        "flow": lambda: _flow(found, mm, right),
+        "knockout": lambda: _knockout(found, mm, right, options),
+        "ablation": lambda: _ablation(found, mm, right[: options.ablated], options.ablations),
+        "pictures": lambda: _pictures(found, mm, right[: options.shown], images),
+        "predictor": lambda: _predictor(found, mm, answers),
     }
     for name in options.parts:
         try:
@@ -130,27 +120,24 @@ def study(
 
 
 def _trace(
-    found: Study, examined: Examined, right: Sequence[Answer], options: Studying, images: Mapping[str, str]
+    found: Study, mm: MultimodalModel, right: Sequence[Answer], options: Studying, images: Mapping[str, str]
 ) -> None:
-    every, tokenizer = [answer.asked for answer in right], examined.processing.processor.tokenizer
+    every, tokenizer = [answer.asked for answer in right], mm.required_processor.processor.tokenizer
     refused: UserError | None = None
     for number, answer in enumerate(right):
         corrupt = corrupted(
             answer.asked,
             options.corruption,
             every,
-            examined.processing,
-            examined.model,
-            examined.anatomy,
+            mm.required_processor,
+            mm,
             options.seed,
         )
         if isinstance(corrupt, Rejection):
             found.rejected.append(corrupt)
             continue
         try:
-            found.traces.append(
-                trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
-            )
+            found.traces.append(trace(mm, answer.asked, corrupt, options.tracing, answer.target))
         except UserError as error:
             refused = error
             found.rejected.append(Rejection(answer.asked.question.id, f"not traced: {error.why}"))
@@ -174,26 +161,26 @@ def _trace(
         found.maps += told(each, options.tracing, answer_text, images.get(each.asked.question.id))
 
 
-def _flow(found: Study, examined: Examined, right: Sequence[Answer]) -> None:
-    for name, estimates in flow(examined.model, examined.anatomy, [answer.asked for answer in right]):
+def _flow(found: Study, mm: MultimodalModel, right: Sequence[Answer]) -> None:
+    for name, estimates in flow(mm, [answer.asked for answer in right]):
         found.findings.add("causal", "flow", name, estimates, first=0)
 
 
-def _knockout(found: Study, examined: Examined, right: Sequence[Answer], options: Studying) -> None:
-    for measure, site, estimates in knockout_curves(examined.model, examined.anatomy, right, options.knocking):
+def _knockout(found: Study, mm: MultimodalModel, right: Sequence[Answer], options: Studying) -> None:
+    for measure, site, estimates in knockout_curves(mm, right, options.knocking):
         found.findings.add("causal", measure, site, estimates, first=0)
 
 
-def _ablation(found: Study, examined: Examined, right: Sequence[Answer], kinds: Sequence[str]) -> None:
-    for kind, estimates in ablation_curves(examined.model, examined.anatomy, right, kinds):
+def _ablation(found: Study, mm: MultimodalModel, right: Sequence[Answer], kinds: Sequence[str]) -> None:
+    for kind, estimates in ablation_curves(mm, right, kinds):
         found.findings.add("causal", "ablation", kind, estimates, first=0)
 
 
-def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images: Mapping[str, str]) -> None:
+def _pictures(found: Study, mm: MultimodalModel, right: Sequence[Answer], images: Mapping[str, str]) -> None:
     """What the picture gives and what the lens reads off it, at five depths."""
-    model, anatomy, processing = examined.model, examined.anatomy, examined.processing
-    grids, decode = PictureGrids(processing), processing.processor.tokenizer.decode
-    last = anatomy.num_layers - 1
+    processor = mm.required_processor
+    grids, decode = PictureGrids(processor), processor.processor.tokenizer.decode
+    last = mm.layout.num_layers - 1
     depths = sorted({round(part * last / 4) for part in range(5)})
     for answer in right:
         asked = answer.asked
@@ -201,25 +188,25 @@ def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images:
             continue
         try:
             grid = grids.grid(asked)
-            recording = record(model, anatomy, asked.inputs, sites=("residual", "attention"))
+            recording = record(mm, asked.inputs, sites=("residual", "attention"))
             to = "constraint" if len(asked.constraint) else "last"
-            entries = [image_map(model, anatomy, recording, asked, grid, layer, to) for layer in depths]
-            entries += [picture_words(model, anatomy, recording, asked, grid, layer, decode) for layer in depths]
+            entries = [image_map(mm, recording, asked, grid, layer, to) for layer in depths]
+            entries += [picture_words(mm, recording, asked, grid, layer, decode) for layer in depths]
         except UserError as error:
             found.rejected.append(Rejection(asked.question.id, f"not drawn: {error.why}"))
             continue
         found.pictures += [{**entry, "image": images[asked.question.id]} for entry in entries]
 
 
-def _predictor(found: Study, examined: Examined, answers: Sequence[Answer]) -> None:
+def _predictor(found: Study, mm: MultimodalModel, answers: Sequence[Answer]) -> None:
     usable = [a for a in answers if len(a.asked.constraint) and a.asked.question.answer is not None]
     if not usable:
         decide("causal.predictor", "not made", "no question has both a constraint and a right answer")
         return
     features = []
     for answer in usable:
-        recording = record(examined.model, examined.anatomy, answer.asked.inputs, sites=("attention",))
-        features.append(contribution_features(examined.model, examined.anatomy, recording, answer.asked))
+        recording = record(mm, answer.asked.inputs, sites=("attention",))
+        features.append(contribution_features(mm, recording, answer.asked))
     confidence = torch.tensor([answer.confidence for answer in usable])
     right = torch.tensor([answer.right for answer in usable])
     questions = [answer.asked.question for answer in usable]

@@ -6,7 +6,7 @@ Data flow: model + file of edits -> ``EditStudy`` -> a folder with report.html, 
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,32 +33,13 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.models.export.export import Origin, export_full
 from lightning_mm.models.export.verify import Claim, prove, take_reference
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import load_processing
 from lightning_mm.report.html import write_report
 
 MOST_LAYERS = 12
 """So many are tried where the layer is chosen; of more, every second or third one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A model to be edited.
-
-    Args:
-        model: In eval mode, nothing of it trains.
-        anatomy: Of it.
-        processing: Its processor.
-        base: Folder or hub name that it comes from.
-        device: Where it is.
-    """
-
-    model: Any
-    anatomy: Anatomy
-    processing: Processing
-    base: str
-    device: torch.device
 
 
 def edit(arguments: list[str]) -> int:
@@ -71,17 +52,17 @@ def edit(arguments: list[str]) -> int:
     file = _limited(read_edits(options.edits, options.image_root), options.limit)
     conversations = _conversations(options)
     run = RunDirectory.create(options.root, options.name or f"edit-{short(options.model)}")
-    opened = _open(source)
-    asker = Asker(opened.processing, options.prompt)
-    scorer = Scorer(opened.model, opened.anatomy, asker, opened.device, options.max_new_tokens, options.num_unrelated)
-    study = EditStudy(scorer, file, _batches(conversations, opened, options.conversations))
+    mm = _open(source)
+    asker = Asker(mm.required_processor, options.prompt)
+    scorer = Scorer(mm, asker, mm.device, options.max_new_tokens, options.num_unrelated)
+    study = EditStudy(scorer, file, _batches(conversations, mm, options.conversations))
     scan, layer = _layer(study, options, chosen)
     outcomes = _outcomes(study, options, layer, chosen)
     made = tables(study, outcomes, scan, layer, chosen)
-    _write(run, opened, study, outcomes, scan, layer, chosen, made)
+    _write(run, mm, study, outcomes, scan, layer, chosen, made)
     if out is not None:
         together = next(o for o in outcomes if o.apply == "together" and o.method == "MultEdit")
-        _export(opened, together.edits[0], study, out, options.prove)
+        _export(mm, together.edits[0], study, out, options.prove)
     write_json(run.decisions, [asdict(decision) for decision in decide])
     write_report(run.path)
     for table in made:
@@ -124,17 +105,16 @@ def _parser() -> Parser:
     return parser
 
 
-def _open(source: Source) -> Opened:
+def _open(source: Source) -> MultimodalModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any
     if source.run is not None and source.checkpoint is not None:
         module, data = restored(source.run, source.checkpoint, quantized=False)
-        model, anatomy, processing, base = module.model, module.anatomy, data.processing, module.backbone.path
+        mm = replace(module.mm, processor=data.processing)
     else:
         model = load_model(Backbone(path=source.path))
-        anatomy, processing, base = Anatomy.of(model), load_processing(source.path), source.path
-    model.eval().requires_grad_(False).to(device)
-    return Opened(model, anatomy, processing, base, device)
+        mm = MultimodalModel.of(model, load_processing(source.path), source.path)
+    mm.model.eval().requires_grad_(False).to(device)
+    return mm
 
 
 def _limited(file: EditFile, limit: int | None) -> EditFile:
@@ -152,10 +132,10 @@ def _conversations(options: Namespace) -> MMDataModule | None:
     return data
 
 
-def _batches(data: MMDataModule | None, opened: Opened, count: int) -> list[Batch]:
+def _batches(data: MMDataModule | None, mm: MultimodalModel, count: int) -> list[Batch]:
     if data is None:
         return []
-    data.processor = opened.base
+    data.processor = mm.source
     return data.sample_batches(count, 1)
 
 
@@ -191,7 +171,7 @@ def _outcomes(study: EditStudy, options: Namespace, layer: int, chosen: EditOpti
 
 def _write(
     run: RunDirectory,
-    opened: Opened,
+    mm: MultimodalModel,
     study: EditStudy,
     outcomes: Sequence[Outcome],
     scan: Sequence[LayerScore],
@@ -202,7 +182,7 @@ def _write(
     told = details(study, outcomes, scan, layer, chosen)
     right = [each["right_before"] for each in told["edits"]]
     title = f"{len(study.cases)} edits of layer {layer}"
-    kind = type(opened.model).__name__
+    kind = type(mm.model).__name__
     write_json(run.path / "edits.json", told)
     causal = {"title": title, "model": kind, "n_questions": len(right), "n_right": sum(map(bool, right))}
     write_json(run.path / "causal.json", {**causal, "tables": list(made)})
@@ -221,18 +201,18 @@ def _free(out: str | None) -> Path | None:
     return None if out is None else Path(out)
 
 
-def _export(opened: Opened, edit: Edit, study: EditStudy, out: Path, proved: bool) -> None:
+def _export(mm: MultimodalModel, edit: Edit, study: EditStudy, out: Path, proved: bool) -> None:
     questions = f"{len(study.cases)} questions"
-    origin = Origin(opened.base, facts={"Edited": f"MultEdit of {questions} in {edit.module}"})
+    origin = Origin(mm.source, facts={"Edited": f"MultEdit of {questions} in {edit.module}"})
     out.parent.mkdir(parents=True, exist_ok=True)
     with (
-        edited(opened.model, [edit]),
+        edited(mm.model, [edit]),
         tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
     ):
         staged = Path(scratch) / out.name
-        export_full(opened.model, opened.processing.processor, staged, origin)
+        export_full(mm.model, mm.required_processor.processor, staged, origin)
         if proved:
-            prove(Claim(staged, take_reference(opened.model, study.cases[0].target.asked.inputs)))
+            prove(Claim(staged, take_reference(mm.model, study.cases[0].target.asked.inputs)))
         staged.replace(out)
     log.info("exported: %s", out)
 

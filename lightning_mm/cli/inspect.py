@@ -20,7 +20,7 @@ from lightning_mm.analysis.hidden_states import Reading
 from lightning_mm.analysis.probing import ProbingOptions, probing
 from lightning_mm.analysis.summary import MAIN, headline
 from lightning_mm.cli.export import Parser
-from lightning_mm.cli.model_source import Subject, open_subjects
+from lightning_mm.cli.model_source import InspectedModel, open_subjects
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, write_json
@@ -39,7 +39,7 @@ def inspect(arguments: list[str]) -> int:
     paths = [options.model, *([options.against] if options.against else [])]
     subjects, probe_set = open_subjects(paths, options, auto)
     run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(short(path) for path in paths))
-    seen: list[tuple[Subject, Reading]] = []
+    seen: list[tuple[InspectedModel, Reading]] = []
     found = []
     for step, subject in enumerate(subjects):
         first = seen[0][1] if seen else None
@@ -99,7 +99,7 @@ def _parser() -> Parser:
 
 
 def _inspected(
-    subject: Subject,
+    subject: InspectedModel,
     probe_set: ProbeSet,
     step: int,
     measures: Sequence[str],
@@ -127,7 +127,7 @@ def _inspected(
     return reading, found
 
 
-def _without_pictures(subject: Subject, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
+def _without_pictures(subject: InspectedModel, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
     """The entailment rows with grey pictures, if there are any; what goes wrong is one problem more."""
     blank = probe_set.without_pictures()
     if not len(blank):
@@ -141,7 +141,7 @@ def _without_pictures(subject: Subject, probe_set: ProbeSet, step: int, problems
     return reading
 
 
-def _select(seen: Sequence[tuple[Subject, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
+def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
     """By the first model; what a second one has made of it is two more criteria."""
     subject, reading = seen[0]
     try:
@@ -153,7 +153,7 @@ def _select(seen: Sequence[tuple[Subject, Reading]], probe_set: ProbeSet, run: R
     write_json(run.selection, selection.to_dict())
 
 
-def _write_ledger(subjects: Sequence[Subject], run: RunDirectory) -> None:
+def _write_ledger(subjects: Sequence[InspectedModel], run: RunDirectory) -> None:
     """What fell out of probes and conversations, as in a run."""
     ledger = RejectedSamples()
     for data in (data for subject in subjects for data in (subject.data, subject.conversations)):
@@ -162,12 +162,12 @@ def _write_ledger(subjects: Sequence[Subject], run: RunDirectory) -> None:
         ledger.write(run.ledger)
 
 
-def _label(run: RunDirectory, paths: Sequence[str], subject: Subject) -> None:
+def _label(run: RunDirectory, paths: Sequence[str], subject: InspectedModel) -> None:
     """Which model is which, and which of its layers were trained."""
     title = " against ".join(map(short, paths))
     labels = {str(step): str(path) for step, path in enumerate(paths)}
     write_json(run.path / "inspection.json", {"title": title, "model": subject.kind, "labels": labels})
-    trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+    trained = {"expression": "", "trained": list(subject.trained), "total": subject.mm.layout.num_layers}
     if subject.trained:
         write_json(run.census, {"layers": trained})
 

@@ -1,10 +1,10 @@
 """From the command line of ``inspect`` to what is inspected: each path checked, then opened, and one probe set for all.
 
-Data flow: paths and options -> ``Source`` (checked, nothing loaded) -> probe set -> ``Subject``.
+Data flow: paths and options -> ``Source`` (checked, nothing loaded) -> probe set -> ``InspectedModel``.
 
 What is to be inspected: a model folder, a run, or one of its checkpoints, each as a model that can be read.
 
-Data flow: a path on the command line -> ``Subject`` -> readings and a layer selection.
+Data flow: a path on the command line -> ``InspectedModel`` -> readings and a layer selection.
 """
 
 import re
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import Reading, read, shared
 from lightning_mm.cli.export import restored
@@ -32,54 +32,54 @@ from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_p
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model, read_config
 from lightning_mm.training import checkpoint as state
 
 
 @dataclass(eq=False)
-class Subject:
-    """A model to be read.
+class InspectedModel:
+    """A model whose layers are read, and the data to read them with.
 
     Args:
         name: As given.
         kind: Its class.
-        model: In eval mode.
-        anatomy: Of the plain model.
+        mm: The model in eval mode.
         data: Makes its batches of probe rows.
         conversations: Has the conversations that a loss is taken of, if there are any.
         trained: Blocks that were trained; empty where that is not known.
-        device: Where it is.
         bf16: Whether its forward pass computes in bfloat16.
         auto: How layers are chosen.
     """
 
     name: str
     kind: str
-    model: nn.Module
-    anatomy: Anatomy
+    mm: MultimodalModel
     data: MMDataModule
     conversations: MMDataModule
     trained: tuple[int, ...]
-    device: torch.device
     bf16: bool
     auto: AutoRange
 
     @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.mm.device
+
+    @property
     def width(self) -> int:
         """D, the hidden size of its decoder."""
-        model: Any = self.model
-        return int(model.config.get_text_config(decoder=True).hidden_size)
+        return int(self.mm.transformers.config.get_text_config(decoder=True).hidden_size)
 
     def read(self, probe_set: ProbeSet, step: int = 0) -> Reading:
         """Every layer, on every row; rows that fall out are in the ledger of ``data`` too."""
         with torch.no_grad(), self._precision():
-            reading = read(self.model, self.anatomy, self.data.probe_loader(probe_set), self.device, step=step)
+            reading = read(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
         self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
-        self, reading: Reading, probe_set: ProbeSet, pilot: "tuple[Subject, Reading] | None" = None
+        self, reading: Reading, probe_set: ProbeSet, pilot: "tuple[InspectedModel, Reading] | None" = None
     ) -> Selection:
         """The layers worth training, also by what a second, tuned model says.
 
@@ -89,7 +89,7 @@ class Subject:
         batches = self._batches() if pilot or set(GRADIENT) & set(self.auto.criteria) else []
         said = self._piloted(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
-            gradients = scores_if_possible(self.model, self.anatomy, batches, self.device, self.auto.criteria)
+            gradients = scores_if_possible(self.mm, batches, self.device, self.auto.criteria)
         return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=said)
 
     def _batches(self) -> list[Batch]:
@@ -100,7 +100,7 @@ class Subject:
             return []
 
     def _piloted(
-        self, reading: Reading, probe_set: ProbeSet, tuned: "Subject", after: Reading, batches: list[Batch]
+        self, reading: Reading, probe_set: ProbeSet, tuned: "InspectedModel", after: Reading, batches: list[Batch]
     ) -> list[Criterion]:
         """Criteria 3 and 5: what the tuned model changed, and what its blocks are worth one window at a time."""
         before, after, _ = shared(reading, after)
@@ -109,16 +109,16 @@ class Subject:
         worth = None if gains is None else transplant_criterion(gains, self.auto.resamples)
         return [criterion for criterion in (drifted, worth) if criterion is not None]
 
-    def _transplanted(self, tuned: "Subject", batches: Sequence[Batch]) -> Tensor | None:
+    def _transplanted(self, tuned: "InspectedModel", batches: Sequence[Batch]) -> Tensor | None:
         """(K, L) gains; None, and said why, where they cannot be had."""
-        types = [each.model.get_submodule(each.anatomy.embedding).weight.dtype for each in (self, tuned)]
+        types = [each.mm.embedding.weight.dtype for each in (self, tuned)]
         if len(batches) < 2:
             why = f"{len(batches)} batches to take a loss of, and 2 are needed: give --data FILE"
         elif types[0] != types[1]:
             why = f"the weights are {types[0]} here and {types[1]} there"
         else:
             with self._precision():
-                return transplant_gains(self.model, tuned.model, self.anatomy, batches, self.device)
+                return transplant_gains(self.mm, tuned.mm.model, batches, self.device)
         decide("auto.criteria", "without transplant", why)
         return None
 
@@ -126,13 +126,13 @@ class Subject:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def check_alike(subjects: Sequence[Subject]) -> None:
+def check_alike(subjects: Sequence[InspectedModel]) -> None:
     """Refuse to compare models of different shape, block by block.
 
     Raises:
         UserError: Naming both sides.
     """
-    shapes = {each.name: (each.kind, each.anatomy.num_layers, each.width) for each in subjects}
+    shapes = {each.name: (each.kind, each.mm.layout.num_layers, each.width) for each in subjects}
     if len(set(shapes.values())) > 1:
         told = [f"{name} is {kind} with {n} blocks of width {d}" for name, (kind, n, d) in shapes.items()]
         raise UserError(
@@ -202,7 +202,7 @@ class Source:
         return cls(path, RunDirectory(folder), checkpoint)
 
 
-def open_subjects(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[Subject], ProbeSet]:
+def open_subjects(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[InspectedModel], ProbeSet]:
     """Open all that is to be inspected, and draw the probe set that all of it is asked.
 
     Raises:
@@ -244,26 +244,24 @@ def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
     return data.probe_set()
 
 
-def opened(source: Source, options: Namespace, auto: AutoRange) -> Subject:
+def opened(source: Source, options: Namespace, auto: AutoRange) -> InspectedModel:
     """Load what a path names, ready to be read."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained: tuple[int, ...] = ()
-    model: Any
     if source.run is not None and source.checkpoint is not None:
         module, data = restored(source.run, source.checkpoint)
-        model, anatomy, trained = module.model, module.anatomy, module.plan.layers
+        mm, trained = module.mm, module.plan.layers
         data.batch_size = data.eval_batch_size = options.batch_size
         data.max_length = options.max_length or data.max_length
         backbone = module.backbone
         conversations = _fresh(backbone.path, backbone.revision, options) if options.data else data
     else:
         data = conversations = _fresh(source.path, None, options)
-        model = load_model(Backbone(path=source.path))
-        anatomy = Anatomy.of(model)
+        mm = MultimodalModel.of(load_model(Backbone(path=source.path)), source=source.path)
         trained = _trained(Path(source.path).absolute().parent)
-    model.eval().requires_grad_(False).to(device)
-    kind = type(model).__name__
-    return Subject(source.path, kind, model, anatomy, data, conversations, trained, device, options.bf16, auto)
+    mm.model.eval().requires_grad_(False).to(device)
+    kind = type(mm.model).__name__
+    return InspectedModel(source.path, kind, mm, data, conversations, trained, options.bf16, auto)
 
 
 def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataModule:

@@ -209,7 +209,7 @@ def plan(arguments: list[str]) -> int:
         setting, on = _setting(config, module), device(config.device, _in_bf16(config, module))
         largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
         blueprint = Blueprint(module.backbone, largest, module.compute.packing)
-        own = _fixed(module.tuning, blueprint.anatomy.num_layers)
+        own = _fixed(module.tuning, blueprint.layout.num_layers)
         found: list[Forecast] = []
         for policy in (own, *(POLICIES if config.compare else ())):
             try:

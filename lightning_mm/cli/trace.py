@@ -7,7 +7,7 @@ report.html, layers.csv, traces.json, pictures.json and causal.json; the headlin
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,10 @@ from lightning_mm.causal.effects.layer_transplant import from_two, transplant_cu
 from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Asker
 from lightning_mm.causal.questions.scoring import Answer, answered
-from lightning_mm.causal.study import PARTS, Examined, Study, Studying, study
+from lightning_mm.causal.study import PARTS, Study, Studying, study
 from lightning_mm.cli.export import Parser
 from lightning_mm.cli.inspect import short
-from lightning_mm.cli.model_source import Source, Subject, check_alike, opened
+from lightning_mm.cli.model_source import InspectedModel, Source, check_alike, opened
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, write_json
@@ -60,9 +60,9 @@ def trace(arguments: list[str]) -> int:
         raise UserError(f"Nothing in {options.data} can be asked.", "No answer is left of it.", "Give other --data.")
     run = RunDirectory.create(options.root, options.name or f"trace-{short(options.model)}")
     began = time.perf_counter()
-    examined = Examined(subject.model, subject.anatomy, subject.data.processing)
+    mm = replace(subject.mm, processor=subject.data.processing)
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-        found = study(examined, answers, studying, _pictures(run, answers))
+        found = study(mm, answers, studying, _pictures(run, answers))
         if len(subjects) > 1:
             _transplant(subject, subjects[1], found, batches)
     _write(run, found, time.perf_counter() - began, options, answers, subject)
@@ -134,7 +134,7 @@ def _paths(options: Namespace) -> list[str]:
 
 
 def _answers(
-    subject: Subject, asker: Asker, questions: Sequence[Any], options: Namespace
+    subject: InspectedModel, asker: Asker, questions: Sequence[Any], options: Namespace
 ) -> tuple[list[Answer], list[Rejection]]:
     """Ask until enough is answered right.
 
@@ -153,7 +153,7 @@ def _answers(
             rejected.append(asked)
             continue
         with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-            found, lost = answered(subject.model, subject.anatomy, asker, [asked], subject.device)
+            found, lost = answered(subject.mm, asker, [asked], subject.device)
         answers, rejected = [*answers, *found], [*rejected, *lost]
         if sum(answer.right for answer in answers) >= options.limit:
             break
@@ -189,21 +189,26 @@ def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
     return names
 
 
-def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[Batch]) -> None:
+def _transplant(base: InspectedModel, tuned: InspectedModel, found: Study, batches: Sequence[Batch]) -> None:
     """Curves of hybrids: layers of the tuned model in the first one."""
-    hybrid = from_two(base.model, tuned.model, base.anatomy)
-    untouched = transplanted_answers(base.model, base.anatomy, batches, base.device)
+    hybrid = from_two(base.mm, tuned.mm.model)
+    untouched = transplanted_answers(base.mm, batches, base.device)
     for mode in ("cumulative", "sliding"):
-        step = max(1, base.anatomy.num_layers // 15)
-        chosen = windows(mode, base.anatomy.num_layers, width=2 * step + 1, step=step)
-        curve = transplant_curve(base.model, hybrid, base.anatomy, batches, base.device, chosen)
+        step = max(1, base.mm.layout.num_layers // 15)
+        chosen = windows(mode, base.mm.layout.num_layers, width=2 * step + 1, step=step)
+        curve = transplant_curve(base.mm, hybrid, batches, base.device, chosen)
         for site, rows in transplant_rows(mode, curve, untouched):
             for layer, estimate in rows.items():
                 found.findings.add("causal", "transplant", site, [estimate], first=layer)
 
 
 def _write(
-    run: RunDirectory, found: Study, seconds: float, options: Namespace, answers: Sequence[Answer], subject: Subject
+    run: RunDirectory,
+    found: Study,
+    seconds: float,
+    options: Namespace,
+    answers: Sequence[Answer],
+    subject: InspectedModel,
 ) -> None:
     Recorder(run).write(found.findings, 0.0, seconds)
     write_json(run.path / "traces.json", found.maps)
@@ -218,7 +223,7 @@ def _write(
     )
     write_json(run.path / "inspection.json", {**told, "labels": {"0": short(options.model)}})
     if subject.trained:
-        trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+        trained = {"expression": "", "trained": list(subject.trained), "total": subject.mm.layout.num_layers}
         write_json(run.census, {"layers": trained})
 
 

@@ -19,7 +19,8 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.layer_selection.layer_range_search import Criterion
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout, Region
 
 GRADIENT = ("rgn", "snr", "fisher")
 """The criteria that are made of gradients."""
@@ -47,7 +48,7 @@ _SAMPLED = 4096
 
 
 def scores_if_possible(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device, criteria: Collection[str]
+    mm: MultimodalModel, batches: Sequence[Batch], device: torch.device, criteria: Collection[str]
 ) -> GradientScores | None:
     """``gradient_scores`` where a criterion asks for them; None, and said why, where they cannot be had."""
     if not set(GRADIENT) & set(criteria):
@@ -55,32 +56,29 @@ def scores_if_possible(
     why = ""
     if len(batches) < 2:
         why = f"{len(batches)} batches to take a loss of, and 2 are needed: give conversations (data.train, --data)"
-    elif any(not p.is_floating_point() for p in _block_weights(model, anatomy).values()):
+    elif any(not p.is_floating_point() for p in _block_weights(mm).values()):
         why = "the blocks are quantised, and gradients of whole numbers are not defined"
     else:
         try:
-            return gradient_scores(model, anatomy, batches, device)
+            return gradient_scores(mm, batches, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             why = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
     decide("auto.criteria", "without gradients", why)
     return None
 
 
-def gradient_scores(
-    model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device
-) -> GradientScores:
+def gradient_scores(mm: MultimodalModel, batches: Sequence[Batch], device: torch.device) -> GradientScores:
     """Measure. The caller sees to eval mode and randomness; ``requires_grad`` is as before afterwards.
 
     Args:
-        model: The plain model, all of whose block weights are floating point. Adapters count as part of the function,
+        mm: The plain model, all of whose block weights are floating point. Adapters count as part of the function,
             not of the weights.
-        anatomy: Of it.
         batches: At least two.
         device: Where the model is.
     """
-    names = _block_weights(model, anatomy)
-    blocks = {name: anatomy.place_of(name).layer for name in names}
-    squared = torch.zeros(len(batches), anatomy.num_layers, dtype=torch.float64)
+    names = _block_weights(mm)
+    blocks = {name: mm.layout.location_of(name).layer for name in names}
+    squared = torch.zeros(len(batches), mm.layout.num_layers, dtype=torch.float64)
     sampled: list[dict[str, Tensor]] = []
     for index, batch in enumerate(batches):
         kept: dict[str, Tensor] = {}
@@ -90,13 +88,13 @@ def gradient_scores(
             squared[index, blocks[name]] += float(flat.square().sum())
             kept[name] = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu()
 
-        with _watched(model, names, note), torch.enable_grad():
-            objective = supervised_nll(model, model.get_submodule(anatomy.head), batch.to(device))
+        with _watched(mm.model, names, note), torch.enable_grad():
+            objective = supervised_nll(mm.model, mm.model.get_submodule(mm.layout.head), batch.to(device))
             (objective.nll / max(objective.num_tokens, 1)).backward()
         sampled.append(kept)
-    weights, counts = _sizes(names, blocks, anatomy.num_layers)
-    ratio = _signal_to_noise(sampled, blocks, anatomy)
-    halves = [_signal_to_noise([sampled[k] for k in half], blocks, anatomy) for half in halves_of(len(batches))]
+    weights, counts = _sizes(names, blocks, mm.layout.num_layers)
+    ratio = _signal_to_noise(sampled, blocks, mm.layout)
+    halves = [_signal_to_noise([sampled[k] for k in half], blocks, mm.layout) for half in halves_of(len(batches))]
     return GradientScores((squared / weights).sqrt(), squared / counts, ratio, torch.stack(halves))
 
 
@@ -138,10 +136,10 @@ def halves_of(count: int) -> list[list[int]]:
     return [list(half) for half in combinations(range(count), (count + 1) // 2)]
 
 
-def _block_weights(model: nn.Module, anatomy: Anatomy) -> dict[str, nn.Parameter]:
+def _block_weights(mm: MultimodalModel) -> dict[str, nn.Parameter]:
     """The decoder blocks' own weights, by their names in this model."""
-    own = {name: p for name, p in model.named_parameters() if ".lora_" not in name}
-    return {name: p for name, p in own.items() if anatomy.place_of(name).region is Region.LAYERS}
+    own = {name: p for name, p in mm.model.named_parameters() if ".lora_" not in name}
+    return {name: p for name, p in own.items() if mm.layout.location_of(name).region is Region.LAYERS}
 
 
 def _sizes(names: dict[str, nn.Parameter], blocks: dict[str, int | None], num_layers: int) -> tuple[Tensor, Tensor]:
@@ -152,8 +150,8 @@ def _sizes(names: dict[str, nn.Parameter], blocks: dict[str, int | None], num_la
     return weights, counts
 
 
-def _signal_to_noise(sampled: list[dict[str, Tensor]], blocks: dict[str, int | None], anatomy: Anatomy) -> Tensor:
-    signal, noise = torch.zeros(2, anatomy.num_layers, dtype=torch.float64)
+def _signal_to_noise(sampled: list[dict[str, Tensor]], blocks: dict[str, int | None], layout: ModelLayout) -> Tensor:
+    signal, noise = torch.zeros(2, layout.num_layers, dtype=torch.float64)
     every = {name: gradient for kept in sampled for name, gradient in kept.items()}
     for name, one in every.items():
         # A batch whose loss does not depend on a tensor (cross-attention without a picture) has gradient zero there.

@@ -16,18 +16,21 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.layer_selection.gradient_criteria import halved
 from lightning_mm.layer_selection.layer_range_search import Criterion
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 
 def transplant_gains(
-    base: nn.Module, tuned: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device, width: int = 1
+    base: MultimodalModel,
+    tuned: nn.Module,
+    batches: Sequence[Batch],
+    device: torch.device,
+    width: int = 1,
 ) -> Tensor:
     """Fall of the loss when blocks of the tuned model stand in the base's place.
 
     Args:
         base: The starting model.
         tuned: Of the same architecture and type of weights; adapters may be in it.
-        anatomy: Of both.
         batches: Conversations to take the loss of.
         device: Where both models are.
         width: Blocks on either side of the middle one that are transplanted with it.
@@ -35,14 +38,15 @@ def transplant_gains(
     Returns:
         (K, L) loss of the base minus loss of the hybrid, in nats per supervised token.
     """
-    gains = torch.zeros(len(batches), anatomy.num_layers, dtype=torch.float64)
+    layout = base.layout
+    gains = torch.zeros(len(batches), layout.num_layers, dtype=torch.float64)
     for k, batch in enumerate(batches):
         there = batch.to(device)
-        alone = _loss(base, anatomy, there)
-        for middle in range(anatomy.num_layers):
-            window = range(max(0, middle - width), min(anatomy.num_layers, middle + width + 1))
-            with transplanted(base, tuned, [anatomy.layers[index] for index in window]):
-                gains[k, middle] = alone - _loss(base, anatomy, there)
+        alone = _loss(base, there)
+        for middle in range(layout.num_layers):
+            window = range(max(0, middle - width), min(layout.num_layers, middle + width + 1))
+            with transplanted(base.model, tuned, [layout.layers[index] for index in window]):
+                gains[k, middle] = alone - _loss(base, there)
     return gains
 
 
@@ -70,6 +74,6 @@ def _put(model: nn.Module, name: str, block: nn.Module) -> None:
 
 
 @torch.no_grad()
-def _loss(model: nn.Module, anatomy: Anatomy, batch: Batch) -> float:
-    objective = supervised_nll(model, model.get_submodule(anatomy.head), batch)
+def _loss(mm: MultimodalModel, batch: Batch) -> float:
+    objective = supervised_nll(mm.model, mm.model.get_submodule(mm.layout.head), batch)
     return float(objective.nll) / max(objective.num_tokens, 1)

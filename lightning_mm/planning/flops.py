@@ -11,13 +11,13 @@ Shapes: B rows, L tokens after padding, S supervised positions.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 
-from torch import nn
-
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.cache.frozen_prefix import pass_by
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skip_blocks
+from lightning_mm.models.layout import Region
 from lightning_mm.planning.meta_modes import skeleton_of, without_weights
 from lightning_mm.planning.meta_trace import Tally, tally, unread_parts
 from lightning_mm.planning.step_shape import StepShape
@@ -94,24 +94,23 @@ class StepCost:
     rates: Mapping[str, Mapping[tuple[Region, int | None], Products]]
 
     @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch) -> "StepCost":
+    def of(cls, mm: MultimodalModel, plan: TuningPlan, batch: Batch) -> "StepCost":
         """Rehearse one forward pass.
 
         Args:
-            model: Loaded, adapted, on any device; it is only looked at.
-            anatomy: Of the plain model.
+            mm: Loaded, adapted, on any device; it is only looked at.
             plan: What trains, less what is never read.
             batch: On the CPU, with a picture; it says how many numbers of a picture make a token.
 
         Raises:
             UserError: The model branches on values that only its weights could give.
         """
-        skeleton = skeleton_of(model)
-        unread = unread_parts(skeleton, anatomy, batch)
-        pass_by([skeleton.get_submodule(name) for name in unread.blocks], unread.in_tuple)
+        skeleton = skeleton_of(mm.model)
+        unread = unread_parts(skeleton, mm.layout, batch)
+        skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in unread.blocks], unread.in_tuple)
         with without_weights():
-            apply_plan(skeleton, anatomy, plan)
-        return cls.of_tally(tally(skeleton, anatomy, batch))
+            apply_plan(MultimodalModel(skeleton, mm.layout), plan)
+        return cls.of_tally(tally(skeleton, mm.layout, batch))
 
     @classmethod
     def of_tally(cls, done: Tally) -> "StepCost":
@@ -132,6 +131,6 @@ class StepCost:
         return StepFlops(dict(places))
 
 
-def step_flops(model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch) -> StepFlops:
+def step_flops(mm: MultimodalModel, plan: TuningPlan, batch: Batch) -> StepFlops:
     """FLOPs of the step of one batch, without its padding. Raises UserError as ``StepCost.of``."""
-    return StepCost.of(model, anatomy, plan, batch).at(StepShape.of(batch))
+    return StepCost.of(mm, plan, batch).at(StepShape.of(batch))

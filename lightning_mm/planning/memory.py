@@ -17,7 +17,8 @@ from typing import Literal
 from torch import nn
 
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.planning.meta_trace import Tally
 from lightning_mm.tuning.policy import TuningPlan
 
@@ -56,7 +57,7 @@ class Memory:
 
 def step_memory(
     skeleton: nn.Module,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     plan: TuningPlan,
     done: Tally,
     *,
@@ -71,7 +72,7 @@ def step_memory(
 
     Args:
         skeleton: Under its plan, in the types that the run has.
-        anatomy: Of the plain model.
+        layout: Of the plain model.
         plan: What trains.
         done: The step, rehearsed.
         optimizer: Its name in ``model.optimizer``.
@@ -82,15 +83,15 @@ def step_memory(
         ranks: Processes of DDP, which holds gradients a second time.
     """
     trained = gradient_bytes(skeleton)
-    again = blocks_in_graph(skeleton, anatomy, plan)[::checkpoint_every] if checkpointing else ()
-    kept, recomputed = _kept(done, anatomy, again)
+    again = blocks_in_graph(MultimodalModel(skeleton, layout), plan)[::checkpoint_every] if checkpointing else ()
+    kept, recomputed = _kept(done, layout, again)
     logits = float(sum(k.size for k in done.kept if k.place.region is Region.HEAD and not k.weight))
     if loss_chunk != "off":
-        vocabulary = len(skeleton.get_parameter(f"{anatomy.head}.weight"))
+        vocabulary = len(skeleton.get_parameter(f"{layout.head}.weight"))
         logits = min(logits, _AUTO_CHUNK if isinstance(loss_chunk, str) else loss_chunk * vocabulary * 4)
     largest = max((k.size for k in done.kept if k.storage and not k.weight), default=0)
     return Memory(
-        weights=weight_bytes(skeleton, anatomy, plan, quantization),
+        weights=weight_bytes(skeleton, layout, plan, quantization),
         gradients=trained * (2 if ranks > 1 else 1),
         optimizer=optimizer_bytes(skeleton, optimizer),
         activations=kept,
@@ -101,9 +102,11 @@ def step_memory(
     )
 
 
-def weight_bytes(skeleton: nn.Module, anatomy: Anatomy, plan: TuningPlan, quantization: Quantization = "none") -> float:
+def weight_bytes(
+    skeleton: nn.Module, layout: ModelLayout, plan: TuningPlan, quantization: Quantization = "none"
+) -> float:
     """Bytes of all weights."""
-    quantized = set() if quantization == "none" else _quantized(anatomy, plan)
+    quantized = set() if quantization == "none" else _quantized(layout, plan)
     total = 0.0
     for name, parameter in skeleton.named_parameters():
         per_weight: float = parameter.element_size()
@@ -142,16 +145,16 @@ def traffic(trained: float, ranks: int) -> float:
     return 2 * (ranks - 1) / ranks * trained
 
 
-def _quantized(anatomy: Anatomy, plan: TuningPlan) -> set[str]:
+def _quantized(layout: ModelLayout, plan: TuningPlan) -> set[str]:
     full = {name.rpartition(".")[0] for name in plan.full}
-    return {f"{module}.weight" for module in anatomy.linears - full - {anatomy.head}}
+    return {f"{module}.weight" for module in layout.linears - full - {layout.head}}
 
 
-def _kept(done: Tally, anatomy: Anatomy, again: Collection[str]) -> tuple[float, float]:
+def _kept(done: Tally, layout: ModelLayout, again: Collection[str]) -> tuple[float, float]:
     """Bytes of activations, and of the block that is recomputed at a time: of such blocks, what enters them is kept."""
-    layers = {index for index, name in enumerate(anatomy.layers) if name in again}
-    in_tower = sum(name in again for name in anatomy.vision_blocks)
-    share = in_tower / max(1, len(anatomy.vision_blocks))
+    layers = {index for index, name in enumerate(layout.layers) if name in again}
+    in_tower = sum(name in again for name in layout.vision_blocks)
+    share = in_tower / max(1, len(layout.vision_blocks))
     total, blocks = float(sum(done.entering.get(name, 0) for name in again)), defaultdict[int | None, float](float)
     for kept in done.kept:
         region, layer = kept.place.region, kept.place.layer

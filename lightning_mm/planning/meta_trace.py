@@ -26,9 +26,9 @@ from torch.utils.flop_counter import flop_registry
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.models.attention.cpu_kernels import attend_on_processors, rehearsed
+from lightning_mm.models.attention.cpu_kernels import rehearsed, use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
-from lightning_mm.models.layout import Anatomy, Place, Region
+from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.planning.meta_modes import Bfloat16, OneKernel, Rehearsal, ShortRows, refused, stand_in
 from lightning_mm.planning.step_shape import StepShape, patches
 
@@ -54,7 +54,7 @@ class Product:
         weights: How many weights need one.
     """
 
-    place: Place
+    place: ParameterLocation
     grows_by: str
     units: float
     flops: float
@@ -73,7 +73,7 @@ class Kept:
         weight: Whether it is a copy of a weight, in another type.
     """
 
-    place: Place
+    place: ParameterLocation
     size: int
     storage: int
     weight: bool = False
@@ -83,7 +83,7 @@ class Kept:
 class _Call:
     """A module at work: its products, and what its output hangs on."""
 
-    place: Place
+    place: ParameterLocation
     products: list[Product] = field(default_factory=list)
     outputs: tuple[Any, ...] = ()
 
@@ -101,16 +101,16 @@ class _Alike:
 class Watch:
     """Notes what goes on in a skeleton while it is attached to it."""
 
-    def __init__(self, skeleton: nn.Module, anatomy: Anatomy, batch: Batch) -> None:
+    def __init__(self, skeleton: nn.Module, layout: ModelLayout, batch: Batch) -> None:
         self.shape, self.real, self.length = StepShape.of(batch, padded=True), len(batch.real), batch.regions.shape[1]
         self.patches = set(patches(batch.inputs))
         self.copies: set[int] = set()
         self.weights = {p.untyped_storage()._cdata for p in skeleton.parameters()}
-        self.skeleton, self.head = skeleton, anatomy.head
+        self.skeleton, self.head = skeleton, layout.head
         names = {parameter: name for name, parameter in skeleton.named_parameters()}
         firsts = {name: next(module.parameters(), None) for name, module in skeleton.named_modules()}
-        self.places = {name: anatomy.place_of(names[p]) for name, p in firsts.items() if p is not None}
-        self.places[anatomy.head] = Place(Region.HEAD)
+        self.places = {name: layout.location_of(names[p]) for name, p in firsts.items() if p is not None}
+        self.places[layout.head] = ParameterLocation(Region.HEAD)
         self.kept: list[Kept] = []
         self.entering: dict[str, int] = {}
         self._storages: dict[int, Tensor] = {}
@@ -120,10 +120,10 @@ class Watch:
         self._seen: dict[Any, _Alike] = {}
 
     @contextmanager
-    def attached(self, anatomy: Anatomy, once: bool) -> Iterator[None]:
+    def attached(self, layout: ModelLayout, once: bool) -> Iterator[None]:
         """While active, every module reports when it begins and ends."""
         handles = []
-        blocks = {self.skeleton.get_submodule(name): name for name in (*anatomy.vision_blocks, *anatomy.layers)}
+        blocks = {self.skeleton.get_submodule(name): name for name in (*layout.vision_blocks, *layout.layers)}
         for name, place in self.places.items():
             module = self.skeleton.get_submodule(name)
             handles.append(module.register_forward_pre_hook(partial(self._enter, place)))
@@ -141,7 +141,7 @@ class Watch:
                 if own is not None:
                     block.forward = own
 
-    def _enter(self, place: Place, *_: Any) -> None:
+    def _enter(self, place: ParameterLocation, *_: Any) -> None:
         self._open.append(_Call(place))
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> None:
@@ -181,7 +181,7 @@ class Watch:
         storage = tensor.untyped_storage()
         if storage._cdata not in self.weights and storage._cdata not in self._storages:
             self._storages[storage._cdata] = tensor  # held, so that no other takes its address
-            place = self._open[-1].place if self._open else Place(Region.HEAD)
+            place = self._open[-1].place if self._open else ParameterLocation(Region.HEAD)
             self.kept.append(Kept(place, storage.nbytes(), storage._cdata, storage._cdata in self.copies))
         return tensor
 
@@ -209,7 +209,7 @@ class Watch:
     def _is_weight(self, tensor: Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self.weights or tensor.untyped_storage()._cdata in self.copies
 
-    def _grows_by(self, place: Place, operands: list[Tensor], rows: float | None) -> tuple[str, float]:
+    def _grows_by(self, place: ParameterLocation, operands: list[Tensor], rows: float | None) -> tuple[str, float]:
         """By which sum a product grows, and how much of it there is.
 
         Args:
@@ -290,7 +290,7 @@ class Tally:
 
 def tally(
     skeleton: nn.Module,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     batch: Batch,
     bf16: bool = False,
     once: bool = True,
@@ -300,7 +300,7 @@ def tally(
 
     Args:
         skeleton: Under its plan.
-        anatomy: Of the plain model.
+        layout: Of the plain model.
         batch: On the CPU.
         bf16: As under autocast to bfloat16.
         once: Rehearse blocks that are alike once.
@@ -309,24 +309,24 @@ def tally(
     Raises:
         UserError: The model branches on values that only its weights could give.
     """
-    watch = Watch(skeleton, anatomy, batch)
+    watch = Watch(skeleton, layout, batch)
     try:
         with ExitStack() as stack:
-            stack.enter_context(watch.attached(anatomy, once))
+            stack.enter_context(watch.attached(layout, once))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(watch.keep, lambda tensor: tensor))
             stack.enter_context(OneKernel(watch.see))
             if processor:
-                attend_on_processors()
+                use_cpu_attention(skeleton, stack)
                 stack.enter_context(rehearsed(ShortRows(watch.see, (*batch.regions.shape,), bf16)))
             if bf16:
                 stack.enter_context(Bfloat16(watch.copied))
             stack.enter_context(Rehearsal(watch.see))
             stack.enter_context(unpadded(RealTokens(batch.real, *batch.regions.shape)))
-            loss = supervised_nll(skeleton, skeleton.get_submodule(anatomy.head), batch).nll
+            loss = supervised_nll(skeleton, skeleton.get_submodule(layout.head), batch).nll
     except (RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         if once:  # blocks may hand things to one another past their outputs
-            return tally(skeleton, anatomy, batch, bf16, once=False, processor=processor)
+            return tally(skeleton, layout, batch, bf16, once=False, processor=processor)
         raise refused(skeleton, error) from error
     reached = reached_from(loss.grad_fn)
     read = {node.variable for node in reached if hasattr(node, "variable")}
@@ -348,19 +348,19 @@ class Unread:
     in_tuple: bool = False
 
 
-def unread_parts(skeleton: nn.Module, anatomy: Anatomy, batch: Batch) -> Unread:
+def unread_parts(skeleton: nn.Module, layout: ModelLayout, batch: Batch) -> Unread:
     """Ask one rehearsed step; nothing is unread where the batch has no picture. Changes what needs a gradient."""
     if not any(name.startswith("pixel_values") for name in batch.inputs):
         return Unread()
-    asked = {n: p for n, p in skeleton.named_parameters() if anatomy.place_of(n).region in _PICTURES}
+    asked = {n: p for n, p in skeleton.named_parameters() if layout.location_of(n).region in _PICTURES}
     for parameter in skeleton.parameters():
         parameter.requires_grad_(False)
     for parameter in asked.values():
         parameter.requires_grad_(True)
     in_tuple: list[bool] = []
-    top = skeleton.get_submodule(anatomy.vision_blocks[-1] if anatomy.vision_blocks else anatomy.head)
+    top = skeleton.get_submodule(layout.vision_blocks[-1] if layout.vision_blocks else layout.head)
     with top.register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple))):
-        read = tally(skeleton, anatomy, batch).read
-    unread = [n for n in anatomy.vision_blocks if read.isdisjoint(skeleton.get_submodule(n).parameters())]
+        read = tally(skeleton, layout, batch).read
+    unread = [n for n in layout.vision_blocks if read.isdisjoint(skeleton.get_submodule(n).parameters())]
     names = frozenset(name for name, parameter in asked.items() if parameter not in read)
     return Unread(names, tuple(unread), any(in_tuple))

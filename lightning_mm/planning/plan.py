@@ -11,6 +11,7 @@ Data flow: plan + FLOPs of a step + what enters the blocks of a rehearsed one ->
 import copy
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,12 +22,13 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
 from lightning_mm.execution.cache.activation_cache import boundary_of, moves
-from lightning_mm.execution.cache.frozen_prefix import pass_by
 from lightning_mm.execution.frozen_dtype import castable
-from lightning_mm.execution.step import Compute
-from lightning_mm.models.attention.cpu_kernels import attended_apart
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.models.attention.cpu_kernels import attended_apart, use_cpu_attention
 from lightning_mm.models.attention.varlen import unpad_blocks
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skip_blocks
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
 from lightning_mm.planning.devices import Device
 from lightning_mm.planning.flops import Products, StepCost, StepFlops
@@ -58,7 +60,7 @@ class Saving:
 
 def saving(
     plan: TuningPlan,
-    anatomy: Anatomy,
+    layout: ModelLayout,
     spent: StepFlops,
     done: Tally,
     largest: Batch,
@@ -69,14 +71,14 @@ def saving(
 
     Args:
         plan: What trains.
-        anatomy: Of the model.
+        layout: Of the model.
         spent: FLOPs of a mean step.
         done: The step that was rehearsed, in float32.
         largest: Its batch.
         mean: Shape of one mean row, without padding.
         unread: Vision blocks that are passed by anyway.
     """
-    read = [name for name in anatomy.vision_blocks if name not in unread]
+    read = [name for name in layout.vision_blocks if name not in unread]
     try:
         first = boundary_of(plan)
     except UserError as error:
@@ -85,7 +87,7 @@ def saving(
             return Saving(None, why=error.why)
         return Saving(spent.region(Region.VISION).total, done.entering[read[-1]] * mean.pixels / pixels)
     below = [*(spent.region(region) for region in _BELOW), spent.layers(range(first))]
-    per_token = done.entering[anatomy.layers[0]] / largest.regions.numel()
+    per_token = done.entering[layout.layers[0]] / largest.regions.numel()
     return Saving(sum(part.total for part in below), mean.tokens * per_token)
 
 
@@ -182,21 +184,21 @@ class Blueprint:
             if backbone.attention == "eager":
                 skeleton.set_attn_implementation("eager")
         self._plain = ready(skeleton)
-        self.anatomy = Anatomy.of(self._plain)
+        self.layout = ModelLayout.of(self._plain)
         self._unread = Unread()
         self._unadapted = self._copied()
-        self._unread = unread_parts(self._unadapted, self.anatomy, batch)
+        self._unread = unread_parts(self._unadapted, self.layout, batch)
         self._pass_by(self._unadapted)
 
     def under(self, policy: TuningPolicy, setting: Setting) -> tuple[nn.Module, TuningPlan]:
         """A skeleton that obeys a policy, until the next one is asked for; and its plan, less what is never read."""
-        plan, unread = policy.plan(self.anatomy), self._unread.names
+        plan, unread = policy.plan(self.layout), self._unread.names
         adapted = frozenset(name for name in plan.adapted if f"{name}.weight" not in unread)
         plan = replace(plan, full=plan.full - unread, adapted=adapted)
         skeleton = self._copied() if plan.adapted else self._unadapted
         with without_weights():
             skeleton.to(self.dtype)
-            apply_plan(skeleton, self.anatomy, plan)
+            apply_plan(MultimodalModel(skeleton, self.layout), plan)
             if setting.bf16 and setting.compute.frozen_dtype != "float32":
                 for parameter in castable(skeleton, plan):
                     parameter.data = parameter.data.bfloat16()
@@ -212,11 +214,13 @@ class Blueprint:
             skeleton = copy.deepcopy(self._plain)
         self._pass_by(skeleton)
         if self.packing:
-            self.packed = bool(unpad_blocks(skeleton, self.anatomy))
+            undo = ExitStack()  # never closed: the skeleton is ours
+            use_cpu_attention(skeleton, undo)
+            self.packed = bool(unpad_blocks(MultimodalModel(skeleton, self.layout), undo))
         return skeleton
 
     def _pass_by(self, skeleton: nn.Module) -> None:
-        pass_by([skeleton.get_submodule(name) for name in self._unread.blocks], self._unread.in_tuple)
+        skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in self._unread.blocks], self._unread.in_tuple)
 
 
 def forecast(
@@ -235,21 +239,21 @@ def forecast(
         UserError: The policy does not fit the model.
     """
     skeleton, plan = blueprint.under(policy, setting)
-    anatomy = blueprint.anatomy
+    layout = blueprint.layout
     largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
-    done = tally(skeleton, anatomy, largest, bf16=setting.bf16, processor=device.processor)
+    done = tally(skeleton, layout, largest, bf16=setting.bf16, processor=device.processor)
     cost = StepCost.of_tally(done)
-    again = blocks_in_graph(skeleton, anatomy, plan)[:: setting.compute.checkpoint_every]
+    again = blocks_in_graph(MultimodalModel(skeleton, layout), plan)[:: setting.compute.checkpoint_every]
     spent = as_run(cost, batches, blueprint.packed, device.processor)
-    run = spent.floor + (_recomputed(spent, anatomy, again) if setting.checkpointing else 0.0)
+    run = spent.floor + (_recomputed(spent, layout, again) if setting.checkpointing else 0.0)
     rows = sum(len(batch) for batch in batches) / len(batches)
     mean = mean_shape(batches, packed=True).scaled(1 / rows)
-    kept = saving(plan, anatomy, spent, done, largest, mean, blueprint.unread_blocks)
+    kept = saving(plan, layout, spent, done, largest, mean, blueprint.unread_blocks)
     cached = None if kept.flops is None else run - kept.flops
     trained = gradient_bytes(skeleton)
     memory = step_memory(
         skeleton,
-        anatomy,
+        layout,
         plan,
         done,
         optimizer=setting.optimizer,
@@ -264,7 +268,7 @@ def forecast(
         return device.seconds(flops, trained / setting.accumulate, setting.bf16 or blueprint.dtype == torch.bfloat16)
 
     return Forecast(
-        census=take_census(skeleton, anatomy, plan),
+        census=take_census(MultimodalModel(skeleton, layout), plan),
         plan=plan,
         flops=cost.at(_unpadded(batches)),
         run=run,
@@ -305,7 +309,7 @@ def _mean(shapes: Sequence[StepShape]) -> StepShape:
     return sum(shapes, StepShape()).scaled(1 / len(shapes))
 
 
-def _recomputed(spent: StepFlops, anatomy: Anatomy, again: Sequence[str]) -> float:
-    layers = tuple(index for index, name in enumerate(anatomy.layers) if name in again)
-    share = sum(name in again for name in anatomy.vision_blocks) / max(1, len(anatomy.vision_blocks))
+def _recomputed(spent: StepFlops, layout: ModelLayout, again: Sequence[str]) -> float:
+    layers = tuple(index for index, name in enumerate(layout.layers) if name in again)
+    share = sum(name in again for name in layout.vision_blocks) / max(1, len(layout.vision_blocks))
     return spent.layers(layers).forward + share * spent.region(Region.VISION).forward

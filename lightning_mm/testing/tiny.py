@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.processor import optional_video_processor, save_processor
 from lightning_mm.testing import tiny_configs, tiny_processors
 from lightning_mm.testing.tiny_configs import TinySizes
 from lightning_mm.testing.tiny_processors import tiny_tokenizer
@@ -157,9 +158,10 @@ def build_tiny(
     recipe = FAMILIES[family]
     tokenizer = tiny_tokenizer(recipe.special, recipe.marks, add_bos=recipe.add_bos)
     sizes = TinySizes(tokenizer, layers, hidden, dropout, tower, split_images)
-    processor, config = recipe.processor(sizes), recipe.config(sizes)
+    with optional_video_processor():
+        processor, config = recipe.processor(sizes), recipe.config(sizes)
     _random_model(config, tokenizer, seed).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_processor(processor, folder)
     return folder
 
 

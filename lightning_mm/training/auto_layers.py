@@ -17,7 +17,8 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
 from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, select_layers, tell
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.training import checkpoint
 from lightning_mm.training.eval_context import data_of
@@ -41,10 +42,12 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
     spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
     try:
         with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
-            model, anatomy = _agreed(lambda: _loaded(backbone, trainer))
-            mine = _agreed(lambda: _read(model, anatomy, probe_set, trainer))
+            model, layout = _agreed(lambda: _loaded(backbone, trainer))
+            mine = _agreed(lambda: _read(MultimodalModel(model, layout), probe_set, trainer))
             reading = _agreed(lambda: gather(mine, probe_set))
-            selection = _agreed(lambda: _selected(model, anatomy, reading, probe_set, options, trainer, spec))
+            selection = _agreed(
+                lambda: _selected(MultimodalModel(model, layout), reading, probe_set, options, trainer, spec)
+            )
         chosen: Selection = all_gather_object(selection)[0]
     finally:
         checkpoint.restore_rng(generators)
@@ -64,23 +67,22 @@ def _agreed(attempt: Callable[[], Made]) -> Made:
     return made  # type: ignore[return-value]  # None is what was made, where there was no failure
 
 
-def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, Anatomy]:
+def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, ModelLayout]:
     model: Any = load_model(backbone)
-    anatomy = Anatomy.of(model)
-    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), anatomy
+    layout = ModelLayout.of(model)
+    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), layout
 
 
-def _read(model: Any, anatomy: Anatomy, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
+def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        mine = read(model, anatomy, data.probe_loader(probe_set), trainer.strategy.root_device)
+        mine = read(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
     data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 
 def _selected(
-    model: Any,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     reading: Reading | None,
     probe_set: ProbeSet,
     options: AutoRange,
@@ -95,5 +97,5 @@ def _selected(
     device = trainer.strategy.root_device
     batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT) & set(options.criteria) else []
     with trainer.precision_plugin.forward_context():
-        gradients = scores_if_possible(model, anatomy, batches, device, options.criteria)
+        gradients = scores_if_possible(mm, batches, device, options.criteria)
     return select_layers(reading, probe_set, gradients, options, device, spec)

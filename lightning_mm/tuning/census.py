@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.apply import trains
 from lightning_mm.tuning.layers import describe_layers
 from lightning_mm.tuning.policy import TuningPlan
@@ -76,13 +77,12 @@ class Census:
 
 
 def take_census(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, lr: float | None = None, weight_decay: float | None = None
+    mm: MultimodalModel, plan: TuningPlan, lr: float | None = None, weight_decay: float | None = None
 ) -> Census:
     """Count the model and hold it against the plan.
 
     Args:
-        model: The model after ``apply_plan``.
-        anatomy: Taken before adapters were put in.
+        mm: The model after ``apply_plan``.
         plan: What was asked for.
         lr: The optimizer's learning rate, for regions that do not say their own.
         weight_decay: The same for weight decay.
@@ -90,16 +90,16 @@ def take_census(
     Raises:
         UserError: A tensor trains that was not planned, or one that was planned does not.
     """
-    moving = {name for name, p in model.named_parameters() if p.requires_grad}
-    planned = {name for name, _ in model.named_parameters() if trains(name, anatomy, plan)}
+    moving = {name for name, p in mm.model.named_parameters() if p.requires_grad}
+    planned = {name for name, _ in mm.model.named_parameters() if trains(name, mm.layout, plan)}
     if moving != planned:
         raise UserError(
             "What trains is not what was planned.",
             f"Stray: {sorted(moving - planned)[:5] or 'none'}. Missing: {sorted(planned - moving)[:5] or 'none'}.",
             "Do not change requires_grad outside the tuning policy.",
         )
-    rows = tuple(_rows(model, anatomy, plan, lr, weight_decay))
-    digest = _digest(model, plan)
+    rows = tuple(_rows(mm, plan, lr, weight_decay))
+    digest = _digest(mm.model, plan)
     return Census(plan.policy, plan.expression, plan.layers, plan.num_layers, rows, digest)
 
 
@@ -113,14 +113,12 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _rows(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, lr: float | None, weight_decay: float | None
-) -> Iterator[CensusRow]:
+def _rows(mm: MultimodalModel, plan: TuningPlan, lr: float | None, weight_decay: float | None) -> Iterator[CensusRow]:
     members: dict[tuple[Region, int | None], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        place = anatomy.place_of(name)
+    for name, parameter in mm.model.named_parameters():
+        place = mm.layout.location_of(name)
         members.setdefault((place.region, place.layer), []).append((name, parameter))
-    owners = dict(model.named_modules())
+    owners = dict(mm.model.named_modules())
 
     def row(label: str, region: Region, parts: list[tuple[str, nn.Parameter]], mode: str) -> CensusRow:
         count = sum(_numel(p) for _, p in parts)
@@ -135,7 +133,7 @@ def _rows(
             if parts := members.get((region, None)):
                 yield row(region.value, region, parts, plan.modes[region])
             continue
-        for trained, run in groupby(range(anatomy.num_layers), key=lambda i: i in plan.layers):
+        for trained, run in groupby(range(mm.layout.num_layers), key=lambda i: i in plan.layers):
             indices = list(run)
             parts = [part for i in indices for part in members.get((region, i), [])]
             yield row(f"layers {describe_layers(indices)}", region, parts, plan.modes[region] if trained else "frozen")

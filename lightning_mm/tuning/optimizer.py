@@ -1,6 +1,6 @@
 """Optimizer and schedule: parameter groups by region, AdamW, warm-up and decay.
 
-Data flow: model + anatomy + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
+Data flow: model + layout + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
 
 The bitsandbytes room: optimizers with 8-bit states.
 
@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.quantization import adamw_8bit
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.stochastic_adamw import StochasticAdamW
@@ -70,15 +69,13 @@ class OptimizerSettings:
             )
 
 
-def parameter_groups(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, settings: OptimizerSettings
-) -> list[dict[str, Any]]:
+def parameter_groups(mm: MultimodalModel, plan: TuningPlan, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """One group for every region and decay, with its own learning rate; only tensors that train."""
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in mm.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        region, decayed = anatomy.place_of(name).region.value, parameter.ndim > 1
+        region, decayed = mm.layout.location_of(name).region.value, parameter.ndim > 1
         decay = plan.weight_decay.get(region, settings.weight_decay) if decayed else 0.0
         label = region if decayed else f"{region} (no decay)"
         lr = plan.lr.get(region, settings.lr)

@@ -1,6 +1,6 @@
 """Tuning policies: what a user says about which weights move.
 
-Data flow: config -> ``TuningPolicy`` -> ``plan(anatomy)`` -> ``TuningPlan`` (names of tensors), which ``apply``
+Data flow: config -> ``TuningPolicy`` -> ``plan(layout)`` -> ``TuningPlan`` (names of tensors), which ``apply``
 enforces and ``census`` verifies. A policy says one mode for every region: what is not named is frozen.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy, Place, Region
+from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.layers import LayerSpec, resolve_layers
 
@@ -59,8 +59,8 @@ class TuningPolicy(ABC):
     """Which weights move. Subclasses answer ``plan``; every option of a region is the same in all of them."""
 
     @abstractmethod
-    def plan(self, anatomy: Anatomy) -> TuningPlan:
-        """Resolve the policy on a model's anatomy."""
+    def plan(self, layout: ModelLayout) -> TuningPlan:
+        """Resolve the policy on a model's layout."""
 
     @abstractmethod
     def describe(self) -> str:
@@ -95,25 +95,25 @@ class RegionPolicy(TuningPolicy):
         given: Mode | None = getattr(self, region.value, None) if region is not Region.LAYERS else None
         return given or self.modes.get(region, "frozen")
 
-    def plan(self, anatomy: Anatomy) -> TuningPlan:
+    def plan(self, layout: ModelLayout) -> TuningPlan:
         """Resolve on a model.
 
         Raises:
             UserError: A selector matches nothing, or the layer range lies outside the model.
         """
-        modes = self._modes(anatomy)
-        spec = self.layer_spec(anatomy.num_layers)
-        layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, anatomy.num_layers)
-        chosen = {name: place for name, place in anatomy.places.items() if self._chosen(place, modes, layers)}
+        modes = self._modes(layout)
+        spec = self.layer_spec(layout.num_layers)
+        layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, layout.num_layers)
+        chosen = {name: place for name, place in layout.locations.items() if self._chosen(place, modes, layers)}
         full = frozenset(name for name, place in chosen.items() if modes[place.region] == "full")
-        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & anatomy.linears
-        self._refuse_empty(anatomy, modes, full, adapted)
-        self._refuse_unused(anatomy, modes, layers, full, adapted)
+        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & layout.linears
+        self._refuse_empty(layout, modes, full, adapted)
+        self._refuse_unused(layout, modes, layers, full, adapted)
         return TuningPlan(
             policy=self.describe(),
             expression=str(spec) if layers else "none",
             layers=layers,
-            num_layers=anatomy.num_layers,
+            num_layers=layout.num_layers,
             full=full,
             adapted=frozenset(adapted),
             modes=modes,
@@ -129,9 +129,9 @@ class RegionPolicy(TuningPolicy):
         shown = [f"{n}={v!r}" for n, v in named.items() if n in ("layers", "budget") or v != getattr(defaults, n)]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _modes(self, anatomy: Anatomy) -> dict[Region, Mode]:
+    def _modes(self, layout: ModelLayout) -> dict[Region, Mode]:
         modes = {region: self.mode_of(region) for region in Region}
-        if anatomy.tied_head:
+        if layout.tied_head:
             if self.head is not None and self.head != modes[Region.EMBEDDING]:
                 raise UserError(
                     f"model.tuning.head: '{self.head}' cannot be had on its own.",
@@ -141,7 +141,7 @@ class RegionPolicy(TuningPolicy):
             modes[Region.HEAD] = modes[Region.EMBEDDING]
         return modes
 
-    def _chosen(self, place: Place, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
+    def _chosen(self, place: ParameterLocation, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
         if place.region is not Region.LAYERS:
             return modes[place.region] != "frozen"
         parts = self.layer_parts()
@@ -149,7 +149,7 @@ class RegionPolicy(TuningPolicy):
 
     def _refuse_unused(
         self,
-        anatomy: Anatomy,
+        layout: ModelLayout,
         modes: Mapping[Region, Mode],
         layers: tuple[int, ...],
         full: frozenset[str],
@@ -157,7 +157,7 @@ class RegionPolicy(TuningPolicy):
     ) -> None:
         """An option that speaks of something that does not train is a mistake, never a detail."""
         moved = full | {f"{module}.weight" for module in adapted}
-        found = {anatomy.places[name].part for name in moved}
+        found = {layout.locations[name].part for name in moved}
         for part in self.layer_parts() or ():
             if part not in found:
                 raise _unused(f"model.tuning.parts: '{part}'", "No tensor of the chosen layers answers to it.")
@@ -166,23 +166,23 @@ class RegionPolicy(TuningPolicy):
                 if modes[Region(region)] == "frozen":
                     raise _unused(f"model.tuning.{option}.{region}", "That region is frozen.")
         for spec in self.lora.rank_per_layer:
-            ranked = {anatomy.places[f"{module}.weight"].layer for module in adapted}
-            if not set(resolve_layers(spec, anatomy.num_layers)) <= ranked:
+            ranked = {layout.locations[f"{module}.weight"].layer for module in adapted}
+            if not set(resolve_layers(spec, layout.num_layers)) <= ranked:
                 raise _unused(
                     f"model.tuning.lora.rank_per_layer: '{spec}'", f"Layers with adapters are {list(layers)}."
                 )
 
     def _refuse_empty(
-        self, anatomy: Anatomy, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
+        self, layout: ModelLayout, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
     ) -> None:
         for region, mode in modes.items():
-            if mode == "frozen" or (region is Region.HEAD and anatomy.tied_head):
+            if mode == "frozen" or (region is Region.HEAD and layout.tied_head):
                 continue
             names = full if mode == "full" else {f"{module}.weight" for module in adapted}
-            if not any(anatomy.places[name].region is region for name in names):
+            if not any(layout.locations[name].region is region for name in names):
                 raise UserError(
                     f"model.tuning.{region}: '{mode}' matches nothing.",
-                    f"The model has {len(anatomy.parameters_in(region))} tensors there"
+                    f"The model has {len(layout.parameters_in(region))} tensors there"
                     + (", none of them linear, as an adapter needs." if mode == "lora" else "."),
                     "Leave that region frozen, or widen the selection (parts).",
                 )

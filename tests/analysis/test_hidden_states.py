@@ -10,7 +10,8 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from tests.helpers.data import Family
 
@@ -22,12 +23,12 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
     """Mllama leaves its cross-attention (block 1) out of batches without pictures; the states are transformers' own."""
     decide.clear()
     model = load_model(Backbone(path=str(family("mllama")))).eval()
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     data = MMDataModule(probes=str(probes), processor=str(family("mllama")), batch_size=8, num_workers=0)
     rows = [row for row in data.probe_set().rows if row.role == "text"]
     batches = [batch for batch in data.probe_loader(data.probe_set()) if {row.role for row in batch.rows} == {"text"}]
     assert batches
-    reading = read(model, anatomy, batches, CPU)
+    reading = read(MultimodalModel(model, layout), batches, CPU)
     features = reading.features["text/last"]
     assert 0 < features.shape[1] <= len(rows)
     assert torch.equal(features[2], features[1])
@@ -39,7 +40,7 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
     torch.testing.assert_close(normed, last[torch.arange(len(ends)), ends], atol=1e-6, rtol=1e-5)
     assert [d.name for d in decide].count("inspection.blocks") == 1
     for first in (2, 3):  # the slice below the lowest that is read anew is what a skipped block passes on
-        again = read(model, anatomy, batches, CPU, before=reading, unchanged=first)
+        again = read(MultimodalModel(model, layout), batches, CPU, before=reading, unchanged=first)
         assert torch.equal(again.features["text/last"], features)
 
 
@@ -47,7 +48,7 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
 def test_all_slices_from_before_need_no_forward(family: Family, probes: Path) -> None:
     model = load_model(Backbone(path=str(family("llava")))).eval()
     before = Reading(0, {"text/last": torch.ones(5, 1, 2)}, {"text/last": (("a", 0),)})
-    again = read(model, Anatomy.of(model), iter(()), CPU, step=7, before=before, unchanged=5)
+    again = read(model, ModelLayout.of(model), iter(()), CPU, step=7, before=before, unchanged=5)
     assert again.step == 7
     assert again.features is before.features
 

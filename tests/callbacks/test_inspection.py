@@ -98,7 +98,7 @@ def test_later_looks_begin_above_the_frozen_prefix(family: Family, probed: dict[
         kept, ran = RecordingCallback(), towers.setdefault(mode, [])
 
         def count(module: MMModule, kept: RecordingCallback = kept, ran: list[int] = ran) -> None:
-            block = module.model.get_submodule(module.anatomy.vision_blocks[0])
+            block = module.model.get_submodule(module.mm.layout.vision_blocks[0])
             block.register_forward_hook(lambda *_: None if module.training else ran.append(len(kept.looks)))
 
         cache = CacheSettings(mode=mode, folder=str(tmp_path / "kept"))

@@ -67,11 +67,11 @@ def test_a_baseline_that_fails_costs_the_baseline_only(
 ) -> None:
     true_read = reader.read
 
-    def broken(model: Any, anatomy: Any, batches: Iterable[Any], *args: Any, **options: Any) -> Reading:
+    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> Reading:
         held = list(batches)
         if held[0].rows[0].blank:
             raise RuntimeError("grey")
-        return true_read(model, anatomy, held, *args, **options)
+        return true_read(model, layout, held, *args, **options)
 
     monkeypatch.setattr(reader, "read", broken)
     train(family("llava"), probed, tmp_path, callbacks=[ProbingCallback(EVERY)], tuning=MIDDLE, max_steps=1)

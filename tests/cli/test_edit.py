@@ -80,7 +80,7 @@ def test_edit_measures_and_exports(
     assert "All edits at once" in capsys.readouterr().out
     one = known("llava")
     targets = [one.forced("d", "e"), one.forced("f", "i")]
-    edit = rewritten([Rewriting(one.model, one.anatomy, target) for target in targets], EDITED, EditOptions(steps=60))
+    edit = rewritten([Rewriting(one.mm, target) for target in targets], EDITED, EditOptions(steps=60))
     exported = load_model(Backbone(path=str(work / "edited")))
     with edited(one.model, [edit]), torch.no_grad():
         live = one.model(**targets[0].asked.inputs).logits
@@ -147,7 +147,7 @@ def test_rows_are_read_or_told(work: Path) -> None:
 def test_scores_of_an_untouched_model_say_so(work: Path, known: Callable[[str], Taught]) -> None:
     """Nothing edited: no new answer, all answers kept, no divergence."""
     one = known("llava")
-    scorer = Scorer(one.model, one.anatomy, one.asker, torch.device("cpu"))
+    scorer = Scorer(one.mm, one.asker, torch.device("cpu"))
     file = read_edits("edits.json")
     probes = scorer.probes(file.rewrites[0], file.staying)
     assert [probe.kind for probe in probes] == [

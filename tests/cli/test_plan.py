@@ -9,7 +9,7 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.__main__ import main
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly

@@ -25,7 +25,7 @@ HEADS: dict[str, TuningPolicy] = {
 
 def step(module: MMModule, batch: Batch, chunk: Chunk) -> tuple[Objective, dict[str, Tensor]]:
     torch.manual_seed(0)
-    head = module.model.get_submodule(module.anatomy.head)
+    head = module.model.get_submodule(module.mm.layout.head)
     found = supervised_nll(module.model, head, batch, chunk)
     found.nll.backward()
     gradients = {name: p.grad for name, p in module.trainable.items() if p.grad is not None}
@@ -55,7 +55,7 @@ def test_every_family(name: str, family: Family, data: Data) -> None:
 @pytest.mark.parametrize("policy", HEADS)
 def test_whatever_the_head_does(policy: str, family: Family, data: Data) -> None:
     module = configured(family("llava"), HEADS[policy])
-    assert not module.anatomy.tied_head
+    assert not module.mm.layout.tied_head
     agree(module, batch_of(family("llava"), data), 1e-5)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule

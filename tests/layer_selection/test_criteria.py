@@ -26,7 +26,8 @@ from lightning_mm.layer_selection.gradient_criteria import (
 from lightning_mm.layer_selection.layer_range_search import Criterion, reliability
 from lightning_mm.layer_selection.select import AutoRange, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning import LoRAOnMiddle
@@ -150,24 +151,24 @@ def test_gradients_of_batches_without_pictures(pictures: int, family: Family, da
     plain = batch_of(family("mllama"), {"train": file})
     batches = [plain, batch_of(family("mllama"), data) if pictures else batch_of(family("mllama"), {"train": file}, 2)]
     model: Any = load_model(Backbone(path=str(family("mllama")))).eval().requires_grad_(False)
-    scores = gradient_scores(model, Anatomy.of(model), batches, CPU)
+    scores = gradient_scores(model, ModelLayout.of(model), batches, CPU)
     assert scores.relative_norm[0].ne(0).tolist() == [True, False, True, True]
     assert bool(scores.relative_norm[1, 1]) == bool(pictures)
     assert scores.signal_to_noise.isnan().tolist() == [False, not pictures, False, False]
 
 
-def adapted(family: Family) -> tuple[nn.Module, Anatomy]:
+def adapted(family: Family) -> tuple[nn.Module, ModelLayout]:
     """With fresh adapters, which change nothing yet."""
     model: Any = load_model(Backbone(path=str(family("llava")))).eval()
-    anatomy = Anatomy.of(model)
-    apply_plan(model, anatomy, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(anatomy))
-    return model.eval().requires_grad_(False), anatomy
+    layout = ModelLayout.of(model)
+    apply_plan(MultimodalModel(model, layout), LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(layout))
+    return model.eval().requires_grad_(False), layout
 
 
 def test_adapters_do_not_change_whose_gradients_are_measured(family: Family, data: Data) -> None:
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    expected = gradient_scores(base, Anatomy.of(base), batches, CPU)
+    expected = gradient_scores(base, ModelLayout.of(base), batches, CPU)
     found = gradient_scores(*adapted(family), batches, CPU)
     for name in ("relative_norm", "fisher", "signal_to_noise"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=1e-4)
@@ -177,16 +178,16 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
     family: Family, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
 
     def said(batches: list[Any]) -> str:
         decide.clear()
-        assert scores_if_possible(model, anatomy, batches, CPU, ("rgn",)) is None
+        assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
         (told,) = [d for d in decide if d.name == "auto.criteria"]
         return told.reason
 
-    assert scores_if_possible(model, anatomy, batches, CPU, ("overlap",)) is None
+    assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
     assert "1 batches" in said(batches[:1])
 
     def full(*args: Any) -> None:
@@ -195,7 +196,7 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
     with monkeypatch.context() as patched:
         patched.setattr(gradient_room, "gradient_scores", full)
         assert "out of memory" in said(batches)
-    projection = model.get_submodule(anatomy.layers[1]).self_attn.q_proj
+    projection = model.get_submodule(layout.layers[1]).self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     assert "quantised" in said(batches)
 
@@ -203,16 +204,16 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
 def test_a_tuned_model_with_adapters_is_transplanted_whole(family: Family, data: Data) -> None:
     """Exactly: the hybrid of all blocks is the adapted model, and the base is itself afterwards."""
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
-    tuned, anatomy = adapted(family)
+    tuned, layout = adapted(family)
     for name, parameter in tuned.named_parameters():
         if ".lora_B" in name:
             parameter.normal_()
     batch = batch_of(family("llava"), data)
-    before = [block for name in anatomy.layers for block in base.get_submodule(name).modules()]
-    with torch.no_grad(), transplanted(base, tuned, anatomy.layers):
+    before = [block for name in layout.layers for block in base.get_submodule(name).modules()]
+    with torch.no_grad(), transplanted(base, tuned, layout.layers):
         assert torch.equal(base(**batch.inputs).logits, tuned(**batch.inputs).logits)
-    assert [block for name in anatomy.layers for block in base.get_submodule(name).modules()] == before
-    gains = transplant_gains(base, tuned, anatomy, [batch], CPU, width=0)
+    assert [block for name in layout.layers for block in base.get_submodule(name).modules()] == before
+    gains = transplant_gains(MultimodalModel(base, layout), tuned, [batch], CPU, width=0)
     assert gains[0].ne(0).tolist() == [False, True, True, False]
 
 

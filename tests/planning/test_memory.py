@@ -41,7 +41,7 @@ def measured(folder: Path, policy: TuningPolicy, batch: Batch, checkpointing: bo
     module = MMModule(Backbone(path=str(folder)), policy, activation_checkpointing=checkpointing)
     module.unread = ()
     module.configure_model()
-    groups = parameter_groups(module.model, module.anatomy, module.plan, module.optimizer)
+    groups = parameter_groups(module.mm, module.plan, module.optimizer)
     optimizer = build_optimizer(groups, module.optimizer)
 
     def step() -> None:

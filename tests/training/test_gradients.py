@@ -79,7 +79,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(
     before: dict[str, Tensor] = {}
 
     def poison(module) -> None:  # type: ignore[no-untyped-def]
-        head = module.model.get_submodule(module.anatomy.head)
+        head = module.model.get_submodule(module.mm.layout.head)
         head.weight.data[0, 0] = float("inf")
         before.update({n: p.detach().clone() for n, p in module.trainable.items()})
 

@@ -10,21 +10,20 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.editing.multedit import EditOptions, answering, frozen
 from lightning_mm.causal.editing.weight_edit import Edit, down_projection
 from lightning_mm.causal.interventions.interventions import intervened
 from lightning_mm.causal.questions.scoring import Forced, forced_logits
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 LR = 5e-4
 """Of Adam on the weight (ROME's fine-tuned control)."""
 
 
 def fine_tuned(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     targets: Sequence[Forced],
     layer: int,
     options: EditOptions,
@@ -34,8 +33,7 @@ def fine_tuned(
     """Adam on the layer's down projection until the new answers are given, for as many steps as a value gets.
 
     Args:
-        model: The plain model in eval mode; left as it is.
-        anatomy: Of it.
+        mm: The plain model in eval mode; left as it is.
         targets: Questions with their new answers, on the model's device; their mean loss is descended.
         layer: The decoder block.
         options: Of the edit that this is compared with: its steps, target and ``until`` hold here too.
@@ -45,22 +43,22 @@ def fine_tuned(
     Raises:
         UserError: The layer cannot be edited.
     """
-    assert not model.training, "dropout would make every run another one"
-    name = anatomy.blocks[layer].down_proj
-    weight = down_projection(model, name, layer).weight
+    assert not mm.model.training, "dropout would make every run another one"
+    name = mm.layout.blocks[layer].down_proj
+    weight = down_projection(mm.model, name, layer).weight
     change_DF = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device, requires_grad=True)
 
     def changed(entering: Tensor, output: Tensor) -> Tensor:
         return (output.float() + F.linear(entering.float(), change_DF)).to(output.dtype)
 
     adam = torch.optim.Adam([change_DF], lr)
-    with torch.enable_grad(), frozen(model, anatomy), intervened(model, anatomy, ()):
+    with torch.enable_grad(), frozen(mm), intervened(mm, ()):
         for _ in range(options.steps):
             change_DF.grad, total = torch.zeros_like(change_DF), 0.0
             for target in targets:
                 count = 1 if options.target == "first" else len(target.ids)
-                with answering(model, str(name), changed):
-                    logits_TV = forced_logits(model, anatomy, target)[:count]
+                with answering(mm.model, str(name), changed):
+                    logits_TV = forced_logits(mm, target)[:count]
                 nll = F.cross_entropy(logits_TV, target.ids[:count], reduction="sum") / len(targets)
                 change_DF.grad += torch.autograd.grad(nll, [change_DF])[0]
                 total += float(nll.detach())

@@ -17,10 +17,10 @@ Shapes: K conversations.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.editing.files import Rewrite
 from lightning_mm.causal.questions.question import Asker, Question
@@ -31,7 +31,7 @@ from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.geometry.resampling import mean_interval
 from lightning_mm.models.generation import greedy_answers
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 Kind = Literal["edited", "paraphrase", "picture", "neighbour", "unrelated"]
 
@@ -103,7 +103,7 @@ class Scorer:
 
     Args:
         model: The plain model in eval mode.
-        anatomy: Of it.
+        layout: Of it.
         asker: Of the model.
         device: Where the model is.
         max_new_tokens: Longest answer that must stay.
@@ -112,14 +112,13 @@ class Scorer:
 
     def __init__(
         self,
-        model: Any,
-        anatomy: Anatomy,
+        mm: MultimodalModel,
         asker: Asker,
         device: torch.device,
         max_new_tokens: int = 8,
         num_unrelated: int = 8,
     ) -> None:
-        self.model, self.anatomy, self.asker, self.device = model, anatomy, asker, device
+        self.mm, self.asker, self.device = mm, asker, device
         self.max_new_tokens, self.num_unrelated = max_new_tokens, num_unrelated
         self.rejected: list[Rejection] = []
         self._own: dict[str, tuple[Forced, Heard] | None] = {}
@@ -153,12 +152,12 @@ class Scorer:
         if isinstance(asked, Rejection):
             return asked
         processor = self.asker.processor
-        return greedy_answers(self.model, processor, asked.to(self.device).inputs, self.max_new_tokens)[0]
+        return greedy_answers(self.mm.model, processor, asked.to(self.device).inputs, self.max_new_tokens)[0]
 
     def right(self, question: Question) -> bool | None:
         """Whether greedy decoding begins with the answer given; None where none is."""
         given = self._forced(question, question.answer, None) if question.answer else None
-        return None if given is None else heard(self.model, self.anatomy, given).said
+        return None if given is None else heard(self.mm, given).said
 
     def _probe(
         self, kind: Kind, rewrite: Rewrite, question: Question, text: str | None = None, stays: bool = False
@@ -167,7 +166,7 @@ class Scorer:
         new = None if stays else self._forced(question, rewrite.new_answer, text)
         if old is None or (new is None and not stays):
             return None
-        before = heard(self.model, self.anatomy, new) if new is not None else None
+        before = heard(self.mm, new) if new is not None else None
         edited = rewrite.question
         return Probe(edited.id, edited.group or edited.id, kind, bool(question.images), new, old[0], before, old[1])
 
@@ -179,7 +178,7 @@ class Scorer:
             if isinstance(answer, Rejection):
                 self.rejected.append(answer)
             made = None if isinstance(answer, Rejection) else self._forced(question, answer, text)
-            self._own[key] = (made, heard(self.model, self.anatomy, made)) if made is not None else None
+            self._own[key] = (made, heard(self.mm, made)) if made is not None else None
         return self._own[key]
 
     def _forced(self, question: Question, answer: str, text: str | None) -> Forced | None:
@@ -190,8 +189,8 @@ class Scorer:
         return made.to(self.device)
 
     def _score(self, probe: Probe) -> Score:
-        old, was = heard(self.model, self.anatomy, probe.old), probe.old_before
-        new = heard(self.model, self.anatomy, probe.new) if probe.new is not None else None
+        old, was = heard(self.mm, probe.old), probe.old_before
+        new = heard(self.mm, probe.new) if probe.new is not None else None
         same = (old.likeliest == was.likeliest).float()
         before = probe.new_before
         return Score(
@@ -266,10 +265,10 @@ def overall(scores: Sequence[Score]) -> float:
 
 
 @torch.no_grad()
-def losses_of(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Tensor:
+def losses_of(mm: MultimodalModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
     """(K, 2) float64 summed loss in nats, and supervised tokens, of each conversation, one a batch."""
-    head = model.get_submodule(anatomy.head)
-    found = [supervised_nll(model, head, batch.to(device)) for batch in batches]
+    head = mm.model.get_submodule(mm.layout.head)
+    found = [supervised_nll(mm.model, head, batch.to(device)) for batch in batches]
     return torch.tensor([[float(each.nll), each.num_tokens] for each in found], dtype=torch.float64).reshape(-1, 2)
 
 

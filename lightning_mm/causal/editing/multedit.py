@@ -27,8 +27,8 @@ from lightning_mm.causal.questions.scoring import Forced, forced_logits
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import activations_kept
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import logits_of
-from lightning_mm.models.layout import Anatomy
 
 P2_CLAMP = 1e-4
 """As 2406.04236 released it: the value hardly moves, so hardly anything is edited."""
@@ -109,16 +109,16 @@ class Rewriting:
 
     Args:
         model: The plain model in eval mode; its weights, flags and gradients, and the random state, are left alone.
-        anatomy: Of it.
+        layout: Of it.
         target: The question with its new answer, on the model's device.
 
     Raises:
         UserError: The question has no constraint.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, target: Forced) -> None:
-        assert not model.training, "dropout would make every run another one"
-        self.model, self.anatomy, self.target = model, anatomy, target
+    def __init__(self, mm: MultimodalModel, target: Forced) -> None:
+        assert not mm.model.training, "dropout would make every run another one"
+        self.mm, self.target = mm, target
         if not len(target.asked.constraint):
             raise UserError(
                 f"Question {target.asked.question.id} cannot be edited.",
@@ -126,7 +126,7 @@ class Rewriting:
                 "Name the words that the answer hangs on.",
             )
         self.position = int(target.asked.constraint[-1])
-        self.names = {b.index: b.down_proj for b in anatomy.blocks if b.down_proj is not None}
+        self.names = {b.index: b.down_proj for b in mm.layout.blocks if b.down_proj is not None}
         self._sites: dict[int, tuple[Tensor, Tensor]] = {}
         self.replay = self._recorded()
 
@@ -136,12 +136,12 @@ class Rewriting:
         Raises:
             UserError: The layer has no plain down projection, or what it puts out at the constraint reaches no answer.
         """
-        down_projection(self.model, self.names.get(layer), layer)
+        down_projection(self.mm.model, self.names.get(layer), layer)
         key, output = self._sites[layer]
         count = 1 if options.target == "first" else len(self.target.ids)
         delta = torch.zeros_like(output, requires_grad=True)
         adam, limit, losses = torch.optim.Adam([delta], options.lr), options.limit * float(output.norm()), []
-        with torch.enable_grad(), frozen(self.model, self.anatomy):
+        with torch.enable_grad(), frozen(self.mm):
             for step in range(options.steps + 1):
                 logits_TV = self._logits(layer, delta)[:count]
                 nll = F.cross_entropy(logits_TV, self.target.ids[:count], reduction="sum")
@@ -161,43 +161,42 @@ class Rewriting:
         """(T + 1, V) of the target with the value moved."""
         name, positions = self.names[layer], self.target.positions
         if self.replay is None:
-            with intervened(self.model, self.anatomy, ()), _moved(self.model, name, self.position, delta):
-                return forced_logits(self.model, self.anatomy, self.target)
+            with intervened(self.mm, ()), _moved(self.mm.model, name, self.position, delta):
+                return forced_logits(self.mm, self.target)
         start = self.replay.start_for(self.position)
-        with intervened(self.model, self.anatomy, ()), _moved(self.model, name, self.position - start, delta):
+        with intervened(self.mm, ()), _moved(self.mm.model, name, self.position - start, delta):
             hidden_SD = self.replay.hidden(layer=layer, start=start)[0]
         # A question's last token stands behind its constraint, so all that is foretold is computed again.
-        return logits_of(self.model, self.anatomy, hidden_SD[positions - start], self.replay.base.tuples)
+        return logits_of(self.mm, hidden_SD[positions - start], self.replay.base.tuples)
 
     def _recorded(self) -> Replay | None:
         inputs = self.target.asked.inputs
-        with _read(self.model, self.names, self.position, self._sites):
+        with _read(self.mm.model, self.names, self.position, self._sites):
             try:
-                base = record(self.model, self.anatomy, inputs, sites=("residual",))
+                base = record(self.mm, inputs, sites=("residual",))
             except UserError as error:
-                with torch.no_grad(), intervened(self.model, self.anatomy, ()):
-                    self.model(**inputs, use_cache=False)
+                with torch.no_grad(), intervened(self.mm, ()):
+                    self.mm.model(**inputs, use_cache=False)
                 _say_why(error)
                 return None
         try:
-            return Replay(self.model, self.anatomy, base)
+            return Replay(self.mm, base)
         except UserError as error:
             _say_why(error)
             return None
 
 
-def edit_of(model: nn.Module, anatomy: Anatomy, associations: Sequence[Association], ridge: float) -> Edit:
+def edit_of(mm: MultimodalModel, associations: Sequence[Association], ridge: float) -> Edit:
     """The change of one layer's weight that serves all associations at once.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         associations: Of one layer.
         ridge: lambda.
     """
     (layer,) = {each.layer for each in associations}
-    name = anatomy.blocks[layer].down_proj
-    down_projection(model, name, layer)
+    name = mm.layout.blocks[layer].down_proj
+    down_projection(mm.model, name, layer)
     keys_FN, gaps_DN = (torch.stack(rows, 1) for rows in zip(*((a.key, a.delta) for a in associations), strict=True))
     left_DN, right_NF = low_rank(keys_FN, gaps_DN, ridge)
     return Edit(layer, str(name), left_DN, right_NF, keys_FN, gaps_DN)
@@ -211,17 +210,17 @@ def rewritten(rewritings: Sequence[Rewriting], layer: int, options: EditOptions)
     """
     first = rewritings[0]
     found = [each.association(layer, options) for each in rewritings]
-    return edit_of(first.model, first.anatomy, found, options.ridge)
+    return edit_of(first.mm, found, options.ridge)
 
 
 @contextmanager
-def frozen(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+def frozen(mm: MultimodalModel) -> Iterator[None]:
     """While active, no parameter asks for a gradient and no block is recomputed; what was so is put back."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    asking = [parameter for parameter in mm.model.parameters() if parameter.requires_grad]
     try:
         for parameter in asking:
             parameter.requires_grad_(False)
-        with activations_kept(model, anatomy.layers):
+        with activations_kept(mm.model, mm.layout.layers):
             yield
     finally:
         for parameter in asking:

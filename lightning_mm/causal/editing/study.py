@@ -108,10 +108,10 @@ class EditStudy:
 
     def __init__(self, scorer: Scorer, file: EditFile, batches: Sequence[Batch]) -> None:
         self.scorer, self.file, self.batches = scorer, file, batches
-        self.model, self.anatomy = scorer.model, scorer.anatomy
+        self.mm = scorer.mm
         self._found: dict[tuple[str, int, EditOptions], Association] = {}
         self.cases = [case for number in range(len(file.rewrites)) if (case := self._case(number)) is not None]
-        self.losses = losses_of(self.model, self.anatomy, batches, scorer.device)
+        self.losses = losses_of(self.mm, batches, scorer.device)
         if not self.cases:
             first = "\n    ".join(f"{r.origin}: {r.reason}" for r in scorer.rejected[:5])
             raise UserError("None of the edits can be made.", f"The first of them:\n    {first}", "Mend the rows.")
@@ -119,7 +119,7 @@ class EditStudy:
     @property
     def layers(self) -> tuple[int, ...]:
         """Those that can be edited; what the last one puts out at a constraint is read by none."""
-        return tuple(b.index for b in self.anatomy.blocks[:-1] if b.down_proj is not None)
+        return tuple(b.index for b in self.mm.layout.blocks[:-1] if b.down_proj is not None)
 
     def scan(self, layers: Sequence[int], options: EditOptions, count: int) -> list[LayerScore]:
         """Each of the first edits, alone, in each layer."""
@@ -128,7 +128,7 @@ class EditStudy:
         for number, case in enumerate(cases):
             self._find(case, layers, options)
             for layer in layers:
-                with edited(self.model, [self._multedit([case], layer, options)]):
+                with edited(self.mm.model, [self._multedit([case], layer, options)]):
                     scores[layer] += self.scorer.measure(case.probes)
             log.info("layers tried with edit %d of %d", number + 1, len(cases))
         return [self._layer_score(layer, scores[layer], cases, options) for layer in layers]
@@ -140,7 +140,7 @@ class EditStudy:
         for number, part in enumerate(parts):
             edit = self._edit(method, part, layer, options)
             outcome.edits.append(edit)
-            with edited(self.model, [edit]):
+            with edited(self.mm.model, [edit]):
                 self._ask(outcome, part)
             log.info("%s, %s: %d of %d", method, apply, number + 1, len(parts))
         return outcome
@@ -158,29 +158,29 @@ class EditStudy:
             outcome.scores += self.scorer.measure(probes)
             said = self.scorer.own_answer(case.rewrite.question)
             outcome.answers[case.rewrite.question.id] = said if isinstance(said, str) else ""
-        after = losses_of(self.model, self.anatomy, self.batches, self.scorer.device)
+        after = losses_of(self.mm, self.batches, self.scorer.device)
         outcome.before, outcome.after = torch.cat([outcome.before, self.losses]), torch.cat([outcome.after, after])
         name = part[0].rewrite.question.id
         outcome.groups += [name if alone else str(k) for k in range(len(after))]
 
     def _edit(self, method: Method, part: Sequence[Case], layer: int, options: EditOptions) -> Edit:
         if method == "fine-tuned, no limit":
-            return fine_tuned(self.model, self.anatomy, [case.target for case in part], layer, options)
+            return fine_tuned(self.mm, [case.target for case in part], layer, options)
         edit = self._multedit(part, layer, options)
         if method == "MultEdit":
             return edit
         norm = float(edit.change().norm())
-        return fine_tuned(self.model, self.anatomy, [case.target for case in part], layer, options, norm)
+        return fine_tuned(self.mm, [case.target for case in part], layer, options, norm)
 
     def _multedit(self, part: Sequence[Case], layer: int, options: EditOptions) -> Edit:
         found = [self.association(case, layer, options) for case in part]
-        return edit_of(self.model, self.anatomy, found, options.ridge)
+        return edit_of(self.mm, found, options.ridge)
 
     def _find(self, case: Case, layers: Sequence[int], options: EditOptions) -> None:
         """A run is written down once for all the layers, and not kept: it is large."""
         name = case.rewrite.question.id
         missing = [layer for layer in layers if (name, layer, options) not in self._found]
-        rewriting = Rewriting(self.model, self.anatomy, case.target) if missing else None
+        rewriting = Rewriting(self.mm, case.target) if missing else None
         for layer in missing:
             assert rewriting is not None
             self._found[name, layer, options] = rewriting.association(layer, options)

@@ -23,7 +23,7 @@ Shapes: U units, R units of a batch, P positions of the longest, L tokens.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +34,11 @@ from lightning_mm.causal.interventions.interventions import Site, add, intervene
 from lightning_mm.causal.interventions.partial_forward import Replay
 from lightning_mm.causal.questions.question import Asked, last_logits, on_device
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 
 def attribution(
-    model: Any,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     corrupt: Corrupt,
     clean: Recording,
     site: Site,
@@ -53,12 +52,12 @@ def attribution(
     """
     shape = (1, clean.length, clean.entered[0].shape[2])
     device = clean.entered[0].device
-    moves = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(anatomy.num_layers)]
-    with corrupt.applied(model, anatomy):
-        values = record(model, anatomy, corrupt.inputs, sites=(site,)).values
+    moves = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(mm.layout.num_layers)]
+    with corrupt.applied(mm):
+        values = record(mm, corrupt.inputs, sites=(site,)).values
         moved = [add(site, [layer], None, move) for layer, move in enumerate(moves)]
-        with torch.enable_grad(), intervened(model, anatomy, moved):
-            logits = model(**on_device(model, anatomy, corrupt.inputs), use_cache=False).logits[0, -1].float()
+        with torch.enable_grad(), intervened(mm, moved):
+            logits = mm.model(**on_device(mm, corrupt.inputs), use_cache=False).logits[0, -1].float()
             gradients = torch.autograd.grad(logits[target] - logits[rival], moves)
     per_token = torch.stack(
         [
@@ -200,14 +199,11 @@ class Trace:
         return tuple(found[int(unit[-1])] for unit in self.units)
 
 
-def trace(
-    model: Any, anatomy: Anatomy, asked: Asked, corrupt: Corrupt, options: Tracing, target: int | None = None
-) -> Trace:
+def trace(mm: MultimodalModel, asked: Asked, corrupt: Corrupt, options: Tracing, target: int | None = None) -> Trace:
     """Trace one question.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         asked: The question.
         corrupt: Its corruption, of the same length.
         options: What to put back, and how.
@@ -216,19 +212,19 @@ def trace(
     Raises:
         UserError: The model cannot be computed again from the middle (and ``plain`` was not asked for).
     """
-    clean = record(model, anatomy, asked.inputs, sites=(*options.sites, "residual"))
-    with corrupt.applied(model, anatomy):
-        base = record(model, anatomy, corrupt.inputs, sites=("residual",))
+    clean = record(mm, asked.inputs, sites=(*options.sites, "residual"))
+    with corrupt.applied(mm):
+        base = record(mm, corrupt.inputs, sites=("residual",))
     goal = int(clean.logits.argmax()) if target is None else target
     rival = _rival(base.logits[0], goal)
     units = units_of(asked, clean, base, options.image_units)
     read = _Answer(goal, rival)
-    run = _Plain(model, anatomy, corrupt) if options.plain else _Restarted(model, anatomy, base)
-    jobs = _shortlisted(model, anatomy, corrupt, clean, options, units, read)
-    restored = torch.full((len(options.sites), anatomy.num_layers, len(units), 2), float("nan"), dtype=torch.float64)
+    run = _Plain(mm, corrupt) if options.plain else _Restarted(mm, base)
+    jobs = _shortlisted(mm, corrupt, clean, options, units, read)
+    restored = torch.full((len(options.sites), mm.layout.num_layers, len(units), 2), float("nan"), dtype=torch.float64)
     for s, site in enumerate(options.sites):
-        for layer in range(anatomy.num_layers):
-            layers = window(layer, options.width, anatomy.num_layers, options.convention)
+        for layer in range(mm.layout.num_layers):
+            layers = window(layer, options.width, mm.layout.num_layers, options.convention)
             for some in batches(jobs[s][layer], units, asked.length, options.batch_tokens):
                 positions = padded([units[u] for u in some])
                 logits = run(site, layers, positions, clean)
@@ -265,8 +261,8 @@ class _Answer:
 class _Restarted:
     """Puts clean values back by computing the corrupt run again from there on."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, base: Recording) -> None:
-        self.replay = Replay(model, anatomy, base)
+    def __init__(self, mm: MultimodalModel, base: Recording) -> None:
+        self.replay = Replay(mm, base)
 
     def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: Recording) -> Tensor:
         start = self.replay.start_for(int(positions_RP.min()))
@@ -277,15 +273,15 @@ class _Restarted:
 class _Plain:
     """Puts clean values back by running the whole model on the corrupt inputs."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, corrupt: Corrupt) -> None:
-        self.model, self.anatomy, self.corrupt = model, anatomy, corrupt
+    def __init__(self, mm: MultimodalModel, corrupt: Corrupt) -> None:
+        self.mm, self.corrupt = mm, corrupt
 
     def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: Recording) -> Tensor:
         answers = []
         for positions_P in positions_RP:
             back = patch(site, layers, positions_P, clean.values)
-            with self.corrupt.applied(self.model, self.anatomy), intervened(self.model, self.anatomy, [back]):
-                answers.append(last_logits(self.model, self.anatomy, self.corrupt.inputs))
+            with self.corrupt.applied(self.mm), intervened(self.mm, [back]):
+                answers.append(last_logits(self.mm, self.corrupt.inputs))
         return torch.cat(answers)
 
 
@@ -296,8 +292,7 @@ def _rival(logits_V: Tensor, target: int) -> int:
 
 
 def _shortlisted(
-    model: Any,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     corrupt: Corrupt,
     clean: Recording,
     options: Tracing,
@@ -307,10 +302,10 @@ def _shortlisted(
     """Units to compute exactly, by site and layer."""
     every = list(range(len(units)))
     if options.shortlist is None:
-        return [[every] * anatomy.num_layers for _ in options.sites]
+        return [[every] * mm.layout.num_layers for _ in options.sites]
     chosen = []
     for site in options.sites:
-        guess = attribution(model, anatomy, corrupt, clean, site, units, read.target, read.rival).abs()
+        guess = attribution(mm, corrupt, clean, site, units, read.target, read.rival).abs()
         best = torch.zeros_like(guess, dtype=torch.bool).flatten()
         best[guess.flatten().topk(min(options.shortlist, guess.numel())).indices] = True
         chosen.append([row.nonzero().flatten().tolist() for row in best.view_as(guess)])

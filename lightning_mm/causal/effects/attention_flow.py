@@ -16,7 +16,6 @@ N layers.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +27,7 @@ from lightning_mm.causal.questions.question import Asked
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.attention.interception import repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 FLOW = ("image->constraint", "constraint->last", "image->last", "question->last")
 
@@ -55,13 +54,12 @@ class Norms:
 
 @torch.no_grad()
 def contributions(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor, by_head: bool = False
+    mm: MultimodalModel, recording: Recording, layer: int, queries: Tensor, by_head: bool = False
 ) -> Tensor:
     """The contributions themselves.
 
     Args:
-        model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
+        mm: The plain model; adapters and quantised weights may be in it.
         recording: Of one question.
         layer: Decoder block.
         queries: (Q,) positions of the tokens that attend.
@@ -73,16 +71,16 @@ def contributions(
     Raises:
         UserError: The layer has no attention, or its output is made of more than values and an output projection.
     """
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+    parts = _Parts.of(mm, recording, layer, queries)
     formula = "hqk,hkd->hqkd" if by_head else "hqk,hkd->qkd"
     chunks = [torch.einsum(formula, parts.weight[..., keys], moved) for keys, moved in parts.moved()]
     return torch.cat(chunks, -2)
 
 
 @torch.no_grad()
-def contribution_norms(model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> Norms:
+def contribution_norms(mm: MultimodalModel, recording: Recording, layer: int, queries: Tensor) -> Norms:
     """Norms of contributions, without holding the contributions; arguments and errors as ``contributions``."""
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+    parts = _Parts.of(mm, recording, layer, queries)
     tokens, heads = [], []
     for keys, moved_HkD in parts.moved():
         weight_HQk = parts.weight[..., keys]
@@ -106,7 +104,7 @@ def output_map(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
 
 
 def shares(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, asked: Asked, names: Sequence[str] = FLOW
+    mm: MultimodalModel, recording: Recording, asked: Asked, names: Sequence[str] = FLOW
 ) -> tuple[Tensor, Tensor]:
     """Of all that reaches the targets of an edge in a layer, the share that comes from its sources.
 
@@ -114,8 +112,7 @@ def shares(
     targets is taken. In a layer that attends to the picture's own states, all keys are the picture.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         recording: The question's run.
         asked: The question.
         names: Edges.
@@ -126,9 +123,9 @@ def shares(
     """
     edges = [edge(asked, name) for name in names]
     queries = torch.cat([each.targets for each in edges if each] or [torch.zeros(0, dtype=torch.long)]).unique()
-    found = torch.full((2, len(names), anatomy.num_layers), torch.nan, dtype=torch.float64)
+    found = torch.full((2, len(names), mm.layout.num_layers), torch.nan, dtype=torch.float64)
     for layer in recording.calls if len(queries) else ():
-        norms = contribution_norms(model, anatomy, recording, layer, queries)
+        norms = contribution_norms(mm, recording, layer, queries)
         is_own = norms.tokens.shape[1] == recording.length
         for number, each in enumerate(edges):
             if each:
@@ -139,21 +136,20 @@ def shares(
 
 
 def flow(
-    model: Any, anatomy: Anatomy, asked: Sequence[Asked], names: Sequence[str] = FLOW
+    mm: MultimodalModel, asked: Sequence[Asked], names: Sequence[str] = FLOW
 ) -> Iterator[tuple[str, list[Estimate]]]:
     """Edge and one Estimate per layer: the mean over questions of ``shares``; chance: all visible tokens give alike.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         asked: The questions.
         names: Edges.
     """
     found = []
     for one in asked:
         # One at a time: a recording of a large model is large.
-        recording = record(model, anatomy, one.inputs, sites=("attention",))
-        found.append(torch.stack(shares(model, anatomy, recording, one, names)))
+        recording = record(mm, one.inputs, sites=("attention",))
+        found.append(torch.stack(shares(mm, recording, one, names)))
     questions = [one.question for one in asked]
     for number, name in enumerate(names if found else ()):
         share_QN, null_QN = torch.stack([each[:, number] for each in found], 1)
@@ -177,8 +173,8 @@ class _Parts:
     visible: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
-        name = anatomy.blocks[layer].o_proj
+    def of(cls, mm: MultimodalModel, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
+        name = mm.layout.blocks[layer].o_proj
         if layer not in recording.calls:
             raise _cannot(layer, "it mixes tokens by other means than attention, or not at all")
         if name is None:
@@ -193,7 +189,7 @@ class _Parts:
         weight_HQK = call.explicit()[1][0].float()
         value_HKE = repeated(call.value, call.query)[0].float()
         num_heads, num_keys, size = value_HKE.shape
-        out, bias_D = output_map(model.get_submodule(name), num_heads * size, call.value)
+        out, bias_D = output_map(mm.model.get_submodule(name), num_heads * size, call.value)
         visible_QK = torch.ones(len(rows), num_keys, dtype=torch.bool, device=rows.device)
         if mask is not None:
             visible_QK = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, -3).any(0)

@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.interventions.partial_forward import Replay
 from lightning_mm.causal.questions.question import Asked
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 CLASSES = ("image", "question", "constraint", "last")
 
@@ -161,16 +161,13 @@ class Knockout:
 
 
 @contextmanager
-def knocked_out(
-    model: nn.Module, anatomy: Anatomy, edges: Sequence[Edge], layers: Sequence[int], kind: Kind
-) -> Iterator[None]:
+def knocked_out(mm: MultimodalModel, edges: Sequence[Edge], layers: Sequence[int], kind: Kind) -> Iterator[None]:
     """While active, whole runs of the model (no cache, all tokens) compute with the edges cut.
 
     No edge or no layer is no change. It cannot be combined with ``record``, which answers for attention itself.
 
     Args:
-        model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
+        mm: The plain model; adapters and quantised weights may be in it.
         edges: What to cut.
         layers: Where.
         kind: ``pre`` or ``post`` the softmax.
@@ -180,7 +177,7 @@ def knocked_out(
             attention row was changed.
     """
     knockout = Knockout(edges, layers, kind)
-    with attention_through(model, anatomy, knockout):
+    with attention_through(mm, knockout):
         yield
     knockout.verify()
 

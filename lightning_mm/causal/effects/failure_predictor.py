@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.effects.aggregate import group_ids
 from lightning_mm.causal.effects.attention_flow import contribution_norms
@@ -35,7 +35,7 @@ from lightning_mm.causal.questions.question import Asked, Question
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.probes.cross_validation import MIN_GROUPS_PER_CLASS, dealt, group_draws, num_groups
 from lightning_mm.probes.intervals import bounds
 from lightning_mm.probes.scores import auroc
@@ -146,7 +146,7 @@ class Prediction:
         return {"title": "Are wrong answers foreseen?", "columns": columns, "rows": cells, "note": note}
 
 
-def contribution_features(model: nn.Module, anatomy: Anatomy, recording: Recording, asked: Asked) -> Tensor:
+def contribution_features(mm: MultimodalModel, recording: Recording, asked: Asked) -> Tensor:
     """(F,) per layer and head, the largest norm of a constraint token's contribution to the last token.
 
     Layers that attend to the picture's own states instead of tokens have none.
@@ -159,7 +159,7 @@ def contribution_features(model: nn.Module, anatomy: Anatomy, recording: Recordi
     last = torch.tensor([asked.length - 1])
     found = []
     for layer in sorted(recording.calls):
-        heads_H1K = contribution_norms(model, anatomy, recording, layer, last).heads
+        heads_H1K = contribution_norms(mm, recording, layer, last).heads
         if heads_H1K.shape[2] == recording.length:
             found.append(heads_H1K[:, 0, asked.constraint.to(heads_H1K.device)].amax(1).cpu())
     if not found:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.effects.attention_flow import contribution_norms
 from lightning_mm.causal.effects.attention_knockout import edge
@@ -22,7 +22,7 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import Processing
 
 
@@ -87,8 +87,7 @@ class PictureGrids:
 
 
 def image_map(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     recording: Recording,
     asked: Asked,
     grid: PictureGrid,
@@ -100,8 +99,7 @@ def image_map(
     A token's weight is the norm of its contribution (``contribution_norms``), the mean over the tokens it goes to.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         recording: The question's run.
         asked: The question.
         grid: Of its picture.
@@ -114,7 +112,7 @@ def image_map(
     way = edge(asked, f"image->{to}")
     if not way:
         raise _no_map(asked, f"it has no {way.name}")
-    norms = contribution_norms(model, anatomy, recording, layer, way.targets)
+    norms = contribution_norms(mm, recording, layer, way.targets)
     if norms.tokens.shape[1] != recording.length:
         raise _no_map(asked, f"layer {layer} does not attend to the picture's tokens but to the vision tower's states")
     weight_T = norms.tokens[:, way.sources.to(norms.tokens.device)].mean(0)

@@ -8,7 +8,7 @@ Shapes: N layers, Q questions, V vocabulary.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 EDGES = ("image->question", "question->last", "image->last", "constraint->last")
 
@@ -65,7 +65,7 @@ class Knocking:
 
 
 def knockout_curves(
-    model: Any, anatomy: Anatomy, answers: Sequence[Answer], options: Knocking = Knocking()
+    mm: MultimodalModel, answers: Sequence[Answer], options: Knocking = Knocking()
 ) -> Iterator[tuple[str, str, list[Estimate]]]:
     """Measure, ``edge/kind`` and one Estimate per layer (the window's centre), over the questions answered right.
 
@@ -74,22 +74,21 @@ def knockout_curves(
     one is given, else the model's own.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         answers: Questions; those answered wrong are left out, since they have nothing to lose.
         options: What to knock out.
     """
     right = [answer for answer in answers if answer.right]
     questions = [answer.asked.question for answer in right]
     # One at a time: a recording of a large model is large.
-    measured = [_measured(model, anatomy, answer, options) for answer in right]
+    measured = [_measured(mm, answer, options) for answer in right]
     said, found = [each for each, _ in measured], [each for _, each in measured]
     note = f"{len(answers) - len(right)} of {len(answers)} questions left out: answered wrong"
     for name in options.edges:
         for kind in options.kinds:
             for m, measure in enumerate(MEASURES):
                 values = [each[name, kind][m] for each in found]
-                value_QN = torch.stack(values) if values else torch.full((0, anatomy.num_layers), torch.nan)
+                value_QN = torch.stack(values) if values else torch.full((0, mm.layout.num_layers), torch.nan)
                 null_QN = torch.zeros_like(value_QN)
                 if measure == "knockout_accuracy":
                     null_QN += torch.tensor(said, dtype=torch.float64)[:, None]
@@ -99,29 +98,27 @@ def knockout_curves(
                 yield measure, f"{name}/{kind}", [estimate.noted(*notes) for estimate in estimates]
 
 
-def _measured(
-    model: Any, anatomy: Anatomy, answer: Answer, options: Knocking
-) -> tuple[float, dict[tuple[str, Kind], Tensor]]:
+def _measured(mm: MultimodalModel, answer: Answer, options: Knocking) -> tuple[float, dict[tuple[str, Kind], Tensor]]:
     """Whether the clean model says the target, and (measures, N) of each edge and kind; NaN where there is no edge."""
-    asked, clean = answer.asked, record(model, anatomy, answer.asked.inputs, sites=("residual",))
-    replay = _replay(model, anatomy, clean)
+    asked, clean = answer.asked, record(mm, answer.asked.inputs, sites=("residual",))
+    replay = _replay(mm, clean)
     found = {}
     for name in options.edges:
         way = edge(asked, name)
         for kind in options.kinds:
-            rows = torch.full((len(MEASURES), anatomy.num_layers), torch.nan, dtype=torch.float64)
-            for layer in range(anatomy.num_layers if way else 0):
-                layers = _open(clean, way, window(layer, options.width, anatomy.num_layers, options.convention), kind)
+            rows = torch.full((len(MEASURES), mm.layout.num_layers), torch.nan, dtype=torch.float64)
+            for layer in range(mm.layout.num_layers if way else 0):
+                layers = _open(clean, way, window(layer, options.width, mm.layout.num_layers, options.convention), kind)
                 if layers:
-                    logits_V = _logits(model, anatomy, clean, replay, way, layers, kind)
+                    logits_V = _logits(mm, clean, replay, way, layers, kind)
                     rows[:, layer] = _change(clean.logits[0], logits_V, answer.target)
             found[name, kind] = rows
     return float(clean.logits[0].argmax() == answer.target), found
 
 
-def _replay(model: Any, anatomy: Anatomy, clean: Recording) -> Replay | None:
+def _replay(mm: MultimodalModel, clean: Recording) -> Replay | None:
     try:
-        return Replay(model, anatomy, clean)
+        return Replay(mm, clean)
     except UserError as error:
         decide("causal.knockout", "whole runs, slow", error.why)
         return None
@@ -137,12 +134,12 @@ def _open(clean: Recording, way: Edge, layers: Sequence[int], kind: Kind) -> lis
 
 
 def _logits(
-    model: Any, anatomy: Anatomy, clean: Recording, replay: Replay | None, way: Edge, layers: list[int], kind: Kind
+    mm: MultimodalModel, clean: Recording, replay: Replay | None, way: Edge, layers: list[int], kind: Kind
 ) -> Tensor:
     if replay is not None:
         return knocked_logits(replay, [way], layers, kind)
-    with knocked_out(model, anatomy, [way], layers, kind):
-        return last_logits(model, anatomy, clean.inputs)[0]
+    with knocked_out(mm, [way], layers, kind):
+        return last_logits(mm, clean.inputs)[0]
 
 
 def _change(before_V: Tensor, after_V: Tensor, target: int) -> Tensor:

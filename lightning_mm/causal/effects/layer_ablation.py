@@ -9,7 +9,6 @@ Shapes: N layers, Q questions.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from lightning_mm.causal.interventions.partial_forward import Replay
 from lightning_mm.causal.questions.question import Asked
 from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 
 def _skip(layer: int, num_layers: int, answer: Answer) -> list[Intervention]:
@@ -52,13 +51,12 @@ KINDS: Mapping[str, Callable[[int, int, Answer], list[Intervention]]] = {
 
 @torch.no_grad()
 def ablation_curves(
-    model: Any, anatomy: Anatomy, answers: Sequence[Answer], kinds: Sequence[str] = tuple(KINDS)
+    mm: MultimodalModel, answers: Sequence[Answer], kinds: Sequence[str] = tuple(KINDS)
 ) -> Iterator[tuple[str, list[Estimate]]]:
     """Kind and one Estimate per layer: mean of (p_ablated - p) / p over the questions; 0 where nothing changes.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         answers: Questions that the model answers right.
         kinds: Keys of ``KINDS``; ``mean/image`` counts questions whose pictures have several tokens each: not those of
             models that attend to the picture's own states.
@@ -67,7 +65,7 @@ def ablation_curves(
     meant: dict[str, list[Answer]] = {kind: [] for kind in kinds}
     for answer in answers:
         # One at a time: a recording of a large model is large.
-        replay = Replay(model, anatomy, record(model, anatomy, answer.asked.inputs, sites=("residual",)))
+        replay = Replay(mm, record(mm, answer.asked.inputs, sites=("residual",)))
         for kind in kinds:
             if kind != "mean/image" or len(answer.asked.image) > len(answer.asked.question.images):
                 changes[kind].append(_changes(replay, answer, kind))

@@ -22,7 +22,8 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.geometry.resampling import mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 
 Mode = Literal["cumulative", "sliding"]
 Hybrid = Callable[[Sequence[int]], AbstractContextManager[None]]
@@ -62,14 +63,15 @@ def windows(mode: Mode, num_layers: int, width: int = 1, step: int = 1) -> dict[
     }
 
 
-def from_two(base: nn.Module, tuned: nn.Module, anatomy: Anatomy) -> Hybrid:
+def from_two(base: MultimodalModel, tuned: nn.Module) -> Hybrid:
     """Hybrids of two models of one architecture; layers up to the last bring the final norm and the head with them."""
-    above = [name for region in (Region.NORM, Region.HEAD) for name in anatomy.parameters_in(region)]
+    layout = base.layout
+    above = [name for region in (Region.NORM, Region.HEAD) for name in layout.parameters_in(region)]
     top = sorted({name.rpartition(".")[0] for name in above})
 
     def hybrid(layers: Sequence[int]) -> AbstractContextManager[None]:
-        modules = [anatomy.layers[layer] for layer in layers]
-        return transplanted(base, tuned, [*modules, *(top if anatomy.num_layers - 1 in layers else [])])
+        modules = [layout.layers[layer] for layer in layers]
+        return transplanted(base.model, tuned, [*modules, *(top if layout.num_layers - 1 in layers else [])])
 
     return hybrid
 
@@ -85,28 +87,25 @@ def both(one: Hybrid, other: Hybrid) -> Hybrid:
     return hybrid
 
 
-def from_adapters(model: nn.Module, anatomy: Anatomy) -> Hybrid:
+def from_adapters(mm: MultimodalModel) -> Hybrid:
     """Hybrids of a model and its adapters: those of other layers count nothing for a while. Copies no weight."""
-    return partial(_adapters_in, model, anatomy)
+    return partial(_adapters_in, mm)
 
 
-def from_start(model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor]) -> Hybrid:
+def from_start(mm: MultimodalModel, start: Mapping[str, Tensor]) -> Hybrid:
     """Hybrids of a model and what some of its tensors were: those of other layers are put back for a while.
 
     Args:
-        model: As it is now.
-        anatomy: Of it.
+        mm: As it is now.
         start: Parameter name -> what it was, on any device.
     """
-    return partial(_started_but_for, model, anatomy, start)
+    return partial(_started_but_for, mm, start)
 
 
 @contextmanager
-def _started_but_for(
-    model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor], layers: Sequence[int]
-) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
-    parameters = dict(model.named_parameters())
+def _started_but_for(mm: MultimodalModel, start: Mapping[str, Tensor], layers: Sequence[int]) -> Iterator[None]:
+    inside = tuple(f"{mm.layout.layers[layer]}." for layer in layers)
+    parameters = dict(mm.model.named_parameters())
     held = {name: parameters[name].data for name in start if not (inside and name.startswith(inside))}
     try:
         for name, data in held.items():
@@ -118,11 +117,11 @@ def _started_but_for(
 
 
 @contextmanager
-def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
+def _adapters_in(mm: MultimodalModel, layers: Sequence[int]) -> Iterator[None]:
+    inside = tuple(f"{mm.layout.layers[layer]}." for layer in layers)
     silenced: list[tuple[Any, bool]] = [
         (module, module._disable_adapters)
-        for name, module in model.named_modules()
+        for name, module in mm.model.named_modules()
         if hasattr(module, "lora_A")
         and hasattr(module, "_disable_adapters")
         and not (inside and name.startswith(inside))
@@ -137,9 +136,8 @@ def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> I
 
 
 def transplant_curve(
-    model: nn.Module,
+    mm: MultimodalModel,
     hybrid: Hybrid,
-    anatomy: Anatomy,
     batches: Sequence[Batch],
     device: torch.device,
     layers: Mapping[int, Sequence[int]],
@@ -147,9 +145,8 @@ def transplant_curve(
     """What each hybrid answers right.
 
     Args:
-        model: The model that hybrids are made in.
+        mm: The model that hybrids are made in.
         hybrid: Makes them.
-        anatomy: Of the model.
         batches: Conversations with answers.
         device: Where the model is.
         layers: As ``windows`` gives them.
@@ -157,18 +154,18 @@ def transplant_curve(
     curve = {}
     for shown, chosen in layers.items():
         with hybrid(chosen):
-            curve[shown] = answered(model, anatomy, batches, device)
+            curve[shown] = answered(mm, batches, device)
     return curve
 
 
 @torch.no_grad()
-def answered(model: Any, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Answered:
+def answered(mm: MultimodalModel, batches: Sequence[Batch], device: torch.device) -> Answered:
     """Which conversations a model answers right, all their answers."""
     right, modalities, pictures = [], [], []
     for batch in batches:
         there = batch.to(device)
-        with gathered_before(model.get_submodule(anatomy.head), there.supervised):
-            logits = model(**there.inputs, use_cache=False).logits
+        with gathered_before(mm.model.get_submodule(mm.layout.head), there.supervised):
+            logits = mm.model(**there.inputs, use_cache=False).logits
         hit_S = logits.reshape(len(there.targets), -1).argmax(-1) == there.targets
         row_S = there.supervised // there.inputs["input_ids"].shape[1]
         missed = torch.zeros(len(batch), device=device).index_add_(0, row_S, (~hit_S).float())

@@ -14,28 +14,27 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.effects.image_overlays import PictureGrid, entry
 from lightning_mm.causal.interventions.activation_cache import Recording
 from lightning_mm.causal.questions.question import Asked
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import read_out
-from lightning_mm.models.layout import Anatomy
 
 
-def lens(model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, positions: Tensor) -> Tensor:
+def lens(mm: MultimodalModel, recording: Recording, layer: int, positions: Tensor) -> Tensor:
     """(P, V) float32 logits of a layer's hidden states; at the last layer and token these are the model's own.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         recording: Of one question, with the site ``residual``.
         layer: Decoder block, or -1.
         positions: (P,) tokens.
     """
-    assert -1 <= layer < anatomy.num_layers
+    assert -1 <= layer < mm.layout.num_layers
     stream = recording.entered[0] if layer == -1 else recording.values["residual", layer]
-    return read_out(model, anatomy, stream[0, positions.to(stream.device)], recording.tuples)
+    return read_out(mm, stream[0, positions.to(stream.device)], recording.tuples)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +51,7 @@ class Ranks:
 
 
 def word_ranks(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     recording: Recording,
     layers: Sequence[int],
     positions: Tensor,
@@ -62,8 +60,7 @@ def word_ranks(
     """Rank and probability of a word at tokens, by layer: of an object's name at its patches (Neo et al. 2024).
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         recording: Of one question, with the site ``residual``.
         layers: N of them, -1 among them if wanted.
         positions: (P,) tokens; ``PictureGrids.shown`` gives those that show an object.
@@ -71,7 +68,7 @@ def word_ranks(
     """
     ranks, chances = [], []
     for layer in layers:
-        logits_PV = lens(model, anatomy, recording, layer, positions)
+        logits_PV = lens(mm, recording, layer, positions)
         best_P = logits_PV[:, list(tokens)].amax(1)
         ranks.append((logits_PV > best_P[:, None]).sum(1) + 1)
         chances.append(logits_PV.softmax(-1)[:, list(tokens)].sum(1))
@@ -94,8 +91,7 @@ def word_tokens(tokenizer: Any, word: str) -> list[int]:
 
 
 def top_words(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     recording: Recording,
     layer: int,
     positions: Tensor,
@@ -105,8 +101,7 @@ def top_words(
     """The most likely words at tokens.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         recording: Of one question, with the site ``residual``.
         layer: Decoder block, or -1.
         positions: (P,) tokens.
@@ -116,13 +111,12 @@ def top_words(
     Returns:
         Words of each token, the most likely first, and (P, count) their probabilities.
     """
-    chance_PC, token_PC = lens(model, anatomy, recording, layer, positions).softmax(-1).topk(count, -1)
+    chance_PC, token_PC = lens(mm, recording, layer, positions).softmax(-1).topk(count, -1)
     return [[decode([token]) for token in row] for row in token_PC.tolist()], chance_PC.cpu()
 
 
 def picture_words(
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     recording: Recording,
     asked: Asked,
     grid: PictureGrid,
@@ -130,6 +124,6 @@ def picture_words(
     decode: Callable[[list[int]], str],
 ) -> dict[str, Any]:
     """The most likely word of every patch and its probability, as an entry of pictures.json without ``image``."""
-    words, chance_P1 = top_words(model, anatomy, recording, layer, asked.image, decode)
+    words, chance_P1 = top_words(mm, recording, layer, asked.image, decode)
     shown = entry(asked, grid, f"logit lens, layer {layer}", layer, chance_P1[:, 0])
     return {**shown, "words": grid.laid_out([row[0] for row in words])}

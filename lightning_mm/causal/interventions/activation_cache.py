@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_mm.causal.interventions.interventions import Intervention, Site, intervened
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.models.attention.interception import AttentionCall, attention_through
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 SITES: tuple[Site, ...] = ("residual", "attention", "mlp")
 
@@ -52,8 +52,7 @@ class Recording:
 
 @torch.no_grad()
 def record(
-    model: Any,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     inputs: Mapping[str, Tensor],
     interventions: Sequence[Intervention] = (),
     sites: Sequence[Site] = SITES,
@@ -61,37 +60,38 @@ def record(
     """Run the model once and write everything down.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
+        mm: The plain model in eval mode.
         inputs: (B, L) of rows without padding, ending where an answer would begin.
         interventions: What to change in this run; the values are those after the change.
         sites: Which sites' values to keep.
     """
-    assert not model.training, "dropout would make every run another one"
+    assert not mm.model.training, "dropout would make every run another one"
     made = Recording(dict(inputs))
-    with intervened(model, anatomy, interventions), _watched(model, anatomy, made, sites):
-        made.logits = last_logits(model, anatomy, inputs)
+    with intervened(mm, interventions), _watched(mm, made, sites):
+        made.logits = last_logits(mm, inputs)
     return made
 
 
 @contextmanager
-def _watched(model: nn.Module, anatomy: Anatomy, made: Recording, sites: Sequence[Site]) -> Iterator[None]:
+def _watched(mm: MultimodalModel, made: Recording, sites: Sequence[Site]) -> Iterator[None]:
     handles = []
-    for block in anatomy.blocks:
-        module = model.get_submodule(block.name)
+    for block in mm.layout.blocks:
+        module = mm.model.get_submodule(block.name)
         handles.append(module.register_forward_pre_hook(_entering(made, block.index), with_kwargs=True))
         handles.append(module.register_forward_hook(_leaving(made, "residual", block.index, "residual" in sites)))
         parts: tuple[tuple[Site, str | None], ...] = (("attention", block.attention), ("mlp", block.mlp))
         for site, name in parts:
             if site in sites and name is not None:
-                handles.append(model.get_submodule(name).register_forward_hook(_leaving(made, site, block.index, True)))
+                handles.append(
+                    mm.model.get_submodule(name).register_forward_hook(_leaving(made, site, block.index, True))
+                )
 
     def attend(call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         made.calls[call.layer] = call
         return call.compute()
 
     try:
-        with attention_through(model, anatomy, attend, strict=False):
+        with attention_through(mm, attend, strict=False):
             yield
     finally:
         for handle in handles:

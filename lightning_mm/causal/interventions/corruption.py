@@ -28,7 +28,7 @@ from lightning_mm.causal.questions.image_regions import encoded, greyed
 from lightning_mm.causal.questions.question import Asked, on_device
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import Processing
 
 CorruptionKind = Literal["token", "symmetric", "image", "gaussian", "grey"]
@@ -60,7 +60,7 @@ class Corrupt:
     noise: Tensor | None = None
 
     @contextmanager
-    def applied(self, model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
+    def applied(self, mm: MultimodalModel) -> Iterator[None]:
         """While active, the model embeds ``inputs`` as the corruption has it; what has only other inputs needs no help.
 
         Raises:
@@ -70,7 +70,7 @@ class Corrupt:
             yield
             return
         took: list[bool] = []
-        handle = model.get_submodule(anatomy.embedding).register_forward_hook(self._adding(took))
+        handle = mm.model.get_submodule(mm.layout.embedding).register_forward_hook(self._adding(took))
         try:
             yield
         finally:
@@ -100,8 +100,7 @@ def corrupted(
     kind: CorruptionKind,
     others: Sequence[Asked],
     processing: Processing,
-    model: nn.Module,
-    anatomy: Anatomy,
+    mm: MultimodalModel,
     seed: int = 0,
     word: str = "Paris",
 ) -> Corrupt | Rejection:
@@ -113,8 +112,7 @@ def corrupted(
         others: Questions that may lend their words or picture, asked in the same way; itself among them does no harm.
             Those with another answer are preferred, and of them those of the same kind.
         processing: The model's processor.
-        model: The plain model; only its embedding is used.
-        anatomy: Of it.
+        mm: The plain model; only its embedding is used.
         seed: Of the noise and of the choice of a lender; the question's id goes in too, so order does not matter.
         word: What ``token`` writes.
 
@@ -133,7 +131,7 @@ def corrupted(
     if kind == "symmetric":
         return _symmetric(asked, others, chance)
     if kind == "gaussian":
-        return _noisy(asked, model, anatomy, chance.getrandbits(63))
+        return _noisy(asked, mm, chance.getrandbits(63))
     return _greyed(asked, processing) if kind == "grey" else _swapped(asked, others, processing, chance)
 
 
@@ -170,11 +168,11 @@ def _symmetric(asked: Asked, others: Sequence[Asked], chance: random.Random) -> 
     return Rejection(asked.question.id, f"no lender: no other question has another constraint of {lengths} tokens")
 
 
-def _noisy(asked: Asked, model: nn.Module, anatomy: Anatomy, seed: int) -> Corrupt | Rejection:
+def _noisy(asked: Asked, mm: MultimodalModel, seed: int) -> Corrupt | Rejection:
     positions = asked.constraint.unique()
     with torch.no_grad():
-        ids = on_device(model, anatomy, asked.inputs)["input_ids"][0, positions]
-        embedded_PD = model.get_submodule(anatomy.embedding)(ids).float().cpu()
+        ids = on_device(mm, asked.inputs)["input_ids"][0, positions]
+        embedded_PD = mm.model.get_submodule(mm.layout.embedding)(ids).float().cpu()
     noise = torch.randn(embedded_PD.shape, generator=torch.Generator().manual_seed(seed))
     noise = NOISE * embedded_PD.std() * noise
     if not noise.any():

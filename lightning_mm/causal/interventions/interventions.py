@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import uncompiled
-from lightning_mm.models.layout import Anatomy
 
 Site = Literal["residual", "attention", "mlp"]
 Values = Mapping[tuple[Site, int], Tensor]
@@ -121,15 +121,14 @@ def resample(
 
 
 @contextmanager
-def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[None]:
+def intervened(mm: MultimodalModel, interventions: Sequence[Intervention]) -> Iterator[None]:
     """While active, every forward pass of the model computes with the interventions, in the order given.
 
     Nothing is left behind: no hook, no changed tensor. Works on adapters, quantised weights and under checkpointing;
     blocks that were compiled run uncompiled meanwhile.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         interventions: What to do.
 
     Raises:
@@ -138,12 +137,12 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
     took = {(number, layer): False for number, each in enumerate(interventions) for layer in each.layers}
     handles = []
     try:
-        with uncompiled(model):
+        with uncompiled(mm.model):
             for number, each in enumerate(interventions):
                 for layer in each.layers:
-                    name = _module_of(anatomy.blocks, each.site, layer)
+                    name = _module_of(mm.layout.blocks, each.site, layer)
                     hook = _changing(each, layer, took, (number, layer))
-                    handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+                    handles.append(mm.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
             yield
     finally:
         for handle in handles:

@@ -16,14 +16,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.interventions.activation_cache import Recording
 from lightning_mm.causal.interventions.interventions import Intervention, intervened
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import Attend, AttentionCall, attention_through
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import read_out
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}
 _COARSE = 0.013
@@ -37,7 +38,7 @@ class Replay:
 
     Args:
         model: The plain model in eval mode.
-        anatomy: Of it.
+        layout: Of it.
         base: The run, of one row.
 
     Raises:
@@ -45,11 +46,11 @@ class Replay:
             run computed again is not the recorded one.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, base: Recording) -> None:
+    def __init__(self, mm: MultimodalModel, base: Recording) -> None:
         assert len(base.logits) == 1, "one row is replayed, in many variants"
-        self.model, self.anatomy, self.base = model, anatomy, base
-        self.num_layers = anatomy.num_layers
-        _refuse_unless_attended(anatomy, base)
+        self.mm, self.base = mm, base
+        self.num_layers = mm.layout.num_layers
+        _refuse_unless_attended(mm.layout, base)
         _refuse_shared(base)
         self._between = {
             layer: gap
@@ -100,7 +101,7 @@ class Replay:
         hidden_RSD = self.hidden(
             interventions, variants=variants, layer=layer, start=start, stream=stream, attend=attend
         )
-        return read_out(self.model, self.anatomy, hidden_RSD[:, -1], self.base.tuples)
+        return read_out(self.mm, hidden_RSD[:, -1], self.base.tuples)
 
     def hidden(
         self,
@@ -126,7 +127,7 @@ class Replay:
         if stream is None:
             stream = self._entering(layer, start).expand(variants, -1, -1)
         shifted = [each.shifted(start) for each in interventions]
-        with intervened(self.model, self.anatomy, shifted), self._rejoined(start, attend):
+        with intervened(self.mm, shifted), self._rejoined(start, attend):
             for index in range(layer, self.num_layers):
                 stream = self._block(index, stream, start)
         return stream
@@ -141,7 +142,7 @@ class Replay:
         args, kwargs = self.base.arguments[index]
         rest = [_suffix(value, start, self.base.length, len(stream_RSD)) for value in args]
         named = {key: _suffix(value, start, self.base.length, len(stream_RSD)) for key, value in kwargs.items()}
-        output = self.model.get_submodule(self.anatomy.layers[index])(stream_RSD, *rest, **named)
+        output = self.mm.model.get_submodule(self.mm.layout.layers[index])(stream_RSD, *rest, **named)
         stream_RSD = output if isinstance(output, Tensor) else output[0]
         gap = self._between.get(index + 1)
         return stream_RSD if gap is None else stream_RSD + gap[:, start:]
@@ -160,7 +161,7 @@ class Replay:
                 call = call.changed(key=key, value=value)
             return call.compute() if attend is None else attend(call)
 
-        return attention_through(self.model, self.anatomy, joined)
+        return attention_through(self.mm, joined)
 
     def _verify(self) -> None:
         """Equal to the recorded run when computed again, from the last token that can be begun at, too."""
@@ -180,8 +181,8 @@ class Replay:
                 raise _refusal(f"computing it again from layer {layer} and token {start} {told}")
 
 
-def _refuse_unless_attended(anatomy: Anatomy, base: Recording) -> None:
-    for block in anatomy.blocks:
+def _refuse_unless_attended(layout: ModelLayout, base: Recording) -> None:
+    for block in layout.blocks:
         if block.index not in base.entered:
             raise _refusal(f"layer {block.index} takes no part in it")
         if block.attention is not None and block.index not in base.calls:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.data import chat as spans
 from lightning_mm.data import images as pictures
@@ -21,7 +21,7 @@ from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import Processing
 
 LATE = 1 / 16
@@ -194,17 +194,17 @@ def asked(asker: Asker, questions: Sequence[Question]) -> tuple[list[Asked], lis
 
 
 @torch.no_grad()
-def last_logits(model: Any, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> Tensor:
+def last_logits(mm: MultimodalModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """(B, V) float32 logits at the last token, soft-capped and scaled as the model does it."""
-    inputs = on_device(model, anatomy, inputs)
+    inputs = on_device(mm, inputs)
     rows, length = inputs["input_ids"].shape
     last = torch.arange(1, rows + 1, device=inputs["input_ids"].device) * length - 1
-    with gathered_before(model.get_submodule(anatomy.head), last):
-        logits = model(**inputs, use_cache=False).logits
+    with gathered_before(mm.model.get_submodule(mm.layout.head), last):
+        logits = mm.model(**inputs, use_cache=False).logits
     return logits.reshape(rows, -1).float()
 
 
-def on_device(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def on_device(mm: MultimodalModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inputs where the model is: questions wait in the host's memory, where there is more of it."""
-    device = next(model.get_submodule(anatomy.embedding).parameters()).device
+    device = next(mm.model.get_submodule(mm.layout.embedding).parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -17,7 +17,6 @@ Only its first token is followed (2406.04236).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from lightning_mm.causal.questions.question import Asked, Asker, Question, last_
 from lightning_mm.data.chat import ChatError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,18 +96,18 @@ def forced(asker: Asker, question: Question, answer: str, text: str | None = Non
     return Forced(whole, answer, len(before), ids[len(before) :])
 
 
-def forced_logits(model: Any, anatomy: Anatomy, each: Forced) -> Tensor:
+def forced_logits(mm: MultimodalModel, each: Forced) -> Tensor:
     """(T + 1, V) float32 at ``positions``, by a plain forward pass, with its graph where gradients are on."""
     positions = each.positions.to(each.ids.device)
-    with gathered_before(model.get_submodule(anatomy.head), positions):
-        logits = model(**each.asked.inputs, use_cache=False).logits
+    with gathered_before(mm.model.get_submodule(mm.layout.head), positions):
+        logits = mm.model(**each.asked.inputs, use_cache=False).logits
     return logits.reshape(len(positions), -1).float()
 
 
 @torch.no_grad()
-def heard(model: Any, anatomy: Anatomy, each: Forced) -> Heard:
+def heard(mm: MultimodalModel, each: Forced) -> Heard:
     """One forward pass of a model in eval mode; what it says is on the CPU."""
-    logits_TV = forced_logits(model, anatomy, each)
+    logits_TV = forced_logits(mm, each)
     log_probs_TV = F.log_softmax(logits_TV, -1).cpu()
     ids, likeliest = each.ids.cpu(), logits_TV.argmax(-1).cpu()
     right = likeliest[: len(ids)] == ids
@@ -140,13 +139,13 @@ class Answer:
 
 
 def answered(
-    model: Any, anatomy: Anatomy, asker: Asker, asked: Sequence[Asked], device: torch.device
+    mm: MultimodalModel, asker: Asker, asked: Sequence[Asked], device: torch.device
 ) -> tuple[list[Answer], list[Rejection]]:
     """Ask the clean model everything."""
     found: list[Answer] = []
     rejected: list[Rejection] = []
     for each in asked:
-        one = _answer(model, anatomy, asker, each, device)
+        one = _answer(mm, asker, each, device)
         if isinstance(one, Answer):
             found.append(one)
         else:
@@ -154,10 +153,10 @@ def answered(
     return found, rejected
 
 
-def _answer(model: Any, anatomy: Anatomy, asker: Asker, asked: Asked, device: torch.device) -> Answer | Rejection:
+def _answer(mm: MultimodalModel, asker: Asker, asked: Asked, device: torch.device) -> Answer | Rejection:
     question = asked.question
     if question.answer is None:
-        chances = last_logits(model, anatomy, asked.inputs)[0].softmax(-1)
+        chances = last_logits(mm, asked.inputs)[0].softmax(-1)
         target = int(chances.argmax())
         return Answer(asked, target, float(chances[target]), float(chances[target]), True, 1)
     behind = forced(asker, question, question.answer)
@@ -170,9 +169,9 @@ def _answer(model: Any, anatomy: Anatomy, asker: Asker, asked: Asked, device: to
         if isinstance(further, Rejection) or not _begins(behind, further, blanks):
             return Rejection(question.id, "answer begins with a blank that cannot be put into the prompt")
         asked = further
-    said = heard(model, anatomy, behind.to(device))
+    said = heard(mm, behind.to(device))
     target = int(behind.ids[blanks])
-    chances = last_logits(model, anatomy, asked.inputs)[0].softmax(-1) if blanks else said.first.exp()
+    chances = last_logits(mm, asked.inputs)[0].softmax(-1) if blanks else said.first.exp()
     return Answer(asked, target, float(chances[target]), float(chances.max()), said.said, len(behind.ids) - blanks)
 
 

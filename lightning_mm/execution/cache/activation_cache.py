@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedStates
@@ -24,7 +24,8 @@ from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import STATES, Inseparable, KeptCollator, cut, joined
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 _PENDING = 2
@@ -164,13 +165,13 @@ def moves(plan: TuningPlan, region: Region) -> bool:
     return plan.modes[region] != "frozen"
 
 
-def verified(model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
+def verified(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
     """The model split at its boundary, shown to give the same loss on a batch.
 
     Raises:
         UserError: It does not, or cannot be split.
     """
-    prefix = FrozenPrefix(model, anatomy, boundary_of(plan))
+    prefix = FrozenPrefix(mm, boundary_of(plan))
     try:
         rest = joined(cut(batch), batch.samples, pad_token_id)
     except Inseparable as error:

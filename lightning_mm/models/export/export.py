@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.lora import ADAPTER, adapted_modules
+from lightning_mm.models.processor import save_processor
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Origi
     plain = _plain_model(model, state)
     with _staged(Path(out)) as folder:
         plain.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
         write_card(folder, origin, library="transformers")
     return Path(out)
 

@@ -254,9 +254,7 @@ def _of_all_ranks(mine: Interval, trainer: L.Trainer, module: L.LightningModule)
 
 def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
     try:
-        return StepCost.of(
-            live(module).model, live(module).anatomy, live(module).plan, data_of(trainer).example_batch()
-        )
+        return StepCost.of(live(module).mm, live(module).plan, data_of(trainer).example_batch())
     except Exception as error:  # training does not need it
         decide("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
         return None
@@ -268,7 +266,7 @@ def _peak(trainer: L.Trainer, module: L.LightningModule) -> float:
         decide("throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch")
     else:
         decide("throughput.memory", "resident set of the process", "its highest since it began, loading included")
-    dtype = compute_dtype(live(module).model, str(trainer.precision))
+    dtype = compute_dtype(live(module).mm.model, str(trainer.precision))
     try:
         peak = matmul_peak(module.device, dtype)
     except RuntimeError as error:  # out of memory, or a type without products on this device

@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from lightning_mm.causal.editing.weight_edit import down_projection, edited, low
 from lightning_mm.causal.questions.scoring import Forced, forced, forced_logits, heard
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA, add_lora
 from lightning_mm.testing.tiny import build_tiny
@@ -33,11 +35,11 @@ def drawn(*shape: int) -> Tensor:
 
 
 def says(one: Taught, word: str, answer: str | None = None) -> bool:
-    return heard(one.model, one.anatomy, one.forced(word, answer or KNOWN[word])).said
+    return heard(one.mm, one.forced(word, answer or KNOWN[word])).said
 
 
 def rewriting(one: Taught, word: str, answer: str) -> Rewriting:
-    return Rewriting(one.model, one.anatomy, one.forced(word, answer))
+    return Rewriting(one.mm, one.forced(word, answer))
 
 
 def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -110,18 +112,18 @@ def test_what_trains_still_does(known: Known) -> None:
     one = known("llava")
     expected = rewriting(one, "d", "e").association(EDITED, EditOptions(steps=3))
     model = copy.deepcopy(one.model)
-    names = [name for name, place in one.anatomy.places.items() if place.layer == 2]
+    names = [name for name, place in one.layout.locations.items() if place.layer == 2]
     for name in names:
         model.get_parameter(name).requires_grad_(True).grad = torch.ones_like(model.get_parameter(name))
-    checkpoint_blocks(model, one.anatomy.layers)
-    wrapped = [model.get_submodule(name).forward for name in one.anatomy.layers]
-    live = Rewriting(model, one.anatomy, one.forced("d", "e"))
+    checkpoint_blocks(model, one.layout.layers, ExitStack())
+    wrapped = [model.get_submodule(name).forward for name in one.layout.layers]
+    live = Rewriting(MultimodalModel(model, one.layout), one.forced("d", "e"))
     with torch.no_grad():
         found = live.association(EDITED, EditOptions(steps=3))
     torch.testing.assert_close(found.delta, expected.delta)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == names
     assert all((model.get_parameter(n).grad == 1).all() for n in names)
-    assert [model.get_submodule(name).forward for name in one.anatomy.layers] == wrapped
+    assert [model.get_submodule(name).forward for name in one.layout.layers] == wrapped
 
 
 def test_several_edits_at_once(known: Known) -> None:
@@ -159,20 +161,20 @@ def test_adapters_stay_and_are_counted(known: Known) -> None:
     """The value is what the module puts out with its adapter; the weight below it is edited."""
     one = known("llava")
     model = copy.deepcopy(one.model)
-    name = str(one.anatomy.blocks[EDITED].down_proj)
+    name = str(one.layout.blocks[EDITED].down_proj)
     add_lora(model, [name], LoRA(r=4), {})
     model.eval()
     with torch.no_grad():
         model.get_submodule(name).lora_B["default"].weight.normal_(0, 0.05)
     before = tensors(model)
-    made = Rewriting(model, one.anatomy, one.forced("d", "e"))
+    made = Rewriting(MultimodalModel(model, one.layout), one.forced("d", "e"))
     found = made.association(EDITED, LONG)
-    edit = edit_of(model, one.anatomy, [found], 1e-6)
+    edit = edit_of(MultimodalModel(model, one.layout), [found], 1e-6)
     with edited(model, [edit]):
-        after = Rewriting(model, one.anatomy, one.forced("d", "e"))._sites[EDITED][1]
+        after = Rewriting(MultimodalModel(model, one.layout), one.forced("d", "e"))._sites[EDITED][1]
         torch.testing.assert_close(after, found.output + found.delta, atol=1e-4, rtol=1e-4)
         moved = {key for key, tensor in before.items() if not torch.equal(model.state_dict()[key], tensor)}
-        assert heard(model, one.anatomy, one.forced("d", "e")).said
+        assert heard(MultimodalModel(model, one.layout), one.forced("d", "e")).said
     assert moved == {f"{name}.base_layer.weight"}
     plain = rewriting(one, "d", "e")._sites[EDITED][1]
     assert not torch.allclose(plain, found.output), "the adapter does say something"
@@ -184,7 +186,7 @@ def test_the_clamp_holds(clamp: float | str, known: Known) -> None:
     found = rewriting(one, "d", "e").association(EDITED, options)
     share = float(found.delta.norm() / found.output.norm())
     assert share == pytest.approx(options.limit, rel=1e-3), "it wants further, and may not"
-    with edited(one.model, [edit_of(one.model, one.anatomy, [found], 0.01)]):
+    with edited(one.model, [edit_of(one.mm, [found], 0.01)]):
         assert says(one, "d"), "too short a step to change the answer"
 
 
@@ -200,11 +202,11 @@ def test_all_tokens_of_an_answer_or_the_first(known: Known) -> None:
     one = known("llava")
     target = one.forced("d", "e then")
     assert len(target.ids) > 2
-    logits = forced_logits(one.model, one.anatomy, target)
+    logits = forced_logits(one.mm, target)
     plain = one.model(**target.asked.inputs).logits[0, target.prompt - 1 :].float()
     torch.testing.assert_close(logits, plain)
     nll = -logits.log_softmax(-1)[:-1].gather(1, target.ids[:, None])[:, 0]
-    made = Rewriting(one.model, one.anatomy, target)
+    made = Rewriting(one.mm, target)
     for goal, expected in (("answer", nll.sum()), ("first", nll[0])):
         found = made.association(EDITED, EditOptions(steps=1, target=goal))  # type: ignore[arg-type]
         assert found.losses[0] == pytest.approx(float(expected), rel=1e-4)
@@ -226,8 +228,8 @@ def test_short_types_tell_what_rounding_loses(known: Known) -> None:
     one = known("llava")
     found = rewriting(one, "d", "e").association(EDITED, LONG)
     model = copy.deepcopy(one.model).to(torch.bfloat16)
-    edit = edit_of(model, one.anatomy, [found], 0.01)
-    exact = edit_of(one.model, one.anatomy, [found], 0.01)
+    edit = edit_of(MultimodalModel(model, one.layout), [found], 0.01)
+    exact = edit_of(one.mm, [found], 0.01)
     before = model.get_parameter(f"{edit.module}.weight").clone()
     with edited(model, [edit]), edited(one.model, [exact]):
         stored = model.get_parameter(f"{edit.module}.weight")
@@ -240,11 +242,11 @@ def test_short_types_tell_what_rounding_loses(known: Known) -> None:
 def test_fine_tuning_is_a_control(known: Known) -> None:
     one = known("llava")
     targets, before = [one.forced("d", "e")], tensors(one.model)
-    free = fine_tuned(one.model, one.anatomy, targets, EDITED, EditOptions(steps=40), lr=0.01)
+    free = fine_tuned(one.mm, targets, EDITED, EditOptions(steps=40), lr=0.01)
     with edited(one.model, [free]):
         assert says(one, "d", "e")
     norm = float(free.change().norm()) / 4
-    held = fine_tuned(one.model, one.anatomy, targets, EDITED, EditOptions(steps=10), norm, lr=0.01)
+    held = fine_tuned(one.mm, targets, EDITED, EditOptions(steps=10), norm, lr=0.01)
     assert float(held.change().norm()) == pytest.approx(norm, rel=1e-4)
     assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
     assert all(p.grad is None for p in one.model.parameters())
@@ -253,17 +255,17 @@ def test_fine_tuning_is_a_control(known: Known) -> None:
 def test_what_cannot_be_edited_is_told(known: Known, tmp_path: Path) -> None:
     one = known("llava")
     with pytest.raises(UserError, match="Layer 3 cannot be edited") as caught:
-        rewriting(one, "d", "e").association(one.anatomy.num_layers - 1, LONG)
+        rewriting(one, "d", "e").association(one.layout.num_layers - 1, LONG)
     assert "does not reach the answer" in caught.value.why
     with pytest.raises(UserError, match="Question d cannot be edited"):
-        Rewriting(one.model, one.anatomy, forced_without_constraint(one))
+        Rewriting(one.mm, forced_without_constraint(one))
     with pytest.raises(UserError, match="out of range"):
         EditOptions(ridge=0.0)
     with pytest.raises(UserError, match="Layer 1 cannot be edited") as caught:
         down_projection(one.model, None, 1)
     assert "mixture of experts" in caught.value.why
     model = copy.deepcopy(one.model)
-    name = str(one.anatomy.blocks[EDITED].down_proj)
+    name = str(one.layout.blocks[EDITED].down_proj)
     add_lora(model, [name], LoRA(r=4, dora=True), {})
     with pytest.raises(UserError, match="Layer 1 cannot be edited"):
         down_projection(model, name, 1)

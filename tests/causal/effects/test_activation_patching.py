@@ -23,13 +23,13 @@ SITES = ("mlp", "attention", "residual")
 
 
 def corrupt_of(one: Subject, asked: Asked, kind: Any = "token", others: tuple[Asked, ...] = ()) -> Corrupt:
-    made = corrupted(asked, kind, (asked, *others), one.processing, one.model, one.anatomy)
+    made = corrupted(asked, kind, (asked, *others), one.processing, one.mm)
     assert isinstance(made, Corrupt), made
     return made
 
 
 def traced(one: Subject, asked: Asked, corrupt: Corrupt, **options: Any) -> Trace:
-    return trace(one.model, one.anatomy, asked, corrupt, Tracing(sites=SITES, **options))
+    return trace(one.mm, asked, corrupt, Tracing(sites=SITES, **options))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -75,11 +75,11 @@ def test_attribution_is_the_slope_of_the_effect(name: str, family: Callable[[str
     one = subject(family, name, tmp_path)
     asked = one.ask()
     corrupt = corrupt_of(one, asked)
-    clean = record(one.model, one.anatomy, asked.inputs, sites=SITES)
+    clean = record(one.mm, asked.inputs, sites=SITES)
     target, rival = (int(x) for x in clean.logits[0].topk(2).indices)
     units = [torch.tensor([position]) for position in asked.constraint.tolist()]
-    guess = attribution(one.model, one.anatomy, corrupt, clean, "mlp", units, target, rival)
-    base = record(one.model, one.anatomy, corrupt.inputs, sites=SITES)
+    guess = attribution(one.mm, corrupt, clean, "mlp", units, target, rival)
+    base = record(one.mm, corrupt.inputs, sites=SITES)
     layer, unit, step = 1, units[0], 1e-2
     way = clean.values["mlp", layer] - base.values["mlp", layer]
 
@@ -88,7 +88,7 @@ def test_attribution_is_the_slope_of_the_effect(name: str, family: Callable[[str
             return change.output + share * way[:, unit]
 
         change = Intervention("move", "mlp", (layer,), unit, moved)
-        logits = record(one.model, one.anatomy, corrupt.inputs, [change]).logits
+        logits = record(one.mm, corrupt.inputs, [change]).logits
         return float(logits[0, target].double() - logits[0, rival].double())
 
     slope = (difference(step) - difference(-step)) / (2 * step)
@@ -100,15 +100,15 @@ def test_attribution_is_the_slope_of_the_effect(name: str, family: Callable[[str
 def test_finds_an_association_where_it_was_written(name: str, known: Callable[[str], Taught]) -> None:
     one = known(name)
     behind, kept = one.forced("b", "i"), one.forced("c", "e")
-    knowledge = rewritten([Rewriting(one.model, one.anatomy, each) for each in (behind, kept)], EDITED, EditOptions())
+    knowledge = rewritten([Rewriting(one.mm, each) for each in (behind, kept)], EDITED, EditOptions())
     asked, other = (one.asker.ask(one.question(word)) for word in ("b", "c"))
     target = int(behind.ids[0])
     assert isinstance(asked, Asked)
     assert isinstance(other, Asked)
     with edited(one.model, [knowledge]):
-        assert int(last_logits(one.model, one.anatomy, asked.inputs).argmax()) == target
+        assert int(last_logits(one.mm, asked.inputs).argmax()) == target
         corrupt = Corrupt(asked, "symmetric", other.inputs, asked.constraint)
-        found = trace(one.model, one.anatomy, asked, corrupt, Tracing(sites=("mlp", "attention")), target)
+        found = trace(one.mm, asked, corrupt, Tracing(sites=("mlp", "attention")), target)
     assert found.told
     mlp = found.share[0]
     layer, unit = divmod(int(mlp.argmax()), mlp.shape[1])

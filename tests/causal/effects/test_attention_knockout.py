@@ -29,8 +29,8 @@ LAYERS = (2, 3)
 
 
 def knocked(one: Subject, asked: Asked, edges: Sequence[Edge], layers: Sequence[int], kind: Any) -> Tensor:
-    with knocked_out(one.model, one.anatomy, edges, layers, kind):
-        return last_logits(one.model, one.anatomy, asked.inputs)[0]
+    with knocked_out(one.mm, edges, layers, kind):
+        return last_logits(one.mm, asked.inputs)[0]
 
 
 def masked_by_hand(one: Subject, asked: Asked, way: Edge, layers: Sequence[int]) -> Tensor:
@@ -48,7 +48,7 @@ def masked_by_hand(one: Subject, asked: Asked, way: Edge, layers: Sequence[int])
         return args, kwargs | {"attention_mask": mask}
 
     for layer in layers:
-        name = one.anatomy.blocks[layer].attention
+        name = one.layout.blocks[layer].attention
         handles.append(one.model.get_submodule(name or "").register_forward_pre_hook(hide, with_kwargs=True))
     logits = one.model(**asked.inputs).logits[0, -1]
     for handle in handles:
@@ -65,7 +65,7 @@ def test_before_the_softmax_it_is_an_explicit_mask(name: str, family: Callable[[
     for way in (edge(asked, "image->question"), edge(asked, "question->last")):
         expected = masked_by_hand(one, asked, way, LAYERS)
         torch.testing.assert_close(knocked(one, asked, [way], LAYERS, "pre"), expected, **CLOSE)
-        clean = last_logits(one.model, one.anatomy, asked.inputs)[0]
+        clean = last_logits(one.mm, asked.inputs)[0]
         assert (expected - clean).abs().max() > 1e-4, "an edge that changes nothing shows nothing"
 
 
@@ -73,8 +73,8 @@ def test_before_the_softmax_it_is_an_explicit_mask(name: str, family: Callable[[
 def test_behind_the_softmax_what_is_cut_is_missing(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
     asked = one.ask()
-    run, way = record(one.model, one.anatomy, asked.inputs), edge(asked, "image->question")
-    for block in one.anatomy.blocks:
+    run, way = record(one.mm, asked.inputs), edge(asked, "image->question")
+    for block in one.layout.blocks:
         call, left = run.calls[block.index], []
         is_own = call.key.shape[2] == asked.length
         score = call.query @ repeated(call.key, call.query).mT * call.options["scaling"]
@@ -101,7 +101,7 @@ def test_however_it_is_computed_it_is_the_same(
 ) -> None:
     one = subject(family, name, tmp_path)
     asked = one.ask()
-    replay = Replay(one.model, one.anatomy, record(one.model, one.anatomy, asked.inputs))
+    replay = Replay(one.mm, record(one.mm, asked.inputs))
     layers = (0, 1) if name == "gemma3" else LAYERS  # its last token does not see as far as the picture
     for each in ("image->question", "question->last", "image->image", "constraint->last"):
         way = edge(asked, each)
@@ -120,8 +120,8 @@ def test_however_it_is_computed_it_is_the_same(
 def test_no_edge_and_no_layer_is_no_change(kind: Any, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "qwen2_5_vl", tmp_path)
     asked = one.ask()
-    run = record(one.model, one.anatomy, asked.inputs)
-    replay, nobody = Replay(one.model, one.anatomy, run), torch.empty(0, dtype=torch.long)
+    run = record(one.mm, asked.inputs)
+    replay, nobody = Replay(one.mm, run), torch.empty(0, dtype=torch.long)
     for way, layers in (
         (edge(asked, "image->last"), ()),
         (Edge("none", asked.text, nobody), LAYERS),
@@ -134,7 +134,7 @@ def test_no_edge_and_no_layer_is_no_change(kind: Any, family: Callable[[str], Pa
 def test_both_kinds_differ_and_only_one_makes_up_for_the_loss(family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
     asked = one.ask()
-    call = record(one.model, one.anatomy, asked.inputs).calls[1]
+    call = record(one.mm, asked.inputs).calls[1]
     rows = edge(asked, "image->last")
     ones = call.changed(value=torch.ones_like(call.value))
     kept = {kind: Knockout([rows], [1], kind)(ones)[0][0, -1] for kind in KINDS}
@@ -147,7 +147,7 @@ def test_a_token_never_loses_itself(family: Callable[[str], Path], tmp_path: Pat
     one = subject(family, "llava", tmp_path)
     asked = one.ask()
     every = torch.arange(asked.length)
-    call = record(one.model, one.anatomy, asked.inputs).calls[1]
+    call = record(one.mm, asked.inputs).calls[1]
     out, _ = Knockout([Edge("all", every, every)], [1], "pre")(call)
     torch.testing.assert_close(out, repeated(call.value, call.query).transpose(1, 2))
 
@@ -160,7 +160,7 @@ def test_hiding_tokens_from_all_that_follow_is_deleting_them(family: Callable[[s
     inputs = {k: v[:, kept] if v.shape[1:] == (asked.length,) else v for k, v in asked.inputs.items()}
     deleted = one.model(**inputs, position_ids=kept[None]).logits[0, -1]
     way = Edge("gone", kept[kept > gone[-1]], gone)
-    every = range(one.anatomy.num_layers)
+    every = range(one.layout.num_layers)
     torch.testing.assert_close(knocked(one, asked, [way], every, "pre"), deleted, **CLOSE)
 
 
@@ -169,7 +169,7 @@ def test_all_of_a_picture_seen_by_cross_attention_can_only_be_cut_behind(
 ) -> None:
     one = subject(family, "mllama", tmp_path)
     asked = one.ask()
-    run, way = record(one.model, one.anatomy, asked.inputs), edge(asked, "image->last")
+    run, way = record(one.mm, asked.inputs), edge(asked, "image->last")
     with pytest.raises(UserError, match="attend to nothing"):
         knocked(one, asked, [way], [1], "pre")
     out, _ = Knockout([way], [1], "post")(run.calls[1])
@@ -184,7 +184,7 @@ def test_what_cannot_be_cut_is_an_error(family: Callable[[str], Path], tmp_path:
             edge(asked, name)
     with pytest.raises(UserError, match="changed nothing"):
         knocked(one, asked, [Edge("last->image", asked.image, torch.tensor([asked.length - 1]))], [1], "pre")
-    call = record(one.model, one.anatomy, asked.inputs).calls[1]
+    call = record(one.mm, asked.inputs).calls[1]
     with pytest.raises(UserError, match="under flash_attention_2"):
         Knockout([edge(asked, "image->last")], [1], "pre")(call.changed(kernel="flash_attention_2"))
 
@@ -203,9 +203,9 @@ def test_nothing_is_left_behind(name: str, family: Callable[[str], Path], tmp_pa
     before = state()  # transformers puts hooks of its own in during the first run
     knocked(one, asked, [way], LAYERS, "pre")
     knocked(one, asked, [way], LAYERS, "post")
-    with pytest.raises(ZeroDivisionError), knocked_out(one.model, one.anatomy, [way], LAYERS, "pre"):
+    with pytest.raises(ZeroDivisionError), knocked_out(one.mm, [way], LAYERS, "pre"):
         raise ZeroDivisionError
-    with pytest.raises(UserError), knocked_out(one.model, one.anatomy, [way], LAYERS, "pre"):
+    with pytest.raises(UserError), knocked_out(one.mm, [way], LAYERS, "pre"):
         pass
     assert state() == before
     assert torch.equal(one.model(**asked.inputs).logits, logits)
@@ -226,7 +226,7 @@ def test_adapted_models_are_as_merged_ones(family: Callable[[str], Path], tmp_pa
 
 
 def answered(one: Subject, asked: Asked, right: bool = True) -> Answer:
-    chances = last_logits(one.model, one.anatomy, asked.inputs)[0].softmax(-1)
+    chances = last_logits(one.mm, asked.inputs)[0].softmax(-1)
     best = float(chances.max())
     return Answer(asked, int(chances.argmax()), best, best, right, 1)
 
@@ -240,13 +240,13 @@ def test_curves_are_means_over_the_right_answers(
     if not exact:
         monkeypatch.setattr(curves, "_replay", lambda *_: None)
     options = Knocking(("image->question",), KINDS, width=3, convention="rome")
-    found = {(m, site): row for m, site, row in curves.knockout_curves(one.model, one.anatomy, answers, options)}
+    found = {(m, site): row for m, site, row in curves.knockout_curves(one.mm, answers, options)}
     assert set(found) == {(m, f"image->question/{kind}") for m in MEASURES for kind in KINDS}
     for kind in KINDS:
         layer, values = 1, []
         for answer in answers[:4]:
-            before = last_logits(one.model, one.anatomy, answer.asked.inputs)[0].double()
-            way, layers = edge(answer.asked, "image->question"), window(layer, 3, one.anatomy.num_layers, "rome")
+            before = last_logits(one.mm, answer.asked.inputs)[0].double()
+            way, layers = edge(answer.asked, "image->question"), window(layer, 3, one.layout.num_layers, "rome")
             after = knocked(one, answer.asked, [way], layers, kind).double()
             p, q = before.softmax(-1), after.softmax(-1)
             t = answer.target
@@ -254,7 +254,7 @@ def test_curves_are_means_over_the_right_answers(
             values.append([q[t] / p[t] - 1, after.argmax() == t, kl, after[t] - before[t]])
         for measure, value in zip(MEASURES, torch.tensor(values, dtype=torch.float64).mean(0), strict=True):
             row = found[measure, f"image->question/{kind}"]
-            assert len(row) == one.anatomy.num_layers
+            assert len(row) == one.layout.num_layers
             assert row[layer].value == pytest.approx(float(value), abs=1e-6)
             assert (row[layer].n, row[layer].null) == (4, float(measure == "knockout_accuracy"))
             assert row[layer].notes == ("1 of 5 questions left out: answered wrong",)
@@ -266,7 +266,7 @@ def test_a_right_answer_that_the_model_does_not_give_has_no_accuracy_to_lose(
     one = subject(family, "llava", tmp_path)
     says, other = answered(one, one.ask(seed=0)), answered(one, one.ask(seed=1))
     answers = [says, replace(other, target=other.target + 1)]
-    rows = curves.knockout_curves(one.model, one.anatomy, answers, Knocking(("image->question",)))
+    rows = curves.knockout_curves(one.mm, answers, Knocking(("image->question",)))
     nulls = {measure: {estimate.null for estimate in row} for measure, _, row in rows}
     assert nulls == {measure: {0.5 if measure == "knockout_accuracy" else 0.0} for measure in MEASURES}
 
@@ -275,13 +275,13 @@ def test_layers_without_an_edge_are_undefined(family: Callable[[str], Path], tmp
     one = subject(family, "mllama", tmp_path)
     answers = [answered(one, one.ask(seed=seed)) for seed in range(3)]
     options = Knocking(("image->last", "image->image"), KINDS)
-    found = {(m, site): row for m, site, row in curves.knockout_curves(one.model, one.anatomy, answers, options)}
+    found = {(m, site): row for m, site, row in curves.knockout_curves(one.mm, answers, options)}
     assert found["knockout", "image->last/pre"][1].undefined, "cross-attention to nothing but the picture"
     assert found["knockout", "image->last/post"][1].value is not None
     alone = found["knockout", "image->image/post"]
     assert [bool(row.undefined) for row in alone] == [True, False, True, True], "one token, which sees the picture"
     wrong = [answered(one, one.ask(), right=False)]
-    none = list(curves.knockout_curves(one.model, one.anatomy, wrong, options))
+    none = list(curves.knockout_curves(one.mm, wrong, options))
     assert all(estimate.undefined == "none is right" for _, _, row in none for estimate in row)
     with pytest.raises(UserError, match="nothing to knock out"):
         Knocking(width=0)

@@ -25,9 +25,9 @@ def test_every_image_token_has_its_place(name: str, family: Callable[[str], Path
     grid = PictureGrids(one.processing).grid(asked)
     assert grid.before + grid.rows * grid.columns == len(asked.image)
     assert grid.window is not None
-    run = record(one.model, one.anatomy, asked.inputs)
-    shown = image_map(one.model, one.anatomy, run, asked, grid, 1)
-    sizes = contributions(one.model, one.anatomy, run, 1, asked.constraint).norm(dim=-1).mean(0)[asked.image]
+    run = record(one.mm, asked.inputs)
+    shown = image_map(one.mm, run, asked, grid, 1)
+    sizes = contributions(one.mm, run, 1, asked.constraint).norm(dim=-1).mean(0)[asked.image]
     torch.testing.assert_close(torch.tensor(shown["weights"]).flatten(), sizes[grid.before :])
     assert shown["grid"] == [grid.rows, grid.columns]
     assert (shown["id"], shown["what"]) == ("q0", "contribution to the constraint, layer 1")

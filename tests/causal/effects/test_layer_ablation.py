@@ -19,20 +19,20 @@ CLOSE = {"rel": 1e-4, "abs": 1e-6}
 
 
 def answer(one: Subject, asked: Asked) -> Answer:
-    logits = record(one.model, one.anatomy, asked.inputs).logits[0]
+    logits = record(one.mm, asked.inputs).logits[0]
     target = int(logits.argmax())
     chance = float(logits.softmax(-1)[target])
     return Answer(asked, target, chance, chance, True, 1)
 
 
 def expected(one: Subject, given: Answer, *changes: Intervention) -> float:
-    runs = [record(one.model, one.anatomy, given.asked.inputs, some).logits[0] for some in ((), changes)]
+    runs = [record(one.mm, given.asked.inputs, some).logits[0] for some in ((), changes)]
     before, after = (float(logits.double().log_softmax(-1)[given.target]) for logits in runs)
     return math.exp(after - before) - 1
 
 
 def curves(one: Subject, *given: Answer) -> dict[str, list[float]]:
-    return {kind: [each.value for each in row] for kind, row in ablation_curves(one.model, one.anatomy, given)}
+    return {kind: [each.value for each in row] for kind, row in ablation_curves(one.mm, given)}
 
 
 @pytest.mark.parametrize("ahead", [False, True])
@@ -43,7 +43,7 @@ def test_equals_whole_runs(
     if ahead:
         see_all(monkeypatch)
     given = answer(one, one.ask())
-    found, layers = curves(one, given), range(one.anatomy.num_layers)
+    found, layers = curves(one, given), range(one.layout.num_layers)
     assert found["skip"] == pytest.approx([expected(one, given, skip([i])) for i in layers], **CLOSE)
     blurred = [expected(one, given, mean("residual", layers[i:], given.asked.image)) for i in layers]
     assert found["mean/image"] == pytest.approx(blurred, **CLOSE)
@@ -61,7 +61,7 @@ def test_every_picture_has_its_own_mean(family: Callable[[str], Path], tmp_path:
     files = tuple(noise(tmp_path / f"{seed}.png", seed) for seed in (0, 1))
     asked = one.asker.ask(Question("two", TEXT, files, ()))
     assert isinstance(asked, Asked)
-    given, layers = answer(one, asked), range(one.anatomy.num_layers)
+    given, layers = answer(one, asked), range(one.layout.num_layers)
     half = len(asked.image) // 2
     parts = asked.image[:half], asked.image[half:]
     assert int(parts[1][0] - parts[0][-1]) > 1, "something stands between them"
@@ -78,9 +78,9 @@ def test_answers_of_no_probability_are_counted(family: Callable[[str], Path], tm
     def steep(_: object, __: object, logits: Tensor) -> Tensor:
         return logits * 500
 
-    one.model.get_submodule(one.anatomy.head).register_forward_hook(steep)
+    one.model.get_submodule(one.layout.head).register_forward_hook(steep)
     given = answer(one, one.ask())
-    logits = record(one.model, one.anatomy, given.asked.inputs).logits[0]
+    logits = record(one.mm, given.asked.inputs).logits[0]
     near = replace(given, target=int(logits.argmin()))
     assert float(logits.softmax(-1)[near.target]) == 0.0
     found = curves(one, near)["skip"]

@@ -42,21 +42,21 @@ def ask(one: Subject, text: str = TEXT, words: str = "cat", seed: int = 0, **fie
 
 
 def corrupt(one: Subject, asked: Asked, kind: CorruptionKind, *others: Asked, seed: int = 0) -> Corrupt:
-    made = corrupted(asked, kind, (asked, *others), one.processing, one.model, one.anatomy, seed)
+    made = corrupted(asked, kind, (asked, *others), one.processing, one.mm, seed)
     assert isinstance(made, Corrupt), made
     return made
 
 
 def refusal(one: Subject, asked: Asked, kind: CorruptionKind, *others: Asked) -> str:
-    made = corrupted(asked, kind, (asked, *others), one.processing, one.model, one.anatomy)
+    made = corrupted(asked, kind, (asked, *others), one.processing, one.mm)
     assert isinstance(made, Rejection)
     assert made.origin == asked.question.id
     return made.reason
 
 
 def run(one: Subject, corrupt: Corrupt) -> Recording:
-    with corrupt.applied(one.model, one.anatomy):
-        return record(one.model, one.anatomy, corrupt.inputs)
+    with corrupt.applied(one.mm):
+        return record(one.mm, corrupt.inputs)
 
 
 def changed(clean: Recording, other: Recording) -> list[int]:
@@ -78,7 +78,7 @@ def test_every_corruption_changes_what_it_should_and_nothing_else(
     asked = ask(one, boxes=(box,), answer="red")
     other = ask(one, "Where is the table now?", "table", seed=1, answer="blue")
     assert [len(span) for span in (*asked.spans, *other.spans)] == [1, 1, 1]
-    clean = record(one.model, one.anatomy, asked.inputs)
+    clean = record(one.mm, asked.inputs)
     for kind in KINDS:
         made = corrupt(one, asked, kind, other)
         assert {k: v.shape[:2] for k, v in made.inputs.items() if k == "input_ids"} == {"input_ids": (1, asked.length)}
@@ -94,7 +94,7 @@ def test_every_corruption_changes_what_it_should_and_nothing_else(
             assert len(entered) >= 2 / 3 * len(wanted)
         assert not torch.equal(again.logits, clean.logits)
         assert torch.equal(run(one, made).logits, again.logits)
-    untouched = record(one.model, one.anatomy, asked.inputs)
+    untouched = record(one.mm, asked.inputs)
     assert torch.equal(untouched.logits, clean.logits), "nothing is left behind"
 
 
@@ -130,7 +130,7 @@ def test_what_changes_nothing_is_refused(llava: Subject) -> None:
     assert isinstance(blank, Asked)
     assert refusal(llava, blank, "grey").startswith("corruption changes nothing")
     with torch.no_grad():
-        llava.model.get_submodule(llava.anatomy.embedding).weight.fill_(1.0)
+        llava.model.get_submodule(llava.layout.embedding).weight.fill_(1.0)
     assert refusal(llava, asked, "gaussian").startswith("corruption changes nothing")
 
 
@@ -186,7 +186,7 @@ def test_image_puts_the_whole_picture_of_the_lender(llava: Subject) -> None:
     assert torch.equal(made.inputs["input_ids"], asked.inputs["input_ids"])
     assert made.donor == "q1"
     with torch.no_grad():
-        assert torch.equal(run(llava, made).logits, last_logits(llava.model, llava.anatomy, other.inputs))
+        assert torch.equal(run(llava, made).logits, last_logits(llava.mm, other.inputs))
 
 
 def test_pictures_of_other_shapes_are_put_in_whole_or_not_at_all(family: Callable[[str], Path], tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_pictures_of_other_shapes_are_put_in_whole_or_not_at_all(family: Callabl
     made = corrupt(one, asked, "image", tall, small)
     assert made.donor == "tall.png"
     assert torch.equal(made.inputs["image_grid_thw"], tall.inputs["image_grid_thw"])
-    assert torch.equal(run(one, made).logits, last_logits(one.model, one.anatomy, tall.inputs))
+    assert torch.equal(run(one, made).logits, last_logits(one.mm, tall.inputs))
     assert refusal(one, asked, "image", small).startswith("no lender")
 
 
@@ -216,19 +216,19 @@ def test_noise_is_three_standard_deviations_of_the_embeddings(
 ) -> None:
     one = subject(family, name, tmp_path)
     asked = ask(one, "What is the most unbelievably complicated thing?", "unbelievably complicated")
-    clean, made = record(one.model, one.anatomy, asked.inputs), corrupt(one, asked, "gaussian")
+    clean, made = record(one.mm, asked.inputs), corrupt(one, asked, "gaussian")
     at = clean.entered[0][0, made.positions]
     noise_PD = run(one, made).entered[0][0, made.positions] - at
     assert len(made.positions) > 5
     assert noise_PD.std() / at.std() == pytest.approx(3.0, rel=0.2)
     assert made.noise is not None
     torch.testing.assert_close(noise_PD, made.noise, rtol=1e-4, atol=1e-5)
-    with pytest.raises(UserError, match="did not take effect"), made.applied(one.model, one.anatomy):
+    with pytest.raises(UserError, match="did not take effect"), made.applied(one.mm):
         pass
-    assert not one.model.get_submodule(one.anatomy.embedding)._forward_hooks
-    with pytest.raises(ZeroDivisionError), made.applied(one.model, one.anatomy):
+    assert not one.model.get_submodule(one.layout.embedding)._forward_hooks
+    with pytest.raises(ZeroDivisionError), made.applied(one.mm):
         raise ZeroDivisionError
-    assert not one.model.get_submodule(one.anatomy.embedding)._forward_hooks
+    assert not one.model.get_submodule(one.layout.embedding)._forward_hooks
 
 
 def test_grey_covers_the_boxes_and_no_more(llava: Subject) -> None:

@@ -11,8 +11,9 @@ import torch
 from lightning_mm.causal import study as studied
 from lightning_mm.causal.questions.question import Asked
 from lightning_mm.causal.questions.scoring import answered
-from lightning_mm.causal.study import Examined, Studying, study
+from lightning_mm.causal.study import Studying, study
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import load_processing
 from tests.helpers.causal_models import Subject, subject
 from tests.helpers.taught_models import KNOWN, Taught
@@ -32,7 +33,7 @@ def test_right_is_what_greedy_decoding_writes(known: Callable[[str], Taught]) ->
     assert all(isinstance(each, Asked) for each in asked)
     every = [each for each in asked if isinstance(each, Asked)]
     every.append(replace(every[0], question=replace(every[0].question, answer="zoo")))
-    answers, lost = answered(one.model, one.anatomy, one.asker, every, CPU)
+    answers, lost = answered(one.mm, one.asker, every, CPU)
     assert not lost
     assert [answer.right for answer in answers] == [True] * len(KNOWN) + [False]
     for answer in answers:
@@ -45,7 +46,7 @@ def test_a_blank_before_the_answer_belongs_to_the_prompt(family: Callable[[str],
     one: Subject = subject(family, "llava", tmp_path)
     asked = one.ask()
     asked = replace(asked, question=replace(asked.question, answer="7Q"))
-    (found,), _ = answered(one.model, one.anatomy, one.asker, [asked], CPU)
+    (found,), _ = answered(one.mm, one.asker, [asked], CPU)
     decode = one.processing.processor.tokenizer.decode
     behind = decode(found.asked.inputs["input_ids"][0, asked.length :])
     assert behind == " ", "what was taken into the prompt"
@@ -59,7 +60,7 @@ def test_a_question_that_cannot_be_traced_leaves_the_others_be(
 ) -> None:
     one = known("llava")
     asked = [each for word in KNOWN if isinstance(each := one.asker.ask(one.question(word)), Asked)]
-    answers, _ = answered(one.model, one.anatomy, one.asker, asked, CPU)
+    answers, _ = answered(one.mm, one.asker, asked, CPU)
     real = studied.trace
 
     def refusing(*args: Any) -> Any:
@@ -68,7 +69,7 @@ def test_a_question_that_cannot_be_traced_leaves_the_others_be(
         return real(*args)
 
     monkeypatch.setattr(studied, "trace", refusing)
-    examined = Examined(one.model, one.anatomy, load_processing(str(one.folder)))
+    examined = MultimodalModel(one.model, one.layout, load_processing(str(one.folder)))
     found = study(examined, answers, Studying(parts=("trace",), shown=0), {})
     assert [each.origin for each in found.rejected] == ["c"]
     assert "Its layers are shared" in found.rejected[0].reason

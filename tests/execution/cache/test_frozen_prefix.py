@@ -17,8 +17,9 @@ from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.step import Compute
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 from lightning_mm.training.module import MMModule
@@ -87,7 +88,7 @@ def test_the_tower_runs_once_per_row(family: Family, data: Data, tmp_path: Path)
     seen: list[int] = []
 
     def count(module: MMModule) -> None:
-        mlp = module.model.get_submodule(str(module.anatomy.blocks[1].mlp))
+        mlp = module.model.get_submodule(str(module.mm.layout.blocks[1].mlp))
         mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     unpacked = Compute(packing=False)
@@ -192,9 +193,9 @@ def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: D
 def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path: Path) -> None:
     """Bit for bit, and what was told of a row when it was new is told again."""
     model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
-    anatomy, samples = Anatomy.of(model.eval()), read_conversations(make_uneven_rows(tmp_path)).samples
+    layout, samples = ModelLayout.of(model.eval()), read_conversations(make_uneven_rows(tmp_path)).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
-    cache = PrefixCache(FrozenPrefix(model, anatomy, 2), store, dtype, torch.float32)
+    cache = PrefixCache(FrozenPrefix(MultimodalModel(model, layout), 2), store, dtype, torch.float32)
     collator = cache.collator(Collator(processing, max_length=64), width_of(model))
     new = collator(samples)
     assert new.cached is not None

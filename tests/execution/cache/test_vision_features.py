@@ -1,6 +1,7 @@
 """Training on kept vision features is training: equal losses and weights, and refused where it would not be."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from lightning_mm.execution.cache.collators import FeatureCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.vision_truncation import truncate_tower
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.processor import load_processing
@@ -93,7 +95,7 @@ def test_the_tower_runs_once_per_row_and_known_pictures_are_not_decoded(
     load = images.load
 
     def count(module: MMModule) -> None:
-        block = module.model.get_submodule(module.anatomy.vision_blocks[0])
+        block = module.model.get_submodule(module.mm.layout.vision_blocks[0])
         block.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     def counted(path: Path, *args: Any) -> Any:
@@ -153,8 +155,8 @@ def test_where_it_would_be_wrong_it_is_refused(
 def test_only_the_tower_tells_towers_apart(family: Family) -> None:
     """What trains is no part of the name, adapters neither; every weight of the tower is."""
     backbone = Backbone(path=str(family("llava")))
-    model, anatomy, _ = prepare(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
-    first = tower_digest(model, anatomy)
+    model, layout, _ = prepare(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
+    first = tower_digest(MultimodalModel(model, layout))
     plain, its, _ = prepare(backbone, Full(vision="frozen"))
     assert tower_digest(plain, its) == first
     with torch.no_grad():
@@ -189,8 +191,10 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
     batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
-    model, anatomy, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
-    tower = FrozenTower(model, anatomy, cut_tower(model.eval(), anatomy, batch))
+    model, layout, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
+    tower = FrozenTower(
+        MultimodalModel(model, layout), truncate_tower(MultimodalModel(model.eval(), layout), batch, ExitStack())
+    )
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
     blueprint = Blueprint(Backbone(path=str(family(name))), batch)

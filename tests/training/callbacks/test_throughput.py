@@ -159,7 +159,7 @@ def test_what_is_logged_is_what_was_done(
     )
     assert [len(batches) for batches in watched.batches] == [2 * accumulate, 2 * accumulate, 0]
     example = trainer.datamodule.example_batch()  # type: ignore[attr-defined]
-    cost = StepCost.of(module.model, module.anatomy, module.plan, example)
+    cost = StepCost.of(module.mm, module.plan, example)
     for logged, batches, spent in zip(watched.logged, watched.batches, watched.spent, strict=False):
         seconds = spent.training
         assert logged.keys() == ALL
@@ -176,7 +176,7 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
     """Of a cached row remain what comes from the lowest trainable block on, and nothing of its picture."""
     module, trainer = train(family("llava"), data, tmp_path, tuning=MIDDLE, max_steps=1)
     batches = trainer.datamodule.sample_batches(2, 3)  # type: ignore[attr-defined]
-    cost = StepCost.of(module.model, module.anatomy, module.plan, trainer.datamodule.example_batch())  # type: ignore[attr-defined]
+    cost = StepCost.of(module.mm, module.plan, trainer.datamodule.example_batch())  # type: ignore[attr-defined]
 
     def cached(batch: Batch, fresh: Batch | None) -> Batch:
         inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
@@ -376,7 +376,7 @@ def test_two_ranks_are_added_up(family: Family, data: Data, tmp_path: Path) -> N
     module, trainer = train(family("llava"), data, tmp_path, tuning=MIDDLE, max_steps=1)
     batches = trainer.datamodule.sample_batches(6, 2)  # type: ignore[attr-defined]
     done = by_hand(batches)
-    cost = StepCost.of(module.model, module.anatomy, module.plan, batches[0])
+    cost = StepCost.of(module.mm, module.plan, batches[0])
     flops = sum(cost.at(StepShape.of(batch)).floor for batch in batches)
     arguments = [
         *("--model.backbone.path", str(family("llava")), "--data.train", str(data["train"])),
