@@ -31,7 +31,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.models.export.export import Origin, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model

@@ -16,7 +16,7 @@ from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models.export.export import Origin, export_adapter, export_full
+from lightning_mm.models.export.export import Origin, export_adapter, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.report.html import write_report
 from lightning_mm.training.module import MMModule

@@ -29,6 +29,7 @@ from lightning_mm.causal.interventions.interventions import (
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from tests.helpers.causal_models import FAMILIES, Subject, subject
 
 
