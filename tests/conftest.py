@@ -37,12 +37,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """The folder of a tiny model, by the name of its family."""
-    return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
-
-
-@pytest.fixture(scope="session")
 def processing(family: Family) -> Callable[[str], Processing]:
     """A new ``Processing`` of a family; the caller may change it."""
     return lambda name: load_processing(str(family(name)))
