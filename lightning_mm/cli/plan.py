@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.cli.fit import TrainingCLI
-from lightning_mm.cli.parser import OneScreenParser, refuse_foreign_classes
+from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
@@ -49,7 +49,7 @@ from lightning_mm.tuning import (
 from lightning_mm.tuning.layers import count_layers
 
 
-def show(
+def print_plan(
     console: Console,
     found: Sequence[CostEstimate],
     lengths: dict[str, float],
@@ -196,7 +196,7 @@ def plan(arguments: list[str]) -> int:
     cli = PlanningCLI(
         MMModule,
         MMDataModule,
-        parser_class=OneScreenParser,
+        parser_class=Parser,
         auto_configure_optimizers=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -224,7 +224,7 @@ def plan(arguments: list[str]) -> int:
     lengths = _lengths(batches)
     steps = int(config.trainer.max_steps) * setting.accumulate if config.trainer.max_steps > 0 else 0
     samples = _samples(cli.config_init.data)
-    show(Console(), found, lengths, on, steps=steps, samples=samples)
+    print_plan(Console(), found, lengths, on, steps=steps, samples=samples)
     if config.json:
         facts = {"device": on.name, "utilisation": on.utilization, "shape": lengths, "samples": samples, "steps": steps}
         Path(config.json).write_text(json.dumps({**facts, "policies": [one.to_dict() for one in found]}, indent=1))

@@ -16,7 +16,7 @@ import torch
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, KeptFeatures
+from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, verified
@@ -194,15 +194,15 @@ class TrainingStep:
         return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
 
     def _begun(self, batch: Batch) -> AbstractContextManager[None]:
-        if batch.kept is None:
+        if batch.cached is None:
             return nullcontext()
         assert self.cache is not None, "batches without pixels are made for a cache"
-        if isinstance(batch.kept, KeptFeatures):
+        if isinstance(batch.cached, CachedFeatures):
             assert isinstance(self.cache, FeatureCache), "features are kept for one"
             with unpadded(None):
-                return self.cache.tower.entering(self.cache.states(batch.kept))
+                return self.cache.tower.entering(self.cache.states(batch.cached))
         assert isinstance(self.cache, PrefixCache), "states are kept for one"
-        fresh = batch.kept.fresh
+        fresh = batch.cached.uncached
         with unpadded(None if fresh is None else self._tokens(fresh)):
-            states = self.cache.states(batch.kept)
+            states = self.cache.states(batch.cached)
         return self.cache.prefix.entering(states)

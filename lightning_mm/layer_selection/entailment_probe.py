@@ -9,11 +9,11 @@ Shapes: T slices, N rows, D hidden size.
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.select_rows import Selected, select
-from lightning_mm.core.estimate import Estimate, finite, undefined, values
+from lightning_mm.analysis.select_rows import SelectedRows, select_rows
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.selection_inputs import SelectionInputs
 from lightning_mm.probes.ridge import Ridge
 
@@ -75,9 +75,12 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
         labels: (N,) 0 or 1.
         groups: (N,) ids of what is left out together.
     """
-    n, problems = len(labels), Bank.of(features).problems
+    n, problems = len(labels), Representations.of(features).problems
     if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2 or all(problems):
-        return [undefined(problem or "too few: groups or classes to leave one out", n) for problem in problems]
+        return [
+            Estimate.undefined_because(problem or "too few: groups or classes to leave one out", n)
+            for problem in problems
+        ]
     mean_T1D = features.mean(1, keepdim=True)
     spread_T1D = features.std(1, keepdim=True)
     x_TND = (features - mean_T1D) / torch.where(spread_T1D > _ROUNDING * mean_T1D.abs(), spread_T1D, torch.inf)
@@ -85,22 +88,22 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
     y_N1 = (labels.to(x_TND) * 2 - 1)[:, None]
     penalties = [strength * x_TND.shape[2] for strength in _PENALTIES]
     fitted = Ridge.fit(x_TND[sound], y_N1, penalties, groups_N=groups)
-    correct_TN = ((y_N1 - fitted.left_out)[..., 0] * y_N1[:, 0] > 0).double()
-    ends = zip(*mean_interval(correct_TN, groups), strict=True)
+    correct_TN = ((y_N1 - fitted.loo_residuals)[..., 0] * y_N1[:, 0] > 0).double()
+    ends = zip(*clustered_mean_interval(correct_TN, groups), strict=True)
     majority = max(float(labels.double().mean()), 1 - float(labels.double().mean()))
-    found = [finite(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
+    found = [Estimate.of(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
     by_layer = dict(zip(sound, found, strict=True))
-    return [by_layer.get(layer) or undefined(problem, n) for layer, problem in enumerate(problems)]
+    return [by_layer.get(layer) or Estimate.undefined_because(problem, n) for layer, problem in enumerate(problems)]
 
 
-def _entailment_rows(inputs: SelectionInputs) -> tuple[Selected, Tensor] | None:
+def _entailment_rows(inputs: SelectionInputs) -> tuple[SelectedRows, Tensor] | None:
     """Rows with an entailment label and their labels (N,), of hard negatives where there are any."""
     for name in ("entailment/hard", "entailment/random"):
 
         def wanted(row: ProbeRow, name: str = name) -> bool:
             return name in row.labels and inputs.keep(row)
 
-        chosen = select(inputs.reading, inputs.probe_set, "entailment/last", wanted)
+        chosen = select_rows(inputs.reading, inputs.probe_set, "entailment/last", wanted)
         if chosen is not None:
             labels = torch.tensor([row.labels[name] for row in chosen.rows], device=inputs.device)
             return chosen.to(inputs.device), labels

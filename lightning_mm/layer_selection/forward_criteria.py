@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.geometry import scales
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import Keep, select
+from lightning_mm.analysis.geometry import gride_scales
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import RowFilter, select_rows
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.geometry.block_influence import angular_distance, block_influence
-from lightning_mm.geometry.dimension import gride
+from lightning_mm.geometry.intrinsic_dimension import gride
 from lightning_mm.geometry.knn_overlap import overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.null_models import calibrated
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.null_models import adjust_for_chance
+from lightning_mm.geometry.representations import Representations
 from lightning_mm.layer_selection.entailment_probe import entailment_accuracy
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.selection_inputs import (
@@ -38,7 +38,9 @@ Score = Callable[[SelectionInputs], Tensor]
 
 def _overlap(inputs: SelectionInputs) -> Tensor:
     profiles = [knn_overlap_profile(inputs, place) for place in PAIRED_PLACES]
-    return _mean_profile(torch.tensor(values([calibrated(e) for e in profile])) for profile in profiles if profile)
+    return _mean_profile(
+        torch.tensor(values([adjust_for_chance(e) for e in profile])) for profile in profiles if profile
+    )
 
 
 def _imbalance(inputs: SelectionInputs) -> Tensor:
@@ -51,12 +53,12 @@ def _entailment(inputs: SelectionInputs) -> Tensor:
 
 
 def _dimension(inputs: SelectionInputs) -> Tensor:
-    selected = select(inputs.reading, inputs.probe_set, "picture/last", inputs.keep)
+    selected = select_rows(inputs.reading, inputs.probe_set, "picture/last", inputs.keep)
     if selected is None:
         return torch.empty(0)
     selected = selected.to(inputs.device)
-    neighbors = Neighbours.of(Bank.of(selected.features))
-    return torch.tensor(values(gride(neighbors, *scales(len(selected)), groups=selected.groups)))
+    neighbors = Neighbors.of(Representations.of(selected.features))
+    return torch.tensor(values(gride(neighbors, *gride_scales(len(selected)), groups=selected.groups)))
 
 
 def _influence(inputs: SelectionInputs) -> Tensor:
@@ -79,7 +81,7 @@ FORWARD_CRITERIA: Mapping[str, tuple[str, Score]] = {
 
 
 def forward_criteria(
-    reading: Reading, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
+    reading: HiddenStates, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
 ) -> Iterator[Criterion]:
     """The named criteria, on all pictures and on random halves of them; one that is undefined is left out and logged.
 
@@ -103,11 +105,11 @@ def forward_criteria(
 
 
 def drift_criterion(
-    before: Reading, after: Reading, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
+    before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much of each layer's neighborhoods of pictures a pilot run has changed (arXiv:2606.03871).
+    """How much of each layer's neighborhoods of pictures a pilot run has changed; None, and logged, where no picture was read.
 
-    None, and logged, where no picture was read.
+    After Palacios et al. 2026, arXiv:2606.03871.
 
     Args:
         before: Hidden states of the untuned model.
@@ -119,11 +121,11 @@ def drift_criterion(
     """
 
     def changed(inputs: SelectionInputs) -> Tensor:
-        one, other = (select(reading, probe_set, "picture/last", inputs.keep) for reading in (before, after))
+        one, other = (select_rows(reading, probe_set, "picture/last", inputs.keep) for reading in (before, after))
         if one is None or other is None:
             return torch.empty(0)
         count = max(1, min(10, len(one) // 8))
-        then, now = (Neighbours.of(Bank.of(x.features.to(device))) for x in (one, other))
+        then, now = (Neighbors.of(Representations.of(x.features.to(device))) for x in (one, other))
         return 1 - torch.tensor(values(overlap(then, now, count)))
 
     scores, resampled = _resampled(changed, before, probe_set, resamples, seed, device)
@@ -134,7 +136,7 @@ def drift_criterion(
 
 
 def _resampled(
-    score: Score, reading: Reading, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
+    score: Score, reading: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """(L,) a score of every block, and (R, L) on random halves of the pictures; NaN where a half has no row for it."""
     whole = score(SelectionInputs(reading, probe_set, device, lambda row: True))
@@ -146,7 +148,7 @@ def _resampled(
     return whole[1:].double(), torch.stack(rows)[:, 1:].double()
 
 
-def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:
+def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[RowFilter]:
     """Random halves of the picture groups, as filters of rows."""
     groups = sorted({row.group for row in probe_set.rows})
     generator = torch.Generator().manual_seed(seed)
@@ -155,7 +157,7 @@ def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:
         yield _in_groups({groups[i] for i in order})
 
 
-def _in_groups(groups: set[str]) -> Keep:
+def _in_groups(groups: set[str]) -> RowFilter:
     def keep(row: ProbeRow) -> bool:
         return row.group in groups
 
@@ -166,7 +168,7 @@ def _mean_over_places(
     inputs: SelectionInputs, measure: Callable[[Tensor], list[Estimate]], places: tuple[str, ...]
 ) -> Tensor:
     """Mean of a measure over the places that were read."""
-    selected = (select(inputs.reading, inputs.probe_set, place, inputs.keep) for place in places)
+    selected = (select_rows(inputs.reading, inputs.probe_set, place, inputs.keep) for place in places)
     features = (rows.features.to(inputs.device) for rows in selected if rows is not None)
     return _mean_profile(torch.tensor(values(measure(x))) for x in features)
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -35,7 +35,7 @@ from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers,
 from lightning_mm.tuning.policy import TuningPolicy
 
 FALLBACK = "25%-50%"
-"""What trains where nothing is significant: the middle of LLaVA-7B (arXiv:2606.03871)."""
+"""What trains where nothing is significant: the middle of LLaVA-7B (Palacios et al. 2026, arXiv:2606.03871)."""
 FAMILIES = ("meaning", "shape", "gradients")
 _AUTO = re.compile(r"auto(?::(\d+%?))?")
 
@@ -131,7 +131,7 @@ def with_layers(policy: TuningPolicy, layers: Sequence[int]) -> TuningPolicy:
 
 
 def select_layers(
-    reading: Reading,
+    reading: HiddenStates,
     probe_set: ProbeSet,
     gradients: GradientScores | None,
     options: AutoRange,

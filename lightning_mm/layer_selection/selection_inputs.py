@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import Keep, paired
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import RowFilter, select_pairs
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.information_imbalance import information_imbalance
 from lightning_mm.geometry.knn_overlap import overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
 
 PAIRED_PLACES = {"last": ("picture/last", "text/last"), "image~text": ("picture/image", "text/text")}
 """Where pictures are compared with captions: at the last token of both, or pooled over image and text tokens."""
@@ -35,10 +35,10 @@ class SelectionInputs:
         keep: Whether a row belongs to this resample.
     """
 
-    reading: Reading
+    reading: HiddenStates
     probe_set: ProbeSet
     device: torch.device
-    keep: Keep
+    keep: RowFilter
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,18 +51,18 @@ class ImageTextPair:
         groups: (N,) ids of pictures that depend on each other.
     """
 
-    pictures: Bank
-    captions: Bank
+    pictures: Representations
+    captions: Representations
     groups: Tensor
 
     @classmethod
     def at(cls, inputs: SelectionInputs, place: str) -> "ImageTextPair | None":
         """The pair at a key of ``PAIRED_PLACES``; None where no picture has both."""
-        pair = paired(inputs.reading, inputs.probe_set, *PAIRED_PLACES[place], inputs.keep)
+        pair = select_pairs(inputs.reading, inputs.probe_set, *PAIRED_PLACES[place], inputs.keep)
         if pair is None:
             return None
         pictures, captions = (half.to(inputs.device) for half in pair)
-        return cls(Bank.of(pictures.features), Bank.of(captions.features), pictures.groups)
+        return cls(Representations.of(pictures.features), Representations.of(captions.features), pictures.groups)
 
     @property
     def num_neighbors(self) -> int:
@@ -70,13 +70,16 @@ class ImageTextPair:
         return max(1, min(10, self.pictures.num_samples // 8))
 
     @property
-    def neighbors(self) -> tuple[Neighbours, Neighbours]:
+    def neighbors(self) -> tuple[Neighbors, Neighbors]:
         """Neighbors among pictures, and among captions."""
-        return Neighbours.of(self.pictures), Neighbours.of(self.captions)
+        return Neighbors.of(self.pictures), Neighbors.of(self.captions)
 
 
 def knn_overlap_profile(inputs: SelectionInputs, place: str) -> list[Estimate]:
-    """Mutual kNN overlap of pictures and captions in every slice (arXiv:2606.03871); empty without pairs."""
+    """Mutual kNN overlap of pictures and captions in every slice; empty without pairs.
+
+    After Palacios et al. 2026, arXiv:2606.03871.
+    """
     pair = ImageTextPair.at(inputs, place)
     return [] if pair is None else overlap(*pair.neighbors, pair.num_neighbors, pair.groups)
 
@@ -99,4 +102,4 @@ def _complement(e: Estimate) -> Estimate:
     if e.value is None:
         return e
     turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
-    return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
+    return Estimate.of(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})

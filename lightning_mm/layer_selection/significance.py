@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.core.estimate import Estimate, finite, values
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.information_imbalance import imbalance_gain
 from lightning_mm.geometry.knn_overlap import overlap_gain
@@ -77,7 +77,7 @@ class SignificanceTest:
         return f"{self.name} is {e.value:.2f} at layer {best} where chance gives {e.null:.2f}{beyond} (n = {e.n})"
 
 
-def assess_significance(reading: Reading, probe_set: ProbeSet, device: torch.device) -> Significance:
+def assess_significance(reading: HiddenStates, probe_set: ProbeSet, device: torch.device) -> Significance:
     """Test every layer against chance and against its baseline.
 
     Args:
@@ -132,7 +132,7 @@ def _minus(e: Estimate, floor: float) -> Estimate:
     """The estimate less a constant, with a null of zero."""
     if e.value is None or e.low is None or e.high is None:
         return e
-    return finite(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
+    return Estimate.of(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
 
 
 def _p_value(e: Estimate) -> float | None:

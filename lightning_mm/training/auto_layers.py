@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
 from lightning_mm.core.errors import UserError
@@ -44,7 +44,7 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
         with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
             model, layout = _agreed(lambda: _loaded(backbone, trainer))
             mine = _agreed(lambda: _read(MultimodalModel(model, layout), probe_set, trainer))
-            reading = _agreed(lambda: gather(mine, probe_set))
+            reading = _agreed(lambda: gather_hidden_states(mine, probe_set))
             selection = _agreed(
                 lambda: _selected(MultimodalModel(model, layout), reading, probe_set, options, trainer, spec)
             )
@@ -73,17 +73,17 @@ def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, ModelLayout]:
     return model.eval().requires_grad_(False).to(trainer.strategy.root_device), layout
 
 
-def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
+def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> HiddenStates:
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        mine = read(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
-    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+        mine = extract_hidden_states(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
+    data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 
 def _selected(
     mm: MultimodalModel,
-    reading: Reading | None,
+    reading: HiddenStates | None,
     probe_set: ProbeSet,
     options: AutoRange,
     trainer: L.Trainer,

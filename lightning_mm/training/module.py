@@ -115,7 +115,7 @@ class MMModule(Evaluating):
         precision = str(self.trainer.precision) if self._trainer is not None else None
         self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.keeping = self._keeping
+            self._data.wrap_collator = self._keeping
 
     def _keeping(self, collator: Collator) -> Collate:
         """What the loader of a split makes batches with, once the model is on its device."""

@@ -19,9 +19,8 @@ from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from tests.helpers.training import train
-from tests.training.test_resume import Losses
-from tests.tuning.test_policies import Data, Family, batch_of, configured
+from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.training import Losses, configured, train
 
 MIDDLE = IntermediateOnly(layers="1-2")
 

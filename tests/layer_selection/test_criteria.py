@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.drift import drift
-from lightning_mm.analysis.geometry import geometry, scales
-from lightning_mm.analysis.hidden_states import PLACES, Reading
+from lightning_mm.analysis.drift import measure_drift
+from lightning_mm.analysis.geometry import gride_scales, measure_geometry
+from lightning_mm.analysis.hidden_states import ROLE_SITES, HiddenStates
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
@@ -32,8 +32,7 @@ from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning import LoRAOnMiddle
 from lightning_mm.tuning.apply import apply_plan
-from tests.conftest import make_probe_rows, make_rows
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of, make_probe_rows, make_rows
 
 CPU = torch.device("cpu")
 
@@ -48,15 +47,15 @@ def probe_set_of(folder: Path, captioned: int, count: int = 24) -> ProbeSet:
     return MMDataModule(probes=str(file), processor="none").probe_set()
 
 
-def reading_of(probe_set: ProbeSet, layers: int = 8, seed: int = 0) -> Reading:
+def reading_of(probe_set: ProbeSet, layers: int = 8, seed: int = 0) -> HiddenStates:
     """Noise at every place that rows have."""
     generator = torch.Generator().manual_seed(seed)
     addresses = {}
-    for role, sites in PLACES.items():
+    for role, sites in ROLE_SITES.items():
         rows = tuple((row.id, 0) for row in probe_set.rows if row.role == role)
         addresses |= {f"{role}/{site}": rows for site in sites if rows and site != "object"}
     features = {place: torch.randn(layers + 1, len(a), 6, generator=generator) for place, a in addresses.items()}
-    return Reading(0, features, addresses)
+    return HiddenStates(0, features, addresses)
 
 
 def left_out() -> list[str]:
@@ -95,7 +94,7 @@ def test_every_criterion_that_is_left_out_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="None of the criteria"):
         select_layers(reading_of(probe_set), probe_set, None, AutoRange(criteria=("overlap", "rgn")), CPU)
     with pytest.raises(UserError, match="None of the probe rows"):
-        select_layers(Reading(0, {}, {}), probe_set, None, AutoRange(), CPU)
+        select_layers(HiddenStates(0, {}, {}), probe_set, None, AutoRange(), CPU)
 
 
 @pytest.mark.parametrize(
@@ -221,12 +220,12 @@ def test_a_tuned_model_with_adapters_is_transplanted_whole(family: Family, data:
 def test_dimensions_have_one_scale_everywhere(tmp_path: Path) -> None:
     probe_set = probe_set_of(tmp_path, captioned=24)
     start, now = reading_of(probe_set, seed=1), reading_of(probe_set, seed=2)
-    moved = drift(start, now, probe_set, 10, CPU).profile("drift_id", "picture")
+    moved = measure_drift(start, now, probe_set, 10, CPU).profile("drift_id", "picture")
     before, after = (
-        geometry(x, probe_set, ("id_gride",), 10, CPU).profile("id_gride", "picture") for x in (start, now)
+        measure_geometry(x, probe_set, ("id_gride",), 10, CPU).profile("id_gride", "picture") for x in (start, now)
     )
     for layer, row in moved.items():
         assert row.value == pytest.approx((after[layer].value or 0) - (before[layer].value or 0))
     (criterion,) = forward_criteria(now, probe_set, ("dimension",), 2, 0, CPU)
     assert criterion.scores.tolist() == pytest.approx([after[layer].value for layer in range(8)], rel=1e-6)
-    assert scales(1000) == (16, 32)
+    assert gride_scales(1000) == (16, 32)

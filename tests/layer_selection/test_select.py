@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
@@ -23,9 +23,8 @@ from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.tuning import EarlyLayers, IntermediateOnly
-from tests.conftest import make_probe_rows
+from tests.helpers.data import Family, batch_of, make_probe_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family, batch_of
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -99,10 +98,11 @@ def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn
     return model, layout
 
 
-def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> Reading:
+def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> HiddenStates:
     with torch.no_grad():
-        reading = gather(
-            read(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU), data.probe_set()
+        reading = gather_hidden_states(
+            extract_hidden_states(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU),
+            data.probe_set(),
         )
     assert reading is not None
     return reading

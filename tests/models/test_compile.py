@@ -18,8 +18,8 @@ from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LateLayers, LoRA, LoRAOnMiddle, TuningPolicy
+from tests.helpers.data import Data, Family, batch_of
 from tests.helpers.training import scale_of
-from tests.tuning.test_policies import Data, Family, batch_of
 
 COMPILED = Compute(compile="blocks")
 pytestmark = pytest.mark.filterwarnings("default")

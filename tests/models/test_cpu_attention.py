@@ -26,7 +26,7 @@ from lightning_mm.models.attention.cpu_kernels import (
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
-from tests.tuning.test_policies import batch_of
+from tests.helpers.data import batch_of
 
 
 class Grouped(nn.Module):

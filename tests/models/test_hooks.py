@@ -4,9 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,11 +17,7 @@ from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.hooks import block_io
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from tests.conftest import FAMILIES
-from tests.tuning.test_policies import batch_of
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
 
 
 def taken(model: nn.Module, layout: ModelLayout, inputs: dict[str, Tensor]) -> list[Tensor]:

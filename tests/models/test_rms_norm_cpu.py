@@ -18,8 +18,8 @@ from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models import rms_norm_cpu
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.rms_norm_cpu import use_cpu_norms
+from tests.helpers.data import batch_of
 from tests.helpers.training import scale_of
-from tests.tuning.test_policies import batch_of
 
 RMS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaRMSNorm(24, eps=1e-3),

@@ -15,7 +15,7 @@ from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.optimizer import build_optimizer, parameter_groups
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of
 
 NANO = Path(__file__).parents[2] / "nano"
 POLICIES: dict[str, TuningPolicy] = {

@@ -18,8 +18,7 @@ from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly
 from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer
 from lightning_mm.tuning.stochastic_adamw import StochasticAdamW, stochastic_round_
-from tests.helpers.training import train
-from tests.training.test_resume import SaveAt
+from tests.helpers.training import SaveAt, train
 
 
 class InBfloat16(Callback):

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.batch import Batch, KeptFeatures
+from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import RowCache
 from lightning_mm.execution.cache.collators import FEATURES, FeatureCollator
@@ -157,10 +157,10 @@ class FeatureCache(RowCache):
         """A collator that decodes no picture of rows that are known."""
         return FeatureCollator(collator, self.store, self.dtype)
 
-    def states(self, kept: KeptFeatures) -> list[Tensor | None]:
+    def states(self, kept: CachedFeatures) -> list[Tensor | None]:
         """Of every row; those that were not known are computed and kept."""
         states = list(kept.states)
-        for b, row, key, record in zip(kept.missing, kept.fresh, kept.keys, kept.records, strict=True):
+        for b, row, key, record in zip(kept.uncached_rows, kept.uncached, kept.keys, kept.records, strict=True):
             made = self.tower.states(row)
             if made is None:
                 self.store.put(key, record)
@@ -187,8 +187,8 @@ def verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, col
     """
     device = batch.regions.device
     tower = FrozenTower(mm, unread)
-    rows = [collator.usable([sample], []) for sample in batch.samples]
-    grey = collator.usable(batch.samples, [], grey=True)
+    rows = [collator.collate_valid([sample], []) for sample in batch.samples]
+    grey = collator.collate_valid(batch.samples, [], blank_images=True)
     if grey is None or not batch.has_images:
         raise _refusal("no picture is in the data")
     tower.verify(batch, grey.to(device), [row.to(device) for row in rows if row is not None])

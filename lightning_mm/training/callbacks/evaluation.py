@@ -98,7 +98,7 @@ class HeldOutEvaluation(Callback):
         asked: list[Asked] = []
         with looking(trainer, pl_module):
             for batch in loader:
-                data.ledger.add(batch.rejected)
+                data.rejected_samples.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
                 asked += _pair(batch, answers)
         found = {question.key: question for part in all_gather_object(asked) for question in part}

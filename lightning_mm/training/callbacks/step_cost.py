@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.data.batch import Batch, KeptFeatures, TokenRegion
+from lightning_mm.data.batch import Batch, CachedFeatures, TokenRegion
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.planning.step_shape import StepShape, count_pixels, picture_pairs, token_pairs
 from lightning_mm.tuning.policy import TuningPlan
@@ -52,13 +52,13 @@ class BatchCounter:
         """Count a batch; nothing is read back from the device."""
         pairs, zero = token_pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
         cached_pairs = zero
-        if isinstance(batch.kept, KeptFeatures):
+        if isinstance(batch.cached, CachedFeatures):
             # The tower saw the new rows only; the connector, cheap beside it, is counted with it.
-            seen = list(batch.kept.fresh)
+            seen = list(batch.cached.uncached)
         else:
-            seen = [part for part in (batch if batch.kept is None else batch.kept.fresh,) if part is not None]
+            seen = [part for part in (batch if batch.cached is None else batch.cached.uncached,) if part is not None]
             self._totals.cached += StepShape(len(batch.real) - sum(len(part.real) for part in seen))
-            if batch.kept is not None:
+            if batch.cached is not None:
                 cached_pairs = pairs - sum((token_pairs(part) for part in seen), zero)
         pixels = sum(count_pixels(part.inputs) for part in seen)
         self._totals.samples += len(batch)

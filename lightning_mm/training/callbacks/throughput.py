@@ -28,7 +28,7 @@ from torch import Tensor
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.dataloader import GuardedLoader
+from lightning_mm.data.dataloader import CheckedDataLoader
 from lightning_mm.planning.devices import benchmark_matmul, compute_dtype, synchronize
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
@@ -107,7 +107,7 @@ class Clock:
 
     def _waited(self) -> float:
         loader = self._trainer.train_dataloader
-        return loader.waited if isinstance(loader, GuardedLoader) else 0.0
+        return loader.waited if isinstance(loader, CheckedDataLoader) else 0.0
 
 
 @dataclass(frozen=True)

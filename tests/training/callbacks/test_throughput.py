@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decide
-from lightning_mm.data.batch import Batch, Kept, TokenRegion
+from lightning_mm.data.batch import Batch, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.planning.devices import benchmark_matmul, compute_dtype
@@ -30,13 +30,12 @@ from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
 from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.callbacks.throughput import Interval, Spent, Throughput, rates
 from lightning_mm.tuning import IntermediateOnly
+from tests.helpers.cli import ROOT
+from tests.helpers.data import Data, Family
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
 
-Data = dict[str, Path]
 MIDDLE = IntermediateOnly(layers="1-2")
 PEAK = 1e12
-ROOT = Path(__file__).parents[1]
 ALL = {
     metric_names.SUPERVISED_TOKENS_PER_SECOND,
     metric_names.TOKENS_PER_SECOND,
@@ -181,8 +180,8 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
 
     def cached(batch: Batch, fresh: Batch | None) -> Batch:
         inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
-        kept = Kept(torch.zeros(0), torch.zeros(0), fresh)
-        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, kept=kept)
+        kept = CachedStates(torch.zeros(0), torch.zeros(0), fresh)
+        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, cached=kept)
 
     def counted(batch: Batch) -> float:
         work = BatchCounter()
