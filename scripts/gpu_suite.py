@@ -40,7 +40,7 @@ from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone
-from lightning_mm.planning.devices import matmul_peak, wait_for
+from lightning_mm.planning.devices import benchmark_matmul, synchronize
 from lightning_mm.planning.flops import step_flops
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
@@ -85,14 +85,14 @@ def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], devic
     with torch.autocast(device.type, torch.bfloat16):
         truncate_tower(MultimodalModel(model, layout), batches[0].to(device), ExitStack())
     for batch in batches:
-        wait_for(device)
+        synchronize(device)
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             loss = step.objective(batch.to(device)).nll / batch.num_supervised
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        wait_for(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     taken = median(seconds[1:])
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -157,7 +157,7 @@ def main() -> None:
     if not (torch.cuda.is_available() or args.small):
         raise SystemExit("There is no CUDA device here; --small runs the same on the CPU.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(device, torch.bfloat16)
+    peak = benchmark_matmul(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result: dict[str, Any] = {"device": name, **versions, "precision": PRECISION, "rows": args.rows, "peak_flops": peak}

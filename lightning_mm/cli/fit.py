@@ -16,10 +16,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_mm.analysis.findings import carry_over
+from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
-from lightning_mm.core.csv_logger import MetricsFile
+from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import decide, log
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
@@ -109,7 +109,7 @@ class TrainingCLI(LightningCLI):
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             _continue_metrics(Path(resumed), self.run)
-            carry_over(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
+            copy_earlier_findings(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -119,7 +119,7 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
         given = self._get(self.config_init, "trainer")
-        loggers: list[Any] = [MetricsFile(self.run.metrics)]
+        loggers: list[Any] = [ResumableCSVLogger(self.run.metrics)]
         if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand == "fit":
             loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
         if isinstance(given.get("logger"), (list, tuple)):

@@ -12,12 +12,16 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.analysis.drift import drift
-from lightning_mm.analysis.findings import Findings, Recorder
-from lightning_mm.analysis.geometry import DEFAULT, checked, geometry
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.probing import ProbingOptions, probing
-from lightning_mm.analysis.summary import MAIN, headline
+from lightning_mm.analysis.drift import measure_drift
+from lightning_mm.analysis.findings import Findings, FindingsWriter
+from lightning_mm.analysis.geometry import (
+    DEFAULT_MEASURES,
+    measure_geometry,
+    resolve_measures,
+)
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.probing import ProbingOptions, run_probes
+from lightning_mm.analysis.summary import MAIN_PROFILES, summarize_profile
 from lightning_mm.cli.model_source import InspectedModel, model_label, open_models
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decide, log
@@ -26,7 +30,7 @@ from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.layer_selection.select import AutoRange, tell
+from lightning_mm.layer_selection.select import AutoRange, log_selection
 from lightning_mm.report.html import write_report
 
 
@@ -34,12 +38,12 @@ def inspect(arguments: list[str]) -> int:
     """Read every layer of a model: probes, geometry, and which layers are worth training."""
     options = _parser().parse_args(arguments[1:])
     decide.clear()
-    measures, auto = checked(options.measures or DEFAULT), AutoRange(**vars(options.auto))
+    measures, auto = resolve_measures(options.measures or DEFAULT_MEASURES), AutoRange(**vars(options.auto))
     options.probing = ProbingOptions(**vars(options.probing))
     paths = [options.model, *([options.against] if options.against else [])]
     models, probe_set = open_models(paths, options, auto)
     run = RunDirectory.create(options.root, options.name or "inspect-" + "-".join(model_label(path) for path in paths))
-    seen: list[tuple[InspectedModel, Reading]] = []
+    seen: list[tuple[InspectedModel, HiddenStates]] = []
     found = []
     for step, model in enumerate(models):
         first = seen[0][1] if seen else None
@@ -104,22 +108,22 @@ def _inspect_model(
     step: int,
     measures: Sequence[str],
     options: Namespace,
-    first: Reading | None,
+    first: HiddenStates | None,
     run: RunDirectory,
-) -> tuple[Reading, Findings]:
+) -> tuple[HiddenStates, Findings]:
     began = time.perf_counter()
     reading = model.read(probe_set, step)
     problems = [*reading.problems]
     alone = _without_pictures(model, probe_set, step, problems) if options.text_only else None
     forward = time.perf_counter() - began
-    found = probing(reading, alone, probe_set, options.probing, model.device)
+    found = run_probes(reading, alone, probe_set, options.probing, model.device)
     found.problems[:0] = problems
-    found.take(geometry(reading, probe_set, measures, options.neighbours, model.device))
+    found.extend(measure_geometry(reading, probe_set, measures, options.neighbours, model.device))
     if first is not None:
-        found.take(drift(first, reading, probe_set, options.neighbours, model.device))
-    recorder = Recorder(run)
+        found.extend(measure_drift(first, reading, probe_set, options.neighbours, model.device))
+    recorder = FindingsWriter(run)
     if step == 0:
-        recorder.probes(probe_set)
+        recorder.write_probe_set(probe_set)
     recorder.write(found, forward, time.perf_counter() - began - forward)
     log.info("%s: read in %.1f s, analysed in %.1f s", model.name, forward, time.perf_counter() - began - forward)
     for problem in found.problems:
@@ -127,7 +131,9 @@ def _inspect_model(
     return reading, found
 
 
-def _without_pictures(model: InspectedModel, probe_set: ProbeSet, step: int, problems: list[str]) -> Reading | None:
+def _without_pictures(
+    model: InspectedModel, probe_set: ProbeSet, step: int, problems: list[str]
+) -> HiddenStates | None:
     """Hidden states of the entailment rows with grey images; None without such rows, or if reading fails."""
     blank = probe_set.without_pictures()
     if not len(blank):
@@ -141,7 +147,7 @@ def _without_pictures(model: InspectedModel, probe_set: ProbeSet, step: int, pro
     return reading
 
 
-def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet, run: RunDirectory) -> None:
+def _select(seen: Sequence[tuple[InspectedModel, HiddenStates]], probe_set: ProbeSet, run: RunDirectory) -> None:
     """Select layers of the first model; a second, tuned one adds two criteria."""
     model, reading = seen[0]
     try:
@@ -149,7 +155,7 @@ def _select(seen: Sequence[tuple[InspectedModel, Reading]], probe_set: ProbeSet,
     except UserError as error:
         decide("select", "no layers are chosen", f"{error.what} {error.why}")
         return
-    tell(selection)
+    log_selection(selection)
     write_json(run.selection, selection.to_dict())
 
 
@@ -179,9 +185,9 @@ def peaks_table(title: str, found: Findings) -> Table:
         table.add_column(column, no_wrap=True)
     for column in ("peak layer", "value", "95 % interval", "chance", "n", "half height"):
         table.add_column(column)
-    for measure, site in MAIN:
+    for measure, site in MAIN_PROFILES:
         profile = found.profile(measure, site)
-        brief = headline(profile)
+        brief = summarize_profile(profile)
         if brief is None:
             reason = next((row.undefined for row in profile.values()), "")
             if reason:

@@ -15,7 +15,11 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading, read, shared
+from lightning_mm.analysis.hidden_states import (
+    HiddenStates,
+    common_samples,
+    extract_hidden_states,
+)
 from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
@@ -26,7 +30,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.build import open_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.forward_criteria import drift_criterion
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
@@ -69,15 +73,15 @@ class InspectedModel:
         """D, the hidden size of the decoder."""
         return int(self.mm.transformers.config.get_text_config(decoder=True).hidden_size)
 
-    def read(self, probe_set: ProbeSet, step: int = 0) -> Reading:
+    def read(self, probe_set: ProbeSet, step: int = 0) -> HiddenStates:
         """Hidden states of every layer on every row; rejected rows also go to the ledger of ``data``."""
         with torch.no_grad(), self._precision():
-            reading = read(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
+            reading = extract_hidden_states(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
         self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
-        self, reading: Reading, probe_set: ProbeSet, pilot: "tuple[InspectedModel, Reading] | None" = None
+        self, reading: HiddenStates, probe_set: ProbeSet, pilot: "tuple[InspectedModel, HiddenStates] | None" = None
     ) -> Selection:
         """Select the layers worth training.
 
@@ -89,10 +93,10 @@ class InspectedModel:
         Raises:
             UserError: No row was read, or none of the criteria can be computed.
         """
-        batches = self._batches() if pilot or set(GRADIENT) & set(self.auto.criteria) else []
+        batches = self._batches() if pilot or set(GRADIENT_CRITERIA) & set(self.auto.criteria) else []
         pilot_criteria = self._pilot_criteria(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
-            gradients = scores_if_possible(self.mm, batches, self.device, self.auto.criteria)
+            gradients = try_gradient_scores(self.mm, batches, self.device, self.auto.criteria)
         return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=pilot_criteria)
 
     def _batches(self) -> list[Batch]:
@@ -103,10 +107,15 @@ class InspectedModel:
             return []
 
     def _pilot_criteria(
-        self, reading: Reading, probe_set: ProbeSet, tuned: "InspectedModel", after: Reading, batches: list[Batch]
+        self,
+        reading: HiddenStates,
+        probe_set: ProbeSet,
+        tuned: "InspectedModel",
+        after: HiddenStates,
+        batches: list[Batch],
     ) -> list[Criterion]:
         """Criteria from the tuned model: drift of its hidden states, and the gain of its blocks window by window."""
-        before, after, _ = shared(reading, after)
+        before, after, _ = common_samples(reading, after)
         drifted = drift_criterion(before, after, probe_set, self.auto.resamples, self.auto.seed, self.device)
         gains = self._transplant_gains(tuned, batches)
         gained = None if gains is None else transplant_criterion(gains, self.auto.resamples)

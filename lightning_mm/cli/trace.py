@@ -15,10 +15,12 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.analysis.findings import Findings, Recorder
+from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.causal.effects.activation_patching import TraceConfig
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
-from lightning_mm.causal.effects.layer_transplant import add_transplant_curves
+from lightning_mm.causal.effects.layer_transplant import (
+    add_transplant_curves,
+)
 from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import Answer, answer_until
@@ -63,7 +65,7 @@ def trace(arguments: list[str]) -> int:
         result = run_study(mm, answers, config, _copy_images(run, answers))
         if len(models) > 1:
             add_transplant_curves(result.findings, mm, models[1].mm.model, batches)
-    Recorder(run).write(result.findings, 0.0, time.perf_counter() - began)
+    FindingsWriter(run).write(result.findings, 0.0, time.perf_counter() - began)
     title = {"title": " against ".join(map(model_label, paths)), "model": model.kind}
     _write(run, result, answers, title, model)
     write_json(run.path / "inspection.json", {**title, "labels": {"0": model_label(options.model)}})

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading, pool, read, shared
+from lightning_mm.analysis.hidden_states import HiddenStates, common_samples, extract_hidden_states, pool
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
@@ -28,7 +28,7 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
     rows = [row for row in data.probe_set().rows if row.role == "text"]
     batches = [batch for batch in data.probe_loader(data.probe_set()) if {row.role for row in batch.rows} == {"text"}]
     assert batches
-    reading = read(MultimodalModel(model, layout), batches, CPU)
+    reading = extract_hidden_states(MultimodalModel(model, layout), batches, CPU)
     features = reading.features["text/last"]
     assert 0 < features.shape[1] <= len(rows)
     assert torch.equal(features[2], features[1])
@@ -40,15 +40,17 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
     torch.testing.assert_close(normed, last[torch.arange(len(ends)), ends], atol=1e-6, rtol=1e-5)
     assert [d.name for d in decide].count("inspection.blocks") == 1
     for first in (2, 3):  # the slice below the lowest that is read anew is what a skipped block passes on
-        again = read(MultimodalModel(model, layout), batches, CPU, before=reading, unchanged=first)
+        again = extract_hidden_states(MultimodalModel(model, layout), batches, CPU, before=reading, unchanged=first)
         assert torch.equal(again.features["text/last"], features)
 
 
 @torch.no_grad()
 def test_all_slices_from_before_need_no_forward(family: Family, probes: Path) -> None:
     model = load_model(Backbone(path=str(family("llava")))).eval()
-    before = Reading(0, {"text/last": torch.ones(5, 1, 2)}, {"text/last": (("a", 0),)})
-    again = read(model, ModelLayout.of(model), iter(()), CPU, step=7, before=before, unchanged=5)
+    before = HiddenStates(0, {"text/last": torch.ones(5, 1, 2)}, {"text/last": (("a", 0),)})
+    again = extract_hidden_states(
+        MultimodalModel(model, ModelLayout.of(model)), iter(()), CPU, step=7, before=before, unchanged=5
+    )
     assert again.step == 7
     assert again.features is before.features
 
@@ -62,20 +64,20 @@ def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
 
 def test_nothing_that_was_read_has_no_slices() -> None:
     rejected = (Rejection("a:1", "too long: 900 tokens"), Rejection("a:2", "too long: 800 tokens"))
-    empty = Reading(0, {}, {}, rejected)
+    empty = HiddenStates(0, {}, {}, rejected)
     assert empty.problems == ("probe rows with 'too long': 2, such as a:1 (too long: 900 tokens)",)
     with pytest.raises(UserError, match="too long"):
         _ = empty.num_slices
 
 
 def test_what_one_reading_lacks_neither_keeps() -> None:
-    def reading(*rows: str) -> Reading:
+    def reading(*rows: str) -> HiddenStates:
         features = torch.tensor([[[float(ord(row))] for row in rows]])
-        return Reading(0, {"text/last": features}, {"text/last": tuple((row, 0) for row in rows)})
+        return HiddenStates(0, {"text/last": features}, {"text/last": tuple((row, 0) for row in rows)})
 
-    one, other, left_out = shared(reading("a", "b", "d"), reading("b", "c", "d"))
+    one, other, left_out = common_samples(reading("a", "b", "d"), reading("b", "c", "d"))
     assert left_out == 2
-    assert one.addresses == other.addresses == {"text/last": (("b", 0), ("d", 0))}
+    assert one.sample_index == other.sample_index == {"text/last": (("b", 0), ("d", 0))}
     assert torch.equal(one.features["text/last"], other.features["text/last"])
     whole = reading("a")
-    assert shared(whole, reading("a"))[0] is whole
+    assert common_samples(whole, reading("a"))[0] is whole

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
@@ -92,7 +92,7 @@ def test_slices_from_before_are_those_that_would_be_read_again(
 
 def test_later_looks_begin_above_the_frozen_prefix(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
     """The same readings (weights differ by the order of sums), but only the first look shows the model the pictures."""
-    readings: dict[str, list[Reading]] = {}
+    readings: dict[str, list[HiddenStates]] = {}
     towers: dict[str, list[int]] = {}
     for mode in ("off", "on"):
         kept, ran = RecordingCallback(), towers.setdefault(mode, [])
@@ -141,7 +141,7 @@ def test_a_failing_analysis_is_reported_and_training_goes_on(
 def test_a_failing_forward_is_reported_and_training_goes_on(
     family: Family, probed: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    def broken(*args: object, **options: object) -> Reading:
+    def broken(*args: object, **options: object) -> HiddenStates:
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(reader, "read", broken)
@@ -206,7 +206,7 @@ def test_two_hundred_looks_leave_nothing(family: Family, probed: dict[str, Path]
 
         def __init__(self) -> None:
             super().__init__()
-            self.refs: list[weakref.ref[Reading]] = []
+            self.refs: list[weakref.ref[HiddenStates]] = []
 
     watch = Watch()
     module, _ = train(family("llava"), probed, tmp_path, callbacks=[watch], tuning=MIDDLE, max_steps=200)

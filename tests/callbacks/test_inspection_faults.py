@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
-from lightning_mm.analysis.findings import Findings, Recorder
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.findings import Findings, FindingsWriter
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import GeometryCallback, ProbingCallback, Schedule, reader, runner
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Budget
@@ -67,7 +67,7 @@ def test_a_baseline_that_fails_costs_the_baseline_only(
 ) -> None:
     true_read = reader.read
 
-    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> Reading:
+    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
         held = list(batches)
         if held[0].rows[0].blank:
             raise RuntimeError("grey")
@@ -140,14 +140,14 @@ def test_no_fault_of_rank_0_stops_training(
         return failing
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "scalars", fail(StopIteration("none")))
+        patched.setattr(runner, "summary_metrics", fail(StopIteration("none")))
         train(family("llava"), probed, tmp_path, callbacks=[GeometryCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert rows_of(tmp_path), "what could be had is written down"
-    monkeypatch.setattr(Recorder, "probes", fail(OSError("no space")))
-    monkeypatch.setattr(Recorder, "keep_start", fail(SafetensorError("cut")))
-    monkeypatch.setattr(Recorder, "write", fail(BufferError("full")))
+    monkeypatch.setattr(FindingsWriter, "write_probe_set", fail(OSError("no space")))
+    monkeypatch.setattr(FindingsWriter, "save_start", fail(SafetensorError("cut")))
+    monkeypatch.setattr(FindingsWriter, "write", fail(BufferError("full")))
     _, trainer = train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=1)
-    monkeypatch.setattr(reader, "gather", fail(ZeroDivisionError("order")))
+    monkeypatch.setattr(reader, "gather_hidden_states", fail(ZeroDivisionError("order")))
     train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=1)
     assert trainer.global_step == 1
     for told in (

@@ -60,10 +60,10 @@ def test_a_row_that_comes_twice_counts_once(probes: Path) -> None:
     features = torch.arange(2 * 6 * 3.0).reshape(2, 6, 3)
     order = [2, 0, 1, 2, 3, 0]
     addresses = tuple((some[i].id, 0) for i in order)
-    reading = readings.Reading(0, {"picture/last": features}, {"picture/last": addresses})
-    kept = readings.gather(reading, data.probe_set())
+    reading = readings.HiddenStates(0, {"picture/last": features}, {"picture/last": addresses})
+    kept = readings.gather_hidden_states(reading, data.probe_set())
     assert kept is not None
-    assert kept.addresses["picture/last"] == tuple((row.id, 0) for row in some)
+    assert kept.sample_index["picture/last"] == tuple((row.id, 0) for row in some)
     assert torch.equal(kept.features["picture/last"], features[:, [1, 2, 0, 4]])
 
 

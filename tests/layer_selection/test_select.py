@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import gradient_scores
-from lightning_mm.layer_selection.select import AutoRange, asks_for_selection, select_layers, with_layers
+from lightning_mm.layer_selection.select import AutoRange, auto_layers_option, select_layers, with_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
@@ -98,10 +98,11 @@ def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn
     return model, layout
 
 
-def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> Reading:
+def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> HiddenStates:
     with torch.no_grad():
-        reading = gather(
-            read(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU), data.probe_set()
+        reading = gather_hidden_states(
+            extract_hidden_states(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU),
+            data.probe_set(),
         )
     assert reading is not None
     return reading
@@ -123,7 +124,7 @@ def test_a_planted_range_is_found(first: int, last: int, deep: Path, probing_dat
     model, layout = planted(deep, probing_data, first, last)
     reading = read_all(model, layout, probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert selection.evidence.found, selection.why
+    assert selection.significance.found, selection.why
     assert selection.chosen.layers == tuple(range(first, last + 1)), selection.to_dict()
     assert selection.chosen.first_range[0] <= first <= selection.chosen.first_range[1]
     assert set(selection.controls) == {"EarlyLayers", "LateLayers", "UniformSparse", "RandomLayers"}
@@ -139,7 +140,7 @@ def test_random_weights_show_no_evidence(seed: int, probing_data: MMDataModule, 
             nn.init.normal_(parameter, std=0.05 * (seed + 1))
     reading = read_all(model, ModelLayout.of(model), probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert not selection.evidence.found, selection.evidence
+    assert not selection.significance.found, selection.significance
     assert "no evidence" in selection.why[0]
     assert selection.chosen.layers == (2, 3)  # 25 % to 50 % of eight
 
@@ -197,9 +198,9 @@ def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path
 
 
 def test_auto_stands_in_layers_and_in_budget() -> None:
-    assert asks_for_selection(IntermediateOnly(layers="auto")) == "layers"
-    assert asks_for_selection(EarlyLayers(budget="auto:25%")) == "budget"
-    assert asks_for_selection(IntermediateOnly(layers="6-16")) is None
+    assert auto_layers_option(IntermediateOnly(layers="auto")) == "layers"
+    assert auto_layers_option(EarlyLayers(budget="auto:25%")) == "budget"
+    assert auto_layers_option(IntermediateOnly(layers="6-16")) is None
     assert with_layers(EarlyLayers(budget="auto"), (3, 4, 5)) == EarlyLayers(budget="3-5")
 
 

@@ -80,7 +80,7 @@ def rows_of(step, measures=MEASURES, seed=0, steps=STEPS):
             value = min(value, top)
             near = {} if null is None else {"null": null, "null_low": null - 0.045, "null_high": null + 0.045}
             ends = {"low": value - half, "high": min(value + half, top)}
-            note = "3 duplicates were left out" if measure == "overlap" else ""
+            note = ("3 duplicates were left out",) if measure == "overlap" else ()
             k = 10 if "overlap" in measure else None
             rows.append(LayerRow(step, analysis, measure, site, layer, value, **ends, **near, n=240, k=k, notes=note))
     return rows

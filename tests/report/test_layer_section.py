@@ -27,7 +27,7 @@ def seen(rows, trained=TRAINED, names=NAMES, bad=0):
 def test_a_headline_says_peak_change_chance_and_place():
     sure = {"null": 0.5, "null_low": 0.45, "null_high": 0.55, "n": 1234}
     early = [row(0, i, v, low=v - 0.05, high=v + 0.05, **sure) for i, v in enumerate([0.5, 0.6, 0.55, 0.5, 0.5, 0.5])]
-    sure |= {"notes": "five parts; the peak is at layer 2 to 4 in 95 % of resamples"}
+    sure |= {"notes": ("five parts", "the peak is at layer 2 to 4 in 95 % of resamples")}
     late = [row(9, i, v, low=v - 0.05, high=v + 0.05, **sure) for i, v in enumerate([0.5, 0.6, 0.7, 0.9, 0.5, 0.5])]
     told = seen([*early, *late])
     (line,) = told.headlines

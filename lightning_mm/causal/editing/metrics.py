@@ -21,12 +21,17 @@ from torch import Tensor
 
 from lightning_mm.causal.editing.files import EditRequest
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
-from lightning_mm.causal.questions.scoring import AnswerScore, ForcedAnswer, force_answer, score_answer
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.causal.questions.scoring import (
+    AnswerScore,
+    ForcedAnswer,
+    force_answer,
+    score_answer,
+)
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.handle import MultimodalModel
 
@@ -276,7 +281,9 @@ def loss_change(before_K2: Tensor, after_K2: Tensor, groups: Sequence[str]) -> t
         groups: (K) cluster ids: the edit, or the conversation if all edits are applied at once.
     """
     if not len(before_K2):
-        return undefined("no conversations were given", 0), undefined("no conversations were given", 0)
+        return Estimate.undefined_because("no conversations were given", 0), Estimate.undefined_because(
+            "no conversations were given", 0
+        )
     tokens_K = before_K2[:, 1]
     values = []
     for sums_K in (after_K2[:, 0], after_K2[:, 0] - before_K2[:, 0]):
@@ -289,10 +296,10 @@ def loss_change(before_K2: Tensor, after_K2: Tensor, groups: Sequence[str]) -> t
 
 def _mean(values: Sequence[float], groups: Sequence[str], bounded: bool) -> Estimate:
     if not values:
-        return undefined("no such question was given", 0)
+        return Estimate.undefined_because("no such question was given", 0)
     index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = torch.tensor([index[group] for group in groups])
-    mean, low, high = (float(x) for x in mean_interval(torch.tensor([values], dtype=torch.float64), ids))
+    mean, low, high = (float(x) for x in clustered_mean_interval(torch.tensor([values], dtype=torch.float64), ids))
     if bounded:
         low, high = (max(0.0, low), min(1.0, high)) if not math.isnan(low) else (low, high)
-    return finite(mean, len(values), low=low, high=high)
+    return Estimate.of(mean, len(values), low=low, high=high)

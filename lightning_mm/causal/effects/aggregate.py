@@ -15,8 +15,8 @@ from torch import Tensor
 
 from lightning_mm.causal.effects.activation_patching import CausalTrace, TraceConfig
 from lightning_mm.causal.questions.question import TOKEN_CLASSES, Question
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.resampling import clustered_mean_interval
 
 
 def group_ids(questions: Sequence[Question]) -> Tensor:
@@ -43,11 +43,11 @@ def layer_means(
     for value_Q, null_Q in zip(value_QN.double().T, null_QN.double().T, strict=True):
         known = ~value_Q.isnan()
         if not known.any():
-            means.append(undefined(missing, 0))
+            means.append(Estimate.undefined_because(missing, 0))
             continue
-        mean, low, high = (float(end) for end in mean_interval(value_Q[known][None], group_Q[known]))
+        mean, low, high = (float(end) for end in clustered_mean_interval(value_Q[known][None], group_Q[known]))
         null = float(null_Q[known].mean())
-        means.append(finite(mean, int(known.sum()), low=low, high=high, null=null))
+        means.append(Estimate.of(mean, int(known.sum()), low=low, high=high, null=null))
     return means
 
 

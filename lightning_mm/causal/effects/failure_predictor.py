@@ -26,10 +26,15 @@ from lightning_mm.causal.interventions.activation_cache import ActivationCache
 from lightning_mm.causal.questions.question import EncodedQuestion, Question
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.probes.cross_validation import MIN_GROUPS_PER_CLASS, dealt, group_draws, num_groups
-from lightning_mm.probes.intervals import bounds
+from lightning_mm.probes.cross_validation import (
+    MIN_GROUPS_PER_CLASS,
+    bootstrap_weights,
+    num_groups,
+    stratified_group_folds,
+)
+from lightning_mm.probes.intervals import percentile_interval
 from lightning_mm.probes.scores import auroc
 
 C = 0.05
@@ -179,13 +184,13 @@ def predict_failure(
     """
     group_Q, label_Q = group_ids(questions), right_Q.long().cpu()
     if why := _too_few(label_Q, group_Q):
-        none = undefined(why, len(label_Q))
+        none = Estimate.undefined_because(why, len(label_Q))
         return FailurePrediction(none, none, none, none, none, kept=0.0, c=C)
-    part_SQ = torch.stack([dealt(label_Q, group_Q, 2, seed) for seed in range(splits)])
+    part_SQ = torch.stack([stratified_group_folds(label_Q, group_Q, 2, seed) for seed in range(splits)])
     c = l1_strength(len(label_Q) // 2, feature_QF.shape[1])
     scored = [_cross_scores(feature_QF.double().cpu(), label_Q, part_Q, c) for part_Q in part_SQ]
     # All questions once, then the bootstrap draws.
-    weight_BQ = torch.cat([torch.ones(1, len(label_Q)), group_draws(group_Q, _DRAWS, 0)]).double()
+    weight_BQ = torch.cat([torch.ones(1, len(label_Q)), bootstrap_weights(group_Q, _DRAWS, 0)]).double()
     known_Q = confidence_Q.double().cpu()
 
     def everywhere(score: Callable[..., Tensor], scores: Sequence[Tensor]) -> Tensor:
@@ -245,8 +250,8 @@ def _risk(score_Q: Tensor, label_Q: Tensor, weight_BQ: Tensor, part_Q: Tensor) -
 
 def _estimate(value_B: Tensor, n: int, null: float, least: float = 0.0) -> Estimate:
     """Value on all questions, with the 95 % bootstrap interval."""
-    low, high = bounds(value_B[None, 1:])[0].clamp(least, 1).tolist()
-    return finite(float(value_B[0]), n, low=low, high=high, null=null)
+    low, high = percentile_interval(value_B[None, 1:])[0].clamp(least, 1).tolist()
+    return Estimate.of(float(value_B[0]), n, low=low, high=high, null=null)
 
 
 def _too_few(label_Q: Tensor, group_Q: Tensor) -> str:

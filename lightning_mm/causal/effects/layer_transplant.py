@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
@@ -193,13 +193,15 @@ def transplant_rows(
     """
     for modality in sorted(set(untouched.modalities)):
         members = torch.tensor([each == modality for each in untouched.modalities])
-        ends = mean_interval(torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members])
+        ends = clustered_mean_interval(
+            torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members]
+        )
         intervals = zip(*(end.tolist() for end in ends), strict=True)
         n, null = int(members.sum()), float(untouched.right[members].mean())
         yield (
             f"{mode}/{modality}",
             {
-                layer: finite(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
+                layer: Estimate.of(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
                 for layer, (mean, low, high) in zip(curve, intervals, strict=True)
             },
         )

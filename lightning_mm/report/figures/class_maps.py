@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_mm.core.layer_table import LayerRow
-from lightning_mm.core.measure_catalog import CLASSES, SITES
+from lightning_mm.core.measure_catalog import MODULE_SITES, TOKEN_CLASSES
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.drawing import Box, Drawing, Ring, Shape, Words, hatched
 from lightning_mm.report.figures.layer_axis import LayerAxis
@@ -39,7 +39,7 @@ class ClassMap:
 
     @property
     def title(self) -> str:
-        return f"{SITES.get(self.site, self.site)} put back"
+        return f"{MODULE_SITES.get(self.site, self.site)} put back"
 
     @property
     def best(self) -> LayerRow | None:
@@ -93,7 +93,9 @@ class ClassMap:
         """The kinds of tokens, in two lines where they have two words."""
         for number, kind in enumerate(self.classes):
             look = "ink" if kind == "constraint" else ""
-            first, _, rest = CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ").partition(" ")
+            first, _, rest = (
+                TOKEN_CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ").partition(" ")
+            )
             for line, words in enumerate(filter(None, (first.replace("_", " "), rest))):
                 yield Words(_LEFT + _COLUMN * (number + 0.5), y + 12 * line, words, look, "middle")
 
@@ -107,7 +109,7 @@ def class_maps(rows: Sequence[LayerRow]) -> list[ClassMap]:
         if row.step == last:
             site, _, kind = row.site.partition("/")
             by_site.setdefault(site[:40], {})[row.layer, kind] = row
-    order = list(SITES)
+    order = list(MODULE_SITES)
     sites = sorted(by_site, key=lambda site: order.index(site) if site in order else len(order))[:_MOST_SITES]
     parts = [row for site in sites if site != "residual" for row in by_site[site].values()]
     return [
@@ -125,7 +127,7 @@ def is_pale(row: LayerRow) -> bool:
 def class_words(row: LayerRow) -> str:
     """The kind of token that a row is about."""
     kind = row.site.partition("/")[2]
-    return CLASSES.get(kind, kind[:40])
+    return TOKEN_CLASSES.get(kind, kind[:40])
 
 
 def _own(site: str, parts: Sequence[LayerRow], own: Mapping[tuple[int, str], LayerRow]) -> Sequence[LayerRow]:
@@ -138,8 +140,8 @@ def _reach(rows: Sequence[LayerRow]) -> float:
 
 def _ordered(rows: Mapping[tuple[int, str], LayerRow]) -> tuple[str, ...]:
     kinds = dict.fromkeys(kind for _, kind in rows)
-    known = [kind for kind in CLASSES if kind in kinds]
-    return tuple([*known, *(kind for kind in kinds if kind not in CLASSES)][:_MOST_CLASSES])
+    known = [kind for kind in TOKEN_CLASSES if kind in kinds]
+    return tuple([*known, *(kind for kind in kinds if kind not in TOKEN_CLASSES)][:_MOST_CLASSES])
 
 
 def _known(rows: Mapping[tuple[int, str], LayerRow]) -> dict[tuple[int, str], LayerRow]:

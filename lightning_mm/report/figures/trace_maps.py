@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.measure_catalog import CLASSES
+from lightning_mm.core.measure_catalog import TOKEN_CLASSES
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.drawing import Box, Drawing, Ring, Shape, Strokes, Words, hatched, printable, wide
 from lightning_mm.report.figures.layer_axis import LayerAxis
@@ -124,7 +124,7 @@ def _who(trace: Trace, column: Column) -> str:
 
 
 def _kind(name: str) -> str:
-    return CLASSES.get(name, name or "token")
+    return TOKEN_CLASSES.get(name, name or "token")
 
 
 def _labels(trace: Trace, found: Sequence[Column], y: float) -> tuple[list[Shape], float]:

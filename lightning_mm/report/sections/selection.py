@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mm.core.layer_table import MOST_LAYERS
-from lightning_mm.core.measure_catalog import measure, place
+from lightning_mm.core.measure_catalog import describe_site, measure
 from lightning_mm.report.figures import heatmaps
 from lightning_mm.report.figures.tracks import Track
 from lightning_mm.report.sections.run import apart, ranges
@@ -25,7 +25,7 @@ class MatrixCard:
     """One measure over all pairs of layers, first and last."""
 
     title: str
-    place: str
+    describe_site: str
     pair: bool
     drawings: tuple[tuple[str, str], ...]
 
@@ -63,7 +63,7 @@ def matrices(raw: Any, trained: Trained, names: StepNames) -> tuple[tuple[Matrix
         tips = len(cards) < _OPEN
         drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
         pair = "~" in site or site in ("last", "token")
-        cards.append(MatrixCard(measure(name).title, place(site), pair, drawn))
+        cards.append(MatrixCard(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 
 

@@ -22,16 +22,15 @@ from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
 from lightning_mm.execution.vision_truncation import truncate_tower
-from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.processor import load_processing
+from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.planning.plan import Blueprint, Setting, forecast
-from lightning_mm.training.callbacks.step_cost import Work
+from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import prepare
+from lightning_mm.tuning.apply import prepare_model
 from tests.helpers.data import Data, Family
 from tests.helpers.training import SaveAt, cache_on, train, train_losses
 
@@ -155,20 +154,20 @@ def test_where_it_would_be_wrong_it_is_refused(
 def test_only_the_tower_tells_towers_apart(family: Family) -> None:
     """What trains is no part of the name, adapters neither; every weight of the tower is."""
     backbone = Backbone(path=str(family("llava")))
-    model, layout, _ = prepare(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
-    first = tower_digest(MultimodalModel(model, layout))
-    plain, its, _ = prepare(backbone, Full(vision="frozen"))
-    assert tower_digest(plain, its) == first
+    adapted, _ = prepare_model(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
+    first = tower_digest(adapted)
+    plain, _ = prepare_model(backbone, Full(vision="frozen"))
+    assert tower_digest(plain) == first
     with torch.no_grad():
-        for name in its.places:
+        for name in plain.layout.locations:
             if "vision_tower" not in name:
-                plain.get_parameter(name).add_(1.0)
-        assert tower_digest(plain, its) == first
-        for name in its.places:
+                plain.model.get_parameter(name).add_(1.0)
+        assert tower_digest(plain) == first
+        for name in plain.layout.locations:
             if "vision_tower" in name:
-                before = tower_digest(plain, its)
-                plain.get_parameter(name).view(-1)[0] += 1.0
-                assert tower_digest(plain, its) != before, name
+                before = tower_digest(plain)
+                plain.model.get_parameter(name).view(-1)[0] += 1.0
+                assert tower_digest(plain) != before, name
 
 
 def test_a_small_tower_is_kept_on_request_only(
@@ -191,14 +190,13 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
     batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
-    model, layout, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
-    tower = FrozenTower(
-        MultimodalModel(model, layout), truncate_tower(MultimodalModel(model.eval(), layout), batch, ExitStack())
-    )
+    mm, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
+    mm.model.eval()
+    tower = FrozenTower(mm, truncate_tower(mm, batch, ExitStack()))
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
-    blueprint = Blueprint(Backbone(path=str(family(name))), batch)
-    told = forecast(blueprint, CONNECTOR, [batch], Setting(), DEVICES["h200"])
+    blueprint = MetaModel(Backbone(path=str(family(name))), batch)
+    told = estimate_cost(blueprint, CONNECTOR, [batch], RunSettings(), DEVICES["h200"])
     assert told.record == sum(made) / len(batch)
     assert told.cached is not None
     assert told.run - told.cached == pytest.approx(told.flops.region(Region.VISION).total)
@@ -294,7 +292,7 @@ def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path
     whole, rows = collator(samples), [collator([sample]) for sample in samples]
     done = []
     for kept in (None, CachedFeatures((None, None), (0, 1), tuple(rows)), CachedFeatures((torch.zeros(1),) * 2)):
-        work = Work()
+        work = BatchCounter()
         work.add(replace(whole, cached=kept))
         done.append(work.take())
     plain, new, known = done

@@ -145,7 +145,7 @@ class PatchGrids:
     def _measure_region(self, size: tuple[int, int]) -> VisibleRegion | str:
         """The visible region, by an image with red = x, green = y and full blue."""
         if self._black_white is None:
-            black, white = (self._pixels(Image.new("RGB", size, colour)) for colour in ("black", "white"))
+            black, white = (self._pixels(Image.new("RGB", size, color)) for color in ("black", "white"))
             if isinstance(black, str) or isinstance(white, str):
                 return black if isinstance(black, str) else str(white)
             inside = (white - black).abs().sum(0).flatten().argmax()
