@@ -6,7 +6,6 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import torch._inductor.config as inductor
 import torch.distributed as dist
 
 from lightning_mm.models.processor import Processing, load_processing
-from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
 from tests.helpers.slow import SLOW_TESTS
 
