@@ -69,7 +69,7 @@ def test_probes_without_captions_are_looked_into(family: Family, data: Data, pro
 def test_a_baseline_that_fails_costs_the_baseline_only(
     family: Family, probed: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_read = reader.read
+    true_read = reader.extract_hidden_states
 
     def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
         held = list(batches)
@@ -77,7 +77,7 @@ def test_a_baseline_that_fails_costs_the_baseline_only(
             raise RuntimeError("grey")
         return true_read(model, layout, held, *args, **options)
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "extract_hidden_states", broken)
     train(family("llava"), probed, tmp_path, callbacks=[ProbingCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert {row.step for row in rows_of(tmp_path)} == {0, 1}
     assert [p for p in problems_of(tmp_path) if "without pictures" in p and "RuntimeError: grey" in p]
@@ -144,14 +144,14 @@ def test_no_fault_of_rank_0_stops_training(
         return failing
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "scalars", fail(StopIteration("none")))
+        patched.setattr(runner, "summary_metrics", fail(StopIteration("none")))
         train(family("llava"), probed, tmp_path, callbacks=[GeometryCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert rows_of(tmp_path), "what could be had is written down"
-    monkeypatch.setattr(FindingsWriter, "probes", fail(OSError("no space")))
-    monkeypatch.setattr(FindingsWriter, "keep_start", fail(SafetensorError("cut")))
+    monkeypatch.setattr(FindingsWriter, "write_probe_set", fail(OSError("no space")))
+    monkeypatch.setattr(FindingsWriter, "save_start", fail(SafetensorError("cut")))
     monkeypatch.setattr(FindingsWriter, "write", fail(BufferError("full")))
     _, trainer = train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=1)
-    monkeypatch.setattr(reader, "gather", fail(ZeroDivisionError("order")))
+    monkeypatch.setattr(reader, "gather_hidden_states", fail(ZeroDivisionError("order")))
     train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=1)
     assert trainer.global_step == 1
     for told in (
