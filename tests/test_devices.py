@@ -16,9 +16,8 @@ from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, parameter_groups
-from tests.helpers.training import losses_of, train
-from tests.training.test_resume import Losses
-from tests.tuning.test_policies import Family, batch_of
+from tests.helpers.data import Family, batch_of
+from tests.helpers.training import Losses, losses_of, train
 
 DEVICES = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
 EVERY = Schedule(every=2, budget=None)

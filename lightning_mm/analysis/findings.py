@@ -18,10 +18,10 @@ from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import SITES, HiddenStates
 from lightning_mm.core.decisions import decide
-from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.core.io import read_json, read_json_rows, write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 
 
@@ -117,12 +117,8 @@ class FindingsWriter:
             "share": share,
             "problems": found.problems,
         }
-        try:
-            before = read_json(self.run.inspections)
-        except UserError:
-            before = []
-        entries = [each for each in before if isinstance(each, dict)] if isinstance(before, list) else []
-        write_json(self.run.inspections, [*(each for each in entries if each.get("step") != found.step), entry])
+        others = [row for row in read_json_rows(self.run.inspections) if row.get("step") != found.step]
+        write_json(self.run.inspections, [*others, entry])
 
     def save_start(self, states: HiddenStates, probe_set: ProbeSet) -> None:
         """Save the first hidden states of a run, at the positions that drift is measured at."""

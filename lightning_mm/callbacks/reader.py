@@ -91,7 +91,7 @@ class Reader:
         whole = None
         if mine is not None:
             # Apart from rows that fell out of the training data: they must not count towards its limit.
-            data_of(self.trainer).ledger.add(replace(each, kind="probe") for each in mine.rejected)
+            data_of(self.trainer).rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
             whole, failure = run_on_all_ranks(lambda: gather_hidden_states(mine, probe_set))
         return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
 

@@ -6,7 +6,7 @@ Data flow: the Trainer logs -> a row of metrics.csv -> the curves of the report.
 """
 
 import csv
-import os
+import io
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,6 +14,8 @@ from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from lightning_mm.core.io import write_atomically
 
 
 class ResumableCSVLogger(Logger):
@@ -61,15 +63,14 @@ class ResumableCSVLogger(Logger):
         """Rewrite the file atomically with all columns; a last line that a kill cut is dropped."""
         rows: list[dict[str, str]] = []
         if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+            old = self._path.read_text(encoding="utf-8")
+            reader = csv.DictReader(old[: old.rfind("\n") + 1].splitlines())
             rows = list(reader)
             self._columns += [key for key in reader.fieldnames or () if key not in self._columns]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self._path)
+        write_atomically(self._path, text.getvalue())
         self._ready = True

@@ -12,15 +12,15 @@ import csv
 import io
 import logging
 import math
-import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.core.run_directory import RunDirectory, read_json, write_json
+from lightning_mm.core.io import read_json_rows, write_atomically, write_json
+from lightning_mm.core.run_directory import RunDirectory
 
 MOST_LAYERS = 1000
 """No decoder has more layers; a line with a larger number is damaged."""
@@ -80,12 +80,7 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
     if bad:
         log.warning("%s: %d lines that hold no measurement are removed", path.name, bad)
     kept = {row.key: row for row in [*before, *new]}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(",".join(COLUMNS) + "\n" + _lines(kept.values()), encoding="utf-8", newline="")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, ",".join(COLUMNS) + "\n" + _lines(kept.values()))
 
 
 def read_layers(path: Path) -> tuple[list[LayerRow], int]:
@@ -119,14 +114,11 @@ def append_matrix(
     """
     rounded = [[round(float(value), 5) for value in row] for row in values]
     matrix = {"step": step, "measure": measure, "site": site, "layers": list(layers), "values": rounded}
-    try:
-        before = read_json(run.matrices) if run.matrices.exists() else []
-    except UserError as error:
-        log.warning("%s %s It is begun anew.", error.what, error.why)
-        before = []
-    entries = [each for each in before if isinstance(each, dict)] if isinstance(before, list) else []
-    others = [each for each in entries if any(each.get(name) != matrix[name] for name in ("step", "measure", "site"))]
-    write_json(run.matrices, [*others, matrix])
+    write_json(run.matrices, [*(old for old in read_json_rows(run.matrices) if not _same(old, matrix)), matrix])
+
+
+def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("step", "measure", "site"))
 
 
 def _lines(rows: Iterable[LayerRow]) -> str:

@@ -10,6 +10,7 @@ Shapes: D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Literal
 
@@ -20,12 +21,15 @@ from torch import Tensor, nn
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import replace_forward
 from lightning_mm.tuning.policy import TuningPlan
 
 FrozenType = Literal["auto", "float32", "bfloat16"]
 
 
-def hold_frozen(mm: MultimodalModel, plan: TuningPlan, precision: str, wanted: FrozenType = "auto") -> int:
+def cast_frozen_weights(
+    mm: MultimodalModel, plan: TuningPlan, precision: str, undo: ExitStack, wanted: FrozenType = "auto"
+) -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
     Call it after the fingerprint was taken: that is of the weights as they were loaded.
@@ -34,6 +38,7 @@ def hold_frozen(mm: MultimodalModel, plan: TuningPlan, precision: str, wanted: F
         mm: Under the plan; on any device.
         plan: What trains.
         precision: ``trainer.precision``.
+        undo: Takes what puts the head's forward back; the weights stay as they were cast.
         wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
 
     Returns:
@@ -57,11 +62,11 @@ def hold_frozen(mm: MultimodalModel, plan: TuningPlan, precision: str, wanted: F
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
-    head: Any = mm.model.get_submodule(mm.layout.head)
+    head: Any = mm.head
     tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2
-        head.forward = _copied_once(head)
+        replace_forward(undo, head, lambda _: _copied_once(head))
     if saved:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
         decide("model.compute.frozen_dtype", "bfloat16", why)

@@ -1,18 +1,17 @@
-"""Hooks on the decoder's blocks of a live module, for the length of one forward pass.
+"""What is done to a model's modules and undone again: hooks on blocks, and other forwards in place of theirs.
 
-Data flow: decoder blocks -> ``tapped`` -> ``receive(slice, hidden states)``. Slice 0 is what enters the first block
-(the embeddings, pictures put in); slice i + 1 is what block i returns, before the final norm.
+Data flow: decoder blocks -> ``block_io`` -> ``receive(slice, hidden states)``. Slice 0 is what enters the first block
+(the embeddings, image features put in); slice i + 1 is what block i returns, before the final norm.
+``replace_forward`` is the one place where a module's forward is assigned; what undoes it goes onto an ``ExitStack``,
+so that several changes come off in reverse order.
 
-What the model would say of any hidden state: its own final norm, head, soft-capping and scaling, whatever they are.
-
-Data flow: hidden states as a block puts them out -> the model's forward pass with all blocks passed by -> logits.
-
-Shapes: N hidden states, D hidden size, V vocabulary.
+Shapes: B rows, L tokens, N hidden states, D hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +19,55 @@ from torch import Tensor, nn
 
 from lightning_mm.models.handle import MultimodalModel
 
+Forward = Callable[..., Any]
+
 Receive = Callable[[int, Tensor], None]
+"""Takes the index of a slice and its hidden states (B, L, D)."""
+
+
+def replace_forward(undo: ExitStack, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+    """Put another forward in a module's place, until ``undo`` is closed.
+
+    Args:
+        undo: Takes what puts the module's forward back as it was.
+        module: Any module.
+        make: Given the forward that is in force, returns the one to run instead.
+    """
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = make(module.forward)
+    undo.callback(restore)
+
+
+def skip_blocks(undo: ExitStack, blocks: Iterable[nn.Module], in_tuple: bool) -> None:
+    """Let blocks return the hidden states that they are given, until ``undo`` is closed.
+
+    Args:
+        undo: Takes what puts the blocks back.
+        blocks: Decoder or vision blocks.
+        in_tuple: Whether their output is a tuple that begins with the hidden states.
+    """
+
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if in_tuple else hidden
+
+    for block in blocks:
+        replace_forward(undo, block, lambda _: unchanged)
+
+
+@contextmanager
+def skipped(blocks: Iterable[nn.Module], in_tuple: bool) -> Iterator[None]:
+    """While active, blocks return the hidden states that they are given; see ``skip_blocks``."""
+    with ExitStack() as undo:
+        skip_blocks(undo, blocks, in_tuple)
+        yield
 
 
 @contextmanager
@@ -38,13 +85,13 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(mm: MultimodalModel, receive: Receive, slices: Collection[int] | None = None) -> Iterator[None]:
+def block_io(mm: MultimodalModel, receive: Receive, slices: Collection[int] | None = None) -> Iterator[None]:
     """While active, every forward pass of the model hands over its hidden states.
 
     Blocks that were compiled run uncompiled meanwhile. No hook is left behind, also where the forward pass fails.
 
     Args:
-        mm: As ``plain`` gives it.
+        mm: The plain model, as ``unwrap_model`` gives it.
         receive: Called with the slice and its hidden states (B, L, D), once per forward pass and slice.
         slices: Which of the ``num_layers + 1`` slices; all if None.
     """
@@ -103,34 +150,23 @@ def logits_of(mm: MultimodalModel, hidden_ND: Tensor, tuples: Mapping[int, bool]
     if "position_ids" in inspect.signature(mm.model.forward).parameters:
         # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
-    with passed_by(mm, hidden_N1D, tuples):
+    with _returning(mm, hidden_N1D, tuples):
         logits = mm.model(use_cache=False, **given).logits
     return logits[:, -1].float()
 
 
 @contextmanager
-def passed_by(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
-    """While active, the blocks compute nothing and the last one returns ``output``."""
-    blocks = [mm.model.get_submodule(name) for name in mm.layout.layers]
-    with restored(blocks):
-        for index, block in enumerate(blocks):
-            answer = (output,) if tuples.get(index) else output
-            block.forward = lambda *_, answer=answer, **__: answer
+def _returning(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
+    """While active, the decoder blocks compute nothing and the last one returns ``output``."""
+    with ExitStack() as undo:
+        for index, name in enumerate(mm.layout.layers):
+            block = mm.model.get_submodule(name)
+            replace_forward(undo, block, partial(_answering, (output,) if tuples.get(index) else output))
         yield
 
 
-@contextmanager
-def restored(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Whatever these blocks' forward becomes while this is active, it is put back."""
-    held = [block.__dict__.get("forward") for block in blocks]
-    try:
-        yield
-    finally:
-        for block, own in zip(blocks, held, strict=True):
-            if own is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = own
+def _answering(answer: Any, _: Forward) -> Forward:
+    return lambda *_, **__: answer
 
 
 def remove_input_gradient_hooks(model: Any) -> int:

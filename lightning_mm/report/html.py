@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import read_json, read_jsonl, write_atomically
 from lightning_mm.core.layer_table import read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json, read_jsonl
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures import colors
 from lightning_mm.report.optional_file import BROKEN, found
 from lightning_mm.report.sections import run as sections
@@ -64,10 +65,8 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     ).get_template("report.html.jinja")
     page = template.render(_gather(directory))
-    temporary = directory.path / ".report.html.tmp"
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(directory.report)
+        write_atomically(directory.report, page.encode("utf-8", errors="replace"))
     except OSError as error:
         fix = "Free some space, or make the folder writable."
         raise UserError(f"{directory.report} cannot be written.", str(error), fix) from error

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.core.measure_catalog import measure
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.class_maps import class_maps
 from lightning_mm.report.figures.heatmaps import Scale

@@ -15,8 +15,8 @@ from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
-from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, select_layers, tell
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
+from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, log_selection, select_layers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
@@ -39,7 +39,7 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
     """
     generators = checkpoint.rng_state()
     probe_set = data_of(trainer).probe_set()
-    spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
+    spec = str(getattr(policy, auto_layers_option(policy) or "layers"))
     try:
         with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
             model, layout = _agreed(lambda: _loaded(backbone, trainer))
@@ -51,7 +51,7 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
         chosen: Selection = all_gather_object(selection)[0]
     finally:
         checkpoint.restore_rng(generators)
-    tell(chosen)
+    log_selection(chosen)
     return chosen
 
 
@@ -77,7 +77,7 @@ def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> Hidde
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
         mine = extract_hidden_states(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
-    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+    data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 
@@ -95,7 +95,7 @@ def _selected(
     for problem in reading.problems:
         decide("auto.probes", "not all are read", problem)
     device = trainer.strategy.root_device
-    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT) & set(options.criteria) else []
+    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT_CRITERIA) & set(options.criteria) else []
     with trainer.precision_plugin.forward_context():
-        gradients = scores_if_possible(mm, batches, device, options.criteria)
+        gradients = try_gradient_scores(mm, batches, device, options.criteria)
     return select_layers(reading, probe_set, gradients, options, device, spec)

@@ -20,10 +20,10 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.frozen_dtype import hold_frozen
 from lightning_mm.execution.loss import Objective, Window, anchored, scale_gradients, supervised_nll
-from lightning_mm.execution.step import Compute, TrainingStep
-from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, with_layers
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.step import TrainingStep
+from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, fingerprint
@@ -32,15 +32,16 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.evaluating import Evaluating
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
-from lightning_mm.tuning.apply import prepare, set_modes, trains, unread_tensors, without
+from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.optimizer import (
     OptimizerSettings,
     build_optimizer,
     parameter_groups,
-    restore_rates,
+    restore_learning_rates,
     schedule_factor,
 )
+from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
 class MMModule(Evaluating):
@@ -98,23 +99,23 @@ class MMModule(Evaluating):
             )
 
     def configure_model(self) -> None:
-        """Load, plan, freeze, verify; once."""
+        """Load, plan, freeze, verify, once; prepare the model for this stage's steps."""
         if hasattr(self, "census"):
+            self.step.open()
             return
         self.processing = load_processing(self.backbone.path, self.backbone.revision)
         self.processor = self.processing.processor
-        if asks_for_selection(self.tuning):
+        if auto_layers_option(self.tuning):
             self.tuning, self.selection = self._chosen()
-        mm, self.plan = prepare(self.backbone, self.tuning)
+        mm, self.plan = prepare_model(self.backbone, self.tuning)
         self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
         self.census = take_census(self.mm, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
-        if self._trainer is not None:
-            hold_frozen(self.mm, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
-        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing)
+        precision = str(self.trainer.precision) if self._trainer is not None else None
+        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.keeping = self._keeping
+            self._data.wrap_collator = self._keeping
 
     def _keeping(self, collator: Collator) -> Collate:
         """What the loader of a split makes batches with, once the model is on its device."""
@@ -137,7 +138,12 @@ class MMModule(Evaluating):
             return self.step.keep(self.cache, collator, example, epochs, facts)
 
     def on_fit_end(self) -> None:
-        self.step.close()
+        self.step.close_cache()
+
+    def teardown(self, stage: str) -> None:
+        """Take off the model what preparing it has put on: another user of it runs the family's own code."""
+        if hasattr(self, "step"):
+            self.step.close()
 
     def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
         """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""
@@ -159,10 +165,8 @@ class MMModule(Evaluating):
             self.unread = self._find_unread()
         if not self.unread:
             return
-        self.plan = without(self.plan, self.unread)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trains(name, self.mm.layout, self.plan))
-        set_modes(self.mm, self.plan)
+        self.plan = drop_parameters(self.plan, self.unread)
+        set_requires_grad(self.mm, self.plan)
         decide("model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ...")
 
     def _find_unread(self) -> tuple[str, ...]:
@@ -180,7 +184,7 @@ class MMModule(Evaluating):
         self.model.to(device)
         with self.trainer.precision_plugin.forward_context():
             head = self.mm.head
-            return unread_tensors(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
+            return unused_parameters(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -274,7 +278,7 @@ class MMModule(Evaluating):
         if self._resumed is not None:
             state.narrate_changes(self._resumed["settings"], self.settings())
             optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-            restore_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
+            restore_learning_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The last moment before randomness is drawn: put a resumed run's generators back."""

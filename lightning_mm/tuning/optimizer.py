@@ -1,10 +1,6 @@
-"""Optimizer and schedule: parameter groups by region, AdamW, warm-up and decay.
+"""Optimizer and schedule: parameter groups by region, AdamW (fused, 8-bit or stochastically rounded), warm-up, decay.
 
-Data flow: model + layout + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
-
-The bitsandbytes room: optimizers with 8-bit states.
-
-Data flow: parameter groups -> optimizer. Quantised weights are asked of transformers in ``loading``.
+Data flow: model + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
 """
 
 import math
@@ -70,7 +66,7 @@ class OptimizerSettings:
 
 
 def parameter_groups(mm: MultimodalModel, plan: TuningPlan, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """One group for every region and decay, with its own learning rate; only tensors that train."""
+    """Groups of the tensors that train, one per region and decay, each with its own learning rate."""
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
     for name, parameter in mm.model.named_parameters():
         if not parameter.requires_grad:
@@ -86,7 +82,7 @@ def parameter_groups(mm: MultimodalModel, plan: TuningPlan, settings: OptimizerS
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
-    """AdamW over the groups."""
+    """The AdamW that the settings name, over parameter groups."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw8bit":
         decide("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
@@ -103,7 +99,11 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -
 
 
 def schedule_factor(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:
-    """Step -> share of the peak learning rate.
+    """The schedule: a function from the step to a share of the peak learning rate.
+
+    Args:
+        settings: Of the optimizer.
+        total_steps: Optimizer steps of the run.
 
     Example:
         >>> factor = schedule_factor(OptimizerSettings(warmup=2, final=0.1), total_steps=6)
@@ -122,14 +122,14 @@ def schedule_factor(settings: OptimizerSettings, total_steps: int) -> Callable[[
     return factor
 
 
-def restore_rates(
+def restore_learning_rates(
     optimizer: Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, planned: list[dict[str, Any]]
 ) -> None:
-    """After a checkpoint brought its own rates along: those of this run's config count, and each change is said.
+    """Replace a checkpoint's learning rates, decays, betas and eps by those of this run's config; changes are logged.
 
     Args:
         optimizer: Restored from the checkpoint.
-        scheduler: The same.
+        scheduler: Restored from the checkpoint.
         planned: Groups as configured now, in the optimizer's order.
     """
     for index, (group, wanted) in enumerate(zip(optimizer.param_groups, planned, strict=True)):

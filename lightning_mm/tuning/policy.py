@@ -1,7 +1,7 @@
-"""Tuning policies: what a user says about which weights move.
+"""Tuning policies: a mode for every region of a model, and the plan they become on one model.
 
-Data flow: config -> ``TuningPolicy`` -> ``plan(layout)`` -> ``TuningPlan`` (names of tensors), which ``apply``
-enforces and ``census`` verifies. A policy says one mode for every region: what is not named is frozen.
+Data flow: config -> ``TuningPolicy`` -> ``plan(layout)`` -> ``TuningPlan`` (names of tensors), which ``apply`` enforces
+and ``census`` verifies. A region without a mode is frozen.
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ class TuningPlan:
         modes: Mode of each region.
         lora: Options of the adapters; None where there are none.
         lr: Learning rate of a region, where it differs from the optimizer's.
-        weight_decay: The same for weight decay.
+        weight_decay: Weight decay of a region, where it differs from the optimizer's.
     """
 
     policy: str
@@ -56,7 +56,7 @@ class TuningPlan:
 
 
 class TuningPolicy(ABC):
-    """Which weights move. Subclasses answer ``plan``; every option of a region is the same in all of them."""
+    """Which weights train; subclasses resolve it on a model."""
 
     @abstractmethod
     def plan(self, layout: ModelLayout) -> TuningPlan:
@@ -64,12 +64,23 @@ class TuningPolicy(ABC):
 
     @abstractmethod
     def describe(self) -> str:
-        """The policy as one would write it."""
+        """The policy as a user would write it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionPolicy(TuningPolicy):
-    """What all policies share. A mode that is not given is the policy's own (``modes``), frozen where it has none."""
+    """What all policies share. A mode that is not given is the policy's own (``modes``), frozen where it has none.
+
+    Args:
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
 
     modes: ClassVar[Mapping[Region, Mode]] = {}
 
@@ -83,7 +94,7 @@ class RegionPolicy(TuningPolicy):
     lora: LoRA = field(default_factory=LoRA)
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
-        """The layer range on a model of that depth."""
+        """The layer range on a model of ``num_layers`` decoder blocks."""
         return "all"
 
     def layer_parts(self) -> Sequence[PartName] | None:
@@ -91,12 +102,12 @@ class RegionPolicy(TuningPolicy):
         return None
 
     def mode_of(self, region: Region) -> Mode:
-        """Mode of a region: as given, else the policy's own."""
+        """Mode of a region: the user's, else the policy's default."""
         given: Mode | None = getattr(self, region.value, None) if region is not Region.LAYERS else None
         return given or self.modes.get(region, "frozen")
 
     def plan(self, layout: ModelLayout) -> TuningPlan:
-        """Resolve on a model.
+        """Resolve the policy on a model's layout.
 
         Raises:
             UserError: A selector matches nothing, or the layer range lies outside the model.
@@ -123,7 +134,7 @@ class RegionPolicy(TuningPolicy):
         )
 
     def describe(self) -> str:
-        """The policy as one would write it, without what stands at its default."""
+        """The policy as a user would write it, without options at their default."""
         defaults = type(self)()
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         shown = [f"{n}={v!r}" for n, v in named.items() if n in ("layers", "budget") or v != getattr(defaults, n)]
@@ -155,7 +166,7 @@ class RegionPolicy(TuningPolicy):
         full: frozenset[str],
         adapted: set[str],
     ) -> None:
-        """An option that speaks of something that does not train is a mistake, never a detail."""
+        """Refuse options of something that does not train."""
         moved = full | {f"{module}.weight" for module in adapted}
         found = {layout.locations[name].part for name in moved}
         for part in self.layer_parts() or ():

@@ -13,7 +13,7 @@ from lightning_mm.data.sample import Rejection
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from tests.tuning.test_policies import Family
+from tests.helpers.data import Family
 
 CPU = torch.device("cpu")
 

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import COLUMNS, LayerRow, append_layers, append_matrix, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 
 numbers = st.none() | st.floats(-1e6, 1e6).map(lambda x: float(f"{x:.7g}"))
 words = st.text(st.characters(exclude_categories=["C"]), max_size=20).map(lambda s: " ".join(s.split()))

@@ -12,7 +12,8 @@ from lightning_mm.execution.loss import Chunk, Objective, supervised_nll
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, PerRegion, TuningPolicy
-from tests.tuning.test_policies import Data, Family, batch_of, configured
+from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.training import configured
 
 HEADS: dict[str, TuningPolicy] = {
     "trained": PerRegion(layers="3", layers_mode="full", norm="full", head="full"),

@@ -21,7 +21,7 @@ from lightning_mm.layer_selection.gradient_criteria import (
     GradientScores,
     gradient_criteria,
     gradient_scores,
-    scores_if_possible,
+    try_gradient_scores,
 )
 from lightning_mm.layer_selection.layer_range_search import Criterion, reliability
 from lightning_mm.layer_selection.select import AutoRange, select_layers
@@ -32,8 +32,7 @@ from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning import LoRAOnMiddle
 from lightning_mm.tuning.apply import apply_plan
-from tests.conftest import make_probe_rows, make_rows
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of, make_probe_rows, make_rows
 
 CPU = torch.device("cpu")
 
@@ -69,7 +68,7 @@ def test_two_captions_are_enough(tmp_path: Path) -> None:
     probe_set = probe_set_of(tmp_path, captioned=2)
     options = AutoRange(resamples=12)
     selection = select_layers(reading_of(probe_set), probe_set, None, options, CPU)
-    assert not selection.evidence.found
+    assert not selection.significance.found
     found = {criterion.name: criterion for criterion in selection.criteria}
     assert {"dimension", "influence", "angle"} <= found.keys()
     assert "without entailment" in left_out()
@@ -152,7 +151,7 @@ def test_gradients_of_batches_without_pictures(pictures: int, family: Family, da
     plain = batch_of(family("mllama"), {"train": file})
     batches = [plain, batch_of(family("mllama"), data) if pictures else batch_of(family("mllama"), {"train": file}, 2)]
     model: Any = load_model(Backbone(path=str(family("mllama")))).eval().requires_grad_(False)
-    scores = gradient_scores(model, ModelLayout.of(model), batches, CPU)
+    scores = gradient_scores(MultimodalModel.of(model), batches, CPU)
     assert scores.relative_norm[0].ne(0).tolist() == [True, False, True, True]
     assert bool(scores.relative_norm[1, 1]) == bool(pictures)
     assert scores.signal_to_noise.isnan().tolist() == [False, not pictures, False, False]
@@ -169,8 +168,8 @@ def adapted(family: Family) -> tuple[nn.Module, ModelLayout]:
 def test_adapters_do_not_change_whose_gradients_are_measured(family: Family, data: Data) -> None:
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    expected = gradient_scores(base, ModelLayout.of(base), batches, CPU)
-    found = gradient_scores(*adapted(family), batches, CPU)
+    expected = gradient_scores(MultimodalModel.of(base), batches, CPU)
+    found = gradient_scores(MultimodalModel(*adapted(family)), batches, CPU)
     for name in ("relative_norm", "fisher", "signal_to_noise"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=1e-4)
 
@@ -184,11 +183,11 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
 
     def said(batches: list[Any]) -> str:
         decide.clear()
-        assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
+        assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
         (told,) = [d for d in decide if d.name == "auto.criteria"]
         return told.reason
 
-    assert scores_if_possible(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
+    assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
     assert "1 batches" in said(batches[:1])
 
     def full(*args: Any) -> None:

@@ -16,16 +16,15 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import gradient_scores
-from lightning_mm.layer_selection.select import AutoRange, asks_for_selection, select_layers, with_layers
+from lightning_mm.layer_selection.select import AutoRange, auto_layers_option, select_layers, with_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.tuning import EarlyLayers, IntermediateOnly
-from tests.conftest import make_probe_rows
+from tests.helpers.data import Family, batch_of, make_probe_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family, batch_of
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -125,7 +124,7 @@ def test_a_planted_range_is_found(first: int, last: int, deep: Path, probing_dat
     model, layout = planted(deep, probing_data, first, last)
     reading = read_all(model, layout, probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert selection.evidence.found, selection.why
+    assert selection.significance.found, selection.why
     assert selection.chosen.layers == tuple(range(first, last + 1)), selection.to_dict()
     assert selection.chosen.first_range[0] <= first <= selection.chosen.first_range[1]
     assert set(selection.controls) == {"EarlyLayers", "LateLayers", "UniformSparse", "RandomLayers"}
@@ -141,7 +140,7 @@ def test_random_weights_show_no_evidence(seed: int, probing_data: MMDataModule, 
             nn.init.normal_(parameter, std=0.05 * (seed + 1))
     reading = read_all(model, ModelLayout.of(model), probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert not selection.evidence.found, selection.evidence
+    assert not selection.significance.found, selection.significance
     assert "no evidence" in selection.why[0]
     assert selection.chosen.layers == (2, 3)  # 25 % to 50 % of eight
 
@@ -199,9 +198,9 @@ def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path
 
 
 def test_auto_stands_in_layers_and_in_budget() -> None:
-    assert asks_for_selection(IntermediateOnly(layers="auto")) == "layers"
-    assert asks_for_selection(EarlyLayers(budget="auto:25%")) == "budget"
-    assert asks_for_selection(IntermediateOnly(layers="6-16")) is None
+    assert auto_layers_option(IntermediateOnly(layers="auto")) == "layers"
+    assert auto_layers_option(EarlyLayers(budget="auto:25%")) == "budget"
+    assert auto_layers_option(IntermediateOnly(layers="6-16")) is None
     assert with_layers(EarlyLayers(budget="auto"), (3, 4, 5)) == EarlyLayers(budget="3-5")
 
 

@@ -4,8 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -15,14 +14,10 @@ from torch import Tensor, nn
 from lightning_mm.analysis.hidden_states import pool
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
-from lightning_mm.models.hooks import tapped
+from lightning_mm.models.hooks import block_io
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from tests.conftest import FAMILIES
-from tests.tuning.test_policies import batch_of
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
 
 
 def taken(model: nn.Module, layout: ModelLayout, inputs: dict[str, Tensor]) -> list[Tensor]:
@@ -32,7 +27,7 @@ def taken(model: nn.Module, layout: ModelLayout, inputs: dict[str, Tensor]) -> l
         found[index] = hidden.detach().clone()
 
     inner = unwrap_model(model)
-    with torch.no_grad(), tapped(MultimodalModel(inner, layout), receive):
+    with torch.no_grad(), block_io(MultimodalModel(inner, layout), receive):
         inner(**inputs, use_cache=False)
     return [found[index] for index in range(layout.num_layers + 1)]
 
@@ -82,7 +77,7 @@ def test_wrapping_changes_nothing(llava: tuple[nn.Module, ModelLayout, dict[str,
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
     same(adapted)
     checkpointed = copy.deepcopy(model)
-    checkpoint_blocks(checkpointed, layout.layers)
+    checkpoint_blocks(checkpointed, layout.layers, ExitStack())
     same(checkpointed)
 
 
@@ -105,7 +100,7 @@ def test_hooks_go_when_the_forward_fails(llava: tuple[nn.Module, ModelLayout, di
     def fail(index: int, hidden: Tensor) -> None:
         raise ArithmeticError("broken")
 
-    with pytest.raises(ArithmeticError, match="broken"), tapped(MultimodalModel(model, layout), fail):
+    with pytest.raises(ArithmeticError, match="broken"), block_io(MultimodalModel(model, layout), fail):
         model(**inputs)
     assert num_hooks(model.get_decoder()) == before  # type: ignore[operator]
 
@@ -123,7 +118,7 @@ def test_two_hundred_readings_leave_nothing(llava: tuple[nn.Module, ModelLayout,
 def test_only_the_slices_asked_for(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
     model, layout, inputs = llava
     seen: list[int] = []
-    with torch.no_grad(), tapped(MultimodalModel(model, layout), lambda index, hidden: seen.append(index), (2, 4)):
+    with torch.no_grad(), block_io(MultimodalModel(model, layout), lambda index, hidden: seen.append(index), (2, 4)):
         model(**inputs, use_cache=False)
     assert seen == [2, 4]
 

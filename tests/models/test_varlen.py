@@ -1,6 +1,6 @@
 """Blocks without padding give what padded blocks give: losses, gradients, every family, recomputed or not."""
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,18 @@ from hypothesis import strategies as st
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 from lightning_mm.testing.tiny import FAMILIES
-from tests.helpers.rows import uneven
+from tests.helpers.data import Family, make_uneven_rows
 from tests.helpers.training import scale_of
-
-Family = Callable[[str], Path]
 
 
 def loaded(folder: Path, attention: Any = "auto") -> tuple[Any, ModelLayout]:
@@ -50,12 +49,14 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 ) -> None:
     """1e-5 of the largest entry: float32 sums over tokens in another order."""
     model, layout = loaded(family(name))
-    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, layout, batch, None)
-    blocks = unpad_blocks(MultimodalModel(model, layout))
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    blocks = unpad_blocks(MultimodalModel(model, layout), undo)
     if recomputed:
-        checkpoint_blocks(model, layout.layers)
+        checkpoint_blocks(model, layout.layers, ExitStack())
     lengths: set[int] = set()
     rows: set[int] = set()
     for index in range(layout.num_layers):
@@ -75,8 +76,13 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
     model, layout = loaded(family("llava"))
-    unpad_blocks(MultimodalModel(model, layout))
-    collator, samples = Collator(load_processing(str(family("llava")))), read(uneven(tmp_path)).samples
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    unpad_blocks(MultimodalModel(model, layout), undo)
+    collator, samples = (
+        Collator(load_processing(str(family("llava")))),
+        read_conversations(make_uneven_rows(tmp_path)).samples,
+    )
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
         batch = collator(chosen)
@@ -91,16 +97,16 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
 
 def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> None:
     model, layout = loaded(family("llava"), "eager")
-    assert unpad_blocks(MultimodalModel(model, layout)) == ()
+    assert unpad_blocks(MultimodalModel(model, layout), ExitStack()) == ()
 
 
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     """Looks and generation run the prepared model as it is."""
     model, layout = loaded(family("llava"))
-    batch = Collator(load_processing(str(family("llava"))))(read(uneven(tmp_path)).samples)
+    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        unpad_blocks(MultimodalModel(model, layout))
+        unpad_blocks(MultimodalModel(model, layout), ExitStack())
         assert torch.equal(model(**batch.inputs).logits, expected)
 
 

@@ -1,7 +1,7 @@
 """The floor against torch's own counter: every policy on every family, a step that was really computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,22 @@ from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalG
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.execution.step import Compute
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention import cpu_kernels
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone
-from lightning_mm.planning.flops import StepCost, StepShape, step_flops
-from lightning_mm.planning.meta_modes import skeleton_of, without_weights
-from lightning_mm.planning.meta_trace import tally
-from lightning_mm.planning.plan import as_run
+from lightning_mm.planning.cost_estimate import executed_flops
+from lightning_mm.planning.flops import StepCost, step_flops
+from lightning_mm.planning.meta_modes import meta_weights, skeleton_of
+from lightning_mm.planning.meta_trace import trace_step
+from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import apply_plan, unread_tensors
+from lightning_mm.tuning.apply import apply_plan
+from lightning_mm.tuning.unused_parameters import unused_parameters
 from tests.tuning.test_policies import POLICIES, Data, Family, batch_of
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -40,9 +42,9 @@ def prepared(folder: Path, policy: TuningPolicy, batch: Batch, packing: bool = F
     module = MMModule(backbone, policy, compute=Compute(packing=packing))
     module.unread = ()
     module.configure_model()
-    module.unread = unread_tensors(module.mm, lambda: module.objective(batch).nll)
+    module.unread = unused_parameters(module.mm, lambda: module.objective(batch).nll)
     module._drop_unread()
-    cut_tower(module.mm, batch)
+    truncate_tower(module.mm, batch, ExitStack())
     return module
 
 
@@ -92,9 +94,9 @@ def test_without_padding_only_attention_sees_it(
     with saving(module.model, frozen_below(module)) as saved:
         expected = counted(module, batch)
     assert not saved
-    assert as_run(cost, [batch], packed=True, processor=True).floor == pytest.approx(expected, rel=1e-9)
+    assert executed_flops(cost, [batch], packed=True, on_cpu=True).floor == pytest.approx(expected, rel=1e-9)
     in_rows = cost.at(replace(padded, tokens=real.tokens)).floor
-    assert as_run(cost, [batch], packed=True, processor=False).floor == in_rows
+    assert executed_flops(cost, [batch], packed=True, on_cpu=False).floor == in_rows
     assert cost.at(real).floor < expected <= in_rows
     assert (expected < in_rows) == alone
 
@@ -156,11 +158,11 @@ def test_blocks_alike_are_rehearsed_once_with_equal_findings(name: str, family: 
     found = []
     for once in (True, False):
         skeleton = skeleton_of(module.model)
-        with without_weights():
+        with meta_weights():
             apply_plan(MultimodalModel(skeleton, module.mm.layout), module.plan)
-        done = tally(skeleton, module.mm.layout, batch, once=once)
-        places = StepCost.of_tally(done).at(StepShape.of(batch)).places
-        found.append((dict(places), sum(kept.size for kept in done.kept)))
+        done = trace_step(skeleton, module.mm.layout, batch, equal_once=once)
+        places = StepCost.of_trace(done).at(StepShape.of(batch)).by_part
+        found.append((dict(places), sum(saved.size for saved in done.saved)))
     assert found[0][0].keys() == found[1][0].keys()
     for place, products in found[0][0].items():
         assert products.total == pytest.approx(found[1][0][place].total)

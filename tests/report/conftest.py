@@ -8,8 +8,9 @@ import pytest
 import wandb
 
 from lightning_mm.core.decisions import decide
+from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.run_directory import RunDirectory
 
 TOTAL, TRAINED, STEPS = 30, tuple(range(7, 15)), (0, 20, 100, 250, 400, 500)
 CONSTANT = "constant: all 240 samples coincide"

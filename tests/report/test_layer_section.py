@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.sections import selection
 from lightning_mm.report.sections.layers import inside
 from lightning_mm.report.tables.panels import StepNames, Trained

@@ -14,13 +14,8 @@ from lightning_mm.layer_selection import gradient_criteria
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.training import auto_layers
 from lightning_mm.tuning import IntermediateOnly
-from tests.callbacks.test_inspection import probed
+from tests.helpers.data import Data, Family
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
-
-__all__ = ["probed"]  # a fixture
-
-Data = dict[str, Path]
 
 
 def test_what_one_rank_fails_with_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:

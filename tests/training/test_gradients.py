@@ -11,9 +11,8 @@ from torch import Tensor
 from lightning_mm.core.errors import UserError
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, TuningPolicy
 from lightning_mm.tuning.optimizer import OptimizerSettings
-from tests.conftest import make_rows
+from tests.helpers.data import Family, make_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
 
 
 class Gradients(Callback):

@@ -13,8 +13,8 @@ from lightning_mm.models.loading import Backbone
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from tests.helpers.data import Family, batch_of
 from tests.helpers.training import losses_of
-from tests.tuning.test_policies import Family, batch_of
 
 
 @pytest.fixture(scope="module")

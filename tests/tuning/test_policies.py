@@ -1,7 +1,6 @@
 """Policies on tiny models of five families: what is named trains, nothing else, and the loss is transformers' own."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,14 +9,12 @@ from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import (
-    ConnectorOnly,
     EarlyLayers,
     Full,
     IntermediateOnly,
@@ -32,29 +29,8 @@ from lightning_mm.tuning import (
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.census import take_census
 from lightning_mm.tuning.optimizer import OptimizerSettings
-from tests.conftest import FAMILIES
-from tests.helpers.training import train
-
-POLICIES: dict[str, TuningPolicy] = {
-    "full": Full(),
-    "vision too": Full(vision="full"),
-    "intermediate": IntermediateOnly(layers="1-2"),
-    "lora": LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.1)),
-    "connector": ConnectorOnly(),
-    "early": EarlyLayers(budget="1-2"),
-    "late": LateLayers(budget="1-2"),
-    "uniform": UniformSparse(budget="1-2"),
-    "random": RandomLayers(budget="1-2"),
-    "mixed": PerRegion(layers="2", layers_mode="lora", connector="full", norm="full", lora=LoRA(r=2)),
-}
-Family = Callable[[str], Path]
-Data = dict[str, Path]
-
-
-def batch_of(folder: Path, data: Data, size: int = 3) -> Batch:
-    module = MMDataModule(train=str(data["train"]), batch_size=size, num_workers=0, processor=str(folder))
-    module.setup("fit")
-    return next(iter(module.train_dataloader()))
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
+from tests.helpers.training import POLICIES, configured, train
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -124,12 +100,6 @@ def test_checkpointing_keeps_the_boundary_and_the_gradients(name: str, family: F
     for name_, parameter in plain.trainable.items():
         # The same operations in the same order: recomputation must not change a bit.
         assert torch.equal(parameter.grad, recomputed.trainable[name_].grad), name_  # type: ignore[arg-type]
-
-
-def configured(folder: Path, tuning: TuningPolicy, **options: bool) -> MMModule:
-    module = MMModule(Backbone(path=str(folder)), tuning, **options)
-    module.configure_model()
-    return module
 
 
 def saved_by_block(module: MMModule, batch: Batch) -> dict[str, int]:

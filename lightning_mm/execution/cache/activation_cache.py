@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, Kept
+from lightning_mm.data.batch import Batch, CachedStates
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import STATES, Inseparable, KeptCollator, cut, joined
@@ -131,13 +131,13 @@ class PrefixCache(RowCache):
         """A collator that leaves out the pictures of rows that are known."""
         return KeptCollator(collator, self.store, width, self.dtype)
 
-    def states(self, kept: Kept) -> Tensor:
+    def states(self, kept: CachedStates) -> Tensor:
         """(B, L, D) of all rows."""
-        if kept.fresh is None:
+        if kept.uncached is None:
             return kept.states
-        made_MLD = self.prefix.states(kept.fresh)
+        made_MLD = self.prefix.states(kept.uncached)
         states_BLD = kept.states.to(made_MLD.dtype)
-        states_BLD[kept.missing, : made_MLD.shape[1]] = self._rounded(made_MLD)
+        states_BLD[kept.uncached_rows, : made_MLD.shape[1]] = self._rounded(made_MLD)
 
         def put(host_MLD: Tensor) -> None:
             for row_LD, key, record in zip(host_MLD, kept.keys, kept.records, strict=True):

@@ -10,7 +10,7 @@ behind the blocks are the family's own.
 Shapes: B rows, L tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import restored, uncompiled
+from lightning_mm.models.hooks import skipped, uncompiled
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _COARSE = 2e-2
@@ -51,7 +51,7 @@ class FrozenPrefix:
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
             uncompiled(self.mm.model),
-            passed_by(self._blocks[self.first :], self._in_tuples),
+            skipped(self._blocks[self.first :], self._in_tuples),
             self.listening() as held,
             gathered_before(head, batch.supervised[:0]),
         ):
@@ -76,7 +76,7 @@ class FrozenPrefix:
     def entering(self, states: Tensor) -> Iterator[None]:
         """While active, the model begins at the block, with these states (B, L, D) whatever it is given."""
         with (
-            passed_by(self._blocks[: self.first], self._in_tuples),
+            skipped(self._blocks[: self.first], self._in_tuples),
             _hooked(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
         ):
             yield
@@ -134,28 +134,9 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = True
 
 
-@contextmanager
-def passed_by(blocks: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
-    """While active, these blocks return the hidden states that they are given."""
-    with restored(blocks):
-        pass_by(blocks, in_tuple)
-        yield
-
-
 def own_randomness(device: torch.device) -> AbstractContextManager[None]:
     """While active, what is drawn leaves no trace in the generators of the host and of this device."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def pass_by(blocks: Sequence[nn.Module], in_tuple: bool) -> None:
-    """From now on, these blocks return the hidden states that they are given, alone or as the first of a tuple."""
-
-    def unchanged(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if in_tuple else hidden
-
-    for block in blocks:
-        block.forward = unchanged
 
 
 @contextmanager

@@ -10,7 +10,7 @@ them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.batch import Batch, KeptFeatures
+from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import RowCache
 from lightning_mm.execution.cache.collators import FEATURES, FeatureCollator
@@ -28,13 +28,12 @@ from lightning_mm.execution.cache.frozen_prefix import (
     gap_between,
     outputs_of,
     own_randomness,
-    passed_by,
     untouched,
 )
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import gathered_before, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import restored, uncompiled
+from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -74,7 +73,7 @@ class FrozenTower:
             own_randomness(row.regions.device),
             uncompiled(self.mm.model),
             outputs_of(self._top) as outputs,
-            passed_by(self._layers, self._layer_in_tuple),
+            skipped(self._layers, self._layer_in_tuple),
             gathered_before(head, row.supervised[:0]),
         ):
             self.mm.model(**row.inputs, use_cache=False)
@@ -96,8 +95,8 @@ class FrozenTower:
             output = joined.to(hidden.dtype)
             return (output,) if self._in_tuple else output
 
-        with passed_by(self._below, self._in_tuple), restored([self._top]):
-            self._top.forward = known
+        with skipped(self._below, self._in_tuple), ExitStack() as undo:
+            replace_forward(undo, self._top, lambda _: known)
             yield
 
     @torch.no_grad()
@@ -158,10 +157,10 @@ class FeatureCache(RowCache):
         """A collator that decodes no picture of rows that are known."""
         return FeatureCollator(collator, self.store, self.dtype)
 
-    def states(self, kept: KeptFeatures) -> list[Tensor | None]:
+    def states(self, kept: CachedFeatures) -> list[Tensor | None]:
         """Of every row; those that were not known are computed and kept."""
         states = list(kept.states)
-        for b, row, key, record in zip(kept.missing, kept.fresh, kept.keys, kept.records, strict=True):
+        for b, row, key, record in zip(kept.uncached_rows, kept.uncached, kept.keys, kept.records, strict=True):
             made = self.tower.states(row)
             if made is None:
                 self.store.put(key, record)
@@ -188,8 +187,8 @@ def verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, col
     """
     device = batch.regions.device
     tower = FrozenTower(mm, unread)
-    rows = [collator.usable([sample], []) for sample in batch.samples]
-    grey = collator.usable(batch.samples, [], grey=True)
+    rows = [collator.collate_valid([sample], []) for sample in batch.samples]
+    grey = collator.collate_valid(batch.samples, [], blank_images=True)
     if grey is None or not batch.has_images:
         raise _refusal("no picture is in the data")
     tower.verify(batch, grey.to(device), [row.to(device) for row in rows if row is not None])

@@ -1,6 +1,6 @@
-"""Command line: ``python -m lightning_mm.nano.data OUT [--stamps DIR] [--small]``.
+"""Command line ``python -m lightning_mm.nano.data OUT [--stamps DIR] [--small]``: builds the nano data.
 
-Data flow: options go to ``build_nano_data``; the folder and what was decided are logged.
+Data flow: options -> ``build_nano_data``; counts per split, the folder and decisions are logged.
 """
 
 import argparse
@@ -18,7 +18,7 @@ log = logging.getLogger("lightning_mm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, and say what was built; 0, or 2 for a fault that the user can mend."""
+    """Build the data; returns the exit status, 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mm.nano.data", description="Build the nano data.")
     parser.add_argument("out", type=Path, help="folder to make")
     stamps_help = f"Tux Paint stamps to draw from as well (default: {DEFAULT_FOLDER}, if there)"

@@ -14,7 +14,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_mm.core.decisions import decide
-from lightning_mm.planning.devices import wait_for
+from lightning_mm.planning.devices import synchronize
 
 EXIT_CODE = 143
 """What a process that ended on SIGTERM returns."""
@@ -68,7 +68,7 @@ class LastCheckpoint(Callback):
         stop = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
         if (due or stop) and trainer.global_step != self._saved_at:
-            wait_for(pl_module.device)
+            synchronize(pl_module.device)
             began = time.perf_counter()
             trainer.save_checkpoint(self.path)
             self.seconds += time.perf_counter() - began

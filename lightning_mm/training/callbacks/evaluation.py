@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.core.decisions import decide
 from lightning_mm.core.distributed import all_gather_object
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
@@ -97,7 +98,7 @@ class HeldOutEvaluation(Callback):
         asked: list[Asked] = []
         with looking(trainer, pl_module):
             for batch in loader:
-                data.ledger.add(batch.rejected)
+                data.rejected_samples.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
                 asked += _pair(batch, answers)
         found = {question.key: question for part in all_gather_object(asked) for question in part}

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decide, log
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
+from lightning_mm.core.io import append_jsonl, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
@@ -50,7 +51,7 @@ class RunRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._note(trainer, batch)
-        lost = sum(entry.kind != "probe" for entry in data_of(trainer).ledger)
+        lost = sum(entry.kind != "probe" for entry in data_of(trainer).rejected_samples)
         pl_module.log(metric_names.REJECTED, float(lost))
 
     def on_validation_batch_end(
@@ -104,17 +105,17 @@ class RunRecorder(Callback):
 
     def _note(self, trainer: L.Trainer, batch: Any) -> None:
         if batch.rejected:
-            ledger = data_of(trainer).ledger
+            ledger = data_of(trainer).rejected_samples
             ledger.add(batch.rejected)
             ledger.check()
 
     def _write(self, trainer: L.Trainer) -> None:
-        data_of(trainer).ledger.gather()
+        data_of(trainer).rejected_samples.gather()
         if trainer.is_global_zero:
             self._write_files(trainer)
 
     def _write_files(self, trainer: L.Trainer) -> None:
-        data_of(trainer).ledger.write(self.run.ledger)
+        data_of(trainer).rejected_samples.write(self.run.ledger)
         write_json(self.run.decisions, [asdict(decision) for decision in decide])
         for logger in trainer.loggers:
             logger.save()

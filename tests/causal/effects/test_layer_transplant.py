@@ -11,14 +11,14 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from lightning_mm.causal.effects.layer_transplant import (
     Hybrid,
-    answered,
-    both,
-    from_adapters,
-    from_start,
-    from_two,
+    combine_hybrids,
+    hybrid_from_adapters,
+    hybrid_from_models,
+    hybrid_from_start,
+    score_conversations,
     transplant_curve,
     transplant_rows,
-    windows,
+    transplant_windows,
 )
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.data.collator import Collator
@@ -63,28 +63,28 @@ def check(one: Subject, hybrid: Hybrid, base: torch.Tensor, tuned: torch.Tensor,
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_models(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    inputs, tuned = one.ask().inputs, tuned_of(one)
+    inputs, tuned = one.encode().inputs, tuned_of(one)
     ends = [last_logits(MultimodalModel(model, one.layout), inputs) for model in (one.model, tuned)]
-    check(one, from_two(one.mm, tuned), *ends, inputs)
+    check(one, hybrid_from_models(one.mm, tuned), *ends, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_and_what_it_was(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    inputs = one.ask().inputs
+    inputs = one.encode().inputs
     start = {n: p.clone() for n, p in one.model.named_parameters() if one.layout.locations[n].layer is not None}
     base = last_logits(one.mm, inputs)
     with torch.no_grad():
         for name_ in start:
             one.model.get_parameter(name_).mul_(1.2)
     tuned = last_logits(one.mm, inputs)
-    check(one, from_start(one.mm, start), base, tuned, inputs)
+    check(one, hybrid_from_start(one.mm, start), base, tuned, inputs)
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_and_other_weights(dora: bool, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
-    inputs = one.ask().inputs
+    inputs = one.encode().inputs
     base = last_logits(one.mm, inputs)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=dora)
     one.model.get_decoder().requires_grad_(False)
@@ -95,11 +95,11 @@ def test_adapters_and_other_weights(dora: bool, family: Callable[[str], Path], t
             if "magnitude" in name:
                 parameter.mul_(1.3)
     tuned = last_logits(one.mm, inputs)
-    check(one, from_adapters(one.mm), base, tuned, inputs)
+    check(one, hybrid_from_adapters(one.mm), base, tuned, inputs)
     head = {f"{one.layout.head}.weight": one.model.get_submodule(one.layout.head).weight.clone()}
     with torch.no_grad():
         one.model.get_submodule(one.layout.head).weight.mul_(2)
-    with both(from_adapters(one.mm), from_start(one.mm, head))(()):
+    with combine_hybrids(hybrid_from_adapters(one.mm), hybrid_from_start(one.mm, head))(()):
         assert torch.equal(last_logits(one.mm, inputs), base)
 
 
@@ -108,7 +108,7 @@ def test_curves_count_whole_answers(family: Callable[[str], Path], data: dict[st
     loader = MMDataModule(train=str(data["train"]), processor=str(family("llava")))
     samples = loader.samples("train")
     batch = Collator(loader.processing)(samples[:6])
-    found = answered(one.mm, [batch], torch.device("cpu"))
+    found = score_conversations(one.mm, [batch], torch.device("cpu"))
     logits = one.model(**batch.inputs).logits.flatten(0, 1)[batch.supervised].argmax(-1)
     row = batch.supervised // batch.inputs["input_ids"].shape[1]
     expected = [bool((logits == batch.targets)[row == index].all()) for index in range(6)]
@@ -116,14 +116,8 @@ def test_curves_count_whole_answers(family: Callable[[str], Path], data: dict[st
     assert set(found.modalities) == {"picture"}
     with torch.no_grad():  # it says the first token of all to everything
         one.model.get_submodule(one.layout.head).weight.zero_()
-    chosen = windows("sliding", 4, step=2)
-    curve = transplant_curve(
-        one.model,
-        from_two(one.mm, one.model),
-        [batch],
-        torch.device("cpu"),
-        chosen,
-    )
+    chosen = transplant_windows("sliding", 4, step=2)
+    curve = transplant_curve(one.mm, hybrid_from_models(one.mm, one.model), [batch], torch.device("cpu"), chosen)
     ((site, rows),) = transplant_rows("sliding", curve, found)
     assert site == "sliding/picture"
     assert set(rows) == {0, 2}

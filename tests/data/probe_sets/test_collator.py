@@ -155,10 +155,10 @@ def test_missing_object_sites_are_said_once(processing: Load, rows: list[ProbeRo
     decide.clear()
     for name, told in (("llava", 0), ("llava_next", 1)):
         collator = ProbeCollator(processing(name))
-        collator.say_what_is_missing(rows)
-        collator.say_what_is_missing(rows)
+        collator.log_missing_object_sites(rows)
+        collator.log_missing_object_sites(rows)
         assert len([d for d in decide if d.name == "data.probes.object_at_patches"]) == told
-    collator.say_what_is_missing(rows[:2])
+    collator.log_missing_object_sites(rows[:2])
 
 
 def test_it_goes_to_workers(processing: Load, rows: list[ProbeRow]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_mm.core.decisions import decide
-from lightning_mm.data.probe_sets.build.objects import MAX_BOXES, Questions
+from lightning_mm.data.probe_sets.build.objects import MAX_BOXES, ObjectProbes
 from lightning_mm.data.probe_sets.build.scenes import Scene, SceneObject
 from lightning_mm.data.probe_sets.probe_set import ObjectBox
 
@@ -21,8 +21,8 @@ def scene(number: int, *things: tuple[str, str, Box | None]) -> Scene:
     return Scene(str(number), Path(f"/{number}.png"), str(number), (), (), objects)
 
 
-def asked(scenes: Sequence[Scene]) -> Questions:
-    return Questions.of(scenes, [SIZE] * len(scenes))
+def asked(scenes: Sequence[Scene]) -> ObjectProbes:
+    return ObjectProbes.of(scenes, [SIZE] * len(scenes))
 
 
 def pets(count: int) -> list[Scene]:
