@@ -18,13 +18,9 @@ import torch.distributed as dist
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
+from tests.helpers.slow import SLOW_TESTS
 
 os.environ.setdefault("WANDB_MODE", "offline")
-
-SLOW_TESTS = frozenset(
-    line for line in (Path(__file__).parent / "slow.txt").read_text().splitlines() if line and not line.startswith("#")
-)
-"""Tests that are marked slow, with all their parameters."""
 
 
 @pytest.fixture(scope="session")

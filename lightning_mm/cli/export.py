@@ -5,7 +5,6 @@ process; or -> ``report.html``, written again.
 """
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Literal
 
@@ -13,11 +12,11 @@ from jsonargparse import Namespace
 
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
-from lightning_mm.core.decisions import decide, log
-from lightning_mm.core.errors import UserError
+from lightning_mm.core.decisions import log, log_decision
+from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models.export.export import Origin, export_adapter, export_full
+from lightning_mm.models.export.export import Origin, export_adapter, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
 from lightning_mm.report.html import write_report
 from lightning_mm.training.module import MMModule
@@ -41,17 +40,14 @@ def export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     run = RunDirectory.open(options.run)
     out = Path(options.out) if options.out else run.path / "export"
-    check_free(out)
+    refuse_taken(out, "Name another --out, or remove the folder.")
     named = Path(options.checkpoint)
     checkpoint = named if named.suffix == ".ckpt" else run.checkpoints / f"{options.checkpoint}.ckpt"
     module, data = load_run(run, checkpoint, quantized=options.format == "adapter")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch:
-        staged = Path(scratch) / out.name
+    with staged_folder(out) as staged:
         _write(module, staged, options)
         if options.prove:
             _verify(module, data, staged, options.format)
-        staged.replace(out)
     log.info("exported: %s", out)
     return 0
 
@@ -63,12 +59,6 @@ def report(arguments: list[str]) -> int:
     run = RunDirectory.open(parser.parse_args(arguments[1:]).run)
     print(write_report(run.path), file=sys.stdout)
     return 0
-
-
-def check_free(out: Path) -> None:
-    """Raise a ``UserError`` if an export to this folder would overwrite something."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is taken.", "An export never overwrites.", "Name another --out, or remove the folder.")
 
 
 def _verify(module: MMModule, data: MMDataModule, folder: Path, form: Format) -> None:
@@ -87,5 +77,5 @@ def _write(module: MMModule, out: Path, options: Namespace) -> None:
         export_adapter(module.model, out, origin, fully_trained=module.plan.full)
         return
     if options.format == "merged" and not module.plan.adapted:
-        decide("export.format", "model", "this run has no adapters to merge")
+        log_decision("export.format", "model", "this run has no adapters to merge")
     export_full(module.model, module.processor, out, origin)

@@ -20,7 +20,7 @@ from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.csv_logger import ResumableCSVLogger
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import append_jsonl, read_json
@@ -44,7 +44,6 @@ RUN_VARIABLE = "LIGHTNING_MM_RUN"
 
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
-    decide.clear()
     refuse_foreign_classes(arguments)
     try:
         _run(arguments)
@@ -158,7 +157,9 @@ class TrainingCLI(LightningCLI):
     def _close_online(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, OnlineLogger):
-                logger.summarise(census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide})
+                logger.summarise(
+                    census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decision_log()}
+                )
                 if self.run.samples.is_file() and _RANK.rank == 0:
                     logger.log_samples(read_json(self.run.samples))
                 logger.close()
@@ -231,4 +232,4 @@ def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
                 writer.writerow(row)
             elif int(row["step"]) == step and inspected:
                 writer.writerow({"step": row["step"], **inspected})
-    decide("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")
+    log_decision("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")

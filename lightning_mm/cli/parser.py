@@ -82,7 +82,7 @@ _HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """A question with the known name closest to ``given``, "Did you mean X?"; empty if none is close.
+    """The hint 'Did you mean X?' with the known name closest to ``given``; empty if none is close.
 
     Example:
         >>> suggestion("--model.tunning", ["--model.tuning", "--data.train"])

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
@@ -124,7 +124,7 @@ class MMDataModule(L.LightningDataModule):
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
             else:
-                decide("data.val", "no validation during fit", "data.val is not set")
+                log_decision("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The usable conversations of train, val, test or predict, in file order; empty without a file."""

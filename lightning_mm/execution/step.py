@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
@@ -115,7 +115,7 @@ class TrainingStep:
             except UserError as error:
                 if settings.mode == "on":
                     raise
-                decide("model.cache", "off", error.why)
+                log_decision("model.cache", "off", error.why)
         if self.cache is None:
             return collator
         if isinstance(self.cache, FeatureCache):
@@ -163,7 +163,7 @@ class TrainingStep:
         tower = verified_tower(self.mm, unread, batch, collator)
         if settings.mode == "auto" and tower.share < _TOWER_SHARE:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
-            decide("model.cache", "off", why)
+            log_decision("model.cache", "off", why)
             return
         opened = self._opened(settings, tower, collator, epochs, facts, tower.dtype)
         if opened is not None:
@@ -183,11 +183,13 @@ class TrainingStep:
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _WORTH and not len(store):
-            decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
+            log_decision(
+                "model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run"
+            )
             store.close()
             return None
         held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-        decide("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
+        log_decision("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
         return store, kept, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:

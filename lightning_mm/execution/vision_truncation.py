@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.cache.frozen_prefix import own_randomness
 from lightning_mm.execution.loss import gathered_before
@@ -47,7 +47,9 @@ def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[
             cut.append(name)
     if cut:
         skip_blocks(undo, [mm.model.get_submodule(name) for name in cut], in_tuple)
-        decide("vision tower", f"{len(cut)} of {len(mm.layout.vision_blocks)} blocks left out", "nothing reads them")
+        log_decision(
+            "vision tower", f"{len(cut)} of {len(mm.layout.vision_blocks)} blocks left out", "nothing reads them"
+        )
     return tuple(cut)
 
 

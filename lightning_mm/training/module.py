@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
@@ -78,7 +78,9 @@ class MMModule(Evaluating):
         super().__init__()
         self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
         if tuning is None:
-            decide("model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language")
+            log_decision(
+                "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
+            )
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
         self.strict_loading = False
@@ -167,7 +169,9 @@ class MMModule(Evaluating):
             return
         self.plan = drop_parameters(self.plan, self.unread)
         set_requires_grad(self.mm, self.plan)
-        decide("model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ...")
+        log_decision(
+            "model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ..."
+        )
 
     def _find_unread(self) -> tuple[str, ...]:
         """Only a fit asks; every other verb, and a resumed fit, is told by the checkpoint."""

@@ -30,7 +30,8 @@ from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.unused_parameters import unused_parameters
-from tests.tuning.test_policies import POLICIES, Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.training import POLICIES
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -17,7 +17,7 @@ from lightning_mm.tuning.unused_parameters import (
     unused_parameters,
     unused_vision_blocks,
 )
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.nano.model.join import PATCH, Dtype, Recipe, assemble
 from lightning_mm.nano.model.parts import DINOV2, SMOLLM2, locate
@@ -50,7 +50,7 @@ def build_nano_model(
     recipe = Recipe(image_size, vision_feature_layer, seed, dtype)
     _check_options(recipe)
     if _is_complete(out, recipe):
-        decide("nano", out, "this model is already there")
+        log_decision("nano", out, "this model is already there")
         return out
     _refuse_to_overwrite(out)
     _build(out, recipe, Path(llm) if llm else None, Path(vision) if vision else None)
@@ -112,4 +112,4 @@ def _refuse_to_overwrite(out: Path) -> None:
             f"It has no {MANIFEST}, so it is not a nano model.",
             "Name another folder, or remove it.",
         )
-    decide("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")
+    log_decision("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")

@@ -29,6 +29,7 @@ from lightning_mm.causal.interventions.interventions import (
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from tests.helpers.causal_models import FAMILIES, Subject, subject
 
 
@@ -148,6 +149,7 @@ def test_checkpointed_blocks_are_changed_alike(family: Callable[[str], Path], tm
     gradients = []
     for checkpointed in (False, True):
         one = subject(family, "llava", tmp_path)
+        use_cpu_attention(one.model, ExitStack())
         inputs = one.encode().inputs
         weight = one.model.get_submodule(one.layout.layers[0]).mlp.up_proj.weight.requires_grad_(True)
         if checkpointed:

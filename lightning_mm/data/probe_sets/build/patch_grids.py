@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.probe_sets.build.scenes import Box, Scene
 from lightning_mm.data.sample import Rejection
 
@@ -145,7 +145,7 @@ class PatchGrids:
     def _measure_region(self, size: tuple[int, int]) -> VisibleRegion | str:
         """The visible region, by an image with red = x, green = y and full blue."""
         if self._black_white is None:
-            black, white = (self._pixels(Image.new("RGB", size, colour)) for colour in ("black", "white"))
+            black, white = (self._pixels(Image.new("RGB", size, color)) for color in ("black", "white"))
             if isinstance(black, str) or isinstance(white, str):
                 return black if isinstance(black, str) else str(white)
             inside = (white - black).abs().sum(0).flatten().argmax()
@@ -261,4 +261,4 @@ def check_box_format(placed: Iterable[tuple[Box, Size]]) -> None:
         )
     else:
         return
-    decide("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)
+    log_decision("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)
