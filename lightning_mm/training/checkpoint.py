@@ -8,7 +8,7 @@ import pickle
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +95,7 @@ class LoadedCheckpoint(TorchCheckpointIO):
         if Path(path).absolute() == self._path and self._checkpoint:
             checkpoint, self._checkpoint = self._checkpoint, {}
             return checkpoint
-        return cast(dict[str, Any], super().load_checkpoint(path, map_location, weights_only))
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def record(census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]) -> dict[str, Any]:
