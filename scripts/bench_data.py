@@ -123,7 +123,7 @@ def profile(data: MMDataModule) -> dict[str, float]:
         "decode": (images, "load"),
         "template": (ChatRenderer, "render"),
         "tokenize": (processor._RecordingTokenizer, "__call__"),
-        "processor": (processor.Processing, "encode"),
+        "processor": (processor.ModelProcessor, "encode"),
         "collate": (Collator, "__call__"),
     }
     spent: dict[str, float] = defaultdict(float)

@@ -28,7 +28,7 @@ from lightning_mm.causal.questions.scoring import answer_questions
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 
 SITES = ("mlp", "attention")
 
@@ -43,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     model: Any = load_model(Backbone(path=args.model))
     model.eval().requires_grad_(False)
-    layout, processing = ModelLayout.of(model), load_processing(args.model)
+    layout, processing = ModelLayout.of(model), load_processor(args.model)
     encoded, corrupt, target = _question(model, layout, processing, args.questions)
     began = time.process_time()
     found = causal_trace(MultimodalModel(model, layout), encoded, corrupt, TraceConfig(sites=SITES), target)

@@ -14,7 +14,7 @@ import torch
 import torch._inductor.config as inductor
 import torch.distributed as dist
 
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
 from tests.helpers.slow import SLOW_TESTS
 
@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def processing(family: Family) -> Callable[[str], Processing]:
-    """A new ``Processing`` of a family; the caller may change it."""
-    return lambda name: load_processing(str(family(name)))
+def processing(family: Family) -> Callable[[str], ModelProcessor]:
+    """A new ``ModelProcessor`` of a family; the caller may change it."""
+    return lambda name: load_processor(str(family(name)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -23,7 +23,7 @@ from lightning_mm.core.distributed import gather_object
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
 from lightning_mm.data.sample import Rejection
-from lightning_mm.execution.loss import gathered_before
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.geometry.representations import exact_products
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.hooks import block_io
@@ -172,7 +172,7 @@ def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
             taken[index] = pool(hidden_BLD, batch.weights)
 
     no_position = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
-    with block_io(mm, receive), gathered_before(mm.model.get_submodule(mm.layout.head), no_position):
+    with block_io(mm, receive), select_positions_before_head(mm.model.get_submodule(mm.layout.head), no_position):
         mm.model(**batch.inputs, use_cache=False)
     wanted = range(first, mm.layout.num_layers + 1)
     skipped = [index for index in wanted if index not in taken]

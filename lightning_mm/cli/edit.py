@@ -31,11 +31,11 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.models.export.export import Origin, export_full, refuse_taken
-from lightning_mm.models.export.verify import Claim, prove, take_reference
+from lightning_mm.models.export.export import Provenance, export_full, require_empty_output
+from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from lightning_mm.report.html import write_report
 
 
@@ -45,7 +45,7 @@ def edit(arguments: list[str]) -> int:
     config = EditConfig(**{each.name: getattr(options, each.name) for each in fields(EditConfig)})
     out = None if options.out is None else Path(options.out)
     if out is not None:
-        refuse_taken(out, "Name another --out, or remove the folder.")
+        require_empty_output(out, "Name another --out, or remove the folder.")
     source = ModelSource.of(options.model, options.checkpoint)
     file = read_edits(options.edits, options.image_root)
     if options.limit is not None:
@@ -120,7 +120,7 @@ def _open_model(source: ModelSource) -> MultimodalModel:
         mm = replace(module.mm, processor=data.processing)
     else:
         model = load_model(Backbone(path=source.path))
-        mm = MultimodalModel.of(model, load_processing(source.path), source.path)
+        mm = MultimodalModel.of(model, load_processor(source.path), source.path)
     mm.model.eval().requires_grad_(False).to(device)
     return mm
 
@@ -170,11 +170,11 @@ def _write(run: RunDirectory, study: EditStudy, results: dict[str, Any], shown: 
 
 def _export(mm: MultimodalModel, edit: WeightEdit, study: EditStudy, out: Path, verify: bool) -> None:
     """Export the edited model, verified in a fresh process before the folder appears."""
-    origin = Origin(mm.source, facts={"Edited": f"MultEdit of {len(study.cases)} questions in {edit.module}"})
+    origin = Provenance(mm.source, facts={"Edited": f"MultEdit of {len(study.cases)} questions in {edit.module}"})
     with apply_edits(mm.model, [edit]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if verify:
-            prove(Claim(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
+            verify_export(ExportCheck(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
     log.info("exported: %s", out)
 
 

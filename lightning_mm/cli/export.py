@@ -16,8 +16,8 @@ from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models.export.export import Origin, export_adapter, export_full, refuse_taken
-from lightning_mm.models.export.verify import Claim, prove, take_reference
+from lightning_mm.models.export.export import Provenance, export_adapter, export_full, require_empty_output
+from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
 from lightning_mm.report.html import write_report
 from lightning_mm.training.module import MMModule
 
@@ -40,7 +40,7 @@ def export(arguments: list[str]) -> int:
     options = parser.parse_args(arguments[1:])
     run = RunDirectory.open(options.run)
     out = Path(options.out) if options.out else run.path / "export"
-    refuse_taken(out, "Name another --out, or remove the folder.")
+    require_empty_output(out, "Name another --out, or remove the folder.")
     named = Path(options.checkpoint)
     checkpoint = named if named.suffix == ".ckpt" else run.checkpoints / f"{options.checkpoint}.ckpt"
     module, data = load_run(run, checkpoint, quantized=options.format == "adapter")
@@ -64,11 +64,13 @@ def report(arguments: list[str]) -> int:
 def _verify(module: MMModule, data: MMDataModule, folder: Path, form: Format) -> None:
     base = module.backbone.path if form == "adapter" else None
     reference = take_reference(module.model, data.example_batch().inputs)
-    prove(Claim(folder=folder, reference=reference, base=base, revision=module.backbone.revision if base else None))
+    verify_export(
+        ExportCheck(folder=folder, reference=reference, base=base, revision=module.backbone.revision if base else None)
+    )
 
 
 def _write(module: MMModule, out: Path, options: Namespace) -> None:
-    origin = Origin(
+    origin = Provenance(
         base=module.backbone.path,
         revision=module.backbone.revision,
         facts={"policy": module.census.policy, "layers": f"{list(module.census.layers)} of {module.census.num_layers}"},

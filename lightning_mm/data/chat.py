@@ -25,7 +25,7 @@ from torch import Tensor
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
-from lightning_mm.models.processor import Message, Processing
+from lightning_mm.models.processor import Message, ModelProcessor
 
 _FIRST_QUESTION, _FIRST_ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
     "Lorem ipsum",
@@ -71,7 +71,7 @@ class ChatRenderer:
         placeholder: Text that the template writes for an image.
     """
 
-    def __init__(self, processing: Processing) -> None:
+    def __init__(self, processing: ModelProcessor) -> None:
         self._processing = processing
         self._special = _any_of(processing.special_tokens)
         self._stop = _any_of(processing.added_tokens)

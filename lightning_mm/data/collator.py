@@ -23,7 +23,7 @@ from lightning_mm.data import images as pictures
 from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
 from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
-from lightning_mm.models.processor import Encoding, Processing
+from lightning_mm.models.processor import Encoding, ModelProcessor
 
 Side = Literal["left", "right"]
 # What image processors raise on an image that they cannot process.
@@ -56,7 +56,7 @@ class SampleEncoder:
         max_megapixels: Limit on the size of an image, in megapixels.
     """
 
-    def __init__(self, processing: Processing, max_length: int | None, max_megapixels: float) -> None:
+    def __init__(self, processing: ModelProcessor, max_length: int | None, max_megapixels: float) -> None:
         self.processing, self.max_length, self.max_megapixels = processing, max_length, max_megapixels
         self.chat = ChatRenderer(processing)
 
@@ -131,7 +131,7 @@ class Collator:
 
     def __init__(
         self,
-        processing: Processing,
+        processing: ModelProcessor,
         max_length: int | None = None,
         *,
         max_megapixels: float = 40.0,
@@ -141,7 +141,7 @@ class Collator:
         self._reserve = reserve
 
     @property
-    def processing(self) -> Processing:
+    def processing(self) -> ModelProcessor:
         """The model's processor."""
         return self._encoder.processing
 
@@ -261,7 +261,7 @@ class PromptCollator:
 
     def __init__(
         self,
-        processing: Processing,
+        processing: ModelProcessor,
         max_length: int | None = None,
         *,
         max_megapixels: float = 40.0,

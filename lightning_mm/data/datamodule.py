@@ -27,7 +27,7 @@ from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
 from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 
 
 class MMDataModule(L.LightningDataModule):
@@ -133,13 +133,13 @@ class MMDataModule(L.LightningDataModule):
         return self._samples.get(split, ())
 
     @cached_property
-    def processing(self) -> Processing:
+    def processing(self) -> ModelProcessor:
         """The model's processor."""
         if not self.processor:
             raise UserError(
                 "data.processor is not set.", "The model's processor makes the batches.", "Name its folder."
             )
-        return load_processing(self.processor, self.revision)
+        return load_processor(self.processor, self.revision)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""

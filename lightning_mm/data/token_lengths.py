@@ -28,7 +28,7 @@ from lightning_mm.data.chat import ChatError, ChatRenderer
 from lightning_mm.data.collator import ENCODE_ERRORS
 from lightning_mm.data.images import BadImage, check_header
 from lightning_mm.data.sample import IMAGE_MARK, Sample, Turn
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 Size = tuple[int, int]
 _GRAY = (127, 127, 127)
@@ -66,7 +66,7 @@ class TokenLengths:
 
 def measure_token_lengths(
     samples: Sequence[Sample],
-    processing: Processing,
+    processing: ModelProcessor,
     *,
     max_length: int | None = None,
     max_megapixels: float = 40.0,
@@ -97,7 +97,7 @@ def measure_token_lengths(
 class _LengthMeter:
     """Measures samples with one processor; keeps the sizes and token counts of images."""
 
-    def __init__(self, processing: Processing, max_megapixels: float, sizes: dict[Path, Size]) -> None:
+    def __init__(self, processing: ModelProcessor, max_megapixels: float, sizes: dict[Path, Size]) -> None:
         self._processing, self._max_megapixels = processing, max_megapixels
         self._chat = ChatRenderer(processing)
         self._sizes: dict[Path, Size | None] = {**sizes}

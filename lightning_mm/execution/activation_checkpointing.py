@@ -42,11 +42,11 @@ def unchanged_slices(plan: TuningPlan) -> int:
 def checkpoint_blocks(model: nn.Module, names: tuple[str, ...], undo: ExitStack) -> None:
     """Recompute the named blocks in backward instead of keeping their activations, until ``undo`` is closed."""
     for name in names:
-        replace_forward(undo, model.get_submodule(name), _recomputed)
+        replace_forward(undo, model.get_submodule(name), _with_recomputation)
 
 
 @contextmanager
-def activations_kept(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+def without_recomputation(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """While active, the named blocks are not recomputed in backward: hooks may be gone by then."""
     with ExitStack() as undo:
         for block in map(model.get_submodule, names):
@@ -54,7 +54,7 @@ def activations_kept(model: nn.Module, names: Collection[str]) -> Iterator[None]
         yield
 
 
-def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _with_recomputation(forward: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -24,11 +24,11 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import replace_forward
 from lightning_mm.tuning.policy import TuningPlan
 
-FrozenType = Literal["auto", "float32", "bfloat16"]
+FrozenDtype = Literal["auto", "float32", "bfloat16"]
 
 
 def cast_frozen_weights(
-    mm: MultimodalModel, plan: TuningPlan, precision: str, undo: ExitStack, wanted: FrozenType = "auto"
+    mm: MultimodalModel, plan: TuningPlan, precision: str, undo: ExitStack, wanted: FrozenDtype = "auto"
 ) -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
@@ -58,7 +58,7 @@ def cast_frozen_weights(
     if wanted == "float32":
         log_decision("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
         return 0
-    held = castable(mm.model, plan)
+    held = castable_weights(mm.model, plan)
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -66,14 +66,14 @@ def cast_frozen_weights(
     tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2
-        replace_forward(undo, head, lambda _: _copied_once(head))
+        replace_forward(undo, head, lambda _: _linear_with_cached_copy(head))
     if saved:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
         log_decision("model.compute.frozen_dtype", "bfloat16", why)
     return saved
 
 
-def _copied_once(head: nn.Linear) -> Callable[[Tensor], Tensor]:
+def _linear_with_cached_copy(head: nn.Linear) -> Callable[[Tensor], Tensor]:
     """The forward pass of a head whose weight must stay float32: its copy for autocast is made once."""
     made: tuple[object, Tensor] | None = None
 
@@ -91,7 +91,7 @@ def _copied_once(head: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def castable(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
+def castable_weights(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
     """Frozen float32 weights that nothing but ``torch.nn.Linear`` reads.
 
     Left out: weights that an embedding shares, the tensor that a transformers model takes for its ``dtype`` (models
@@ -108,9 +108,9 @@ def castable(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
             else:
                 kept.add(id(parameter))
         if isinstance(getattr(type(module), "dtype", None), property):
-            kept.update(id(parameter) for parameter in islice(_floating(module), 1))
+            kept.update(id(parameter) for parameter in islice(_floating_point_parameters(module), 1))
     return [parameter for key, parameter in linear.items() if key not in kept]
 
 
-def _floating(module: nn.Module) -> Iterator[nn.Parameter]:
+def _floating_point_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     return (parameter for parameter in module.parameters() if parameter.is_floating_point())

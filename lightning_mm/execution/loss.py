@@ -26,7 +26,7 @@ _LOGIT_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
-class Objective:
+class LossOutput:
     """Summed over the supervised tokens of a batch.
 
     Args:
@@ -40,7 +40,7 @@ class Objective:
     num_correct: Tensor
 
 
-def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> Objective:
+def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> LossOutput:
     """Loss of a batch.
 
     Equal to transformers' own ``labels=`` loss times S: whatever the model does behind its head (soft-capping, scaling)
@@ -55,20 +55,20 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
     """
     rows = chunk_size(model, head, batch.num_supervised, chunk)
     if rows >= batch.num_supervised:
-        with gathered_before(head, batch.supervised):
+        with select_positions_before_head(head, batch.supervised):
             logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
-        return Objective(*_scored(logits, batch.targets))
-    ends = Ends(model, head)
-    with gathered_before(head, batch.supervised), ends.held_back() as held:
+        return LossOutput(*_loss_terms(logits, batch.targets))
+    ends = HeadSplit(model, head)
+    with select_positions_before_head(head, batch.supervised), ends.held_back() as held:
         model(**batch.inputs, use_cache=False)
 
     def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor]:
-        return _scored(ends.logits(hidden_1CD, batch.inputs), targets_C)
+        return _loss_terms(ends.logits(hidden_1CD, batch.inputs), targets_C)
 
     parts = zip(held[0].split(rows, 1), batch.targets.split(rows), strict=True)
-    found = [Objective(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
+    found = [LossOutput(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
     nll, correct = (torch.stack(each).sum() for each in zip(*((f.nll, f.num_correct) for f in found), strict=True))
-    return Objective(nll, batch.num_supervised, correct)
+    return LossOutput(nll, batch.num_supervised, correct)
 
 
 def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
@@ -97,15 +97,15 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
     return rows if apart else whole
 
 
-def _scored(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The fields of an ``Objective``."""
+def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
+    """The fields of an ``LossOutput``."""
     logits_SV = logits.reshape(-1, logits.shape[-1]).float()
     nll = F.cross_entropy(logits_SV, targets, reduction="sum")
     with torch.no_grad():
         return nll, len(targets), (logits_SV.argmax(-1) == targets).sum()
 
 
-class Ends:
+class HeadSplit:
     """The two ends of a model's forward pass: its body, and its head with whatever the model does behind that.
 
     Args:
@@ -147,7 +147,7 @@ class Ends:
 
 
 @contextmanager
-def gathered_before(head: nn.Module, positions: Tensor) -> Iterator[None]:
+def select_positions_before_head(head: nn.Module, positions: Tensor) -> Iterator[None]:
     """While active, ``head`` gets only the hidden states at ``positions``.
 
     Args:
@@ -166,7 +166,7 @@ def gathered_before(head: nn.Module, positions: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def anchored(nll: Tensor, parameters: Iterator[nn.Parameter]) -> Tensor:
+def add_zero_grad_term(nll: Tensor, parameters: Iterator[nn.Parameter]) -> Tensor:
     """The same loss, with a zero term of parameters that this batch does not reach.
 
     A text-only batch gives the connector no gradient; a DDP rank that met one would leave the others waiting.
@@ -174,14 +174,14 @@ def anchored(nll: Tensor, parameters: Iterator[nn.Parameter]) -> Tensor:
     return nll + sum((p.flatten()[0] * 0.0 for p in parameters), torch.zeros_like(nll))
 
 
-class Window:
+class LossAccumulator:
     """Loss and supervised tokens of this rank since the last optimizer step."""
 
     def __init__(self) -> None:
         self._nll: Tensor | None = None
         self._tokens = 0
 
-    def add(self, objective: Objective) -> None:
+    def add(self, objective: LossOutput) -> None:
         """Count a micro-batch; nothing is read back from the device."""
         nll = objective.nll.detach()
         self._nll = nll if self._nll is None else self._nll + nll

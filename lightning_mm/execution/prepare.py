@@ -11,7 +11,7 @@ from typing import Literal
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph, checkpoint_blocks
-from lightning_mm.execution.frozen_dtype import FrozenType, cast_frozen_weights
+from lightning_mm.execution.frozen_dtype import FrozenDtype, cast_frozen_weights
 from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from lightning_mm.models.attention.varlen import unpad_blocks
 from lightning_mm.models.compile import apply_liger, compile_blocks
@@ -39,7 +39,7 @@ class Compute:
     packing: bool = True
     checkpoint_every: int = 1
     loss_chunk: int | Literal["auto", "off"] = "auto"
-    frozen_dtype: FrozenType = "auto"
+    frozen_dtype: FrozenDtype = "auto"
     compile: Literal["off", "blocks"] = "off"
     liger: bool = False
 

@@ -15,12 +15,12 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
-from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, verified
+from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, split_verified_prefix
 from lightning_mm.execution.cache.fingerprint import open_store
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, verified_tower
-from lightning_mm.execution.loss import Objective, supervised_nll
+from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, split_verified_tower
+from lightning_mm.execution.loss import LossOutput, supervised_nll
 from lightning_mm.execution.prepare import Compute, apply_techniques
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
@@ -28,13 +28,13 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
-_WORTH = 1.2
+_MIN_EPOCHS = 1.2
 """From so many epochs on, keeping what enters the boundary pays for writing it."""
 
-_TOWER_SHARE = 0.1
+_MIN_TOWER_SHARE = 0.1
 """Of a forward pass: below it, reading features from disk saves nothing that shows."""
 
-_ROWS = 3
+_NUM_VERIFIED_ROWS = 3
 """So many rows show that what the tower makes of one does not hang on those beside it."""
 
 
@@ -70,7 +70,7 @@ class TrainingStep:
         if self._undo is None:
             self._undo = apply_techniques(self.mm, self.plan, self.compute, self.checkpointing, self.precision)
 
-    def objective(self, batch: Batch) -> Objective:
+    def objective(self, batch: Batch) -> LossOutput:
         """Summed NLL of a batch."""
         head = self.mm.head
         with self._begun(batch), unpadded(self._tokens(batch)):
@@ -106,7 +106,7 @@ class TrainingStep:
             if settings.mode == "off":
                 pass
             elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
-                self._keep_features(settings, collator, example(_ROWS), unread, epochs, facts)
+                self._keep_features(settings, collator, example(_NUM_VERIFIED_ROWS), unread, epochs, facts)
             else:
                 self._keep_prefix(settings, collator, batch, epochs, facts)
         except UserError as error:
@@ -144,7 +144,7 @@ class TrainingStep:
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
         pad = int(collator.processing.processor.tokenizer.pad_token_id)
-        prefix = self.prefix = verified(self.mm, self.plan, batch, pad)
+        prefix = self.prefix = split_verified_prefix(self.mm, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
         opened = self._opened(settings, prefix, collator, epochs, facts, states.dtype)
@@ -160,8 +160,8 @@ class TrainingStep:
         epochs: float,
         facts: dict[str, Any],
     ) -> None:
-        tower = verified_tower(self.mm, unread, batch, collator)
-        if settings.mode == "auto" and tower.share < _TOWER_SHARE:
+        tower = split_verified_tower(self.mm, unread, batch, collator)
+        if settings.mode == "auto" and tower.share < _MIN_TOWER_SHARE:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
             log_decision("model.cache", "off", why)
             return
@@ -182,7 +182,7 @@ class TrainingStep:
         exact = dtype == torch.float32 and not torch.is_autocast_enabled(facts["device"])
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
-        if settings.mode == "auto" and epochs < _WORTH and not len(store):
+        if settings.mode == "auto" and epochs < _MIN_EPOCHS and not len(store):
             log_decision(
                 "model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run"
             )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.cache.frozen_prefix import own_randomness
-from lightning_mm.execution.loss import gathered_before
+from lightning_mm.execution.cache.frozen_prefix import fork_rng
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import skip_blocks
 from lightning_mm.tuning.unused_parameters import (
@@ -35,7 +35,7 @@ def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[
         return ()
 
     def logits() -> Tensor:
-        with own_randomness(batch.regions.device), gathered_before(mm.head, batch.supervised):
+        with fork_rng(batch.regions.device), select_positions_before_head(mm.head, batch.supervised):
             output: Tensor = mm.model(**batch.inputs, use_cache=False).logits
             return output
 

@@ -62,7 +62,7 @@ def apply_liger(model: Any) -> None:
         raise UserError(f"{option} needs liger_kernel.", str(error), "pip install liger-kernel") from error
     # Only answers are supervised, and the head gets nothing else: Liger's own loss would see every token.
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
-    changed = sum(_is_ligers(module) for module in model.modules())
+    changed = sum(_is_liger_module(module) for module in model.modules())
     if not changed:
         raise UserError(
             f"{option} does not know models of type {model.config.model_type}.",
@@ -72,7 +72,7 @@ def apply_liger(model: Any) -> None:
     log_decision("model.compute.liger", f"{changed} modules", "asked for; norms and gated MLPs run as one kernel each")
 
 
-def _is_ligers(module: nn.Module) -> bool:
+def _is_liger_module(module: nn.Module) -> bool:
     """Whether its forward pass was replaced by one of Liger's."""
     own: Any = module.__dict__.get("forward")
     return own is not None and getattr(own, "__module__", "").startswith("liger_kernel")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from lightning_mm.models.layout import ModelLayout
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 
 class TransformersModel(Protocol):
@@ -61,16 +61,16 @@ class MultimodalModel:
 
     model: nn.Module
     layout: ModelLayout
-    processor: Processing | None = None
+    processor: ModelProcessor | None = None
     source: str = ""
 
     @classmethod
-    def of(cls, model: nn.Module, processor: Processing | None = None, source: str = "") -> "MultimodalModel":
+    def of(cls, model: nn.Module, processor: ModelProcessor | None = None, source: str = "") -> "MultimodalModel":
         """Find the parts of a plain model; see ``ModelLayout.of`` for what it raises."""
         return cls(model, ModelLayout.of(model), processor, source)
 
     @property
-    def required_processor(self) -> Processing:
+    def required_processor(self) -> ModelProcessor:
         """The processor, where the caller cannot do without it."""
         assert self.processor is not None, "this handle was made without a processor"
         return self.processor

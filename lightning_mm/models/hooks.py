@@ -150,22 +150,22 @@ def logits_of(mm: MultimodalModel, hidden_ND: Tensor, tuples: Mapping[int, bool]
     if "position_ids" in inspect.signature(mm.model.forward).parameters:
         # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
-    with _returning(mm, hidden_N1D, tuples):
+    with _decoder_returning(mm, hidden_N1D, tuples):
         logits = mm.model(use_cache=False, **given).logits
     return logits[:, -1].float()
 
 
 @contextmanager
-def _returning(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
+def _decoder_returning(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
     """While active, the decoder blocks compute nothing and the last one returns ``output``."""
     with ExitStack() as undo:
         for index, name in enumerate(mm.layout.layers):
             block = mm.model.get_submodule(name)
-            replace_forward(undo, block, partial(_answering, (output,) if tuples.get(index) else output))
+            replace_forward(undo, block, partial(_constant_forward, (output,) if tuples.get(index) else output))
         yield
 
 
-def _answering(answer: Any, _: Forward) -> Forward:
+def _constant_forward(answer: Any, _: Forward) -> Forward:
     return lambda *_, **__: answer
 
 

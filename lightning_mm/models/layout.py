@@ -144,7 +144,6 @@ class ModelLayout:
         Note:
             Call it on the plain model, before adapters are put in: they change names.
         """
-
         return _Resolver(model).resolve()
 
 
@@ -222,7 +221,7 @@ class _Resolver:
         self, claims: dict[int, ParameterLocation], decoder: nn.Module, layers: tuple[nn.Module, ...]
     ) -> None:
         for index, layer in enumerate(layers):
-            for part, parameter in _parts(layer):
+            for part, parameter in _parameters_by_part(layer):
                 claims.setdefault(id(parameter), ParameterLocation(Region.LAYERS, index, part))
         for child in decoder.children():
             if "norm" in type(child).__name__.lower():
@@ -288,7 +287,7 @@ def _built_in_connector(tower: nn.Module, blocks: tuple[nn.Module, ...]) -> Iter
         behind = behind or any(block is module for block in blocks[:1] for module in child.modules())
 
 
-def _parts(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parameter]]:
+def _parameters_by_part(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parameter]]:
     """Each parameter of a block with its part: norms by class, feed-forwards by class, else the token mixer."""
     for name, child in layer.named_children():
         kind = f"{name} {type(child).__name__}".lower()

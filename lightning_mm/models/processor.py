@@ -1,6 +1,6 @@
 """The model's own processor, loaded without running foreign code, with a record of what its tokenizer was given.
 
-Data flow: ``load_processing(path)`` -> ``Processing``; ``chat`` renders messages with it, ``collator`` encodes texts
+Data flow: ``load_processing(path)`` -> ``ModelProcessor``; ``chat`` renders messages with it, ``collator`` encodes texts
 and pictures.
 
 A processor writes out each image placeholder as many tokens before it tokenizes. Answers are found in the text as it
@@ -63,7 +63,7 @@ def save_processor(processor: Any, folder: str | Path) -> None:
         processor.save_pretrained(folder)
 
 
-def video_part(name: str) -> dict[str, Any]:
+def video_processor_argument(name: str) -> dict[str, Any]:
     """The video processor of that class, as an argument for a processor; nothing where there is no torchvision."""
     return {"video_processor": getattr(transformers, name)()} if is_torchvision_available() else {}
 
@@ -111,7 +111,7 @@ class _RecordingTokenizer:
         return getattr(self._tokenizer, name)
 
 
-class Processing:
+class ModelProcessor:
     """One model's processor.
 
     Args:
@@ -121,7 +121,7 @@ class Processing:
 
     def __init__(self, processor: Any, config: PretrainedConfig) -> None:
         self.processor, self.config = processor, config
-        self.template = _template(processor)
+        self.template = _chat_template(processor)
         self.image_token_ids = _image_token_ids(processor, config)
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -202,7 +202,7 @@ class Processing:
         return frozenset(inspect.signature(model_class.forward).parameters)
 
 
-def load_processing(path: str, revision: str | None = None) -> Processing:
+def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
     """Load a model's processor from a folder or the hub.
 
     Raises:
@@ -219,11 +219,11 @@ def load_processing(path: str, revision: str | None = None) -> Processing:
             str(error).strip().split("\n")[0],
             f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
         ) from error
-    _refuse_unfit(path, processor, config)
-    return Processing(processor, config)
+    _require_image_text_processor(path, processor, config)
+    return ModelProcessor(processor, config)
 
 
-def _refuse_unfit(path: str, processor: Any, config: PretrainedConfig) -> None:
+def _require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
     elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
@@ -235,7 +235,7 @@ def _refuse_unfit(path: str, processor: Any, config: PretrainedConfig) -> None:
     raise UserError(f"{path} cannot be trained on pictures and text.", why, "Choose a model with a fast tokenizer.")
 
 
-def _template(processor: Any) -> str:
+def _chat_template(processor: Any) -> str:
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if isinstance(template, dict):
         template = template.get("default")

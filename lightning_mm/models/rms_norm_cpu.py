@@ -45,14 +45,14 @@ def use_cpu_norms(model: nn.Module, undo: ExitStack) -> int:
         flags = ((key, value) for key, value in vars(module).items() if isinstance(value, bool | float | str))
         kind = (type(module), *flags)
         if kind not in tried:
-            tried[kind] = _offset(module, eps)
+            tried[kind] = _weight_offset(module, eps)
         if (offset := tried[kind]) is not None:
-            replace_forward(undo, module, partial(_with_one_backward, module, eps, offset))
+            replace_forward(undo, module, partial(_fused_forward, module, eps, offset))
             changed += 1
     return changed
 
 
-def _offset(module: nn.Module, eps: float) -> float | None:
+def _weight_offset(module: nn.Module, eps: float) -> float | None:
     """Which formula a module computes; None where it is another."""
     weight: Any = module.weight
     drawn = torch.randn(4, len(weight), generator=torch.Generator().manual_seed(0))
@@ -62,18 +62,18 @@ def _offset(module: nn.Module, eps: float) -> float | None:
         except (RuntimeError, TypeError, ValueError):
             return None  # it takes something else
         for offset in _OFFSETS:
-            ours = _Norm.apply(drawn, weight, eps, offset)
+            ours = _RMSNorm.apply(drawn, weight, eps, offset)
             # Orders of sums of D squares; a bfloat16 weight is widened by both.
             if own.shape == ours.shape and own.dtype == ours.dtype and torch.allclose(own, ours, rtol=1e-5, atol=1e-6):
                 return offset
     return None
 
 
-def _with_one_backward(module: Any, eps: float, offset: float, forward: Forward) -> Forward:
-    return partial(_normed, module, forward, eps, offset)
+def _fused_forward(module: Any, eps: float, offset: float, forward: Forward) -> Forward:
+    return partial(_norm_forward, module, forward, eps, offset)
 
 
-def _normed(
+def _norm_forward(
     module: Any, forward: Forward, eps: float, offset: float, hidden: Tensor, *args: Any, **options: Any
 ) -> Any:
     ours = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not (args or options)
@@ -82,10 +82,10 @@ def _normed(
         return forward(hidden, *args, **options)
     # Told where it is so: a model that is loaded on a processor may be trained elsewhere.
     log_decision("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
-    return _Norm.apply(hidden, module.weight, eps, offset)
+    return _RMSNorm.apply(hidden, module.weight, eps, offset)
 
 
-class _Norm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     """x / rms(x) * (weight + offset)."""
 
     @staticmethod

@@ -17,10 +17,10 @@ from torch import nn
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
-from lightning_mm.execution.cache.activation_cache import boundary_of, moves
-from lightning_mm.execution.frozen_dtype import castable
+from lightning_mm.execution.cache.activation_cache import first_layer_above_prefix, is_trained
+from lightning_mm.execution.frozen_dtype import castable_weights
 from lightning_mm.execution.prepare import Compute
-from lightning_mm.models.attention.cpu_kernels import attended_apart, use_cpu_attention
+from lightning_mm.models.attention.cpu_kernels import attends_row_by_row, use_cpu_attention
 from lightning_mm.models.attention.varlen import unpad_blocks
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import skip_blocks
@@ -74,10 +74,10 @@ def cache_savings(
     """
     used = [name for name in layout.vision_blocks if name not in unused]
     try:
-        first = boundary_of(plan)
+        first = first_layer_above_prefix(plan)
     except UserError as error:
         pixels = StepShape.of(largest).pixels
-        if moves(plan, Region.VISION) or not used or not pixels:
+        if is_trained(plan, Region.VISION) or not used or not pixels:
             return CacheSavings(None, why_none=error.why)
         features = trace.block_input_bytes[used[-1]] * mean.pixels / pixels
         return CacheSavings(spent.region(Region.VISION).total, features)
@@ -194,7 +194,7 @@ class MetaModel:
             skeleton.to(self.dtype)
             apply_plan(MultimodalModel(skeleton, self.layout), plan)
             if settings.bf16 and settings.compute.frozen_dtype != "float32":
-                for parameter in castable(skeleton, plan):
+                for parameter in castable_weights(skeleton, plan):
                     parameter.data = parameter.data.bfloat16()
         return skeleton, plan
 
@@ -291,7 +291,7 @@ def executed_flops(cost: StepCost, batches: Sequence[Batch], packed: bool, on_cp
     for batch in batches:
         real, padded = StepShape.of(batch), StepShape.of(batch, padded=True)
         without_padding = cost.at(real).by_part
-        apart = packed and on_cpu and attended_apart((batch.regions != TokenRegion.PAD).sum(1).tolist())
+        apart = packed and on_cpu and attends_row_by_row((batch.regions != TokenRegion.PAD).sum(1).tolist())
         for part, flops in cost.at(replace(padded, tokens=real.tokens) if packed else padded).by_part.items():
             spent = without_padding[part] if apart and flops.input_gradients else flops
             by_part[part] += spent.scaled(1 / len(batches))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.models.attention.cpu_kernels import rehearsed, use_cpu_attention
+from lightning_mm.models.attention.cpu_kernels import meta_attention_kernel, use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.planning.meta_kernels import FusedKernelsMode, MetaAutocast, MetaCpuAttention
@@ -75,7 +75,9 @@ def trace_step(
             stack.enter_context(FusedKernelsMode(recorder.record_op))
             if on_cpu:
                 use_cpu_attention(skeleton, stack)
-                stack.enter_context(rehearsed(MetaCpuAttention(recorder.record_op, (*batch.regions.shape,), bf16)))
+                stack.enter_context(
+                    meta_attention_kernel(MetaCpuAttention(recorder.record_op, (*batch.regions.shape,), bf16))
+                )
             if bf16:
                 stack.enter_context(MetaAutocast(recorder.record_weight_copy))
             stack.enter_context(MetaWeightsMode(recorder.record_op))

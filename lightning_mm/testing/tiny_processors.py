@@ -36,7 +36,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 
-from lightning_mm.models.processor import video_part
+from lightning_mm.models.processor import video_processor_argument
 from lightning_mm.testing.tiny_configs import GRIDS, PATCH, SIDE, TinySizes
 
 NUM_LEARNED = 384
@@ -206,7 +206,7 @@ def llava_onevision(sizes: TinySizes) -> ProcessorMixin:
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=GRIDS),
         sizes.tokenizer,
-        **video_part("LlavaOnevisionVideoProcessor"),
+        **video_processor_argument("LlavaOnevisionVideoProcessor"),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         chat_template=chatml("<image>\n"),
@@ -219,7 +219,7 @@ def _qwen(kind: type[ProcessorMixin], video: str, sizes: TinySizes, system: str 
     return kind(
         Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, temporal_patch_size=2, merge_size=2),
         sizes.tokenizer,
-        **video_part(video),
+        **video_processor_argument(video),
         chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>", system),
     )
 
@@ -257,7 +257,7 @@ def internvl(sizes: TinySizes) -> ProcessorMixin:
     return InternVLProcessor(
         GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4 if sizes.split_images else 1),
         sizes.tokenizer,
-        **video_part("InternVLVideoProcessor"),
+        **video_processor_argument("InternVLVideoProcessor"),
         image_seq_length=4,
         chat_template=chatml("<IMG_CONTEXT>\n"),
     )

@@ -10,7 +10,7 @@ import lightning as L
 from lightning_mm.core import metric_names
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.execution.loss import Objective
+from lightning_mm.execution.loss import LossOutput
 from lightning_mm.models.generation import greedy_answers
 from lightning_mm.training.answer_metrics import SplitScores
 
@@ -28,7 +28,7 @@ class Evaluating(L.LightningModule):
     processor: Any
     max_new_tokens: int
 
-    def objective(self, batch: Batch) -> Objective:
+    def objective(self, batch: Batch) -> LossOutput:
         """Summed NLL of a batch."""
         raise NotImplementedError
 

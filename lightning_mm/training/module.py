@@ -20,14 +20,14 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.loss import Objective, Window, anchored, scale_gradients, supervised_nll
+from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients, supervised_nll
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, fingerprint
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.evaluating import Evaluating
@@ -84,7 +84,7 @@ class MMModule(Evaluating):
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
         self.strict_loading = False
-        self._window = Window()
+        self._window = LossAccumulator()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
         self.auto, self.compute, self.cache = auto, compute, cache
@@ -105,7 +105,7 @@ class MMModule(Evaluating):
         if hasattr(self, "census"):
             self.step.open()
             return
-        self.processing = load_processing(self.backbone.path, self.backbone.revision)
+        self.processing = load_processor(self.backbone.path, self.backbone.revision)
         self.processor = self.processing.processor
         if auto_layers_option(self.tuning):
             self.tuning, self.selection = self._chosen()
@@ -204,7 +204,7 @@ class MMModule(Evaluating):
         """What trains, by name in the state dict."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def objective(self, batch: Batch) -> Objective:
+    def objective(self, batch: Batch) -> LossOutput:
         """Summed NLL of a batch."""
         return self.step.objective(batch)
 
@@ -214,7 +214,7 @@ class MMModule(Evaluating):
         self._window.add(objective)
         if batch.has_images and batch.num_supervised:
             return objective.nll
-        return anchored(objective.nll, iter(self.trainable.values()))
+        return add_zero_grad_term(objective.nll, iter(self.trainable.values()))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into those of the mean over all supervised tokens.

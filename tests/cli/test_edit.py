@@ -14,7 +14,7 @@ from lightning_mm.causal.editing.metrics import EditScorer, edit_measures, loss_
 from lightning_mm.causal.editing.multedit import EditConfig, ValueOptimizer, multedit
 from lightning_mm.causal.editing.weight_edit import apply_edits
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.models.export.export import Provenance, export_full
 from lightning_mm.models.loading import Backbone, load_model
 from tests.helpers.taught_models import EDITED, Taught
 
@@ -36,7 +36,7 @@ ROWS = [
 def work(known: Callable[[str], Taught], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model that knows something, and edits of it."""
     one = known("llava")
-    export_full(one.model, one.encoder.processor, tmp_path / "model", Origin("tiny"))
+    export_full(one.model, one.encoder.processor, tmp_path / "model", Provenance("tiny"))
     for name in ("picture.png", "other.png"):
         (tmp_path / name).write_bytes(one.picture.read_bytes())
     (tmp_path / "edits.json").write_text(json.dumps(ROWS))

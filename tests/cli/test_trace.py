@@ -13,7 +13,7 @@ from lightning_mm.__main__ import main
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.cli.trace import strongest_table
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.models.export.export import Provenance, export_full
 from tests.helpers.taught_models import KNOWN, Taught
 
 LIGHT = ["--parts", "[trace,flow,pictures]", "--tracing.sites", "[mlp]"]
@@ -28,7 +28,7 @@ def row(word: str, **more: Any) -> dict[str, Any]:
 def work(known: Callable[[str], Taught], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model that knows something, and questions about it."""
     one = known("llava")
-    export_full(one.model, one.encoder.processor, tmp_path / "model", Origin("tiny"))
+    export_full(one.model, one.encoder.processor, tmp_path / "model", Provenance("tiny"))
     (tmp_path / "picture.png").write_bytes(one.picture.read_bytes())
     write(tmp_path, [row(word) for word in KNOWN])
     monkeypatch.chdir(tmp_path)

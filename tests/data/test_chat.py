@@ -13,7 +13,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data import chat as spans
 from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
 from lightning_mm.data.sample import Turn
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 PARTS = "{% for part in m.content %}{{ '<image>' if part.type == 'image' else part.text }}{% endfor %}"
 # Each writes its turns in the way of a well-known family. None has generation tags but the last.
@@ -71,14 +71,14 @@ TRUTH: dict[str, tuple[str, str]] = {
     ),
 }
 
-Make = Callable[[str], Processing]
+Make = Callable[[str], ModelProcessor]
 
 
 @pytest.fixture
-def make(processing: Callable[[str], Processing]) -> Make:
+def make(processing: Callable[[str], ModelProcessor]) -> Make:
     """A processor with another template and the stop tokens of all of them."""
 
-    def with_template(template: str) -> Processing:
+    def with_template(template: str) -> ModelProcessor:
         made = processing("llava")
         marks = ["<|im_start|>", "<|im_end|>", "<start_of_turn>", "<end_of_turn>"]
         made.processor.tokenizer.add_tokens(marks, special_tokens=True)
@@ -173,7 +173,7 @@ def test_special_tokens_in_the_text_are_refused(make: Make, text: str, role: Any
         chat.render(turns)
 
 
-def test_a_models_own_image_token_in_the_text_is_refused(processing: Callable[[str], Processing]) -> None:
+def test_a_models_own_image_token_in_the_text_is_refused(processing: Callable[[str], ModelProcessor]) -> None:
     chat = ChatRenderer(processing("qwen2_5_vl"))
     for token in ("<|image_pad|>", "<|vision_start|>", "<|video_pad|>"):
         with pytest.raises(ChatError, match="special token"):
@@ -215,11 +215,11 @@ def test_a_useless_template_is_an_error(make: Make, name: str) -> None:
     assert why in caught.value.why
 
 
-def test_no_template_is_an_error(processing: Callable[[str], Processing]) -> None:
+def test_no_template_is_an_error(processing: Callable[[str], ModelProcessor]) -> None:
     bare = processing("llava")
     bare.processor.chat_template = bare.processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template") as caught:
-        Processing(bare.processor, bare.config)
+        ModelProcessor(bare.processor, bare.config)
     assert "chat_template.jinja" in caught.value.fix
 
 

@@ -16,7 +16,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.sample import Sample, Turn
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 FAMILIES = (
     "llava",
@@ -31,7 +31,7 @@ FAMILIES = (
     "gemma3",
     "mllama",
 )
-Load = Callable[[str], Processing]
+Load = Callable[[str], ModelProcessor]
 
 
 @pytest.fixture(scope="session")
@@ -194,14 +194,14 @@ def test_one_bad_picture_costs_one_row(processing: Load, samples: list[Sample], 
 
 
 def test_a_row_the_processor_refuses(processing: Load, samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
-    made, encode = processing("llava"), Processing.encode
+    made, encode = processing("llava"), ModelProcessor.encode
 
-    def picky(self: Processing, texts: Any, images: Any, side: Any) -> Any:
+    def picky(self: ModelProcessor, texts: Any, images: Any, side: Any) -> Any:
         if any(image.size == (40, 80) for row in images for image in row):
             raise ValueError("too tall for me\nsecond line")
         return encode(self, texts, images, side)
 
-    monkeypatch.setattr(Processing, "encode", picky)
+    monkeypatch.setattr(ModelProcessor, "encode", picky)
     batch = Collator(made)(samples)
     assert batch.samples == tuple(samples[:2])
     assert [r.reason for r in batch.rejected] == ["processor refuses: too tall for me"] * 2

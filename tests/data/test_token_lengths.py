@@ -16,10 +16,10 @@ from lightning_mm.data.collator import Collator
 from lightning_mm.data.images import check_header
 from lightning_mm.data.sample import Sample, Turn
 from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths, num_patches, vision_weight
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 from lightning_mm.testing.tiny import FAMILIES
 
-Load = Callable[[str], Processing]
+Load = Callable[[str], ModelProcessor]
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +45,7 @@ def talk(index: int, images: tuple[Path, ...] = (), turns: int = 1) -> Sample:
     return Sample(str(index), tuple(said), images, f"t.json:{index}")
 
 
-def row_lengths(processing: Processing, samples: list[Sample], max_length: int | None = None) -> list[int]:
+def row_lengths(processing: ModelProcessor, samples: list[Sample], max_length: int | None = None) -> list[int]:
     batch = Collator(processing, max_length)(samples)
     assert batch.samples == tuple(samples)
     return (batch.regions != TokenRegion.PAD).sum(1).tolist()
@@ -117,7 +117,7 @@ def test_another_set_of_lengths_has_another_digest() -> None:
 
 def _one_of_two(rank: int, folder: str, model: str, samples: list[Sample]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(measure_token_lengths(samples, load_processing(model)).costs, f"{folder}/{rank}.pt")
+    torch.save(measure_token_lengths(samples, load_processor(model)).costs, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallba
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.frozen_dtype import cast_frozen_weights, castable
+from lightning_mm.execution.frozen_dtype import cast_frozen_weights, castable_weights
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
@@ -77,7 +77,7 @@ def test_only_frozen_linear_weights_that_nothing_else_reads(family: Family, data
 
 def test_under_dora_the_weights_stay(family: Family) -> None:
     module = configured(family("llava"), LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dora=True)))
-    held = {id(parameter) for parameter in castable(module.model, module.plan)}
+    held = {id(parameter) for parameter in castable_weights(module.model, module.plan)}
     for name, parameter in module.model.named_parameters():
         assert not (name.endswith(".base_layer.weight") and id(parameter) in held), name
 

@@ -8,7 +8,7 @@ import lightning_mm.execution.loss as objective
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import Chunk, Objective, supervised_nll
+from lightning_mm.execution.loss import Chunk, LossOutput, supervised_nll
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, PerRegion, TuningPolicy
@@ -23,7 +23,7 @@ HEADS: dict[str, TuningPolicy] = {
 }
 
 
-def step(module: MMModule, batch: Batch, chunk: Chunk) -> tuple[Objective, dict[str, Tensor]]:
+def step(module: MMModule, batch: Batch, chunk: Chunk) -> tuple[LossOutput, dict[str, Tensor]]:
     torch.manual_seed(0)
     head = module.model.get_submodule(module.mm.layout.head)
     found = supervised_nll(module.model, head, batch, chunk)

@@ -15,7 +15,7 @@ from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from tests.helpers.data import make_uneven_rows
 
 
@@ -37,7 +37,7 @@ def test_what_is_not_read_is_not_computed(
     """LLaVA reads its tower's last block but one (vision_feature_layer -2); equal logits, bit for bit."""
     model: Any = load_model(Backbone(path=str(family(name)))).eval()
     layout = ModelLayout.of(model)
-    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processor(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
         assert (
@@ -59,7 +59,7 @@ def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path],
     assert gates
     for gate in gates:
         torch.nn.init.zeros_(gate)
-    batch = Collator(load_processing(str(family("mllama"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processor(str(family("mllama"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert truncate_tower(MultimodalModel.of(model), batch, ExitStack()) == ()
 
 
@@ -69,7 +69,7 @@ def test_blocks_whose_absence_changes_the_logits_are_computed(
 ) -> None:
     """The graph alone does not decide: here it misses a block that is read. And what is skipped can be put back."""
     mm = MultimodalModel.of(load_model(Backbone(path=str(family("llava")))).eval())
-    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processor(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad(), ExitStack() as undo:
         expected = mm.model(**batch.inputs).logits
         if undone:

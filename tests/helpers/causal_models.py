@@ -15,7 +15,7 @@ from lightning_mm.causal.questions.question import EncodedQuestion, Question, Qu
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 
 FAMILIES = (
     "llava",
@@ -38,7 +38,7 @@ class Subject:
 
     model: Any
     layout: ModelLayout
-    processing: Processing
+    processing: ModelProcessor
     encoder: QuestionEncoder
     folder: Path
 
@@ -65,7 +65,7 @@ def noise(file: Path, seed: int) -> Path:
 def subject(family: Callable[[str], Path], name: str, folder: Path) -> Subject:
     """The tiny model of a family, in eval mode."""
     path = str(family(name))
-    processing = load_processing(path)
+    processing = load_processor(path)
     model: Any = load_model(Backbone(path=path))
     return Subject(
         model.eval().requires_grad_(False), ModelLayout.of(model), processing, QuestionEncoder(processing), folder

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from lightning_mm.models.export.export import Origin
+from lightning_mm.models.export.export import Provenance
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA, add_lora
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 
 PLAIN = LoRA(r=4, alpha=8.0)
 DORA = LoRA(r=4, alpha=8.0, rslora=True, dora=True)
@@ -28,12 +28,12 @@ class Subject:
     base: Path
     model: Any
     layout: ModelLayout
-    processing: Processing
+    processing: ModelProcessor
     inputs: dict[str, torch.Tensor]
 
     @property
-    def origin(self) -> Origin:
-        return Origin(str(self.base), facts={"Policy": "LoRAOnMiddle(layers='1-2')", "Layers trained": "1-2 of 4"})
+    def origin(self) -> Provenance:
+        return Provenance(str(self.base), facts={"Policy": "LoRAOnMiddle(layers='1-2')", "Layers trained": "1-2 of 4"})
 
     @property
     def connector(self) -> tuple[str, ...]:
@@ -63,7 +63,7 @@ class Subject:
 
 def subject(base: Path) -> Subject:
     model = load_model(Backbone(path=str(base)))
-    processing = load_processing(str(base))
+    processing = load_processor(str(base))
     content = [{"type": "image"}, {"type": "text", "text": "Which colour is it?"}]
     text = processing.render([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processing.encode([text], [[Image.new("RGB", (40, 28), (200, 30, 90))]], "right").inputs

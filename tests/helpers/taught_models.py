@@ -19,7 +19,7 @@ from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits, f
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import BlockPart, ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 
 KNOWN = {"b": "a", "c": "e", "d": "i", "f": "o"}
 """Which answer goes with which constraint: one token each."""
@@ -66,7 +66,7 @@ def taught(folder: Path, work: Path) -> Taught:
     Image.radial_gradient("L").convert("RGB").resize((48, 40)).save(picture)
     torch.manual_seed(0)
     model: Any = load_model(Backbone(path=str(folder)))
-    made = Taught(model, ModelLayout.of(model), QuestionEncoder(load_processing(str(folder))), folder, picture)
+    made = Taught(model, ModelLayout.of(model), QuestionEncoder(load_processor(str(folder))), folder, picture)
     lessons = [made.forced(word, answer) for word, answer in KNOWN.items()]
     frozen = (Region.VISION, Region.CONNECTOR)
     weights = [

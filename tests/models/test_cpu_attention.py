@@ -15,12 +15,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.attention import cpu_kernels
 from lightning_mm.models.attention.cpu_kernels import (
-    ALONE,
-    SHORT,
+    MAX_SHORT_ROW,
+    MIN_MEAN_ROW,
     Rows,
-    attended_apart,
+    attends_row_by_row,
     cpu_attention,
-    rows_apart,
+    split_unpadded_rows,
     use_cpu_attention,
 )
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
@@ -147,7 +147,7 @@ def test_what_only_the_kernel_can_do_is_left_to_it(asked: str) -> None:
         assert gradient.shape == bias.shape
 
 
-@pytest.mark.parametrize(("length", "written"), [(SHORT, True), (SHORT + 1, False)])
+@pytest.mark.parametrize(("length", "written"), [(MAX_SHORT_ROW, True), (MAX_SHORT_ROW + 1, False)])
 def test_long_rows_are_left_to_the_kernel(length: int, written: bool) -> None:
     """The weights of all pairs are seen by what keeps tensors for backward, or are not."""
     heads = torch.randn(1, 1, length, 4, requires_grad=True)
@@ -184,11 +184,11 @@ def test_rows_side_by_side_are_rows_in_a_batch(
     mask = seen & real[:, None, None, :]
     given = torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf) if added else mask
     tokens = RealTokens(real.flatten().nonzero()[:, 0], rows, length)
-    made = rows_apart(tokens.index, rows, length, given)
+    made = split_unpadded_rows(tokens.index, rows, length, given)
     assert not made  # rows as short as these stay together
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_kernels, "ALONE", 0)
-        made = rows_apart(tokens.index, rows, length, given)
+        patch.setattr(cpu_kernels, "MIN_MEAN_ROW", 0)
+        made = split_unpadded_rows(tokens.index, rows, length, given)
     assert [each.queries.stop - each.queries.start for each in made] == [count for count in lengths if count]
     packed = [torch.randn(1, n, len(tokens.index), 4, generator=drawn, dtype=torch.float64) for n in (4, 2, 2)]
     packed = [each.requires_grad_() for each in packed]
@@ -207,22 +207,22 @@ def test_rows_side_by_side_are_rows_in_a_batch(
 
 def test_real_tokens_that_see_padding_stay_in_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Left out, it would change what they compute."""
-    monkeypatch.setattr(cpu_kernels, "ALONE", 0)
+    monkeypatch.setattr(cpu_kernels, "MIN_MEAN_ROW", 0)
     index = torch.tensor([0, 1, 2, 3, 4])  # a row of three, and one of two
     causal = torch.ones(2, 1, 3, 3, dtype=torch.bool).tril()
-    assert len(rows_apart(index, 2, 3, causal)) == 2
-    assert not rows_apart(index, 2, 3, torch.ones(2, 1, 3, 3, dtype=torch.bool))
-    assert not rows_apart(index, 2, 3, torch.zeros(2, 1, 3, 3))
-    assert not rows_apart(index, 2, 3, None)
-    assert not rows_apart(index, 2, 3, causal[:, 0])
+    assert len(split_unpadded_rows(index, 2, 3, causal)) == 2
+    assert not split_unpadded_rows(index, 2, 3, torch.ones(2, 1, 3, 3, dtype=torch.bool))
+    assert not split_unpadded_rows(index, 2, 3, torch.zeros(2, 1, 3, 3))
+    assert not split_unpadded_rows(index, 2, 3, None)
+    assert not split_unpadded_rows(index, 2, 3, causal[:, 0])
 
 
 def test_rows_are_attended_to_alone_from_some_length_on() -> None:
-    assert attended_apart([ALONE, ALONE, ALONE + 20])
-    assert attended_apart([ALONE - 20, ALONE + 20])
-    assert not attended_apart([ALONE - 20, ALONE])
-    assert not attended_apart([ALONE, SHORT + 1])
-    assert not attended_apart([])
+    assert attends_row_by_row([MIN_MEAN_ROW, MIN_MEAN_ROW, MIN_MEAN_ROW + 20])
+    assert attends_row_by_row([MIN_MEAN_ROW - 20, MIN_MEAN_ROW + 20])
+    assert not attends_row_by_row([MIN_MEAN_ROW - 20, MIN_MEAN_ROW])
+    assert not attends_row_by_row([MIN_MEAN_ROW, MAX_SHORT_ROW + 1])
+    assert not attends_row_by_row([])
 
 
 @pytest.mark.parametrize("alone", [False, True])
@@ -235,17 +235,17 @@ def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
     use_cpu_attention(model, undo)
     unpad_blocks(MultimodalModel.of(model), undo)
     seen: list[list[int]] = []
-    real = cpu_kernels._attended
+    real = cpu_kernels._attend_rows
 
     def attended(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
         seen.append([each.count * 1000 + len(query[each.queries]) // each.count for each in rows])
         return real(query, key, value, rows, options)
 
-    monkeypatch.setattr(cpu_kernels, "_attended", attended)
+    monkeypatch.setattr(cpu_kernels, "_attend_rows", attended)
     batch = batch_of(family("llava"), data, 4)
     rows, length = batch.regions.shape
-    monkeypatch.setattr(cpu_kernels, "SHORT", length)
-    monkeypatch.setattr(cpu_kernels, "ALONE", 0 if alone else length)
+    monkeypatch.setattr(cpu_kernels, "MAX_SHORT_ROW", length)
+    monkeypatch.setattr(cpu_kernels, "MIN_MEAN_ROW", 0 if alone else length)
     with unpadded(RealTokens(batch.real, rows, length)):
         nll = supervised_nll(model, model.lm_head, batch).nll
     lengths = torch.bincount(batch.real // length).tolist()

@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.export.export import Origin, export_adapter, export_full, write_card
+from lightning_mm.models.export.export import Provenance, export_adapter, export_full, write_card
 from lightning_mm.models.export.verify import take_reference
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, load_model
@@ -107,7 +107,7 @@ def test_a_quantised_model_is_no_complete_folder(llava: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("base", ['org/model: a "colon"', "org/model"])
 def test_the_card_says_where_the_model_comes_from(base: str, tmp_path: Path) -> None:
-    write_card(tmp_path, Origin(base, "abc123", {"Policy": "ConnectorOnly()"}), library="peft")
+    write_card(tmp_path, Provenance(base, "abc123", {"Policy": "ConnectorOnly()"}), library="peft")
     _, header, text = (tmp_path / "README.md").read_text().split("---\n", 2)
     assert yaml.safe_load(header)["base_model"] == base
     assert "license" not in yaml.safe_load(header)

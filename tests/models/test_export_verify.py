@@ -15,8 +15,14 @@ from safetensors.torch import load_file, save_file
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.export.export import export_adapter, export_full
-from lightning_mm.models.export.verify import Claim, Verdict, examine, prove, take_reference
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.export.verify import (
+    ExportCheck,
+    ExportCheckResult,
+    compare_exports,
+    take_reference,
+    verify_export,
+)
+from lightning_mm.models.processor import load_processor
 from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.export_model import DORA, PLAIN, Subject, subject
 
@@ -40,16 +46,16 @@ class Workshop:
 
     def __init__(self, base: Path, out: Path) -> None:
         self.base, self.out = base, out
-        self.claims: dict[str, Claim] = {}
+        self.claims: dict[str, ExportCheck] = {}
         self.untrained = take_reference((s := subject(base)).model, s.inputs)
 
     def full(self, name: str, s: Subject) -> None:
         folder = export_full(s.model, s.processing.processor, self.out / name, s.origin)
-        self.claims[name] = Claim(folder, take_reference(s.model, s.inputs))
+        self.claims[name] = ExportCheck(folder, take_reference(s.model, s.inputs))
 
     def adapter(self, name: str, s: Subject, trained: tuple[str, ...] = ()) -> None:
         folder = export_adapter(s.model, self.out / name, s.origin, trained)
-        self.claims[name] = Claim(folder, take_reference(s.model, s.inputs), str(s.base))
+        self.claims[name] = ExportCheck(folder, take_reference(s.model, s.inputs), str(s.base))
 
     def make(self) -> None:
         changed = subject(self.base)
@@ -112,15 +118,15 @@ def add_faults(workshop: Workshop) -> None:
 
 
 @pytest.fixture(scope="module")
-def verdicts(workshops: dict[str, Workshop]) -> dict[tuple[str, str], Verdict]:
+def verdicts(workshops: dict[str, Workshop]) -> dict[tuple[str, str], ExportCheckResult]:
     claims = {(family, kind): claim for family, w in workshops.items() for kind, claim in w.claims.items()}
-    return dict(zip(claims, examine(list(claims.values())), strict=True))
+    return dict(zip(claims, compare_exports(list(claims.values())), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_fresh_process_comes_to_the_live_logits(
-    family: str, kind: str, workshops: dict[str, Workshop], verdicts: dict[tuple[str, str], Verdict]
+    family: str, kind: str, workshops: dict[str, Workshop], verdicts: dict[tuple[str, str], ExportCheckResult]
 ) -> None:
     verdict, claim = verdicts[family, kind], workshops[family].claims[kind]
     assert verdict.complaints == ()
@@ -145,7 +151,7 @@ def test_a_fresh_process_comes_to_the_live_logits(
     ],
 )
 def test_a_spoiled_folder_does_not_pass(
-    fault: str, complaint: str | None, verdicts: dict[tuple[str, str], Verdict]
+    fault: str, complaint: str | None, verdicts: dict[tuple[str, str], ExportCheckResult]
 ) -> None:
     verdict = verdicts["llava", fault]
     assert not verdict.holds
@@ -154,7 +160,7 @@ def test_a_spoiled_folder_does_not_pass(
 
 def test_prove_says_what_is_wrong(workshops: dict[str, Workshop]) -> None:
     with pytest.raises(UserError, match="does not restore the trained model") as caught:
-        prove(workshops["llava"].claims["one value wrong"])
+        verify_export(workshops["llava"].claims["one value wrong"])
     assert "differ by" in caught.value.why
 
 
@@ -164,11 +170,11 @@ def test_a_folder_that_cannot_be_loaded_is_named(workshops: dict[str, Workshop],
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(UserError, match="cut cannot be loaded by a fresh process"):
-        examine([good, replace(good, folder=folder)])
+        compare_exports([good, replace(good, folder=folder)])
 
 
 def test_a_tied_head_stays_tied_unless_an_adapter_parts_it(
-    workshops: dict[str, Workshop], verdicts: dict[tuple[str, str], Verdict]
+    workshops: dict[str, Workshop], verdicts: dict[tuple[str, str], ExportCheckResult]
 ) -> None:
     out = workshops["gemma3"].out
     for kind, tied in (("full", True), ("merged", True), ("tied head merged", False)):
@@ -187,7 +193,7 @@ def test_a_merged_folder_is_a_plain_one(family: str, workshops: dict[str, Worksh
     assert len({path.stat().st_mode for path in merged.iterdir()}) == 1
     for file in ("generation_config.json", "chat_template.jinja"):
         assert (merged / file).read_text() == (base / file).read_text()
-    before, after = load_processing(str(base)), load_processing(str(merged))
+    before, after = load_processor(str(base)), load_processor(str(merged))
     text = before.render([{"role": "user", "content": "Hello"}])
     assert after.render([{"role": "user", "content": "Hello"}]) == text
     first, again = (p.encode([text], [[]], "right").inputs["input_ids"] for p in (before, after))
@@ -216,7 +222,7 @@ def test_padding_does_not_count(bases: dict[str, Path]) -> None:
 
 @pytest.mark.parametrize("difference", [float("nan"), float("inf"), 1.1e-5])
 def test_a_verdict_fails_closed(difference: float) -> None:
-    good = Verdict(1e-5, 1.0, 1e-5, ())
+    good = ExportCheckResult(1e-5, 1.0, 1e-5, ())
     assert good.holds
     assert not replace(good, difference=difference).holds
     assert not replace(good, complaints=("missing lm_head.weight",)).holds

@@ -52,7 +52,7 @@ def test_its_backward_is_its_forwards(offset: float) -> None:
     """Against finite differences, in float64."""
     hidden = drawn(2, 3, 5, dtype=torch.float64).requires_grad_()
     weight = drawn(5, dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(rms_norm_cpu._Norm.apply, (hidden, weight, 1e-3, offset))
+    assert torch.autograd.gradcheck(rms_norm_cpu._RMSNorm.apply, (hidden, weight, 1e-3, offset))
 
 
 @pytest.mark.parametrize("trained", [True, False])
@@ -104,7 +104,7 @@ def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: p
     module = LlamaRMSNorm(8)
     decision_log().clear()
     use_cpu_norms(module, ExitStack())
-    monkeypatch.setattr(rms_norm_cpu, "_Norm", None)
+    monkeypatch.setattr(rms_norm_cpu, "_RMSNorm", None)
     hidden = drawn(3, 8).requires_grad_()
     module(hidden.detach())
     module(hidden.bfloat16())

@@ -19,7 +19,7 @@ from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpad
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from lightning_mm.testing.tiny import FAMILIES
 from tests.helpers.data import Family, make_uneven_rows
 from tests.helpers.training import scale_of
@@ -49,7 +49,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(
 ) -> None:
     """1e-5 of the largest entry: float32 sums over tokens in another order."""
     model, layout = loaded(family(name))
-    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processor(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
     expected = stepped(model, layout, batch, None)
     undo = ExitStack()
@@ -80,7 +80,7 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     use_cpu_attention(model, undo)
     unpad_blocks(MultimodalModel(model, layout), undo)
     collator, samples = (
-        Collator(load_processing(str(family("llava")))),
+        Collator(load_processor(str(family("llava")))),
         read_conversations(make_uneven_rows(tmp_path)).samples,
     )
     hidden = []
@@ -103,7 +103,7 @@ def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> N
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     """Looks and generation run the prepared model as it is."""
     model, layout = loaded(family("llava"))
-    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    batch = Collator(load_processor(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
         unpad_blocks(MultimodalModel(model, layout), ExitStack())

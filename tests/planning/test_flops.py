@@ -91,7 +91,7 @@ def test_without_padding_only_attention_sees_it(
     real, padded = StepShape.of(batch), StepShape.of(batch, padded=True)
     assert real.tokens < padded.tokens
     if not alone:
-        monkeypatch.setattr(cpu_kernels, "ALONE", 10**6)
+        monkeypatch.setattr(cpu_kernels, "MIN_MEAN_ROW", 10**6)
     with saving(module.model, frozen_below(module)) as saved:
         expected = counted(module, batch)
     assert not saved

@@ -28,7 +28,7 @@ from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.execution.activation_checkpointing import activations_kept
+from lightning_mm.execution.activation_checkpointing import without_recomputation
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import logits_of
 
@@ -227,7 +227,7 @@ def frozen_parameters(mm: MultimodalModel) -> Iterator[None]:
     try:
         for parameter in trainable:
             parameter.requires_grad_(False)
-        with activations_kept(mm.model, mm.layout.layers):
+        with without_recomputation(mm.model, mm.layout.layers):
             yield
     finally:
         for parameter in trainable:

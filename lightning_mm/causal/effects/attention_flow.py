@@ -26,7 +26,7 @@ from lightning_mm.causal.interventions.activation_cache import ActivationCache, 
 from lightning_mm.causal.questions.question import EncodedQuestion
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.models.attention.interception import repeated
+from lightning_mm.models.attention.interception import repeat_kv
 from lightning_mm.models.handle import MultimodalModel
 
 FLOW_EDGES = ("image->constraint", "constraint->last", "image->last", "question->last")
@@ -195,7 +195,7 @@ class _AttentionParts:
             mask = mask.expand(*mask.shape[:-2], call.query.shape[2], -1)[..., rows, :]
         call = call.changed(query=call.query[:, :, rows], mask=mask)
         weight_HQK = call.explicit()[1][0].float()
-        value_HKE = repeated(call.value, call.query)[0].float()
+        value_HKE = repeat_kv(call.value, call.query)[0].float()
         num_heads, num_keys, size = value_HKE.shape
         out, bias_D = output_projection(mm.model.get_submodule(name), num_heads * size, call.value)
         visible_QK = torch.ones(len(rows), num_keys, dtype=torch.bool, device=rows.device)

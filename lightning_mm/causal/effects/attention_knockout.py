@@ -23,7 +23,7 @@ from torch import Tensor
 from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.question import EncodedQuestion
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeated
+from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeat_kv
 from lightning_mm.models.handle import MultimodalModel
 
 EDGE_CLASSES = ("image", "question", "constraint", "last")
@@ -223,6 +223,6 @@ def _zero_weights(call: AttentionCall, cut_QK: Tensor) -> tuple[Tensor, Tensor |
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], *cut_QK.shape)[..., rows, :]
     explicit_BHRK = call.changed(query=call.query[:, :, rows], mask=mask).explicit()[1]
-    cut_BHRE = (explicit_BHRK * cut_QK[rows]) @ repeated(call.value, call.query)
+    cut_BHRE = (explicit_BHRK * cut_QK[rows]) @ repeat_kv(call.value, call.query)
     out_BQHE = out_BQHE.index_add(1, rows, cut_BHRE.transpose(1, 2).to(out_BQHE.dtype), alpha=-1)
     return out_BQHE, None if weight is None else weight.masked_fill(cut_QK, 0)

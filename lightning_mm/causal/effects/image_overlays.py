@@ -23,7 +23,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class PictureGrids:
         max_megapixels: Larger images are rejected, in millions of pixels.
     """
 
-    def __init__(self, processing: Processing, max_megapixels: float = 40.0) -> None:
+    def __init__(self, processing: ModelProcessor, max_megapixels: float = 40.0) -> None:
         self._grids, self._max_megapixels = patch_grids(processing), max_megapixels
 
     def grid(self, encoded: EncodedQuestion) -> PictureGrid:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import gathered_before
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
 from lightning_mm.models.handle import MultimodalModel
@@ -167,7 +167,7 @@ def score_conversations(mm: MultimodalModel, batches: Sequence[Batch], device: t
     right, modalities, pictures = [], [], []
     for batch in batches:
         batch = batch.to(device)
-        with gathered_before(mm.model.get_submodule(mm.layout.head), batch.supervised):
+        with select_positions_before_head(mm.model.get_submodule(mm.layout.head), batch.supervised):
             logits = mm.model(**batch.inputs, use_cache=False).logits
         is_hit_S = logits.reshape(len(batch.targets), -1).argmax(-1) == batch.targets
         row_S = batch.supervised // batch.inputs["input_ids"].shape[1]

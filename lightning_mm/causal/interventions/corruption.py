@@ -30,7 +30,7 @@ from lightning_mm.causal.questions.question import EncodedQuestion, to_model_dev
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 CorruptionKind = Literal["token", "symmetric", "image", "gaussian", "grey"]
 CORRUPTIONS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
@@ -100,7 +100,7 @@ def corrupt_question(
     encoded: EncodedQuestion,
     kind: CorruptionKind,
     others: Sequence[EncodedQuestion],
-    processing: Processing,
+    processing: ModelProcessor,
     mm: MultimodalModel,
     seed: int = 0,
     word: str = "Paris",
@@ -136,7 +136,7 @@ def corrupt_question(
     return _grey_boxes(encoded, processing) if kind == "grey" else _swap_picture(encoded, others, processing, chance)
 
 
-def first_token(processing: Processing, word: str) -> int:
+def first_token(processing: ModelProcessor, word: str) -> int:
     """The first token of a word inside a sentence, where most tokenizers join it to the space before it."""
     before = "the "
     encoding = processing.processor.tokenizer(before + word, add_special_tokens=False, return_offsets_mapping=True)
@@ -186,7 +186,7 @@ def _add_noise(encoded: EncodedQuestion, mm: MultimodalModel, seed: int) -> Corr
 
 
 def _swap_picture(
-    encoded: EncodedQuestion, others: Sequence[EncodedQuestion], processing: Processing, chance: random.Random
+    encoded: EncodedQuestion, others: Sequence[EncodedQuestion], processing: ModelProcessor, chance: random.Random
 ) -> CorruptedQuestion | Rejection:
     """Replace the image by another question's."""
     if not len(encoded.image):
@@ -197,7 +197,7 @@ def _swap_picture(
     return Rejection(encoded.question.id, f"no lender: no other picture of {len(encoded.image)} tokens that differs")
 
 
-def _grey_boxes(encoded: EncodedQuestion, processing: Processing) -> CorruptedQuestion | Rejection:
+def _grey_boxes(encoded: EncodedQuestion, processing: ModelProcessor) -> CorruptedQuestion | Rejection:
     picture = grey_out_boxes(encoded.question)
     if isinstance(picture, Rejection):
         return picture
@@ -218,7 +218,7 @@ def _rank_donors(
 
 
 def _with_picture_of(
-    encoded: EncodedQuestion, other: Mapping[str, Tensor], processing: Processing
+    encoded: EncodedQuestion, other: Mapping[str, Tensor], processing: ModelProcessor
 ) -> dict[str, Tensor] | None:
     """The question's inputs with the image of another row; None if it does not fit or is identical.
 
@@ -244,7 +244,7 @@ def _split_inputs(inputs: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
     return text, {name: tensor for name, tensor in inputs.items() if name not in text}
 
 
-def _picture_tokens(ids_1L: Tensor, processing: Processing) -> Tensor:
+def _picture_tokens(ids_1L: Tensor, processing: ModelProcessor) -> Tensor:
     """Token ids from the first image token to the last."""
     ids = ids_1L[0].cpu()
     at = torch.isin(ids, torch.tensor(processing.image_token_ids)).nonzero().flatten()

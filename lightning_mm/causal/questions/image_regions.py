@@ -18,16 +18,16 @@ from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
 from lightning_mm.data.probe_sets.collator import GRAY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 
-def encode_image(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
+def encode_image(processing: ModelProcessor, picture: Image.Image) -> Mapping[str, Tensor]:
     """Processor inputs of one image with a minimal text: one row."""
     text = ChatRenderer(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
     return processing.encode([text], [[picture]], "right").inputs
 
 
-def patch_grids(processing: Processing) -> PatchGrids:
+def patch_grids(processing: ModelProcessor) -> PatchGrids:
     """The layout of the model's image tokens in images, from its processor."""
     merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
     return PatchGrids(lambda picture: encode_image(processing, picture), processing.config.to_dict(), merge_size)
@@ -52,7 +52,7 @@ class BoxTokens:
         processing: The model's processor.
     """
 
-    def __init__(self, processing: Processing) -> None:
+    def __init__(self, processing: ModelProcessor) -> None:
         self._grids = patch_grids(processing)
 
     def __call__(self, encoded: EncodedQuestion) -> Tensor | Rejection:

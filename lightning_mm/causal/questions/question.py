@@ -23,9 +23,9 @@ from lightning_mm.data.chat import ChatError
 from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
-from lightning_mm.execution.loss import gathered_before
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 LATE_IMAGE_FRACTION = 1 / 16
 """Fraction of an image's tokens that count as late (Basu et al. 2024, arXiv:2406.04236: 540 to 576 of 576)."""
@@ -127,7 +127,7 @@ class QuestionEncoder:
         max_megapixels: Larger images are rejected, in millions of pixels.
     """
 
-    def __init__(self, processing: Processing, prompt: str = "{question}", max_megapixels: float = 40.0) -> None:
+    def __init__(self, processing: ModelProcessor, prompt: str = "{question}", max_megapixels: float = 40.0) -> None:
         assert prompt.count("{question}") == 1, "checked where options are read"
         self._encoder, self.prompt = SampleEncoder(processing, None, max_megapixels), prompt
 
@@ -196,7 +196,7 @@ def last_logits(mm: MultimodalModel, inputs: Mapping[str, Tensor]) -> Tensor:
     inputs = to_model_device(mm, inputs)
     rows, length = inputs["input_ids"].shape
     last = torch.arange(1, rows + 1, device=inputs["input_ids"].device) * length - 1
-    with gathered_before(mm.model.get_submodule(mm.layout.head), last):
+    with select_positions_before_head(mm.model.get_submodule(mm.layout.head), last):
         logits = mm.model(**inputs, use_cache=False).logits
     return logits.reshape(rows, -1).float()
 

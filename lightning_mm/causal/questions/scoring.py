@@ -22,7 +22,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.chat import ChatError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.execution.loss import gathered_before
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.models.handle import MultimodalModel
 
 
@@ -98,7 +98,7 @@ def force_answer(
 def answer_logits(mm: MultimodalModel, forced: ForcedAnswer) -> Tensor:
     """(T + 1, V) float32 logits at ``positions`` from one forward pass; differentiable if gradients are enabled."""
     positions = forced.positions.to(forced.ids.device)
-    with gathered_before(mm.model.get_submodule(mm.layout.head), positions):
+    with select_positions_before_head(mm.model.get_submodule(mm.layout.head), positions):
         logits = mm.model(**forced.encoded.inputs, use_cache=False).logits
     return logits.reshape(len(positions), -1).float()
 

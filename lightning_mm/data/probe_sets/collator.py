@@ -31,7 +31,7 @@ from lightning_mm.data.probe_sets.build.patch_grids import NO_OBJECT_SITES, Patc
 from lightning_mm.data.probe_sets.files import ProbeRow
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
-from lightning_mm.models.processor import Encoding, Processing
+from lightning_mm.models.processor import Encoding, ModelProcessor
 
 GRAY = (127, 127, 127)
 
@@ -45,7 +45,9 @@ class ProbeCollator:
         max_megapixels: Limit on the size of an image, in megapixels.
     """
 
-    def __init__(self, processing: Processing, max_length: int | None = None, *, max_megapixels: float = 40.0) -> None:
+    def __init__(
+        self, processing: ModelProcessor, max_length: int | None = None, *, max_megapixels: float = 40.0
+    ) -> None:
         self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
         self._grids = PatchGrids(self._encode_alone, processing.config.to_dict(), merge_size)

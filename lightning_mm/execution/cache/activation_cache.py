@@ -1,6 +1,6 @@
 """What is frozen computed once per row and kept on disk: the first epoch fills the cache, the others begin above it.
 
-Data flow: settings + model + plan -> ``verified``, ``open_store`` -> ``PrefixCache``: a collator for the loader, and
+Data flow: settings + model + plan -> ``split_verified_prefix``, ``open_store`` -> ``PrefixCache``: a collator for the loader, and
 for the step the states that are known, and those of new rows, computed and kept. ``features`` does the same with what
 the vision tower makes of pictures, where something between it and the blocks trains.
 
@@ -21,7 +21,13 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedStates
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
-from lightning_mm.execution.cache.collators import STATES, Inseparable, KeptCollator, cut, joined
+from lightning_mm.execution.cache.collators import (
+    STATES,
+    CachedPrefixCollator,
+    InseparableRowsError,
+    merge_rows,
+    split_rows,
+)
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.models.handle import MultimodalModel
@@ -127,9 +133,9 @@ class PrefixCache(RowCache):
         super().__init__(store, kept, dtype)
         self.prefix = prefix
 
-    def collator(self, collator: Collator, width: int) -> KeptCollator:
+    def collator(self, collator: Collator, width: int) -> CachedPrefixCollator:
         """A collator that leaves out the pictures of rows that are known."""
-        return KeptCollator(collator, self.store, width, self.dtype)
+        return CachedPrefixCollator(collator, self.store, width, self.dtype)
 
     def states(self, kept: CachedStates) -> Tensor:
         """(B, L, D) of all rows."""
@@ -147,7 +153,7 @@ class PrefixCache(RowCache):
         return states_BLD
 
 
-def boundary_of(plan: TuningPlan) -> int:
+def first_layer_above_prefix(plan: TuningPlan) -> int:
     """The block above the frozen prefix.
 
     Raises:
@@ -155,26 +161,28 @@ def boundary_of(plan: TuningPlan) -> int:
     """
     slices = unchanged_slices(plan)
     if not slices:
-        moving = [region.value for region in (Region.VISION, Region.CONNECTOR, Region.EMBEDDING) if moves(plan, region)]
+        moving = [
+            region.value for region in (Region.VISION, Region.CONNECTOR, Region.EMBEDDING) if is_trained(plan, region)
+        ]
         raise _none(f"{', '.join(moving)} trained: what enters the blocks changes at every step")
     return min(slices - 1, plan.num_layers - 1)
 
 
-def moves(plan: TuningPlan, region: Region) -> bool:
+def is_trained(plan: TuningPlan, region: Region) -> bool:
     """Whether a region trains."""
     return plan.modes[region] != "frozen"
 
 
-def verified(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
+def split_verified_prefix(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
     """The model split at its boundary, shown to give the same loss on a batch.
 
     Raises:
         UserError: It does not, or cannot be split.
     """
-    prefix = FrozenPrefix(mm, boundary_of(plan))
+    prefix = FrozenPrefix(mm, first_layer_above_prefix(plan))
     try:
-        rest = joined(cut(batch), batch.samples, pad_token_id)
-    except Inseparable as error:
+        rest = merge_rows(split_rows(batch), batch.samples, pad_token_id)
+    except InseparableRowsError as error:
         raise _none(str(error)) from error
     prefix.verify(batch, rest.to(batch.regions.device))
     return prefix

@@ -7,7 +7,7 @@ Shapes: B rows, L tokens after padding, D hidden size.
 
 Batches taken apart into rows, and put together again: what a row is kept as once its pixels are not needed.
 
-Data flow: Batch -> ``cut`` -> one record of tensors per row (what is kept beside its hidden states) -> ``joined`` with
+Data flow: Batch -> ``split_rows`` -> one record of tensors per row (what is kept beside its hidden states) -> ``merge_rows`` with
 other rows -> the same Batch without pixels.
 
 Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positions.
@@ -44,7 +44,7 @@ Record = dict[str, Tensor]
 _TOKEN, _ROW = "token.", "row."
 
 
-class Inseparable(ValueError):
+class InseparableRowsError(ValueError):
     """The rows of a batch cannot be told apart."""
 
 
@@ -53,7 +53,7 @@ def is_pixels(name: str, value: Tensor) -> bool:
     return value.is_floating_point() or name.startswith("pixel")
 
 
-def cut(batch: Batch) -> list[Record]:
+def split_rows(batch: Batch) -> list[Record]:
     """Every row without padding and pixels.
 
     Raises:
@@ -61,7 +61,7 @@ def cut(batch: Batch) -> list[Record]:
     """
     lengths = (batch.regions != TokenRegion.PAD).sum(1).tolist()
     length = batch.regions.shape[1]
-    parts = {n: _parts(n, v, batch) for n, v in batch.inputs.items() if not is_pixels(n, v)}
+    parts = {n: _values_by_row(n, v, batch) for n, v in batch.inputs.items() if not is_pixels(n, v)}
     records = []
     for b, tokens in enumerate(lengths):
         mine = (batch.supervised >= b * length) & (batch.supervised < (b + 1) * length)
@@ -77,7 +77,7 @@ def cut(batch: Batch) -> list[Record]:
     return records
 
 
-def joined(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample], pad_token_id: int) -> Batch:
+def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample], pad_token_id: int) -> Batch:
     """The rows side by side again, right-padded."""
     length = max(len(record["regions"]) for record in records)
     inputs = {}
@@ -88,12 +88,12 @@ def joined(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample], p
             fill = pad_token_id if name == "input_ids" else 0
             # What a row has not been given (types of tokens, where it has no picture) is 0 for all of its tokens.
             absent = having[0][:0]
-            inputs[name] = torch.stack([_padded(record.get(key, absent), length, fill) for record in records])
+            inputs[name] = torch.stack([_right_pad(record.get(key, absent), length, fill) for record in records])
         elif key.startswith(_ROW):
             inputs[key.removeprefix(_ROW)] = torch.cat(having)
     return Batch(
         inputs,
-        torch.stack([_padded(record["regions"], length, int(TokenRegion.PAD)) for record in records]),
+        torch.stack([_right_pad(record["regions"], length, int(TokenRegion.PAD)) for record in records]),
         torch.cat([record["supervised"] + b * length for b, record in enumerate(records)]),
         torch.cat([record["targets"] for record in records]),
         tuple(samples),
@@ -104,7 +104,7 @@ def _by_token(value: Tensor, batch: Batch) -> bool:
     return value.ndim >= 2 and value.shape[:2] == batch.regions.shape
 
 
-def _parts(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
+def _values_by_row(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
     """What each row has of an input: (T, ...) by token, (n, ...) else."""
     if _by_token(value, batch):
         return list(value)
@@ -114,10 +114,12 @@ def _parts(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
         return list(value[:, None])
     if by_picture and not by_row:
         return list(value.split(counts))
-    raise Inseparable(f"{name} {tuple(value.shape)} may be by row or by picture: the pictures of rows are {counts}")
+    raise InseparableRowsError(
+        f"{name} {tuple(value.shape)} may be by row or by picture: the pictures of rows are {counts}"
+    )
 
 
-def _padded(values: Tensor, length: int, fill: int) -> Tensor:
+def _right_pad(values: Tensor, length: int, fill: int) -> Tensor:
     out = values.new_full((length, *values.shape[1:]), fill)
     out[: len(values)] = values
     return out
@@ -149,11 +151,11 @@ class RowKeys:
 STATES = "hidden"
 """What a record calls the (T, D) states of its row."""
 
-_CUT = "note"
+_TRUNCATION = "note"
 """What a record calls the reasons why its row is not whole: a JSON list in UTF-8."""
 
 
-class KeptCollator:
+class CachedPrefixCollator:
     """Makes training batches, of known rows without their pictures.
 
     Args:
@@ -176,26 +178,26 @@ class KeptCollator:
         rejected: list[Rejection] = []
         fresh = self._collator.collate_valid(unknown, rejected) if unknown else None
         try:
-            encoded = cut(fresh) if fresh is not None else []
-        except Inseparable:
+            encoded = split_rows(fresh) if fresh is not None else []
+        except InseparableRowsError:
             return self._collator(samples)
         if not known and not encoded:
             return self._collator(samples)
         made = {id(s): record for s, record in zip(fresh.samples if fresh else (), encoded, strict=True)}
         usable = [s for s in samples if keys[id(s)] in known or id(s) in made]
         records = [made.get(id(s)) or known[keys[id(s)]] for s in usable]
-        batch = joined(records, usable, self._pad)
+        batch = merge_rows(records, usable, self._pad)
         cuts: dict[str, list[str]] = {}
         for each in rejected:
             if each.kind == "cut":
                 cuts.setdefault(each.origin, []).append(each.reason)
-        rejected += [note for s in usable if id(s) not in made for note in notes(known[keys[id(s)]], s)]
+        rejected += [note for s in usable if id(s) not in made for note in truncation_reasons(known[keys[id(s)]], s)]
         kept = CachedStates(
             self._states(batch, records),
             torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
             fresh,
             tuple(keys[id(s)] for s in usable if id(s) in made),
-            tuple(noted(made[id(s)], cuts.get(s.origin, [])) for s in usable if id(s) in made),
+            tuple(with_truncation_reasons(made[id(s)], cuts.get(s.origin, [])) for s in usable if id(s) in made),
         )
         return replace(batch, cached=kept, rejected=tuple(rejected))
 
@@ -207,16 +209,16 @@ class KeptCollator:
         return states_BLD
 
 
-def noted(record: Record, reasons: list[str]) -> Record:
+def with_truncation_reasons(record: Record, reasons: list[str]) -> Record:
     """The record, and why its row is not whole."""
     if not reasons:
         return record
-    return {**record, _CUT: torch.tensor(list(json.dumps(reasons).encode()), dtype=torch.uint8)}
+    return {**record, _TRUNCATION: torch.tensor(list(json.dumps(reasons).encode()), dtype=torch.uint8)}
 
 
-def notes(record: Record, sample: Sample) -> list[Rejection]:
+def truncation_reasons(record: Record, sample: Sample) -> list[Rejection]:
     """Why the row of a record is not whole."""
-    reasons = json.loads(bytes(record[_CUT].tolist())) if _CUT in record else []
+    reasons = json.loads(bytes(record[_TRUNCATION].tolist())) if _TRUNCATION in record else []
     return [Rejection(sample.origin, reason, "cut") for reason in reasons]
 
 
@@ -224,7 +226,7 @@ FEATURES = "hidden"
 """What a record calls the features of its row: what the tower's last block puts out."""
 
 
-class FeatureCollator:
+class CachedVisionCollator:
     """Makes training batches, of known rows without their pictures.
 
     Args:
@@ -263,7 +265,11 @@ class FeatureCollator:
         rejected += [each for each in again if each.kind != "cut"]
         for s in batch.samples:
             key = keys[id(s)]
-            rejected += notes(known[key], s) if key in known else [replace(each, origin=s.origin) for each in told[key]]
+            rejected += (
+                truncation_reasons(known[key], s)
+                if key in known
+                else [replace(each, origin=s.origin) for each in told[key]]
+            )
         return replace(batch, cached=self._cached(batch, keys, known, fresh, told), rejected=tuple(rejected))
 
     def _cached(
@@ -281,5 +287,5 @@ class FeatureCollator:
             tuple(missing),
             tuple(fresh[rows[b]] for b in missing),
             tuple(rows[b] for b in missing),
-            tuple(noted({}, [r.reason for r in told[rows[b]] if r.kind == "cut"]) for b in missing),
+            tuple(with_truncation_reasons({}, [r.reason for r in told[rows[b]] if r.kind == "cut"]) for b in missing),
         )

@@ -19,13 +19,13 @@ from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 
 def open_store(
     settings: CacheSettings,
     part: FrozenPrefix | FrozenTower,
-    processing: Processing,
+    processing: ModelProcessor,
     facts: dict[str, Any],
     kept: Any,
 ) -> RecordStore:
@@ -39,7 +39,7 @@ def open_store(
         kept: How states are kept.
     """
     identity = {
-        **_of(part),
+        **_part_identity(part),
         "config": config_digest(part.mm.model),
         "processor": processor_digest(processing),
         "versions": [version("torch"), version("transformers")],
@@ -49,7 +49,7 @@ def open_store(
     return RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=kept)
 
 
-def _of(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
+def _part_identity(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
     if isinstance(part, FrozenTower):
         return {"weights": tower_digest(part.mm), "block": part.top}
     return {"weights": prefix_digest(part.mm, part.first), "block": part.first}
@@ -100,7 +100,7 @@ def config_digest(model: Any) -> str:
     return hashlib.sha256(json.dumps(told(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
-def processor_digest(processing: Processing) -> str:
+def processor_digest(processing: ModelProcessor) -> str:
     """SHA-256 over all that makes inputs of a row: tokenizer, picture processor, chat template."""
     processor = processing.processor
     told = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]

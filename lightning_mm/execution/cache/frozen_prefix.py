@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import gathered_before, supervised_nll
+from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import skipped, uncompiled
 
@@ -53,7 +53,7 @@ class FrozenPrefix:
             uncompiled(self.mm.model),
             skipped(self._blocks[self.first :], self._in_tuples),
             self.listening() as held,
-            gathered_before(head, batch.supervised[:0]),
+            select_positions_before_head(head, batch.supervised[:0]),
         ):
             self.mm.model(**batch.inputs, use_cache=False)
         # A weight that was cast here without a graph must not be found by what trains.
@@ -69,7 +69,7 @@ class FrozenPrefix:
             held.append(hidden)
             return hidden
 
-        with _hooked(self._blocks[self.first], hold):
+        with _replace_block_input(self._blocks[self.first], hold):
             yield held
 
     @contextmanager
@@ -77,7 +77,7 @@ class FrozenPrefix:
         """While active, the model begins at the block, with these states (B, L, D) whatever it is given."""
         with (
             skipped(self._blocks[: self.first], self._in_tuples),
-            _hooked(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
+            _replace_block_input(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
         ):
             yield
 
@@ -93,27 +93,27 @@ class FrozenPrefix:
             UserError: They are not the same, or the rest cannot do without the pictures.
         """
         head = self.mm.model.get_submodule(self.mm.layout.head)
-        with untouched(self.mm.model, batch.regions.device):
+        with temporary_eval_mode(self.mm.model, batch.regions.device):
             try:
-                with outputs_of(self._blocks[-1]) as outputs:
+                with record_outputs(self._blocks[-1]) as outputs:
                     whole = supervised_nll(self.mm.model, head, batch).nll
                 self._in_tuples = isinstance(outputs[0], tuple)
                 states = self.states(batch)
                 with self.entering(states):
                     halves = supervised_nll(self.mm.model, head, rest).nll
-            except RUN_ERRORS as error:
+            except FORWARD_ERRORS as error:
                 why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"
                 raise _refusal(why) from error
-        gap = gap_between(whole, halves, states.dtype)
+        gap = relative_loss_gap(whole, halves, states.dtype)
         if gap:
             raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself when block {self.first} is begun at")
 
 
-RUN_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
+FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
 """What a model's own code raises where it is not given all that it needs."""
 
 
-def gap_between(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
+def relative_loss_gap(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
     """How far a summed loss is off, relative; 0 where that can be the order of sums in ``dtype``."""
     tolerance = _TOLERANCE.get(dtype if whole.dtype == dtype else torch.bfloat16, _COARSE)
     gap = float((whole - halves).abs() / whole.abs().clamp_min(1e-6))
@@ -121,10 +121,10 @@ def gap_between(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+def temporary_eval_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
     """While active, the model is in eval mode and as transformers wrote it; nothing is left changed."""
     training = [module for module in model.modules() if module.training]
-    with own_randomness(device), uncompiled(model):
+    with fork_rng(device), uncompiled(model):
         try:
             for module in training:
                 module.training = False
@@ -134,13 +134,13 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = True
 
 
-def own_randomness(device: torch.device) -> AbstractContextManager[None]:
+def fork_rng(device: torch.device) -> AbstractContextManager[None]:
     """While active, what is drawn leaves no trace in the generators of the host and of this device."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
-def _hooked(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _replace_block_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While active, ``change`` says what enters the block."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -156,7 +156,7 @@ def _hooked(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[No
 
 
 @contextmanager
-def outputs_of(block: nn.Module) -> Iterator[list[Any]]:
+def record_outputs(block: nn.Module) -> Iterator[list[Any]]:
     """While active, what the block returns is listed."""
     outputs: list[Any] = []
     handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))

@@ -22,16 +22,16 @@ from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import RowCache
-from lightning_mm.execution.cache.collators import FEATURES, FeatureCollator
+from lightning_mm.execution.cache.collators import FEATURES, CachedVisionCollator
 from lightning_mm.execution.cache.frozen_prefix import (
-    RUN_ERRORS,
-    gap_between,
-    outputs_of,
-    own_randomness,
-    untouched,
+    FORWARD_ERRORS,
+    fork_rng,
+    record_outputs,
+    relative_loss_gap,
+    temporary_eval_mode,
 )
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.loss import gathered_before, supervised_nll
+from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
 
@@ -70,16 +70,16 @@ class FrozenTower:
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
             # What trains behind the tower may draw; whether a row is known must make no difference to later draws.
-            own_randomness(row.regions.device),
+            fork_rng(row.regions.device),
             uncompiled(self.mm.model),
-            outputs_of(self._top) as outputs,
+            record_outputs(self._top) as outputs,
             skipped(self._layers, self._layer_in_tuple),
-            gathered_before(head, row.supervised[:0]),
+            select_positions_before_head(head, row.supervised[:0]),
         ):
             self.mm.model(**row.inputs, use_cache=False)
         # A weight that was cast here without a graph must not be found by what trains.
         torch.clear_autocast_cache()
-        return torch.cat([_hidden(each) for each in outputs], self._dim) if outputs else None
+        return torch.cat([_hidden_states(each) for each in outputs], self._dim) if outputs else None
 
     @contextmanager
     def entering(self, states: Sequence[Tensor | None]) -> Iterator[None]:
@@ -112,11 +112,11 @@ class FrozenTower:
             UserError: They are not the same, or the model needs more of the tower than its last block's output.
         """
         head = self.mm.model.get_submodule(self.mm.layout.head)
-        with untouched(self.mm.model, batch.regions.device):
+        with temporary_eval_mode(self.mm.model, batch.regions.device):
             try:
                 with (
-                    outputs_of(self._top) as outputs,
-                    outputs_of(self._layers[-1]) as last,
+                    record_outputs(self._top) as outputs,
+                    record_outputs(self._layers[-1]) as last,
                     FlopCounterMode(display=False) as all_flops,
                 ):
                     whole = supervised_nll(self.mm.model, head, batch).nll
@@ -125,15 +125,15 @@ class FrozenTower:
                 self._in_tuple, self._layer_in_tuple = isinstance(outputs[0], tuple), isinstance(last[0], tuple)
                 with FlopCounterMode(display=False) as tower_flops:
                     states = [self.states(row) for row in rows]
-                self._dim = _joint(states, _hidden(outputs[0]))
+                self._dim = _row_dim(states, _hidden_states(outputs[0]))
                 with self.entering(states):
                     halves = supervised_nll(self.mm.model, head, grey).nll
-            except RUN_ERRORS as error:
+            except FORWARD_ERRORS as error:
                 raise _refusal(
                     f"the model needs more than what its last block puts out: {first_line(error)}"
                 ) from error
-        self.dtype = _hidden(outputs[0]).dtype
-        gap = gap_between(whole, halves, self.dtype)
+        self.dtype = _hidden_states(outputs[0]).dtype
+        gap = relative_loss_gap(whole, halves, self.dtype)
         if gap:
             raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself with the tower left out")
         self.share = tower_flops.get_total_flops() / max(all_flops.get_total_flops(), 1)
@@ -153,9 +153,9 @@ class FeatureCache(RowCache):
         super().__init__(store, kept, dtype)
         self.tower = tower
 
-    def collator(self, collator: Collator) -> FeatureCollator:
+    def collator(self, collator: Collator) -> CachedVisionCollator:
         """A collator that decodes no picture of rows that are known."""
-        return FeatureCollator(collator, self.store, self.dtype)
+        return CachedVisionCollator(collator, self.store, self.dtype)
 
     def states(self, kept: CachedFeatures) -> list[Tensor | None]:
         """Of every row; those that were not known are computed and kept."""
@@ -173,7 +173,7 @@ class FeatureCache(RowCache):
         self.store.put(key, {**record, FEATURES: made})
 
 
-def verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
+def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
     """The model split behind its vision tower, shown to give the same loss on a batch.
 
     Args:
@@ -195,12 +195,12 @@ def verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, col
     return tower
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden_states(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
 
 
-def _joint(states: Sequence[Tensor | None], whole: Tensor) -> int:
+def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
     """Along which dimension the states of rows are those of their batch."""
     having = [each for each in states if each is not None]
     if len(having) < 2:

@@ -50,27 +50,29 @@ class Rows:
     mask: Tensor | None
 
 
-_StandIn = Callable[[Tensor, Tensor, Tensor, Sequence[Rows]], Tensor]
-_stand_in: ContextVar[_StandIn | None] = ContextVar("what stands for attention where there are no values", default=None)
+_MetaKernel = Callable[[Tensor, Tensor, Tensor, Sequence[Rows]], Tensor]
+_meta_kernel: ContextVar[_MetaKernel | None] = ContextVar(
+    "what stands for attention where there are no values", default=None
+)
 
 
 @contextmanager
-def rehearsed(stand_in: _StandIn) -> Iterator[None]:
+def meta_attention_kernel(stand_in: _MetaKernel) -> Iterator[None]:
     """While active, the meta device is a processor, on which this stands for the attention of short rows.
 
     Args:
         stand_in: (T, H, E), (T, G, E), (T, G, F) and the rows -> (T, H, F).
     """
-    held = _stand_in.set(stand_in)
+    held = _meta_kernel.set(stand_in)
     try:
         yield
     finally:
-        _stand_in.reset(held)
+        _meta_kernel.reset(held)
 
 
-def standing_in() -> _StandIn | None:
+def current_meta_kernel() -> _MetaKernel | None:
     """What stands for the attention of short rows at present, if anything does."""
-    return _stand_in.get()
+    return _meta_kernel.get()
 
 
 class RowsAttention(torch.autograd.Function):
@@ -87,13 +89,13 @@ class RowsAttention(torch.autograd.Function):
         saved: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
             for each in rows:
-                q = _folded(query[each.queries], each.count, key.shape[1]).mul_(scale)
-                k, v = (_folded(t[each.keys], each.count, key.shape[1]) for t in (key, value))
+                q = _fold_heads(query[each.queries], each.count, key.shape[1]).mul_(scale)
+                k, v = (_fold_heads(t[each.keys], each.count, key.shape[1]) for t in (key, value))
                 scores = torch.bmm(q, k.mT)
                 if each.mask is not None:
                     scores.view(each.count, query.shape[1], -1, k.shape[1]).add_(each.mask)
                 weights = scores.softmax(-1)
-                _unfold(torch.bmm(weights, v), out[each.queries], each.count)
+                _unfold_heads(torch.bmm(weights, v), out[each.queries], each.count)
                 saved += (q, k, v, weights)
         ctx.save_for_backward(*saved)
         ctx.rows, ctx.scale, ctx.like = rows, scale, [(t.shape, t.dtype) for t in (query, key, value)]
@@ -110,44 +112,44 @@ class RowsAttention(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)
         with torch.autocast("cpu", enabled=False):
             for each, q, k, v, weights in zip(ctx.rows, saved, saved, saved, saved, strict=False):
-                out = _folded(gradient[each.queries], each.count, groups)
+                out = _fold_heads(gradient[each.queries], each.count, groups)
                 if of_value is not None:
-                    _unfold(torch.bmm(weights.mT, out), of_value[each.keys], each.count)
+                    _unfold_heads(torch.bmm(weights.mT, out), of_value[each.keys], each.count)
                 if of_query is None and of_key is None:
                     continue
                 of_weights = torch.bmm(out, v.mT)
                 scores = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
                 if of_query is not None:
-                    _unfold(torch.bmm(scores, k).mul_(ctx.scale), of_query[each.queries], each.count)
+                    _unfold_heads(torch.bmm(scores, k).mul_(ctx.scale), of_query[each.queries], each.count)
                 if of_key is not None:
-                    _unfold(torch.bmm(scores.mT, q), of_key[each.keys], each.count)
+                    _unfold_heads(torch.bmm(scores.mT, q), of_key[each.keys], each.count)
         return *found, None, None, None
 
 
-def _folded(tokens: Tensor, rows: int, groups: int) -> Tensor:
+def _fold_heads(tokens: Tensor, rows: int, groups: int) -> Tensor:
     """(rows * Q, H, E) -> (rows * G, H / G * Q, E) in float32 or wider, in one copy."""
     there = tokens.unflatten(0, (rows, -1)).unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
     wide = torch.promote_types(tokens.dtype, torch.float32)
     return torch.empty(there.shape, dtype=wide, device=tokens.device).copy_(there).flatten(2, 3).flatten(0, 1)
 
 
-def _unfold(folded: Tensor, out: Tensor, rows: int) -> None:
+def _unfold_heads(folded: Tensor, out: Tensor, rows: int) -> None:
     """(rows * G, H / G * Q, E) -> into (rows * Q, H, E)."""
     groups = len(folded) // rows
     there = out.unflatten(0, (rows, -1)).unflatten(2, (groups, -1))
     there.copy_(folded.view(rows, groups, there.shape[3], -1, out.shape[-1]).permute(0, 3, 1, 2, 4))
 
 
-SHORT = 256
+MAX_SHORT_ROW = 256
 """Up to so many tokens a row, the weights of all pairs are small enough to be kept for backward."""
 
-ALONE = 64
+MIN_MEAN_ROW = 64
 """From so many tokens a row, in the mean, on, a row's products are large enough to be computed one row at a time."""
 
-_UNSEEN = -1e4
+_MASKED_SCORE = -1e4
 """What has no more than this added to its score has no weight."""
 
-_OF_KERNELS_ONLY = ("position_bias", "cache", "softcap")
+_UNSUPPORTED_OPTIONS = ("position_bias", "cache", "softcap")
 
 
 def use_cpu_attention(model: nn.Module, undo: ExitStack) -> None:
@@ -171,14 +173,14 @@ def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
     def run(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, *args: Any, **options: Any
     ) -> tuple[Tensor, Tensor | None]:
-        if not _flows(query):
+        if not _gradients_flow(query):
             return attend(module, query, key, value, attention_mask, *args, **options)
-        if _plain(attention_mask, args, options) and query.shape[2] * key.shape[2] <= SHORT**2:
-            return _short(module, query, key, value, attention_mask, options), None
-        narrow = _narrow(query)
+        if _is_plain(attention_mask, args, options) and query.shape[2] * key.shape[2] <= MAX_SHORT_ROW**2:
+            return _attend_short_rows(module, query, key, value, attention_mask, options), None
+        narrow = _runs_in_bfloat16(query)
         given = (query, key, value, attention_mask, *args)
         if narrow:
-            given, options = tuple(map(_wide, given)), {name: _wide(each) for name, each in options.items()}
+            given, options = tuple(map(_to_float32, given)), {name: _to_float32(each) for name, each in options.items()}
         # Autocast would narrow them again.
         with torch.autocast("cpu", enabled=False):
             output, weights = attend(module, *given, **options)
@@ -194,22 +196,22 @@ def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
         **options: Any,
     ) -> Tensor | None:
         """(1, T, H, F) of (1, H, T, E) and so on, rows side by side; None where it is not to be computed so."""
-        if not (_flows(query) and _plain(attention_mask, args, options)):
+        if not (_gradients_flow(query) and _is_plain(attention_mask, args, options)):
             return None
         rows = rows_of(attention_mask)
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
-        return _attended(query, key, value, rows, options)[None] if rows else None
+        return _attend_rows(query, key, value, rows, options)[None] if rows else None
 
     run.apart = apart  # type: ignore[attr-defined]
     return run
 
 
-def attended_apart(lengths: Sequence[int]) -> bool:
+def attends_row_by_row(lengths: Sequence[int]) -> bool:
     """Whether rows of so many tokens are attended to one at a time."""
-    return len(lengths) > 0 and max(lengths) <= SHORT and sum(lengths) >= ALONE * len(lengths)
+    return len(lengths) > 0 and max(lengths) <= MAX_SHORT_ROW and sum(lengths) >= MIN_MEAN_ROW * len(lengths)
 
 
-def rows_apart(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, ...]:
+def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, ...]:
     """Rows of real tokens side by side; none where they are attended to in rows of equal length.
 
     Args:
@@ -219,7 +221,7 @@ def rows_apart(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, 
         mask: (B or 1, 1 or H, length, length), boolean or added to the scores, as the model made it.
     """
     lengths: list[int] = torch.bincount(index // length, minlength=rows).tolist()
-    if not isinstance(mask, Tensor) or mask.ndim != 4 or not attended_apart([each for each in lengths if each]):
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or not attends_row_by_row([each for each in lengths if each]):
         return ()
     found = []
     start = 0
@@ -228,41 +230,43 @@ def rows_apart(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, 
             continue
         span = slice(start, start + count)
         places = index[span] % length
-        added = _added(mask[row if len(mask) > 1 else 0, :, places])
+        added = _additive_mask(mask[row if len(mask) > 1 else 0, :, places])
         own = added[..., places]
-        if (added > _UNSEEN).sum() != (own > _UNSEEN).sum():
+        if (added > _MASKED_SCORE).sum() != (own > _MASKED_SCORE).sum():
             return ()  # real tokens see padding
         found.append(Rows(span, span, 1, own[None].contiguous()))
         start += count
     return tuple(found)
 
 
-def _flows(query: Tensor) -> bool:
+def _gradients_flow(query: Tensor) -> bool:
     """Whether gradients will, here."""
-    here = query.device.type == "cpu" or (query.device.type == "meta" and standing_in() is not None)
+    here = query.device.type == "cpu" or (query.device.type == "meta" and current_meta_kernel() is not None)
     here = here and query.ndim == 4 and not torch.compiler.is_compiling()
     return here and torch.is_grad_enabled() and query.requires_grad
 
 
-def _plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
+def _is_plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether nothing is asked for but scaled products under a mask that nobody learns."""
     learned = isinstance(mask, Tensor) and mask.requires_grad
-    more = args or options.get("dropout") or any(options.get(name) is not None for name in _OF_KERNELS_ONLY)
+    more = args or options.get("dropout") or any(options.get(name) is not None for name in _UNSUPPORTED_OPTIONS)
     return not learned and not more
 
 
-def _short(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]) -> Tensor:
+def _attend_short_rows(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
+) -> Tensor:
     """(B, Q, H, F) of (B, H, Q, E) and so on; what is causal is found out as transformers does it."""
     length, asked = query.shape[2], options.get("is_causal")
     if mask is None and length > 1 and (getattr(module, "is_causal", True) if asked is None else asked):
         key, value = key[:, :, :length], value[:, :, :length]  # a cache that recomputation fills again holds more
         mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril()
-    rows = Rows(slice(None), slice(None), len(query), None if mask is None else _added(mask))
+    rows = Rows(slice(None), slice(None), len(query), None if mask is None else _additive_mask(mask))
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
-    return _attended(query, key, value, (rows,), options).unflatten(0, (rows.count, -1))
+    return _attend_rows(query, key, value, (rows,), options).unflatten(0, (rows.count, -1))
 
 
-def _narrow(query: Tensor) -> bool:
+def _runs_in_bfloat16(query: Tensor) -> bool:
     """Whether the kernel would run in bfloat16. Rotary positions make float32 of queries; autocast narrows them."""
     narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if narrow:
@@ -270,22 +274,22 @@ def _narrow(query: Tensor) -> bool:
     return narrow
 
 
-def _wide(value: Any) -> Any:
+def _to_float32(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _added(mask: Tensor) -> Tensor:
+def _additive_mask(mask: Tensor) -> Tensor:
     """What a mask adds to scores. Finite, so that a row of padding that sees nothing gives numbers, too."""
     if mask.dtype != torch.bool:
         return mask.clamp(min=torch.finfo(torch.float32).min)
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
-def _attended(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
+def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
     """(T, H, F) of (T, H, E), (T, G, E) and (T, G, F), as ``scaled_dot_product_attention`` gives it by row."""
-    if (stand_in := standing_in()) is not None:
+    if (stand_in := current_meta_kernel()) is not None:
         return stand_in(query, key, value, rows)
-    given = torch.bfloat16 if _narrow(query) else query.dtype
+    given = torch.bfloat16 if _runs_in_bfloat16(query) else query.dtype
     scale = options.get("scaling")
     out: Tensor = RowsAttention.apply(
         query, key, value, rows, query.shape[-1] ** -0.5 if scale is None else scale, given

@@ -77,7 +77,7 @@ def change_attention(undo: ExitStack, modules: Iterable[nn.Module], change: Chan
         registry = registries.setdefault(id(current), _Registry(current, change))
         if function not in copies:
             copies[function] = _with_registry(function, registry)
-        replace_forward(undo, module, partial(_instead, MethodType(copies[function], module)))
+        replace_forward(undo, module, partial(_replacement, MethodType(copies[function], module)))
 
 
 def write_out_masks(undo: ExitStack, configs: Iterable[Any]) -> None:
@@ -90,7 +90,7 @@ def write_out_masks(undo: ExitStack, configs: Iterable[Any]) -> None:
         config._attn_implementation_internal = "eager"
 
 
-def _instead(forward: Forward, _: Forward) -> Forward:
+def _replacement(forward: Forward, _: Forward) -> Forward:
     return forward
 
 

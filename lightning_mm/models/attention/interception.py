@@ -69,13 +69,15 @@ class AttentionCall:
             log_decision(
                 "causal.attention", kernel, f"{self.kernel} takes no written-out mask; this one computes the same"
             )
-        return self.lookup(kernel, _eager_of(self.module))(
+        return self.lookup(kernel, _required_eager_attention(self.module))(
             self.module, self.query, self.key, self.value, self.mask, **self.options
         )
 
     def explicit(self) -> tuple[Tensor, Tensor]:
         """As the family's written-out attention does: output (B, Q, H, E) and weights (B, H, Q, K)."""
-        return _eager_of(self.module)(self.module, self.query, self.key, self.value, self.mask, **self.options)
+        return _required_eager_attention(self.module)(
+            self.module, self.query, self.key, self.value, self.mask, **self.options
+        )
 
     def changed(self, **fields: Any) -> "AttentionCall":
         """The same call with other tensors."""
@@ -100,7 +102,7 @@ def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) 
     mixers: dict[int, Any] = {b.index: mm.model.get_submodule(b.attention) for b in mm.layout.blocks if b.attention}
     other = [layer for layer, module in mixers.items() if not has_eager_attention(module)]
     if other and strict:
-        raise _cannot(other[0], mixers[other[0]])
+        raise _not_interceptable(other[0], mixers[other[0]])
     layers = {id(module): layer for layer, module in mixers.items() if layer not in other}
     configs: dict[int, Any] = {id(mixers[layer].config): mixers[layer].config for layer in layers.values()}
     # Modules of towers that share the decoder's config get a written-out mask, too.
@@ -123,7 +125,7 @@ def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) 
         yield
 
 
-def repeated(heads: Tensor, like: Tensor) -> Tensor:
+def repeat_kv(heads: Tensor, like: Tensor) -> Tensor:
     """(B, H, K, E) keys or values, those that several query heads share written out for each.
 
     Args:
@@ -133,13 +135,13 @@ def repeated(heads: Tensor, like: Tensor) -> Tensor:
     return heads.repeat_interleave(like.shape[1] // heads.shape[1], 1)
 
 
-def _eager_of(module: nn.Module) -> AttentionFunction:
+def _required_eager_attention(module: nn.Module) -> AttentionFunction:
     found = eager_attention(module)
     assert found is not None, "refused before"
     return found
 
 
-def _cannot(layer: int, module: nn.Module) -> UserError:
+def _not_interceptable(layer: int, module: nn.Module) -> UserError:
     return UserError(
         f"The attention of layer {layer} ({type(module).__name__}) cannot be changed.",
         "It mixes tokens in a way of its own, not through transformers' registry of attention functions.",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mm.models.attention.cpu_kernels import Rows, rows_apart
+from lightning_mm.models.attention.cpu_kernels import Rows, split_unpadded_rows
 from lightning_mm.models.attention.dispatch import (
     AttentionFunction,
     attention_modules,
@@ -53,11 +53,11 @@ class RealTokens:
 
     def pack(self, values: Tensor) -> Tensor:
         """(B, L, ...) -> (1, T, ...)."""
-        return _Gathered.apply(values.flatten(0, 1), self.index)[None]
+        return _Gather.apply(values.flatten(0, 1), self.index)[None]
 
     def unpack(self, values: Tensor) -> Tensor:
         """(1, T, ...) -> (B, L, ...), zeros where padding is."""
-        spread = _Scattered.apply(values[0], self.index, self.rows * self.length)
+        spread = _Scatter.apply(values[0], self.index, self.rows * self.length)
         return spread.unflatten(0, (self.rows, self.length))
 
     def of(self, value: Any) -> Any:
@@ -79,7 +79,7 @@ class RealTokens:
     def apart(self, mask: Any) -> tuple[Rows, ...]:
         """The rows as they stand side by side, under a mask that the model made; none where they stay in rows."""
         if id(mask) not in self._apart:
-            self._apart[id(mask)] = (mask, rows_apart(self.index, self.rows, self.length, mask))
+            self._apart[id(mask)] = (mask, split_unpadded_rows(self.index, self.rows, self.length, mask))
         return self._apart[id(mask)][1]
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -91,26 +91,26 @@ class RealTokens:
         if value.ndim == 1 and len(value) == self.length:
             return value[self.index % self.length]
         if value.ndim and (shape[0] == self.rows or self.length in shape):
-            raise _NotByToken
+            raise _NotByTokenError
         return value
 
 
-class _NotByToken(Exception):
+class _NotByTokenError(Exception):
     pass
 
 
-_now: ContextVar[RealTokens | None] = ContextVar("tokens of the batch that runs", default=None)
-_inside: ContextVar[RealTokens | None] = ContextVar("tokens of the block that runs", default=None)
+_batch_tokens: ContextVar[RealTokens | None] = ContextVar("tokens of the batch that runs", default=None)
+_block_tokens: ContextVar[RealTokens | None] = ContextVar("tokens of the block that runs", default=None)
 
 
 @contextmanager
 def unpadded(tokens: RealTokens | None) -> Iterator[None]:
     """While active, blocks that ``unpad_blocks`` has prepared leave the padding out."""
-    held = _now.set(tokens if tokens is not None and tokens.padded else None)
+    held = _batch_tokens.set(tokens if tokens is not None and tokens.padded else None)
     try:
         yield
     finally:
-        _now.reset(held)
+        _batch_tokens.reset(held)
 
 
 def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
@@ -128,18 +128,18 @@ def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
         if mixer is None or not has_eager_attention(mixer) or mixer.config._attn_implementation not in _KERNELS:
             continue
         block = mm.model.get_submodule(each.name)
-        change_attention(undo, attention_modules(block), lambda name, attend, _: _by_rows(attend, name))
-        replace_forward(undo, block, _packed)
+        change_attention(undo, attention_modules(block), lambda name, attend, _: _attend_by_rows(attend, name))
+        replace_forward(undo, block, _without_padding)
         prepared.append(each.name)
     return tuple(prepared)
 
 
-def _packed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _without_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
     names = list(inspect.signature(forward).parameters)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
-        tokens = _now.get()
+        tokens = _batch_tokens.get()
         if tokens is None or kwargs.get("past_key_values") is not None:
             return forward(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
@@ -147,15 +147,15 @@ def _packed(forward: Callable[..., Any]) -> Callable[..., Any]:
         try:
             # Masks stay: the model made them for rows, and attention runs by rows.
             rest = {name: value if "mask" in name else tokens.of(value) for name, value in given.items()}
-            if any(isinstance(v, Tensor) and "mask" in n and not _by_row(v, tokens) for n, v in given.items()):
-                raise _NotByToken
-        except _NotByToken:
+            if any(isinstance(v, Tensor) and "mask" in n and not _is_row_mask(v, tokens) for n, v in given.items()):
+                raise _NotByTokenError
+        except _NotByTokenError:
             return forward(*args, **kwargs)
-        held = _inside.set(tokens)
+        held = _block_tokens.set(tokens)
         try:
             output = forward(tokens.pack(hidden), **rest)
         finally:
-            _inside.reset(held)
+            _block_tokens.reset(held)
         if isinstance(output, Tensor):
             return tokens.unpack(output)
         return (tokens.unpack(output[0]), *output[1:])
@@ -163,12 +163,12 @@ def _packed(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _by_row(mask: Tensor, tokens: RealTokens) -> bool:
+def _is_row_mask(mask: Tensor, tokens: RealTokens) -> bool:
     """Whether it is a mask that attention reads: (B, L), or (B or 1, heads, L, L)."""
     return mask.shape[-1] == tokens.length and (mask.ndim == 2 or mask.shape[-2] == tokens.length)
 
 
-def _by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
+def _attend_by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
     """An attention function that puts the tokens of a block that runs unpadded back into rows, where it must."""
     if name not in _KERNELS:
         return attend
@@ -176,7 +176,7 @@ def _by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
     @torch.compiler.disable  # compiled blocks break here once, instead of at every line
     @wraps(attend)
     def run(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        tokens = _inside.get()
+        tokens = _block_tokens.get()
         if tokens is None:
             return attend(module, query, key, value, *args, **kwargs)
         apart: Any = getattr(attend, "apart", None)
@@ -190,7 +190,7 @@ def _by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
     return run
 
 
-class _Gathered(torch.autograd.Function):
+class _Gather(torch.autograd.Function):
     """Rows by index; no index occurs twice, so that backward need not add."""
 
     @staticmethod
@@ -205,7 +205,7 @@ class _Gathered(torch.autograd.Function):
         return gradient.new_zeros(ctx.length, *gradient.shape[1:]).index_copy_(0, index, gradient), None
 
 
-class _Scattered(torch.autograd.Function):
+class _Scatter(torch.autograd.Function):
     """The reverse: rows put where the index says, zeros elsewhere."""
 
     @staticmethod

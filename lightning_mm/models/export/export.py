@@ -9,7 +9,7 @@ model that shares all other tensors with it. A folder appears under its name com
 
 The model card: a README.md that says where an exported model comes from.
 
-Data flow: ``Origin`` -> README.md in the exported folder, in the form that the hub reads.
+Data flow: ``Provenance`` -> README.md in the exported folder, in the form that the hub reads.
 """
 
 import copy
@@ -33,7 +33,7 @@ from lightning_mm.models.processor import save_processor
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where a trained model comes from.
 
     Args:
@@ -47,7 +47,7 @@ class Origin:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_card(folder: Path, origin: Origin, library: Literal["transformers", "peft"]) -> None:
+def write_card(folder: Path, origin: Provenance, library: Literal["transformers", "peft"]) -> None:
     """Write README.md. The license is the user's to state; none is claimed."""
     header: dict[str, object] = {"library_name": library, "pipeline_tag": "image-text-to-text"}
     if not Path(origin.base).exists():  # the hub knows its own models, not someone's folders
@@ -91,7 +91,7 @@ _LOADING = {
 }
 
 
-def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Origin) -> Path:
+def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Provenance) -> Path:
     """Write a complete folder: weights as safetensors, configs, processor with its chat template, model card.
 
     Adapters (LoRA, rsLoRA, DoRA, any ranks) are merged into the weights. A head that was tied to the embedding and got
@@ -112,20 +112,20 @@ def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Origi
     _refuse_quantized(model)
     state = _plain_state(model)
     plain = _plain_model(model, state)
-    with _staged(Path(out)) as folder:
+    with _staged_output(Path(out)) as folder:
         plain.save_pretrained(folder, state_dict=state)
         save_processor(processor, folder)
         write_card(folder, origin, library="transformers")
     return Path(out)
 
 
-def refuse_taken(out: Path, fix: str = "Name another folder, or remove this one.") -> None:
+def require_empty_output(out: Path, fix: str = "Name another folder, or remove this one.") -> None:
     """Raise UserError where an export to ``out`` would overwrite something; ``fix`` says what to do instead."""
     if not is_absent_or_empty(out):
         raise UserError(f"{out} is taken.", "An export never overwrites.", fix)
 
 
-def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trained: Collection[str] = ()) -> Path:
+def export_adapter(model: nn.Module, out: Path | str, origin: Provenance, fully_trained: Collection[str] = ()) -> Path:
     """Write a PEFT folder that ``PeftModel.from_pretrained(base, out)`` loads.
 
     Tensors that were trained at full rank beside LoRA (a connector, norms) go in by PEFT's ``modules_to_save``, under
@@ -148,12 +148,12 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trai
         raise _not_an_adapter("The model has no LoRA adapter.")
     from peft import get_peft_model_state_dict
 
-    owners = _owners(model, fully_trained)
+    owners = _modules_to_save(model, fully_trained)
     # save_embedding_layers would look the base up on the hub; what trained is listed here, nothing else is meant.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for owner in owners:
         state |= {f"{owner}.{name}": tensor for name, tensor in model.get_submodule(owner).state_dict().items()}
-    with _staged(Path(out)) as folder:
+    with _staged_output(Path(out)) as folder:
         tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _adapter_config(model, owners, origin).save_pretrained(str(folder))
@@ -161,7 +161,7 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trai
     return Path(out)
 
 
-def _adapter_config(model: Any, owners: list[str], origin: Origin) -> Any:
+def _adapter_config(model: Any, owners: list[str], origin: Provenance) -> Any:
     config = copy.deepcopy(model.peft_config[ADAPTER])
     config.base_model_name_or_path, config.revision = origin.base, origin.revision
     config.modules_to_save, config.inference_mode = owners or None, True
@@ -174,13 +174,13 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     inside = tuple(f"{name}." for name in adapted)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     for name, layer in adapted.items():
-        state |= {f"{name}.{key}": tensor for key, tensor in _merged(name, layer).state_dict().items()}
+        state |= {f"{name}.{key}": tensor for key, tensor in _merge_adapter(name, layer).state_dict().items()}
     if adapted:
         log_decision("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
     return state
 
 
-def _merged(name: str, layer: Any) -> nn.Module:
+def _merge_adapter(name: str, layer: Any) -> nn.Module:
     twin = copy.deepcopy(layer)
     try:
         twin.merge(safe_merge=True)
@@ -211,21 +211,21 @@ def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
 
 
 def _tied(model: Any) -> bool:
-    embedding, head = _ends(model)
+    embedding, head = _embedding_and_head(model)
     return head is not None and head.weight is embedding.weight
 
 
 def _tied_in(model: Any, state: dict[str, Tensor]) -> bool:
     names = {id(module): name for name, module in model.named_modules()}
-    first, second = (state[f"{names[id(end)]}.weight"] for end in _ends(model))
+    first, second = (state[f"{names[id(end)]}.weight"] for end in _embedding_and_head(model))
     return first.data_ptr() == second.data_ptr()
 
 
-def _ends(model: Any) -> tuple[Any, Any]:
+def _embedding_and_head(model: Any) -> tuple[Any, Any]:
     return model.get_input_embeddings(), model.get_output_embeddings()
 
 
-def _owners(model: nn.Module, parameters: Collection[str]) -> list[str]:
+def _modules_to_save(model: nn.Module, parameters: Collection[str]) -> list[str]:
     """The modules that hold these parameters, none inside another: what PEFT is to keep a trained copy of."""
     names = {name.rpartition(".")[0] for name in parameters}
     owners = sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
@@ -236,7 +236,7 @@ def _owners(model: nn.Module, parameters: Collection[str]) -> list[str]:
             raise _not_an_adapter(f"{owner or 'The model'} itself holds fully trained tensors, and has LoRA inside.")
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise _not_an_adapter(f"{owner} holds fully trained tensors, but is a list: PEFT cannot replace it.")
-        if any(module is end for end in _ends(model)) and _tied(model):
+        if any(module is end for end in _embedding_and_head(model)) and _tied(model):
             raise _not_an_adapter("The token embedding was fully trained, and the head is tied to it.")
         # PEFT goes by how names end.
         if strays := [n for n, _ in model.named_modules() if n != owner and n.endswith(owner)]:
@@ -258,9 +258,9 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 
 @contextmanager
-def _staged(out: Path) -> Iterator[Path]:
+def _staged_output(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name when all is written, and vanishes when something fails."""
-    refuse_taken(out)
+    require_empty_output(out)
     try:
         with staged_folder(out) as folder:
             yield folder

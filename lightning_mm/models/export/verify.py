@@ -1,7 +1,7 @@
 """The proof of an export: a fresh process, without us, loads the folder and must come to the live model's logits.
 
-Data flow: live model + one example's inputs -> ``take_reference`` -> ``Reference``; folder + reference -> ``prove`` ->
-files in a temporary folder -> ``fresh`` in a process of its own -> ``Verdict``, or an error.
+Data flow: live model + one example's inputs -> ``take_reference`` -> ``Reference``; folder + reference -> ``verify_export`` ->
+files in a temporary folder -> ``fresh`` in a process of its own -> ``ExportCheckResult``, or an error.
 
 Shapes: B rows, L tokens, N tokens that are not padding, V vocabulary.
 """
@@ -48,7 +48,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Claim:
+class ExportCheck:
     """That a folder restores the model a reference was taken of.
 
     Args:
@@ -65,7 +65,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ExportCheckResult:
     """What the fresh process found.
 
     Args:
@@ -117,13 +117,13 @@ def _setting(model: Any) -> dict[str, Any]:
     }
 
 
-def prove(claim: Claim) -> Verdict:
+def verify_export(claim: ExportCheck) -> ExportCheckResult:
     """Hold an export to its promise.
 
     Raises:
         UserError: It cannot be loaded, loses a tensor, or gives other logits than the live model.
     """
-    (verdict,) = examine([claim])
+    (verdict,) = compare_exports([claim])
     if not verdict.holds:
         wrong = f"; {len(verdict.complaints)} tensors are wrong: {verdict.complaints[0]}" if verdict.complaints else ""
         raise UserError(
@@ -137,7 +137,7 @@ def prove(claim: Claim) -> Verdict:
     return verdict
 
 
-def examine(claims: Sequence[Claim]) -> list[Verdict]:
+def compare_exports(claims: Sequence[ExportCheck]) -> list[ExportCheckResult]:
     """Verdicts on several folders from one fresh process, which takes seconds to start.
 
     Raises:
@@ -149,12 +149,12 @@ def examine(claims: Sequence[Claim]) -> list[Verdict]:
     assert not any(name.partition(".")[0] == "lightning_mm" for name in modules), "the fresh process had us in it"
     tolerances = [TOLERANCE[claim.reference.setting["dtype"]] for claim in claims]
     return [
-        Verdict(found["difference"], found["scale"], tolerance, tuple(found["complaints"]))
+        ExportCheckResult(found["difference"], found["scale"], tolerance, tuple(found["complaints"]))
         for found, tolerance in zip(results, tolerances, strict=True)
     ]
 
 
-def _job(claim: Claim, example: Path) -> dict[str, Any]:
+def _job(claim: ExportCheck, example: Path) -> dict[str, Any]:
     tensors = {verify_subprocess.LOGITS: claim.reference.logits, **claim.reference.inputs}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, example)
     place = {"folder": str(claim.folder), "base": claim.base, "revision": claim.revision, "example": str(example)}

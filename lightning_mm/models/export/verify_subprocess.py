@@ -28,12 +28,12 @@ def main(jobs: Path, answer: Path) -> None:
     results = []
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         print(f"{MARK}{job['folder']}", file=sys.stderr)
-        results.append(examine(job))
+        results.append(compare_logits(job))
     answer.write_text(json.dumps({"results": results, "modules": sorted(sys.modules)}), encoding="utf-8")
 
 
 @torch.no_grad()
-def examine(job: dict[str, Any]) -> dict[str, Any]:
+def compare_logits(job: dict[str, Any]) -> dict[str, Any]:
     """Largest difference of a logit, the scale of the logits, and what went wrong on loading."""
     torch.set_float32_matmul_precision(job["matmul_precision"])
     torch.set_num_threads(job["threads"])

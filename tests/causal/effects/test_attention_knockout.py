@@ -26,7 +26,7 @@ from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.question import EncodedQuestion, last_logits
 from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.attention.interception import repeated
+from lightning_mm.models.attention.interception import repeat_kv
 from tests.helpers.causal_models import FAMILIES, Subject, subject
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
@@ -85,10 +85,10 @@ def test_behind_the_softmax_what_is_cut_is_missing(name: str, family: Callable[[
     for block in one.layout.blocks:
         call, left = run.attention_calls[block.index], []
         is_own = call.key.shape[2] == encoded.length
-        score = call.query @ repeated(call.key, call.query).mT * call.options["scaling"]
+        score = call.query @ repeat_kv(call.key, call.query).mT * call.options["scaling"]
         weight = (score + (0 if call.mask is None else call.mask)).softmax(-1)
         weight[:, :, way.targets[:, None], way.sources if is_own else slice(None)] = 0
-        mixed = (weight @ repeated(call.value, call.query)).transpose(1, 2).flatten(2)
+        mixed = (weight @ repeat_kv(call.value, call.query)).transpose(1, 2).flatten(2)
         expected = one.model.get_submodule(block.o_proj or "")(mixed)
         module = one.model.get_submodule(block.attention or "")
         handle = module.register_forward_hook(lambda _, __, output, left=left: left.append(output[0]))
@@ -157,7 +157,7 @@ def test_a_token_never_loses_itself(family: Callable[[str], Path], tmp_path: Pat
     every = torch.arange(encoded.length)
     call = cache_activations(one.mm, encoded.inputs).attention_calls[1]
     out, _ = Knockout([AttentionEdge("all", every, every)], [1], "pre")(call)
-    torch.testing.assert_close(out, repeated(call.value, call.query).transpose(1, 2))
+    torch.testing.assert_close(out, repeat_kv(call.value, call.query).transpose(1, 2))
 
 
 def test_hiding_tokens_from_all_that_follow_is_deleting_them(family: Callable[[str], Path], tmp_path: Path) -> None:

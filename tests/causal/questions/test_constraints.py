@@ -20,7 +20,7 @@ from lightning_mm.causal.questions.question import EncodedQuestion, Question, Qu
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "internvl", "gemma3", "mllama")
 FLAG = "What is the capital of the country with this flag?"
@@ -267,7 +267,7 @@ def test_rules_are_in_the_order_they_are_tried() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_of_a_constraint_say_it_and_no_more(name: str, family: Callable[[str], Path], root: Path) -> None:
-    encoder = QuestionEncoder(load_processing(str(family(name))), "{question} Answer in a few words about this.")
+    encoder = QuestionEncoder(load_processor(str(family(name))), "{question} Answer in a few words about this.")
     decode = encoder._encoder.processing.processor.tokenizer.decode
     texts = {
         FLAG: "the country with this flag",
@@ -293,7 +293,7 @@ def test_tokens_of_a_constraint_say_it_and_no_more(name: str, family: Callable[[
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_boxes_are_tokens_of_the_picture(name: str, family: Callable[[str], Path], root: Path) -> None:
     """The halves of a picture share it out, a text has none to look at."""
-    processing = load_processing(str(family(name)))
+    processing = load_processor(str(family(name)))
     encoder, tokens = QuestionEncoder(processing), BoxTokens(processing)
     boxes = [[0, 0, 48, 10], [0, 30, 48, 40], [0, 0, 48, 40]]
     rows = [{"question": "What?", "image": "b.png", "boxes": [{"name": "x", "box": box}]} for box in boxes]

@@ -14,7 +14,7 @@ from lightning_mm.causal.questions.scoring import answer_questions
 from lightning_mm.causal.study import StudyConfig, run_study
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from tests.helpers.causal_models import Subject, subject
 from tests.helpers.taught_models import KNOWN, Taught
 
@@ -69,7 +69,7 @@ def test_a_question_that_cannot_be_traced_leaves_the_others_be(
         return real(*args)
 
     monkeypatch.setattr(study_module, "causal_trace", refusing)
-    examined = MultimodalModel(one.model, one.layout, load_processing(str(one.folder)))
+    examined = MultimodalModel(one.model, one.layout, load_processor(str(one.folder)))
     found = run_study(examined, answers, StudyConfig(parts=("trace",), num_shown=0), {})
     assert [each.origin for each in found.rejected] == ["c"]
     assert "Its layers are shared" in found.rejected[0].reason

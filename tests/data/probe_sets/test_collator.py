@@ -15,10 +15,10 @@ from lightning_mm.data.collator import PromptCollator
 from lightning_mm.data.probe_sets.collator import ProbeCollator
 from lightning_mm.data.probe_sets.probe_set import ObjectBox, ProbeBatch, ProbeRow, Role
 from lightning_mm.data.sample import Sample, Turn
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.processor import ModelProcessor
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "internvl", "gemma3", "mllama")
-Load = Callable[[str], Processing]
+Load = Callable[[str], ModelProcessor]
 CAPTION = 'a naïve cat, and 2 dogs – "here"'
 
 

@@ -17,7 +17,7 @@ from lightning_mm.data.probe_sets.build.scenes import Box
 from lightning_mm.data.probe_sets.collator import ProbeCollator
 from lightning_mm.data.probe_sets.probe_set import ObjectBox, ProbeRow
 from lightning_mm.data.sample import Sample, Turn
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import ModelProcessor, load_processor
 from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Family
 
@@ -75,7 +75,7 @@ def entering(model: Any, inputs: dict[str, Tensor]) -> Tensor:
 def assert_painting_changes_its_own_tokens(folder: Path, size: tuple[int, int], tmp_path: Path) -> None:
     """Of the tokens that a place covers wholly, as many are among those that change most."""
     model = AutoModelForImageTextToText.from_pretrained(folder)
-    collator = ProbeCollator(load_processing(str(folder)))
+    collator = ProbeCollator(load_processor(str(folder)))
     base = noise(size)
     base.save(tmp_path / "base.png")
     for number, box in enumerate(cells(size)):
@@ -111,7 +111,7 @@ def test_on_the_nano_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", TILED)
-def test_tiles_are_said_not_guessed(name: str, processing: Callable[[str], Processing], tmp_path: Path) -> None:
+def test_tiles_are_said_not_guessed(name: str, processing: Callable[[str], ModelProcessor], tmp_path: Path) -> None:
     noise((60, 40)).save(tmp_path / "a.png")
     batch = ProbeCollator(processing(name))([row_about(tmp_path / "a.png", (0, 0, 9, 9), (9, 9, 20, 20))])
     assert not any(site.startswith("object") for site in batch.sites[0])
@@ -119,7 +119,7 @@ def test_tiles_are_said_not_guessed(name: str, processing: Callable[[str], Proce
     assert (rejection.kind, rejection.reason) == ("cut", "no object sites: the picture is cut into tiles")
 
 
-def grids(made: Processing, **config: Any) -> PatchGrids:
+def grids(made: ModelProcessor, **config: Any) -> PatchGrids:
     chat = ChatRenderer(made)
     text = chat.render([Turn("user", "<image>\n?")], add_generation_prompt=True).text
     merge_size = getattr(made.processor.image_processor, "merge_size", 1)
@@ -128,7 +128,7 @@ def grids(made: Processing, **config: Any) -> PatchGrids:
     )
 
 
-def seen(made: Processing, size: tuple[int, int]) -> VisibleRegion:
+def seen(made: ModelProcessor, size: tuple[int, int]) -> VisibleRegion:
     window = grids(made)._measure_region(size)
     assert isinstance(window, VisibleRegion)
     return window
@@ -136,7 +136,7 @@ def seen(made: Processing, size: tuple[int, int]) -> VisibleRegion:
 
 @pytest.mark.parametrize("size", [(64, 64), (90, 60), (50, 200), (33, 47)])
 def test_windows_are_those_of_resize_and_centre_crop(
-    size: tuple[int, int], processing: Callable[[str], Processing]
+    size: tuple[int, int], processing: Callable[[str], ModelProcessor]
 ) -> None:
     """CLIP's arithmetic, in whole pixels: the short side is resized to so many, and of the long one as many are kept.
     The ramp has 256 steps and resizing bends it at its ends: one percent of the side is allowed."""
@@ -155,7 +155,7 @@ def test_windows_are_those_of_resize_and_centre_crop(
 
 
 @pytest.mark.parametrize("fill", [0, 0.5, 1.0])
-def test_windows_see_padding(fill: float, processing: Callable[[str], Processing]) -> None:
+def test_windows_see_padding(fill: float, processing: Callable[[str], ModelProcessor]) -> None:
     """A picture put into the upper left of a square twice its height, whatever it is filled up with."""
     made = processing("llava")
 
@@ -170,7 +170,7 @@ def test_windows_see_padding(fill: float, processing: Callable[[str], Processing
     assert (window.top, window.bottom) == pytest.approx((0, 60), abs=1.2), "it goes on beyond the picture"
 
 
-def test_what_is_cropped_away_has_no_tokens(processing: Callable[[str], Processing], tmp_path: Path) -> None:
+def test_what_is_cropped_away_has_no_tokens(processing: Callable[[str], ModelProcessor], tmp_path: Path) -> None:
     noise((90, 30)).save(tmp_path / "a.png")
     made = processing("llava")
     batch = ProbeCollator(made)([row_about(tmp_path / "a.png", (0, 0, 20, 30), (31, 1, 59, 29))])
@@ -181,7 +181,7 @@ def test_what_is_cropped_away_has_no_tokens(processing: Callable[[str], Processi
     assert weights.sum() == pytest.approx(1, abs=1e-6)
 
 
-def test_weights_are_overlaps(processing: Callable[[str], Processing]) -> None:
+def test_weights_are_overlaps(processing: Callable[[str], ModelProcessor]) -> None:
     """By hand: 64 x 64 seen whole as 4 x 4 tokens of 16 x 16; the box covers half of one token and all of its right."""
     made = processing("llava")
     shown = grids(made).weights((8, 16, 32, 32), (64, 64), 16, None)
@@ -203,14 +203,14 @@ def test_weights_are_overlaps(processing: Callable[[str], Processing]) -> None:
     ],
 )
 def test_no_grid_is_made_up(
-    config: dict[str, Any], num_tokens: int, reason: str, processing: Callable[[str], Processing]
+    config: dict[str, Any], num_tokens: int, reason: str, processing: Callable[[str], ModelProcessor]
 ) -> None:
     told = grids(processing("llava"), **config).weights((0, 0, 9, 9), (64, 64), num_tokens, None)
     assert isinstance(told, str)
     assert reason in told
 
 
-def test_a_told_grid_that_does_not_fit_is_not_used(processing: Callable[[str], Processing]) -> None:
+def test_a_told_grid_that_does_not_fit_is_not_used(processing: Callable[[str], ModelProcessor]) -> None:
     made = grids(processing("qwen2_5_vl"))
     for thw in ((2, 4, 4), (1, 4, 8)):
         told = made.weights((0, 0, 9, 9), (64, 64), 4, torch.tensor(thw))
@@ -218,7 +218,7 @@ def test_a_told_grid_that_does_not_fit_is_not_used(processing: Callable[[str], P
     assert isinstance(made.weights((0, 0, 9, 9), (64, 64), 4, torch.tensor((1, 4, 4))), Tensor)
 
 
-def test_a_processor_that_bends_pictures_is_noticed(processing: Callable[[str], Processing]) -> None:
+def test_a_processor_that_bends_pictures_is_noticed(processing: Callable[[str], ModelProcessor]) -> None:
     made = processing("llava")
 
     def mirrored(image: Image.Image) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from lightning_mm.execution.prepare import Compute
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from tests.helpers.data import Data, Family, make_uneven_rows
@@ -192,7 +192,7 @@ def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: D
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path: Path) -> None:
     """Bit for bit, and what was told of a row when it was new is told again."""
-    model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
+    model, processing = load_model(Backbone(path=str(family("llava")))), load_processor(str(family("llava")))
     layout, samples = ModelLayout.of(model.eval()), read_conversations(make_uneven_rows(tmp_path)).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
     cache = PrefixCache(FrozenPrefix(MultimodalModel(model, layout), 2), store, dtype, torch.float32)

@@ -17,14 +17,14 @@ from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution import step
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.cache.collators import FeatureCollator
+from lightning_mm.execution.cache.collators import CachedVisionCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
-from lightning_mm.models.processor import load_processing
+from lightning_mm.models.processor import load_processor
 from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
 from lightning_mm.training.callbacks.step_cost import BatchCounter
@@ -178,7 +178,7 @@ def test_a_small_tower_is_kept_on_request_only(
     train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
     assert any(each.value == "off" and "of a forward pass" in each.reason for each in decision_log())
     assert not (tmp_path / "kept").exists()
-    monkeypatch.setattr(step, "_TOWER_SHARE", 0.01)
+    monkeypatch.setattr(step, "_MIN_TOWER_SHARE", 0.01)
     train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
     assert any(each.name == "model.cache" and each.value.startswith("vision features") for each in decision_log())
     assert list((tmp_path / "kept").rglob("*.shard"))
@@ -187,7 +187,7 @@ def test_a_small_tower_is_kept_on_request_only(
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Data) -> None:
     """Bytes of the features as they are made, and the tower's FLOPs, from the plan that runs nothing."""
-    processing = load_processing(str(family(name)))
+    processing = load_processor(str(family(name)))
     collator = Collator(processing)
     batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
     mm, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
@@ -251,8 +251,8 @@ def test_nothing_falls_out_silently(known: bool, family: Family, rows: Any, tmp_
     file.write_text(json.dumps([*made, made[2]]))
     samples = read_conversations(file).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype="float32")
-    plain = Collator(load_processing(str(family("llava"))), max_length=80)
-    collator = FeatureCollator(plain, store, torch.float32)
+    plain = Collator(load_processor(str(family("llava"))), max_length=80)
+    collator = CachedVisionCollator(plain, store, torch.float32)
     if known:
         first = collator(samples).cached
         assert isinstance(first, CachedFeatures)
@@ -287,7 +287,7 @@ def test_one_row_does_not_show_how_rows_stand_side_by_side(family: Family, rows:
 
 
 def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path: Path) -> None:
-    collator = Collator(load_processing(str(family("llava"))))
+    collator = Collator(load_processor(str(family("llava"))))
     samples = read_conversations(data["train"]).samples[:2]
     whole, rows = collator(samples), [collator([sample]) for sample in samples]
     done = []
