@@ -1,8 +1,8 @@
-"""The gradient boundary: the lowest block that trains, and activation checkpointing that stays above it.
+"""Activation checkpointing above the gradient boundary, which is the lowest block that trains.
 
 Data flow: plan -> ``blocks_in_graph`` -> blocks whose forward is recomputed in backward. transformers' own switch puts
 input-gradient hooks on every nested embedding, so the frozen prefix enters the graph and partial tuning saves nothing;
-here only blocks that are in the graph anyway are wrapped, and hooks that others have set are taken off.
+here only blocks that are in the graph anyway are wrapped.
 """
 
 from collections.abc import Callable, Collection, Iterator
@@ -22,7 +22,12 @@ from lightning_mm.tuning.policy import TuningPlan
 
 
 def blocks_in_graph(mm: MultimodalModel, plan: TuningPlan) -> tuple[str, ...]:
-    """Names of the blocks that backward crosses: from the lowest trainable one up, in decoder and vision tower."""
+    """Names of the blocks that backward passes through: those from the lowest trainable one up, vision blocks first.
+
+    Args:
+        mm: The model, frozen and adapted as planned.
+        plan: Which weights train.
+    """
     decoder = mm.layout.layers[plan.lowest_layer :]
     if plan.modes[Region.VISION] == "frozen":
         return decoder
@@ -32,7 +37,7 @@ def blocks_in_graph(mm: MultimodalModel, plan: TuningPlan) -> tuple[str, ...]:
 
 
 def unchanged_slices(plan: TuningPlan) -> int:
-    """How many slices of hidden states, from what enters the first block up, no training step can change."""
+    """Number of slices of hidden states that no training step can change; slice 0 is the input of the first block."""
     below = (Region.VISION, Region.CONNECTOR, Region.EMBEDDING)
     if any(plan.modes[region] != "frozen" for region in below):
         return 0
@@ -40,14 +45,20 @@ def unchanged_slices(plan: TuningPlan) -> int:
 
 
 def checkpoint_blocks(model: nn.Module, names: tuple[str, ...], undo: ExitStack) -> None:
-    """Recompute the named blocks in backward instead of keeping their activations, until ``undo`` is closed."""
+    """Recompute the activations of the named blocks in backward, until ``undo`` is closed.
+
+    Args:
+        model: The plain model.
+        names: Module names of its blocks.
+        undo: Gets the callbacks that restore the blocks' forward passes.
+    """
     for name in names:
         replace_forward(undo, model.get_submodule(name), _with_recomputation)
 
 
 @contextmanager
 def without_recomputation(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """While active, the named blocks are not recomputed in backward: hooks may be gone by then."""
+    """While active, the named blocks store their activations: hooks may be removed before backward recomputes them."""
     with ExitStack() as undo:
         for block in map(model.get_submodule, names):
             replace_forward(undo, block, lambda forward: getattr(forward, "recomputes", forward))
@@ -59,7 +70,7 @@ def _with_recomputation(forward: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        # What surrounds this run (tokens that are no padding) must surround it when it is run again.
+        # The context variables of this run (real tokens of the batch) must be set in recomputation, too.
         again = copy_context().run
         return checkpoint(partial(again, partial(forward, **kwargs)), *args, use_reentrant=False)
 

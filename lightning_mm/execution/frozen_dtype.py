@@ -1,10 +1,11 @@
-"""Frozen weights in the type they are used in: under bf16-mixed, autocast makes a bfloat16 copy of them at every use.
+"""Frozen weights in the dtype they are used in: under bf16-mixed, autocast copies them to bfloat16 at every use.
 
 Data flow: model under its plan + the trainer's precision -> the same model, whose frozen linear weights are bfloat16.
 
-Autocast keeps the copy of a weight that trains until the step ends, and copies a frozen one anew each time. Held in
-bfloat16 there is nothing to copy, and every product is the same to the bit. What no matrix product reads (embeddings,
-norms, tables) is not cast by autocast and stays as it is; a frozen head that is tied to the embedding keeps its copy.
+Autocast caches the copy of a trainable weight until the step ends, but copies a frozen weight at every use. If it is
+stored in bfloat16 there is nothing to copy, and every product is the same to the bit. Weights that no matrix product
+reads (embeddings, norms, tables) are not cast by autocast and keep their dtype; for a frozen head that is tied to the
+embedding, the bfloat16 copy is cached.
 
 Shapes: D hidden size, V vocabulary.
 """
@@ -30,22 +31,22 @@ FrozenDtype = Literal["auto", "float32", "bfloat16"]
 def cast_frozen_weights(
     mm: MultimodalModel, plan: TuningPlan, precision: str, undo: ExitStack, wanted: FrozenDtype = "auto"
 ) -> int:
-    """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
+    """Cast frozen linear weights to bfloat16 where autocast would do so at every use, in place.
 
-    Call it after the fingerprint was taken: that is of the weights as they were loaded.
+    Call it after ``loading.fingerprint``, which is computed from the weights as loaded.
 
     Args:
-        mm: Under the plan; on any device.
-        plan: What trains.
+        mm: The model, frozen and adapted as planned; on any device.
+        plan: Which weights train.
         precision: ``trainer.precision``.
-        undo: Takes what puts the head's forward back; the weights stay as they were cast.
-        wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
+        undo: Gets the callback that restores the head's forward; the weights stay cast.
+        wanted: 'auto' (default): bfloat16 under bf16-mixed; 'float32': no weight is cast.
 
     Returns:
-        Bytes saved, the copy of a tied head taken off.
+        Bytes saved, less the cached copy of a tied head.
 
     Raises:
-        UserError: bfloat16 was asked for where nothing casts what enters those weights.
+        UserError: ``wanted`` is 'bfloat16' without autocast, which would cast the inputs of those weights.
     """
     if precision != "bf16-mixed":
         if wanted == "bfloat16":
@@ -74,7 +75,7 @@ def cast_frozen_weights(
 
 
 def _linear_with_cached_copy(head: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """The forward pass of a head whose weight must stay float32: its copy for autocast is made once."""
+    """The forward pass of a linear head with float32 weight; the copy for autocast is cached."""
     made: tuple[object, Tensor] | None = None
 
     def forward(hidden: Tensor) -> Tensor:  # (..., D) -> (..., V)
@@ -92,10 +93,14 @@ def _linear_with_cached_copy(head: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 def castable_weights(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
-    """Frozen float32 weights that nothing but ``torch.nn.Linear`` reads.
+    """Frozen float32 weights that only ``torch.nn.Linear`` reads.
 
-    Left out: weights that an embedding shares, the tensor that a transformers model takes for its ``dtype`` (models
-    cast pictures and masks to it), and those under DoRA adapters, which measure them outside of autocast.
+    Excluded: weights shared with an embedding, the tensor that a transformers model's ``dtype`` is read from (models
+    cast pixels and masks to it), and weights under DoRA adapters, which compute their norm outside of autocast.
+
+    Args:
+        model: The model, frozen and adapted as planned.
+        plan: Which weights train.
     """
     weight_decomposed = plan.adapted if plan.lora is not None and plan.lora.dora else frozenset()
     kept: set[int] = set()

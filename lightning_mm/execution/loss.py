@@ -1,9 +1,9 @@
-"""The training objective: negative log-likelihood of the answers' tokens, and nothing computed for any other token.
+"""The training loss: negative log-likelihood of the answer tokens, with logits at supervised positions only.
 
-Data flow: model + Batch -> hidden states of all positions -> gathered at the supervised ones, just before the output
+Data flow: model + Batch -> hidden states of all positions -> selected at the supervised ones, just before the output
 head -> logits (S, V) -> summed NLL. The sum is divided once, by the supervised tokens of all ranks and micro-batches.
 
-Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch, V vocabulary.
+Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch, C positions of a chunk, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,12 +27,12 @@ _LOGIT_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class LossOutput:
-    """Summed over the supervised tokens of a batch.
+    """Loss of one batch, summed over its supervised tokens.
 
     Args:
-        nll: () summed negative log-likelihood in nats, with its graph.
-        num_tokens: S.
-        num_correct: () how many were the most likely token.
+        nll: () summed negative log-likelihood in nats, attached to the autograd graph.
+        num_tokens: Number of supervised tokens S.
+        num_correct: () number of supervised tokens that were the model's most likely token.
     """
 
     nll: Tensor
@@ -41,29 +41,30 @@ class LossOutput:
 
 
 def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> LossOutput:
-    """Loss of a batch.
+    """Loss of a batch, summed over its supervised tokens.
 
-    Equal to transformers' own ``labels=`` loss times S: whatever the model does behind its head (soft-capping, scaling)
-    is done by the model itself, on S rows instead of B * L.
+    Equal to transformers' own ``labels=`` loss times S: what the model does after its head (soft-capping, scaling) is
+    done by the model itself, on S rows instead of B * L.
 
     Args:
         model: Any image-text-to-text model of transformers.
-        head: Its output projection.
+        head: The model's output projection.
         batch: Teacher-forced conversations.
-        chunk: Supervised positions whose logits are in memory at a time; those of others are computed again in
-            backward. 'auto': all where their logits take up to 256 MiB, else as many as do; 'off': always all.
+        chunk: Number of supervised positions whose logits are in memory at a time; the logits of each chunk are
+            recomputed in backward. 'auto' (default): all positions if their logits take up to 256 MiB, else as many
+            as fit into that; 'off': always all.
     """
     rows = chunk_size(model, head, batch.num_supervised, chunk)
     if rows >= batch.num_supervised:
         with select_positions_before_head(head, batch.supervised):
             logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
         return LossOutput(*_loss_terms(logits, batch.targets))
-    ends = HeadSplit(model, head)
-    with select_positions_before_head(head, batch.supervised), ends.held_back() as held:
+    split = HeadSplit(model, head)
+    with select_positions_before_head(head, batch.supervised), split.held_back() as held:
         model(**batch.inputs, use_cache=False)
 
     def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor]:
-        return _loss_terms(ends.logits(hidden_1CD, batch.inputs), targets_C)
+        return _loss_terms(split.logits(hidden_1CD, batch.inputs), targets_C)
 
     parts = zip(held[0].split(rows, 1), batch.targets.split(rows), strict=True)
     found = [LossOutput(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
@@ -72,17 +73,23 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
 
 
 def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
-    """Supervised positions whose logits are computed at a time; no automatic choice goes unsaid.
+    """Number of supervised positions whose logits are computed at a time; an automatic choice is logged.
+
+    Args:
+        model: Any image-text-to-text model of transformers.
+        head: The model's output projection.
+        supervised: Number of supervised positions S of the batch.
+        chunk: As in ``supervised_nll``.
 
     Raises:
-        UserError: A number was asked for, and the model does not call its head itself.
+        UserError: ``chunk`` is a number, and the head is not a direct child of the model.
     """
     whole = max(1, supervised)
     apart = len(list(model.children())) > 1 and any(child is head for child in model.children())
     if isinstance(chunk, int):
         if not apart:
             raise UserError(
-                f"model.compute.loss_chunk: {chunk} cannot be had.",
+                f"model.compute.loss_chunk: {chunk} is not available.",
                 "This model's head is inside one of its parts, which may end in another way than the whole does.",
                 "Set model.compute.loss_chunk off.",
             )
@@ -98,7 +105,7 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
 
 
 def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The fields of an ``LossOutput``."""
+    """The fields of a ``LossOutput``: () summed NLL, S, and () number of correct tokens, of logits (..., V)."""
     logits_SV = logits.reshape(-1, logits.shape[-1]).float()
     nll = F.cross_entropy(logits_SV, targets, reduction="sum")
     with torch.no_grad():
@@ -106,11 +113,11 @@ def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
 
 
 class HeadSplit:
-    """The two ends of a model's forward pass: its body, and its head with whatever the model does behind that.
+    """A model's forward pass split before its head, so that the head can run on chunks of positions.
 
     Args:
-        model: Calls its body (the child that holds the most tensors), then its head.
-        head: Output projection.
+        model: Calls its body (the child module with the most parameters), then its head.
+        head: The model's output projection, a direct child of the model.
     """
 
     def __init__(self, model: nn.Module, head: nn.Module) -> None:
@@ -121,7 +128,7 @@ class HeadSplit:
 
     @contextmanager
     def held_back(self) -> Iterator[list[Tensor]]:
-        """While active, the head gets nothing to do; what it would have got (1, S, D) comes into the list instead."""
+        """While active, the head gets no positions; its inputs (1, S, D) are appended to the list instead."""
         held: list[Tensor] = []
 
         def hold(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -139,7 +146,12 @@ class HeadSplit:
                 handle.remove()
 
     def logits(self, hidden_1SD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """(1, S, V): the model's forward pass with its body passed by and these states before the head."""
+        """Logits (1, S, V) of given states: the model's forward pass with its body skipped.
+
+        Args:
+            hidden_1SD: (1, S, D) input of the head.
+            inputs: The model's inputs in the batch that the states come from.
+        """
         with ExitStack() as undo:
             undo.callback(self.head.register_forward_pre_hook(lambda _, args: (hidden_1SD, *args[1:])).remove)
             replace_forward(undo, self.body, lambda _: lambda *_, **__: self._output)
@@ -148,11 +160,11 @@ class HeadSplit:
 
 @contextmanager
 def select_positions_before_head(head: nn.Module, positions: Tensor) -> Iterator[None]:
-    """While active, ``head`` gets only the hidden states at ``positions``.
+    """While active, ``head`` gets only the hidden states at ``positions``, as (1, S, D).
 
     Args:
-        head: Output projection, called by the model with (B, L, D).
-        positions: (S,) flat indices into B * L.
+        head: The model's output projection, called by the model with (B, L, D).
+        positions: (S,) flat indices into B * L; may be empty.
     """
 
     def gather(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -167,31 +179,35 @@ def select_positions_before_head(head: nn.Module, positions: Tensor) -> Iterator
 
 
 def add_zero_grad_term(nll: Tensor, parameters: Iterator[nn.Parameter]) -> Tensor:
-    """The same loss, with a zero term of parameters that this batch does not reach.
+    """The loss plus a zero term that gives every parameter a gradient, also one that the batch does not use.
 
-    A text-only batch gives the connector no gradient; a DDP rank that met one would leave the others waiting.
+    A text-only batch gives the connector no gradient; in DDP, the other ranks would wait for it.
+
+    Args:
+        nll: () loss.
+        parameters: The trainable parameters.
     """
     return nll + sum((p.flatten()[0] * 0.0 for p in parameters), torch.zeros_like(nll))
 
 
 class LossAccumulator:
-    """Loss and supervised tokens of this rank since the last optimizer step."""
+    """Sums loss and supervised tokens of this rank between two optimizer steps."""
 
     def __init__(self) -> None:
         self._nll: Tensor | None = None
         self._tokens = 0
 
     def add(self, objective: LossOutput) -> None:
-        """Count a micro-batch; nothing is read back from the device."""
+        """Add a micro-batch, without synchronizing with the device."""
         nll = objective.nll.detach()
         self._nll = nll if self._nll is None else self._nll + nll
         self._tokens += objective.num_tokens
 
     def close(self, total: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """Mean loss per token and number of tokens over all ranks; the next window begins.
+        """Mean loss per token in nats and number of tokens, over all ranks; resets the sums.
 
         Args:
-            total: Sums a tensor over ranks.
+            total: Sums a tensor (2,) over ranks.
         """
         assert self._nll is not None
         held = torch.stack([self._nll.double(), self._nll.new_tensor(self._tokens, dtype=torch.float64)])
@@ -201,13 +217,17 @@ class LossAccumulator:
 
 
 def scale_gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> Tensor:
-    """Multiply all gradients, in place.
+    """Multiply all gradients by a factor, in place.
+
+    Args:
+        parameters: Trainable parameters by name.
+        scale: Factor, such as 1 / number of supervised tokens.
 
     Returns:
         () norm of the scaled gradient, over all parameters.
 
     Raises:
-        UserError: A parameter has no gradient, or the gradient is not finite: nothing has been stepped yet.
+        UserError: A parameter has no gradient, or the gradient is not finite. The optimizer has not stepped yet.
     """
     if missing := [name for name, parameter in parameters.items() if parameter.grad is None]:
         raise UserError(

@@ -1,7 +1,7 @@
-"""How a model is prepared for training steps: what saves time or memory and leaves what is learned as it is.
+"""Prepare a model for training steps: techniques that save time or memory and do not change what is learned.
 
-Data flow: ``--model.compute.*`` -> ``Compute``; a frozen, adapted model under its plan -> ``apply_techniques``, in a
-written order -> the same model, and an ``ExitStack`` that takes everything off again in reverse order.
+Data flow: ``--model.compute.*`` -> ``Compute``; a frozen, adapted model and its plan -> ``apply_techniques``, in a
+fixed order -> the same model, and an ``ExitStack`` that undoes the techniques in reverse order.
 """
 
 from contextlib import ExitStack
@@ -55,27 +55,27 @@ class Compute:
 def apply_techniques(
     mm: MultimodalModel, plan: TuningPlan, compute: Compute, checkpointing: bool, precision: str | None = None
 ) -> ExitStack:
-    """Prepare a model for training steps.
+    """Prepare a model for training steps, in place.
 
-    The order is part of the result: what comes later runs around what came before.
+    The order matters: a later technique wraps the earlier ones.
 
-    1. Frozen weights are cast to the type that autocast would use (not undone: the weights stay cast).
-    2. Liger's kernels replace norms and gated MLPs (not undone: Liger has no way back).
-    3. Blocks are compiled; everything that follows stays outside of the compiled code.
+    1. Frozen weights are cast to the dtype that autocast would use (not undone: the weights stay cast).
+    2. Liger's kernels replace norms and gated MLPs (not undone: Liger cannot be removed again).
+    3. Blocks are compiled; the techniques below stay outside of the compiled code.
     4. CPU attention replaces sdpa where gradients flow.
     5. CPU norms replace RMS norms where gradients flow.
-    6. Blocks leave out padding: around 4, since how rows are computed is decided there.
-    7. Blocks are recomputed in backward: around all of it, so that recomputation does the same.
+    6. Blocks leave out padding: around 4, which decides how rows are computed.
+    7. Blocks are recomputed in backward: around all others, so that recomputation repeats them.
 
     Args:
-        mm: Frozen and adapted as planned.
-        plan: What trains.
-        compute: How a step is computed.
+        mm: The model, frozen and adapted as planned.
+        plan: Which weights train.
+        compute: Settings of the computation.
         checkpointing: Whether blocks are recomputed in backward.
-        precision: ``trainer.precision``; None outside of a run, where frozen weights stay as they are.
+        precision: ``trainer.precision``; None (default) outside of a run: frozen weights keep their dtype.
 
     Returns:
-        What undoes it: close it, and every module runs its family's own code again.
+        Closing it restores the modules' original forward passes.
     """
     undo = ExitStack()
     if precision is not None:

@@ -1,7 +1,7 @@
-"""How a batch becomes a loss: without padding inside the blocks, from cached activations where they are known.
+"""One training step: from a batch to its loss, without padding inside the blocks and with cached activations.
 
-Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``open_cache`` finds out once, when a fit starts, whether
-frozen activations can and shall be cached; ``collate_function`` then leaves out what is cached.
+Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``open_cache`` decides once, when a fit starts, whether
+frozen activations are cached; batches from ``collate_function`` then leave out the pixels of cached rows.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, split_verified_prefix
 from lightning_mm.execution.cache.fingerprint import open_store
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
-from lightning_mm.execution.cache.store import RecordStore
+from lightning_mm.execution.cache.store import RecordStore, StorageDtype
 from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, split_verified_tower
 from lightning_mm.execution.loss import LossOutput, supervised_nll
 from lightning_mm.execution.prepare import Compute, apply_techniques
@@ -29,24 +29,24 @@ from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 _MIN_EPOCHS = 1.2
-"""From so many epochs on, keeping what enters the boundary pays for writing it."""
+"""Number of epochs from which on caching activations pays for writing them."""
 
 _MIN_TOWER_SHARE = 0.1
-"""Of a forward pass: below it, reading features from disk saves nothing that shows."""
+"""Share of a forward pass's FLOPs below which reading the tower's features from disk saves no measurable time."""
 
 _NUM_VERIFIED_ROWS = 3
-"""So many rows show that what the tower makes of one does not hang on those beside it."""
+"""Rows in the batch that verifies that the tower's features of a row do not depend on the other rows."""
 
 
 class TrainingStep:
-    """One model under one plan, prepared to be trained.
+    """One model under one tuning plan, prepared for training steps.
 
     Args:
-        model: Frozen and adapted as planned; its blocks are prepared in place.
-        layout: Of it.
-        plan: What trains.
-        compute: How a step is computed.
+        mm: The model, frozen and adapted as planned; its blocks are prepared in place.
+        plan: Which weights train.
+        compute: Settings of the computation.
         checkpointing: Whether blocks are recomputed in backward.
+        precision: ``trainer.precision``; None (default) outside of a run: frozen weights keep their dtype.
     """
 
     def __init__(
@@ -61,19 +61,19 @@ class TrainingStep:
         self.checkpointing, self.precision = checkpointing, precision
         self.cache: PrefixCache | FeatureCache | None = None
         self.prefix: FrozenPrefix | None = None
-        self._asked = False
+        self._cache_decided = False
         self._undo: ExitStack | None = None
         self.open()
 
     def open(self) -> None:
-        """Prepare the model, if it is not prepared."""
+        """Prepare the model for training steps, unless it is prepared already."""
         if self._undo is None:
             self._undo = apply_techniques(self.mm, self.plan, self.compute, self.checkpointing, self.precision)
 
     def objective(self, batch: Batch) -> LossOutput:
-        """Summed NLL of a batch."""
+        """Loss of a batch, summed over its supervised tokens."""
         head = self.mm.head
-        with self._begun(batch), unpadded(self._tokens(batch)):
+        with self._apply_cached(batch), unpadded(self._tokens(batch)):
             return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
 
     def open_cache(
@@ -84,21 +84,21 @@ class TrainingStep:
         epochs: float,
         facts: dict[str, Any],
     ) -> None:
-        """Find out, once, whether frozen activations can and shall be cached; open their store if so.
+        """Decide, on the first call, whether frozen activations are cached; open their store if so.
 
         Args:
-            settings: As configured.
+            settings: The cache's settings.
             collator: Makes the model's batches.
-            example: Returns a batch of the given number of rows, on the model's device, to verify with.
-            epochs: How often each row is seen.
-            facts: What else the activations depend on.
+            example: Returns a batch of the given number of rows, on the model's device, to verify the cache with.
+            epochs: How often each row is seen during training.
+            facts: What the activations depend on beside weights, config and processor; ``device`` is required.
 
         Raises:
-            UserError: The cache is asked for (mode 'on') and not possible.
+            UserError: The cache is required (mode 'on') and not possible.
         """
-        if self._asked:
+        if self._cache_decided:
             return
-        self._asked = True
+        self._cache_decided = True
         assert self._undo is not None, "the cache is opened while the model is prepared"
         batch = example(1)
         unread = truncate_tower(self.mm, batch, self._undo)
@@ -106,16 +106,16 @@ class TrainingStep:
             if settings.mode == "off":
                 pass
             elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
-                self._keep_features(settings, collator, example(_NUM_VERIFIED_ROWS), unread, epochs, facts)
+                self._cache_vision_features(settings, collator, example(_NUM_VERIFIED_ROWS), unread, epochs, facts)
             else:
-                self._keep_prefix(settings, collator, batch, epochs, facts)
+                self._cache_prefix(settings, collator, batch, epochs, facts)
         except UserError as error:
             if settings.mode == "on":
                 raise
             log_decision("model.cache", "off", error.why)
 
     def collate_function(self, collator: Collator) -> Callable[..., Batch]:
-        """What makes batches: the collator, or where the cache is open, one that leaves out what is cached."""
+        """The collator, or if the cache is open, one that leaves out what is cached."""
         if self.cache is None:
             return collator
         if isinstance(self.cache, FeatureCache):
@@ -123,35 +123,35 @@ class TrainingStep:
         return self.cache.collator(collator, self._width)
 
     def flush(self) -> None:
-        """Write what is on its way: a checkpoint is being saved."""
+        """Write pending activations to disk, as when a checkpoint is saved."""
         if self.cache is not None:
             self.cache.flush()
 
     def close_cache(self) -> None:
-        """Write what is on its way; from now on every batch is computed whole."""
+        """Write pending activations and close the cache; later batches are computed without it."""
         if self.cache is not None:
             self.cache.close()
             self.cache = None
 
     def close(self) -> None:
-        """Close the cache and take everything off the model that preparing it has put on."""
+        """Close the cache and undo the preparation of the model."""
         self.close_cache()
         if self._undo is not None:
             self._undo.close()
             self._undo = None
 
-    def _keep_prefix(
+    def _cache_prefix(
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
         pad = int(collator.processing.processor.tokenizer.pad_token_id)
         prefix = self.prefix = split_verified_prefix(self.mm, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
-        opened = self._opened(settings, prefix, collator, epochs, facts, states.dtype)
+        opened = self._open_store(settings, prefix, collator, epochs, facts, states.dtype)
         if opened is not None:
             self.cache = PrefixCache(prefix, *opened)
 
-    def _keep_features(
+    def _cache_vision_features(
         self,
         settings: CacheSettings,
         collator: Collator,
@@ -165,11 +165,11 @@ class TrainingStep:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
             log_decision("model.cache", "off", why)
             return
-        opened = self._opened(settings, tower, collator, epochs, facts, tower.dtype)
+        opened = self._open_store(settings, tower, collator, epochs, facts, tower.dtype)
         if opened is not None:
             self.cache = FeatureCache(tower, *opened)
 
-    def _opened(
+    def _open_store(
         self,
         settings: CacheSettings,
         part: FrozenPrefix | FrozenTower,
@@ -177,10 +177,10 @@ class TrainingStep:
         epochs: float,
         facts: dict[str, Any],
         dtype: torch.dtype,
-    ) -> tuple[RecordStore, str, torch.dtype] | None:
-        """The store, how it keeps, and the type of states in a batch; nothing where it is not worth it."""
+    ) -> tuple[RecordStore, StorageDtype, torch.dtype] | None:
+        """The store, its storage dtype and the dtype of states in a batch; None if caching does not pay."""
         exact = dtype == torch.float32 and not torch.is_autocast_enabled(facts["device"])
-        kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
+        kept: StorageDtype = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _MIN_EPOCHS and not len(store):
             log_decision(
@@ -195,7 +195,7 @@ class TrainingStep:
     def _tokens(self, batch: Batch) -> RealTokens | None:
         return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
 
-    def _begun(self, batch: Batch) -> AbstractContextManager[None]:
+    def _apply_cached(self, batch: Batch) -> AbstractContextManager[None]:
         if batch.cached is None:
             return nullcontext()
         assert self.cache is not None, "batches without pixels are made for a cache"

@@ -1,7 +1,7 @@
-"""Skip the vision blocks above the features that the model reads: the family's code computes them and drops them.
+"""Skip vision blocks whose output the model does not use; LLaVA reads the output of its tower's last block but one.
 
 Data flow: an example batch -> autograd graph of its logits -> vision blocks outside it (``tuning.unused_parameters``)
--> skipped, if the logits stay the same. LLaVA reads the output of its tower's last block but one.
+-> skipped, if the logits stay the same.
 """
 
 from contextlib import ExitStack
@@ -24,12 +24,12 @@ from lightning_mm.tuning.unused_parameters import (
 
 
 def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[str, ...]:
-    """Skip the vision blocks that the logits do not depend on; returns their names, top first.
+    """Skip the vision blocks that the logits do not depend on; returns their module names, top first.
 
     Args:
         mm: The plain model, on the batch's device.
-        batch: With pictures; without any, nothing is skipped.
-        undo: Takes what puts the blocks back.
+        batch: A batch with images; without any, nothing is skipped.
+        undo: Gets the callbacks that restore the blocks.
     """
     if not batch.has_images or not mm.layout.vision_blocks:
         return ()
@@ -47,7 +47,7 @@ def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[
         unused = unused_vision_blocks(mm.model, mm.layout, graph_leaves(logits()))
     if not unused:
         return ()
-    # A graph does not show what is read without a gradient, such as a choice of patches: the values decide.
+    # The graph does not show uses without a gradient, such as a selection of patches: compare the values.
     with torch.no_grad(), ExitStack() as attempt:
         expected = logits()  # again, as attention may run another kernel where gradients flow
         skip_blocks(attempt, blocks[-len(unused) :], any(in_tuple))

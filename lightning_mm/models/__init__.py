@@ -1,6 +1,6 @@
-"""The room of transformers, PEFT and bitsandbytes: whatever their next release changes is changed here."""
+"""Models and processors: the only package that imports transformers, PEFT and bitsandbytes."""
 
 import logging
 
-# On import bitsandbytes reports the optional kernels that it did not find; nothing here asks for them.
+# On import bitsandbytes reports missing optional kernels, which are not used here.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

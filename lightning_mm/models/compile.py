@@ -1,6 +1,6 @@
-"""Faster ways to compute the same: compiled blocks, and Liger's fused kernels.
+"""Faster kernels for the same computation: compiled blocks and Liger's fused kernels.
 
-Data flow: model, before anything is wrapped around its blocks -> the same model, whose modules compute otherwise.
+Data flow: model, before anything is wrapped around its blocks -> the same model with other forward passes.
 """
 
 from collections.abc import Collection
@@ -17,13 +17,18 @@ from lightning_mm.models.hooks import Forward, replace_forward
 
 
 def compile_blocks(model: nn.Module, names: Collection[str], undo: ExitStack) -> None:
-    """Compile the forward pass of the named blocks, for inputs of any length; ``undo`` puts their own back.
+    """Compile the forward pass of the named blocks, for inputs of any length, until ``undo`` is closed.
 
-    Hooks on a block, padding and recomputation stay outside and run as ever. Under
+    Hooks on a block, padding and recomputation stay outside of the compiled code. Under
     ``torch.compiler.set_stance("force_eager")`` the blocks run uncompiled.
 
+    Args:
+        model: The plain model.
+        names: Module names of the blocks.
+        undo: Gets the callbacks that restore the blocks' forward passes.
+
     Raises:
-        UserError: At the first step, where the compiler fails.
+        UserError: At the first step, if the compiler fails.
     """
     for name in names:
         replace_forward(undo, model.get_submodule(name), _compiled)
@@ -48,7 +53,7 @@ def _compiled(forward: Forward) -> Forward:
 
 
 def apply_liger(model: Any) -> None:
-    """Liger's kernels for norms, rotary positions and gated MLPs, in place; the loss stays ours.
+    """Use Liger's kernels for norms, rotary positions and gated MLPs, in place; the loss is not replaced.
 
     Raises:
         UserError: No CUDA device, no liger_kernel, or none of its kernels fits the model.
@@ -60,7 +65,7 @@ def apply_liger(model: Any) -> None:
         from liger_kernel.transformers import _apply_liger_kernel_to_instance
     except ImportError as error:
         raise UserError(f"{option} needs liger_kernel.", str(error), "pip install liger-kernel") from error
-    # Only answers are supervised, and the head gets nothing else: Liger's own loss would see every token.
+    # The head gets supervised positions only: Liger's own loss would compute every token.
     _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)
     changed = sum(_is_liger_module(module) for module in model.modules())
     if not changed:
@@ -73,6 +78,6 @@ def apply_liger(model: Any) -> None:
 
 
 def _is_liger_module(module: nn.Module) -> bool:
-    """Whether its forward pass was replaced by one of Liger's."""
+    """Whether a module's forward pass was replaced by Liger's."""
     own: Any = module.__dict__.get("forward")
     return own is not None and getattr(own, "__module__", "").startswith("liger_kernel")

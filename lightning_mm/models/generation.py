@@ -1,6 +1,8 @@
-"""Answers by generation: the most likely tokens, one by one, whatever the model's own generation config says.
+"""Greedy generation of answers, independent of the model's generation config.
 
 Data flow: left-padded questions -> ``generate`` -> new tokens -> text without special tokens.
+
+Shapes: B rows, L tokens after padding.
 """
 
 from collections.abc import Mapping
@@ -22,13 +24,13 @@ _GREEDY: dict[str, Any] = {
 
 @torch.no_grad()
 def greedy_answers(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
-    """One answer per row.
+    """The model's greedy answer to each row's question.
 
     Args:
         model: A transformers model.
-        processor: Its processor.
-        inputs: What ``generate`` takes; ``input_ids`` (B, L), left-padded.
-        max_new_tokens: Longest answer.
+        processor: The model's processor (transformers).
+        inputs: Inputs of ``generate``; ``input_ids`` (B, L), left-padded.
+        max_new_tokens: Maximum length of an answer in tokens.
     """
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, **_GREEDY)
     new = output[:, inputs["input_ids"].shape[1] :]

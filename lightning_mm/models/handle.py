@@ -1,7 +1,7 @@
-"""The handle of one multimodal LLM: the model, where its parts are, and its processor.
+"""One multimodal LLM: the model, the layout of its parts, and its processor.
 
-Data flow: ``loading`` gives the model, ``layout`` says where its parts are, ``processor`` makes its inputs -> one
-``MultimodalModel`` that every room above is given.
+Data flow: model from ``loading``, parts from ``layout``, inputs from ``processor`` -> one ``MultimodalModel`` that the
+packages above take.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from lightning_mm.models.processor import ModelProcessor
 
 
 class TransformersModel(Protocol):
-    """What a multimodal LLM of transformers offers beyond ``nn.Module``, as far as this package uses it."""
+    """The methods of a transformers multimodal LLM, beyond ``nn.Module``, that this package uses."""
 
     config: PretrainedConfig
     dtype: torch.dtype
@@ -54,9 +54,9 @@ class MultimodalModel:
 
     Args:
         model: The transformers model itself, without wrappers.
-        layout: Where its parts are.
-        processor: Makes its inputs; None where only tensors are passed.
-        source: Folder or hub name it was loaded from; '' where that is not known.
+        layout: Module names of the model's parts.
+        processor: Makes the model's inputs; None (default) if only tensors are passed.
+        source: Folder or hub name that the model was loaded from; '' (default) if unknown.
     """
 
     model: nn.Module
@@ -66,18 +66,18 @@ class MultimodalModel:
 
     @classmethod
     def of(cls, model: nn.Module, processor: ModelProcessor | None = None, source: str = "") -> "MultimodalModel":
-        """Find the parts of a plain model; see ``ModelLayout.of`` for what it raises."""
+        """A handle of a plain model, with its layout resolved; raises as ``ModelLayout.of``."""
         return cls(model, ModelLayout.of(model), processor, source)
 
     @property
     def required_processor(self) -> ModelProcessor:
-        """The processor, where the caller cannot do without it."""
+        """The processor; asserts that there is one."""
         assert self.processor is not None, "this handle was made without a processor"
         return self.processor
 
     @property
     def transformers(self) -> TransformersModel:
-        """The model with the methods that transformers gives it."""
+        """The model, typed with the methods of transformers."""
         return cast(TransformersModel, self.model)
 
     @property
@@ -92,7 +92,7 @@ class MultimodalModel:
 
     @property
     def device(self) -> torch.device:
-        """Where the token embedding is: inputs go there."""
+        """Device of the token embedding, where inputs go."""
         return next(self.embedding.parameters()).device
 
     def on_device(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -101,7 +101,7 @@ class MultimodalModel:
 
 
 def unwrap_model(model: Any) -> nn.Module:
-    """The transformers model inside what others have wrapped around it: torch.compile, DDP, PEFT."""
+    """The transformers model inside wrappers of torch.compile, DDP and PEFT."""
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod

@@ -1,4 +1,4 @@
-"""What is done to a model's modules and undone again: hooks on blocks, and other forwards in place of theirs.
+"""Reversible changes of a model's modules: hooks on blocks, and replaced forward passes.
 
 Data flow: decoder blocks -> ``block_io`` -> ``receive(slice, hidden states)``. Slice 0 is what enters the first block
 (the embeddings, image features put in); slice i + 1 is what block i returns, before the final norm.
@@ -26,12 +26,12 @@ Receive = Callable[[int, Tensor], None]
 
 
 def replace_forward(undo: ExitStack, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
-    """Put another forward in a module's place, until ``undo`` is closed.
+    """Replace a module's forward, until ``undo`` is closed.
 
     Args:
-        undo: Takes what puts the module's forward back as it was.
+        undo: Gets the callback that restores the module's forward.
         module: Any module.
-        make: Given the forward that is in force, returns the one to run instead.
+        make: Takes the module's current forward and returns the one to run instead.
     """
     own = module.__dict__.get("forward")
 
@@ -46,10 +46,10 @@ def replace_forward(undo: ExitStack, module: nn.Module, make: Callable[[Forward]
 
 
 def skip_blocks(undo: ExitStack, blocks: Iterable[nn.Module], in_tuple: bool) -> None:
-    """Let blocks return the hidden states that they are given, until ``undo`` is closed.
+    """Make blocks return their input hidden states, until ``undo`` is closed.
 
     Args:
-        undo: Takes what puts the blocks back.
+        undo: Gets the callbacks that restore the blocks.
         blocks: Decoder or vision blocks.
         in_tuple: Whether their output is a tuple that begins with the hidden states.
     """
@@ -64,7 +64,7 @@ def skip_blocks(undo: ExitStack, blocks: Iterable[nn.Module], in_tuple: bool) ->
 
 @contextmanager
 def skipped(blocks: Iterable[nn.Module], in_tuple: bool) -> Iterator[None]:
-    """While active, blocks return the hidden states that they are given; see ``skip_blocks``."""
+    """While active, blocks return their input hidden states; see ``skip_blocks``."""
     with ExitStack() as undo:
         skip_blocks(undo, blocks, in_tuple)
         yield
@@ -144,11 +144,11 @@ def read_out(mm: MultimodalModel, hidden: Tensor, tuples: Mapping[int, bool], ch
 def logits_of(mm: MultimodalModel, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
     """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
     hidden_N1D = hidden_ND[:, None]
-    # Any word will do, for its embedding is passed by too; some models (Gemma 4) want to know which word it was.
-    word = int(getattr(mm.model.config, "image_token_id", None) == 0)
-    given = {"input_ids": torch.full((len(hidden_ND), 1), word, device=hidden_ND.device)}
+    # Any token id will do, since its embedding is skipped, too; some models (Gemma 4) need the id itself.
+    token_id = int(getattr(mm.model.config, "image_token_id", None) == 0)
+    given = {"input_ids": torch.full((len(hidden_ND), 1), token_id, device=hidden_ND.device)}
     if "position_ids" in inspect.signature(mm.model.forward).parameters:
-        # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
+        # No block reads them; without them a model may reuse those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
     with _decoder_returning(mm, hidden_N1D, tuples):
         logits = mm.model(use_cache=False, **given).logits

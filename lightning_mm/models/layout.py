@@ -1,12 +1,13 @@
-"""Where the parts of a multimodal LLM are: every parameter's region, and the modules of every decoder block.
+"""The layout of a multimodal LLM: every parameter's region, and the modules of every decoder block.
 
 Data flow: a loaded (or meta-device) transformers model -> ``_Resolver`` -> ``ModelLayout``: one ``ParameterLocation``
 for every parameter, one ``DecoderBlock`` for every block. Policies, census, gradient boundary, hooks and interventions
 address parts through it.
 
-The rules, in order: the decoder's blocks are the list inside ``get_decoder()`` as long as the text config says;
-embeddings and head are what the model's own accessors return; the vision tower is ``get_encoder(modality="image")``;
-what lies between tower and decoder is the connector, also where it is built into the tower (Qwen-VL's mergers).
+The rules, in order: the decoder's blocks are the list inside ``get_decoder()`` whose length is the text config's number
+of layers; embeddings and head are returned by the model's accessors; the vision tower is
+``get_encoder(modality="image")``; everything between tower and decoder is the connector, even if it is built into the
+tower (Qwen-VL's mergers).
 """
 
 import re
@@ -32,7 +33,7 @@ class Region(StrEnum):
     NORM = "norm"
     HEAD = "head"
     OTHER = "other"
-    """Off the way from picture to text (audio towers, say): frozen under every policy."""
+    """Not on the path from image to text (audio towers, for example): frozen under every policy."""
 
 
 class BlockPart(StrEnum):
@@ -45,7 +46,7 @@ class BlockPart(StrEnum):
 
 @dataclass(frozen=True)
 class ParameterLocation:
-    """Where one parameter sits: its region and, inside a decoder block, the block's index and part."""
+    """Location of one parameter: its region and, inside a decoder block, the block's index and part (else None)."""
 
     region: Region
     layer: int | None = None
@@ -57,12 +58,12 @@ class DecoderBlock:
     """The parts of one decoder block, by the names of their modules.
 
     Args:
-        index: Its place, from 0.
-        name: Of the block.
-        attention: Its token mixer; None where it has none.
-        mlp: Its feed-forward part; None where it has none.
-        o_proj: The linear module that ends the token mixer; None where it ends otherwise.
-        down_proj: The linear module that ends the feed-forward part; None in mixtures of experts.
+        index: Index of the block, from 0.
+        name: Module name of the block.
+        attention: The token mixer; None if the block has none.
+        mlp: The feed-forward part; None if the block has none.
+        o_proj: The linear module at the end of the token mixer; None if there is none.
+        down_proj: The linear module at the end of the feed-forward part; None in mixtures of experts.
     """
 
     index: int
@@ -74,7 +75,7 @@ class DecoderBlock:
 
 
 _LAST_LINEARS = ("o_proj", "out_proj", "down_proj", "c_proj", "wo", "w2", "dense", "fc2", "dense_4h_to_h")
-"""What the field calls the linear module that leads back into the stream."""
+"""Usual names of the linear module that writes to the residual stream."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class ModelLayout:
     """The resolved layout of one model.
 
     Args:
-        locations: Parameter name -> location; a tied parameter stands once, under its first name.
+        locations: Parameter name -> location; a tied parameter is listed once, under its first name.
         layers: Module names of the decoder's blocks, bottom to top.
-        vision_blocks: Module names of the vision tower's blocks; empty where there is no tower.
+        vision_blocks: Module names of the vision tower's blocks; empty if there is no tower.
         embedding: Module name of the token embedding.
         head: Module name of the output projection.
         tied_head: Whether the head's weight is the embedding's.
-        linears: Names of the linear modules: what an adapter can stand on.
+        linears: Names of the linear modules, which can have adapters.
     """
 
     locations: Mapping[str, ParameterLocation]
@@ -108,7 +109,7 @@ class ModelLayout:
         return tuple(name for name, place in self.locations.items() if place.region is region)
 
     def location_of(self, name: str) -> ParameterLocation:
-        """Place of a parameter, also after adapters were put in and changed or added names."""
+        """Location of a parameter, also by its name after adapters were added."""
         plain = re.sub(r"\.lora_\w+(\..*)?$", ".weight", name.replace(".base_layer.", "."))
         return self.locations[plain]
 
@@ -122,7 +123,7 @@ class ModelLayout:
         return DecoderBlock(index, name, attention, mlp, self._last_linear(attention), self._last_linear(mlp))
 
     def _child(self, block: str, part: BlockPart) -> str | None:
-        """The block's child that holds the most tensors of a part."""
+        """Module name of the block's child with the most parameters of a part; None if there is none."""
         inside = [name for name, place in self.locations.items() if name.startswith(f"{block}.") and place.part is part]
         children = Counter(name.removeprefix(f"{block}.").partition(".")[0] for name in inside)
         return f"{block}.{children.most_common(1)[0][0]}" if children else None
@@ -133,16 +134,14 @@ class ModelLayout:
 
     @classmethod
     def of(cls, model: nn.Module) -> "ModelLayout":
-        """Resolve a model.
+        """The layout of a model.
 
         Args:
-            model: A transformers model of the image-text-to-text kind; the meta device will do.
+            model: An image-text-to-text model of transformers, before adapters are added (they change names); may be
+                on the meta device.
 
         Raises:
-            UserError: A part cannot be told apart; the candidates are listed.
-
-        Note:
-            Call it on the plain model, before adapters are put in: they change names.
+            UserError: A part cannot be identified; the candidates are listed.
         """
         return _Resolver(model).resolve()
 
@@ -157,6 +156,7 @@ class _Resolver:
         _refuse_unless_decoder_only(model)
 
     def resolve(self) -> ModelLayout:
+        """The layout of the model."""
         embedding = self._embedding()
         decoder, layers = self._decoder_layers()
         head = self._head(embedding)
@@ -237,7 +237,7 @@ class _Resolver:
     def _claim_picture_path(
         self, claims: dict[int, ParameterLocation], tower: nn.Module | None, blocks: tuple[nn.Module, ...]
     ) -> None:
-        """Towers and connector: all that is left. A tower with nothing outside it carries its own connector."""
+        """Towers and connector: the remaining parameters. Without any outside the tower, it contains its connector."""
         inside = {id(p) for p in tower.parameters()} if tower is not None else set()
         for sibling in self._siblings(tower):
             if _embeds_patches(sibling):

@@ -1,4 +1,4 @@
-"""Load a Hugging Face multimodal LLM from a folder or a hub name, without ever running code that comes with it.
+"""Load a Hugging Face multimodal LLM from a folder or a hub name, without remote code.
 
 Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for planning) -> the model with its weights.
 """
@@ -38,7 +38,7 @@ class Backbone:
 
 
 def load_skeleton(backbone: Backbone) -> nn.Module:
-    """The model on the meta device: names, shapes and config, no weights. Raises UserError as ``load_model``."""
+    """The model on the meta device: names, shapes and config without weights. Raises UserError as ``load_model``."""
     config = read_config(backbone)
     try:
         with torch.device("meta"):
@@ -51,11 +51,11 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     """The model with its weights, in eval mode.
 
     Args:
-        backbone: What to load.
-        keep_full: Names of modules that must not be quantised, since they will train at full rank.
+        backbone: The model to load.
+        keep_full: Names of modules that must not be quantized, since they will train at full rank; none by default.
 
     Raises:
-        UserError: No such model, an unsupported kind, weights that are missing or only there as pickles.
+        UserError: There is no such model, its type is not supported, or weights are missing or only pickled.
     """
     config = read_config(backbone)
     dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
@@ -68,7 +68,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         options["attn_implementation"] = backbone.attention
     if backbone.quantization != "none":
         options["quantization_config"] = _quantization(backbone, dtype, keep_full)
-    # The file-by-file progress bar and the load report are said below, in our words, where they matter.
+    # Missing and unexpected tensors are reported below instead.
     hf_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -88,7 +88,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
 
 
 def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over name, shape and 64 evenly spaced values of every frozen tensor: tells bases apart at a glance."""
+    """SHA-256 of name, shape and 64 evenly spaced values of every frozen parameter: a cheap identity of the base."""
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         if parameter.requires_grad:
@@ -102,7 +102,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def read_config(backbone: Backbone) -> PretrainedConfig:
-    """The model's config: the cheapest proof that there is a model. Raises UserError where there is none."""
+    """The model's config, a cheap check that the model exists. Raises UserError if there is none."""
     folder = Path(backbone.path)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
@@ -138,7 +138,7 @@ def _quantization(backbone: Backbone, dtype: torch.dtype, keep_full: Collection[
 
 
 def _refuse_missing(backbone: Backbone, report: dict[str, Any]) -> None:
-    """A tensor that no file held would be trained, or frozen, at random."""
+    """Raise UserError if weights are missing: they would be random. Logs unexpected ones."""
     missing = sorted(report.get("missing_keys", ())) + [str(m) for m in report.get("mismatched_keys", ())]
     if missing:
         raise UserError(
@@ -152,7 +152,7 @@ def _refuse_missing(backbone: Backbone, report: dict[str, Any]) -> None:
 
 def _no_kernel(backbone: Backbone, why: str) -> UserError:
     return UserError(
-        f"model.backbone.attention: {backbone.attention} cannot be had.", why, "Set model.backbone.attention sdpa."
+        f"model.backbone.attention: {backbone.attention} is not available.", why, "Set model.backbone.attention sdpa."
     )
 
 

@@ -1,4 +1,4 @@
-"""LoRA through PEFT, on exactly the modules that were named.
+"""LoRA through PEFT, on exactly the named modules.
 
 Data flow: plan (module names) -> PEFT config with fully-qualified names -> adapters inside the model. PEFT's own
 ``layers_to_transform`` also adapts vision towers whose blocks carry the same numbers; names resolved here do not.
@@ -13,7 +13,7 @@ from torch import nn
 
 from lightning_mm.core.errors import UserError
 
-if TYPE_CHECKING:  # importing PEFT takes a second or two, which runs without adapters need not wait for
+if TYPE_CHECKING:  # importing PEFT takes a second or two, which runs without adapters save
     from peft import LoraConfig
     from peft.tuners.lora import LoraLayer
 
@@ -52,16 +52,16 @@ class LoRA:
 
 
 def add_lora(model: Any, targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> None:
-    """Put adapters into a transformers model, in place.
+    """Add LoRA adapters to a transformers model, in place.
 
     Args:
         model: The plain model.
         targets: Fully-qualified names of linear modules.
         options: Rank, scale, dropout.
-        ranks: Module name -> rank, where it differs from ``options.r``.
+        ranks: Module name -> rank, for modules whose rank differs from ``options.r``.
 
     Raises:
-        UserError: PEFT adapted other modules than those named.
+        UserError: PEFT adapted other modules than the named ones.
     """
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
@@ -79,7 +79,7 @@ def add_lora(model: Any, targets: Collection[str], options: LoRA, ranks: Mapping
 
 
 def adapted_modules(model: nn.Module) -> "dict[str, LoraLayer]":
-    """The modules that adapters stand on, by name."""
+    """The modules that have adapters, by name."""
     if not hasattr(model, "peft_config"):
         return {}
     from peft.tuners.lora import LoraLayer
@@ -88,7 +88,7 @@ def adapted_modules(model: nn.Module) -> "dict[str, LoraLayer]":
 
 
 def lora_config(targets: Collection[str], options: LoRA, ranks: Mapping[str, int]) -> "LoraConfig":
-    """PEFT's config for exactly these modules."""
+    """PEFT's config for exactly these modules; arguments as in ``add_lora``."""
     from peft import LoraConfig
 
     patterns = {f"^{re.escape(name)}$": rank for name, rank in ranks.items()}

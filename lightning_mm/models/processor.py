@@ -1,10 +1,10 @@
-"""The model's own processor, loaded without running foreign code, with a record of what its tokenizer was given.
+"""The model's processor, loaded without remote code, with a record of its tokenizer's last input.
 
-Data flow: ``load_processing(path)`` -> ``ModelProcessor``; ``chat`` renders messages with it, ``collator`` encodes texts
-and pictures.
+Data flow: ``load_processor(path)`` -> ``ModelProcessor``; ``data.chat`` renders messages with it, ``data.collator``
+encodes texts and images.
 
-A processor writes out each image placeholder as many tokens before it tokenizes. Answers are found in the text as it
-was before that, so the text that reaches the tokenizer is kept, with the characters that each token stands for.
+A processor expands each image placeholder into many tokens before it tokenizes. Answers are located in the text before
+that, so the text that reaches the tokenizer is recorded, with the character offsets of each token.
 
 Shapes: B texts, L tokens after padding.
 """
@@ -33,11 +33,11 @@ from lightning_mm.core.errors import UserError
 
 @contextmanager
 def optional_video_processor() -> Iterator[None]:
-    """While active, processors can be made, loaded and saved without the video processor that they take as an option.
+    """While active, processors can be made, loaded and saved without their optional video processor.
 
-    The processors of Qwen-VL, InternVL and LLaVA-OneVision hold a video processor also where no video ever comes. Those
-    of transformers need torchvision, without which such a processor can neither be made nor loaded. Where torchvision
-    is installed nothing changes.
+    The processors of Qwen-VL, InternVL and LLaVA-OneVision have a video processor even if no video is used. Video
+    processors of transformers need torchvision, without which such a processor can neither be made nor loaded. If
+    torchvision is installed, nothing changes.
     """
     if is_torchvision_available():
         yield
@@ -58,13 +58,17 @@ def optional_video_processor() -> Iterator[None]:
 
 
 def save_processor(processor: Any, folder: str | Path) -> None:
-    """Write a processor of transformers to a folder, also one without its optional video processor."""
+    """Write a processor of transformers to a folder, with or without its optional video processor."""
     with optional_video_processor():
         processor.save_pretrained(folder)
 
 
 def video_processor_argument(name: str) -> dict[str, Any]:
-    """The video processor of that class, as an argument for a processor; nothing where there is no torchvision."""
+    """A ``video_processor`` argument for a processor's constructor; empty if torchvision is not installed.
+
+    Args:
+        name: Name of a video processor class of transformers.
+    """
     return {"video_processor": getattr(transformers, name)()} if is_torchvision_available() else {}
 
 
@@ -73,12 +77,13 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Encoding:
-    """A batch of texts and pictures as the model takes them.
+    """A batch of texts and images as inputs of the model.
 
     Args:
-        inputs: Tensors by the names that the model's forward knows; ``input_ids`` (B, L).
-        texts: What was tokenized, image tokens written out.
-        offsets: (B, L, 2) first character and one past the last of each token in its text; (0, 0) where there is none.
+        inputs: Tensors by argument names of the model's forward; ``input_ids`` (B, L).
+        texts: The tokenized texts, with image placeholders expanded.
+        offsets: (B, L, 2) index of the first character of each token in its text, and of the last one plus 1; (0, 0)
+            for padding.
     """
 
     inputs: dict[str, Tensor]
@@ -87,7 +92,7 @@ class Encoding:
 
 
 class _RecordingTokenizer:
-    """A tokenizer that remembers its last call."""
+    """A tokenizer that records the texts and offsets of its last call."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
@@ -97,7 +102,7 @@ class _RecordingTokenizer:
     def __call__(self, text: Any = None, **options: Any) -> Any:
         encoding = self._tokenizer(text, **options)
         self.texts = (text,) if isinstance(text, str) else tuple(text)
-        # Through numpy: torch takes a tuple of two at a time, which would be half of the tokenizer's own time.
+        # Through numpy: torch converts the tuples one by one, which would take half of the tokenizer's time.
         offsets = np.array([row.offsets for row in encoding.encodings], dtype=np.int64)
         self.offsets = torch.from_numpy(offsets)
         return encoding
@@ -106,13 +111,13 @@ class _RecordingTokenizer:
         return len(self._tokenizer)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_tokenizer":  # not there yet while it is being unpickled
+        if name.startswith("__") or name == "_tokenizer":  # not set yet during unpickling
             raise AttributeError(name)
         return getattr(self._tokenizer, name)
 
 
 class ModelProcessor:
-    """One model's processor.
+    """A model's processor, with its chat template, image tokens and special tokens.
 
     Args:
         processor: A multimodal processor of transformers with a fast tokenizer.
@@ -133,26 +138,31 @@ class ModelProcessor:
 
     @property
     def eos_token(self) -> str | None:
-        """What ends an answer where the chat template writes nothing."""
+        """The token that ends an answer if the chat template writes none; None if the tokenizer has none."""
         token: str | None = self.processor.tokenizer.eos_token
         return token
 
     @cached_property
     def added_tokens(self) -> frozenset[str]:
-        """Texts that the tokenizer takes whole, without those of blanks only."""
+        """Texts of the tokenizer's added and special tokens, except blank ones."""
         tokens = {str(token.content) for token in self.processor.tokenizer.added_tokens_decoder.values()}
         return frozenset(token for token in tokens if token.strip()) | self.special_tokens
 
     @cached_property
     def special_tokens(self) -> frozenset[str]:
-        """Texts that steer the model, which nobody may write into a conversation."""
+        """Texts of special tokens, which a conversation must not contain."""
         tokenizer = self.processor.tokenizer
         special = {str(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special}
         own = {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
         return frozenset(token for token in special | own | set(tokenizer.all_special_tokens) if token.strip())
 
     def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the chat template writes it; whatever the template raises comes through."""
+        """The conversation rendered by the chat template, whose exceptions are not caught.
+
+        Args:
+            messages: Messages of the conversation, as the chat template takes them.
+            add_generation_prompt: Whether to append the start of an answer; False by default.
+        """
         text: str = self.processor.apply_chat_template(
             messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
@@ -161,12 +171,12 @@ class ModelProcessor:
     def encode(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: Literal["left", "right"]
     ) -> Encoding:
-        """One call of the processor; what it raises on odd pictures comes through.
+        """Texts and images encoded by one call of the processor, whose exceptions are not caught.
 
         Args:
             texts: Rendered conversations.
-            images: The pictures of each.
-            padding_side: Right to train, left to generate.
+            images: The images of each conversation; may be empty.
+            padding_side: 'right' to train, 'left' to generate.
         """
         options = {
             "padding": True,
@@ -186,7 +196,7 @@ class ModelProcessor:
         return Encoding(inputs, recorder.texts, recorder.offsets)
 
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each rendered conversation, its image placeholders not written out."""
+        """Number of tokens of each rendered conversation, with image placeholders not expanded."""
         if not texts:
             return []
         encoding = self.processor.tokenizer(list(texts), add_special_tokens=self._adds_special(texts[0]))
@@ -203,10 +213,14 @@ class ModelProcessor:
 
 
 def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
-    """Load a model's processor from a folder or the hub.
+    """A model's processor, loaded from a folder or the hub.
+
+    Args:
+        path: Folder or hub name of the model.
+        revision: Commit, tag or branch of a hub model; None (default): the hub's default.
 
     Raises:
-        UserError: There is none, it needs code of its own, or it is not one for pictures and text.
+        UserError: There is no processor, it needs remote code, or it does not take images and text.
     """
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -250,7 +264,7 @@ def _chat_template(processor: Any) -> str:
 
 
 def _image_token_ids(processor: Any, config: PretrainedConfig) -> tuple[int, ...]:
-    """What stands for a piece of a picture in ``input_ids``: the model's word on it before the processor's."""
+    """Ids of image tokens in ``input_ids``, from the model's config if it has one, else from the processor."""
     for owner in (config, getattr(config, "vision_config", None), processor):
         for name in ("image_token_id", "image_token_index"):
             if isinstance(token_id := getattr(owner, name, None), int):

@@ -1,6 +1,6 @@
-"""bitsandbytes: optimizers with 8-bit states.
+"""Optimizers with 8-bit states, by bitsandbytes.
 
-Data flow: parameter groups -> optimizer. Quantized weights are asked of transformers in ``loading``.
+Data flow: parameter groups -> optimizer. Weights are quantized by transformers, in ``loading``.
 """
 
 from typing import Any
@@ -9,7 +9,12 @@ from torch.optim import Optimizer
 
 
 def adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> Optimizer:
-    """AdamW whose moments are held in 8 bits, block by block (2110.02861)."""
+    """AdamW with block-wise 8-bit moments (Dettmers et al. 2021, arXiv:2110.02861).
+
+    Args:
+        groups: Parameter groups, as of ``torch.optim.AdamW``.
+        options: Keyword arguments of ``AdamW8bit``.
+    """
     from bitsandbytes.optim.adamw import AdamW8bit
 
     return AdamW8bit(groups, **options)

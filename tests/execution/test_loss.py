@@ -134,5 +134,5 @@ def test_a_head_inside_a_part_is_not_cut_off(family: Family, data: Data, monkeyp
     decision_log().clear()
     assert torch.equal(supervised_nll(Wrapped(module.model), head, batch).nll, whole.nll)
     assert any("head is inside a part" in str(each) for each in decision_log())
-    with pytest.raises(UserError, match="loss_chunk: 2 cannot be had"):
+    with pytest.raises(UserError, match="loss_chunk: 2 is not available"):
         supervised_nll(Wrapped(module.model), head, batch, 2)

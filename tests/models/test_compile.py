@@ -1,4 +1,4 @@
-"""Compiled blocks and Liger's kernels compute the same; where they cannot be had, the error says what to set."""
+"""Compiled blocks and Liger's kernels compute the same; where they are not available, the error says what to set."""
 
 import sys
 from contextlib import ExitStack
@@ -206,7 +206,7 @@ def test_an_attention_kernel_that_cannot_be_had(
     name: str, attention: Any, why: str, family: Family, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: name != "llava")
-    with pytest.raises(UserError, match=rf"model\.backbone\.attention: {attention} cannot be had") as caught:
+    with pytest.raises(UserError, match=rf"model\.backbone\.attention: {attention} is not available") as caught:
         load_model(Backbone(path=str(family(name)), attention=attention))
     assert why in caught.value.why
     assert caught.value.fix == "Set model.backbone.attention sdpa."

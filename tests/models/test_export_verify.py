@@ -154,7 +154,7 @@ def test_a_spoiled_folder_does_not_pass(
     fault: str, complaint: str | None, verdicts: dict[tuple[str, str], ExportCheckResult]
 ) -> None:
     verdict = verdicts["llava", fault]
-    assert not verdict.holds
+    assert not verdict.passed
     assert [text.split()[0] for text in verdict.complaints] == ([complaint] if complaint else [])
 
 
@@ -181,7 +181,7 @@ def test_a_tied_head_stays_tied_unless_an_adapter_parts_it(
         config = json.loads((out / kind / "config.json").read_text())
         assert config["tie_word_embeddings"] is config["text_config"]["tie_word_embeddings"] is tied
         assert ("lm_head.weight" in load_file(out / kind / "model.safetensors")) is not tied
-    assert verdicts["gemma3", "tied head merged"].holds
+    assert verdicts["gemma3", "tied head merged"].passed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -223,6 +223,6 @@ def test_padding_does_not_count(bases: dict[str, Path]) -> None:
 @pytest.mark.parametrize("difference", [float("nan"), float("inf"), 1.1e-5])
 def test_a_verdict_fails_closed(difference: float) -> None:
     good = ExportCheckResult(1e-5, 1.0, 1e-5, ())
-    assert good.holds
-    assert not replace(good, difference=difference).holds
-    assert not replace(good, complaints=("missing lm_head.weight",)).holds
+    assert good.passed
+    assert not replace(good, difference=difference).passed
+    assert not replace(good, complaints=("missing lm_head.weight",)).passed

@@ -1,1 +1,1 @@
-"""Activations of frozen parts, computed once per row and kept on disk."""
+"""Activations of frozen parts, computed once per row and cached on disk."""

@@ -1,10 +1,10 @@
-"""What is frozen computed once per row and kept on disk: the first epoch fills the cache, the others begin above it.
+"""The cache of the frozen prefix's hidden states: the first epoch fills it, later epochs start above the prefix.
 
-Data flow: settings + model + plan -> ``split_verified_prefix``, ``open_store`` -> ``PrefixCache``: a collator for the loader, and
-for the step the states that are known, and those of new rows, computed and kept. ``features`` does the same with what
-the vision tower makes of pictures, where something between it and the blocks trains.
+Data flow: settings + model + plan -> ``split_verified_prefix``, ``fingerprint.open_store`` -> ``PrefixCache``: a
+collator for the loader, and for the training step the hidden states of all rows, cached or newly computed.
+``vision_features`` does the same for the vision tower's features, if connector or embedding train.
 
-Shapes: B rows, L tokens, D hidden size, M rows that are not known.
+Shapes: B rows, L tokens, D hidden size, M rows that are not cached.
 """
 
 import os
@@ -35,7 +35,7 @@ from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 _PENDING = 2
-"""Batches whose states are on their way from the device; a step waits for the oldest beyond that."""
+"""Maximum number of pending copies from the device to the host; a step waits for the oldest one beyond that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,18 +61,18 @@ class CacheSettings:
 
     @property
     def path(self) -> Path:
-        """The folder."""
+        """Folder of the cache, shared by all runs."""
         home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(self.folder) if self.folder else Path(home) / "lightning_mm"
 
 
 class RowCache:
-    """What does not change, kept by row; off the device without waiting for it.
+    """Caches activations that do not change, by row; copies them from the device asynchronously.
 
     Args:
-        store: Where it is kept.
-        kept: As what: float32, bfloat16 or int8.
-        dtype: Of the states in a batch.
+        store: The store on disk.
+        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        dtype: dtype of the activations in a batch.
     """
 
     def __init__(self, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
@@ -80,17 +80,17 @@ class RowCache:
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Callable[[Tensor], None]]] = deque()
 
     def flush(self) -> None:
-        """Write everything that is on its way: a run resumed from here must find what this one has used."""
-        self._write(0)
+        """Write pending activations: a run resumed from here must find those that this run has used."""
+        self._write_pending(0)
         self.store.flush()
 
     def close(self) -> None:
-        """Nothing more is kept."""
-        self._write(0)
+        """Write pending activations and close the store."""
+        self._write_pending(0)
         self.store.close()
 
     def _rounded(self, made: Tensor) -> Tensor:
-        """As they will come back, so that it makes no difference whether a row is known."""
+        """The activations rounded as the store will return them, so that cached and new rows give equal results."""
         rounded = made
         if self.kept == "int8":
             scale = made.float().abs().amax(-1, keepdim=True) / 127
@@ -99,8 +99,8 @@ class RowCache:
             rounded = made.bfloat16()
         return rounded.to(self.dtype).to(made.dtype)
 
-    def _keep(self, made: Tensor, put: Callable[[Tensor], None]) -> None:
-        """``put`` is given the states on the host as soon as they are there."""
+    def _enqueue(self, made: Tensor, put: Callable[[Tensor], None]) -> None:
+        """Copy activations to the host asynchronously; ``put`` is called with the copy once it is complete."""
         if made.device.type != "cuda":
             self._pending.append((made, None, put))
         else:
@@ -109,9 +109,9 @@ class RowCache:
             arrived = torch.cuda.Event()
             arrived.record()
             self._pending.append((host, arrived, put))
-        self._write(_PENDING)
+        self._write_pending(_PENDING)
 
-    def _write(self, waiting: int) -> None:
+    def _write_pending(self, waiting: int) -> None:
         while self._pending and (len(self._pending) > waiting or self._pending[0][1] is None):
             made, arrived, put = self._pending.popleft()
             if arrived is not None:
@@ -120,13 +120,13 @@ class RowCache:
 
 
 class PrefixCache(RowCache):
-    """What enters the lowest trainable block, kept by row.
+    """Caches the input of the lowest trainable block, by row.
 
     Args:
-        prefix: The model, split there.
-        store: Where it is kept.
-        kept: As what: float32, bfloat16 or int8.
-        dtype: Of the states in a batch.
+        prefix: The model split at that block.
+        store: The store on disk.
+        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        dtype: dtype of the states in a batch.
     """
 
     def __init__(self, prefix: FrozenPrefix, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
@@ -134,11 +134,16 @@ class PrefixCache(RowCache):
         self.prefix = prefix
 
     def collator(self, collator: Collator, width: int) -> CachedPrefixCollator:
-        """A collator that leaves out the pictures of rows that are known."""
+        """A collator that leaves out the images of cached rows.
+
+        Args:
+            collator: The model's collator, for rows that are not cached.
+            width: Hidden size D.
+        """
         return CachedPrefixCollator(collator, self.store, width, self.dtype)
 
     def states(self, kept: CachedStates) -> Tensor:
-        """(B, L, D) of all rows."""
+        """Hidden states (B, L, D) of all rows; those of uncached rows are computed and cached."""
         if kept.uncached is None:
             return kept.states
         made_MLD = self.prefix.states(kept.uncached)
@@ -149,44 +154,50 @@ class PrefixCache(RowCache):
             for row_LD, key, record in zip(host_MLD, kept.keys, kept.records, strict=True):
                 self.store.put(key, {**record, STATES: row_LD[: len(record["regions"])]})
 
-        self._keep(made_MLD, put)
+        self._enqueue(made_MLD, put)
         return states_BLD
 
 
 def first_layer_above_prefix(plan: TuningPlan) -> int:
-    """The block above the frozen prefix.
+    """Index of the first block above the frozen prefix.
 
     Raises:
-        UserError: Something below the blocks trains, so that nothing stays the same.
+        UserError: A region below the blocks trains, so that their input changes with every step.
     """
     slices = unchanged_slices(plan)
     if not slices:
-        moving = [
+        trained = [
             region.value for region in (Region.VISION, Region.CONNECTOR, Region.EMBEDDING) if is_trained(plan, region)
         ]
-        raise _none(f"{', '.join(moving)} trained: what enters the blocks changes at every step")
+        raise _no_prefix_error(f"{', '.join(trained)} trained: what enters the blocks changes at every step")
     return min(slices - 1, plan.num_layers - 1)
 
 
 def is_trained(plan: TuningPlan, region: Region) -> bool:
-    """Whether a region trains."""
+    """Whether any weight of a region trains."""
     return plan.modes[region] != "frozen"
 
 
 def split_verified_prefix(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
-    """The model split at its boundary, shown to give the same loss on a batch.
+    """The model split above its frozen prefix, verified to give the same loss on a batch.
+
+    Args:
+        mm: The plain model.
+        plan: Which weights train.
+        batch: Rows with their images, on the model's device.
+        pad_token_id: Id of the padding token.
 
     Raises:
-        UserError: It does not, or cannot be split.
+        UserError: The losses differ, or the model or the batch cannot be split.
     """
     prefix = FrozenPrefix(mm, first_layer_above_prefix(plan))
     try:
         rest = merge_rows(split_rows(batch), batch.samples, pad_token_id)
     except InseparableRowsError as error:
-        raise _none(str(error)) from error
+        raise _no_prefix_error(str(error)) from error
     prefix.verify(batch, rest.to(batch.regions.device))
     return prefix
 
 
-def _none(why: str) -> UserError:
-    return UserError("There is no frozen prefix to be kept.", why[0].upper() + why[1:] + ".", "--model.cache.mode off")
+def _no_prefix_error(why: str) -> UserError:
+    return UserError("There is no frozen prefix to cache.", why[0].upper() + why[1:] + ".", "--model.cache.mode off")

@@ -1,27 +1,14 @@
-"""Batches of rows whose frozen prefix is known: nothing is decoded, resized or tokenized again.
+"""Collators that leave out what the activation cache holds, and the key and record of a cached row.
 
-Data flow: Samples -> ``RowKeys`` -> what the store holds of them; the others through the model's own collator -> one
-``Batch`` of all rows, with what is known in ``Batch.cached`` and the rest beside it, to be computed and kept.
+Data flow: Sample -> ``RowKeys`` -> SHA-256 of its text and image bytes -> record in the store.
+``CachedPrefixCollator``: rows that are not cached through the model's collator -> ``split_rows``, one record of tensors
+per row without padding and pixels -> ``merge_rows`` with the cached records -> ``Batch`` without pixels, whose
+``cached`` holds the known hidden states and the batch of uncached rows.
+``CachedVisionCollator``: rows that are not cached through the model's collator one by one, all rows with blank images
+of the same sizes -> ``Batch`` whose ``cached`` holds the known features. Grids, tiles, masks and tokens are the
+processor's own, since it gets every row.
 
-Shapes: B rows, L tokens after padding, D hidden size.
-
-Batches taken apart into rows, and put together again: what a row is kept as once its pixels are not needed.
-
-Data flow: Batch -> ``split_rows`` -> one record of tensors per row (what is kept beside its hidden states) -> ``merge_rows`` with
-other rows -> the same Batch without pixels.
-
-Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positions.
-
-Batches of rows whose vision features are known: no picture is decoded, a grey one of its size stands for it.
-
-Data flow: Samples -> ``RowKeys`` -> what the store holds of them; each of the others alone through the model's own
-collator, its pictures with it -> one ``Batch`` of all rows with grey pictures, features in ``Batch.cached``.
-
-The processor sees every row as it would otherwise, so that grids, tiles, masks and tokens are the family's own.
-
-What a row is known by wherever something is kept of it: what is said, and the bytes of its pictures.
-
-Data flow: Sample -> ``RowKeys`` -> SHA-256 in hexadecimal.
+Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positions, D hidden size, n images or tiles.
 """
 
 import hashlib
@@ -45,19 +32,19 @@ _TOKEN, _ROW = "token.", "row."
 
 
 class InseparableRowsError(ValueError):
-    """The rows of a batch cannot be told apart."""
+    """An input of a batch cannot be assigned to its rows."""
 
 
 def is_pixels(name: str, value: Tensor) -> bool:
-    """Whether a model's input is the picture itself: floating-point, or a mask of its pixels."""
+    """Whether a model's input holds pixels: a floating-point tensor, or a mask of pixels."""
     return value.is_floating_point() or name.startswith("pixel")
 
 
 def split_rows(batch: Batch) -> list[Record]:
-    """Every row without padding and pixels.
+    """One record per row of the batch, without padding and pixels.
 
     Raises:
-        Inseparable: An input cannot be told to be by token, by row or by picture.
+        InseparableRowsError: The shape of an input does not tell whether it is by token, by row or by image.
     """
     lengths = (batch.regions != TokenRegion.PAD).sum(1).tolist()
     length = batch.regions.shape[1]
@@ -78,7 +65,13 @@ def split_rows(batch: Batch) -> list[Record]:
 
 
 def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """The rows side by side again, right-padded."""
+    """A right-padded batch without pixels, of records as ``split_rows`` returns them.
+
+    Args:
+        records: One record per row.
+        samples: The samples of these rows.
+        pad_token_id: Id of the padding token.
+    """
     length = max(len(record["regions"]) for record in records)
     inputs = {}
     for key in dict.fromkeys(key for record in records for key in record):
@@ -86,7 +79,7 @@ def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample
         if key.startswith(_TOKEN):
             name = key.removeprefix(_TOKEN)
             fill = pad_token_id if name == "input_ids" else 0
-            # What a row has not been given (types of tokens, where it has no picture) is 0 for all of its tokens.
+            # An input that a row lacks (token types of a row without image) is 0 for all of its tokens.
             absent = having[0][:0]
             inputs[name] = torch.stack([_right_pad(record.get(key, absent), length, fill) for record in records])
         elif key.startswith(_ROW):
@@ -105,7 +98,7 @@ def _by_token(value: Tensor, batch: Batch) -> bool:
 
 
 def _values_by_row(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
-    """What each row has of an input: (T, ...) by token, (n, ...) else."""
+    """The part of an input that belongs to each row: (L, ...) if the input is by token, else (n, ...)."""
     if _by_token(value, batch):
         return list(value)
     counts = [len(sample.images) for sample in batch.samples]
@@ -126,13 +119,13 @@ def _right_pad(values: Tensor, length: int, fill: int) -> Tensor:
 
 
 class RowKeys:
-    """Names rows; a picture file is read once as long as its size and time of change stay."""
+    """Computes the keys of rows; an image file is read again only if its size or modification time changes."""
 
     def __init__(self) -> None:
         self._digests: dict[tuple[Path, int, int], str] = {}
 
     def __call__(self, sample: Sample) -> str:
-        """SHA-256 over what is said and over the bytes of the pictures."""
+        """SHA-256 (hexadecimal) of the sample's turns and of the bytes of its images."""
         told = [[turn.role, turn.text] for turn in sample.turns]
         pictures = [self._digest(path) for path in sample.images]
         return hashlib.sha256(json.dumps([told, pictures]).encode()).hexdigest()
@@ -149,20 +142,20 @@ class RowKeys:
 
 
 STATES = "hidden"
-"""What a record calls the (T, D) states of its row."""
+"""Key of a record's hidden states (T, D)."""
 
 _TRUNCATION = "note"
-"""What a record calls the reasons why its row is not whole: a JSON list in UTF-8."""
+"""Key of the reasons why a record's row is truncated: a JSON list in UTF-8."""
 
 
 class CachedPrefixCollator:
-    """Makes training batches, of known rows without their pictures.
+    """Makes training batches in which cached rows have hidden states instead of images.
 
     Args:
-        collator: Of the model, for rows that are not known.
-        store: What is known, by ``RowKeys``.
-        width: D.
-        dtype: Of the states in a batch.
+        collator: The model's collator, for rows that are not cached.
+        store: Records of cached rows, by ``RowKeys``.
+        width: Hidden size D.
+        dtype: dtype of the hidden states in a batch.
     """
 
     def __init__(self, collator: Collator, store: RecordStore, width: int, dtype: torch.dtype) -> None:
@@ -171,7 +164,7 @@ class CachedPrefixCollator:
         self._key = RowKeys()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Make a batch of what can be used. Raises UserError where nothing can."""
+        """Batch of the valid samples. Raises UserError if none is valid."""
         keys = {id(sample): self._key(sample) for sample in samples}
         known = {key: record for key in keys.values() if (record := self._store.get(key, self._dtype)) is not None}
         unknown = [sample for sample in samples if keys[id(sample)] not in known]
@@ -210,29 +203,29 @@ class CachedPrefixCollator:
 
 
 def with_truncation_reasons(record: Record, reasons: list[str]) -> Record:
-    """The record, and why its row is not whole."""
+    """The record with the reasons why its row is truncated; the record itself if there are none."""
     if not reasons:
         return record
     return {**record, _TRUNCATION: torch.tensor(list(json.dumps(reasons).encode()), dtype=torch.uint8)}
 
 
 def truncation_reasons(record: Record, sample: Sample) -> list[Rejection]:
-    """Why the row of a record is not whole."""
+    """One rejection of kind 'cut' per reason why the record's row is truncated."""
     reasons = json.loads(bytes(record[_TRUNCATION].tolist())) if _TRUNCATION in record else []
     return [Rejection(sample.origin, reason, "cut") for reason in reasons]
 
 
 FEATURES = "hidden"
-"""What a record calls the features of its row: what the tower's last block puts out."""
+"""Key of a record's vision features: the output of the vision tower's last block for its row."""
 
 
 class CachedVisionCollator:
-    """Makes training batches, of known rows without their pictures.
+    """Makes training batches in which cached rows have vision features and blank images.
 
     Args:
-        collator: Of the model.
-        store: What is known, by row key.
-        dtype: Of the features in a batch.
+        collator: The model's collator.
+        store: Records of cached rows, by ``RowKeys``.
+        dtype: dtype of the features in a batch.
     """
 
     def __init__(self, collator: Collator, store: RecordStore, dtype: torch.dtype) -> None:
@@ -240,7 +233,7 @@ class CachedVisionCollator:
         self._key = RowKeys()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Make a batch of what can be used. Raises UserError where nothing can."""
+        """Batch of the valid samples. Raises UserError if none is valid."""
         rejected: list[Rejection] = []
         keys = {id(sample): self._key(sample) for sample in samples}
         known: dict[str, dict[str, Tensor]] = {}
@@ -261,7 +254,7 @@ class CachedVisionCollator:
             return self._collator(samples)
         for key, each in told.items():
             rejected += each if key not in fresh else []
-        # Rows that are cut have been told of when they were encoded with their pictures; twins are told of one by one.
+        # Truncation was reported when a row was encoded with its images; equal rows are reported one by one.
         rejected += [each for each in again if each.kind != "cut"]
         for s in batch.samples:
             key = keys[id(s)]

@@ -1,6 +1,6 @@
-"""What tells one store of kept states from another: everything that they depend on.
+"""The identity of a store of cached activations: digests of everything that they depend on.
 
-Data flow: weights, config, processor and the facts of a run -> digests -> ``open_store``: the folder of just these.
+Data flow: weights, config, processor and the facts of a run -> digests -> ``open_store``: the store of this identity.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
-from lightning_mm.execution.cache.store import RecordStore
+from lightning_mm.execution.cache.store import RecordStore, StorageDtype
 from lightning_mm.execution.cache.vision_features import FrozenTower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
@@ -27,16 +27,17 @@ def open_store(
     part: FrozenPrefix | FrozenTower,
     processing: ModelProcessor,
     facts: dict[str, Any],
-    kept: Any,
+    kept: StorageDtype,
 ) -> RecordStore:
-    """The place of a frozen part's states on disk.
+    """The store on disk of a frozen part's activations.
 
     Args:
-        settings: As configured.
-        part: Whose states are kept.
-        processing: Makes the rows.
-        facts: What else the states depend on (longest row, precision, attention kernel).
-        kept: How states are kept.
+        settings: The cache's settings.
+        part: The frozen part whose activations are cached.
+        processing: The model's processor.
+        facts: What the activations depend on beside weights, config and processor (longest row, precision, attention
+            kernel).
+        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
     """
     identity = {
         **_part_identity(part),
@@ -56,7 +57,12 @@ def _part_identity(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
 
 
 def prefix_digest(mm: MultimodalModel, first: int) -> str:
-    """SHA-256 over every weight and buffer below a block, and over the scales of those that are quantised."""
+    """SHA-256 of all weights and buffers below a block, and of the scales of quantized ones.
+
+    Args:
+        mm: The plain model.
+        first: Index of the block.
+    """
     above = tuple(f"{name}." for name in mm.layout.layers[first:])
 
     def below(name: str) -> bool:
@@ -67,7 +73,7 @@ def prefix_digest(mm: MultimodalModel, first: int) -> str:
 
 
 def tower_digest(mm: MultimodalModel) -> str:
-    """SHA-256 over every weight and buffer of the vision tower, and over the scales of those that are quantised."""
+    """SHA-256 of all weights and buffers of the vision tower, and of the scales of quantized ones."""
     root = commonpath([name.replace(".", "/") for name in mm.layout.parameters_in(Region.VISION)]).split("/")
 
     def inside(name: str) -> bool:
@@ -81,7 +87,7 @@ def tower_digest(mm: MultimodalModel) -> str:
 
 def _digest(model: nn.Module, counts: Callable[[str], bool]) -> str:
     digest = hashlib.sha256()
-    # A state dict holds what quantised weights are scaled by; rotary tables are in the buffers only.
+    # The state dict includes the scales of quantized weights; rotary tables are in the buffers only.
     for name, tensor in {**dict(model.named_buffers()), **model.state_dict()}.items():
         if isinstance(tensor, Tensor) and counts(name):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -90,7 +96,7 @@ def _digest(model: nn.Module, counts: Callable[[str], bool]) -> str:
 
 
 def config_digest(model: Any) -> str:
-    """SHA-256 over what the weights do not tell: features that are read, epsilons, scalings; not where it came from."""
+    """SHA-256 of the model's config (feature layers, epsilons, scalings) without its name and transformers version."""
 
     def told(value: Any) -> Any:
         if isinstance(value, dict):
@@ -101,7 +107,7 @@ def config_digest(model: Any) -> str:
 
 
 def processor_digest(processing: ModelProcessor) -> str:
-    """SHA-256 over all that makes inputs of a row: tokenizer, picture processor, chat template."""
+    """SHA-256 of what turns a row into inputs: tokenizer, image processor, chat template, processor options."""
     processor = processing.processor
     told = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]
     told += [repr(sorted((k, str(v)) for k, v in processor.image_processor.to_dict().items()))]

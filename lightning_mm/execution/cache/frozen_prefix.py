@@ -1,11 +1,11 @@
-"""The frozen prefix: everything below the lowest block that trains, run apart from the rest.
+"""The frozen prefix: everything below the lowest block that trains, run separately from the rest of the model.
 
 Data flow: Batch -> ``FrozenPrefix.states`` (tower, connector, embeddings and the blocks below, outside autograd) ->
-what enters the lowest trainable block -> ``FrozenPrefix.entering``: the model from there on. In between the states can
-be kept, since no training step changes them.
+input of the lowest trainable block -> ``FrozenPrefix.entering``: the model from that block on. In between the states
+can be cached, since no training step changes them.
 
-Both halves are the model's own forward pass with some blocks passed by, so that positions, masks and what stands
-behind the blocks are the family's own.
+Both halves are the model's own forward pass with some blocks skipped, so that positions, masks and everything after
+the blocks are computed by the model's own code.
 
 Shapes: B rows, L tokens, D hidden size.
 """
@@ -25,16 +25,15 @@ from lightning_mm.models.hooks import skipped, uncompiled
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _COARSE = 2e-2
-"""Relative, of the summed loss: in 16 bits what is added between blocks is rounded at other places."""
+"""Relative tolerance of the summed loss in 16 bits, where sums between blocks are rounded at other places."""
 
 
 class FrozenPrefix:
-    """A model split at the entrance of one decoder block.
+    """A model split before one decoder block.
 
     Args:
-        model: The plain model.
-        layout: Of it.
-        first: The block that the rest begins with.
+        mm: The plain model.
+        first: Index of the first block above the split.
     """
 
     def __init__(self, mm: MultimodalModel, first: int) -> None:
@@ -47,7 +46,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """(B, L, D) what enters the block; needs all inputs of the batch, pictures too."""
+        """Input (B, L, D) of the block; needs all inputs of the batch, images included."""
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
             uncompiled(self.mm.model),
@@ -56,13 +55,13 @@ class FrozenPrefix:
             select_positions_before_head(head, batch.supervised[:0]),
         ):
             self.mm.model(**batch.inputs, use_cache=False)
-        # A weight that was cast here without a graph must not be found by what trains.
+        # Autocast must not reuse in training a weight that was cast here without a graph.
         torch.clear_autocast_cache()
         return held[0]
 
     @contextmanager
     def listening(self) -> Iterator[list[Tensor]]:
-        """While active, what enters the block in each run of the whole model is listed."""
+        """While active, the block's input (B, L, D) is appended to the list in each forward pass of the model."""
         held: list[Tensor] = []
 
         def hold(hidden: Tensor) -> Tensor:
@@ -74,7 +73,7 @@ class FrozenPrefix:
 
     @contextmanager
     def entering(self, states: Tensor) -> Iterator[None]:
-        """While active, the model begins at the block, with these states (B, L, D) whatever it is given."""
+        """While active, a forward pass of the model starts at the block, with these states (B, L, D) as its input."""
         with (
             skipped(self._blocks[: self.first], self._in_tuples),
             _replace_block_input(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
@@ -83,14 +82,14 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def verify(self, batch: Batch, rest: Batch) -> None:
-        """Compare the halves, one after the other, with the whole model; nothing is left changed.
+        """Compare the loss of the two halves with that of the whole model; the model is left unchanged.
 
         Args:
-            batch: Rows with their pictures.
-            rest: The same rows without.
+            batch: Rows with their images.
+            rest: The same rows without images.
 
         Raises:
-            UserError: They are not the same, or the rest cannot do without the pictures.
+            UserError: The losses differ, or the upper half needs the images.
         """
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with temporary_eval_mode(self.mm.model, batch.regions.device):
@@ -110,11 +109,17 @@ class FrozenPrefix:
 
 
 FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""What a model's own code raises where it is not given all that it needs."""
+"""Exceptions that a model's forward raises if an input is missing."""
 
 
 def relative_loss_gap(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
-    """How far a summed loss is off, relative; 0 where that can be the order of sums in ``dtype``."""
+    """Relative difference of two summed losses; 0 if the order of summation in ``dtype`` can explain it.
+
+    Args:
+        whole: () loss of the whole model.
+        halves: () loss of the split model.
+        dtype: dtype of the hidden states at the split.
+    """
     tolerance = _TOLERANCE.get(dtype if whole.dtype == dtype else torch.bfloat16, _COARSE)
     gap = float((whole - halves).abs() / whole.abs().clamp_min(1e-6))
     return 0.0 if gap <= tolerance else gap
@@ -122,7 +127,7 @@ def relative_loss_gap(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> floa
 
 @contextmanager
 def temporary_eval_mode(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """While active, the model is in eval mode and as transformers wrote it; nothing is left changed."""
+    """While active, the model is in eval mode and uncompiled; modes and random state are restored afterwards."""
     training = [module for module in model.modules() if module.training]
     with fork_rng(device), uncompiled(model):
         try:
@@ -135,13 +140,13 @@ def temporary_eval_mode(model: nn.Module, device: torch.device) -> Iterator[None
 
 
 def fork_rng(device: torch.device) -> AbstractContextManager[None]:
-    """While active, what is drawn leaves no trace in the generators of the host and of this device."""
+    """While active, random draws do not advance the generators of the host and of this device."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
 
 
 @contextmanager
 def _replace_block_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While active, ``change`` says what enters the block."""
+    """While active, the block's input (B, L, D) is replaced by what ``change`` returns for it."""
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:
@@ -157,7 +162,7 @@ def _replace_block_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -
 
 @contextmanager
 def record_outputs(block: nn.Module) -> Iterator[list[Any]]:
-    """While active, what the block returns is listed."""
+    """While active, the block's outputs are appended to the list."""
     outputs: list[Any] = []
     handle = block.register_forward_hook(lambda _, __, output: outputs.append(output))
     try:

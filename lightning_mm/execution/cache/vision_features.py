@@ -1,12 +1,12 @@
-"""The frozen vision tower apart: where the connector or the embedding trains, what the tower sees never changes.
+"""The cache of the frozen vision tower's features, for runs in which the connector or the embedding trains.
 
-Data flow: each row with its pictures -> ``FrozenTower.states``, what the tower's last block puts out -> kept by row ->
-``FrozenTower.entering``: the model on grey pictures of the same sizes, its tower's blocks passed by, and these states
-put out by the last one. What stands before and behind the blocks (patches, windows, feature selection, connector) is
-the family's own.
+Data flow: each row with its images -> ``FrozenTower.states``, the output of the tower's last block -> cached by row ->
+``FrozenTower.entering``: the model on blank images of the same sizes, the tower's blocks skipped, the last one
+returning these states. Everything before and after the blocks (patches, windows, feature selection, connector) is
+computed by the model's own code.
 
-Shapes: P patches of a row, D hidden size of the tower; a row's states are (n, P / n, D) or (P, D), as the family has
-them.
+Shapes: P patches of a row, n images or tiles of a row, D hidden size of the tower; a row's states are (n, P / n, D) or
+(P, D), depending on the model family.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,16 +37,15 @@ from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
 
 _SAME = 1e-4
 _COARSE = 3e-2
-"""Relative to the largest feature: sums in another order, in float32 or in 16 bits. Other pictures change far more."""
+"""Tolerances relative to the largest feature, for another order of summation in float32 and in 16 bits."""
 
 
 class FrozenTower:
     """A model split at the output of its vision blocks.
 
     Args:
-        model: The plain model.
-        layout: Of it.
-        unread: The topmost vision blocks, if nothing reads them and they are passed by anyway.
+        mm: The plain model.
+        unread: Module names of the topmost vision blocks that are skipped because nothing reads them; none by default.
     """
 
     def __init__(self, mm: MultimodalModel, unread: Sequence[str] = ()) -> None:
@@ -66,10 +65,10 @@ class FrozenTower:
 
     @torch.no_grad()
     def states(self, row: Batch) -> Tensor | None:
-        """What the last block puts out for one row; nothing where it has no picture."""
+        """Output of the tower's last block for one row; None if the row has no image."""
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
-            # What trains behind the tower may draw; whether a row is known must make no difference to later draws.
+            # Trained modules after the tower may draw random numbers; caching must not change later draws.
             fork_rng(row.regions.device),
             uncompiled(self.mm.model),
             record_outputs(self._top) as outputs,
@@ -77,21 +76,25 @@ class FrozenTower:
             select_positions_before_head(head, row.supervised[:0]),
         ):
             self.mm.model(**row.inputs, use_cache=False)
-        # A weight that was cast here without a graph must not be found by what trains.
+        # Autocast must not reuse in training a weight that was cast here without a graph.
         torch.clear_autocast_cache()
         return torch.cat([_hidden_states(each) for each in outputs], self._dim) if outputs else None
 
     @contextmanager
     def entering(self, states: Sequence[Tensor | None]) -> Iterator[None]:
-        """While active, the tower puts out these states, of the rows of a batch, whatever it is given."""
+        """While active, the tower's last block returns these states and the blocks below are skipped.
+
+        Args:
+            states: States of each row of a batch; None for rows without images.
+        """
         having = [each for each in states if each is not None]
         joined = torch.cat(having, self._dim) if having else None
 
         def known(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
             if joined is None or joined.shape != hidden.shape:
-                had = None if joined is None else tuple(joined.shape)
-                raise _refusal(f"features of shape {had} are known, the tower has {tuple(hidden.shape)}")
+                shape = None if joined is None else tuple(joined.shape)
+                raise _refusal(f"features of shape {shape} are known, the tower has {tuple(hidden.shape)}")
             output = joined.to(hidden.dtype)
             return (output,) if self._in_tuple else output
 
@@ -101,15 +104,15 @@ class FrozenTower:
 
     @torch.no_grad()
     def verify(self, batch: Batch, grey: Batch, rows: Sequence[Batch]) -> None:
-        """Compare with the whole model; nothing is left changed. Finds the tower's share of a forward pass, too.
+        """Compare the loss with that of the whole model, which is left unchanged; measures the tower's share of FLOPs.
 
         Args:
-            batch: Rows with their pictures.
-            grey: The same rows with grey ones.
-            rows: Each of them alone, with its pictures.
+            batch: Rows with their images.
+            grey: The same rows with blank images.
+            rows: One batch per row, with its images.
 
         Raises:
-            UserError: They are not the same, or the model needs more of the tower than its last block's output.
+            UserError: The losses differ, or the model needs more of the tower than its last block's output.
         """
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with temporary_eval_mode(self.mm.model, batch.regions.device):
@@ -140,13 +143,13 @@ class FrozenTower:
 
 
 class FeatureCache(RowCache):
-    """What the vision tower makes of pictures, kept by row.
+    """Caches the vision tower's features, by row.
 
     Args:
-        tower: The model, split behind it.
-        store: Where it is kept.
-        kept: As what: float32, bfloat16 or int8.
-        dtype: Of the features in a batch.
+        tower: The model split after its vision blocks.
+        store: The store on disk.
+        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        dtype: dtype of the features in a batch.
     """
 
     def __init__(self, tower: FrozenTower, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
@@ -154,11 +157,11 @@ class FeatureCache(RowCache):
         self.tower = tower
 
     def collator(self, collator: Collator) -> CachedVisionCollator:
-        """A collator that decodes no picture of rows that are known."""
+        """A collator that does not decode the images of cached rows."""
         return CachedVisionCollator(collator, self.store, self.dtype)
 
     def states(self, kept: CachedFeatures) -> list[Tensor | None]:
-        """Of every row; those that were not known are computed and kept."""
+        """Features of every row, None for rows without images; those of uncached rows are computed and cached."""
         states = list(kept.states)
         for b, row, key, record in zip(kept.uncached_rows, kept.uncached, kept.keys, kept.records, strict=True):
             made = self.tower.states(row)
@@ -166,7 +169,7 @@ class FeatureCache(RowCache):
                 self.store.put(key, record)
                 continue
             states[b] = self._rounded(made)
-            self._keep(made, partial(self._put, key, record))
+            self._enqueue(made, partial(self._put, key, record))
         return states
 
     def _put(self, key: str, record: Mapping[str, Tensor], made: Tensor) -> None:
@@ -174,16 +177,16 @@ class FeatureCache(RowCache):
 
 
 def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
-    """The model split behind its vision tower, shown to give the same loss on a batch.
+    """The model split after its vision blocks, verified to give the same loss on a batch.
 
     Args:
-        mm: The plain model, its tower frozen.
-        unread: Vision blocks that are passed by anyway.
-        batch: Some rows with pictures, on the model's device.
-        collator: Of the model.
+        mm: The plain model, its vision tower frozen.
+        unread: Module names of vision blocks that are skipped because nothing reads them.
+        batch: Rows with images, two or more, on the model's device.
+        collator: The model's collator.
 
     Raises:
-        UserError: It does not, or cannot be split.
+        UserError: The losses differ, or the model cannot be split.
     """
     device = batch.regions.device
     tower = FrozenTower(mm, unread)
@@ -201,7 +204,12 @@ def _hidden_states(output: Any) -> Tensor:
 
 
 def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
-    """Along which dimension the states of rows are those of their batch."""
+    """Dimension along which the rows' states, concatenated, equal the batch's states.
+
+    Args:
+        states: States of each row, run alone; None for rows without images.
+        whole: States of the batch.
+    """
     having = [each for each in states if each is not None]
     if len(having) < 2:
         raise _refusal("one row with pictures does not show how rows stand side by side")

@@ -1,1 +1,1 @@
-"""Attention functions of our own: short rows on CPUs, rows without padding, and interception for causal tools."""
+"""Attention functions: short rows on CPUs, rows without padding, and interception of attention calls."""

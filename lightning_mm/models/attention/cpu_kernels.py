@@ -1,22 +1,18 @@
-"""Attention on processors (CPUs), where torch's fused kernel is slow as soon as gradients flow.
+"""Attention on CPUs, where torch's fused kernel is slow if gradients flow.
 
-Data flow: transformers' "sdpa" -> rows of a few hundred tokens as ``short_rows`` computes them; other rows by torch's
-kernel in float32.
+Data flow: transformers' "sdpa" -> rows of a few hundred tokens by ``RowsAttention``: queries, keys and values of all
+tokens + the position of each row -> outputs of all tokens; longer rows by torch's kernel in float32.
 
-Measured on two cores with AMX, 9 heads of 64 over 3 of keys, forward and backward, uneven rows of 120 to 156 tokens:
-torch's bfloat16 kernel takes 1.4 to 1.9 times as long as its float32 one, and loses more; that one 2.2 times as long as
-the products of ``short_rows``. At 500 tokens they are even.
+``RowsAttention`` computes one row after the other by two matrix products and a softmax, with a backward of its own. It
+stores the attention weights of all pairs for backward, does not pad, and does not repeat keys that several query heads
+share.
 
-Shapes: B rows, T tokens of all rows, H heads, G heads of keys, Q queries and K keys of a row, E head size, F size of a
-value.
+Measured on two cores with AMX, 9 query heads of 64 over 3 key heads, forward and backward, uneven rows of 120 to 156
+tokens: torch's bfloat16 kernel takes 1.4 to 1.9 times as long as its float32 kernel, and is less accurate; the float32
+kernel takes 2.2 times as long as ``RowsAttention``. At 500 tokens they are even.
 
-Attention of short rows, one after the other: two products and a softmax, and one backward written for them.
-
-Data flow: queries, keys and values of all tokens + where each row stands -> outputs of all tokens. Weights of all pairs
-are kept for backward; nothing is padded, and keys that several queries share are not repeated.
-
-Shapes: T tokens of all rows, H heads, G heads of keys (H / G queries share one), Q queries and K keys of a row, E head
-size, F size of a value.
+Shapes: B rows, T tokens of all rows, H query heads, G key heads (H / G query heads share one), Q queries and K keys of
+a row, E head size, F value size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -35,13 +31,13 @@ from lightning_mm.models.attention.dispatch import AttentionFunction, attention_
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of equal length, one after the other.
+    """Consecutive rows of equal length.
 
     Args:
-        queries: Where they stand among the tokens of all queries.
-        keys: The same of the keys.
-        count: How many rows.
-        mask: (count or 1, 1 or H, Q, K) added to the scores; None where every query sees every key.
+        queries: Their tokens among the queries of all rows.
+        keys: Their tokens among the keys of all rows.
+        count: Number of rows.
+        mask: (count or 1, 1 or H, Q, K) added to the scores; None if every query attends to every key.
     """
 
     queries: slice
@@ -51,17 +47,15 @@ class Rows:
 
 
 _MetaKernel = Callable[[Tensor, Tensor, Tensor, Sequence[Rows]], Tensor]
-_meta_kernel: ContextVar[_MetaKernel | None] = ContextVar(
-    "what stands for attention where there are no values", default=None
-)
+_meta_kernel: ContextVar[_MetaKernel | None] = ContextVar("attention kernel on the meta device", default=None)
 
 
 @contextmanager
 def meta_attention_kernel(stand_in: _MetaKernel) -> Iterator[None]:
-    """While active, the meta device is a processor, on which this stands for the attention of short rows.
+    """While active, the meta device counts as a CPU and ``stand_in`` replaces the attention of short rows.
 
     Args:
-        stand_in: (T, H, E), (T, G, E), (T, G, F) and the rows -> (T, H, F).
+        stand_in: Takes queries (T, H, E), keys (T, G, E), values (T, G, F) and the rows; returns (T, H, F).
     """
     held = _meta_kernel.set(stand_in)
     try:
@@ -71,20 +65,31 @@ def meta_attention_kernel(stand_in: _MetaKernel) -> Iterator[None]:
 
 
 def current_meta_kernel() -> _MetaKernel | None:
-    """What stands for the attention of short rows at present, if anything does."""
+    """The kernel set by ``meta_attention_kernel``; None outside of it."""
     return _meta_kernel.get()
 
 
 class RowsAttention(torch.autograd.Function):
-    """(T, H, E), (T, G, E), (T, G, F), the rows, the scores' scale, the output's type -> (T, H, F).
+    """Attention by row in float32 or wider, with a backward of its own.
 
-    Computed in float32 or wider. Queries that share their keys are one long row, so that keys are not repeated.
+    Query heads that share a key head are folded into one long row, so that keys are not repeated.
     """
 
     @staticmethod
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], scale: float, given: torch.dtype
     ) -> Tensor:
+        """Attention outputs (T, H, F).
+
+        Args:
+            ctx: Saves what backward needs.
+            query: (T, H, E).
+            key: (T, G, E).
+            value: (T, G, F).
+            rows: The rows, which cover all tokens.
+            scale: Factor of the scores.
+            given: dtype of the output.
+        """
         out = query.new_empty(*query.shape[:2], value.shape[-1], dtype=given)
         saved: list[Tensor] = []
         with torch.autocast("cpu", enabled=False):
@@ -104,6 +109,7 @@ class RowsAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Gradients of query, key and value, None where not needed, of the gradient (T, H, F)."""
         of_query, of_key, of_value = found = [
             gradient.new_empty(shape, dtype=dtype) if needed else None
             for (shape, dtype), needed in zip(ctx.like, ctx.needs_input_grad, strict=False)
@@ -141,30 +147,35 @@ def _unfold_heads(folded: Tensor, out: Tensor, rows: int) -> None:
 
 
 MAX_SHORT_ROW = 256
-"""Up to so many tokens a row, the weights of all pairs are small enough to be kept for backward."""
+"""Longest row, in tokens, whose attention weights of all pairs are small enough to be stored for backward."""
 
 MIN_MEAN_ROW = 64
-"""From so many tokens a row, in the mean, on, a row's products are large enough to be computed one row at a time."""
+"""Mean tokens per row from which on a row's matrix products are large enough to be computed one row at a time."""
 
 _MASKED_SCORE = -1e4
-"""What has no more than this added to its score has no weight."""
+"""A pair whose mask adds at most this to its score has no attention weight."""
 
 _UNSUPPORTED_OPTIONS = ("position_bias", "cache", "softcap")
 
 
 def use_cpu_attention(model: nn.Module, undo: ExitStack) -> None:
-    """Compute the model's sdpa attention so on CPUs where gradients will flow through it; elsewhere nothing changes.
+    """Replace the model's sdpa attention on CPUs where gradients flow through it; elsewhere nothing changes.
 
     Args:
-        model: Its attention modules keep their names and configs.
-        undo: Takes what puts their own attention back.
+        model: Any transformers model; its attention modules keep their names and configs.
+        undo: Gets the callbacks that restore the attention.
     """
     change_attention(undo, attention_modules(model), lambda name, attend, _: cpu_attention(attend, name))
 
 
 def cpu_attention(attend: AttentionFunction, name: str = "sdpa") -> AttentionFunction:
-    """An attention function with other arithmetic on CPUs, if it is sdpa's."""
-    return _cpu_attention(attend) if name == "sdpa" and not hasattr(attend, "apart") else attend
+    """The attention function with CPU kernels where gradients flow, if it is sdpa's; else the function itself.
+
+    Args:
+        attend: An attention function.
+        name: Its name in transformers' registry.
+    """
+    return _cpu_attention(attend) if name == "sdpa" and not hasattr(attend, "attend_unpadded") else attend
 
 
 def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
@@ -181,12 +192,12 @@ def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
         given = (query, key, value, attention_mask, *args)
         if narrow:
             given, options = tuple(map(_to_float32, given)), {name: _to_float32(each) for name, each in options.items()}
-        # Autocast would narrow them again.
+        # Autocast would cast them to bfloat16 again.
         with torch.autocast("cpu", enabled=False):
             output, weights = attend(module, *given, **options)
         return output.to(torch.bfloat16) if narrow else output, weights
 
-    def apart(
+    def attend_unpadded(
         rows_of: Callable[[Any], Sequence[Rows]],
         query: Tensor,
         key: Tensor,
@@ -195,30 +206,40 @@ def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
         *args: Any,
         **options: Any,
     ) -> Tensor | None:
-        """(1, T, H, F) of (1, H, T, E) and so on, rows side by side; None where it is not to be computed so."""
+        """Attention (1, T, H, F) of unpadded rows side by side; None if they are to be computed as padded rows.
+
+        Args:
+            rows_of: Returns the rows under a mask, as ``RealTokens.split_rows``.
+            query: (1, H, T, E).
+            key: (1, G, T, E).
+            value: (1, G, T, F).
+            attention_mask: The model's mask of the padded rows.
+            args: Further arguments of the attention function; any prevent this kernel.
+            options: Keyword arguments of the attention function.
+        """
         if not (_gradients_flow(query) and _is_plain(attention_mask, args, options)):
             return None
         rows = rows_of(attention_mask)
         query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
         return _attend_rows(query, key, value, rows, options)[None] if rows else None
 
-    run.apart = apart  # type: ignore[attr-defined]
+    run.attend_unpadded = attend_unpadded  # type: ignore[attr-defined]
     return run
 
 
 def attends_row_by_row(lengths: Sequence[int]) -> bool:
-    """Whether rows of so many tokens are attended to one at a time."""
+    """Whether rows of these lengths, in tokens, are computed one at a time."""
     return len(lengths) > 0 and max(lengths) <= MAX_SHORT_ROW and sum(lengths) >= MIN_MEAN_ROW * len(lengths)
 
 
 def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, ...]:
-    """Rows of real tokens side by side; none where they are attended to in rows of equal length.
+    """Rows of real tokens side by side; empty if attention is to be computed on padded rows.
 
     Args:
-        index: (T,) real tokens, flat into rows * length, ascending.
-        rows: B.
+        index: (T,) flat indices of the real tokens into rows * length, ascending.
+        rows: Number of rows B.
         length: Tokens of a row with its padding.
-        mask: (B or 1, 1 or H, length, length), boolean or added to the scores, as the model made it.
+        mask: The model's mask (B or 1, 1 or H, length, length), boolean or added to the scores.
     """
     lengths: list[int] = torch.bincount(index // length, minlength=rows).tolist()
     if not isinstance(mask, Tensor) or mask.ndim != 4 or not attends_row_by_row([each for each in lengths if each]):
@@ -240,14 +261,14 @@ def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: Any) -> tup
 
 
 def _gradients_flow(query: Tensor) -> bool:
-    """Whether gradients will, here."""
+    """Whether gradients flow through this attention, on a CPU and outside of torch.compile."""
     here = query.device.type == "cpu" or (query.device.type == "meta" and current_meta_kernel() is not None)
     here = here and query.ndim == 4 and not torch.compiler.is_compiling()
     return here and torch.is_grad_enabled() and query.requires_grad
 
 
 def _is_plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
-    """Whether nothing is asked for but scaled products under a mask that nobody learns."""
+    """Whether it is scaled dot-product attention without dropout and other options, under a mask without gradient."""
     learned = isinstance(mask, Tensor) and mask.requires_grad
     more = args or options.get("dropout") or any(options.get(name) is not None for name in _UNSUPPORTED_OPTIONS)
     return not learned and not more
@@ -256,10 +277,10 @@ def _is_plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
 def _attend_short_rows(
     module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
 ) -> Tensor:
-    """(B, Q, H, F) of (B, H, Q, E) and so on; what is causal is found out as transformers does it."""
+    """Attention (B, Q, H, F) of (B, H, Q, E), (B, G, K, E), (B, G, K, F); causal on transformers' conditions."""
     length, asked = query.shape[2], options.get("is_causal")
     if mask is None and length > 1 and (getattr(module, "is_causal", True) if asked is None else asked):
-        key, value = key[:, :, :length], value[:, :, :length]  # a cache that recomputation fills again holds more
+        key, value = key[:, :, :length], value[:, :, :length]  # a KV cache that recomputation fills again is longer
         mask = torch.ones(length, key.shape[2], dtype=torch.bool).tril()
     rows = Rows(slice(None), slice(None), len(query), None if mask is None else _additive_mask(mask))
     query, key, value = (each.transpose(1, 2).flatten(0, 1) for each in (query, key, value))
@@ -267,7 +288,7 @@ def _attend_short_rows(
 
 
 def _runs_in_bfloat16(query: Tensor) -> bool:
-    """Whether the kernel would run in bfloat16. Rotary positions make float32 of queries; autocast narrows them."""
+    """Whether sdpa would run in bfloat16: rotary positions give float32 queries, which autocast casts."""
     narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if narrow:
         log_decision("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
@@ -279,14 +300,14 @@ def _to_float32(value: Any) -> Any:
 
 
 def _additive_mask(mask: Tensor) -> Tensor:
-    """What a mask adds to scores. Finite, so that a row of padding that sees nothing gives numbers, too."""
+    """The mask as an addend of the scores; finite, so that a padding query without any key gives no NaN."""
     if mask.dtype != torch.bool:
         return mask.clamp(min=torch.finfo(torch.float32).min)
     return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
 
 
 def _attend_rows(query: Tensor, key: Tensor, value: Tensor, rows: Sequence[Rows], options: dict[str, Any]) -> Tensor:
-    """(T, H, F) of (T, H, E), (T, G, E) and (T, G, F), as ``scaled_dot_product_attention`` gives it by row."""
+    """Attention (T, H, F) of (T, H, E), (T, G, E), (T, G, F): ``scaled_dot_product_attention`` of each row."""
     if (stand_in := current_meta_kernel()) is not None:
         return stand_in(query, key, value, rows)
     given = torch.bfloat16 if _runs_in_bfloat16(query) else query.dtype

@@ -1,4 +1,4 @@
-"""The attention functions of one model: exchanged for that model alone, under the names that it has chosen itself.
+"""Replace the attention functions of a single model, under the kernel names of its config.
 
 Data flow: attention modules of a model -> their ``forward`` with a registry of their own instead of
 ``ALL_ATTENTION_FUNCTIONS`` -> ``change(name, function)`` says what is called.
@@ -7,8 +7,8 @@ transformers keeps one registry of attention functions per process. A function r
 every model of the process; one under a new name changes what a family does with the name (MiniMax-M3-VL applies its
 block mask, Gemma 4 keeps its causal mask, for the names that they know only; FlashAttention loads the kernel of that
 name). So neither the registry nor the model's config is touched: every attention module of transformers looks its
-function up in its own ``forward``, through the global ``ALL_ATTENTION_FUNCTIONS`` of its file, and that lookup is
-answered by a registry of the model's own.
+function up in its own ``forward``, through the global ``ALL_ATTENTION_FUNCTIONS`` of its file, and that lookup gets a
+registry of the model's own.
 """
 
 import inspect
@@ -29,7 +29,7 @@ AttentionFunction = Callable[..., Any]
 weights."""
 
 Lookup = Callable[[str, AttentionFunction], AttentionFunction]
-"""The function for a kernel's name; the second argument is the family's written-out attention, named 'eager'."""
+"""Returns the function of a kernel's name; the second argument is the family's eager attention."""
 
 Change = Callable[[str, AttentionFunction, Lookup], AttentionFunction]
 """Given a kernel's name, its function and the lookup below, the function to call instead."""
@@ -44,12 +44,12 @@ def looks_up_attention(module: nn.Module) -> bool:
 
 
 def has_eager_attention(module: nn.Module) -> bool:
-    """Whether a module looks its attention function up, and its family has written-out attention as well."""
+    """Whether a module looks its attention function up, and its family has eager attention as well."""
     return looks_up_attention(module) and hasattr(module, "config") and eager_attention(module) is not None
 
 
 def eager_attention(module: nn.Module) -> AttentionFunction | None:
-    """The family's own written-out attention, which knows of soft-capping and sinks; None where it has none."""
+    """The family's eager attention, which supports its soft-capping and sinks; None if it has none."""
     return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
 
 
@@ -59,20 +59,20 @@ def attention_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def change_attention(undo: ExitStack, modules: Iterable[nn.Module], change: Change) -> None:
-    """Exchange the attention functions of some modules, until ``undo`` is closed.
+    """Replace the attention functions of some modules, until ``undo`` is closed.
 
-    What was exchanged before stays inside: ``change`` is given the function that was in force.
+    Replacements nest: ``change`` gets the function that was called before.
 
     Args:
-        undo: Takes what puts the modules' own lookup back.
-        modules: Those that ``looks_up_attention``.
-        change: Called at most once per kernel name and function.
+        undo: Gets the callbacks that restore the modules' lookup.
+        modules: Modules that satisfy ``looks_up_attention``.
+        change: Returns the function to call instead; called at most once per kernel name and function.
     """
     registries: dict[int, _Registry] = {}
     copies: dict[FunctionType, FunctionType] = {}
     for module in modules:
         function = _function(module)
-        assert function is not None, "such modules are left out by looks_up_attention"
+        assert function is not None, "modules must satisfy looks_up_attention"
         current: AttentionInterface = function.__globals__[_REGISTRY]
         registry = registries.setdefault(id(current), _Registry(current, change))
         if function not in copies:
@@ -81,9 +81,13 @@ def change_attention(undo: ExitStack, modules: Iterable[nn.Module], change: Chan
 
 
 def write_out_masks(undo: ExitStack, configs: Iterable[Any]) -> None:
-    """Let models with these configs make their masks as for eager attention, until ``undo`` is closed.
+    """Let models with these configs make explicit masks, as for eager attention, until ``undo`` is closed.
 
-    The setter of transformers would change the configs of vision towers below as well.
+    The setter of transformers would change the configs of vision towers as well.
+
+    Args:
+        undo: Gets the callbacks that restore the configs.
+        configs: Configs of attention modules.
     """
     for config in configs:
         undo.callback(setattr, config, "_attn_implementation_internal", config._attn_implementation)
@@ -95,7 +99,7 @@ def _replacement(forward: Forward, _: Forward) -> Forward:
 
 
 class _Registry(AttentionInterface):
-    """Answers lookups by name with what ``change`` makes of the function below."""
+    """A registry of attention functions that returns those of another registry as ``change`` replaces them."""
 
     def __init__(self, below: AttentionInterface, change: Change) -> None:
         super().__init__()
@@ -106,7 +110,7 @@ class _Registry(AttentionInterface):
         return self._made(key, self._below[key])
 
     def get_interface(self, attn_implementation: str, default: AttentionFunction) -> AttentionFunction:
-        """The function for a kernel's name; ``default`` is the family's written-out attention."""
+        """The function of a kernel's name; ``default`` is the family's eager attention."""
         return self._made(attn_implementation, self._below.get_interface(attn_implementation, default))
 
     def _made(self, name: str, function: AttentionFunction) -> AttentionFunction:
@@ -116,14 +120,14 @@ class _Registry(AttentionInterface):
 
 
 def _function(module: nn.Module) -> FunctionType | None:
-    """The plain function behind a module's forward; None where something else is in its place."""
+    """The plain function of a module's forward method; None if the forward is not a method."""
     forward: Forward = module.forward
     function = getattr(forward, "__func__", None)
     return function if inspect.isfunction(function) else None
 
 
 def _with_registry(function: FunctionType, registry: AttentionInterface) -> FunctionType:
-    """A copy of a function that finds another registry among its globals."""
+    """A copy of a function with another registry among its globals."""
     scope = {**function.__globals__, _REGISTRY: registry}
     # A compiler that follows globals by the name of their module would find transformers' registry again.
     scope.pop("__name__", None)

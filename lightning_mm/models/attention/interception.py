@@ -1,7 +1,7 @@
-"""Every attention of the decoder through a function of ours: to see queries, keys and values, and to change them.
+"""Intercept every attention call of the decoder, to read and change queries, keys, values and masks.
 
 Data flow: the model's attention modules -> transformers' registry of attention functions -> ``AttentionCall`` -> the
-given function -> back into the model. Masks arrive written out, whichever kernel the model runs.
+given function -> back into the model. Masks are explicit, whichever kernel the model runs.
 
 Shapes: B rows, H query heads, G key heads (H a multiple of G), Q queries, K keys, E head size.
 """
@@ -27,25 +27,26 @@ from lightning_mm.models.attention.dispatch import (
 from lightning_mm.models.handle import MultimodalModel
 
 _MASKED = ("eager", "sdpa")
-"""Kernels that take a written-out mask; FlashAttention and FlexAttention have forms of their own."""
+"""Kernels that take an explicit mask; FlashAttention and FlexAttention have other formats."""
 _ONLY_EAGER = ("softcap", "s_aux")
-"""What sdpa does not know: capped scores, sinks."""
+"""Options that sdpa does not support: capped scores, sinks."""
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """What one attention module is about to compute.
+    """The arguments of one attention module's attention function.
 
     Args:
         layer: Index of its decoder block.
         module: The attention module.
-        query: (B, H, Q, E), positions rotated in.
-        key: (B, G, K, E).
+        query: (B, H, Q, E), after rotary positions.
+        key: (B, G, K, E), after rotary positions.
         value: (B, G, K, E).
-        mask: Additive, broadcasts to (B, H, Q, K): 0 or a very negative number; None where every query sees every key.
-        kernel: The model's own choice: eager, sdpa, ...
-        lookup: Finds the model's own attention function for a kernel's name.
-        options: Its other arguments (scaling, soft-capping, sinks, ...).
+        mask: Additive, broadcasts to (B, H, Q, K): 0 or a very negative number; None if every query attends to every
+            key.
+        kernel: Name of the model's kernel: 'eager', 'sdpa', ...
+        lookup: Returns the model's attention function of a kernel's name.
+        options: Further keyword arguments (scaling, soft-capping, sinks, ...).
     """
 
     layer: int
@@ -59,9 +60,9 @@ class AttentionCall:
     options: dict[str, Any]
 
     def compute(self) -> tuple[Tensor, Tensor | None]:
-        """As the model's own kernel does: output (B, Q, H, E), and weights (B, H, Q, K) where it gives them.
+        """Output (B, Q, H, E) of the model's own kernel, and its weights (B, H, Q, K) or None.
 
-        Kernels that take no written-out mask are stood in for by one that does.
+        Kernels that take no explicit mask are replaced by one that does.
         """
         kernel = self.kernel
         if kernel not in _MASKED:
@@ -74,13 +75,13 @@ class AttentionCall:
         )
 
     def explicit(self) -> tuple[Tensor, Tensor]:
-        """As the family's written-out attention does: output (B, Q, H, E) and weights (B, H, Q, K)."""
+        """Output (B, Q, H, E) and weights (B, H, Q, K) of the family's eager attention."""
         return _required_eager_attention(self.module)(
             self.module, self.query, self.key, self.value, self.mask, **self.options
         )
 
     def changed(self, **fields: Any) -> "AttentionCall":
-        """The same call with other tensors."""
+        """A copy of the call with some fields replaced."""
         return replace(self, **fields)
 
 
@@ -89,12 +90,13 @@ Attend = Callable[[AttentionCall], tuple[Tensor, Tensor | None]]
 
 @contextmanager
 def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) -> Iterator[None]:
-    """While active, ``attend`` answers for every attention of the decoder; towers keep their own.
+    """While active, ``attend`` computes every attention of the decoder; vision towers are not affected.
 
     Args:
-        mm: The plain model; adapters and quantised weights may be in it.
-        attend: Takes each call and returns what the attention function would: output (B, Q, H, E), weights or None.
-        strict: Refuse where a layer mixes tokens otherwise; else such a layer keeps its own way, and is never asked.
+        mm: The plain model; adapters and quantized weights are supported.
+        attend: Takes each call; returns output (B, Q, H, E), and weights or None, as the attention function does.
+        strict: Whether to raise if a layer does not use transformers' registry; if False, such a layer is left as it
+            is. True by default.
 
     Raises:
         UserError: A layer does not use transformers' attention registry (``strict``).
@@ -105,7 +107,7 @@ def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) 
         raise _not_interceptable(other[0], mixers[other[0]])
     layers = {id(module): layer for layer, module in mixers.items() if layer not in other}
     configs: dict[int, Any] = {id(mixers[layer].config): mixers[layer].config for layer in layers.values()}
-    # Modules of towers that share the decoder's config get a written-out mask, too.
+    # Modules of towers that share the decoder's config get an explicit mask, too.
     modules = [m for m in attention_modules(mm.model) if id(getattr(m, "config", None)) in configs]
     kernels = {key: config._attn_implementation for key, config in configs.items()}
 
@@ -126,10 +128,10 @@ def attention_through(mm: MultimodalModel, attend: Attend, strict: bool = True) 
 
 
 def repeat_kv(heads: Tensor, like: Tensor) -> Tensor:
-    """(B, H, K, E) keys or values, those that several query heads share written out for each.
+    """Keys or values repeated for each query head, (B, H, K, E).
 
     Args:
-        heads: (B, G, K, E).
+        heads: Keys or values (B, G, K, E).
         like: The query (B, H, Q, E).
     """
     return heads.repeat_interleave(like.shape[1] // heads.shape[1], 1)

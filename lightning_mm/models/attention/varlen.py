@@ -1,9 +1,8 @@
-"""Decoder blocks without padding: the tokens of all rows side by side, each row still alone.
+"""Decoder blocks without padding: the tokens of all rows side by side, with attention still by row.
 
-Data flow: a block is given (B, L, D) -> the T real tokens (1, T, D) through its norms, projections and MLP -> inside
-its attention back to rows (B, H, L, E), under the mask that the model itself made for them -> (B, L, D) again, with
-zeros where padding was. Between blocks a model finds what it expects, so nothing has to be known of its positions,
-windows or masks.
+Data flow: input of a block (B, L, D) -> the T real tokens (1, T, D) through its norms, projections and MLP -> inside
+its attention back to rows (B, H, L, E), under the model's own mask -> (B, L, D) again, with zeros at padding. Between
+blocks the shapes are those of the model, so this does not depend on its positions, windows or masks.
 
 Shapes: B rows, L tokens after padding, T real tokens of all rows, D hidden size, H heads, E head size.
 """
@@ -33,18 +32,18 @@ _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class RealTokens:
-    """Which tokens of a padded batch are real.
+    """The tokens of a padded batch that are not padding.
 
     Args:
-        index: (T,) flat into B * L, ascending.
-        rows: B.
-        length: L.
+        index: (T,) flat indices into B * L, ascending.
+        rows: Number of rows B.
+        length: Tokens L of a row with its padding.
     """
 
     def __init__(self, index: Tensor, rows: int, length: int) -> None:
         self.index, self.rows, self.length = index, rows, length
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._apart: dict[int, tuple[Tensor, tuple[Rows, ...]]] = {}
+        self._split: dict[int, tuple[Tensor, tuple[Rows, ...]]] = {}
 
     @property
     def padded(self) -> bool:
@@ -61,10 +60,10 @@ class RealTokens:
         return spread.unflatten(0, (self.rows, self.length))
 
     def of(self, value: Any) -> Any:
-        """Anything that a block is given by token, for the real tokens only.
+        """A block's argument (tensor, or nested tuples, lists and dicts) restricted to the real tokens.
 
         Raises:
-            _NotByToken: A tensor in it is by row, but not by token.
+            _NotByTokenError: A tensor in it is by row, but not by token.
         """
         if isinstance(value, dict):
             return {key: self.of(each) for key, each in value.items()}
@@ -73,14 +72,14 @@ class RealTokens:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._packed:
-            self._packed[id(value)] = (value, self._tensor(value))  # all blocks are given the same rotary tables
+            self._packed[id(value)] = (value, self._tensor(value))  # all blocks get the same rotary tables
         return self._packed[id(value)][1]
 
-    def apart(self, mask: Any) -> tuple[Rows, ...]:
-        """The rows as they stand side by side, under a mask that the model made; none where they stay in rows."""
-        if id(mask) not in self._apart:
-            self._apart[id(mask)] = (mask, split_unpadded_rows(self.index, self.rows, self.length, mask))
-        return self._apart[id(mask)][1]
+    def split_rows(self, mask: Any) -> tuple[Rows, ...]:
+        """The unpadded rows under a mask of the model; empty if attention is to be computed on padded rows."""
+        if id(mask) not in self._split:
+            self._split[id(mask)] = (mask, split_unpadded_rows(self.index, self.rows, self.length, mask))
+        return self._split[id(mask)][1]
 
     def _tensor(self, value: Tensor) -> Tensor:
         shape = value.shape
@@ -96,7 +95,7 @@ class RealTokens:
 
 
 class _NotByTokenError(Exception):
-    pass
+    """An argument of a block is by row, but not by token."""
 
 
 _batch_tokens: ContextVar[RealTokens | None] = ContextVar("tokens of the batch that runs", default=None)
@@ -105,7 +104,11 @@ _block_tokens: ContextVar[RealTokens | None] = ContextVar("tokens of the block t
 
 @contextmanager
 def unpadded(tokens: RealTokens | None) -> Iterator[None]:
-    """While active, blocks that ``unpad_blocks`` has prepared leave the padding out."""
+    """While active, blocks prepared by ``unpad_blocks`` leave the padding out.
+
+    Args:
+        tokens: The real tokens of the batch; None: blocks run on padded rows.
+    """
     held = _batch_tokens.set(tokens if tokens is not None and tokens.padded else None)
     try:
         yield
@@ -114,13 +117,13 @@ def unpadded(tokens: RealTokens | None) -> Iterator[None]:
 
 
 def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
-    """Prepare every decoder block that can do without padding; returns their names.
+    """Prepare every decoder block that can run without padding; returns their module names.
 
     Blocks whose attention is not looked up in transformers' registry are left as they are.
 
     Args:
-        mm: The plain model, after ``use_cpu_attention``: how long a row is, is decided inside.
-        undo: Takes what puts the blocks back.
+        mm: The plain model, after ``use_cpu_attention``, whose kernels are called inside.
+        undo: Gets the callbacks that restore the blocks.
     """
     prepared = []
     for each in mm.layout.blocks:
@@ -145,7 +148,7 @@ def _without_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given.pop(names[0])
         try:
-            # Masks stay: the model made them for rows, and attention runs by rows.
+            # Masks are not packed: attention runs by row.
             rest = {name: value if "mask" in name else tokens.of(value) for name, value in given.items()}
             if any(isinstance(v, Tensor) and "mask" in n and not _is_row_mask(v, tokens) for n, v in given.items()):
                 raise _NotByTokenError
@@ -164,12 +167,12 @@ def _without_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _is_row_mask(mask: Tensor, tokens: RealTokens) -> bool:
-    """Whether it is a mask that attention reads: (B, L), or (B or 1, heads, L, L)."""
+    """Whether a mask is one of padded rows: (B, L), or (B or 1, 1 or H, L, L)."""
     return mask.shape[-1] == tokens.length and (mask.ndim == 2 or mask.shape[-2] == tokens.length)
 
 
 def _attend_by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
-    """An attention function that puts the tokens of a block that runs unpadded back into rows, where it must."""
+    """The attention function, which inside an unpadded block runs by row: unpadded if it can, else on padded rows."""
     if name not in _KERNELS:
         return attend
 
@@ -179,10 +182,12 @@ def _attend_by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
         tokens = _block_tokens.get()
         if tokens is None:
             return attend(module, query, key, value, *args, **kwargs)
-        apart: Any = getattr(attend, "apart", None)
-        alone = None if apart is None else apart(tokens.apart, query, key, value, *args, **kwargs)
-        if alone is not None:
-            return alone, None
+        attend_unpadded: Any = getattr(attend, "attend_unpadded", None)
+        unpadded_output = (
+            None if attend_unpadded is None else attend_unpadded(tokens.split_rows, query, key, value, *args, **kwargs)
+        )
+        if unpadded_output is not None:
+            return unpadded_output, None
         rows = [tokens.unpack(each.transpose(1, 2)).transpose(1, 2) for each in (query, key, value)]
         output, weights = attend(module, *rows, *args, **kwargs)  # (B, L, H, E)
         return tokens.pack(output), weights
@@ -191,7 +196,7 @@ def _attend_by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
 
 
 class _Gather(torch.autograd.Function):
-    """Rows by index; no index occurs twice, so that backward need not add."""
+    """Selects rows by index; no index occurs twice, so that backward copies instead of adding."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
@@ -206,7 +211,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Scatter(torch.autograd.Function):
-    """The reverse: rows put where the index says, zeros elsewhere."""
+    """Writes rows to the places of an index, zeros elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, index: Tensor, length: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""A trained model written as plain transformers or PEFT folders, and proved to load there."""
+"""Export of a trained model as a plain transformers or PEFT folder, and the verification that it loads there."""

@@ -1,15 +1,11 @@
-"""Trained models as folders that transformers and PEFT load without us.
+"""Export of trained models as folders that transformers and PEFT load without this package, with a model card.
 
 Data flow: live model + processor -> ``export_full`` -> complete Hugging Face folder, adapters merged into the weights;
-live model + names of what trained -> ``export_adapter`` -> PEFT adapter folder. ``proof`` then loads either one in a
-fresh process and compares logits.
+live model + names of trained tensors -> ``export_adapter`` -> PEFT adapter folder; ``Provenance`` -> README.md in
+either folder, with the hub's header. ``verify`` then loads the folder in a new process and compares logits.
 
-The live model is never changed: merging works on a copy of one adapted layer at a time, and what is written is a plain
-model that shares all other tensors with it. A folder appears under its name complete, or not at all.
-
-The model card: a README.md that says where an exported model comes from.
-
-Data flow: ``Provenance`` -> README.md in the exported folder, in the form that the hub reads.
+The live model is never changed: merging works on a copy of one adapted layer at a time, and the written model is a
+plain one that shares all other tensors with it. A folder gets its name only when it is complete.
 """
 
 import copy
@@ -34,12 +30,13 @@ from lightning_mm.models.processor import save_processor
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a trained model comes from.
+    """Origin of a trained model, for its model card.
 
     Args:
-        base: Folder or hub name of the model it started from.
-        revision: Revision of a hub model.
-        facts: What else to say, in this order: {'Policy': ..., 'Layers trained': ..., 'Data': ...}.
+        base: Folder or hub name of the base model.
+        revision: Revision of a hub model; None (default): not given.
+        facts: Further lines of the card, in this order: {'Policy': ..., 'Layers trained': ..., 'Data': ...}; none by
+            default.
     """
 
     base: str
@@ -48,9 +45,15 @@ class Provenance:
 
 
 def write_card(folder: Path, origin: Provenance, library: Literal["transformers", "peft"]) -> None:
-    """Write README.md. The license is the user's to state; none is claimed."""
+    """Write the model card, README.md; it states no license, which the user has to choose.
+
+    Args:
+        folder: The exported folder.
+        origin: Origin of the model.
+        library: Library that loads the folder.
+    """
     header: dict[str, object] = {"library_name": library, "pipeline_tag": "image-text-to-text"}
-    if not Path(origin.base).exists():  # the hub knows its own models, not someone's folders
+    if not Path(origin.base).exists():  # base_model must name a hub model, not a local folder
         header["base_model"] = origin.base
     header["tags"] = ["lightning_mm"]
     base = f"{origin.base} at {origin.revision}" if origin.revision else origin.base
@@ -94,20 +97,20 @@ _LOADING = {
 def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Provenance) -> Path:
     """Write a complete folder: weights as safetensors, configs, processor with its chat template, model card.
 
-    Adapters (LoRA, rsLoRA, DoRA, any ranks) are merged into the weights. A head that was tied to the embedding and got
-    an adapter of its own is written untied. The live model stays as it is, adapters and all.
+    Adapters (LoRA, rsLoRA, DoRA, any ranks) are merged into the weights. A head that was tied to the embedding and has
+    an adapter is written untied. The live model keeps its adapters.
 
     Args:
         model: A transformers model, with or without adapters.
-        processor: Its processor.
-        out: The folder to make; it must not exist or be empty.
-        origin: Where the model comes from, for the card.
+        processor: The model's processor (transformers).
+        out: Folder to create; it must not exist or be empty.
+        origin: Origin of the model, for the model card.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: The model is quantised, an adapter is not finite, or the folder is taken or cannot be written.
+        UserError: The model is quantized, a merged weight is not finite, or the folder is not empty or not writable.
     """
     _refuse_quantized(model)
     state = _plain_state(model)
@@ -120,7 +123,12 @@ def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Prove
 
 
 def require_empty_output(out: Path, fix: str = "Name another folder, or remove this one.") -> None:
-    """Raise UserError where an export to ``out`` would overwrite something; ``fix`` says what to do instead."""
+    """Raise UserError if an export to ``out`` would overwrite something.
+
+    Args:
+        out: Folder to create.
+        fix: The error's advice.
+    """
     if not is_absent_or_empty(out):
         raise UserError(f"{out} is taken.", "An export never overwrites.", fix)
 
@@ -128,28 +136,28 @@ def require_empty_output(out: Path, fix: str = "Name another folder, or remove t
 def export_adapter(model: nn.Module, out: Path | str, origin: Provenance, fully_trained: Collection[str] = ()) -> Path:
     """Write a PEFT folder that ``PeftModel.from_pretrained(base, out)`` loads.
 
-    Tensors that were trained at full rank beside LoRA (a connector, norms) go in by PEFT's ``modules_to_save``, under
-    the fully-qualified name of the module that owns them.
+    Tensors that were trained at full rank beside LoRA (a connector, norms) are written by PEFT's ``modules_to_save``,
+    under the fully-qualified name of the module that owns them.
 
     Args:
         model: A transformers model with LoRA adapters.
-        out: The folder to make; it must not exist or be empty.
-        origin: The base model that the adapter belongs to.
-        fully_trained: Names of parameters, as in the plain model, that were trained at full rank.
+        out: Folder to create; it must not exist or be empty.
+        origin: The base model of the adapter, and facts for the model card.
+        fully_trained: Names of parameters, as in the plain model, that were trained at full rank; none by default.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: PEFT alone could not restore this model; format 'model' can. Or the folder is taken or cannot be
-            written.
+        UserError: PEFT alone could not restore this model (format 'model' can), or the folder is not empty or not
+            writable.
     """
     if ADAPTER not in getattr(model, "peft_config", {}):
         raise _not_an_adapter("The model has no LoRA adapter.")
     from peft import get_peft_model_state_dict
 
     owners = _modules_to_save(model, fully_trained)
-    # save_embedding_layers would look the base up on the hub; what trained is listed here, nothing else is meant.
+    # save_embedding_layers would look the base up on the hub; all trained tensors are listed here.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for owner in owners:
         state |= {f"{owner}.{name}": tensor for name, tensor in model.get_submodule(owner).state_dict().items()}
@@ -169,7 +177,7 @@ def _adapter_config(model: Any, owners: list[str], origin: Provenance) -> Any:
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict as it would be without adapters; all but the merged tensors share memory with the live model."""
+    """State dict with adapters merged; all other tensors share memory with the live model."""
     adapted = adapted_modules(model)
     inside = tuple(f"{name}." for name in adapted)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
@@ -194,7 +202,7 @@ def _merge_adapter(name: str, layer: Any) -> nn.Module:
 
 
 def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
-    """A model of the same class, without adapters or hooks, around ``state``; strict: no tensor is left out or over."""
+    """A model of the same class, without adapters or hooks, that holds exactly the tensors of ``state``."""
     config = copy.deepcopy(model.config)
     if _tied(model) and not _tied_in(model, state):
         config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
@@ -205,7 +213,7 @@ def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
         plain = type(model)(config)
     plain.load_state_dict(state, strict=True, assign=True)
     plain.generation_config = model.generation_config
-    # The names that the checkpoint had when it was loaded, which save_pretrained goes back to.
+    # save_pretrained maps tensor names back to those of the loaded checkpoint.
     plain._weight_conversions = getattr(model, "_weight_conversions", None)
     return plain
 
@@ -226,7 +234,7 @@ def _embedding_and_head(model: Any) -> tuple[Any, Any]:
 
 
 def _modules_to_save(model: nn.Module, parameters: Collection[str]) -> list[str]:
-    """The modules that hold these parameters, none inside another: what PEFT is to keep a trained copy of."""
+    """Names of the modules that own these parameters, none inside another, for PEFT's ``modules_to_save``."""
     names = {name.rpartition(".")[0] for name in parameters}
     owners = sorted(name for name in names if not any(name.startswith(f"{other}.") for other in names))
     adapted = adapted_modules(model)
@@ -238,7 +246,7 @@ def _modules_to_save(model: nn.Module, parameters: Collection[str]) -> list[str]
             raise _not_an_adapter(f"{owner} holds fully trained tensors, but is a list: PEFT cannot replace it.")
         if any(module is end for end in _embedding_and_head(model)) and _tied(model):
             raise _not_an_adapter("The token embedding was fully trained, and the head is tied to it.")
-        # PEFT goes by how names end.
+        # PEFT matches names by their ends.
         if strays := [n for n, _ in model.named_modules() if n != owner and n.endswith(owner)]:
             raise _not_an_adapter(f"PEFT would take {strays[0]} for {owner}, which was fully trained.")
     return owners
@@ -259,7 +267,7 @@ def _refuse_quantized(model: nn.Module) -> None:
 
 @contextmanager
 def _staged_output(out: Path) -> Iterator[Path]:
-    """A hidden folder beside ``out`` that takes its name when all is written, and vanishes when something fails."""
+    """A hidden folder beside ``out``, renamed to it on success and removed on failure."""
     require_empty_output(out)
     try:
         with staged_folder(out) as folder:
@@ -272,7 +280,7 @@ def _staged_output(out: Path) -> Iterator[Path]:
 
 
 def _share_permissions(folder: Path) -> None:
-    """Weights readable for whom the rest is: safetensors makes its files for the owner only."""
+    """Give all files the mode of README.md: safetensors makes its files readable for the owner only."""
     mode = (folder / "README.md").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():

@@ -1,7 +1,8 @@
-"""The proof of an export: a fresh process, without us, loads the folder and must come to the live model's logits.
+"""Verification of an export: a new process without this package loads the folder and compares logits.
 
-Data flow: live model + one example's inputs -> ``take_reference`` -> ``Reference``; folder + reference -> ``verify_export`` ->
-files in a temporary folder -> ``fresh`` in a process of its own -> ``ExportCheckResult``, or an error.
+Data flow: live model + one example's inputs -> ``take_reference`` -> ``Reference``; folder + reference ->
+``verify_export`` -> files in a temporary folder -> ``verify_subprocess`` in a new process -> ``ExportCheckResult``, or
+an error.
 
 Shapes: B rows, L tokens, N tokens that are not padding, V vocabulary.
 """
@@ -27,19 +28,19 @@ TOLERANCE = {"float32": 1e-5, "float16": 8e-3, "bfloat16": 6e-2}
 """Largest difference of a logit, as a share of the largest logit.
 
 A merged weight rounds W + BA where the live model adds W x and B A x, and another process may sum in another order:
-each costs a unit or so in the last place per layer. These are about 80 units of float32 and 8 of the short types: room
-for some tens of layers, and far below what a wrong tensor does.
+each costs about one unit in the last place per layer. The tolerances are about 80 units of float32 and 8 of the 16-bit
+types: enough for some tens of layers, and far below the effect of a wrong tensor.
 """
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the live model makes of one example, and under which arithmetic.
+    """The live model's logits of one example, and the settings they were computed with.
 
     Args:
-        inputs: What its forward took.
+        inputs: Inputs of the model's forward.
         logits: (N, V) float32, without padding.
-        setting: How to load and run a model so that it computes as this one did: dtype, attention, device, ...
+        setting: How to load and run a model so that it computes the same: dtype, attention, device, ...
     """
 
     inputs: Mapping[str, Tensor]
@@ -49,13 +50,13 @@ class Reference:
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """That a folder restores the model a reference was taken of.
+    """An exported folder, and the reference that it must reproduce.
 
     Args:
-        folder: A complete folder, or an adapter's.
-        reference: Of the live model.
-        base: Folder or hub name that an adapter belongs to; None for a complete folder.
-        revision: Revision of the base.
+        folder: A complete folder or an adapter folder.
+        reference: Logits of the live model.
+        base: Folder or hub name of an adapter's base model; None (default) for a complete folder.
+        revision: Revision of the base model; None (default): the hub's default.
     """
 
     folder: Path | str
@@ -66,13 +67,13 @@ class ExportCheck:
 
 @dataclass(frozen=True)
 class ExportCheckResult:
-    """What the fresh process found.
+    """Difference between an exported folder and its reference, measured in a new process.
 
     Args:
         difference: Largest absolute difference of a logit.
         scale: Largest absolute logit of the live model.
-        tolerance: Largest ``difference / scale`` that is let pass.
-        complaints: Tensors that were missing, left over or changed on loading.
+        tolerance: Largest accepted ``difference / scale``.
+        complaints: Tensors that were missing, unexpected or changed on loading.
     """
 
     difference: float
@@ -81,18 +82,18 @@ class ExportCheckResult:
     complaints: tuple[str, ...]
 
     @property
-    def holds(self) -> bool:
-        """Whether every tensor was loaded and the logits agree; not so if any is NaN."""
+    def passed(self) -> bool:
+        """Whether every tensor was loaded and the logits agree; False if any logit is NaN."""
         return not self.complaints and self.difference <= self.tolerance * self.scale
 
 
 @torch.no_grad()
 def take_reference(model: nn.Module, inputs: Mapping[str, Tensor]) -> Reference:
-    """The live model's logits in eval mode; every module's mode is put back afterwards.
+    """The live model's logits in eval mode; every module's mode is restored afterwards.
 
     Args:
         model: A transformers model, with or without adapters.
-        inputs: One real example as its forward takes it; ``input_ids`` (B, L).
+        inputs: Inputs of the model's forward for one real example; ``input_ids`` (B, L).
     """
     modes = {module: module.training for module in model.modules()}
     setting = _setting(model)
@@ -117,54 +118,56 @@ def _setting(model: Any) -> dict[str, Any]:
     }
 
 
-def verify_export(claim: ExportCheck) -> ExportCheckResult:
-    """Hold an export to its promise.
+def verify_export(check: ExportCheck) -> ExportCheckResult:
+    """The result of one check; raises unless the folder restores the model.
 
     Raises:
-        UserError: It cannot be loaded, loses a tensor, or gives other logits than the live model.
+        UserError: The folder cannot be loaded, lacks a tensor, or gives other logits than the live model.
     """
-    (verdict,) = compare_exports([claim])
-    if not verdict.holds:
-        wrong = f"; {len(verdict.complaints)} tensors are wrong: {verdict.complaints[0]}" if verdict.complaints else ""
+    (result,) = compare_exports([check])
+    if not result.passed:
+        wrong = f"; {len(result.complaints)} tensors are wrong: {result.complaints[0]}" if result.complaints else ""
         raise UserError(
-            f"{claim.folder} does not restore the trained model.",
-            f"In a fresh process its logits, of up to {verdict.scale:.3g}, differ by {verdict.difference:.3g}{wrong}.",
+            f"{check.folder} does not restore the trained model.",
+            f"In a fresh process its logits, of up to {result.scale:.3g}, differ by {result.difference:.3g}{wrong}.",
             "Do not use the folder. Check that the base model is the one trained on, and report the model's type.",
         )
     log_decision(
-        "export.proof", f"largest logit difference {verdict.difference:.2g}", "loaded by a fresh process without us"
+        "export.proof", f"largest logit difference {result.difference:.2g}", "loaded by a fresh process without us"
     )
-    return verdict
+    return result
 
 
-def compare_exports(claims: Sequence[ExportCheck]) -> list[ExportCheckResult]:
-    """Verdicts on several folders from one fresh process, which takes seconds to start.
+def compare_exports(checks: Sequence[ExportCheck]) -> list[ExportCheckResult]:
+    """Results of several checks, from one new process, since it takes seconds to start.
 
     Raises:
-        UserError: A folder cannot be loaded at all.
+        UserError: A folder cannot be loaded.
     """
     with TemporaryDirectory() as scratch:
-        jobs = [_job(claim, Path(scratch) / f"{i}.safetensors") for i, claim in enumerate(claims)]
+        jobs = [_job(check, Path(scratch) / f"{i}.safetensors") for i, check in enumerate(checks)]
         results, modules = _run(jobs, Path(scratch))
-    assert not any(name.partition(".")[0] == "lightning_mm" for name in modules), "the fresh process had us in it"
-    tolerances = [TOLERANCE[claim.reference.setting["dtype"]] for claim in claims]
+    assert not any(name.partition(".")[0] == "lightning_mm" for name in modules), (
+        "the new process imported this package"
+    )
+    tolerances = [TOLERANCE[check.reference.setting["dtype"]] for check in checks]
     return [
         ExportCheckResult(found["difference"], found["scale"], tolerance, tuple(found["complaints"]))
         for found, tolerance in zip(results, tolerances, strict=True)
     ]
 
 
-def _job(claim: ExportCheck, example: Path) -> dict[str, Any]:
-    tensors = {verify_subprocess.LOGITS: claim.reference.logits, **claim.reference.inputs}
+def _job(check: ExportCheck, example: Path) -> dict[str, Any]:
+    tensors = {verify_subprocess.LOGITS: check.reference.logits, **check.reference.inputs}
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, example)
-    place = {"folder": str(claim.folder), "base": claim.base, "revision": claim.revision, "example": str(example)}
-    return {**place, **claim.reference.setting}
+    place = {"folder": str(check.folder), "base": check.base, "revision": check.revision, "example": str(example)}
+    return {**place, **check.reference.setting}
 
 
 def _run(jobs: list[dict[str, Any]], scratch: Path) -> tuple[list[dict[str, Any]], list[str]]:
     order, answer = scratch / "jobs.json", scratch / "answer.json"
     order.write_text(json.dumps(jobs), encoding="utf-8")
-    # -P: the script's own folder is not searched for modules, where ours would be found by their short names.
+    # -P: do not search the script's folder for modules, where those of this package have short names.
     command = [sys.executable, "-P", verify_subprocess.__file__, str(order), str(answer)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:

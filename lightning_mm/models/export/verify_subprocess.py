@@ -1,7 +1,7 @@
-"""What a fresh process runs to load exported models: transformers and PEFT alone, nothing of ours.
+"""The script that verifies exported models in a new process, with transformers and PEFT only.
 
 Data flow: jobs.json (folders, stored examples) -> models -> answer.json (differences, complaints, imported modules).
-It is run by its path, ``python -P fresh.py jobs.json answer.json``, and must stay free of imports from this package.
+It is run by its path, ``python -P verify_subprocess.py jobs.json answer.json``, and must not import this package.
 
 Shapes: B rows, L tokens, N tokens that are not padding, V vocabulary.
 """
@@ -18,13 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig
 
 LOGITS = "reference.logits"
-"""The name of the live model's logits among the stored inputs."""
+"""Name of the live model's logits among the stored inputs."""
 
 MARK = "loading "
+"""Prefix of the line on stderr that names the folder being loaded."""
 
 
 def main(jobs: Path, answer: Path) -> None:
-    """Work through the jobs; a folder that cannot be loaded ends the process with its error."""
+    """Run all jobs; a folder that cannot be loaded ends the process with its error.
+
+    Args:
+        jobs: JSON file with the list of jobs.
+        answer: JSON file to write.
+    """
     results = []
     for job in json.loads(jobs.read_text(encoding="utf-8")):
         print(f"{MARK}{job['folder']}", file=sys.stderr)
@@ -34,7 +40,7 @@ def main(jobs: Path, answer: Path) -> None:
 
 @torch.no_grad()
 def compare_logits(job: dict[str, Any]) -> dict[str, Any]:
-    """Largest difference of a logit, the scale of the logits, and what went wrong on loading."""
+    """Largest difference of a logit, largest logit, and tensors that did not load correctly."""
     torch.set_float32_matmul_precision(job["matmul_precision"])
     torch.set_num_threads(job["threads"])
     model, complaints = load_adapted(job) if job["base"] else load_complete(job)
@@ -47,13 +53,13 @@ def compare_logits(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_padding(logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, L, V) -> (N, V) in float32: what a model says at padding is nobody's promise."""
+    """(B, L, V) -> (N, V) in float32: logits at padding need not agree."""
     mask = inputs.get("attention_mask")
     return (logits.flatten(0, 1) if mask is None else logits[mask.to(logits.device).bool()]).float()
 
 
 def load_complete(job: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """A complete folder, as anyone would load it, and the tensors that did not fit."""
+    """The model of a complete folder, and its missing, unexpected and mismatched tensors."""
     loaded: Any = AutoModelForImageTextToText.from_pretrained(
         job["folder"], attn_implementation=job["attention"], output_loading_info=True
     )
@@ -64,7 +70,7 @@ def load_complete(job: dict[str, Any]) -> tuple[nn.Module, list[str]]:
 
 
 def load_adapted(job: dict[str, Any]) -> tuple[nn.Module, list[str]]:
-    """The base model with the adapter on it, and the adapter's tensors that are not in it as they are in the file."""
+    """The base model with the adapter, and the adapter's tensors that differ from those in the file."""
     from peft import PeftModel, get_peft_model_state_dict
 
     options: dict[str, Any] = {"dtype": getattr(torch, job["dtype"]), "attn_implementation": job["attention"]}
@@ -73,7 +79,7 @@ def load_adapted(job: dict[str, Any]) -> tuple[nn.Module, list[str]]:
     base = AutoModelForImageTextToText.from_pretrained(job["base"], revision=job["revision"], **options)
     if job["quantization"] is None:
         base.to(job["device"])
-    # Without autocast the adapter computes in the type it was trained in, so that only the export is judged.
+    # Without autocast_adapter_dtype the adapter keeps the dtype it was trained in.
     model = PeftModel.from_pretrained(base, job["folder"], autocast_adapter_dtype=False)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     written = load_file(Path(job["folder"]) / "adapter_model.safetensors")

@@ -37,6 +37,7 @@ class RoundingError(NamedTuple):
     squared_norm: float = 0.0
 
     def plus(self, other: "RoundingError") -> "RoundingError":
+        """Sum of both errors, as of all elements together."""
         return RoundingError(self.squared_error + other.squared_error, self.squared_norm + other.squared_norm)
 
     @property
