@@ -5,7 +5,7 @@ input-gradient hooks on every nested embedding, so the frozen prefix enters the 
 here only blocks that are in the graph anyway are wrapped.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import replace_forward
+from lightning_mm.models.hooks import Forward, replace_forward
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
@@ -65,7 +65,7 @@ def without_recomputation(model: nn.Module, names: Collection[str]) -> Iterator[
         yield
 
 
-def _with_recomputation(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _with_recomputation(forward: Forward) -> Forward:
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():

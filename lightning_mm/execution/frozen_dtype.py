@@ -103,7 +103,7 @@ def castable_weights(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
         plan: Which weights train.
     """
     weight_decomposed = plan.adapted if plan.lora is not None and plan.lora.dora else frozenset()
-    kept: set[int] = set()
+    excluded: set[int] = set()
     linear: dict[int, nn.Parameter] = {}
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear and name.removesuffix(".base_layer") not in weight_decomposed
@@ -111,10 +111,10 @@ def castable_weights(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
             if plain and not parameter.requires_grad and parameter.dtype == torch.float32:
                 linear[id(parameter)] = parameter
             else:
-                kept.add(id(parameter))
+                excluded.add(id(parameter))
         if isinstance(getattr(type(module), "dtype", None), property):
-            kept.update(id(parameter) for parameter in islice(_floating_point_parameters(module), 1))
-    return [parameter for key, parameter in linear.items() if key not in kept]
+            excluded.update(id(parameter) for parameter in islice(_floating_point_parameters(module), 1))
+    return [parameter for key, parameter in linear.items() if key not in excluded]
 
 
 def _floating_point_parameters(module: nn.Module) -> Iterator[nn.Parameter]:

@@ -180,17 +180,19 @@ class TrainingStep:
     ) -> tuple[RecordStore, StorageDtype, torch.dtype] | None:
         """The store, its storage dtype and the dtype of states in a batch; None if caching does not pay."""
         exact = dtype == torch.float32 and not torch.is_autocast_enabled(facts["device"])
-        kept: StorageDtype = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
-        store = open_store(settings, part, collator.processing, facts, kept)
+        storage_dtype: StorageDtype = (
+            ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
+        )
+        store = open_store(settings, part, collator.processing, facts, storage_dtype)
         if settings.mode == "auto" and epochs < _MIN_EPOCHS and not len(store):
             log_decision(
                 "model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run"
             )
             store.close()
             return None
-        held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-        log_decision("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
-        return store, kept, torch.float32 if exact else torch.bfloat16
+        contents = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
+        log_decision("model.cache", f"{part}, in {storage_dtype}", f"{contents}; {store.folder}")
+        return store, storage_dtype, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
         return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
@@ -204,7 +206,7 @@ class TrainingStep:
             with unpadded(None):
                 return self.cache.tower.entering(self.cache.states(batch.cached))
         assert isinstance(self.cache, PrefixCache), "states are kept for one"
-        fresh = batch.cached.uncached
-        with unpadded(None if fresh is None else self._tokens(fresh)):
+        uncached = batch.cached.uncached
+        with unpadded(None if uncached is None else self._tokens(uncached)):
             states = self.cache.states(batch.cached)
         return self.cache.prefix.entering(states)

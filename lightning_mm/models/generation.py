@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import ProcessorMixin
 
 _GREEDY: dict[str, Any] = {
     "do_sample": False,
@@ -23,7 +24,9 @@ _GREEDY: dict[str, Any] = {
 
 
 @torch.no_grad()
-def greedy_answers(model: Any, processor: Any, inputs: Mapping[str, Tensor], max_new_tokens: int) -> list[str]:
+def greedy_answers(
+    model: Any, processor: ProcessorMixin, inputs: Mapping[str, Tensor], max_new_tokens: int
+) -> list[str]:
     """The model's greedy answer to each row's question.
 
     Args:

@@ -119,7 +119,7 @@ def _entering(receive: Receive) -> Callable[..., None]:
 
 
 def _leaving(receive: Receive, index: int) -> Callable[..., None]:
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> None:
+    def hook(_: nn.Module, __: tuple[Any, ...], output: Tensor | tuple[Any, ...]) -> None:
         receive(index, output if isinstance(output, Tensor) else output[0])
 
     return hook

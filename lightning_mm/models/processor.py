@@ -57,7 +57,7 @@ def optional_video_processor() -> Iterator[None]:
         base.get_attributes = own
 
 
-def save_processor(processor: Any, folder: str | Path) -> None:
+def save_processor(processor: ProcessorMixin, folder: str | Path) -> None:
     """Write a processor of transformers to a folder, with or without its optional video processor."""
     with optional_video_processor():
         processor.save_pretrained(folder)

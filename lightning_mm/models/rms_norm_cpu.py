@@ -34,7 +34,7 @@ def use_cpu_norms(model: nn.Module, undo: ExitStack) -> int:
         model: Any model; norms whose forward is replaced already are left as they are.
         undo: Gets the callbacks that restore the norms.
     """
-    tried: dict[Any, float | None] = {}
+    tried: dict[tuple[object, ...], float | None] = {}
     changed = 0
     for module in model.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
@@ -70,12 +70,12 @@ def _weight_offset(module: nn.Module, eps: float) -> float | None:
     return None
 
 
-def _fused_forward(module: Any, eps: float, offset: float, forward: Forward) -> Forward:
+def _fused_forward(module: nn.Module, eps: float, offset: float, forward: Forward) -> Forward:
     return partial(_norm_forward, module, forward, eps, offset)
 
 
 def _norm_forward(
-    module: Any, forward: Forward, eps: float, offset: float, hidden: Tensor, *args: Any, **options: Any
+    module: nn.Module, forward: Forward, eps: float, offset: float, hidden: Tensor, *args: Any, **options: Any
 ) -> Any:
     ours = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not (args or options)
     flows = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()

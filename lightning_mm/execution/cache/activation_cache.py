@@ -34,7 +34,7 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
-_PENDING = 2
+_MAX_PENDING = 2
 """Maximum number of pending copies from the device to the host; a step waits for the oldest one beyond that."""
 
 
@@ -71,12 +71,12 @@ class RowCache:
 
     Args:
         store: The store on disk.
-        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        storage_dtype: Storage dtype: 'float32', 'bfloat16' or 'int8'.
         dtype: dtype of the activations in a batch.
     """
 
-    def __init__(self, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
-        self.store, self.kept, self.dtype = store, kept, dtype
+    def __init__(self, store: RecordStore, storage_dtype: str, dtype: torch.dtype) -> None:
+        self.store, self.storage_dtype, self.dtype = store, storage_dtype, dtype
         self._pending: deque[tuple[Tensor, torch.cuda.Event | None, Callable[[Tensor], None]]] = deque()
 
     def flush(self) -> None:
@@ -92,10 +92,10 @@ class RowCache:
     def _rounded(self, made: Tensor) -> Tensor:
         """The activations rounded as the store will return them, so that cached and new rows give equal results."""
         rounded = made
-        if self.kept == "int8":
+        if self.storage_dtype == "int8":
             scale = made.float().abs().amax(-1, keepdim=True) / 127
             rounded = (made / scale).nan_to_num(0.0).round().clamp(-127, 127) * scale
-        elif self.kept == "bfloat16":
+        elif self.storage_dtype == "bfloat16":
             rounded = made.bfloat16()
         return rounded.to(self.dtype).to(made.dtype)
 
@@ -109,7 +109,7 @@ class RowCache:
             arrived = torch.cuda.Event()
             arrived.record()
             self._pending.append((host, arrived, put))
-        self._write_pending(_PENDING)
+        self._write_pending(_MAX_PENDING)
 
     def _write_pending(self, waiting: int) -> None:
         while self._pending and (len(self._pending) > waiting or self._pending[0][1] is None):
@@ -125,12 +125,12 @@ class PrefixCache(RowCache):
     Args:
         prefix: The model split at that block.
         store: The store on disk.
-        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        storage_dtype: Storage dtype: 'float32', 'bfloat16' or 'int8'.
         dtype: dtype of the states in a batch.
     """
 
-    def __init__(self, prefix: FrozenPrefix, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
-        super().__init__(store, kept, dtype)
+    def __init__(self, prefix: FrozenPrefix, store: RecordStore, storage_dtype: str, dtype: torch.dtype) -> None:
+        super().__init__(store, storage_dtype, dtype)
         self.prefix = prefix
 
     def collator(self, collator: Collator, width: int) -> CachedPrefixCollator:
@@ -142,16 +142,16 @@ class PrefixCache(RowCache):
         """
         return CachedPrefixCollator(collator, self.store, width, self.dtype)
 
-    def states(self, kept: CachedStates) -> Tensor:
+    def states(self, cached: CachedStates) -> Tensor:
         """Hidden states (B, L, D) of all rows; those of uncached rows are computed and cached."""
-        if kept.uncached is None:
-            return kept.states
-        made_MLD = self.prefix.states(kept.uncached)
-        states_BLD = kept.states.to(made_MLD.dtype)
-        states_BLD[kept.uncached_rows, : made_MLD.shape[1]] = self._rounded(made_MLD)
+        if cached.uncached is None:
+            return cached.states
+        made_MLD = self.prefix.states(cached.uncached)
+        states_BLD = cached.states.to(made_MLD.dtype)
+        states_BLD[cached.uncached_rows, : made_MLD.shape[1]] = self._rounded(made_MLD)
 
         def put(host_MLD: Tensor) -> None:
-            for row_LD, key, record in zip(host_MLD, kept.keys, kept.records, strict=True):
+            for row_LD, key, record in zip(host_MLD, cached.keys, cached.records, strict=True):
                 self.store.put(key, {**record, STATES: row_LD[: len(record["regions"])]})
 
         self._enqueue(made_MLD, put)

@@ -51,11 +51,11 @@ def split_rows(batch: Batch) -> list[Record]:
     parts = {n: _values_by_row(n, v, batch) for n, v in batch.inputs.items() if not is_pixels(n, v)}
     records = []
     for b, tokens in enumerate(lengths):
-        mine = (batch.supervised >= b * length) & (batch.supervised < (b + 1) * length)
+        in_row = (batch.supervised >= b * length) & (batch.supervised < (b + 1) * length)
         record = {
             "regions": batch.regions[b, :tokens],
-            "supervised": batch.supervised[mine] - b * length,
-            "targets": batch.targets[mine],
+            "supervised": batch.supervised[in_row] - b * length,
+            "targets": batch.targets[in_row],
         }
         for name, rows in parts.items():
             by_token = _by_token(batch.inputs[name], batch)
@@ -75,15 +75,15 @@ def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample
     length = max(len(record["regions"]) for record in records)
     inputs = {}
     for key in dict.fromkeys(key for record in records for key in record):
-        having = [record[key] for record in records if key in record]
+        present = [record[key] for record in records if key in record]
         if key.startswith(_TOKEN):
             name = key.removeprefix(_TOKEN)
             fill = pad_token_id if name == "input_ids" else 0
             # An input that a row lacks (token types of a row without image) is 0 for all of its tokens.
-            absent = having[0][:0]
+            absent = present[0][:0]
             inputs[name] = torch.stack([_right_pad(record.get(key, absent), length, fill) for record in records])
         elif key.startswith(_ROW):
-            inputs[key.removeprefix(_ROW)] = torch.cat(having)
+            inputs[key.removeprefix(_ROW)] = torch.cat(present)
     return Batch(
         inputs,
         torch.stack([_right_pad(record["regions"], length, int(TokenRegion.PAD)) for record in records]),
@@ -102,10 +102,10 @@ def _values_by_row(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
     if _by_token(value, batch):
         return list(value)
     counts = [len(sample.images) for sample in batch.samples]
-    by_row, by_picture = len(value) == len(batch), len(value) == sum(counts)
-    if by_row and (not by_picture or set(counts) == {1}):
+    by_row, by_image = len(value) == len(batch), len(value) == sum(counts)
+    if by_row and (not by_image or set(counts) == {1}):
         return list(value[:, None])
-    if by_picture and not by_row:
+    if by_image and not by_row:
         return list(value.split(counts))
     raise InseparableRowsError(
         f"{name} {tuple(value.shape)} may be by row or by picture: the pictures of rows are {counts}"
@@ -126,19 +126,19 @@ class RowKeys:
 
     def __call__(self, sample: Sample) -> str:
         """SHA-256 (hexadecimal) of the sample's turns and of the bytes of its images."""
-        told = [[turn.role, turn.text] for turn in sample.turns]
-        pictures = [self._digest(path) for path in sample.images]
-        return hashlib.sha256(json.dumps([told, pictures]).encode()).hexdigest()
+        turns = [[turn.role, turn.text] for turn in sample.turns]
+        images = [self._digest(path) for path in sample.images]
+        return hashlib.sha256(json.dumps([turns, images]).encode()).hexdigest()
 
     def _digest(self, path: Path) -> str:
         try:
             stat = path.stat()
-            place = (path, stat.st_size, stat.st_mtime_ns)
-            if place not in self._digests:
-                self._digests[place] = hashlib.sha256(path.read_bytes()).hexdigest()
+            file_state = (path, stat.st_size, stat.st_mtime_ns)
+            if file_state not in self._digests:
+                self._digests[file_state] = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError:
             return f"unreadable {path}"  # the collator says so
-        return self._digests[place]
+        return self._digests[file_state]
 
 
 STATES = "hidden"
@@ -169,30 +169,32 @@ class CachedPrefixCollator:
         known = {key: record for key in keys.values() if (record := self._store.get(key, self._dtype)) is not None}
         unknown = [sample for sample in samples if keys[id(sample)] not in known]
         rejected: list[Rejection] = []
-        fresh = self._collator.collate_valid(unknown, rejected) if unknown else None
+        uncached = self._collator.collate_valid(unknown, rejected) if unknown else None
         try:
-            encoded = split_rows(fresh) if fresh is not None else []
+            encoded = split_rows(uncached) if uncached is not None else []
         except InseparableRowsError:
             return self._collator(samples)
         if not known and not encoded:
             return self._collator(samples)
-        made = {id(s): record for s, record in zip(fresh.samples if fresh else (), encoded, strict=True)}
+        made = {id(s): record for s, record in zip(uncached.samples if uncached else (), encoded, strict=True)}
         usable = [s for s in samples if keys[id(s)] in known or id(s) in made]
         records = [made.get(id(s)) or known[keys[id(s)]] for s in usable]
         batch = merge_rows(records, usable, self._pad)
-        cuts: dict[str, list[str]] = {}
+        truncations: dict[str, list[str]] = {}
         for each in rejected:
             if each.kind == "cut":
-                cuts.setdefault(each.origin, []).append(each.reason)
-        rejected += [note for s in usable if id(s) not in made for note in truncation_reasons(known[keys[id(s)]], s)]
-        kept = CachedStates(
+                truncations.setdefault(each.origin, []).append(each.reason)
+        rejected += [
+            rejection for s in usable if id(s) not in made for rejection in truncation_reasons(known[keys[id(s)]], s)
+        ]
+        cached = CachedStates(
             self._states(batch, records),
             torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
-            fresh,
+            uncached,
             tuple(keys[id(s)] for s in usable if id(s) in made),
-            tuple(with_truncation_reasons(made[id(s)], cuts.get(s.origin, [])) for s in usable if id(s) in made),
+            tuple(with_truncation_reasons(made[id(s)], truncations.get(s.origin, [])) for s in usable if id(s) in made),
         )
-        return replace(batch, cached=kept, rejected=tuple(rejected))
+        return replace(batch, cached=cached, rejected=tuple(rejected))
 
     def _states(self, batch: Batch, records: Sequence[Record]) -> Tensor:
         states_BLD = torch.zeros(*batch.regions.shape, self._width, dtype=self._dtype)
@@ -237,23 +239,23 @@ class CachedVisionCollator:
         rejected: list[Rejection] = []
         keys = {id(sample): self._key(sample) for sample in samples}
         known: dict[str, dict[str, Tensor]] = {}
-        fresh: dict[str, Batch] = {}
-        told: dict[str, list[Rejection]] = {}
+        uncached: dict[str, Batch] = {}
+        rejections: dict[str, list[Rejection]] = {}
         for sample in samples:
             key = keys[id(sample)]
-            if key in known or key in fresh:
+            if key in known or key in uncached:
                 continue
             if (record := self._store.get(key, self._dtype)) is not None:
                 known[key] = record
-            elif (made := self._collator.collate_valid([sample], told.setdefault(key, []))) is not None:
-                fresh[key] = made
-        usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in fresh]
+            elif (made := self._collator.collate_valid([sample], rejections.setdefault(key, []))) is not None:
+                uncached[key] = made
+        usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in uncached]
         again: list[Rejection] = []
         batch = self._collator.collate_valid(usable, again, blank_images=True) if usable else None
         if batch is None:
             return self._collator(samples)
-        for key, each in told.items():
-            rejected += each if key not in fresh else []
+        for key, each in rejections.items():
+            rejected += each if key not in uncached else []
         # Truncation was reported when a row was encoded with its images; equal rows are reported one by one.
         rejected += [each for each in again if each.kind != "cut"]
         for s in batch.samples:
@@ -261,24 +263,27 @@ class CachedVisionCollator:
             rejected += (
                 truncation_reasons(known[key], s)
                 if key in known
-                else [replace(each, origin=s.origin) for each in told[key]]
+                else [replace(each, origin=s.origin) for each in rejections[key]]
             )
-        return replace(batch, cached=self._cached(batch, keys, known, fresh, told), rejected=tuple(rejected))
+        return replace(batch, cached=self._cached(batch, keys, known, uncached, rejections), rejected=tuple(rejected))
 
     def _cached(
         self,
         batch: Batch,
         keys: dict[int, str],
         known: dict[str, dict[str, Tensor]],
-        fresh: dict[str, Batch],
-        told: dict[str, list[Rejection]],
+        uncached: dict[str, Batch],
+        rejections: dict[str, list[Rejection]],
     ) -> CachedFeatures:
         rows = [keys[id(sample)] for sample in batch.samples]
-        missing = [b for b, key in enumerate(rows) if key in fresh]
+        uncached_rows = [b for b, key in enumerate(rows) if key in uncached]
         return CachedFeatures(
             tuple(known.get(key, {}).get(FEATURES) for key in rows),
-            tuple(missing),
-            tuple(fresh[rows[b]] for b in missing),
-            tuple(rows[b] for b in missing),
-            tuple(with_truncation_reasons({}, [r.reason for r in told[rows[b]] if r.kind == "cut"]) for b in missing),
+            tuple(uncached_rows),
+            tuple(uncached[rows[b]] for b in uncached_rows),
+            tuple(rows[b] for b in uncached_rows),
+            tuple(
+                with_truncation_reasons({}, [r.reason for r in rejections[rows[b]] if r.kind == "cut"])
+                for b in uncached_rows
+            ),
         )

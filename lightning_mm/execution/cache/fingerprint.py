@@ -27,7 +27,7 @@ def open_store(
     part: FrozenPrefix | FrozenTower,
     processing: ModelProcessor,
     facts: dict[str, Any],
-    kept: StorageDtype,
+    storage_dtype: StorageDtype,
 ) -> RecordStore:
     """The store on disk of a frozen part's activations.
 
@@ -37,7 +37,7 @@ def open_store(
         processing: The model's processor.
         facts: What the activations depend on beside weights, config and processor (longest row, precision, attention
             kernel).
-        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        storage_dtype: Storage dtype: 'float32', 'bfloat16' or 'int8'.
     """
     identity = {
         **_part_identity(part),
@@ -47,7 +47,7 @@ def open_store(
         **facts,
     }
     limit = int(settings.limit * 2**30)
-    return RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=kept)
+    return RecordStore.open(settings.path, identity, limit_bytes=limit, dtype=storage_dtype)
 
 
 def _part_identity(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
@@ -98,18 +98,20 @@ def _digest(model: nn.Module, counts: Callable[[str], bool]) -> str:
 def config_digest(model: Any) -> str:
     """SHA-256 of the model's config (feature layers, epsilons, scalings) without its name and transformers version."""
 
-    def told(value: Any) -> Any:
+    def plain_values(value: object) -> object:
         if isinstance(value, dict):
-            return {str(k): told(v) for k, v in value.items() if k not in ("_name_or_path", "transformers_version")}
-        return [told(each) for each in value] if isinstance(value, list | tuple) else str(value)
+            return {
+                str(k): plain_values(v) for k, v in value.items() if k not in ("_name_or_path", "transformers_version")
+            }
+        return [plain_values(each) for each in value] if isinstance(value, list | tuple) else str(value)
 
-    return hashlib.sha256(json.dumps(told(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(plain_values(model.config.to_dict()), sort_keys=True).encode()).hexdigest()
 
 
 def processor_digest(processing: ModelProcessor) -> str:
     """SHA-256 of what turns a row into inputs: tokenizer, image processor, chat template, processor options."""
     processor = processing.processor
-    told = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]
-    told += [repr(sorted((k, str(v)) for k, v in processor.image_processor.to_dict().items()))]
-    told += [repr(sorted((k, str(v)) for k, v in vars(processor).items() if isinstance(v, str | int | float | bool)))]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()
+    parts = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]
+    parts += [repr(sorted((k, str(v)) for k, v in processor.image_processor.to_dict().items()))]
+    parts += [repr(sorted((k, str(v)) for k, v in vars(processor).items() if isinstance(v, str | int | float | bool)))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

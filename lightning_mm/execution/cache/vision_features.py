@@ -87,8 +87,8 @@ class FrozenTower:
         Args:
             states: States of each row of a batch; None for rows without images.
         """
-        having = [each for each in states if each is not None]
-        joined = torch.cat(having, self._dim) if having else None
+        present = [each for each in states if each is not None]
+        joined = torch.cat(present, self._dim) if present else None
 
         def known(*args: Any, **kwargs: Any) -> Any:
             hidden = args[0] if args else kwargs["hidden_states"]
@@ -148,22 +148,22 @@ class FeatureCache(RowCache):
     Args:
         tower: The model split after its vision blocks.
         store: The store on disk.
-        kept: Storage dtype: 'float32', 'bfloat16' or 'int8'.
+        storage_dtype: Storage dtype: 'float32', 'bfloat16' or 'int8'.
         dtype: dtype of the features in a batch.
     """
 
-    def __init__(self, tower: FrozenTower, store: RecordStore, kept: str, dtype: torch.dtype) -> None:
-        super().__init__(store, kept, dtype)
+    def __init__(self, tower: FrozenTower, store: RecordStore, storage_dtype: str, dtype: torch.dtype) -> None:
+        super().__init__(store, storage_dtype, dtype)
         self.tower = tower
 
     def collator(self, collator: Collator) -> CachedVisionCollator:
         """A collator that does not decode the images of cached rows."""
         return CachedVisionCollator(collator, self.store, self.dtype)
 
-    def states(self, kept: CachedFeatures) -> list[Tensor | None]:
+    def states(self, cached: CachedFeatures) -> list[Tensor | None]:
         """Features of every row, None for rows without images; those of uncached rows are computed and cached."""
-        states = list(kept.states)
-        for b, row, key, record in zip(kept.uncached_rows, kept.uncached, kept.keys, kept.records, strict=True):
+        states = list(cached.states)
+        for b, row, key, record in zip(cached.uncached_rows, cached.uncached, cached.keys, cached.records, strict=True):
             made = self.tower.states(row)
             if made is None:
                 self.store.put(key, record)
@@ -198,9 +198,8 @@ def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batc
     return tower
 
 
-def _hidden_states(output: Any) -> Tensor:
-    hidden: Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def _hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
@@ -210,13 +209,13 @@ def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
         states: States of each row, run alone; None for rows without images.
         whole: States of the batch.
     """
-    having = [each for each in states if each is not None]
-    if len(having) < 2:
+    present = [each for each in states if each is not None]
+    if len(present) < 2:
         raise _refusal("one row with pictures does not show how rows stand side by side")
     for dim in range(whole.ndim - 1):
-        others = [each.shape[:dim] + each.shape[dim + 1 :] for each in (*having, whole)]
-        if len(set(others)) == 1 and sum(each.shape[dim] for each in having) == whole.shape[dim]:
-            gap = float((torch.cat(having, dim).float() - whole.float()).abs().max())
+        others = [each.shape[:dim] + each.shape[dim + 1 :] for each in (*present, whole)]
+        if len(set(others)) == 1 and sum(each.shape[dim] for each in present) == whole.shape[dim]:
+            gap = float((torch.cat(present, dim).float() - whole.float()).abs().max())
             scale = float(whole.float().abs().max())
             exact = whole.dtype == torch.float32 and not torch.is_autocast_enabled(whole.device.type)
             if gap <= (_SAME if exact else _COARSE) * scale:

@@ -178,7 +178,7 @@ def cpu_attention(attend: AttentionFunction, name: str = "sdpa") -> AttentionFun
     return _cpu_attention(attend) if name == "sdpa" and not hasattr(attend, "attend_unpadded") else attend
 
 
-def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
+def _cpu_attention(attend: AttentionFunction) -> AttentionFunction:
 
     @wraps(attend)
     def run(
@@ -198,7 +198,7 @@ def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
         return output.to(torch.bfloat16) if narrow else output, weights
 
     def attend_unpadded(
-        rows_of: Callable[[Any], Sequence[Rows]],
+        rows_of: Callable[[object], Sequence[Rows]],
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -232,7 +232,7 @@ def attends_row_by_row(lengths: Sequence[int]) -> bool:
     return len(lengths) > 0 and max(lengths) <= MAX_SHORT_ROW and sum(lengths) >= MIN_MEAN_ROW * len(lengths)
 
 
-def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: Any) -> tuple[Rows, ...]:
+def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: object) -> tuple[Rows, ...]:
     """Rows of real tokens side by side; empty if attention is to be computed on padded rows.
 
     Args:
@@ -267,7 +267,7 @@ def _gradients_flow(query: Tensor) -> bool:
     return here and torch.is_grad_enabled() and query.requires_grad
 
 
-def _is_plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
+def _is_plain(mask: object, args: Sequence[Any], options: dict[str, Any]) -> bool:
     """Whether it is scaled dot-product attention without dropout and other options, under a mask without gradient."""
     learned = isinstance(mask, Tensor) and mask.requires_grad
     more = args or options.get("dropout") or any(options.get(name) is not None for name in _UNSUPPORTED_OPTIONS)
@@ -275,7 +275,7 @@ def _is_plain(mask: Any, args: Sequence[Any], options: dict[str, Any]) -> bool:
 
 
 def _attend_short_rows(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, options: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     """Attention (B, Q, H, F) of (B, H, Q, E), (B, G, K, E), (B, G, K, F); causal on transformers' conditions."""
     length, asked = query.shape[2], options.get("is_causal")

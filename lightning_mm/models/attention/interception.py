@@ -50,7 +50,7 @@ class AttentionCall:
     """
 
     layer: int
-    module: Any
+    module: nn.Module
     query: Tensor
     key: Tensor
     value: Tensor

@@ -8,14 +8,14 @@ Shapes: B rows, L tokens after padding, T real tokens of all rows, D hidden size
 """
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_mm.models.attention.cpu_kernels import Rows, split_unpadded_rows
 from lightning_mm.models.attention.dispatch import (
@@ -25,10 +25,10 @@ from lightning_mm.models.attention.dispatch import (
     has_eager_attention,
 )
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import replace_forward
+from lightning_mm.models.hooks import Forward, replace_forward
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
-"""Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
+"""Kernels that are looked up in transformers' registry; eager attention is not, and stays padded."""
 
 
 class RealTokens:
@@ -43,7 +43,7 @@ class RealTokens:
     def __init__(self, index: Tensor, rows: int, length: int) -> None:
         self.index, self.rows, self.length = index, rows, length
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
-        self._split: dict[int, tuple[Tensor, tuple[Rows, ...]]] = {}
+        self._split: dict[int, tuple[object, tuple[Rows, ...]]] = {}
 
     @property
     def padded(self) -> bool:
@@ -75,7 +75,7 @@ class RealTokens:
             self._packed[id(value)] = (value, self._tensor(value))  # all blocks get the same rotary tables
         return self._packed[id(value)][1]
 
-    def split_rows(self, mask: Any) -> tuple[Rows, ...]:
+    def split_rows(self, mask: object) -> tuple[Rows, ...]:
         """The unpadded rows under a mask of the model; empty if attention is to be computed on padded rows."""
         if id(mask) not in self._split:
             self._split[id(mask)] = (mask, split_unpadded_rows(self.index, self.rows, self.length, mask))
@@ -137,7 +137,7 @@ def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
     return tuple(prepared)
 
 
-def _without_padding(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _without_padding(forward: Forward) -> Forward:
     names = list(inspect.signature(forward).parameters)
 
     @wraps(forward)
@@ -178,7 +178,7 @@ def _attend_by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
 
     @torch.compiler.disable  # compiled blocks break here once, instead of at every line
     @wraps(attend)
-    def run(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def run(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
         tokens = _block_tokens.get()
         if tokens is None:
             return attend(module, query, key, value, *args, **kwargs)

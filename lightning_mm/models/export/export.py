@@ -20,6 +20,7 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import ProcessorMixin
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
@@ -94,7 +95,7 @@ _LOADING = {
 }
 
 
-def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Provenance) -> Path:
+def export_full(model: nn.Module, processor: ProcessorMixin, out: Path | str, origin: Provenance) -> Path:
     """Write a complete folder: weights as safetensors, configs, processor with its chat template, model card.
 
     Adapters (LoRA, rsLoRA, DoRA, any ranks) are merged into the weights. A head that was tied to the embedding and has
