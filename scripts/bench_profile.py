@@ -84,7 +84,7 @@ class Way:
         with self.autocast():
             inside: Any = nullcontext()
             if self.prefix is not None:
-                inside = self.prefix.entering(self.prefix.states(batch))
+                inside = self.prefix.starting_from(self.prefix.states(batch))
                 batch = replace(batch, inputs={n: v for n, v in batch.inputs.items() if not is_pixels(n, v)})
             with inside, profiled(split, "forward"):
                 loss = self.module.objective(batch).nll

@@ -75,10 +75,10 @@ class Reader:
         assert prefix is not None
         if id(batch) in self._states and self._held.get("probes"):  # held, so that the id is still this batch's
             inputs = {name: value for name, value in batch.inputs.items() if not is_pixels(name, value)}
-            with prefix.entering(self._states[id(batch)].to(device)):
+            with prefix.starting_from(self._states[id(batch)].to(device)):
                 yield replace(batch, inputs=inputs).to(device)
             return
-        with prefix.listening() as states:
+        with prefix.record_inputs() as states:
             yield batch.to(device)
         self._states.pop(id(batch), None)
         if self._bytes + states[0].nbytes <= _HELD_BYTES:

@@ -60,7 +60,7 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
             logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
         return LossOutput(*_loss_terms(logits, batch.targets))
     split = HeadSplit(model, head)
-    with select_positions_before_head(head, batch.supervised), split.held_back() as held:
+    with select_positions_before_head(head, batch.supervised), split.record_head_inputs() as held:
         model(**batch.inputs, use_cache=False)
 
     def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor]:
@@ -127,7 +127,7 @@ class HeadSplit:
         self._output: Any = None
 
     @contextmanager
-    def held_back(self) -> Iterator[list[Tensor]]:
+    def record_head_inputs(self) -> Iterator[list[Tensor]]:
         """While active, the head gets no positions; its inputs (1, S, D) are appended to the list instead."""
         held: list[Tensor] = []
 

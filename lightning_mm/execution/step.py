@@ -204,9 +204,9 @@ class TrainingStep:
         if isinstance(batch.cached, CachedFeatures):
             assert isinstance(self.cache, FeatureCache), "features are kept for one"
             with unpadded(None):
-                return self.cache.tower.entering(self.cache.states(batch.cached))
+                return self.cache.tower.starting_from(self.cache.states(batch.cached))
         assert isinstance(self.cache, PrefixCache), "states are kept for one"
         uncached = batch.cached.uncached
         with unpadded(None if uncached is None else self._tokens(uncached)):
             states = self.cache.states(batch.cached)
-        return self.cache.prefix.entering(states)
+        return self.cache.prefix.starting_from(states)

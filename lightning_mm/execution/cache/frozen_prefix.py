@@ -1,7 +1,7 @@
 """The frozen prefix: everything below the lowest block that trains, run separately from the rest of the model.
 
 Data flow: Batch -> ``FrozenPrefix.states`` (tower, connector, embeddings and the blocks below, outside autograd) ->
-input of the lowest trainable block -> ``FrozenPrefix.entering``: the model from that block on. In between the states
+input of the lowest trainable block -> ``FrozenPrefix.starting_from``: the model from that block on. In between the states
 can be cached, since no training step changes them.
 
 Both halves are the model's own forward pass with some blocks skipped, so that positions, masks and everything after
@@ -51,7 +51,7 @@ class FrozenPrefix:
         with (
             uncompiled(self.mm.model),
             skipped(self._blocks[self.first :], self._in_tuples),
-            self.listening() as held,
+            self.record_inputs() as held,
             select_positions_before_head(head, batch.supervised[:0]),
         ):
             self.mm.model(**batch.inputs, use_cache=False)
@@ -60,7 +60,7 @@ class FrozenPrefix:
         return held[0]
 
     @contextmanager
-    def listening(self) -> Iterator[list[Tensor]]:
+    def record_inputs(self) -> Iterator[list[Tensor]]:
         """While active, the block's input (B, L, D) is appended to the list in each forward pass of the model."""
         held: list[Tensor] = []
 
@@ -72,7 +72,7 @@ class FrozenPrefix:
             yield held
 
     @contextmanager
-    def entering(self, states: Tensor) -> Iterator[None]:
+    def starting_from(self, states: Tensor) -> Iterator[None]:
         """While active, a forward pass of the model starts at the block, with these states (B, L, D) as its input."""
         with (
             skipped(self._blocks[: self.first], self._in_tuples),
@@ -98,7 +98,7 @@ class FrozenPrefix:
                     whole = supervised_nll(self.mm.model, head, batch).nll
                 self._in_tuples = isinstance(outputs[0], tuple)
                 states = self.states(batch)
-                with self.entering(states):
+                with self.starting_from(states):
                     halves = supervised_nll(self.mm.model, head, rest).nll
             except FORWARD_ERRORS as error:
                 why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"

@@ -1,7 +1,7 @@
 """The cache of the frozen vision tower's features, for runs in which the connector or the embedding trains.
 
 Data flow: each row with its images -> ``FrozenTower.states``, the output of the tower's last block -> cached by row ->
-``FrozenTower.entering``: the model on blank images of the same sizes, the tower's blocks skipped, the last one
+``FrozenTower.starting_from``: the model on blank images of the same sizes, the tower's blocks skipped, the last one
 returning these states. Everything before and after the blocks (patches, windows, feature selection, connector) is
 computed by the model's own code.
 
@@ -81,7 +81,7 @@ class FrozenTower:
         return torch.cat([_hidden_states(each) for each in outputs], self._dim) if outputs else None
 
     @contextmanager
-    def entering(self, states: Sequence[Tensor | None]) -> Iterator[None]:
+    def starting_from(self, states: Sequence[Tensor | None]) -> Iterator[None]:
         """While active, the tower's last block returns these states and the blocks below are skipped.
 
         Args:
@@ -129,7 +129,7 @@ class FrozenTower:
                 with FlopCounterMode(display=False) as tower_flops:
                     states = [self.states(row) for row in rows]
                 self._dim = _row_dim(states, _hidden_states(outputs[0]))
-                with self.entering(states):
+                with self.starting_from(states):
                     halves = supervised_nll(self.mm.model, head, grey).nll
             except FORWARD_ERRORS as error:
                 raise _refusal(
