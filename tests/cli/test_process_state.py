@@ -23,7 +23,7 @@ from tests.helpers.data import Data, Family, batch_of
 from tests.helpers.taught_models import KNOWN, Taught
 from tests.helpers.training import POLICIES, train
 
-LIBRARIES = ("transformers", "peft", "lightning", "torch.nn", "torch.optim")
+LIBRARIES = ("transformers", "peft", "lightning", "torch.nn")
 ATTRIBUTES = (FunctionType, classmethod, staticmethod, property)
 
 
@@ -53,6 +53,12 @@ def state_of_libraries() -> Iterator[tuple[str, object]]:
         yield f"registry of {name}", tuple(sorted(map(str, registry)))
         for key, value in registry.items():
             yield f"registry of {name}: {key}", value
+
+
+def hooks_of(model: torch.nn.Module) -> dict[str, int]:
+    """Number of hooks of every module that has some."""
+    counts = {name: len(part._forward_hooks) + len(part._forward_pre_hooks) for name, part in model.named_modules()}
+    return {name: count for name, count in counts.items() if count}
 
 
 @pytest.fixture
@@ -111,7 +117,7 @@ def test_a_model_runs_its_own_code_again_after_a_fit(family: Family, data: Data,
         family("llava"), data, tmp_path, tuning=POLICIES["intermediate"], max_steps=1, activation_checkpointing=True
     )
     changed = [name for name, part in module.model.named_modules() if "forward" in part.__dict__]
-    hooked = [name for name, part in module.model.named_modules() if part._forward_hooks or part._forward_pre_hooks]
-    assert (changed, hooked) == ([], [])
+    assert not changed
+    assert hooks_of(module.model) == hooks_of(other)  # transformers itself hooks blocks whose outputs it collects
     with torch.no_grad():
         assert torch.equal(other(**batch.inputs).logits, expected)
