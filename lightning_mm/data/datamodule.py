@@ -279,7 +279,7 @@ class MMDataModule(L.LightningDataModule):
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def _collate_function(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
-        """The collate function of conversation batches: the collator, or the module's ``wrap_collator`` of it."""
+        """Makes training or validation batches: the collator, or what the module's ``wrap_collator`` returns."""
         collator = self.collator(samples)
         module = None if self.trainer is None else self.trainer.lightning_module
         wrap: Callable[[Collator], Callable[..., Any]] | None = getattr(module, "wrap_collator", None)
