@@ -10,7 +10,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.nano.model.join import PATCH, Dtype, Recipe, assemble
@@ -50,7 +50,7 @@ def build_nano_model(
     recipe = Recipe(image_size, vision_feature_layer, seed, dtype)
     _check_options(recipe)
     if _is_complete(out, recipe):
-        decide("nano", out, "this model is already there")
+        log_decision("nano", out, "this model is already there")
         return out
     _refuse_to_overwrite(out)
     _build(out, recipe, Path(llm) if llm else None, Path(vision) if vision else None)
@@ -104,4 +104,4 @@ def _refuse_to_overwrite(out: Path) -> None:
             f"It has no {MANIFEST}, so it is not a nano model.",
             "Name another folder, or remove it.",
         )
-    decide("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")
+    log_decision("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")

@@ -25,7 +25,7 @@ class MatrixCard:
     """One measure over all pairs of layers, first and last."""
 
     title: str
-    describe_site: str
+    place: str
     pair: bool
     drawings: tuple[tuple[str, str], ...]
 
