@@ -107,9 +107,9 @@ def forward_criteria(
 def drift_criterion(
     before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much of each layer's neighborhoods of pictures a pilot run has changed; None, and logged, where no picture was read.
+    """How much of each layer's neighborhoods of pictures a pilot run has changed, after Palacios et al. 2026, arXiv:2606.03871.
 
-    After Palacios et al. 2026, arXiv:2606.03871.
+    None, and logged, where no picture was read.
 
     Args:
         before: Hidden states of the untuned model.
