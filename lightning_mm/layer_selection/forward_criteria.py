@@ -107,7 +107,7 @@ def forward_criteria(
 def drift_criterion(
     before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much of each layer's neighborhoods of pictures a pilot run has changed, after Palacios et al. 2026, arXiv:2606.03871.
+    """Share of neighbors among pictures that a pilot run has changed (Palacios et al. 2026, arXiv:2606.03871).
 
     None, and logged, where no picture was read.
 
