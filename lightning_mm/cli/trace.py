@@ -35,7 +35,6 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.rejected_samples import Ledger
 from lightning_mm.data.sample import Rejection
 from lightning_mm.layer_selection.select import AutoRange
-from lightning_mm.report.figures.trace_maps import save_trace
 from lightning_mm.report.html import write_report
 
 HEADLINES = ("trace", "flow", "knockout", "ablation", "transplant")
@@ -205,6 +204,8 @@ def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[B
 def _write(
     run: RunDirectory, found: Study, seconds: float, options: Namespace, answers: Sequence[Answer], subject: Subject
 ) -> None:
+    from lightning_mm.report.figures.trace_maps import save_trace  # late: altair takes half a second to import
+
     Recorder(run).write(found.findings, 0.0, seconds)
     write_json(run.path / "traces.json", found.maps)
     write_json(run.path / "pictures.json", found.pictures)

@@ -1,8 +1,8 @@
 """What the page of a run or an inspection says: its header, and the content of each of its sections.
 
 Data flow: the files of a run directory -> ``sections`` -> the variables of report.html.jinja. A folder that
-``lightning-mm inspect`` made gets a page of what it holds, and no more. A file that is missing or half written costs its
-own section only, which then says so. No content is trusted.
+``lightning-mm inspect`` made gets a page of what it holds, and no more. A file that is missing or half written costs
+its own section only, which then says so. No content is trusted.
 """
 
 from collections.abc import Mapping

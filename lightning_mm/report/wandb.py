@@ -1,7 +1,7 @@
 """Weights & Biases, as a guest: it may watch a run, and can neither stop it nor hold it up.
 
 Data flow: the Trainer logs metrics under the keys of ``metric_names``; the command line adds census, decisions and
-samples; all of it goes to W&B's own process, or to files in ``<run directory>/wandb`` that ``wandb sync`` uploads later.
+samples; all goes to W&B's own process, or to files in ``<run directory>/wandb`` that ``wandb sync`` uploads later.
 Whether W&B is online, offline or off is found without a question at the terminal; each change of what was asked is a
 decision. The first fault is logged once, and from then on every call does nothing: the local report needs none of this.
 """

@@ -5,7 +5,7 @@ import xml.etree.ElementTree as ET
 
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.class_maps import class_maps
-from lightning_mm.report.tables.panels import Trained
+from lightning_mm.report.tables.panels import TrainedLayers
 from tests.helpers.causal_files import LAYERS, traced_rows
 
 
@@ -27,7 +27,7 @@ def test_cells_say_value_interval_and_n_and_stand_by_layer_and_kind():
         "Residual stream put back",
     ]
     assert mlp.classes == ("image_late", "constraint", "template", "last")
-    found = cells(ET.fromstring(mlp.drawing(Trained((2, 3), LAYERS)).svg()))
+    found = cells(ET.fromstring(mlp.drawing(TrainedLayers((2, 3), LAYERS)).svg()))
     assert len(found) == 4 * LAYERS
     best = found["layer 3, constraint: 50\u00a0% (40\u00a0% to 60\u00a0%), no effect 0\u00a0%, N 40"]
     assert best[2] == f"d{2 * colors.ARM}"
@@ -40,7 +40,7 @@ def test_cells_say_value_interval_and_n_and_stand_by_layer_and_kind():
     assert found["layer 0, template: undefined (no such token <b>)"][2] == "none"
 
 
-def test_parts_of_a_layer_share_their_colours_and_the_residual_stream_does_not_drown_them():
+def test_parts_of_a_layer_share_their_colors_and_the_residual_stream_does_not_drown_them():
     mlp, attention, residual = class_maps(traced_rows())
     assert (mlp.reach, attention.reach, residual.reach) == (0.5, 0.5, 1.0)
     assert mlp.said == "most at layer 3, constraint"

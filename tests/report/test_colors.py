@@ -1,4 +1,4 @@
-"""The colour scale against CIELAB: evenly lighter or darker, neighbours equally far apart, ends far from the page."""
+"""The color scale against CIELAB: evenly lighter or darker, neighbours equally far apart, ends far from the page."""
 
 import numpy as np
 import pytest

@@ -13,9 +13,9 @@ from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.report.figures import heatmaps
 from lightning_mm.report.figures.heatmaps import Scale
 from lightning_mm.report.figures.layer_axis import LayerAxis
-from lightning_mm.report.tables.panels import StepNames, Trained, panels
+from lightning_mm.report.tables.panels import StepLabels, TrainedLayers, panels
 
-TRAINED = Trained((2, 3), 6)
+TRAINED = TrainedLayers((2, 3), 6)
 TEAL = ("trained-bar", "trained-edge")
 
 
@@ -31,7 +31,7 @@ def panel_of(values, measure="cka", **rest):
 def drawn(panel, trained=TRAINED, labels=None):
     """The elements of a heat map from 100 to 200."""
     axis = LayerAxis.over(panel.layers, trained)
-    body = heatmaps.heat_map(panel, axis, panel.steps, StepNames(labels or {}), 100, 200, tips=True)
+    body = heatmaps.heat_map(panel, axis, panel.steps, StepLabels(labels or {}), 100, 200, tips=True)
     return ET.fromstring(f"<svg>{body}</svg>"), axis
 
 
@@ -59,7 +59,7 @@ def test_later_steps_stand_right_and_higher_layers_up():
 
 
 @given(st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=12))
-def test_stronger_colours_are_higher_values(values):
+def test_stronger_colors_are_higher_values(values):
     panel = panel_of({(0, i): value for i, value in enumerate(values)})
     levels = [level for _, _, level, _ in cells(drawn(panel)[0])]
     for a, first in zip(values, levels, strict=True):
@@ -109,19 +109,19 @@ def test_undefined_cells_are_hatched_within_their_bounds_and_missing_ones_are_em
 
 
 def test_the_trained_layers_are_marked_where_they_are():
-    axis = LayerAxis.over([-1, 5], Trained((0, 2, 3), 6))
+    axis = LayerAxis.over([-1, 5], TrainedLayers((0, 2, 3), 6))
     bars = ET.fromstring(f"<svg>{axis.bars(10)}</svg>").findall("rect")
     spans = sorted((float(r.get("y")), float(r.get("y")) + float(r.get("height"))) for r in bars)
     assert spans == [
         (pytest.approx(axis.y(3.5), abs=0.1), pytest.approx(axis.y(1.5), abs=0.1)),
         (pytest.approx(axis.y(0.5), abs=0.1), pytest.approx(axis.y(-0.5), abs=0.1)),
     ]
-    assert {0, 2, 3} <= set(LayerAxis.over([-1, 5], Trained((0, 2, 3), 6)).numbered)
+    assert {0, 2, 3} <= set(LayerAxis.over([-1, 5], TrainedLayers((0, 2, 3), 6)).numbered)
 
 
 @pytest.mark.parametrize("total", [1, 2, 6, 30, 80, 300])
 def test_printed_layer_numbers_do_not_touch(total):
-    axis = LayerAxis.over([-1, total - 1], Trained(tuple(range(total // 4, total // 2)), total))
+    axis = LayerAxis.over([-1, total - 1], TrainedLayers(tuple(range(total // 4, total // 2)), total))
     assert axis.bottom - axis.top <= 240.001
     ys = sorted(axis.y(layer) for layer in axis.numbered)
     assert all(b - a >= 13 for a, b in pairwise(ys))

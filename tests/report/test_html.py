@@ -40,7 +40,7 @@ def run(tmp_path):
     write_json(made.evaluation, {"split": "test", "rows": rows})
     made.pictures.mkdir()
     Image.new("RGB", (640, 320), "red").save(made.pictures / "1.png")
-    sample = {"id": "1", "images": ["samples/1.png"], "question": "Colour?", "truth": "red", "type": "colour"}
+    sample = {"id": "1", "images": ["samples/1.png"], "question": "Color?", "truth": "red", "type": "color"}
     sample |= {"before": "blue", "after": "red", "correct_before": False, "correct_after": True}
     write_json(made.samples, [sample])
     append_jsonl(made.ledger, [{"origin": f"a:{i}", "reason": "too long", "kind": "cut"} for i in range(3)])
@@ -122,7 +122,7 @@ def _hostile(value):
     return value + HOSTILE if isinstance(value, str) else value
 
 
-def test_right_and_wrong_are_words_not_colours(run):
+def test_right_and_wrong_are_words_not_colors(run):
     words = page_of(run).text
     assert re.search(r"Before ?wrong.*After ?right ?red", words)
 

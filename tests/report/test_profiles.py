@@ -12,10 +12,10 @@ from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.report.figures import profiles
 from lightning_mm.report.figures.layer_axis import LayerAxis
 from lightning_mm.report.figures.tracks import Track, panel_track
-from lightning_mm.report.tables.panels import StepNames, Trained, panels, thinned
+from lightning_mm.report.tables.panels import StepLabels, TrainedLayers, panels, subsample_steps
 
-TRAINED = Trained((2, 3), 6)
-NAMES = StepNames({})
+TRAINED = TrainedLayers((2, 3), 6)
+NAMES = StepLabels({})
 
 
 def panel_of(profile, measure="objects", steps=(0,), **rest):
@@ -95,9 +95,9 @@ def test_three_steps_stand_for_many_and_the_rest_is_said():
 
 def test_labels_stand_for_steps_by_their_letter():
     panel = panel_of({0: 0.6, 1: 0.7}, steps=(0, 1))
-    drawing = profiles.draw(panel, TRAINED, StepNames({0: "runs/a", 1: "runs/b"}))
+    drawing = profiles.draw(panel, TRAINED, StepLabels({0: "runs/a", 1: "runs/b"}))
     assert [key.label for key in drawing.keys] == ["A", "B"]
-    alone = profiles.draw(panel_of({0: 0.6, 1: 0.7}, steps=(1,)), TRAINED, StepNames({0: "runs/a", 1: "runs/b"}))
+    alone = profiles.draw(panel_of({0: 0.6, 1: 0.7}, steps=(1,)), TRAINED, StepLabels({0: "runs/a", 1: "runs/b"}))
     assert [key.label for key in alone.keys] == ["B"]
     assert "layer 1: 0.7, N 60, runs/b" in [t.text for t in ET.fromstring(drawing.svg).iter("title")]
 
@@ -164,7 +164,7 @@ def test_a_strip_fills_the_layers_that_belong():
 @given(st.integers(1, 400), st.integers(2, 30))
 def test_thinning_keeps_both_ends_and_the_order(count, most):
     steps = [3 * i for i in range(count)]
-    kept = thinned(steps, most)
+    kept = subsample_steps(steps, most)
     assert len(kept) <= max(2, most)
     assert len(set(kept)) == len(kept)
     assert list(kept) == sorted(kept)

@@ -15,11 +15,11 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.trace_columns import LEFT, WIDTH, columns
 from lightning_mm.report.figures.trace_maps import save_trace, trace_map
-from lightning_mm.report.tables.panels import Trained
+from lightning_mm.report.tables.panels import TrainedLayers
 from lightning_mm.report.tables.traces import Trace, read_traces, window_words
 from tests.helpers.causal_files import LAYERS, TEXT, trace_of
 
-TRAINED = Trained((2, 3), LAYERS)
+TRAINED = TrainedLayers((2, 3), LAYERS)
 HOSTILE = "<script>alert('x')</script>\"'&]]>\u202e\x00\x1b\ud800\ufffe👩‍🚀עברית"
 
 

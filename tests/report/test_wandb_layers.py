@@ -12,7 +12,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report import wandb_layers
 from lightning_mm.report.figures import colors
 from lightning_mm.report.figures.class_maps import class_maps
-from lightning_mm.report.tables.panels import Trained
+from lightning_mm.report.tables.panels import TrainedLayers
 from lightning_mm.report.wandb import OnlineLogger
 from tests.helpers.causal_files import effects, traced_rows
 from tests.helpers.wandb_files import history, records, warnings_of
@@ -77,7 +77,7 @@ def test_each_inspection_sends_its_own_rows_only_and_the_map_shows_all(tmp_path,
 
 
 def columns_of(path):
-    """The runs of equal colour along the row of the highest layer: one per step where steps differ."""
+    """The runs of equal color along the row of the highest layer: one per step where steps differ."""
     with Image.open(path) as picture:
         line = [picture.getpixel((x, 64)) for x in range(92, picture.width - 28 - 32)]
     kinds = [pixel for i, pixel in enumerate(line) if i == 0 or pixel != line[i - 1]]
@@ -115,7 +115,7 @@ def test_causes_are_one_panel_per_quantity_and_the_traces_one_picture(tmp_path, 
 def test_the_map_of_traces_shows_the_effect_where_it_is(tmp_path):
     picture = wandb_layers.pictures(tmp_path, traced_rows())["layer_maps/trace"]
     (first, *_) = class_maps(traced_rows())
-    drawing = first.drawing(Trained(), headed=True)
+    drawing = first.drawing(TrainedLayers(), headed=True)
     ring = next(shape for shape in drawing.shapes if type(shape).__name__ == "Ring")
     assert picture.getpixel((round(2 * ring.x), round(2 * ring.y))) == colors.SIGNED_LIGHT[-1]
     assert picture.width == 3 * round(2 * drawing.width)

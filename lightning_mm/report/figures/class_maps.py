@@ -1,4 +1,4 @@
-"""What an intervention restores by kind of token, mean over questions: layers upwards, kinds to the right, one per site.
+"""What an intervention restores by kind of token, mean over questions: layers upwards, kinds to the right.
 
 Data flow: rows of layers.csv, measure ``trace``, sites ``<site>/<class>`` -> ``ClassMap`` -> ``Figure`` of the report.
 

@@ -1,7 +1,7 @@
 """Line charts of training curves.
 
-Data flow: ``sections.run`` hands over named series of (step, value) -> rows -> ``LineChart``: the figure, its legend and
-its note. Lines of many points are thinned to their extremes, which keeps pages small.
+Data flow: ``sections.run`` hands over named series of (step, value) -> rows -> ``LineChart``: figure, legend and note.
+Lines of many points are thinned to their extremes, which keeps pages small.
 
 Shapes: a figure is 360 x 190 pixels, about a column of the report.
 """
@@ -89,7 +89,7 @@ def line_chart(
     spell = percent if share else short
     legend = tuple(LegendEntry(s.label, s.style, spell(points[-1][1])) for s, points in lines)
     data = {
-        "lines": [row for number, (s, points) in enumerate(lines) for row in _line_rows(number, s, points)],
+        "lines": [row for index, (s, points) in enumerate(lines) for row in _line_rows(index, s, points)],
         "dots": [row for s, points in lines for row in _dot_rows(s, points)],
         "values": [{"y": mark, "text": spell(mark), "align": "right"} for mark in marks],
         "steps": _step_ticks(min(xs), max(xs)),
@@ -137,8 +137,8 @@ def _step_ticks(low: float, high: float) -> list[dict[str, Any]]:
     return [{"x": min(max(mark, low + 4 * slack), high - 8 * slack), "text": short(mark)} for mark in marks]
 
 
-def _line_rows(number: int, series: Series, points: Points) -> list[dict[str, Any]]:
-    return [{"line": number, "x": x, "y": y, **series.style.row} for x, y in thin(points)]
+def _line_rows(index: int, series: Series, points: Points) -> list[dict[str, Any]]:
+    return [{"line": index, "x": x, "y": y, **series.style.row} for x, y in thin(points)]
 
 
 def _dot_rows(series: Series, points: Points) -> list[dict[str, Any]]:

@@ -28,7 +28,6 @@ _CONFIG: dict[str, Any] = {
     "background": "transparent",
     "font": theme.FONT,
     "view": {"stroke": None},
-    "mark": {"invalid": "show"},  # rows hold defined values only, and colors are no numbers
     "text": {"fontSize": theme.FONT_SIZE, "color": theme.SOFT},
     "axis": {
         "domain": False,
@@ -98,7 +97,7 @@ class Figure:
 
 
 def without_validation(build: Callable[P, R]) -> Callable[P, R]:
-    """Build charts without checking every part against the JSON schema, which takes most of the time; tests check it."""
+    """Build charts without checking every part against the JSON schema, which is slow; tests check whole charts."""
 
     @wraps(build)
     def quick(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -197,8 +196,9 @@ def layered(data: Mapping[str, Rows], views: Iterable[alt.Chart], width: float, 
 
 
 def side_by_side(views: Sequence[alt.LayerChart], gap: float) -> alt.HConcatChart:
-    """Views from left to right, their plots ``gap`` pixels apart."""
-    return _SideBySide(hconcat=list(views), spacing=gap, bounds="flush")
+    """Views from left to right, their plots ``gap`` pixels apart, each with colors of its own."""
+    resolve = {"scale": {"color": "independent"}}
+    return _SideBySide(hconcat=list(views), spacing=gap, bounds="flush", resolve=resolve)
 
 
 def number(field: str, **options: Any) -> dict[str, Any]:

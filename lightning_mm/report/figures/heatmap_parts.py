@@ -225,7 +225,7 @@ class Columns:
 
 
 def cells(axis: LayerAxis, columns: Columns, scale: ColorScale, **encodings: Any) -> list[alt.Chart]:
-    """Cells of the rows ``cells`` in the colors of their values; those of ``undefined`` empty, under ``hatch`` lines."""
+    """Cells of the rows ``cells`` in the colors of their values, and those of ``undefined`` under ``hatch`` lines."""
     place = columns.span() | axis.rows()
     colored = view("cells", "cells", "rect", aria=bool(encodings.get("description")))
     empty = view("undefined", "undefined", "rect", aria=True, color=theme.PAPER).encode(**place, description=tip())
@@ -275,8 +275,10 @@ def color_legend(
     count, (left, right) = len(scale.palette), scale.ends
     whole = 1.0 if width is None else width / columns.width
     at = [columns.share(whole * level / count) for level in range(count + 1)]
+    overlap = 0.3 * columns.pixel  # hides the seams between blocks
     strip = [
-        {"left": at[i], "right": at[i + 1], "value": left + (right - left) * ((i + 0.5) / count)} for i in range(count)
+        {"left": at[i], "right": at[i + 1] + overlap, "value": left + (right - left) * ((i + 0.5) / count)}
+        for i in range(count)
     ]
     ends = [
         {"x": at[0], "text": spell(scale.rounded(left)), "align": "left"},
@@ -309,14 +311,8 @@ def text(data: str, name: str, x: alt.X | float, y: alt.Y | float, **options: An
         y: A field, or pixels from the top.
         options: Further properties of the mark.
     """
-    by_row = {"align": {"expr": "datum.align || 'center'"}, "fontWeight": {"expr": "datum.strong ? 'bold' : 'normal'"}}
-    mark = {
-        "aria": False,
-        "baseline": "alphabetic",
-        "color": either("strong", theme.INK, theme.SOFT),
-        **by_row,
-        **options,
-    }
+    by_row = {"color": either("strong", theme.INK, theme.SOFT), "fontWeight": either("strong", "bold", "normal")}
+    mark = {"baseline": "alphabetic", "align": {"expr": "datum.align || 'center'"}, **by_row, **options}
     return view(data, name, "text", **mark).encode(
         x=x if isinstance(x, alt.X) else alt.XValue(x),
         y=y if isinstance(y, alt.Y) else alt.YValue(y),

@@ -141,7 +141,13 @@ def heat_map(
 
 @without_validation
 def heat_map_figure(panel: Panel, beside: Sequence[Panel], trained: TrainedLayers) -> Figure:
-    """The heat map of a panel as a picture of its own, named by its site; ``beside`` are panels that it stands among."""
+    """The heat map of a panel as a picture of its own, headed by its site.
+
+    Args:
+        panel: Some of it is defined.
+        beside: The panels that the picture stands among: all have the same layer axis.
+        trained: Which layers train.
+    """
     axis = LayerAxis.over(sorted({layer for other in beside for layer in other.layers}), trained)
     steps = subsample_steps(panel.steps, MOST_COLUMNS)
     chart, data = heat_map(panel, axis, steps, StepLabels({}), tips=False, width=_HEAT_ALONE)
@@ -193,7 +199,7 @@ def profile(
         "null_band": list(_area_rows(nulls, "null_low", "null_high")),
         "null": [{**_cell(0, row.layer), "x": row.null} for row in nulls],
         "interval": list(_area_rows(last_rows, "low", "high")),
-        "lines": [row for number, line in enumerate(lines) for row in _line_rows(number, line)],
+        "lines": [row for index, line in enumerate(lines) for row in _line_rows(index, line)],
         "points": [
             {"x": row.value, "layer": row.layer, "tip": f"{described(panel, row)}, {names.long(last)}"}
             for row in last_rows
@@ -290,19 +296,19 @@ def _runs(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
     return runs
 
 
-def _line_rows(number: int, line: _Line) -> Iterator[dict[str, Any]]:
+def _line_rows(index: int, line: _Line) -> Iterator[dict[str, Any]]:
     for run, rows in enumerate(_runs(line.rows)):
         for row in rows:
-            yield {"line": number, "run": run, "x": row.value, "layer": row.layer, **line.style.row}
+            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **line.style.row}
 
 
 def _area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
     """Both ends of an area over the layers; a layer without neighbors is a row high, so that it shows too."""
     known = [row for row in rows if getattr(row, low) is not None and getattr(row, high) is not None]
-    for number, run in enumerate(_runs(known)):
+    for index, run in enumerate(_runs(known)):
         for row in run:
             for side in (-0.5, 0.5) if len(run) == 1 else (0.0,):
-                yield {"run": number, "layer": row.layer + side, "left": getattr(row, low), "right": getattr(row, high)}
+                yield {"run": index, "layer": row.layer + side, "left": getattr(row, low), "right": getattr(row, high)}
 
 
 def _area(name: str, values: Columns, axis: LayerAxis, color: str, opacity: float) -> alt.Chart:
@@ -312,7 +318,6 @@ def _area(name: str, values: Columns, axis: LayerAxis, color: str, opacity: floa
         x2=alt.X2(field="right"),
         y=axis.at("layer"),
         detail=[nominal("run")],
-        order=alt.Order(**number("layer")),
     )
 
 

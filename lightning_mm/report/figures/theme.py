@@ -1,8 +1,8 @@
 """The look of all figures: palettes, colors by role, line styles, and how each color changes on a dark page.
 
-Data flow: figure functions take colors from here -> Vega-Lite writes them into the SVG -> ``dark_css`` replaces them, by
-attribute selectors, where the reader's page is dark. Lightness changes evenly along each palette. Teal is kept out of
-them: everywhere in the report, teal means "this layer trains".
+Data flow: figure functions take colors from here -> Vega-Lite writes them into the SVG -> where the reader's page is
+dark, ``dark_css`` replaces them by attribute selectors. Lightness changes evenly along each palette. Teal is kept out of
+the palettes: everywhere in the report, teal means "this layer trains".
 """
 
 import math

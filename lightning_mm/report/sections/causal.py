@@ -1,7 +1,7 @@
 """The report's section "What causes the answer": effects of interventions, from one sentence to single questions.
 
-Data flow: causal rows of layers.csv, traces.json, pictures.json, causal.json -> maps by kind of token, traces, profiles,
-overlaid images and tables. A damaged file costs its own part only; no content is trusted.
+Data flow: causal rows of layers.csv, traces.json, pictures.json, causal.json -> maps by kind of token, traces,
+profiles, overlaid images and tables. A damaged file costs its own part only; no content is trusted.
 """
 
 import math

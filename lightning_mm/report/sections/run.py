@@ -1,7 +1,8 @@
 """What the report says of a run: its curves, what trains, its accuracy, its decisions and what it left out.
 
-Data flow: ``html`` reads the files of the run directory and calls one function per section; templates lay out what they
-return. Contents may be half written or not ours: a wrong shape raises KeyError, TypeError, ValueError or AttributeError.
+Data flow: ``page`` reads the files of the run directory and calls one function per section; templates lay out what
+they return. Contents may be half written or not ours: a wrong shape raises LookupError, TypeError, ValueError or
+AttributeError.
 """
 
 import math
