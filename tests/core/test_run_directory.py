@@ -127,7 +127,7 @@ def test_jsonl_appends_and_a_cut_last_line_is_counted(tmp_path):
 def test_the_report_is_imported_without_torch_wandb_and_altair():
     code = (
         "import sys, lightning_mm.report.html;"
-        "print([m for m in ('torch', 'lightning', 'wandb', 'altair', 'vl_convert') if m in sys.modules])"
+        "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib', 'altair') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"

@@ -21,7 +21,6 @@ from lightning_mm.report.figures.heatmap_parts import (
     LayerAxis,
     cells,
     color_legend,
-    hatched,
     ring,
     text,
 )
@@ -84,7 +83,6 @@ class ClassMap:
             "trained": axis.trained_runs,
             "cells": known,
             "undefined": undefined,
-            "hatch": hatched(undefined, axis, columns),
             "peak": peak,
             "kinds": list(self._kind_labels()),
             "heading": [{"text": printable(self.title), "align": "left", "strong": True}] if headed else [],

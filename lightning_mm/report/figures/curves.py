@@ -23,6 +23,7 @@ from lightning_mm.report.figures.figure import (
     nominal,
     number,
     tip,
+    value_axis,
     view,
     without_validation,
 )
@@ -84,57 +85,35 @@ def line_chart(
     lines = [(s, points) for s, points in lines if points]
     if not lines:
         return None
-    xs, ys = ([point[axis] for _, points in lines for point in points] for axis in (0, 1))
-    marks = [0.0, 0.25, 0.5, 0.75, 1.0] if share else ticks(min(0.0, *ys) if zero else min(ys), max(ys))
-    spell = percent if share else short
-    legend = tuple(LegendEntry(s.label, s.style, spell(points[-1][1])) for s, points in lines)
+    legend = tuple(
+        LegendEntry(s.label, s.style, percent(points[-1][1]) if share else short(points[-1][1])) for s, points in lines
+    )
     data = {
         "lines": [row for index, (s, points) in enumerate(lines) for row in _line_rows(index, s, points)],
         "dots": [row for s, points in lines for row in _dot_rows(s, points)],
-        "values": [{"y": mark, "text": spell(mark), "align": "right"} for mark in marks],
-        "steps": _step_ticks(min(xs), max(xs)),
     }
+    values: dict[str, Any] = {"scale": {"zero": zero, "nice": True}, "axis": {"tickCount": 4}}
+    if share:
+        quarters = [0, 0.25, 0.5, 0.75, 1]
+        values = {"scale": {"domain": [0, 1]}, "axis": {"values": quarters}}
     words = "; ".join(f"{entry.label} ends at {entry.value}" for entry in legend)
-    chart = _chart(data, _domain(xs, []), _domain(ys, [marks[0], marks[-1]]))
+    chart = _chart(data, values["scale"], value_axis(percent=share, labelPadding=7, **values["axis"]))
     figure = Figure(chart, data, (_WIDTH, _HEIGHT), (_LEFT, _TOP), f"{title}: {words}")
     return LineChart(title, unit, figure, legend, _not_finite(series))
 
 
-def _chart(data: Mapping[str, Rows], steps: list[float], values: list[float]) -> alt.LayerChart:
-    """Rules at round values, lines in their own styles, and dots to point at."""
-    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
-    scales = [{"domain": domain, "nice": False, "zero": False} for domain in (steps, values)]
-    x = alt.X(**number("x", scale=scales[0], axis=None))
-    y = alt.Y(**number("y", scale=scales[1], axis=None))
-    words = {"baseline": "alphabetic", "color": theme.SOFT}
-    shown = alt.Text(field="text", type="nominal")
-    labels = view("values", "values", "text", **words, align="right", dx=-7, dy=3.5)
-    ticked = view("steps", "steps", "text", **words, align="center")
-    rules = view("values", "rules", "rule", color=theme.RULE, strokeWidth=1)
-    drawn = view("lines", "lines", "line", strokeJoin="round", strokeCap="round")
+def _chart(data: Mapping[str, Rows], scale: dict[str, Any], axis: dict[str, Any]) -> alt.LayerChart:
+    """Lines in their own styles, and dots to point at."""
+    steps = value_axis(percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True)
+    x = alt.X(**number("x", scale={"nice": False, "zero": False}, axis=steps))
+    y = alt.Y(**number("y", scale=scale, axis=axis))
+    lines = view("lines", "lines", "line", strokeJoin="round", strokeCap="round")
+    dots = view("dots", "dots", "point", aria=True, filled=True, size=21)
     views = [
-        rules.encode(y=y),
-        labels.encode(x=alt.XValue(0), y=y, text=shown),
-        ticked.encode(x=x, y=alt.YValue(height + 18), text=shown),
-        drawn.encode(x=x, y=y, **line_styles(), detail=[nominal("line")], order=alt.Order(**number("x"))),
-        view("dots", "dots", "point", aria=True, filled=True, size=21).encode(
-            x=x, y=y, **line_styles(), description=tip()
-        ),
+        lines.encode(x=x, y=y, **line_styles(), detail=[nominal("line")], order=alt.Order(**number("x"))),
+        dots.encode(x=x, y=y, **line_styles(), description=tip()),
     ]
-    return layered(data, views, width, height)
-
-
-def _domain(seen: Sequence[float], marks: Sequence[float]) -> list[float]:
-    """The ends of an axis; values that are all alike stand in its middle."""
-    low, high = min([*seen, *marks]), max([*seen, *marks])
-    return [low, high] if high > low else [low - 0.5 * max(1.0, abs(low)), low + 0.5 * max(1.0, abs(low))]
-
-
-def _step_ticks(low: float, high: float) -> list[dict[str, Any]]:
-    """Round steps within the axis; one at an edge is moved inwards, so that its number stays in the drawing."""
-    slack = (high - low) / (_WIDTH - _LEFT - _RIGHT)
-    marks = [mark for mark in ticks(low, high, 5) if low <= mark <= high] or [low]
-    return [{"x": min(max(mark, low + 4 * slack), high - 8 * slack), "text": short(mark)} for mark in marks]
+    return layered(data, views, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
 
 
 def _line_rows(index: int, series: Series, points: Points) -> list[dict[str, Any]]:
@@ -173,18 +152,6 @@ def thin(points: Points, most: int = _MOST_POINTS) -> list[tuple[float, float]]:
         ends = {min(interval, key=lambda p: p[1]), max(interval, key=lambda p: p[1])}
         kept.extend(sorted(ends | ({interval[-1]} if start + size >= len(points) else set())))
     return kept
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """About ``count`` round numbers (1, 2, 2.5 or 5 times a power of ten) that enclose ``low`` and ``high``."""
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        room = abs(low) * 0.1 or 1.0
-        low, high = low - room, high + room
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
 
 
 def _not_finite(series: Sequence[Series]) -> str:

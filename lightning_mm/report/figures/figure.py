@@ -37,6 +37,10 @@ _CONFIG: dict[str, Any] = {
         "labelFontSize": theme.FONT_SIZE,
     },
 }
+_SHORT_LABEL = (
+    "datum.value == 0 ? '0' : abs(datum.value) < 1e-2 || abs(datum.value) >= 1e9 ? format(datum.value, '.2~e') : "
+    "abs(datum.value) >= 1e4 ? format(datum.value, '.3~s') : format(datum.value, '.3~r')"
+)
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _ROOT = re.compile(r'^<svg [^>]*><g [^>]*transform="translate\([^)]*\)"[^>]*>')
 _FRAMES = re.compile(r'<path class="(?:background|foreground)"[^>]*/>')
@@ -204,6 +208,13 @@ def side_by_side(views: Sequence[alt.LayerChart], gap: float) -> alt.HConcatChar
 def number(field: str, **options: Any) -> dict[str, Any]:
     """A quantitative field of an encoding."""
     return {"field": field, "type": "quantitative"} | options
+
+
+def value_axis(*, percent: bool, **options: Any) -> dict[str, Any]:
+    """An axis of round values with rules across the plot, labeled as ``tables.numbers`` writes values."""
+    label = "format(100 * datum.value, '.1~f') + '\u00a0%'" if percent else _SHORT_LABEL
+    rules = {"grid": True, "gridColor": theme.RULE, "gridWidth": 1, "title": None}
+    return {"labelExpr": label, "labelOverlap": True, **rules, **options}
 
 
 def nominal(field: str) -> alt.Detail:

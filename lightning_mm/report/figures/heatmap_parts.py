@@ -6,7 +6,7 @@ Shapes: L layers upwards; sizes in CSS pixels, positions to the right in the uni
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.figure import number, tip, view
 from lightning_mm.report.tables.panels import EMBEDDINGS, Panel, TrainedLayers
 
-_ROW, _TALLEST, _LABEL_GAP, _HATCH = 14.0, 240.0, 13.0, 5.0
+_ROW, _TALLEST, _LABEL_GAP = 14.0, 240.0, 13.0
 
 
 @dataclass(frozen=True)
@@ -190,25 +190,27 @@ class ColorScale:
 
 @dataclass(frozen=True)
 class Columns:
-    """The horizontal extent of a heat map.
+    """The horizontal scale of a figure.
 
     Args:
         first: Where it begins, in its own units.
         last: Where it ends.
         width: In pixels.
+        axis: Its numbers and rules; None draws none.
     """
 
     first: float
     last: float
     width: float
+    axis: dict[str, Any] | None = None
 
     @property
     def scale(self) -> dict[str, Any]:
-        return {"domain": [self.first, self.last], "nice": False, "zero": False}
+        return {"domain": [self.first, self.last], "nice": False, "zero": False, "clamp": True}
 
     def at(self, field: str) -> alt.X:
         """Encoding of a field on this scale."""
-        return alt.X(**number(field, scale=self.scale, axis=None))
+        return alt.X(**number(field, scale=self.scale, axis=self.axis))
 
     def span(self, left: str = "left", right: str = "right") -> dict[str, Any]:
         """Encodings of marks that reach from one field to another on this scale."""
@@ -225,36 +227,15 @@ class Columns:
 
 
 def cells(axis: LayerAxis, columns: Columns, scale: ColorScale, **encodings: Any) -> list[alt.Chart]:
-    """Cells of the rows ``cells`` in the colors of their values, and those of ``undefined`` under ``hatch`` lines."""
+    """Cells of the rows ``cells`` in the colors of their values, and those of ``undefined`` hatched."""
     place = columns.span() | axis.rows()
-    colored = view("cells", "cells", "rect", aria=bool(encodings.get("description")))
-    empty = view("undefined", "undefined", "rect", aria=True, color=theme.PAPER).encode(**place, description=tip())
-    lines = view("hatch", "hatch", "rule", color=theme.QUIET, strokeWidth=1)
     return [
-        colored.encode(**place, color=scale.encoding(), **encodings),
-        empty,
-        lines.encode(**columns.span(), **axis.rows()),
+        view("cells", "cells", "rect", aria=bool(encodings.get("description"))).encode(
+            **place, color=scale.encoding(), **encodings
+        ),
+        view("undefined", "undefined", "rect", aria=True, color=theme.PAPER).encode(**place, description=tip()),
+        view("undefined", "hatch", "rule", color=theme.QUIET, strokeWidth=1).encode(**place),
     ]
-
-
-def hatched(undefined: Iterable[Mapping[str, Any]], axis: LayerAxis, columns: Columns) -> list[dict[str, float]]:
-    """Diagonal lines over cells, every 5 pixels, as rows of ``left``, ``right``, ``low``, ``high``."""
-    lines = []
-    for cell in undefined:
-        width, height = (cell["right"] - cell["left"]) / columns.pixel, (cell["high"] - cell["low"]) * axis.row
-        offset = _HATCH / 2
-        while offset < width + height:
-            a, b = min(offset, width), min(offset, height)
-            lines.append(
-                {
-                    "left": cell["left"] + a * columns.pixel,
-                    "right": cell["left"] + (offset - b) * columns.pixel,
-                    "low": cell["high"] - (offset - a) / axis.row,
-                    "high": cell["high"] - b / axis.row,
-                }
-            )
-            offset += _HATCH
-    return lines
 
 
 def color_legend(

@@ -6,7 +6,7 @@ cells are hatched; chance, the peak and the layers that train are marked.
 Shapes: L layers upwards x S steps to the right; values of a profile to the right, on the same layer axis.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import altair as alt
 
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.report.figures import theme
-from lightning_mm.report.figures.curves import LegendEntry, ticks
+from lightning_mm.report.figures.curves import LegendEntry
 from lightning_mm.report.figures.figure import (
     Figure,
     layered,
@@ -24,10 +24,11 @@ from lightning_mm.report.figures.figure import (
     printable,
     side_by_side,
     tip,
+    value_axis,
     view,
     without_validation,
 )
-from lightning_mm.report.figures.heatmap_parts import ColorScale, Columns, LayerAxis, cells, color_legend, hatched, text
+from lightning_mm.report.figures.heatmap_parts import ColorScale, Columns, LayerAxis, cells, color_legend, text
 from lightning_mm.report.figures.theme import LineStyle
 from lightning_mm.report.tables.numbers import short
 from lightning_mm.report.tables.panels import Panel, StepLabels, TrainedLayers, layer_name, subsample_steps
@@ -126,7 +127,7 @@ def heat_map(
         for (step, layer), row in panel.cells.items()
         if step in shown
     ]
-    data = _cell_data(rows, axis, columns) | {"trained": axis.trained_runs, "steps": _step_ticks(steps, names, columns)}
+    data = _cell_data(rows) | {"trained": axis.trained_runs, "steps": _step_ticks(steps, names, columns)}
     legend, legend_data = color_legend(scale, columns, axis.height + 23, panel.spell)
     views = [
         axis.trained_band("heat_band", -10, 0),
@@ -162,11 +163,11 @@ def _cell(column: float, layer: float) -> dict[str, float]:
     return {"left": column, "right": column + 1, "low": layer - 0.5, "high": layer + 0.5}
 
 
-def _cell_data(rows: list[dict[str, Any]], axis: LayerAxis, columns: Columns) -> _Data:
-    """Rows with a value, rows without, and the hatching of these."""
+def _cell_data(rows: list[dict[str, Any]]) -> _Data:
+    """Rows with a value, and rows without."""
     undefined = [row | {"tip": _UNDEFINED} for row in rows if row["value"] is None]
     known = [row for row in rows if row["value"] is not None]
-    return {"cells": known, "undefined": undefined, "hatch": hatched(undefined, axis, columns)}
+    return {"cells": known, "undefined": undefined}
 
 
 def _step_ticks(steps: Sequence[int], names: StepLabels, columns: Columns) -> list[dict[str, Any]]:
@@ -190,12 +191,12 @@ def profile(
     axis = LayerAxis(axis.first, axis.last, axis.trained, labels=not beside)
     last, last_rows = panel.measured[-1], panel.profile(panel.measured[-1])
     low, high = _domain(panel, lines, last_rows)
-    values, inside = Columns(low, high, width), _within(low, high)
-    nulls = [row for row in last_rows if row.null is not None and inside(row.null)]
+    numbers = value_axis(percent=panel.measure.in_percent, tickCount=3, labelPadding=5)
+    values = Columns(low, high, width, numbers)
+    nulls = [row for row in last_rows if row.null is not None and low <= row.null <= high]
     peak = panel.peak(last)
     data: _Data = {
         "trained": axis.trained_runs,
-        "values": [{"x": mark, "text": panel.spell(mark)} for mark in _marks(low, high, 3 if beside else 4)],
         "null_band": list(_area_rows(nulls, "null_low", "null_high")),
         "null": [{**_cell(0, row.layer), "x": row.null} for row in nulls],
         "interval": list(_area_rows(last_rows, "low", "high")),
@@ -206,34 +207,31 @@ def profile(
         ],
         "peak": [] if peak is None else [{"x": peak.value, "layer": peak.layer, "text": _number_of(peak.layer)}],
     }
-    x, y, bottom = values.at("x"), axis.at("layer"), alt.Y2Value(axis.height)
+    x, y = values.at("x"), axis.at("layer")
     # the number of the peak stands on the side that the line does not take
     place = 0.0 if peak is None or peak.value is None else (peak.value - low) / values.pixel
     rightwards = place < width - 22 if panel.measure.seek == "max" else place < 22
     beside_peak = {"align": "left" if rightwards else "right", "dx": 8 if rightwards else -8, "dy": 4}
-    clamped = alt.X(**number("x", scale=values.scale | {"clamp": True}, axis=None))
     views = [
         axis.trained_band("profile_band", -_GAP if beside else -10, width + 6),
         *([] if beside else [axis.trained_bar()]),
-        view("values", "rules", "rule", color=theme.RULE).encode(x=x, y=alt.YValue(0), y2=bottom),
-        text("values", "values", x, axis.height + 13),
         _area("null_band", values, axis, theme.SOFT, 0.2),
         view("null", "null", "rule", color=theme.INK, strokeWidth=1.4, strokeDash=[2, 2.5]).encode(x=x, **axis.rows()),
         _area("interval", values, axis, theme.INK, 0.13),
         view("lines", "lines", "line", strokeJoin="round", strokeCap="round").encode(
-            x=clamped,
+            x=x,
             y=y,
             **line_styles(),
             detail=[nominal("line"), nominal("run")],
             order=alt.Order(**number("layer")),
         ),
         view("points", "points", "point", aria=True, filled=True, size=50, opacity=0).encode(
-            x=clamped, y=y, description=tip()
+            x=x, y=y, description=tip()
         ),
         view("peak", "peak", "point", size=55, fill=theme.CARD, stroke=theme.INK, strokeWidth=1.8, opacity=1).encode(
-            x=clamped, y=y
+            x=x, y=y
         ),
-        text("peak", "peak_number", clamped, y, **beside_peak, **_HALO),
+        text("peak", "peak_number", x, y, **beside_peak, **_HALO),
     ]
     return layered(data, views, width, axis.height), data
 
@@ -272,19 +270,6 @@ def _domain(panel: Panel, lines: Sequence[_Line], last: Sequence[LayerRow]) -> t
     return low, max(high, low + 1e-9, low + 1e-9 * abs(low))
 
 
-def _within(low: float, high: float) -> Callable[[float], bool]:
-    """Whether a value is in a frame."""
-    slack = 1e-9 * (high - low)
-    return lambda value: low - slack <= value <= high + slack
-
-
-def _marks(low: float, high: float, few: int) -> list[float]:
-    """At least two round values in a frame."""
-    inside = _within(low, high)
-    found = ([mark for mark in ticks(low, high, count) if inside(mark)] for count in range(few, 9))
-    return next((marks for marks in found if len(marks) > 1), [])
-
-
 def _runs(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
     """Runs of neighboring layers: a line does not cross a layer that is undefined."""
     runs: list[list[LayerRow]] = []
@@ -312,12 +297,8 @@ def _area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[s
 
 
 def _area(name: str, values: Columns, axis: LayerAxis, color: str, opacity: float) -> alt.Chart:
-    scale = values.scale | {"clamp": True}
     return view(name, name, "area", orient="horizontal", color=color, opacity=opacity).encode(
-        x=alt.X(**number("left", scale=scale, axis=None, stack=None)),
-        x2=alt.X2(field="right"),
-        y=axis.at("layer"),
-        detail=[nominal("run")],
+        **values.span(), y=axis.at("layer"), detail=[nominal("run")]
     )
 
 
@@ -375,7 +356,7 @@ def matrix_figure(
         ),
         *legend,
     ]
-    data = _cell_data(rows, axis, columns) | {"trained": axis.trained_runs} | legend_data
+    data = _cell_data(rows) | {"trained": axis.trained_runs} | legend_data
     chart = layered(data, views, axis.height, axis.height)
     words = f"layer by layer matrix of {len(layers)} layers"
     return Figure(chart, data, (_WIDTH, _TOP + axis.height + 66), (64.0, _TOP), words)

@@ -1,8 +1,8 @@
 """The look of all figures: palettes, colors by role, line styles, and how each color changes on a dark page.
 
 Data flow: figure functions take colors from here -> Vega-Lite writes them into the SVG -> where the reader's page is
-dark, ``dark_css`` replaces them by attribute selectors. Lightness changes evenly along each palette. Teal is kept out of
-the palettes: everywhere in the report, teal means "this layer trains".
+dark, ``dark_css`` replaces them by attribute selectors. Lightness changes evenly along each palette. Teal is in no
+palette: everywhere in the report, teal means "this layer trains".
 """
 
 import math

@@ -25,7 +25,6 @@ from lightning_mm.report.figures.heatmap_parts import (
     cells,
     color_legend,
     either,
-    hatched,
     ring,
     text,
 )
@@ -150,7 +149,6 @@ def trace_map(trace: Trace, trained: TrainedLayers, *, tips: bool = True, headed
         "trained": axis.trained_runs,
         "cells": known,
         "undefined": undefined,
-        "hatch": hatched(undefined, axis, plot),
         "tokens": labels,
         "constraint": [{"x": x} for x in _constraint_sides(found)],
         "peak": list(_peak_row(trace, found)),
