@@ -92,14 +92,22 @@ def line_chart(
         "lines": [row for index, (s, points) in enumerate(lines) for row in _line_rows(index, s, points)],
         "dots": [row for s, points in lines for row in _dot_rows(s, points)],
     }
-    values: dict[str, Any] = {"scale": {"zero": zero, "nice": True}, "axis": {"tickCount": 4}}
+    scale, axis = _value_scale([y for _, points in lines for _, y in points], zero=zero), {"tickCount": 4}
     if share:
-        quarters = [0, 0.25, 0.5, 0.75, 1]
-        values = {"scale": {"domain": [0, 1]}, "axis": {"values": quarters}}
+        scale, axis = {"domain": [0, 1]}, {"values": [0, 0.25, 0.5, 0.75, 1]}
     words = "; ".join(f"{entry.label} ends at {entry.value}" for entry in legend)
-    chart = _chart(data, values["scale"], value_axis(percent=share, labelPadding=7, **values["axis"]))
+    chart = _chart(data, scale, value_axis(percent=share, labelPadding=7, **axis))
     figure = Figure(chart, data, (_WIDTH, _HEIGHT), (_LEFT, _TOP), f"{title}: {words}")
     return LineChart(title, unit, figure, legend, _not_finite(series))
+
+
+def _value_scale(values: Sequence[float], *, zero: bool) -> dict[str, Any]:
+    """A vertical scale that ends at round values; values that are all alike stand inside it."""
+    low, high = min([*values, *([0.0] if zero else [])]), max([*values, *([0.0] if zero else [])])
+    if high - low <= 1e-12 * max(abs(low), abs(high)):
+        room = 0.1 * abs(low) or 1.0
+        low, high = low - room, high + room
+    return {"domain": [low, high], "nice": 4}
 
 
 def _chart(data: Mapping[str, Rows], scale: dict[str, Any], axis: dict[str, Any]) -> alt.LayerChart:

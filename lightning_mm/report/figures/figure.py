@@ -51,7 +51,7 @@ _TIPPED = re.compile(r'<(path|line) aria-label="([^"]*)"([^>]*)/>')
 _TIPPED_TEXT = re.compile(r'<text aria-label="([^"]*)"([^>]*)>([^<]*)</text>')
 _PATH_RUN = re.compile(r'(?:<path d="[^"]*"[^>]*/>){2,}')
 _PATH = re.compile(r'<path d="([^"]*)"([^>]*)/>')
-_DECIMALS = re.compile(r"(\d\.\d\d)\d+")
+_DECIMALS = re.compile(r"-?\d+\.\d{3,}")
 _GEOMETRY = re.compile(r' (?:d|transform)="[^"]*"')
 
 
@@ -140,7 +140,11 @@ def _render(spec: str) -> str:
 
 def _plain_tag(tag: re.Match[str]) -> str:
     """A tag without roles, which the root element replaces, and with coordinates to a hundredth of a pixel."""
-    return _GEOMETRY.sub(lambda match: _DECIMALS.sub(r"\1", match[0]), _ROLES.sub("", tag[0]))
+    return _GEOMETRY.sub(lambda match: _DECIMALS.sub(_rounded, match[0]), _ROLES.sub("", tag[0]))
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
 
 
 def _merged(paths: re.Match[str]) -> str:

@@ -72,7 +72,7 @@ class Track:
         least = 0.6 * (high - low) / (_HEIGHT - 4)  # a value at the baseline still shows as a thin line
 
         def bar(layer: int, value: float) -> dict[str, Any]:
-            end = value if abs(value - baseline) >= least else baseline + least
+            end = value if abs(value - baseline) >= least else baseline - least
             return {"layer": layer, "value": value, **self._column(layer, 0.38), "low": baseline, "high": end}
 
         data: dict[str, list[dict[str, Any]]] = {
