@@ -14,8 +14,9 @@ from PIL import EpsImagePlugin, Image, ImageOps
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
-from lightning_mm.report.html import read_curves, write_report
+from lightning_mm.report.html import write_report
 from lightning_mm.report.sections.samples import thumbnail
+from lightning_mm.report.tables.curves import read_curves
 from tests.helpers.page import Page
 
 CHECKED = ["census.json", "samples.json", "evaluation.json", "decisions.json"]

@@ -1,4 +1,4 @@
-"""What the report says of the layers: the right peak, change and place, each reason once, and no word too much."""
+"""What the report says of the layers: the right peak, change and place, each reason and each note once."""
 
 from dataclasses import replace
 
@@ -6,9 +6,11 @@ import pytest
 
 from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.report.figures import theme
 from lightning_mm.report.sections import selection
-from lightning_mm.report.sections.layers import inside
+from lightning_mm.report.sections.layers import layer_section
 from lightning_mm.report.tables.panels import StepLabels, TrainedLayers
+from tests.helpers.page import boxes, marks
 
 TRAINED = TrainedLayers((2, 3), 6)
 NAMES = StepLabels({})
@@ -20,7 +22,7 @@ def row(step, layer, value, measure="entailment/hard", site="last", **rest):
 
 
 def seen(rows, trained=TRAINED, names=NAMES, bad=0):
-    return inside(rows, bad, trained, names)
+    return layer_section(rows, bad, trained, names)
 
 
 def test_a_headline_says_peak_change_chance_and_place():
@@ -123,7 +125,7 @@ def test_the_whole_inspection_is_sorted_by_question(looked):
 
 def test_each_reason_and_note_stands_once(looked):
     told = seen(read_layers(looked.layers)[0], TrainedLayers.of(read_json(looked.census)))
-    (gap,) = told.gaps
+    (gap,) = told.undefined
     assert (gap.reason, gap.layers) == ("constant: all 240 samples coincide", "embeddings")
     assert gap.places == "last token; last token, caption; last token, picture"
     assert [note for note, _ in told.notes] == ["3 duplicates were left out"]
@@ -132,20 +134,20 @@ def test_each_reason_and_note_stands_once(looked):
 def test_a_measure_without_any_value_is_a_reason_and_no_card():
     told = seen([row(0, i, None) for i in range(-1, 4)])
     assert told.headlines == told.groups == ()
-    assert [(gap.reason, gap.layers) for gap in told.gaps] == [("constant", "embeddings and layers 0–3")]
+    assert [(gap.reason, gap.layers) for gap in told.undefined] == [("constant", "embeddings and layers 0–3")]
 
 
 def test_reasons_that_differ_in_their_numbers_are_one_with_the_range():
     rows = [
         replace(row(0, 0, None, site=f"s{n}"), undefined=f"constant: all {n} samples coincide") for n in (64, 9, 128)
     ]
-    (gap,) = seen(rows).gaps
+    (gap,) = seen(rows).undefined
     assert gap.reason == "constant: all 9–128 samples coincide"
 
 
 def test_nothing_at_all_is_an_empty_section():
     told = seen([], bad=3)
-    assert told.headlines == told.groups == told.gaps == ()
+    assert told.headlines == told.groups == told.undefined == ()
     assert told.left_out == "3 lines of layers.csv cannot be read"
 
 
@@ -194,6 +196,11 @@ def test_the_probe_set_and_what_looking_cost(looked):
     assert selection.cost([{"step": 0, "seconds": {}, "share": None, "problems": ["a", "a"]}])["problems"] == ["a"]
 
 
+def members(track):
+    """How many layers of a range are filled."""
+    return sum(len(boxes(path)) for path in marks(track, "layers") if path.get("fill") in (theme.TEAL, theme.SOFT))
+
+
 def test_the_choice_says_window_interval_peaks_and_rivals(chosen):
     told = selection.chosen(read_json(chosen.selection), TrainedLayers())
     assert (told.expression, told.evidence) == ("7-14", True)
@@ -202,7 +209,7 @@ def test_the_choice_says_window_interval_peaks_and_rivals(chosen):
         ("all together", "highest at layer 11"),
         ("overlap", "highest at layer 13"),
     ]
-    assert [(line.title, line.track.count('class="in"')) for line in told.ranges] == [
+    assert [(line.title, members(line.track)) for line in told.ranges] == [
         ("chosen", 8),
         ("EarlyLayers", 8),
         ("LateLayers", 8),

@@ -90,7 +90,7 @@ def test_drawings_keep_their_size_whatever_the_prompt(images, tokens, layers):
     trace = Trace.of(trace_of(images, layers, texts, kinds))
     found, left_out = columns(trace)
     assert found[0].x == 0
-    assert found[-1].x + found[-1].width <= WIDTH
+    assert found[-1].right <= WIDTH + 1e-6
     assert all(a.x + a.width <= b.x + 0.01 for a, b in pairwise(found))
     assert [i for c in found for i in range(c.first, c.end)] == list(range(images + tokens - left_out))
     assert left_out == 0 or layers == 999
@@ -104,7 +104,7 @@ def test_every_token_has_its_place(kinds):
     raw = trace_of(0, 2, [f"t{i}" for i in range(len(kinds))], kinds)
     found, left_out = columns(Trace.of(raw))
     assert [i for c in found for i in range(c.first, c.end)] == list(range(len(kinds) - left_out))
-    assert found[-1].x + found[-1].width <= WIDTH
+    assert found[-1].right <= WIDTH + 1e-6
 
 
 def test_undefined_cells_are_hatched_and_all_undefined_is_said():

@@ -69,12 +69,14 @@ class ClassMap:
         """The map, with the layers that train marked; ``headed`` with its title above it."""
         axis = LayerAxis.over([layer for layer, _ in self.rows], trained, first=0)
         columns = Columns(0, len(self.classes), _COLUMN * len(self.classes))
-        scale, best, known, undefined = ColorScale.symmetric(self.reach), self.best, [], []
+        scale, best = ColorScale.symmetric(self.reach), self.best
+        known: list[dict[str, Any]] = []
+        undefined: list[dict[str, Any]] = []
         for (layer, kind), row in self.rows.items():
-            left, pale = self.classes.index(kind), includes_no_effect(row)
+            left, opacity = self.classes.index(kind), theme.PALE if includes_no_effect(row) else 1.0
             place = {"left": left, "right": left + 1, "low": layer - 0.5, "high": layer + 0.5}
             cell = {"layer": layer, "kind": kind, **place, "value": row.value, "tip": printable(_tip(row))}
-            (undefined if row.value is None else known).append(cell | {"opacity": theme.PALE if pale else 1.0})
+            (undefined if row.value is None else known).append(cell | {"opacity": opacity})
         peak = (
             [] if best is None else [{"x": self.classes.index(best.site.partition("/")[2]) + 0.5, "layer": best.layer}]
         )

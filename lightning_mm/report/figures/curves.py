@@ -92,7 +92,8 @@ def line_chart(
         "lines": [row for index, (s, points) in enumerate(lines) for row in _line_rows(index, s, points)],
         "dots": [row for s, points in lines for row in _dot_rows(s, points)],
     }
-    scale, axis = _value_scale([y for _, points in lines for _, y in points], zero=zero), {"tickCount": 4}
+    scale = _value_scale([y for _, points in lines for _, y in points], zero=zero)
+    axis: dict[str, Any] = {"tickCount": 4}
     if share:
         scale, axis = {"domain": [0, 1]}, {"values": [0, 0.25, 0.5, 0.75, 1]}
     words = "; ".join(f"{entry.label} ends at {entry.value}" for entry in legend)

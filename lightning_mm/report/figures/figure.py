@@ -22,7 +22,8 @@ import vl_convert
 from lightning_mm.report.figures import theme
 
 Rows = Sequence[Mapping[str, Any]]
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _CONFIG: dict[str, Any] = {
     "background": "transparent",
@@ -181,7 +182,7 @@ def view(data: str, name: str, mark: str, **options: Any) -> alt.Chart:
         mark: rect, rule, line, area, point or text.
         options: Properties of the mark; marks with a ``description`` need ``aria=True``.
     """
-    return alt.Chart(alt.NamedData(data), name=name, mark={"type": mark, "aria": False, **options})
+    return alt.Chart(alt.NamedData(data), name=name, mark={"type": mark, "aria": False, **options})  # type: ignore[arg-type]
 
 
 class _Layers(alt.LayerChart):
@@ -214,6 +215,16 @@ def number(field: str, **options: Any) -> dict[str, Any]:
     return {"field": field, "type": "quantitative"} | options
 
 
+def across(left: float, right: float) -> dict[str, Any]:
+    """Encodings of marks that reach from one place to another, in pixels from the left edge."""
+    return {"x": alt.XValue(left), "x2": alt.X2Value(right)}
+
+
+def down(top: float, bottom: float) -> dict[str, Any]:
+    """Encodings of marks that reach from one place to another, in pixels from the top."""
+    return {"y": alt.YValue(top), "y2": alt.Y2Value(bottom)}
+
+
 def value_axis(*, percent: bool, **options: Any) -> dict[str, Any]:
     """An axis of round values with rules across the plot, labeled as ``tables.numbers`` writes values."""
     label = "format(100 * datum.value, '.1~f') + '\u00a0%'" if percent else _SHORT_LABEL
@@ -228,7 +239,7 @@ def nominal(field: str) -> alt.Detail:
 
 def line_styles() -> dict[str, Any]:
     """Encodings that draw lines in the style that their rows hold, see ``LineStyle.row``."""
-    raw = {"type": "nominal", "scale": None}
+    raw: dict[str, Any] = {"type": "nominal", "scale": None}
     return {
         "color": alt.Color(field="color", **raw),
         "strokeWidth": alt.StrokeWidth(field="width", **raw),

@@ -14,7 +14,7 @@ from typing import Any
 import altair as alt
 
 from lightning_mm.report.figures import theme
-from lightning_mm.report.figures.figure import number, tip, view
+from lightning_mm.report.figures.figure import across, down, number, tip, view
 from lightning_mm.report.tables.panels import EMBEDDINGS, Panel, TrainedLayers
 
 _ROW, _TALLEST, _LABEL_GAP = 14.0, 240.0, 13.0
@@ -66,7 +66,7 @@ class LayerAxis:
         """Encoding of a field on this axis."""
         return alt.Y(**number(field, scale=self.scale, axis=self._numbers() if self.labels else None))
 
-    def across(self, field: str) -> alt.X:
+    def horizontal(self, field: str) -> alt.X:
         """Encoding of a field of layers on a horizontal axis of the same length."""
         return alt.X(**number(field, scale=self.scale, axis=self._numbers(labelPadding=8, orient="bottom")))
 
@@ -106,20 +106,19 @@ class LayerAxis:
 
     def trained_band(self, name: str, left: float, right: float) -> alt.Chart:
         """A light band over the rows that train, from ``left`` to ``right`` in pixels."""
-        ends = {"x": alt.XValue(left), "x2": alt.X2Value(right)}
-        return view("trained", name, "rect", color=theme.WASH).encode(**ends, **self.rows())
+        return view("trained", name, "rect", color=theme.WASH).encode(**across(left, right), **self.rows())
 
     def trained_bar(self) -> alt.Chart:
         """A solid bar beside the rows that train."""
-        ends = {"x": alt.XValue(-10), "x2": alt.X2Value(-6), "description": tip()}
         marked = view("trained", "trained_bar", "rect", aria=True, color=theme.TEAL, cornerRadius=1.5)
-        return marked.encode(**ends, **self.rows())
+        return marked.encode(**across(-10, -6), **self.rows(), description=tip())
 
     def trained_edges(self, right: float) -> list[alt.Chart]:
         """Lines along both edges of what trains, over cells that cover its band."""
-        ends = {"x": alt.XValue(0), "x2": alt.X2Value(right)}
         return [
-            view("trained", f"trained_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(**ends, y=self.at(end))
+            view("trained", f"trained_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(
+                **across(0, right), y=self.at(end)
+            )
             for end in ("low", "high")
         ]
 
@@ -271,13 +270,12 @@ def color_legend(
     if scale.null is not None:
         words = f"{scale.null_word}: {spell(scale.null)}"
         null = [{"x": columns.share(whole * scale.share(scale.null)), "tip": words}]
-    box = {"y": alt.YValue(y), "y2": alt.Y2Value(y + 7)}
     views = [
-        view("scale", "scale", "rect").encode(**columns.span(), **box, color=scale.encoding()),
+        view("scale", "scale", "rect").encode(**columns.span(), **down(y, y + 7), color=scale.encoding()),
         text("scale_ends", "scale_ends", columns.at("x"), y + 19),
         view(
             "scale_null", "scale_null", "rule", aria=True, color=theme.INK, strokeWidth=1.4, strokeDash=[2, 2.5]
-        ).encode(x=columns.at("x"), y=alt.YValue(y - 3), y2=alt.Y2Value(y + 7), description=tip()),
+        ).encode(x=columns.at("x"), **down(y - 3, y + 7), description=tip()),
     ]
     return views, {"scale": strip, "scale_ends": ends, "scale_null": null}
 

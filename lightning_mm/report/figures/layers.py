@@ -17,6 +17,7 @@ from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.curves import LegendEntry
 from lightning_mm.report.figures.figure import (
     Figure,
+    down,
     layered,
     line_styles,
     nominal,
@@ -93,13 +94,14 @@ def panel_figure(
     alone, last = len(steps) == 1, panel.measured[-1]
     lines = _profile_lines(panel, names, withheld)
     chart, data = profile(panel, axis, lines, names, width=_WIDTH - _LEFT - _RIGHT - (0 if alone else _HEAT + _GAP))
+    shown: alt.LayerChart | alt.HConcatChart = chart
     if not alone:
         heat, cell_data = heat_map(panel, axis, steps, names, tips=columns >= MOST_COLUMNS)
-        chart, data = side_by_side([heat, chart], _GAP), data | cell_data
+        shown, data = side_by_side([heat, chart], _GAP), data | cell_data
     left_out = len(panel.steps) - len(steps)
     return PanelFigure(
         Figure(
-            chart,
+            shown,
             data,
             (_WIDTH, _TOP + axis.height + (20 if alone else 44)),
             (_LEFT, _TOP),
@@ -153,7 +155,7 @@ def heat_map_figure(panel: Panel, beside: Sequence[Panel], trained: TrainedLayer
     steps = subsample_steps(panel.steps, MOST_COLUMNS)
     chart, data = heat_map(panel, axis, steps, StepLabels({}), tips=False, width=_HEAT_ALONE)
     heading = {"text": printable(panel.place or panel.measure.title), "align": "left", "strong": True}
-    chart = alt.layer(chart, text("heading", "heading", 0, -10))
+    chart.layer.append(text("heading", "heading", 0, -10))
     size = (_LEFT + _HEAT_ALONE + _RIGHT, 3 * _TOP + axis.height + 44)
     return Figure(chart, data | {"heading": [heading]}, size, (_LEFT, 3 * _TOP), panel.measure.title)
 
@@ -336,21 +338,23 @@ def matrix_figure(
         for i, a in enumerate(layers)
         for j, b in enumerate(layers)
     ]
-    known = [row["value"] for row in rows if row["value"] is not None] or [0.0]
+    known = [value for row in values for value in row if value is not None] or [0.0]
     scale = ColorScale(min(0.0, *known), max(1.0, *known))
     legend, legend_data = color_legend(scale, columns, axis.height + 33, short)
-    below = {"y": alt.YValue(axis.height + 3), "y2": alt.Y2Value(axis.height + 7)}
-    whole = {"y": alt.YValue(0), "y2": alt.Y2Value(axis.height)}
+    below = down(axis.height + 3, axis.height + 7)
     views = [
         axis.trained_bar(),
         *cells(axis, columns, scale, **({"description": tip()} if tips else {})),
         *axis.trained_edges(axis.height),
         view("trained", "trained_below", "rect", aria=True, color=theme.TEAL, cornerRadius=1.5).encode(
-            x=axis.across("low"), x2=alt.X2(field="high"), **below, description=tip()
+            x=axis.horizontal("low"),
+            x2=alt.X2(field="high"),
+            **down(axis.height + 3, axis.height + 7),
+            description=tip(),
         ),
         *(
             view("trained", f"trained_across_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(
-                x=axis.across(end), **whole
+                x=axis.horizontal(end), **down(0, axis.height)
             )
             for end in ("low", "high")
         ),

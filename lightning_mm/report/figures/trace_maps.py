@@ -209,7 +209,8 @@ def probability_drop(trace: Trace) -> str:
 
 def _cell_rows(trace: Trace, found: Sequence[Column]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Cells with a value, and cells without."""
-    known, undefined = [], []
+    known: list[dict[str, Any]] = []
+    undefined: list[dict[str, Any]] = []
     names = [printable(_column_name(trace, column)) for column in found]
     for layer, row in zip(trace.layers, trace.values, strict=True):
         for name, column in zip(names, found, strict=True):

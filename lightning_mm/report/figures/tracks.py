@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 
 from lightning_mm.report.figures import theme
-from lightning_mm.report.figures.figure import Figure, layered, number, view, without_validation
+from lightning_mm.report.figures.figure import Figure, down, layered, number, view, without_validation
 from lightning_mm.report.figures.heatmap_parts import either
 from lightning_mm.report.tables.panels import Panel
 
@@ -39,10 +39,9 @@ class Track:
         """Which layers belong to a range: a filled block for each that does, a pale one for the others."""
         layers = range(max(self.first, 0), self.last + 1)
         rows = [{"layer": i, **self._column(i, 0.4), "member": i in members} for i in layers]
-        blocks = {"y": alt.YValue(6), "y2": alt.Y2Value(34)}
         look = {"color": either("member", color, theme.QUIET), "opacity": either("member", 1, 0.55)}
         marks = view("layers", "layers", "rect", **look)
-        return self._figure([marks.encode(**self._across(), **blocks)], {"layers": rows})
+        return self._figure([marks.encode(**self._across(), **down(6, 34))], {"layers": rows})
 
     @without_validation
     def bars(
@@ -90,7 +89,7 @@ class Track:
         framed = view("undefined", "undefined", "rect", filled=False, **frame)
         marks = [
             view("bars", "bars", "rect", color=color).encode(**self._across(), y=at["low"], y2=alt.Y2(field="high")),
-            framed.encode(**self._across(), y=alt.YValue(2), y2=alt.Y2Value(_HEIGHT - 2)),
+            framed.encode(**self._across(), **down(2, _HEIGHT - 2)),
             view("null", "null", "rule", **line, strokeDash=[2, 2.5]).encode(y=at["y"]),
             view("before", "before", "rule", **line).encode(**self._across(), y=at["y"]),
             view("spread", "spread", "rule", **line).encode(x=self._at("x"), y=at["low"], y2=alt.Y2(field="high")),
@@ -115,7 +114,7 @@ class Track:
         width = _COLUMN * (self.last - self.first + 1)
         inside = [layer for layer in sorted(self.trained) if self.first <= layer <= self.last]
         bands = view("trained", "trained", "rect", color=theme.WASH)
-        band = bands.encode(**self._across(), y=alt.YValue(0), y2=alt.Y2Value(_HEIGHT))
+        band = bands.encode(**self._across(), **down(0, _HEIGHT))
         data = data | {"trained": [{"layer": layer, **self._column(layer, 0.51)} for layer in inside]}
         chart = layered(data, [band, *marks], width, _HEIGHT)
         return Figure(chart, data, (width, _HEIGHT), (0, 0), "", _STRETCHED)

@@ -331,6 +331,6 @@ def _measure_figure(
     withheld = next(
         (p for p in drawn if p.measure.name == without and p.site == panel.site and p.profile(p.steps[-1])), None
     )
-    drawn = panel_figure(panel, trained, names, withheld, columns=columns)
+    shown = panel_figure(panel, trained, names, withheld, columns=columns)
     known = panel.measure
-    return MeasureFigure(known.title, panel.place, known.meaning, drawn.figure.svg(), drawn.legend, drawn.note)
+    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.svg(), shown.legend, shown.note)
