@@ -136,7 +136,10 @@ def _render(spec: str) -> str:
     drawn = _TAG.sub(_plain_tag, _AXIS_LABEL.sub(r"\1", _FRAMES.sub("", drawn)))
     drawn = _TIPPED.sub(r"<\1\3><title>\2</title></\1>", drawn)
     drawn = _TIPPED_TEXT.sub(r"<text\2>\3<title>\1</title></text>", drawn)
-    return _PATH_RUN.sub(_merged, drawn.replace("<title></title>", ""))
+    drawn = drawn.replace("<title></title>", "").replace(
+        '<g class="mark-rect', '<g shape-rendering="crispEdges" class="mark-rect'
+    )
+    return _PATH_RUN.sub(_merged, drawn)
 
 
 def _plain_tag(tag: re.Match[str]) -> str:

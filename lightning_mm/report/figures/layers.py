@@ -341,7 +341,6 @@ def matrix_figure(
     known = [value for row in values for value in row if value is not None] or [0.0]
     scale = ColorScale(min(0.0, *known), max(1.0, *known))
     legend, legend_data = color_legend(scale, columns, axis.height + 33, short)
-    below = down(axis.height + 3, axis.height + 7)
     views = [
         axis.trained_bar(),
         *cells(axis, columns, scale, **({"description": tip()} if tips else {})),

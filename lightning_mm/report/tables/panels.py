@@ -1,6 +1,6 @@
 """Rows of layers.csv, sorted into one panel per measure and site: what a heat map, a profile and a headline read.
 
-Data flow: ``layers_file.read_layers`` -> panels -> ``heatmaps``, ``profiles``, ``tracks``, ``online_layers`` draw them.
+Data flow: ``layer_table.read_layers`` -> panels -> ``figures.layers``, ``figures.tracks`` and ``wandb_layers`` draw them.
 
 Shapes: a panel is S steps x L layers; layer -1 is the embeddings, layer i the output of decoder block i.
 """
