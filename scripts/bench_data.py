@@ -26,7 +26,7 @@ from PIL import Image
 
 from lightning_mm.data import images
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.chat import Chat
+from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models import processor
@@ -121,7 +121,7 @@ def profile(data: MMDataModule) -> dict[str, float]:
     """Milliseconds of CPU time of each part, without those of the parts inside it."""
     parts = {
         "decode": (images, "load"),
-        "template": (Chat, "render"),
+        "template": (ChatRenderer, "render"),
         "tokenize": (processor._RecordingTokenizer, "__call__"),
         "processor": (processor.Processing, "encode"),
         "collate": (Collator, "__call__"),

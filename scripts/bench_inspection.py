@@ -1,4 +1,4 @@
-"""How long one look takes without the forward pass: probes, CKA matrix, neighbours, dimension of all layers at once.
+"""How long one look takes without the forward pass: probes, CKA matrix, neighbors, dimension of all layers at once.
 
     python scripts/bench_inspection.py [--out benchmarks/inspection.json]
 
@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from lightning_mm.geometry.cka import cka, cka_matrix
-from lightning_mm.geometry.dimension import gride, two_nn
+from lightning_mm.geometry.intrinsic_dimension import gride, two_nn
 from lightning_mm.geometry.knn_overlap import label_overlap, overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
 from lightning_mm.probes.probe import probe
 
 LAYERS, SAMPLES, FEATURES, LABELS = 31, 1000, 576, 6
@@ -50,12 +50,12 @@ def main() -> None:
     def keep(name: str, value: object) -> None:
         held[name] = value
 
-    a, b = Bank.of(pictures), Bank.of(captions)
+    a, b = Representations.of(pictures), Representations.of(captions)
     parts: dict[str, Callable[[], object]] = {
         "binary probe": lambda: probe(pictures, labels[:, 0], groups, kind="multinomial"),
         f"multi-label probe, {LABELS} labels": lambda: probe(pictures, labels, groups, kind="multilabel"),
         "Gram matrices and distances": lambda: [each.squared_distances(i) for each in (a, b) for i in range(LAYERS)],
-        "neighbours": lambda: (keep("a", Neighbours.of(a)), keep("b", Neighbours.of(b))),
+        "neighbours": lambda: (keep("a", Neighbors.of(a)), keep("b", Neighbors.of(b))),
         "overlap of picture and caption": lambda: overlap(held["a"], held["b"], 30),  # type: ignore[arg-type]
         "label overlap": lambda: label_overlap(held["a"], labels[:, 0], 30),  # type: ignore[arg-type]
         "CKA of picture and caption": lambda: cka(a, b),

@@ -26,7 +26,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from lightning_mm.core.estimate import values
-from lightning_mm.probes.cross_validation import dealt
+from lightning_mm.probes.cross_validation import stratified_group_folds
 from lightning_mm.probes.probe import probe
 
 SEED = 0
@@ -51,7 +51,7 @@ def hidden_states(layers: int, samples: int, features: int, classes: int) -> tup
 
 def loop(x_LND: Tensor, labels_N: Tensor, groups_N: Tensor, c_values: list[float]) -> list[float]:
     """Test accuracy per layer, by scikit-learn."""
-    part = dealt(labels_N, groups_N, 5, SEED).numpy()
+    part = stratified_group_folds(labels_N, groups_N, 5, SEED).numpy()
     labels, test, choice = labels_N.numpy(), part == 0, part == 1
     fit = ~(test | choice)
     found = []

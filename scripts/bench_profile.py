@@ -11,7 +11,7 @@ import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,8 +27,8 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.collators import is_pixels
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
-from lightning_mm.execution.frozen_dtype import hold_frozen
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.frozen_dtype import cast_frozen_weights
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly
@@ -69,14 +69,14 @@ class Way:
         self.module.configure_model()
         if bf16:
             module = self.module
-            hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed", module.compute.frozen_dtype)
+            cast_frozen_weights(module.mm, module.plan, "bf16-mixed", ExitStack(), module.compute.frozen_dtype)
         self.module.train()
         self.autocast: Callable[[], Any] = lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         with self.autocast():
-            cut_tower(self.module.model, self.module.anatomy, example)
-        groups = parameter_groups(self.module.model, self.module.anatomy, self.module.plan, self.module.optimizer)
+            truncate_tower(self.module.mm, example, ExitStack())
+        groups = parameter_groups(self.module.mm, self.module.plan, self.module.optimizer)
         self.optimizer = build_optimizer(groups, self.module.optimizer)
-        self.prefix = FrozenPrefix(self.module.model, self.module.anatomy, FIRST) if kept else None
+        self.prefix = FrozenPrefix(self.module.mm, FIRST) if kept else None
 
     def step(self, batch: Batch) -> Split:
         """Seconds by part and kind."""

@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from machine import processor
 
-from lightning_mm.causal.effects.activation_patching import Tracing, trace
-from lightning_mm.causal.interventions.corruption import Corrupt, corrupted
-from lightning_mm.causal.interventions.interventions import Intervention, intervened
+from lightning_mm.causal.effects.activation_patching import TraceConfig, causal_trace
+from lightning_mm.causal.interventions.corruption import CorruptedQuestion, corrupt_question
+from lightning_mm.causal.interventions.interventions import Intervention, apply_interventions
 from lightning_mm.causal.questions.files import read_questions
-from lightning_mm.causal.questions.question import Asked, Asker
-from lightning_mm.causal.questions.scoring import answered
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.causal.questions.question import EncodedQuestion, QuestionEncoder
+from lightning_mm.causal.questions.scoring import answer_questions
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 
@@ -42,17 +43,17 @@ def main() -> None:
     args = parser.parse_args()
     model: Any = load_model(Backbone(path=args.model))
     model.eval().requires_grad_(False)
-    anatomy, processing = Anatomy.of(model), load_processing(args.model)
-    asked, corrupt, target = _question(model, anatomy, processing, args.questions)
+    layout, processing = ModelLayout.of(model), load_processing(args.model)
+    encoded, corrupt, target = _question(model, layout, processing, args.questions)
     began = time.process_time()
-    found = trace(model, anatomy, asked, corrupt, Tracing(sites=SITES), target)
+    found = causal_trace(MultimodalModel(model, layout), encoded, corrupt, TraceConfig(sites=SITES), target)
     ours = time.process_time() - began
     first = int(found.units[0][0])
-    text = [position for position in range(asked.length) if position not in set(asked.image.tolist())]
-    every = [(site, layer, token) for site in SITES for layer in range(anatomy.num_layers) for token in text]
+    text = [position for position in range(encoded.length) if position not in set(encoded.image.tolist())]
+    every = [(site, layer, token) for site in SITES for layer in range(layout.num_layers) for token in text]
     drawn = random.Random(0).sample(every, min(args.passes, len(every)))
     began = time.process_time()
-    plain = [_restored(model, anatomy, asked, corrupt, target, *each) for each in drawn]
+    plain = [_restored(model, layout, encoded, corrupt, target, *each) for each in drawn]
     theirs = (time.process_time() - began) / len(drawn) * len(every)
     units = {int(unit[0]): number for number, unit in enumerate(found.units)}
     differences = [
@@ -64,11 +65,11 @@ def main() -> None:
         "torch": torch.__version__,
         "model": type(model).__name__,
         "shape": {
-            "layers": anatomy.num_layers,
-            "tokens": asked.length,
-            "image_tokens": len(asked.image),
+            "layers": layout.num_layers,
+            "tokens": encoded.length,
+            "image_tokens": len(encoded.image),
             "text_tokens": len(text),
-            "from_first_changed": asked.length - first,
+            "from_first_changed": encoded.length - first,
         },
         "cpu_seconds": round(ours, 2),
         "plain_cpu_seconds": round(theirs, 1),
@@ -81,35 +82,46 @@ def main() -> None:
     args.out.write_text(json.dumps(told, indent=2) + "\n")
 
 
-def _question(model: Any, anatomy: Anatomy, processing: Any, path: str) -> tuple[Asked, Corrupt, int]:
+def _question(
+    model: Any, layout: ModelLayout, processing: Any, path: str
+) -> tuple[EncodedQuestion, CorruptedQuestion, int]:
     """The first question that is answered right and can be corrupted."""
-    asker = Asker(processing)
+    encoder = QuestionEncoder(processing)
     for question in read_questions(path).questions:
-        asked = asker.ask(question)
-        if isinstance(asked, Asked):
-            for answer in answered(model, anatomy, asker, [asked], torch.device("cpu"))[0]:
-                corrupt = corrupted(asked, "token", [asked], processing, model, anatomy)
-                if answer.right and isinstance(corrupt, Corrupt):
-                    return asked, corrupt, answer.target
+        encoded = encoder.encode(question)
+        if isinstance(encoded, EncodedQuestion):
+            for answer in answer_questions(MultimodalModel(model, layout), encoder, [encoded], torch.device("cpu"))[0]:
+                corrupt = corrupt_question(encoded, "token", [encoded], processing, MultimodalModel(model, layout))
+                if answer.right and isinstance(corrupt, CorruptedQuestion):
+                    return encoded, corrupt, answer.target
     raise SystemExit("no question is answered right")
 
 
 @torch.no_grad()
 def _restored(
-    model: Any, anatomy: Anatomy, asked: Asked, corrupt: Corrupt, target: int, site: Any, layer: int, token: int
+    model: Any,
+    layout: ModelLayout,
+    encoded: EncodedQuestion,
+    corrupt: CorruptedQuestion,
+    target: int,
+    site: Any,
+    layer: int,
+    token: int,
 ) -> float:
     """One pass of the plain loop: three rows, the last one restored."""
     rows = {
-        name: torch.cat([asked.inputs[name], tensor, tensor])
+        name: torch.cat([encoded.inputs[name], tensor, tensor])
         if tensor.shape[0] == 1
-        else torch.cat([asked.inputs[name]] * 3)
+        else torch.cat([encoded.inputs[name]] * 3)
         for name, tensor in corrupt.inputs.items()
     }
 
     def restore(change: Any) -> torch.Tensor:
         return torch.cat([change.output[:2], change.output[:1]])
 
-    with intervened(model, anatomy, [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]):
+    with apply_interventions(
+        MultimodalModel(model, layout), [Intervention("restore", site, (layer,), torch.tensor([token]), restore)]
+    ):
         logits = model(**rows, use_cache=False).logits[2, -1].double()
     return float(logits.softmax(-1)[target])
 

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,12 +34,13 @@ from lightning_mm.cli.plan import POLICIES
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.execution.frozen_dtype import hold_frozen
-from lightning_mm.execution.step import Compute, TrainingStep
-from lightning_mm.execution.vision_truncation import cut_tower
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.step import TrainingStep
+from lightning_mm.execution.vision_truncation import truncate_tower
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone
-from lightning_mm.planning.devices import matmul_peak, wait_for
+from lightning_mm.planning.devices import benchmark_matmul, synchronize
 from lightning_mm.planning.flops import step_flops
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
@@ -70,28 +72,27 @@ def tested(seconds: float) -> dict[str, Any]:
 def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], device: torch.device, peak: float) -> Any:
     """Seconds, tokens, memory and MFU of one policy's steps."""
     model = built(shape, device)
-    anatomy = Anatomy.of(model)
-    plan = policy.plan(anatomy)
+    layout = ModelLayout.of(model)
+    plan = policy.plan(layout)
     floor = sum(_floor(shape, policy, batch) for batch in batches[1:]) / (len(batches) - 1)
-    apply_plan(model, anatomy, plan)
-    hold_frozen(model, anatomy, plan, PRECISION)
-    step = TrainingStep(model, anatomy, plan, Compute(), checkpointing=False)
+    apply_plan(MultimodalModel(model, layout), plan)
+    step = TrainingStep(MultimodalModel(model, layout), plan, Compute(), checkpointing=False, precision=PRECISION)
     settings = OptimizerSettings(lr=1e-5)
-    optimizer = build_optimizer(parameter_groups(model, anatomy, plan, settings), settings)
+    optimizer = build_optimizer(parameter_groups(MultimodalModel(model, layout), plan, settings), settings)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     seconds = []
     with torch.autocast(device.type, torch.bfloat16):
-        cut_tower(model, anatomy, batches[0].to(device))
+        truncate_tower(MultimodalModel(model, layout), batches[0].to(device), ExitStack())
     for batch in batches:
-        wait_for(device)
+        synchronize(device)
         began = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16):
             loss = step.objective(batch.to(device)).nll / batch.num_supervised
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        wait_for(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - began)
     taken = median(seconds[1:])
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
@@ -109,8 +110,8 @@ def speed_of(shape: Shape, policy: TuningPolicy, batches: Sequence[Batch], devic
 def _floor(shape: Shape, policy: TuningPolicy, batch: Batch) -> float:
     with torch.device("meta"):
         model = shape.model()
-    anatomy = Anatomy.of(model)
-    return step_flops(model, anatomy, policy.plan(anatomy), batch).floor
+    layout = ModelLayout.of(model)
+    return step_flops(MultimodalModel(model, layout), policy.plan(layout), batch).floor
 
 
 def looked_into(device: torch.device, folder: Path, small: bool) -> dict[str, float]:
@@ -156,7 +157,7 @@ def main() -> None:
     if not (torch.cuda.is_available() or args.small):
         raise SystemExit("There is no CUDA device here; --small runs the same on the CPU.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(device, torch.bfloat16)
+    peak = benchmark_matmul(device, torch.bfloat16)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     result: dict[str, Any] = {"device": name, **versions, "precision": PRECISION, "rows": args.rows, "peak_flops": peak}

@@ -9,8 +9,8 @@ import sys
 from lightning_mm.cli.plan import POLICIES
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone
+from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.planning.plan import Blueprint, Setting, forecast
 
 
 def main(model: str = "nano/model", data: str = "nano/data/train.json") -> None:
@@ -18,11 +18,11 @@ def main(model: str = "nano/model", data: str = "nano/data/train.json") -> None:
     source = MMDataModule(train=data, batch_size=4, num_workers=0, processor=model)
     source.setup("fit")
     batch = next(iter(source.train_dataloader()))
-    blueprint = Blueprint(Backbone(path=model), batch)
+    blueprint = MetaModel(Backbone(path=model), batch)
     print("| policy | trains | weights | FLOPs of a step |\n|---|---|---|---|")
     full = 0.0
     for policy in POLICIES:
-        told = forecast(blueprint, policy, [batch], Setting(), DEVICES["h200"])
+        told = estimate_cost(blueprint, policy, [batch], RunSettings(), DEVICES["h200"])
         full = full or told.flops.floor
         trains = ", ".join(row.region for row in told.census.rows if row.trainable).replace(", layers ", ", ")
         share = told.census.trainable / told.census.total

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 started=$(date +%s)
 source scripts/setup.sh nano
 
-python -m lightning_mm.nano.model.nano nano/model
+python -m lightning_mm.nano.model nano/model
 python -m lightning_mm.nano.data nano/data
 
 common=(-c configs/data/nano.yaml -c configs/trainer/cpu.yaml)

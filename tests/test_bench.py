@@ -12,6 +12,7 @@ import pytest
 
 from lightning_mm.__main__ import main
 from lightning_mm.data.datamodule import MMDataModule
+from tests.helpers.data import Family
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
@@ -19,8 +20,6 @@ sys.path.insert(0, str(SCRIPTS))
 from bench_rivals import arms, results, running, table  # noqa: E402
 from bench_rivals.rows import write_rows  # noqa: E402
 from bench_rivals.stopwatch import VARIABLE  # noqa: E402
-
-Family = Callable[[str], Path]
 
 
 def a_run(seconds: float, losses: list[float], ids: int = 1) -> dict[str, Any]:

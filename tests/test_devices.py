@@ -16,9 +16,8 @@ from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, parameter_groups
-from tests.helpers.training import losses_of, train
-from tests.training.test_resume import Losses
-from tests.tuning.test_policies import Family, batch_of
+from tests.helpers.data import Family, batch_of
+from tests.helpers.training import Losses, losses_of, train
 
 DEVICES = ("cpu", *(("cuda",) if torch.cuda.is_available() else ()))
 EVERY = Schedule(every=2, budget=None)
@@ -66,7 +65,7 @@ def test_a_model_in_nf4_learns(policy: TuningPolicy, device: str, wide: Family, 
     module = MMModule(Backbone(path=str(wide("llava")), quantization="nf4"), policy, OptimizerSettings(lr=1e-2))
     module.configure_model()
     module.to(device)
-    groups = parameter_groups(module.model, module.anatomy, module.plan, module.optimizer)
+    groups = parameter_groups(module.mm, module.plan, module.optimizer)
     optimizer = build_optimizer(groups, module.optimizer)
     batch = batch_of(wide("llava"), data).to(device)
     losses = losses_of(module, batch, optimizer, 8)

@@ -1,10 +1,13 @@
-"""The geometry of a reading: the shape of each layer's representations, and where picture and caption meet.
+"""Geometry of hidden states: the shape of each layer's representations, and how alike picture and caption are.
 
-Data flow: ``Reading`` -> one centred Gram per place -> every measure of ``lightning_mm.geometry`` -> ``Findings``.
+Sites of one position: ``picture`` and ``text`` (last prompt token, of a question about a picture or about its caption),
+``image`` (mean of the image tokens). Site pairs: ``last`` (those two), ``image~text`` (mean of the image tokens against
+mean of the caption tokens), ``token`` (one random token of each, as Palacios et al. 2026, arXiv:2606.03871).
 
-Sites of one place: ``picture`` and ``text`` (last prompt token, asked about a picture or about its caption), ``image``
-(mean of the picture's tokens). Pairs: ``last`` (those two), ``image~text`` (mean of the picture's tokens against mean
-of the caption's), ``token`` (one random token of each, 2606.03871's reading).
+Data flow: ``HiddenStates`` -> one centered Gram matrix per position -> every measure of ``lightning_mm.geometry`` ->
+``Findings``.
+
+Shapes: T slices (embeddings and blocks), N samples, D hidden size.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,101 +17,112 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.findings import Findings, Matrix
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import Selected, paired, select
+from lightning_mm.analysis.findings import Findings, LayerMatrix
+from lightning_mm.analysis.hidden_states import SITES, HiddenStates
+from lightning_mm.analysis.select_rows import SelectedRows, select_pairs, select_rows
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.geometry import block_influence, cca, cka, dimension, divergence, isotropy, modality_gap, rsa
-from lightning_mm.geometry.gride import Gride
+from lightning_mm.geometry import (
+    block_influence,
+    cca,
+    cka,
+    divergence,
+    intrinsic_dimension,
+    isotropy,
+    modality_gap,
+    rsa,
+)
 from lightning_mm.geometry.information_imbalance import information_imbalance
 from lightning_mm.geometry.knn_overlap import label_overlap, overlap
-from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.neighbors import Neighbors
 from lightning_mm.geometry.procrustes import procrustes
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 from lightning_mm.geometry.separability import separability
 from lightning_mm.geometry.spectrum import Spectrum, alpha_req, effective_rank, entropy, participation_ratio, rankme
 
-SITES: Mapping[str, str] = {"picture": "picture/last", "text": "text/last", "image": "picture/image"}
-PAIRS: Mapping[str, tuple[str, str]] = {
+SITE_PAIRS: Mapping[str, tuple[str, str]] = {
     "last": ("picture/last", "text/last"),
     "image~text": ("picture/image", "text/text"),
     "token": ("picture/token", "text/token"),
 }
+"""Site of pair measures -> the two positions that are compared."""
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
-    """The vectors of one place and what is derived from them once.
+class PositionData:
+    """The vectors of one position, and what several measures derive from them, computed once.
 
     Args:
         selected: (T, N, D) features with their rows and pictures.
-        k: Neighbours.
-        classes: Names of the objects that labels speak of.
+        k: Number of neighbors.
     """
 
-    selected: Selected
+    selected: SelectedRows
     k: int
 
-    @cached_property
-    def bank(self) -> Bank:
-        return Bank.of(self.selected.features)
+    @classmethod
+    def of(cls, selected: SelectedRows, k: int, device: torch.device) -> "PositionData":
+        """Vectors on a device, and k for their number."""
+        return cls(selected.to(device), num_neighbors(k, len(selected)))
 
     @cached_property
-    def neighbours(self) -> Neighbours:
-        return Neighbours.of(self.bank)
+    def reps(self) -> Representations:
+        return Representations.of(self.selected.features)
+
+    @cached_property
+    def neighbors(self) -> Neighbors:
+        return Neighbors.of(self.reps)
 
     @cached_property
     def spectrum(self) -> Spectrum:
-        return Spectrum.of(self.bank)
+        return Spectrum.of(self.reps)
 
     @property
     def groups(self) -> Tensor:
         return self.selected.groups
 
 
-OneSite = Callable[[Place], list[Estimate]]
-TwoSites = Callable[[Place, Place], list[Estimate]]
-
-SHAPES: Mapping[str, OneSite] = {
-    "id_twonn": lambda p: dimension.two_nn(p.neighbours, groups=p.groups),
-    "id_gride": lambda p: dimension.gride(p.neighbours, *scales(len(p.selected)), groups=p.groups),
-    "id_calibrated": lambda p: _calibrated(p, *scales(len(p.selected))),
-    "participation_ratio": lambda p: participation_ratio(p.bank, groups=p.groups),
+SINGLE_MEASURES: Mapping[str, Callable[[PositionData], list[Estimate]]] = {
+    "id_twonn": lambda p: intrinsic_dimension.two_nn(p.neighbors, groups=p.groups),
+    "id_gride": lambda p: intrinsic_dimension.gride(p.neighbors, *gride_scales(len(p.selected)), groups=p.groups),
+    "id_calibrated": lambda p: intrinsic_dimension.calibrated_dimension(
+        SINGLE_MEASURES["id_gride"](p), intrinsic_dimension.Gride(*gride_scales(len(p.selected)))
+    ),
+    "participation_ratio": lambda p: participation_ratio(p.reps, groups=p.groups),
     "effective_rank": lambda p: effective_rank(p.spectrum, p.groups),
-    "rankme": lambda p: rankme(p.bank, p.groups),
+    "rankme": lambda p: rankme(p.reps, p.groups),
     "entropy": lambda p: entropy(p.spectrum, p.groups),
     "alpha_req": lambda p: alpha_req(p.spectrum, groups=p.groups),
-    "anisotropy": lambda p: isotropy.anisotropy(p.bank, p.groups),
-    "uniformity": lambda p: isotropy.uniformity(p.bank, groups=p.groups),
+    "anisotropy": lambda p: isotropy.anisotropy(p.reps, p.groups),
+    "uniformity": lambda p: isotropy.uniformity(p.reps, groups=p.groups),
     "block_influence": lambda p: block_influence.block_influence(p.selected.features, p.groups),
     "angular_distance": lambda p: block_influence.angular_distance(p.selected.features, p.groups),
 }
-"""Measures of one place."""
+"""Measures of one position."""
 
-MEETINGS: Mapping[str, TwoSites] = {
-    "overlap": lambda a, b: overlap(a.neighbours, b.neighbours, a.k, a.groups),
-    "cka": lambda a, b: cka.cka(a.bank, b.bank, a.groups),
-    "cka_rbf": lambda a, b: cka.cka_rbf(a.bank, b.bank, groups=a.groups),
-    "cka_biased": lambda a, b: cka.cka_biased(a.bank, b.bank, a.groups),
-    "svcca": lambda a, b: cca.svcca(a.bank, b.bank, groups=a.groups),
-    "pwcca": lambda a, b: cca.pwcca(a.bank, b.bank, groups=a.groups),
-    "procrustes": lambda a, b: procrustes(a.bank, b.bank, groups=a.groups),
-    "rsa": lambda a, b: rsa.rsa(a.bank, b.bank, groups=a.groups),
-    "imbalance_image_to_text": lambda a, b: information_imbalance(a.bank, b.bank, groups=a.groups),
-    "imbalance_text_to_image": lambda a, b: information_imbalance(b.bank, a.bank, groups=a.groups),
-    "alignment": lambda a, b: modality_gap.alignment(a.bank, b.bank, a.groups),
-    "gap": lambda a, b: modality_gap.modality_gap(a.bank, b.bank, groups=a.groups),
-    "gap_auc": lambda a, b: separability(a.bank, b.bank, groups=a.groups),
-    "matched_cosine": lambda a, b: modality_gap.matched_cosine(a.bank, b.bank, a.groups),
-    "token_cosine": lambda a, b: modality_gap.token_cosine(a.bank, b.bank, a.groups),
-    "frechet": lambda a, b: divergence.frechet(a.bank, b.bank),
-    "mmd": lambda a, b: divergence.mmd(a.bank, b.bank),
+PAIR_MEASURES: Mapping[str, Callable[[PositionData, PositionData], list[Estimate]]] = {
+    "overlap": lambda a, b: overlap(a.neighbors, b.neighbors, a.k, a.groups),
+    "cka": lambda a, b: cka.cka(a.reps, b.reps, a.groups),
+    "cka_rbf": lambda a, b: cka.cka_rbf(a.reps, b.reps, groups=a.groups),
+    "cka_biased": lambda a, b: cka.cka_biased(a.reps, b.reps, a.groups),
+    "svcca": lambda a, b: cca.svcca(a.reps, b.reps, groups=a.groups),
+    "pwcca": lambda a, b: cca.pwcca(a.reps, b.reps, groups=a.groups),
+    "procrustes": lambda a, b: procrustes(a.reps, b.reps, groups=a.groups),
+    "rsa": lambda a, b: rsa.rsa(a.reps, b.reps, groups=a.groups),
+    "imbalance_image_to_text": lambda a, b: information_imbalance(a.reps, b.reps, groups=a.groups),
+    "imbalance_text_to_image": lambda a, b: information_imbalance(b.reps, a.reps, groups=a.groups),
+    "alignment": lambda a, b: modality_gap.alignment(a.reps, b.reps, a.groups),
+    "gap": lambda a, b: modality_gap.modality_gap(a.reps, b.reps, groups=a.groups),
+    "gap_auc": lambda a, b: separability(a.reps, b.reps, groups=a.groups),
+    "matched_cosine": lambda a, b: modality_gap.matched_cosine(a.reps, b.reps, a.groups),
+    "token_cosine": lambda a, b: modality_gap.token_cosine(a.reps, b.reps, a.groups),
+    "frechet": lambda a, b: divergence.frechet(a.reps, b.reps),
+    "mmd": lambda a, b: divergence.mmd(a.reps, b.reps),
 }
-"""Measures of a pair of places, sample by sample."""
+"""Measures of a pair of positions, sample by sample."""
 
-DEFAULT = (
+DEFAULT_MEASURES = (
     "id_gride",
     "participation_ratio",
     "entropy",
@@ -124,98 +138,93 @@ DEFAULT = (
     "matched_cosine",
     "cka_matrix",
 )
-"""What is measured where nothing is named: one of each kind, all of them fast."""
+"""Measured by default: one of each kind, all of them fast."""
 
-_FEWEST = 3
-"""Pictures among which one can be next to another rather than to a third."""
+_MIN_PICTURES = 3
+"""Pictures from which on one can be nearer to another than to a third."""
 
-ALL = (*SHAPES, *MEETINGS, "label_overlap", "cka_matrix")
+ALL_MEASURES = (*SINGLE_MEASURES, *PAIR_MEASURES, "label_overlap", "cka_matrix")
 
 
-def checked(measures: Sequence[str]) -> tuple[str, ...]:
-    """Names of measures, ``all`` written out.
+def resolve_measures(measures: Sequence[str]) -> tuple[str, ...]:
+    """Names of measures, with ``all`` expanded.
 
     Raises:
         UserError: One of them does not exist.
     """
-    named = ALL if "all" in measures else tuple(measures)
+    named = ALL_MEASURES if "all" in measures else tuple(measures)
     for name in named:
-        if name not in ALL:
-            raise UserError(f"There is no geometric measure {name!r}.", f"There are {', '.join(ALL)}.", "Name those.")
+        if name not in ALL_MEASURES:
+            known = f"There are {', '.join(ALL_MEASURES)}."
+            raise UserError(f"There is no geometric measure {name!r}.", known, "Name those.")
     return named
 
 
-def geometry(
-    reading: Reading, probe_set: ProbeSet, measures: Collection[str], k: int, device: torch.device
+def measure_geometry(
+    states: HiddenStates, probe_set: ProbeSet, measures: Collection[str], k: int, device: torch.device
 ) -> Findings:
-    """All measures asked for, of every layer.
+    """All chosen measures of every layer.
 
     Args:
-        reading: What to analyse.
-        probe_set: Its rows.
-        measures: Names, as ``checked`` returns them.
-        k: Neighbours; fewer where there are fewer than ten times as many samples.
+        states: Hidden states of the probe set.
+        probe_set: The rows and their labels.
+        measures: Names, as ``resolve_measures`` returns them.
+        k: Number of neighbors; fewer where there are fewer than ten times as many samples.
         device: Where to compute.
     """
-    found = Findings(reading.step)
-    for site, name in SITES.items():
-        selected = select(reading, probe_set, name)
-        if selected is None:
-            if any(row.role == name.partition("/")[0] for row in probe_set.rows):
-                found.problems.append(f"geometry of {site}: {name} was not read of any row")
-        else:
-            _one_site(found, site, Place(selected.to(device), _neighbours(k, len(selected))), measures)
-    for site, (one, other) in PAIRS.items():
-        pair = paired(reading, probe_set, one, other)
+    found = Findings(states.step)
+    for site, position in SITES.items():
+        selected = select_rows(states, probe_set, position)
+        if selected is not None:
+            _measure_site(found, site, PositionData.of(selected, k, device), measures)
+        elif any(row.role == position.partition("/")[0] for row in probe_set.rows):
+            found.problems.append(f"geometry of {site}: {position} was not read of any row")
+    for site, (one, other) in SITE_PAIRS.items():
+        pair = select_pairs(states, probe_set, one, other)
         if pair is None:
             found.problems.append(f"geometry of {site}: no picture has both {one} and {other}")
             continue
-        a, b = (Place(half.to(device), _neighbours(k, len(half))) for half in pair)
-        for measure in (name for name in MEETINGS if name in measures):
-            found.add("geometry", measure, site, MEETINGS[measure](a, b))
+        a, b = (PositionData.of(half, k, device) for half in pair)
+        for measure in (name for name in PAIR_MEASURES if name in measures):
+            found.add("geometry", measure, site, PAIR_MEASURES[measure](a, b))
         if "cka_matrix" in measures:
-            found.matrices.append(Matrix("cka", site, cka.cka_matrix(a.bank, b.bank).cpu()))
+            found.matrices.append(LayerMatrix("cka", site, cka.cka_matrix(a.reps, b.reps).cpu()))
     return found
 
 
-def _one_site(found: Findings, site: str, place: Place, measures: Collection[str]) -> None:
-    for measure in (name for name in SHAPES if name in measures):
-        found.add("geometry", measure, site, SHAPES[measure](place))
+def _measure_site(found: Findings, site: str, data: PositionData, measures: Collection[str]) -> None:
+    for measure in (name for name in SINGLE_MEASURES if name in measures):
+        found.add("geometry", measure, site, SINGLE_MEASURES[measure](data))
     if "cka_matrix" in measures:
-        found.matrices.append(Matrix("cka", site, cka.cka_matrix(place.bank).cpu()))
-    if "label_overlap" in measures and (sole := _sole_objects(place)) is not None:
-        found.add("geometry", "label_overlap", site, sole)
-    elif "label_overlap" in measures and any("objects" in row.labels for row in place.selected.rows):
-        found.problems.append(f"label_overlap of {site}: fewer than {_FEWEST} pictures with one kind of object")
+        found.matrices.append(LayerMatrix("cka", site, cka.cka_matrix(data.reps).cpu()))
+    if "label_overlap" in measures and (estimates := _object_overlap(data)) is not None:
+        found.add("geometry", "label_overlap", site, estimates)
+    elif "label_overlap" in measures and any("objects" in row.labels for row in data.selected.rows):
+        found.problems.append(f"label_overlap of {site}: fewer than {_MIN_PICTURES} pictures with one kind of object")
 
 
-def _sole_objects(place: Place) -> list[Estimate] | None:
-    """Label overlap of the pictures that hold one kind of object; None where there are too few to compare."""
-    shown = [row.labels.get("objects") for row in place.selected.rows]
+def _object_overlap(data: PositionData) -> list[Estimate] | None:
+    """Label overlap of the pictures that show one kind of object; None where there are too few to compare."""
+    shown = [row.labels.get("objects") for row in data.selected.rows]
     chosen = [i for i, label in enumerate(shown) if isinstance(label, tuple) and sum(label) == 1]
-    if len(chosen) < _FEWEST:
+    if len(chosen) < _MIN_PICTURES:
         return None
     labels = torch.tensor([label.index(1) for label in (shown[i] for i in chosen) if isinstance(label, tuple)])
-    part = Neighbours.of(Bank.of(place.selected.features[:, chosen]))
-    return label_overlap(part, labels.to(place.groups.device), _neighbours(place.k, len(chosen)))
+    part = Neighbors.of(Representations.of(data.selected.features[:, chosen]))
+    return label_overlap(part, labels.to(data.groups.device), num_neighbors(data.k, len(chosen)))
 
 
-def _calibrated(place: Place, near: int, far: int) -> list[Estimate]:
-    measured = dimension.gride(place.neighbours, near, far, place.groups)
-    return dimension.calibrated_dimension(measured, Gride(near, far))
-
-
-def scales(n: int) -> tuple[int, int]:
-    """GRIDE's two neighbours among n samples: (16, 32) as in 2606.03871, nearer ones where n is less than 256.
+def gride_scales(n: int) -> tuple[int, int]:
+    """GRIDE's two neighbors among n samples: (16, 32) as in arXiv:2606.03871, nearer ones where n is less than 256.
 
     Example:
-        >>> scales(1000), scales(64)
+        >>> gride_scales(1000), gride_scales(64)
         ((16, 32), (4, 8))
     """
     far = min(32, max(2, n // 8))
     return far // 2, far
 
 
-def _neighbours(k: int, n: int) -> int:
-    """k, or a tenth of the samples: a neighbourhood that holds most of them says nothing."""
+def num_neighbors(k: int, n: int) -> int:
+    """k, but at most a tenth of the n samples: a neighborhood that holds most of them says nothing."""
     return max(1, min(k, n // 10))

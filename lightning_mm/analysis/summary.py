@@ -1,6 +1,6 @@
-"""The few numbers that sum up a layer profile: where it peaks, how broad that is, and how much of it trains.
+"""Summary of a measure's profile over the layers: where it peaks, how broad the peak is, how much of it trains.
 
-Data flow: ``Findings`` -> ``Headline`` per measure and site -> metrics of the run, the printed summary.
+Data flow: ``Findings`` -> ``ProfileSummary`` per measure and site -> metrics of the run, the printed summary.
 """
 
 from collections.abc import Collection, Mapping
@@ -11,7 +11,7 @@ from lightning_mm.core import metric_names
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import measure
 
-MAIN = (
+MAIN_PROFILES = (
     ("entailment/random", "last"),
     ("entailment/hard", "last"),
     ("objects", "last"),
@@ -32,15 +32,15 @@ MAIN = (
 
 
 @dataclass(frozen=True)
-class Headline:
-    """One profile in brief; layers are numbered as in ``Findings``.
+class ProfileSummary:
+    """One profile in brief; layer -1 is the embeddings.
 
     Args:
-        peak_layer: Layer of the highest value, or the lowest, whichever is of interest (``measures.Measure.seek``).
+        peak_layer: Layer of the highest value, or of the lowest where ``measure_catalog.Measure.seek`` is min.
         peak: Its row.
-        plateau: First and last layer of the stretch around the peak whose intervals reach the peak's value.
-        half: First and last layer of the stretch around the peak that keeps half of its height above chance (above
-            the profile's lowest value where chance is not known).
+        plateau: First and last layer of the run of layers around the peak whose intervals reach the peak's value.
+        half: First and last layer of the run around the peak that keeps half of its height above chance (above the
+            profile's lowest value where chance is not known).
     """
 
     peak_layer: int
@@ -49,13 +49,21 @@ class Headline:
     half: tuple[int, int]
 
     def share_trained(self, trained: Collection[int]) -> float:
-        """Share of the half-height stretch, embeddings left out, that trains; 0 where it is the embeddings alone."""
-        stretch = [layer for layer in range(self.half[0], self.half[1] + 1) if layer >= 0]
-        return sum(layer in set(trained) for layer in stretch) / len(stretch) if stretch else 0.0
+        """Share of the half-height layers, embeddings left out, that train; 0 where it is the embeddings alone.
+
+        Args:
+            trained: The layers that train.
+        """
+        layers = [layer for layer in range(self.half[0], self.half[1] + 1) if layer >= 0]
+        return sum(layer in set(trained) for layer in layers) / len(layers) if layers else 0.0
 
 
-def headline(profile: Mapping[int, LayerRow]) -> Headline | None:
-    """Sum up a profile; None where no layer of it is defined."""
+def summarize_profile(profile: Mapping[int, LayerRow]) -> ProfileSummary | None:
+    """Peak, plateau and half-height range of a profile; None where no layer of it is defined.
+
+    Args:
+        profile: One measure at one site by layer, as ``Findings.profile`` returns it.
+    """
     rows = {layer: row for layer, row in sorted(profile.items()) if row.value is not None}
     if not rows:
         return None
@@ -70,30 +78,35 @@ def headline(profile: Mapping[int, LayerRow]) -> Headline | None:
         end = rows[layer].high if sign > 0 else rows[layer].low
         return height[layer] if end is None else sign * end
 
-    plateau = _stretch(peak_layer, {layer for layer in rows if reach(layer) >= height[peak_layer]})
-    return Headline(peak_layer, peak, plateau, _stretch(peak_layer, {x for x in rows if height[x] >= half}))
+    plateau = _consecutive(peak_layer, {layer for layer in rows if reach(layer) >= height[peak_layer]})
+    return ProfileSummary(peak_layer, peak, plateau, _consecutive(peak_layer, {x for x in rows if height[x] >= half}))
 
 
-def scalars(found: Findings, trained: Collection[int]) -> dict[str, float]:
-    """The metrics of one inspection: only those that are defined."""
-    logged: dict[str, float] = {}
-    for name, site in MAIN:
-        brief = headline(found.profile(name, site))
-        if brief is None or brief.peak.value is None:
+def summary_metrics(found: Findings, trained: Collection[int]) -> dict[str, float]:
+    """Metrics of one inspection by key, only those that are defined.
+
+    Args:
+        found: What the inspection measured.
+        trained: The layers that train.
+    """
+    metrics: dict[str, float] = {}
+    for name, site in MAIN_PROFILES:
+        summary = summarize_profile(found.profile(name, site))
+        if summary is None or summary.peak.value is None:
             continue
-        told: dict[metric_names.LayerFact, float] = {
-            "peak_layer": float(brief.peak_layer),
-            "peak": brief.peak.value,
-            "plateau_low": float(brief.plateau[0]),
-            "plateau_high": float(brief.plateau[1]),
-            "in_trained_range": brief.share_trained(trained),
+        facts: dict[metric_names.LayerFact, float] = {
+            "peak_layer": float(summary.peak_layer),
+            "peak": summary.peak.value,
+            "plateau_low": float(summary.plateau[0]),
+            "plateau_high": float(summary.plateau[1]),
+            "in_trained_range": summary.share_trained(trained),
         }
-        logged |= {metric_names.layer_metric(name, site, what): value for what, value in told.items()}
-    return logged
+        metrics |= {metric_names.layer_metric(name, site, what): value for what, value in facts.items()}
+    return metrics
 
 
-def _stretch(start: int, members: Collection[int]) -> tuple[int, int]:
-    """The run of consecutive members around ``start``."""
+def _consecutive(start: int, members: Collection[int]) -> tuple[int, int]:
+    """First and last of the consecutive members around ``start``."""
     low = high = start
     while low - 1 in members:
         low -= 1

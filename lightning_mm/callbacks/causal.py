@@ -19,25 +19,25 @@ from lightning_mm.analysis.findings import Findings
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
-from lightning_mm.causal.effects.layer_transplant import answered as answered_right
 from lightning_mm.causal.effects.layer_transplant import (
-    both,
-    from_adapters,
-    from_start,
+    combine_hybrids,
+    hybrid_from_adapters,
+    hybrid_from_start,
+    score_conversations,
     transplant_curve,
     transplant_rows,
-    windows,
+    transplant_windows,
 )
 from lightning_mm.causal.questions.files import read_questions
-from lightning_mm.causal.questions.question import Asked, Asker, Question
-from lightning_mm.causal.questions.scoring import answered
-from lightning_mm.causal.study import Examined, Studying, study
-from lightning_mm.core.decisions import decide
+from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
+from lightning_mm.causal.questions.scoring import answer_questions
+from lightning_mm.causal.study import StudyConfig, run_study
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
-from lightning_mm.models.hooks import plain
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.training.eval_context import data_of, live, looking
 
 PARTS = ("ablation", "knockout", "flow", "trace")
@@ -82,7 +82,7 @@ class CausalCallback(InspectingCallback):
         self.transplant, self.batches = transplant, batches
         self._trainer: L.Trainer | None = None
         self._module: L.LightningModule | None = None
-        self._asked: list[Asked] | None = None
+        self._asked: list[EncodedQuestion] | None = None
         self._batches: list[Batch] = []
         self._start: dict[str, Tensor] = {}
 
@@ -101,14 +101,14 @@ class CausalCallback(InspectingCallback):
     def _found(self, look: Look) -> Findings:
         assert self._module is not None
         module = live(self._module)
-        examined = Examined(plain(module.model), module.anatomy, self._data.processing)
-        asker = Asker(self._data.processing)
+        mm = replace(module.mm, model=unwrap_model(module.mm.model), processor=self._data.processing)
+        encoder = QuestionEncoder(self._data.processing)
         if self._asked is None:
-            self._asked = self._draw(asker)
-        answers, rejected = answered(examined.model, module.anatomy, asker, self._asked, look.device)
+            self._asked = self._draw(encoder)
+        answers, rejected = answer_questions(mm, encoder, self._asked, look.device)
         known = [replace(each, right=True) for each in answers if each.probability >= LEAST]
-        options = Studying(parts=self.parts, ablated=self.count, ablations=("skip", "mean/image"), shown=0)
-        found = study(examined, known, options, {}, look.step)
+        options = StudyConfig(parts=self.parts, num_ablated=self.count, ablations=("skip", "mean/image"), num_shown=0)
+        found = run_study(mm, known, options, {}, look.step)
         told = found.findings
         lost = [f"{each.origin}: {each.reason}" for each in (*rejected, *found.rejected)]
         if len(known) < len(answers):
@@ -116,12 +116,12 @@ class CausalCallback(InspectingCallback):
         told.problems += [f"CausalCallback: {each}" for each in lost]
         if look.step and self.transplant:
             try:
-                self._transplanted(told, examined, look.device)
+                self._transplanted(told, mm, look.device)
             except (UserError, RuntimeError, LookupError) as error:  # what else was found is kept
                 told.problems.append(f"CausalCallback: no transplant curve: {error}")
         return told
 
-    def _draw(self, asker: Asker) -> list[Asked]:
+    def _draw(self, encoder: QuestionEncoder) -> list[EncodedQuestion]:
         """The questions, asked once and kept.
 
         Raises:
@@ -132,20 +132,20 @@ class CausalCallback(InspectingCallback):
         else:
             split = "val" if self._data.samples("val") else "train"
             source, drawn = f"data.{split}", first_turns(self._data.samples(split))
-        found: list[Asked] = []
+        found: list[EncodedQuestion] = []
         lost: list[Rejection] = []
         for question in drawn:
-            asked = asker.ask(question)
-            if isinstance(asked, Asked):
-                found.append(asked)
+            encoded = encoder.encode(question)
+            if isinstance(encoded, EncodedQuestion):
+                found.append(encoded)
             else:
-                lost.append(asked)
+                lost.append(encoded)
             if len(found) == self.count:
                 break
         why = f"; {len(lost)} could not be asked, the first: {lost[0].reason}" if lost else ""
         if not found:
             raise UserError(f"There is no question in {source}.", f"It holds {len(drawn)}{why}.", "Give another file.")
-        decide("causal.questions", len(found), f"the first of {source}{why}")
+        log_decision("causal.questions", len(found), f"the first of {source}{why}")
         return found
 
     def _keep_start(self) -> None:
@@ -153,32 +153,33 @@ class CausalCallback(InspectingCallback):
         assert self._module is not None
         self._start = {
             name: parameter.detach().to("cpu", copy=True)
-            for name, parameter in plain(live(self._module).model).named_parameters()
+            for name, parameter in unwrap_model(live(self._module).mm.model).named_parameters()
             if parameter.requires_grad and ".lora_" not in name
         }
         if self._start:
             held = sum(tensor.nbytes for tensor in self._start.values()) / 2**20
-            decide("causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step")
+            log_decision(
+                "causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step"
+            )
 
-    def _transplanted(self, found: Findings, examined: Examined, device: torch.device) -> None:
+    def _transplanted(self, found: Findings, mm: MultimodalModel, device: torch.device) -> None:
         assert self._module is not None
         module = live(self._module)
         trained, adapted = module.plan.layers, module.plan.lora is not None
         if not trained or not (self._start or adapted):
             why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
-            decide("causal.transplant", "not measured", why)
+            log_decision("causal.transplant", "not measured", why)
             return
-        model, anatomy = examined.model, examined.anatomy
-        hybrid = from_start(model, anatomy, self._start)
-        hybrid = both(from_adapters(model, anatomy), hybrid) if adapted else hybrid
+        hybrid = hybrid_from_start(mm, self._start)
+        hybrid = combine_hybrids(hybrid_from_adapters(mm), hybrid) if adapted else hybrid
         self._batches = self._batches or self._data.sample_batches(self.batches, 8)
         with hybrid(()):
-            untouched = answered_right(model, anatomy, self._batches, device)
+            untouched = score_conversations(mm, self._batches, device)
         chosen = {
             trained[shown]: [trained[i] for i in layers]
-            for shown, layers in windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
+            for shown, layers in transplant_windows("cumulative", len(trained), step=max(1, len(trained) // 4)).items()
         }
-        curve = transplant_curve(model, hybrid, anatomy, self._batches, device, chosen)
+        curve = transplant_curve(mm, hybrid, self._batches, device, chosen)
         for site, rows in transplant_rows("cumulative", curve, untouched):
             for layer, estimate in rows.items():
                 found.add("causal", "transplant", site, [estimate], first=layer)

@@ -3,7 +3,7 @@
 Data flow: a look -> the first look's reading and this one -> ``analysis.drift`` -> similarities by layer.
 """
 
-from lightning_mm.analysis.drift import drift
+from lightning_mm.analysis.drift import measure_drift
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
@@ -25,4 +25,4 @@ class DriftCallback(InspectingCallback):
     def analyse(self, look: Look) -> Findings:
         if look.start is None or look.start is look.reading:
             return Findings(look.step)
-        return drift(look.start, look.reading, look.probe_set, self.neighbours, look.device)
+        return measure_drift(look.start, look.reading, look.probe_set, self.neighbours, look.device)

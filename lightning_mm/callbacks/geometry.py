@@ -6,7 +6,7 @@ Data flow: a look -> ``analysis.geometry`` -> measures by layer, each with its n
 from collections.abc import Sequence
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.geometry import DEFAULT, checked, geometry
+from lightning_mm.analysis.geometry import DEFAULT_MEASURES, measure_geometry, resolve_measures
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
@@ -24,11 +24,11 @@ class GeometryCallback(InspectingCallback):
     def __init__(
         self,
         schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
-        measures: Sequence[str] = DEFAULT,
+        measures: Sequence[str] = DEFAULT_MEASURES,
         neighbours: int = 10,
     ) -> None:
         super().__init__(schedule)
-        self.measures, self.neighbours = checked(measures), neighbours
+        self.measures, self.neighbours = resolve_measures(measures), neighbours
 
     def analyse(self, look: Look) -> Findings:
-        return geometry(look.reading, look.probe_set, self.measures, self.neighbours, look.device)
+        return measure_geometry(look.reading, look.probe_set, self.measures, self.neighbours, look.device)

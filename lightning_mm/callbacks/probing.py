@@ -4,7 +4,7 @@ Data flow: a look -> ``analysis.probing`` -> accuracies by layer with interval a
 """
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.probing import ProbingOptions, probing
+from lightning_mm.analysis.probing import ProbingOptions, run_probes
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Schedule
@@ -33,4 +33,4 @@ class ProbingCallback(InspectingCallback):
         return self.text_only and outermost
 
     def analyse(self, look: Look) -> Findings:
-        return probing(look.reading, look.text_only, look.probe_set, self.options, look.device)
+        return run_probes(look.reading, look.text_only, look.probe_set, self.options, look.device)

@@ -1,6 +1,7 @@
 """One forward pass over the probe set on every rank, gathered on the first; a failure of one rank is known to all.
 
-Data flow: probe set -> encoded batches, held in memory where they are small -> ``taps.read`` -> ``gather`` -> rank 0.
+Data flow: probe set -> encoded batches, cached while they are small -> ``extract_hidden_states`` ->
+``gather_hidden_states`` -> rank 0.
 """
 
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from dataclasses import replace
 import lightning as L
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.distributed import run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
@@ -34,12 +35,12 @@ class Reader:
     def __init__(self, trainer: L.Trainer, module: L.LightningModule, probe_set: ProbeSet) -> None:
         self.trainer, self.module, self.probe_set = trainer, module, probe_set
         self.blank = probe_set.without_pictures()
-        self._before: Reading | None = None
+        self._before: HiddenStates | None = None
         self._held: dict[str, list[ProbeBatch] | None] = {}
         self._states: dict[int, Tensor] = {}
         self._bytes = 0
 
-    def read(self) -> tuple[Reading | None, str]:
+    def read(self) -> tuple[HiddenStates | None, str]:
         """Every row: the reading (on rank 0 only), and why there is none, the same on every rank."""
         unchanged = unchanged_slices(live(self.module).plan)
         mine, failure = run_on_all_ranks(lambda: self._read(self.probe_set, "probes", self._before, unchanged))
@@ -47,19 +48,18 @@ class Reader:
             self._before = mine
         return self._gathered(mine, failure, self.probe_set)
 
-    def read_without_pictures(self) -> tuple[Reading | None, str]:
+    def read_without_pictures(self) -> tuple[HiddenStates | None, str]:
         """The entailment rows with grey pictures; nothing where there are none."""
         if not len(self.blank):
             return None, ""
         mine, failure = run_on_all_ranks(lambda: self._read(self.blank, "without pictures", None, 0))
         return self._gathered(mine, failure, self.blank)
 
-    def _read(self, probe_set: ProbeSet, name: str, before: Reading | None, unchanged: int) -> Reading:
+    def _read(self, probe_set: ProbeSet, name: str, before: HiddenStates | None, unchanged: int) -> HiddenStates:
         module = live(self.module)
         with looking(self.trainer, self.module):
-            return read(
-                module.model,
-                module.anatomy,
+            return extract_hidden_states(
+                module.mm,
                 self._encoded(probe_set, name),
                 self.module.device,
                 step=self.trainer.global_step,
@@ -86,13 +86,13 @@ class Reader:
             self._bytes += states[0].nbytes
 
     def _gathered(
-        self, mine: Reading | None, failure: UserError | str, probe_set: ProbeSet
-    ) -> tuple[Reading | None, str]:
+        self, mine: HiddenStates | None, failure: UserError | str, probe_set: ProbeSet
+    ) -> tuple[HiddenStates | None, str]:
         whole = None
         if mine is not None:
             # Apart from rows that fell out of the training data: they must not count towards its limit.
-            data_of(self.trainer).ledger.add(replace(each, kind="probe") for each in mine.rejected)
-            whole, failure = run_on_all_ranks(lambda: gather(mine, probe_set))
+            data_of(self.trainer).rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
+            whole, failure = run_on_all_ranks(lambda: gather_hidden_states(mine, probe_set))
         return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
 
     def _encoded(self, probe_set: ProbeSet, name: str) -> Iterator[ProbeBatch]:

@@ -14,17 +14,17 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from lightning_mm.analysis.findings import Findings, Recorder
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.summary import scalars
+from lightning_mm.analysis.findings import Findings, FindingsWriter
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.summary import summary_metrics
 from lightning_mm.callbacks.reader import Reader
 from lightning_mm.callbacks.schedule import Budget, Schedule
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.core.threads import one_thread
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.geometry.representations import one_thread
 from lightning_mm.report.wandb import OnlineLogger
 from lightning_mm.training.eval_context import data_of, live
 
@@ -46,9 +46,9 @@ class Look:
 
     step: int
     probe_set: ProbeSet
-    reading: Reading
-    start: Reading | None
-    text_only: Reading | None
+    reading: HiddenStates
+    start: HiddenStates | None
+    text_only: HiddenStates | None
     device: torch.device
 
 
@@ -82,12 +82,12 @@ class Inspection:
         budget: Budget,
     ) -> None:
         self.trainer, self.module, self.lookers, self.budget = trainer, module, lookers, budget
-        self.recorder = Recorder(run)
+        self.recorder = FindingsWriter(run)
         self.probe_set = data_of(trainer).probe_set()
         self.reader = Reader(trainer, module, self.probe_set)
         self.total = int(trainer.estimated_stepping_batches)
         self.due = {looker: looker.schedule.steps(self.total) for looker in lookers}
-        self.start: Reading | None = None
+        self.start: HiddenStates | None = None
         self._seen = trainer.global_step
         self._running_since: float | None = None
 
@@ -95,9 +95,9 @@ class Inspection:
         """Before the first step of a new run; a resumed one is told where it came from."""
         step = self.trainer.global_step
         if self.trainer.is_global_zero:
-            attempted(lambda: self.recorder.probes(self.probe_set), "writing down the probe set", step, [])
+            attempted(lambda: self.recorder.write_probe_set(self.probe_set), "writing down the probe set", step, [])
             if step:
-                earlier = partial(self.recorder.start_reading, self.probe_set)
+                earlier = partial(self.recorder.load_start, self.probe_set)
                 self.start = attempted(earlier, "taking up the first reading", step, [])
         if not step:
             self._look([looker for looker, due in self.due.items() if 0 in due], last=False)
@@ -145,7 +145,7 @@ class Inspection:
             share = " or ".join(sorted({f"{looker.schedule.budget:.0%}" for looker in left}))
             cost = f"one takes {self.budget.spent / self.budget.count:.1f} s"
             reason = f"{cost}, and all may take {share} of the training time (schedule.budget)"
-            decide("inspection.schedule", f"no look{who} at step {step}", reason)
+            log_decision("inspection.schedule", f"no look{who} at step {step}", reason)
         return [looker for looker, fit in zip(due, fits, strict=True) if fit]
 
     def _look(self, due: Sequence[Looker], last: bool) -> None:
@@ -175,8 +175,8 @@ class Inspection:
         self,
         found: Findings,
         due: Sequence[Looker],
-        reading: Reading | None,
-        text_only: Reading | None,
+        reading: HiddenStates | None,
+        text_only: HiddenStates | None,
         forward: float,
         began: float,
     ) -> None:
@@ -185,7 +185,7 @@ class Inspection:
             self._analyse(found, due, reading, text_only)
         seconds = time.perf_counter() - began
         share = self.budget.share(seconds)
-        summary = partial(scalars, found, live(self.module).plan.layers)
+        summary = partial(summary_metrics, found, live(self.module).plan.layers)
         values = attempted(summary, "summing up", found.step, found.problems) or {}
         values |= {metric_names.INSPECTION_SECONDS: seconds}
         if self.budget.training:
@@ -195,18 +195,20 @@ class Inspection:
         writing = partial(self.recorder.write, found, forward, seconds - forward, share)
         attempted(writing, "writing down what was found", found.step, found.problems)
 
-    def _analyse(self, found: Findings, due: Sequence[Looker], reading: Reading, text_only: Reading | None) -> None:
+    def _analyse(
+        self, found: Findings, due: Sequence[Looker], reading: HiddenStates, text_only: HiddenStates | None
+    ) -> None:
         found.problems += [*reading.problems, *(text_only.problems if text_only else ())]
         if found.step == 0:
             self.start = reading
-            keep = partial(self.recorder.keep_start, reading, self.probe_set)
+            keep = partial(self.recorder.save_start, reading, self.probe_set)
             attempted(keep, "keeping the first reading", 0, found.problems)
         look = Look(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
         for looker in due:
             with one_thread():  # data workers hold the other cores, and threads that wait for one spin
                 part = attempted(partial(looker.analyse, look), type(looker).__name__, look.step, found.problems)
             if part is not None:
-                found.take(part)
+                found.extend(part)
 
 
 def attempted(attempt: Callable[[], Made], what: str, step: int, problems: list[str]) -> Made | None:

@@ -1,7 +1,8 @@
-"""Everything that interventions tell of a model on a set of questions, as what the dashboards draw.
+"""Runs all causal analyses of a model on a set of questions, for the dashboards.
 
-Data flow: ``Answer``s -> traces, flow, knockout, ablation, pictures, predictor -> ``Study``: rows of layers.csv,
-entries of traces.json and pictures.json, tables of causal.json. A part that cannot be had is told; the others go on.
+Data flow: ``Answer``s -> causal traces, attention flow, knockout, ablation, image overlays, failure predictor ->
+``StudyResult``: rows of layers.csv, entries of traces.json and pictures.json, tables of causal.json. A part that fails
+is reported as a problem; the others go on.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -11,49 +12,52 @@ from typing import Any
 import torch
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.causal.effects.activation_patching import LEAST_FALL, Trace, Tracing, trace
-from lightning_mm.causal.effects.aggregate import averaged, told
-from lightning_mm.causal.effects.attention_flow import flow
+from lightning_mm.causal.effects.activation_patching import (
+    MIN_PROBABILITY_DROP,
+    CausalTrace,
+    TraceConfig,
+    causal_trace,
+)
+from lightning_mm.causal.effects.aggregate import average_traces, to_rows
+from lightning_mm.causal.effects.attention_flow import flow_curves
 from lightning_mm.causal.effects.failure_predictor import contribution_features, predict_failure
-from lightning_mm.causal.effects.image_overlays import PictureGrids, image_map
-from lightning_mm.causal.effects.knockout_curves import Knocking, knockout_curves
-from lightning_mm.causal.effects.layer_ablation import KINDS, ablation_curves
+from lightning_mm.causal.effects.image_overlays import PictureGrids, contribution_map
+from lightning_mm.causal.effects.knockout_curves import KnockoutConfig, knockout_curves
+from lightning_mm.causal.effects.layer_ablation import ABLATIONS, ablation_curves
 from lightning_mm.causal.effects.logit_lens import picture_words
-from lightning_mm.causal.interventions.activation_cache import record
-from lightning_mm.causal.interventions.corruption import KINDS as CORRUPTIONS
-from lightning_mm.causal.interventions.corruption import CorruptionKind, corrupted
+from lightning_mm.causal.interventions.activation_cache import cache_activations
+from lightning_mm.causal.interventions.corruption import CORRUPTIONS, CorruptionKind, corrupt_question
 from lightning_mm.causal.questions.scoring import Answer
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.models.layout import Anatomy
-from lightning_mm.models.processor import Processing
+from lightning_mm.models.handle import MultimodalModel
 
 PARTS = ("trace", "flow", "knockout", "ablation", "pictures", "predictor")
 
 
 @dataclass(frozen=True)
-class Studying:
-    """What to find out.
+class StudyConfig:
+    """Which analyses to run, and how.
 
     Args:
-        parts: Of ``PARTS``.
-        corruption: What traces take away: token, symmetric, image, gaussian or grey.
-        tracing: How to trace.
-        knocking: Which edges to knock out.
-        ablations: Kinds of ablation.
-        ablated: Questions whose layers are ablated; whole runs are computed for it.
-        shown: Questions whose single maps and pictures are kept.
-        seed: Of corruptions.
+        parts: Analyses to run, of ``PARTS``.
+        corruption: Corruption of the traces: token, symmetric, image, gaussian or grey.
+        trace: Settings of causal tracing.
+        knockout: Settings of attention knockout.
+        ablations: Kinds of layer ablation, of ``ABLATIONS``.
+        num_ablated: Largest number of questions that layers are ablated for; each needs full runs.
+        num_shown: Largest number of questions whose trace maps and image overlays are kept.
+        seed: Seed of the corruptions.
     """
 
     parts: tuple[str, ...] = PARTS
     corruption: CorruptionKind = "token"
-    tracing: Tracing = field(default_factory=Tracing)
-    knocking: Knocking = field(default_factory=Knocking)
-    ablations: tuple[str, ...] = tuple(KINDS)
-    ablated: int = 16
-    shown: int = 12
+    trace: TraceConfig = field(default_factory=TraceConfig)
+    knockout: KnockoutConfig = field(default_factory=KnockoutConfig)
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    num_ablated: int = 16
+    num_shown: int = 12
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -69,158 +73,154 @@ class Studying:
 
 
 @dataclass
-class Study:
-    """What was found.
+class StudyResult:
+    """Results of a study.
 
     Args:
         findings: Averages by layer.
-        traces: Of each question that could be traced.
+        traces: The trace of each question that could be traced.
         maps: Entries of traces.json.
         pictures: Entries of pictures.json.
-        tables: Of causal.json.
-        rejected: Questions that a part could not use, and why.
+        tables: Tables of causal.json.
+        rejected: Questions that a part could not use, with reasons.
     """
 
     findings: Findings
-    traces: list[Trace] = field(default_factory=list)
+    traces: list[CausalTrace] = field(default_factory=list)
     maps: list[dict[str, Any]] = field(default_factory=list)
     pictures: list[dict[str, Any]] = field(default_factory=list)
     tables: list[dict[str, Any]] = field(default_factory=list)
     rejected: list[Rejection] = field(default_factory=list)
 
 
-@dataclass(frozen=True, eq=False)
-class Examined:
-    """A model to be studied: the plain model in eval mode, on its device."""
-
-    model: Any
-    anatomy: Anatomy
-    processing: Processing
-
-
-def study(
-    examined: Examined, answers: Sequence[Answer], options: Studying, images: Mapping[str, str], step: int = 0
-) -> Study:
-    """Find out all that is asked for.
+def run_study(
+    mm: MultimodalModel, answers: Sequence[Answer], config: StudyConfig, images: Mapping[str, str], step: int = 0
+) -> StudyResult:
+    """Run the configured analyses.
 
     Args:
-        examined: The model.
-        answers: Questions; those answered wrong are for the predictor only.
-        options: What to find out.
-        images: Question id -> file of its picture beside the report.
-        step: Optimizer steps done.
+        mm: The unwrapped model in eval mode, with its processor.
+        answers: Questions and their answers; incorrectly answered ones are used by the failure predictor only.
+        config: Which analyses to run, and how.
+        images: Question id -> file name of its image beside the report; questions without one get no overlays.
+        step: Number of optimizer steps done.
     """
-    found = Study(Findings(step))
-    right = [answer for answer in answers if answer.right]
+    result = StudyResult(Findings(step))
+    correct = [answer for answer in answers if answer.right]
+    add = result.findings.add
+
+    def flow() -> None:
+        for site, estimates in flow_curves(mm, [answer.encoded for answer in correct]):
+            add("causal", "flow", site, estimates, first=0)
+
+    def knockout() -> None:
+        for measure, site, estimates in knockout_curves(mm, correct, config.knockout):
+            add("causal", measure, site, estimates, first=0)
+
+    def ablation() -> None:
+        for kind, estimates in ablation_curves(mm, correct[: config.num_ablated], config.ablations):
+            add("causal", "ablation", kind, estimates, first=0)
+
     parts: dict[str, Callable[[], None]] = {
-        "trace": lambda: _trace(found, examined, right, options, images),
-        "flow": lambda: _flow(found, examined, right),
-        "knockout": lambda: _knockout(found, examined, right, options),
-        "ablation": lambda: _ablation(found, examined, right[: options.ablated], options.ablations),
-        "pictures": lambda: _pictures(found, examined, right[: options.shown], images),
-        "predictor": lambda: _predictor(found, examined, answers),
+        "trace": lambda: _add_traces(result, mm, correct, config, images),
+        "flow": flow,
+        "knockout": knockout,
+        "ablation": ablation,
+        "pictures": lambda: _add_overlays(result, mm, correct[: config.num_shown], images),
+        "predictor": lambda: _add_predictor(result, mm, answers),
     }
-    for name in options.parts:
+    for name in config.parts:
         try:
             parts[name]()
         except UserError as error:
-            found.findings.problems.append(f"{name}: {error.what} {error.why}")
+            result.findings.problems.append(f"{name}: {error.what} {error.why}")
             log.warning("%s is left out: %s %s", name, error.what, error.why)
-    return found
+    return result
 
 
-def _trace(
-    found: Study, examined: Examined, right: Sequence[Answer], options: Studying, images: Mapping[str, str]
+def _add_traces(
+    result: StudyResult,
+    mm: MultimodalModel,
+    correct: Sequence[Answer],
+    config: StudyConfig,
+    images: Mapping[str, str],
 ) -> None:
-    every, tokenizer = [answer.asked for answer in right], examined.processing.processor.tokenizer
-    refused: UserError | None = None
-    for number, answer in enumerate(right):
-        corrupt = corrupted(
-            answer.asked,
-            options.corruption,
-            every,
-            examined.processing,
-            examined.model,
-            examined.anatomy,
-            options.seed,
+    """Trace all questions; add the traces, their averages, and the maps of those with the largest drop."""
+    refused = _trace_questions(result, mm, correct, config)
+    if refused is not None and not result.traces:
+        raise refused
+    if not any(trace.is_valid for trace in result.traces):
+        first = f"; {result.rejected[0].reason}" if result.rejected else ""
+        problem = (
+            f"trace: no average: of {len(correct)} questions {len(result.traces)} could be corrupted, and none of them "
+            f"lost {MIN_PROBABILITY_DROP:.0%} of its answer's probability{first}"
         )
-        if isinstance(corrupt, Rejection):
-            found.rejected.append(corrupt)
+        result.findings.problems.append(problem)
+        log.warning("%s", problem)
+    for measure, site, estimates in average_traces(result.traces):
+        result.findings.add("causal", measure, site, estimates, first=0)
+    decode = mm.required_processor.processor.tokenizer.decode
+    for trace in sorted(result.traces, key=lambda each: each.p_corrupt - each.p_clean)[: config.num_shown]:
+        image = images.get(trace.encoded.question.id)
+        result.maps += to_rows(trace, config.trace, decode([trace.target]), image)
+
+
+def _trace_questions(
+    result: StudyResult, mm: MultimodalModel, correct: Sequence[Answer], config: StudyConfig
+) -> UserError | None:
+    """Add the traces and rejections of all questions; returns the last error, if any question was refused."""
+    donors = [answer.encoded for answer in correct]
+    refused: UserError | None = None
+    for number, answer in enumerate(correct):
+        corrupted = corrupt_question(answer.encoded, config.corruption, donors, mm.required_processor, mm, config.seed)
+        if isinstance(corrupted, Rejection):
+            result.rejected.append(corrupted)
             continue
         try:
-            found.traces.append(
-                trace(examined.model, examined.anatomy, answer.asked, corrupt, options.tracing, answer.target)
-            )
+            result.traces.append(causal_trace(mm, answer.encoded, corrupted, config.trace, answer.target))
         except UserError as error:
             refused = error
-            found.rejected.append(Rejection(answer.asked.question.id, f"not traced: {error.why}"))
-        if (number + 1) % 10 == 0 or number + 1 == len(right):
-            log.info("traced %d of %d questions", number + 1, len(right))
-    if refused is not None and not found.traces:
-        raise refused
-    if not any(each.told for each in found.traces):
-        first = f"; {found.rejected[0].reason}" if found.rejected else ""
-        told_why = (
-            f"trace: no average: of {len(right)} questions {len(found.traces)} could be corrupted, and none of them "
-            f"lost {LEAST_FALL:.0%} of its answer's probability{first}"
-        )
-        found.findings.problems.append(told_why)
-        log.warning("%s", told_why)
-    for measure, site, estimates in averaged(found.traces):
-        found.findings.add("causal", measure, site, estimates, first=0)
-    clearest = sorted(found.traces, key=lambda each: each.p_corrupt - each.p_clean)[: options.shown]
-    for each in clearest:
-        answer_text = tokenizer.decode([each.target])
-        found.maps += told(each, options.tracing, answer_text, images.get(each.asked.question.id))
+            result.rejected.append(Rejection(answer.encoded.question.id, f"not traced: {error.why}"))
+        if (number + 1) % 10 == 0 or number + 1 == len(correct):
+            log.info("traced %d of %d questions", number + 1, len(correct))
+    return refused
 
 
-def _flow(found: Study, examined: Examined, right: Sequence[Answer]) -> None:
-    for name, estimates in flow(examined.model, examined.anatomy, [answer.asked for answer in right]):
-        found.findings.add("causal", "flow", name, estimates, first=0)
-
-
-def _knockout(found: Study, examined: Examined, right: Sequence[Answer], options: Studying) -> None:
-    for measure, site, estimates in knockout_curves(examined.model, examined.anatomy, right, options.knocking):
-        found.findings.add("causal", measure, site, estimates, first=0)
-
-
-def _ablation(found: Study, examined: Examined, right: Sequence[Answer], kinds: Sequence[str]) -> None:
-    for kind, estimates in ablation_curves(examined.model, examined.anatomy, right, kinds):
-        found.findings.add("causal", "ablation", kind, estimates, first=0)
-
-
-def _pictures(found: Study, examined: Examined, right: Sequence[Answer], images: Mapping[str, str]) -> None:
-    """What the picture gives and what the lens reads off it, at five depths."""
-    model, anatomy, processing = examined.model, examined.anatomy, examined.processing
-    grids, decode = PictureGrids(processing), processing.processor.tokenizer.decode
-    last = anatomy.num_layers - 1
+def _add_overlays(
+    result: StudyResult, mm: MultimodalModel, correct: Sequence[Answer], images: Mapping[str, str]
+) -> None:
+    """Add contributions of the image and logit-lens words of its tokens, at five depths."""
+    processor = mm.required_processor
+    grids, decode = PictureGrids(processor), processor.processor.tokenizer.decode
+    last = mm.layout.num_layers - 1
     depths = sorted({round(part * last / 4) for part in range(5)})
-    for answer in right:
-        asked = answer.asked
-        if asked.question.id not in images:
+    for answer in correct:
+        encoded = answer.encoded
+        if encoded.question.id not in images:
             continue
         try:
-            grid = grids.grid(asked)
-            recording = record(model, anatomy, asked.inputs, sites=("residual", "attention"))
-            to = "constraint" if len(asked.constraint) else "last"
-            entries = [image_map(model, anatomy, recording, asked, grid, layer, to) for layer in depths]
-            entries += [picture_words(model, anatomy, recording, asked, grid, layer, decode) for layer in depths]
+            grid = grids.grid(encoded)
+            cache = cache_activations(mm, encoded.inputs, sites=("residual", "attention"))
+            to = "constraint" if len(encoded.constraint) else "last"
+            entries = [contribution_map(mm, cache, encoded, grid, layer, to) for layer in depths]
+            entries += [picture_words(mm, cache, encoded, grid, layer, decode) for layer in depths]
         except UserError as error:
-            found.rejected.append(Rejection(asked.question.id, f"not drawn: {error.why}"))
+            result.rejected.append(Rejection(encoded.question.id, f"not drawn: {error.why}"))
             continue
-        found.pictures += [{**entry, "image": images[asked.question.id]} for entry in entries]
+        result.pictures += [{**entry, "image": images[encoded.question.id]} for entry in entries]
 
 
-def _predictor(found: Study, examined: Examined, answers: Sequence[Answer]) -> None:
-    usable = [a for a in answers if len(a.asked.constraint) and a.asked.question.answer is not None]
+def _add_predictor(result: StudyResult, mm: MultimodalModel, answers: Sequence[Answer]) -> None:
+    """Add the table of the failure predictor; needs questions with a constraint and an answer."""
+    usable = [a for a in answers if len(a.encoded.constraint) and a.encoded.question.answer is not None]
     if not usable:
-        decide("causal.predictor", "not made", "no question has both a constraint and a right answer")
+        log_decision("causal.predictor", "not made", "no question has both a constraint and a right answer")
         return
     features = []
     for answer in usable:
-        recording = record(examined.model, examined.anatomy, answer.asked.inputs, sites=("attention",))
-        features.append(contribution_features(examined.model, examined.anatomy, recording, answer.asked))
+        cache = cache_activations(mm, answer.encoded.inputs, sites=("attention",))
+        features.append(contribution_features(mm, cache, answer.encoded))
     confidence = torch.tensor([answer.confidence for answer in usable])
     right = torch.tensor([answer.right for answer in usable])
-    questions = [answer.asked.question for answer in usable]
-    found.tables.append(predict_failure(torch.stack(features), confidence, right, questions).table())
+    questions = [answer.encoded.question for answer in usable]
+    result.tables.append(predict_failure(torch.stack(features), confidence, right, questions).table())

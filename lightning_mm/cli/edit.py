@@ -1,12 +1,11 @@
-"""edit: answers of a model changed by MultEdit, measured, compared with fine-tuning, and exported.
+"""The verb edit: answers of a model changed by MultEdit, measured, compared with fine-tuning, and exported.
 
 Data flow: model + file of edits -> ``EditStudy`` -> a folder with report.html, causal.json (tables) and edits.json
-(every number) -> with --out the edited model as a complete Hugging Face folder.
+(all results) -> with --out the edited model as a complete Hugging Face folder.
 """
 
-import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,77 +14,67 @@ from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.causal.editing.files import EditFile, read_edits
-from lightning_mm.causal.editing.metrics import Scorer
-from lightning_mm.causal.editing.multedit import EditOptions
-from lightning_mm.causal.editing.study import METHODS, Apply, EditStudy, LayerScore, Outcome, best
+from lightning_mm.causal.editing.files import read_edits
+from lightning_mm.causal.editing.metrics import EditScorer
+from lightning_mm.causal.editing.multedit import EditConfig
+from lightning_mm.causal.editing.study import METHODS, Apply, EditStudy, LayerScore
 from lightning_mm.causal.editing.tables import details, tables
-from lightning_mm.causal.editing.weight_edit import Edit, edited
-from lightning_mm.causal.questions.question import Asker
-from lightning_mm.cli.export import Parser, restored
-from lightning_mm.cli.inspect import short
-from lightning_mm.cli.model_source import Source
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
+from lightning_mm.causal.questions.question import QuestionEncoder
+from lightning_mm.cli.model_source import ModelSource, model_label
+from lightning_mm.cli.parser import Parser
+from lightning_mm.cli.trained_run import load_run
+from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import staged_folder, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.models.export.export import Origin, export_full
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.models.export.export import Origin, export_full, refuse_taken
 from lightning_mm.models.export.verify import Claim, prove, take_reference
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.processor import Processing, load_processing
+from lightning_mm.models.processor import load_processing
 from lightning_mm.report.html import write_report
-
-MOST_LAYERS = 12
-"""So many are tried where the layer is chosen; of more, every second or third one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Opened:
-    """A model to be edited.
-
-    Args:
-        model: In eval mode, nothing of it trains.
-        anatomy: Of it.
-        processing: Its processor.
-        base: Folder or hub name that it comes from.
-        device: Where it is.
-    """
-
-    model: Any
-    anatomy: Anatomy
-    processing: Processing
-    base: str
-    device: torch.device
 
 
 def edit(arguments: list[str]) -> int:
     """Give questions new answers by a closed-form change of one weight, and measure what else changed."""
     options = _parser().parse_args(arguments[1:])
-    decide.clear()
-    chosen = EditOptions(**{each.name: getattr(options, each.name) for each in fields(EditOptions)})
-    out = _free(options.out)
-    source = Source.of(options.model, options.checkpoint)
-    file = _limited(read_edits(options.edits, options.image_root), options.limit)
+    config = EditConfig(**{each.name: getattr(options, each.name) for each in fields(EditConfig)})
+    out = None if options.out is None else Path(options.out)
+    if out is not None:
+        refuse_taken(out, "Name another --out, or remove the folder.")
+    source = ModelSource.of(options.model, options.checkpoint)
+    file = read_edits(options.edits, options.image_root)
+    if options.limit is not None:
+        if options.limit < 1:
+            raise UserError(f"limit is {options.limit}.", "At least one edit is made.", "Give --limit 1 or more.")
+        file = replace(file, requests=file.requests[: options.limit])
     conversations = _conversations(options)
-    run = RunDirectory.create(options.root, options.name or f"edit-{short(options.model)}")
-    opened = _open(source)
-    asker = Asker(opened.processing, options.prompt)
-    scorer = Scorer(opened.model, opened.anatomy, asker, opened.device, options.max_new_tokens, options.num_unrelated)
-    study = EditStudy(scorer, file, _batches(conversations, opened, options.conversations))
-    scan, layer = _layer(study, options, chosen)
-    outcomes = _outcomes(study, options, layer, chosen)
-    made = tables(study, outcomes, scan, layer, chosen)
-    _write(run, opened, study, outcomes, scan, layer, chosen, made)
+    run = RunDirectory.create(options.root, options.name or f"edit-{model_label(options.model)}")
+    mm = _open_model(source)
+    encoder = QuestionEncoder(mm.required_processor, options.prompt)
+    scorer = EditScorer(mm, encoder, mm.device, options.max_new_tokens, options.num_unrelated)
+    study = EditStudy(scorer, file, _batches(conversations, mm, options.conversations))
+    scan: list[LayerScore] = []
+    if options.layer == "auto":
+        layer, scan = study.choose_layer(config, options.scan)
+    else:
+        layer = options.layer
+        study.check_layer(layer)
+    methods = METHODS if options.control else METHODS[:1]
+    outcomes = [study.run(method, apply, layer, config) for apply in _ways(options, study) for method in methods]
+    results = tables(study, outcomes, scan, layer, config)
+    _write(run, study, details(study, outcomes, scan, layer, config), results)
     if out is not None:
         together = next(o for o in outcomes if o.apply == "together" and o.method == "MultEdit")
-        _export(opened, together.edits[0], study, out, options.prove)
-    write_json(run.decisions, [asdict(decision) for decision in decide])
+        _export(mm, together.edits[0], study, out, options.prove)
+    write_json(run.decisions, [asdict(decision) for decision in decision_log()])
     write_report(run.path)
-    for table in made:
-        Console().print(_shown(table))
+    for table in results:
+        Console().print(_rich_table(table))
     log.info("report: %s", run.report)
     return 0
 
@@ -103,7 +92,7 @@ def _parser() -> Parser:
         help="Which block's down projection; auto: the best for the first edits (--scan of them).",
     )
     parser.add_argument("--scan", type=int, default=4, help="Edits that layers are tried with.")
-    parser.add_class_arguments(EditOptions)
+    parser.add_class_arguments(EditConfig)
     parser.add_argument(
         "--apply",
         type=Literal["each", "together", "both"],
@@ -124,27 +113,20 @@ def _parser() -> Parser:
     return parser
 
 
-def _open(source: Source) -> Opened:
+def _open_model(source: ModelSource) -> MultimodalModel:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model: Any
     if source.run is not None and source.checkpoint is not None:
-        module, data = restored(source.run, source.checkpoint, quantized=False)
-        model, anatomy, processing, base = module.model, module.anatomy, data.processing, module.backbone.path
+        module, data = load_run(source.run, source.checkpoint, quantized=False)
+        mm = replace(module.mm, processor=data.processing)
     else:
         model = load_model(Backbone(path=source.path))
-        anatomy, processing, base = Anatomy.of(model), load_processing(source.path), source.path
-    model.eval().requires_grad_(False).to(device)
-    return Opened(model, anatomy, processing, base, device)
-
-
-def _limited(file: EditFile, limit: int | None) -> EditFile:
-    if limit is not None and limit < 1:
-        raise UserError(f"limit is {limit}.", "At least one edit is made.", "Give --limit 1 or more.")
-    return EditFile(file.rewrites[:limit], file.staying, file.rejections, file.num_rows)
+        mm = MultimodalModel.of(model, load_processing(source.path), source.path)
+    mm.model.eval().requires_grad_(False).to(device)
+    return mm
 
 
 def _conversations(options: Namespace) -> MMDataModule | None:
-    """Read before the model is loaded, so that a mistake in the file shows."""
+    """Conversations for the general task's loss, read before the model is loaded: mistakes in the file show early."""
     if options.data is None:
         return None
     data = MMDataModule(train=options.data, num_workers=0)
@@ -152,62 +134,33 @@ def _conversations(options: Namespace) -> MMDataModule | None:
     return data
 
 
-def _batches(data: MMDataModule | None, opened: Opened, count: int) -> list[Batch]:
+def _batches(data: MMDataModule | None, mm: MultimodalModel, count: int) -> list[Batch]:
     if data is None:
         return []
-    data.processor = opened.base
+    data.processor = mm.source
     return data.sample_batches(count, 1)
 
 
-def _layer(study: EditStudy, options: Namespace, chosen: EditOptions) -> tuple[list[LayerScore], int]:
-    layers = study.layers
-    if options.layer != "auto":
-        if options.layer not in layers:
-            raise UserError(
-                f"Layer {options.layer} cannot be edited.",
-                "It has no plain MLP, or is the last one, which nothing reads at the constraint, or does not exist.",
-                f"Name one of {', '.join(map(str, layers)) or 'none'}.",
-            )
-        return [], int(options.layer)
-    if not layers:
-        raise UserError("No layer can be edited.", "None has an MLP that ends in one linear module.", "Choose a model.")
-    step = -(-len(layers) // MOST_LAYERS)
-    scan = study.scan(layers[::step], chosen, max(1, options.scan))
-    winner = best(scan)
-    reason = f"best of {len(scan)} layers tried with {min(options.scan, len(study.cases))} edits: {winner.overall:.2f}"
-    decide("edit.layer", winner.layer, reason)
-    return scan, winner.layer
-
-
-def _outcomes(study: EditStudy, options: Namespace, layer: int, chosen: EditOptions) -> list[Outcome]:
+def _ways(options: Namespace, study: EditStudy) -> tuple[Apply, ...]:
+    """How to apply the edits: ``each``, ``together`` or both; an export needs ``together``."""
     ways: tuple[Apply, ...] = ("each", "together") if options.apply == "both" else (options.apply,)
     if options.out is not None and "together" not in ways:
         ways = (*ways, "together")
     if len(study.cases) == 1:
         ways = ("together",) if options.out is not None else ways[:1]
-    methods = METHODS if options.control else METHODS[:1]
-    return [study.tried(method, way, layer, chosen) for way in ways for method in methods]
+    return ways
 
 
-def _write(
-    run: RunDirectory,
-    opened: Opened,
-    study: EditStudy,
-    outcomes: Sequence[Outcome],
-    scan: Sequence[LayerScore],
-    layer: int,
-    chosen: EditOptions,
-    made: Sequence[dict[str, Any]],
-) -> None:
-    told = details(study, outcomes, scan, layer, chosen)
-    right = [each["right_before"] for each in told["edits"]]
-    title = f"{len(study.cases)} edits of layer {layer}"
-    kind = type(opened.model).__name__
-    write_json(run.path / "edits.json", told)
+def _write(run: RunDirectory, study: EditStudy, results: dict[str, Any], shown: Sequence[dict[str, Any]]) -> None:
+    """Write edits.json, causal.json, inspection.json and the ledger of what was not asked."""
+    right = [each["right_before"] for each in results["edits"]]
+    title = f"{len(study.cases)} edits of layer {results['layer']}"
+    kind = type(study.mm.model).__name__
+    write_json(run.path / "edits.json", results)
     causal = {"title": title, "model": kind, "n_questions": len(right), "n_right": sum(map(bool, right))}
-    write_json(run.path / "causal.json", {**causal, "tables": list(made)})
+    write_json(run.path / "causal.json", {**causal, "tables": list(shown)})
     write_json(run.path / "inspection.json", {"title": title, "model": kind, "labels": {}})
-    ledger = Ledger(1.0)
+    ledger = RejectedSamples(1.0)
     ledger.num_rows = study.file.num_rows
     ledger.add([*study.file.rejections, *study.scorer.rejected])
     ledger.write(run.ledger)
@@ -215,32 +168,20 @@ def _write(
         log.warning("not asked: %s", ", ".join(f"{count} x {reason}" for reason, count in ledger.counts().items()))
 
 
-def _free(out: str | None) -> Path | None:
-    if out is not None and Path(out).exists() and not (Path(out).is_dir() and not any(Path(out).iterdir())):
-        raise UserError(f"{out} is taken.", "An export never overwrites.", "Name another --out, or remove the folder.")
-    return None if out is None else Path(out)
-
-
-def _export(opened: Opened, edit: Edit, study: EditStudy, out: Path, proved: bool) -> None:
-    questions = f"{len(study.cases)} questions"
-    origin = Origin(opened.base, facts={"Edited": f"MultEdit of {questions} in {edit.module}"})
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        edited(opened.model, [edit]),
-        tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as scratch,
-    ):
-        staged = Path(scratch) / out.name
-        export_full(opened.model, opened.processing.processor, staged, origin)
-        if proved:
-            prove(Claim(staged, take_reference(opened.model, study.cases[0].target.asked.inputs)))
-        staged.replace(out)
+def _export(mm: MultimodalModel, edit: WeightEdit, study: EditStudy, out: Path, verify: bool) -> None:
+    """Export the edited model, verified in a fresh process before the folder appears."""
+    origin = Origin(mm.source, facts={"Edited": f"MultEdit of {len(study.cases)} questions in {edit.module}"})
+    with apply_edits(mm.model, [edit]), staged_folder(out) as staged:
+        export_full(mm.model, mm.required_processor.processor, staged, origin)
+        if verify:
+            prove(Claim(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
     log.info("exported: %s", out)
 
 
-def _shown(table: dict[str, Any]) -> Table:
-    shown = Table(title=table["title"], caption=table["note"])
+def _rich_table(table: dict[str, Any]) -> Table:
+    printed = Table(title=table["title"], caption=table["note"])
     for column in table["columns"]:
-        shown.add_column(column)
+        printed.add_column(column)
     for row in table["rows"]:
-        shown.add_row(*(str(cell) for cell in row))
-    return shown
+        printed.add_row(*(str(cell) for cell in row))
+    return printed

@@ -1,4 +1,4 @@
-"""fit, validate, test and predict: Lightning's command line with our run directory, our callbacks and our errors.
+"""The verbs fit, validate, test and predict: LightningCLI with our run directory, callbacks and errors.
 
 Data flow: arguments and YAML files -> run directory -> module, data module, trainer -> the verb -> report.
 """
@@ -16,14 +16,15 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
-from lightning_mm.analysis.findings import carry_over
+from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectingCallback
-from lightning_mm.cli.parser import OneScreenParser, refuse_foreign_classes
-from lightning_mm.core.csv_logger import MetricsFile
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.core.csv_logger import ResumableCSVLogger
+from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, read_json
+from lightning_mm.core.io import append_jsonl, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.report.wandb import OnlineLogger
@@ -36,14 +37,13 @@ from lightning_mm.training.callbacks.throughput import Throughput
 from lightning_mm.training.module import MMModule
 
 _WANDB = Literal["auto", "online", "offline", "off"]
-_RANK: Any = rank_zero_only  # knows this process's rank before torch.distributed does
+_RANK: Any = rank_zero_only  # its ``rank`` is set before torch.distributed is
 RUN_VARIABLE = "LIGHTNING_MM_RUN"
-"""Tells the processes that a multi-device run starts for its other ranks which folder is theirs."""
+"""Environment variable with the run directory, for the processes that a multi-device run starts for other ranks."""
 
 
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
-    decide.clear()
     refuse_foreign_classes(arguments)
     try:
         _run(arguments)
@@ -56,7 +56,7 @@ def _run(arguments: list[str]) -> None:
     TrainingCLI(
         MMModule,
         MMDataModule,
-        parser_class=OneScreenParser,
+        parser_class=Parser,
         auto_configure_optimizers=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -72,7 +72,7 @@ def _run(arguments: list[str]) -> None:
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI that owns ``runs/<name>/`` and lets no checkpoint overrule the command line."""
+    """LightningCLI with our run directory; hyperparameters of checkpoints do not override the command line."""
 
     run: RunDirectory
     checkpoint: dict[str, Any] | None = None
@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.backbone.revision", "data.revision")
 
     def _parse_ckpt_path(self) -> None:
-        """A checkpoint's hyperparameters never overrule what was asked for; ``state.check`` compares them instead."""
+        """Do nothing: a checkpoint's hyperparameters do not override options; ``state.check`` compares them instead."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -103,10 +103,12 @@ class TrainingCLI(LightningCLI):
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
         self.run = _run_directory(config, str(self.subcommand))
         if _RANK.rank == 0:
-            self._parser(self.subcommand).save(_reusable(config), self.run.config, overwrite=True, skip_validation=True)
+            self._parser(self.subcommand).save(
+                _reusable_config(config), self.run.config, overwrite=True, skip_validation=True
+            )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             _continue_metrics(Path(resumed), self.run)
-            carry_over(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
+            copy_earlier_findings(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -116,13 +118,13 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
         given = self._get(self.config_init, "trainer")
-        loggers: list[Any] = [MetricsFile(self.run.metrics)]
+        loggers: list[Any] = [ResumableCSVLogger(self.run.metrics)]
         if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand == "fit":
             loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
         if isinstance(given.get("logger"), (list, tuple)):
             loggers.extend(given["logger"])
         if SLURMEnvironment.detect():
-            # Lightning would save inside the signal handler, where ranks can wait for each other for ever.
+            # Lightning would save inside the signal handler, where ranks can deadlock.
             kwargs["plugins"] = [*(given.get("plugins") or []), SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(
             logger=loggers,
@@ -135,9 +137,9 @@ class TrainingCLI(LightningCLI):
     def _callbacks(self, config: Namespace) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(), Throughput()]
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        lookers = [callback for callback in given if isinstance(callback, InspectingCallback)]
-        _refuse_twice(lookers)
-        for callback in lookers:
+        inspecting = [callback for callback in given if isinstance(callback, InspectingCallback)]
+        _refuse_duplicates(inspecting)
+        for callback in inspecting:
             callback.run = self.run
         if self.subcommand == "fit":
             evaluation = self._get(self.config_init, "evaluation")
@@ -155,7 +157,9 @@ class TrainingCLI(LightningCLI):
     def _close_online(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, OnlineLogger):
-                logger.summarise(census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide})
+                logger.summarise(
+                    census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decision_log()}
+                )
                 if self.run.samples.is_file() and _RANK.rank == 0:
                     logger.log_samples(read_json(self.run.samples))
                 logger.close()
@@ -174,9 +178,9 @@ class TrainingCLI(LightningCLI):
 
 
 def _run_directory(config: Namespace, verb: str) -> RunDirectory:
-    """Rank 0 makes the folder and tells the ranks that it will start; started ranks take the one they are told."""
-    if (told := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
-        return RunDirectory(Path(told))
+    """The run directory: rank 0 makes it and passes it to the ranks it starts by ``RUN_VARIABLE``."""
+    if (given := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
+        return RunDirectory(Path(given))
     policy = (config.model.get("tuning") or {}).get("class_path", "IntermediateOnly").rpartition(".")[2]
     default = policy if verb == "fit" else f"{policy}-{verb}"
     if _RANK.rank != 0:
@@ -186,17 +190,17 @@ def _run_directory(config: Namespace, verb: str) -> RunDirectory:
     return run
 
 
-def _reusable(config: Namespace) -> Namespace:
-    """The config as any verb can read it: what belongs to one call only is left out."""
+def _reusable_config(config: Namespace) -> Namespace:
+    """The config without the options of a single call, so that every verb can read it."""
     kept = config.clone()
     for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
         kept.pop(key, None)
     return kept
 
 
-def _refuse_twice(lookers: Sequence[InspectingCallback]) -> None:
-    """Lightning keeps the state of callbacks by their class, and refuses a second one in words about its code."""
-    kinds = [type(looker).__name__ for looker in lookers]
+def _refuse_duplicates(callbacks: Sequence[InspectingCallback]) -> None:
+    """Refuse two callbacks of one class: Lightning keeps callback states by class."""
+    kinds = [type(callback).__name__ for callback in callbacks]
     for kind in kinds:
         if kinds.count(kind) > 1:
             raise UserError(
@@ -207,9 +211,9 @@ def _refuse_twice(lookers: Sequence[InspectingCallback]) -> None:
 
 
 def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
-    """A resumed run's curves begin where the first run's did, and hold no step twice.
+    """Copy the first run's curves up to the step that the run resumes at, each step once.
 
-    Training logs a step under the number of steps before it, a look under the number of steps that are done.
+    Training logs a step under the number of steps before it, inspections under the number of steps done.
     """
     earlier = checkpoint.parent.parent / "metrics.csv"
     if not earlier.is_file():
@@ -223,9 +227,9 @@ def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
         writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
         writer.writeheader()
         for row in (row for row in reader if row["step"]):
-            looked = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
+            inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
             if int(row["step"]) < step:
                 writer.writerow(row)
-            elif int(row["step"]) == step and looked:
-                writer.writerow({"step": row["step"], **looked})
-    decide("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")
+            elif int(row["step"]) == step and inspected:
+                writer.writerow({"step": row["step"], **inspected})
+    log_decision("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")

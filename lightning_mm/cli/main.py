@@ -1,7 +1,6 @@
-"""The command line: one place where verbs, config files and run directories meet.
+"""The command line: finds the verb and runs it; errors become one message and an exit status.
 
-Data flow: arguments -> ``parsing`` (one-screen errors) -> ``training`` (fit, validate, test, predict) or ``exporting``
--> exit status.
+Data flow: arguments -> the verb's function (imported when needed) -> exit status.
 """
 
 import errno
@@ -17,8 +16,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
-from lightning_mm.core.errors import UserError
-from lightning_mm.data.dataloader import killed_worker
+from lightning_mm.core.decisions import DecisionLog
+from lightning_mm.core.errors import UserError, first_line
+from lightning_mm.data.dataloader import worker_killed_error
 
 _KNOWN = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
@@ -34,25 +34,26 @@ VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit
 
 def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
-    _speak()
+    _configure_logging()
     try:
-        return _begun(arguments[0])(arguments)
+        with DecisionLog().opened():
+            return _load_verb(arguments[0])(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (RuntimeError, MisconfigurationException, OSError) as error:
-        if (told := _explained(error)) is None:
+        if (explained := _explain(error)) is None:
             raise
-        print(f"error: {told}", file=sys.stderr)
+        print(f"error: {explained}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
 
 
-def _explained(error: Exception) -> UserError | None:
-    """What a library's error means to the user; None where it would be our own fault."""
-    first = str(error).partition("\n")[0]
+def _explain(error: Exception) -> UserError | None:
+    """A library's error as ``UserError``; None if the user cannot mend it."""
+    first = first_line(error)
     if isinstance(error, MisconfigurationException):
         return UserError("The trainer cannot be set up.", first, "Change the trainer's options, or its -c file.")
     if isinstance(error, torch.OutOfMemoryError):
@@ -63,20 +64,20 @@ def _explained(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
-    return killed_worker(error) if isinstance(error, RuntimeError) else None
+    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
 
 
-def _begun(name: str) -> Callable[[list[str]], int]:
-    """A verb, and garbage is looked for again, if ``__main__`` has stopped that: what was imported stays."""
+def _load_verb(name: str) -> Callable[[list[str]], int]:
+    """Import a verb, and enable garbage collection again, which ``__main__`` disables for a fast start."""
     try:
-        return _verb(name)
+        return _import_verb(name)
     finally:
         if not gc.isenabled():
             gc.freeze()
             gc.enable()
 
 
-def _verb(name: str) -> Callable[[list[str]], int]:
+def _import_verb(name: str) -> Callable[[list[str]], int]:
     if name == "export":
         from lightning_mm.cli.export import export
 
@@ -108,8 +109,8 @@ def _verb(name: str) -> Callable[[list[str]], int]:
     raise UserError(f"'{name}' is no verb.", f"Verbs are {', '.join(VERBS)}.", suggestion(name, VERBS) or "See --help.")
 
 
-def _speak() -> None:
-    """Our own lines to the console; of the libraries, warnings only."""
+def _configure_logging() -> None:
+    """Log our own messages to the console; of the libraries, warnings only."""
     logger = logging.getLogger("lightning_mm")
     if not logger.handlers:
         handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)

@@ -1,10 +1,7 @@
-"""From the command line of ``inspect`` to what is inspected: each path checked, then opened, and one probe set for all.
+"""From a path on the command line to a model that can be read: a model folder, a run or one of its checkpoints.
 
-Data flow: paths and options -> ``Source`` (checked, nothing loaded) -> probe set -> ``Subject``.
-
-What is to be inspected: a model folder, a run, or one of its checkpoints, each as a model that can be read.
-
-Data flow: a path on the command line -> ``Subject`` -> readings and a layer selection.
+Data flow: path and options -> ``ModelSource`` (checked, nothing loaded) -> ``InspectedModel`` (hidden states, layer
+selection), and one probe set for all models.
 """
 
 import re
@@ -16,128 +13,139 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading, read, shared
-from lightning_mm.cli.export import restored
-from lightning_mm.core.decisions import decide
+from lightning_mm.analysis.hidden_states import (
+    HiddenStates,
+    common_samples,
+    extract_hidden_states,
+)
+from lightning_mm.cli.trained_run import load_run
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.io import read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.build import open_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.forward_criteria import drift_criterion
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
 from lightning_mm.layer_selection.layer_range_search import Criterion
 from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model, read_config
 from lightning_mm.training import checkpoint as state
 
 
 @dataclass(eq=False)
-class Subject:
-    """A model to be read.
+class InspectedModel:
+    """A model whose layers are read, and the data to read them with.
 
     Args:
-        name: As given.
-        kind: Its class.
-        model: In eval mode.
-        anatomy: Of the plain model.
-        data: Makes its batches of probe rows.
-        conversations: Has the conversations that a loss is taken of, if there are any.
-        trained: Blocks that were trained; empty where that is not known.
-        device: Where it is.
-        bf16: Whether its forward pass computes in bfloat16.
-        auto: How layers are chosen.
+        name: The model's path as given on the command line.
+        kind: Class name of the model.
+        mm: The model in eval mode.
+        data: Data module that makes batches of probe rows.
+        conversations: Data module with the conversations for losses, if there are any.
+        trained: Indices of the trained decoder blocks; empty if not known.
+        bf16: Whether the forward pass runs under bfloat16 autocast.
+        auto: Settings of the layer selection.
     """
 
     name: str
     kind: str
-    model: nn.Module
-    anatomy: Anatomy
+    mm: MultimodalModel
     data: MMDataModule
     conversations: MMDataModule
     trained: tuple[int, ...]
-    device: torch.device
     bf16: bool
     auto: AutoRange
 
     @property
-    def width(self) -> int:
-        """D, the hidden size of its decoder."""
-        model: Any = self.model
-        return int(model.config.get_text_config(decoder=True).hidden_size)
+    def device(self) -> torch.device:
+        """Device of the model."""
+        return self.mm.device
 
-    def read(self, probe_set: ProbeSet, step: int = 0) -> Reading:
-        """Every layer, on every row; rows that fall out are in the ledger of ``data`` too."""
+    @property
+    def width(self) -> int:
+        """D, the hidden size of the decoder."""
+        return int(self.mm.transformers.config.get_text_config(decoder=True).hidden_size)
+
+    def read(self, probe_set: ProbeSet, step: int = 0) -> HiddenStates:
+        """Hidden states of every layer on every row; rejected rows also go to the ledger of ``data``."""
         with torch.no_grad(), self._precision():
-            reading = read(self.model, self.anatomy, self.data.probe_loader(probe_set), self.device, step=step)
-        self.data.ledger.add(replace(each, kind="probe") for each in reading.rejected)
+            reading = extract_hidden_states(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
+        self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
         return reading
 
     def select(
-        self, reading: Reading, probe_set: ProbeSet, pilot: "tuple[Subject, Reading] | None" = None
+        self, reading: HiddenStates, probe_set: ProbeSet, pilot: "tuple[InspectedModel, HiddenStates] | None" = None
     ) -> Selection:
-        """The layers worth training, also by what a second, tuned model says.
+        """Select the layers worth training.
+
+        Args:
+            reading: Hidden states of this model.
+            probe_set: The rows they were read on.
+            pilot: A second, tuned model and its hidden states, for the criteria drift and transplant; None: no pilot.
 
         Raises:
             UserError: No row was read, or none of the criteria can be computed.
         """
-        batches = self._batches() if pilot or set(GRADIENT) & set(self.auto.criteria) else []
-        said = self._piloted(reading, probe_set, *pilot, batches) if pilot else ()
+        batches = self._batches() if pilot or set(GRADIENT_CRITERIA) & set(self.auto.criteria) else []
+        pilot_criteria = self._pilot_criteria(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
-            gradients = scores_if_possible(self.model, self.anatomy, batches, self.device, self.auto.criteria)
-        return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=said)
+            gradients = try_gradient_scores(self.mm, batches, self.device, self.auto.criteria)
+        return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=pilot_criteria)
 
     def _batches(self) -> list[Batch]:
         try:
             return self.conversations.sample_batches(self.auto.batches)
         except UserError as error:
-            decide("auto.batches", "none", f"{error.what} {error.why}")
+            log_decision("auto.batches", "none", f"{error.what} {error.why}")
             return []
 
-    def _piloted(
-        self, reading: Reading, probe_set: ProbeSet, tuned: "Subject", after: Reading, batches: list[Batch]
+    def _pilot_criteria(
+        self,
+        reading: HiddenStates,
+        probe_set: ProbeSet,
+        tuned: "InspectedModel",
+        after: HiddenStates,
+        batches: list[Batch],
     ) -> list[Criterion]:
-        """Criteria 3 and 5: what the tuned model changed, and what its blocks are worth one window at a time."""
-        before, after, _ = shared(reading, after)
+        """Criteria from the tuned model: drift of its hidden states, and the gain of its blocks window by window."""
+        before, after, _ = common_samples(reading, after)
         drifted = drift_criterion(before, after, probe_set, self.auto.resamples, self.auto.seed, self.device)
-        gains = self._transplanted(tuned, batches)
-        worth = None if gains is None else transplant_criterion(gains, self.auto.resamples)
-        return [criterion for criterion in (drifted, worth) if criterion is not None]
+        gains = self._transplant_gains(tuned, batches)
+        gained = None if gains is None else transplant_criterion(gains, self.auto.resamples)
+        return [criterion for criterion in (drifted, gained) if criterion is not None]
 
-    def _transplanted(self, tuned: "Subject", batches: Sequence[Batch]) -> Tensor | None:
-        """(K, L) gains; None, and said why, where they cannot be had."""
-        types = [each.model.get_submodule(each.anatomy.embedding).weight.dtype for each in (self, tuned)]
+    def _transplant_gains(self, tuned: "InspectedModel", batches: Sequence[Batch]) -> Tensor | None:
+        """(K, L) gains by batch and block; None, with the reason logged, if they cannot be computed."""
+        types = [each.mm.embedding.weight.dtype for each in (self, tuned)]
         if len(batches) < 2:
             why = f"{len(batches)} batches to take a loss of, and 2 are needed: give --data FILE"
         elif types[0] != types[1]:
             why = f"the weights are {types[0]} here and {types[1]} there"
         else:
             with self._precision():
-                return transplant_gains(self.model, tuned.model, self.anatomy, batches, self.device)
-        decide("auto.criteria", "without transplant", why)
+                return transplant_gains(self.mm, tuned.mm.model, batches, self.device)
+        log_decision("auto.criteria", "without transplant", why)
         return None
 
     def _precision(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
 
-def check_alike(subjects: Sequence[Subject]) -> None:
-    """Refuse to compare models of different shape, block by block.
-
-    Raises:
-        UserError: Naming both sides.
-    """
-    shapes = {each.name: (each.kind, each.anatomy.num_layers, each.width) for each in subjects}
+def check_same_architecture(models: Sequence[InspectedModel]) -> None:
+    """Raise a ``UserError`` if the models differ in class, number of blocks or hidden size."""
+    shapes = {each.name: (each.kind, each.mm.layout.num_layers, each.width) for each in models}
     if len(set(shapes.values())) > 1:
-        told = [f"{name} is {kind} with {n} blocks of width {d}" for name, (kind, n, d) in shapes.items()]
+        descriptions = [f"{name} is {kind} with {n} blocks of width {d}" for name, (kind, n, d) in shapes.items()]
         raise UserError(
             f"{' and '.join(shapes)} cannot be compared.",
-            f"{'; '.join(told)}.",
+            f"{'; '.join(descriptions)}.",
             "Compare a model with one that was made from it.",
         )
 
@@ -147,13 +155,13 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 @dataclass(frozen=True)
-class Source:
-    """What a path names.
+class ModelSource:
+    """What a path on the command line names, checked but not loaded.
 
     Args:
-        path: As given.
-        run: The run that it is or belongs to; None for a model folder or hub name.
-        checkpoint: Of the run.
+        path: The path or hub name as given.
+        run: The run that it is or belongs to; None: a model folder or hub name.
+        checkpoint: Checkpoint file of the run; None: a model folder or hub name.
     """
 
     path: str
@@ -161,12 +169,12 @@ class Source:
     checkpoint: Path | None = None
 
     @classmethod
-    def of(cls, path: str, checkpoint: str) -> "Source":
-        """See what a path names, without loading it.
+    def of(cls, path: str, checkpoint: str) -> "ModelSource":
+        """Find out what a path names, without loading it.
 
         Args:
-            path: On the command line.
-            checkpoint: Name in the run's checkpoints, where the path is a run.
+            path: Path or hub name.
+            checkpoint: Name of a checkpoint, for paths of runs.
 
         Raises:
             UserError: It is no model, no run and no checkpoint of a run.
@@ -190,7 +198,7 @@ class Source:
         return cls(path)
 
     @classmethod
-    def _of_checkpoint(cls, path: str, checkpoint: Path) -> "Source":
+    def _of_checkpoint(cls, path: str, checkpoint: Path) -> "ModelSource":
         state.read_checkpoint(checkpoint)
         folder = checkpoint.absolute().parent.parent
         if not (folder / "config.yaml").is_file():
@@ -202,34 +210,50 @@ class Source:
         return cls(path, RunDirectory(folder), checkpoint)
 
 
-def open_subjects(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[Subject], ProbeSet]:
-    """Open all that is to be inspected, and draw the probe set that all of it is asked.
+def model_label(path: str) -> str:
+    """Short name of a model: that of its folder, or of its run if that says more.
+
+    Example:
+        >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
+        ('middle', 'middle-last', 'model')
+    """
+    named = Path(path)
+    parts = (named.resolve() if named.name in ("", "..") else named).parts
+    if parts[-1] == "export" and len(parts) > 1:
+        return parts[-2]
+    if parts[-1].endswith(".ckpt") and len(parts) > 2:
+        return f"{parts[-3]}-{parts[-1].removesuffix('.ckpt')}"
+    return parts[-1]
+
+
+def open_models(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[InspectedModel], ProbeSet]:
+    """Open all models to inspect, and the probe set for all of them.
 
     Raises:
         UserError: A path names nothing, there is nothing to probe with, or two models cannot be compared.
     """
     if options.images is not None and options.images < 2:
         raise UserError(f"images is {options.images}.", "Pictures are compared.", "Give --images 2 or more.")
-    sources = [Source.of(path, options.checkpoint) for path in paths]
+    sources = [ModelSource.of(path, options.checkpoint) for path in paths]
     early = None
-    if not any(source.run for source in sources):  # a mistake in the file shows before a model is loaded
-        early = _probe_set(_fresh(paths[0], None, options), options)
-    subjects = [opened(source, options, auto) for source in sources]
-    check_alike(subjects)
+    if not any(source.run for source in sources):  # mistakes in the file show before a model is loaded
+        early = _probe_set(_data_from_options(paths[0], None, options), options)
+    models = [open_model(source, options, auto) for source in sources]
+    check_same_architecture(models)
     if early is not None:
-        return subjects, early
-    own = next(subject for subject, source in zip(subjects, sources, strict=True) if source.run)
-    return subjects, _probe_set(own.data, options)
+        return models, early
+    own = next(model for model, source in zip(models, sources, strict=True) if source.run)
+    return models, _probe_set(own.data, options)
 
 
 def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
-    """--probes FILE; else what the run itself is looked into with."""
+    """The probe set of --probes FILE, else the run's own."""
     most = options.images or data.probe_images
     if options.probes:
         return open_probe_set(
             options.probes,
             options.image_root,
-            data.ledger,
+            data.rejected_samples,
             max_pictures=most,
             prompt=data.probe_prompt,
             max_megapixels=data.max_megapixels,
@@ -244,30 +268,28 @@ def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
     return data.probe_set()
 
 
-def opened(source: Source, options: Namespace, auto: AutoRange) -> Subject:
-    """Load what a path names, ready to be read."""
+def open_model(source: ModelSource, options: Namespace, auto: AutoRange) -> InspectedModel:
+    """Load the model that a path names, in eval mode, with its data."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trained: tuple[int, ...] = ()
-    model: Any
     if source.run is not None and source.checkpoint is not None:
-        module, data = restored(source.run, source.checkpoint)
-        model, anatomy, trained = module.model, module.anatomy, module.plan.layers
+        module, data = load_run(source.run, source.checkpoint)
+        mm, trained = module.mm, module.plan.layers
         data.batch_size = data.eval_batch_size = options.batch_size
         data.max_length = options.max_length or data.max_length
         backbone = module.backbone
-        conversations = _fresh(backbone.path, backbone.revision, options) if options.data else data
+        conversations = _data_from_options(backbone.path, backbone.revision, options) if options.data else data
     else:
-        data = conversations = _fresh(source.path, None, options)
-        model = load_model(Backbone(path=source.path))
-        anatomy = Anatomy.of(model)
-        trained = _trained(Path(source.path).absolute().parent)
-    model.eval().requires_grad_(False).to(device)
-    kind = type(model).__name__
-    return Subject(source.path, kind, model, anatomy, data, conversations, trained, device, options.bf16, auto)
+        data = conversations = _data_from_options(source.path, None, options)
+        mm = MultimodalModel.of(load_model(Backbone(path=source.path)), source=source.path)
+        trained = _trained_layers(Path(source.path).absolute().parent)
+    mm.model.eval().requires_grad_(False).to(device)
+    kind = type(mm.model).__name__
+    return InspectedModel(source.path, kind, mm, data, conversations, trained, options.bf16, auto)
 
 
-def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataModule:
-    """What the command line alone says of data."""
+def _data_from_options(processor: str, revision: str | None, options: Namespace) -> MMDataModule:
+    """A data module from command line options only."""
     length = {} if options.max_length is None else {"max_length": options.max_length}
     return MMDataModule(
         processor=processor,
@@ -281,8 +303,8 @@ def _fresh(processor: str, revision: str | None, options: Namespace) -> MMDataMo
     )
 
 
-def _trained(run: Path) -> tuple[int, ...]:
-    """The layers that a run has trained, for the folder that was exported from it; none where it is no run."""
+def _trained_layers(run: Path) -> tuple[int, ...]:
+    """The layers that a run trained, for a folder exported from it; empty if ``run`` is no run."""
     if not (run / "census.json").is_file():
         return ()
     return tuple(read_json(run / "census.json")["layers"]["trained"])

@@ -1,6 +1,7 @@
-"""Errors of the command line and of config files, on one screen, with the dotted key and what was probably meant.
+"""The parser of the command line, its errors on one screen, and the check of the classes that config files name.
 
-Data flow: jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1`` shows the library's own traceback.
+Data flow: arguments -> ``Parser`` -> options, or jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1``
+shows the library's own traceback.
 """
 
 import difflib
@@ -20,26 +21,26 @@ ALLOWED = ("lightning", "torch", "lightning_mm", "torchmetrics")
 """Where a config's ``class_path`` may point without ``--allow``."""
 
 
-class OneScreenParser(LightningArgumentParser):
-    """A parser whose errors a person can read."""
+class Parser(LightningArgumentParser):
+    """The parser of all verbs; its errors are ``UserError``s that fit on one screen."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # An abbreviated option would be taken for another one without a word.
+        # An abbreviated option could silently match another one.
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raise a UserError instead of printing the usage of some hundred options."""
+        """Raise a ``UserError`` instead of printing the usage of hundreds of options."""
         if not self.exit_on_error:
             super().error(message, ex)
-        raise explained(message, [name for action in self._actions for name in action.option_strings])
+        raise explain_error(message, [name for action in self._actions for name in action.option_strings])
 
 
-def explained(message: str, options: Iterable[str]) -> UserError:
-    """A parser's message as what, why and fix.
+def explain_error(message: str, options: Iterable[str]) -> UserError:
+    """A jsonargparse error message as ``UserError``.
 
     Args:
-        message: As the library gives it.
-        options: Every option string that exists.
+        message: jsonargparse's message.
+        options: All option strings, for suggestions.
     """
     if match := re.search(r"unrecognized arguments: (.*)", message, re.S):
         given = match[1].split()[0].partition("=")[0]
@@ -81,7 +82,7 @@ _HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """Did you mean ...?
+    """The hint 'Did you mean X?' with the known name closest to ``given``; empty if none is close.
 
     Example:
         >>> suggestion("--model.tunning", ["--model.tuning", "--data.train"])
@@ -94,13 +95,13 @@ def suggestion(given: str, known: Iterable[str]) -> str:
 
 
 def refuse_foreign_classes(arguments: list[str]) -> None:
-    """Stop before a config file makes us import something that nobody has allowed: parsing a class imports it.
+    """Refuse config files that name classes of packages not allowed: parsing a class imports it.
 
     Args:
-        arguments: Of the command line; every YAML file that they name is read, and those that these name.
+        arguments: Command line arguments; all YAML files that they name are read, and all that these name.
 
     Raises:
-        UserError: Naming file, key and class.
+        UserError: A file names such a class; the message has file, key and class.
     """
     values = [argument.rpartition("=")[2] for argument in arguments]
     allowed = [values[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--allow"]
@@ -129,7 +130,7 @@ def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None
             _scan(value, path, f"{key}[{index}]", prefixes)
     elif isinstance(content, str):
         _scan_file(path.parent / content, prefixes)
-        # A bare name ('Full') is one of ours; a dotted one is imported.
+        # A bare name ('Full') is resolved within this package; a dotted one is imported.
         dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", content)
         if dotted and not f"{content}.".startswith(prefixes) and _names_class(key):
             raise UserError(
@@ -140,7 +141,7 @@ def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None
 
 
 def _names_class(key: str) -> bool:
-    """Whether a key's value is taken for a class: class_path itself, and options that are classes."""
+    """Whether jsonargparse resolves the key's value to a class: class_path itself, and options that are classes."""
     last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
     return last in ("class_path", "tuning", "callbacks", "callbacks+", "logger", "strategy", "profiler", "plugins")
 

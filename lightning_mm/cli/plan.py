@@ -1,11 +1,11 @@
 """plan: what a run will cost, before it and without weights, beside what every other policy would cost.
 
 Data flow: the arguments of ``fit`` -> model and data as configured, nothing loaded -> a few real batches (or one of
-given lengths) -> ``forecast`` for each policy -> tables, and a JSON file.
+given lengths) -> ``estimate_cost`` for each policy -> tables, and a JSON file.
 
 The tables that ``plan`` prints.
 
-Data flow: one ``Forecast`` per policy, the run's own first -> rich tables.
+Data flow: one ``CostEstimate`` per policy, the run's own first -> rich tables.
 """
 
 import json
@@ -25,15 +25,15 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.cli.fit import TrainingCLI
-from lightning_mm.cli.parser import OneScreenParser, refuse_foreign_classes
-from lightning_mm.core.decisions import decide
+from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.layer_selection.select import asks_for_selection, with_layers
-from lightning_mm.planning.devices import DEVICES, Device, device
-from lightning_mm.planning.memory import Memory
-from lightning_mm.planning.plan import Blueprint, Forecast, Setting, forecast
+from lightning_mm.layer_selection.select import auto_layers_option, with_layers
+from lightning_mm.planning.cost_estimate import CostEstimate, MetaModel, RunSettings, estimate_cost
+from lightning_mm.planning.devices import DEVICES, Device, find_device
+from lightning_mm.planning.memory import StepMemory
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import (
     ConnectorOnly,
@@ -49,9 +49,9 @@ from lightning_mm.tuning import (
 from lightning_mm.tuning.layers import count_layers
 
 
-def show(
+def print_plan(
     console: Console,
-    found: Sequence[Forecast],
+    found: Sequence[CostEstimate],
     lengths: dict[str, float],
     on: Device,
     *,
@@ -72,7 +72,7 @@ def show(
         f"A step: {lengths['rows']:.3g} rows of {lengths['image_tokens']:.0f} image and"
         f" {lengths['text_tokens']:.0f} text tokens on average, {lengths['supervised']:.0f} supervised,"
         f" {lengths['padding']:.0%} padding."
-        f" Times: on {on.name}, assumed to reach {on.utilisation:.0%} of {_flops(on.bf16)}/s (bfloat16)"
+        f" Times: on {on.name}, assumed to reach {on.utilization:.0%} of {_flops(on.bf16)}/s (bfloat16)"
         f" or {_flops(on.fp32)}/s (float32)."
     )
     console.print(_speed(found))
@@ -87,7 +87,7 @@ def show(
         console.print(f"The run: {steps} steps, {_time(steps * own.seconds)}{cached}.")
 
 
-def _speed(found: Sequence[Forecast]) -> Table:
+def _speed(found: Sequence[CostEstimate]) -> Table:
     """All policies side by side: operations and time."""
     full = next((one for one in found if one.plan.policy.startswith("Full(")), found[0])
     columns = ("trained", "FLOPs", "of full", "floor", "step", "cached")
@@ -106,7 +106,7 @@ def _speed(found: Sequence[Forecast]) -> Table:
     return table
 
 
-def _bytes(found: Sequence[Forecast], samples: int) -> Table:
+def _bytes(found: Sequence[CostEstimate], samples: int) -> Table:
     """All policies side by side: memory, disk and network."""
     columns = ("memory", "checkpoint", "sent a step", "cache" if samples else "cache of a row")
     table = _table("Bytes", "policy", columns)
@@ -129,7 +129,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
     return table
 
 
-def _parts(one: Forecast) -> Table:
+def _parts(one: CostEstimate) -> Table:
     """Where the floor of the run's own policy comes from."""
     columns = ("forward", "input gradients", "weight gradients", "share")
     table = _table(f"Least FLOPs of a step: {one.plan.policy}", "part", columns)
@@ -139,9 +139,9 @@ def _parts(one: Forecast) -> Table:
     return table
 
 
-def _memory(one: Forecast, on: Device) -> Table:
+def _memory(one: CostEstimate, on: Device) -> Table:
     table = _table("Memory at the peak of a step, and parameters", "cause", ("size",))
-    for field in fields(Memory):
+    for field in fields(StepMemory):
         table.add_row(field.name, size(getattr(one.memory, field.name)))
     fits = f" of {size(on.memory)}" if on.memory else ""
     table.add_row(
@@ -191,12 +191,11 @@ _BATCHES = 8
 
 def plan(arguments: list[str]) -> int:
     """Tell what a run will cost; returns the exit status."""
-    decide.clear()
     refuse_foreign_classes(arguments)
     cli = PlanningCLI(
         MMModule,
         MMDataModule,
-        parser_class=OneScreenParser,
+        parser_class=Parser,
         auto_configure_optimizers=False,
         save_config_callback=None,
         seed_everything_default=0,
@@ -206,27 +205,27 @@ def plan(arguments: list[str]) -> int:
     )
     config, module = cli.config, cli.config_init.model
     with batches_of(config, module, cli.config_init.data) as batches, _uncompiled():
-        setting, on = _setting(config, module), device(config.device, _in_bf16(config, module))
+        setting, on = _setting(config, module), find_device(config.device, _in_bf16(config, module))
         largest = max(batches, key=lambda batch: (batch.has_images, batch.regions.numel()))
-        blueprint = Blueprint(module.backbone, largest, module.compute.packing)
-        own = _fixed(module.tuning, blueprint.anatomy.num_layers)
-        found: list[Forecast] = []
+        blueprint = MetaModel(module.backbone, largest, module.compute.packing)
+        own = _fixed(module.tuning, blueprint.layout.num_layers)
+        found: list[CostEstimate] = []
         for policy in (own, *(POLICIES if config.compare else ())):
             try:
-                one = forecast(blueprint, policy, batches, setting, on)
+                one = estimate_cost(blueprint, policy, batches, setting, on)
             except UserError as error:
                 if policy is own:
                     raise
-                decide("plan", f"without {policy.describe()}", error.what)
+                log_decision("plan", f"without {policy.describe()}", error.what)
                 continue
             if not any((one.plan.full, one.plan.adapted) == (each.plan.full, each.plan.adapted) for each in found):
                 found.append(one)
     lengths = _lengths(batches)
     steps = int(config.trainer.max_steps) * setting.accumulate if config.trainer.max_steps > 0 else 0
     samples = _samples(cli.config_init.data)
-    show(Console(), found, lengths, on, steps=steps, samples=samples)
+    print_plan(Console(), found, lengths, on, steps=steps, samples=samples)
     if config.json:
-        facts = {"device": on.name, "utilisation": on.utilisation, "shape": lengths, "samples": samples, "steps": steps}
+        facts = {"device": on.name, "utilisation": on.utilization, "shape": lengths, "samples": samples, "steps": steps}
         Path(config.json).write_text(json.dumps({**facts, "policies": [one.to_dict() for one in found]}, indent=1))
     return 0
 
@@ -309,7 +308,7 @@ class _Rows:
             answer = max(1, answer + supervised - round(held["supervised"]))
             words = max(1, words + text_tokens - supervised - round(held["text_tokens"] - held["supervised"]))
         if image_tokens and round(held["image_tokens"]) != image_tokens:
-            decide(
+            log_decision(
                 "plan", f"{held['image_tokens']:.0f} image tokens", f"the processor makes no picture of {image_tokens}"
             )
         return self._made(0 if image_tokens == 0 else side, words, answer)
@@ -330,10 +329,10 @@ class _Rows:
         return next(iter(data.train_dataloader()))
 
 
-def _setting(config: Namespace, module: MMModule) -> Setting:
+def _setting(config: Namespace, module: MMModule) -> RunSettings:
     devices = config.trainer.devices
     ranks = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
-    return Setting(
+    return RunSettings(
         compute=module.compute,
         bf16=config.trainer.precision == "bf16-mixed",
         checkpointing=module.activation_checkpointing,
@@ -349,11 +348,11 @@ def _in_bf16(config: Namespace, module: MMModule) -> bool:
 
 def _fixed(policy: TuningPolicy, num_layers: int) -> TuningPolicy:
     """``layers: auto`` is answered by reading the model; the default range stands in for it."""
-    if not asks_for_selection(policy):
+    if not auto_layers_option(policy):
         return policy
     count = count_layers("25%-50%", num_layers)
     first = num_layers // 4
-    decide("model.tuning.layers", "25%-50%", "auto is chosen by reading the model, and plan has no weights")
+    log_decision("model.tuning.layers", "25%-50%", "auto is chosen by reading the model, and plan has no weights")
     return with_layers(policy, tuple(range(first, first + count)))
 
 

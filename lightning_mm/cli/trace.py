@@ -1,39 +1,37 @@
-"""trace: what causes a model's answers, on any model folder, run or checkpoint, without training.
+"""The verb trace: what causes a model's answers, on any model folder, run or checkpoint, without training.
 
-Data flow: model + questions with constraints -> those that it answers right -> ``causal.study`` -> a folder with
-report.html, layers.csv, traces.json, pictures.json and causal.json; the headlines are printed too.
+Data flow: model + questions with constraints -> those that it answers correctly -> ``run_study`` -> a folder with
+report.html, layers.csv, traces.json, pictures.json and causal.json; the strongest effects are printed.
 """
 
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from jsonargparse import Namespace
 from rich.console import Console
 from rich.table import Table
 
-from lightning_mm.analysis.findings import Findings, Recorder
-from lightning_mm.causal.effects.activation_patching import Tracing
-from lightning_mm.causal.effects.knockout_curves import Knocking
-from lightning_mm.causal.effects.layer_transplant import answered as transplanted_answers
-from lightning_mm.causal.effects.layer_transplant import from_two, transplant_curve, transplant_rows, windows
+from lightning_mm.analysis.findings import Findings, FindingsWriter
+from lightning_mm.causal.effects.activation_patching import TraceConfig
+from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
+from lightning_mm.causal.effects.layer_transplant import (
+    add_transplant_curves,
+)
 from lightning_mm.causal.questions.files import read_questions
-from lightning_mm.causal.questions.question import Asker
-from lightning_mm.causal.questions.scoring import Answer, answered
-from lightning_mm.causal.study import PARTS, Examined, Study, Studying, study
-from lightning_mm.cli.export import Parser
-from lightning_mm.cli.inspect import short
-from lightning_mm.cli.model_source import Source, Subject, check_alike, opened
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.causal.questions.question import Question, QuestionEncoder
+from lightning_mm.causal.questions.scoring import Answer, answer_until
+from lightning_mm.causal.study import PARTS, StudyConfig, StudyResult, run_study
+from lightning_mm.cli.model_source import InspectedModel, ModelSource, check_same_architecture, model_label, open_model
+from lightning_mm.cli.parser import Parser
+from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, write_json
-from lightning_mm.data.batch import Batch
-from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.data.sample import Rejection
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.report.html import write_report
 
@@ -44,33 +42,37 @@ def trace(arguments: list[str]) -> int:
     """Find what causes a model's answers: causal traces, flow, knockout, ablation, lens, transplantation."""
     options = _parser().parse_args(arguments[1:])
     options.images = None
-    decide.clear()
-    studying = _studying(options)
-    read = read_questions(options.questions, options.image_root)
-    sources = [Source.of(path, options.checkpoint) for path in _paths(options)]
-    subjects = [opened(source, options, AutoRange()) for source in sources]
-    check_alike(subjects)
-    subject = subjects[0]
-    asker = Asker(subject.data.processing, options.prompt)
-    answers, rejected = _answers(subject, asker, read.questions, options)
+    config = _study_config(options)
+    file = read_questions(options.questions, options.image_root)
+    paths = [options.model, *([options.against] if options.against else [])]
+    sources = [ModelSource.of(path, options.checkpoint) for path in paths]
+    models = [open_model(source, options, AutoRange()) for source in sources]
+    check_same_architecture(models)
+    model = models[0]
+    encoder = QuestionEncoder(model.data.processing, options.prompt)
+    questions = _of_kinds(file.questions, options.kinds)[: options.ask]
+    answers, rejected = answer_until(model.mm, encoder, questions, model.device, options.limit, options.bf16)
     # Before the long part, so that a mistake in the file shows at once.
-    batches = subject.conversations.sample_batches(options.batches, options.batch_size) if options.against else []
+    batches = model.conversations.sample_batches(options.batches, options.batch_size) if options.against else []
     if options.against and not batches:
         raise UserError(f"Nothing in {options.data} can be asked.", "No answer is left of it.", "Give other --data.")
-    run = RunDirectory.create(options.root, options.name or f"trace-{short(options.model)}")
+    run = RunDirectory.create(options.root, options.name or f"trace-{model_label(options.model)}")
     began = time.perf_counter()
-    examined = Examined(subject.model, subject.anatomy, subject.data.processing)
-    with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-        found = study(examined, answers, studying, _pictures(run, answers))
-        if len(subjects) > 1:
-            _transplant(subject, subjects[1], found, batches)
-    _write(run, found, time.perf_counter() - began, options, answers, subject)
-    ledger = Ledger()
-    ledger.add([*read.rejected, *rejected, *found.rejected])
+    mm = replace(model.mm, processor=model.data.processing)
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=options.bf16):
+        result = run_study(mm, answers, config, _copy_images(run, answers))
+        if len(models) > 1:
+            add_transplant_curves(result.findings, mm, models[1].mm.model, batches)
+    FindingsWriter(run).write(result.findings, 0.0, time.perf_counter() - began)
+    title = {"title": " against ".join(map(model_label, paths)), "model": model.kind}
+    _write(run, result, answers, title, model)
+    write_json(run.path / "inspection.json", {**title, "labels": {"0": model_label(options.model)}})
+    ledger = RejectedSamples()
+    ledger.add([*file.rejected, *rejected, *result.rejected])
     ledger.write(run.ledger)
-    write_json(run.decisions, [asdict(decision) for decision in decide])
+    write_json(run.decisions, [asdict(decision) for decision in decision_log()])
     write_report(run.path)
-    Console().print(headlines(found.findings))
+    Console().print(strongest_table(result.findings))
     log.info("report: %s", run.report)
     return 0
 
@@ -91,8 +93,8 @@ def _parser() -> Parser:
     parser.add_argument("--limit", type=int, default=48, help="Most right answers that are looked into.")
     parser.add_argument("--parts", type=list[str], default=list(PARTS), help="What to find out.")
     parser.add_argument("--corruption", type=str, default="token", help="token, symmetric, image, gaussian or grey.")
-    parser.add_class_arguments(Tracing, "tracing")
-    parser.add_class_arguments(Knocking, "knocking")
+    parser.add_class_arguments(TraceConfig, "tracing")
+    parser.add_class_arguments(KnockoutConfig, "knocking")
     parser.add_argument("--against", type=str | None, default=None, help="A tuned model whose layers are transplanted.")
     parser.add_argument("--data", type=str | None, default=None, help="Conversations that hybrids are asked.")
     parser.add_argument("--batches", type=int, default=8, help="Batches of them.")
@@ -107,7 +109,7 @@ def _parser() -> Parser:
     return parser
 
 
-def _studying(options: Namespace) -> Studying:
+def _study_config(options: Namespace) -> StudyConfig:
     if options.prompt.count("{question}") != 1 or options.limit < 1 or options.ask < 1:
         raise UserError(
             "Nothing would be asked.",
@@ -118,67 +120,33 @@ def _studying(options: Namespace) -> Studying:
         raise UserError(
             "There is nothing to ask the hybrids.", "--against transplants layers.", "Give --data FILE, conversations."
         )
-    return Studying(
+    return StudyConfig(
         parts=tuple(options.parts),
         corruption=options.corruption,
-        tracing=Tracing(**vars(options.tracing)),
-        knocking=Knocking(**vars(options.knocking)),
-        shown=options.shown,
+        trace=TraceConfig(**vars(options.tracing)),
+        knockout=KnockoutConfig(**vars(options.knocking)),
+        num_shown=options.shown,
         seed=options.seed,
     )
 
 
-def _paths(options: Namespace) -> list[str]:
-    return [options.model, *([options.against] if options.against else [])]
-
-
-def _answers(
-    subject: Subject, asker: Asker, questions: Sequence[Any], options: Namespace
-) -> tuple[list[Answer], list[Rejection]]:
-    """Ask until enough is answered right.
-
-    Raises:
-        UserError: Nothing is.
-    """
-    wanted = [q for q in questions if not options.kinds or q.kind in options.kinds]
+def _of_kinds(questions: Sequence[Question], kinds: Sequence[str] | None) -> list[Question]:
+    """The questions of the given kinds; None: all."""
+    wanted = [question for question in questions if not kinds or question.kind in kinds]
     if not wanted:
-        kinds = ", ".join(sorted({q.kind for q in questions if q.kind})) or "none"
-        raise UserError(f"No question is of the kinds {options.kinds}.", f"The file has {kinds}.", "Name those.")
-    answers: list[Answer] = []
-    rejected: list[Rejection] = []
-    for question in wanted[: options.ask]:
-        asked = asker.ask(question)
-        if isinstance(asked, Rejection):
-            rejected.append(asked)
-            continue
-        with torch.autocast(subject.device.type, torch.bfloat16, enabled=options.bf16):
-            found, lost = answered(subject.model, subject.anatomy, asker, [asked], subject.device)
-        answers, rejected = [*answers, *found], [*rejected, *lost]
-        if sum(answer.right for answer in answers) >= options.limit:
-            break
-    right = sum(answer.right for answer in answers)
-    long = sum(answer.right and answer.length > 1 for answer in answers)
-    decide("causal.questions", f"{right} of {len(answers)} answered right", "only what a model knows can be traced")
-    if long:
-        decide("causal.answers", "the first token is followed", f"{long} of the right answers have several")
-    if not right:
-        first = rejected[0].reason if rejected else "none of the greedy answers is the given one"
-        raise UserError(
-            "The model answers no question right.",
-            f"{len(answers)} were asked; {first}.",
-            "Trace a model that knows the answers, or leave the answers out: its own are followed then.",
-        )
-    return answers, rejected
+        known = ", ".join(sorted({question.kind for question in questions if question.kind})) or "none"
+        raise UserError(f"No question is of the kinds {kinds}.", f"The file has {known}.", "Name those.")
+    return wanted
 
 
-def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
-    """Question id -> its picture's copy under pictures/, of those answered right: any of them may be drawn."""
+def _copy_images(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
+    """Copy the images of correct answers under pictures/; returns question id -> file name."""
     folder = run.path / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     copied: dict[Path, str] = {}
     names = {}
     for answer in answers:
-        question = answer.asked.question
+        question = answer.encoded.question
         if answer.right and len(question.images) == 1:
             source = question.images[0]
             if source not in copied:
@@ -188,43 +156,27 @@ def _pictures(run: RunDirectory, answers: Sequence[Answer]) -> dict[str, str]:
     return names
 
 
-def _transplant(base: Subject, tuned: Subject, found: Study, batches: Sequence[Batch]) -> None:
-    """Curves of hybrids: layers of the tuned model in the first one."""
-    hybrid = from_two(base.model, tuned.model, base.anatomy)
-    untouched = transplanted_answers(base.model, base.anatomy, batches, base.device)
-    for mode in ("cumulative", "sliding"):
-        step = max(1, base.anatomy.num_layers // 15)
-        chosen = windows(mode, base.anatomy.num_layers, width=2 * step + 1, step=step)
-        curve = transplant_curve(base.model, hybrid, base.anatomy, batches, base.device, chosen)
-        for site, rows in transplant_rows(mode, curve, untouched):
-            for layer, estimate in rows.items():
-                found.findings.add("causal", "transplant", site, [estimate], first=layer)
-
-
 def _write(
-    run: RunDirectory, found: Study, seconds: float, options: Namespace, answers: Sequence[Answer], subject: Subject
+    run: RunDirectory, result: StudyResult, answers: Sequence[Answer], title: dict[str, str], model: InspectedModel
 ) -> None:
+    """Write traces.json with its maps, pictures.json, causal.json, and which layers were trained."""
     from lightning_mm.report.figures.trace_maps import save_trace  # late: altair takes half a second to import
 
-    Recorder(run).write(found.findings, 0.0, seconds)
-    write_json(run.path / "traces.json", found.maps)
-    write_json(run.path / "pictures.json", found.pictures)
+    write_json(run.path / "traces.json", result.maps)
+    write_json(run.path / "pictures.json", result.pictures)
     (run.path / "maps").mkdir(exist_ok=True)
-    for number, item in enumerate(found.maps):
-        save_trace(item, run.path / "maps" / f"{number:02d}-{item['site']}.png", subject.trained)
-    right = sum(answer.right for answer in answers)
-    told = {"title": " against ".join(map(short, _paths(options))), "model": subject.kind}
-    write_json(
-        run.path / "causal.json", {**told, "n_questions": len(answers), "n_right": right, "tables": found.tables}
-    )
-    write_json(run.path / "inspection.json", {**told, "labels": {"0": short(options.model)}})
-    if subject.trained:
-        trained = {"expression": "", "trained": list(subject.trained), "total": subject.anatomy.num_layers}
+    for number, item in enumerate(result.maps):
+        save_trace(item, run.path / "maps" / f"{number:02d}-{item['site']}.png", model.trained)
+    num_correct = sum(answer.right for answer in answers)
+    counts = {"n_questions": len(answers), "n_right": num_correct}
+    write_json(run.path / "causal.json", {**title, **counts, "tables": result.tables})
+    if model.trained:
+        trained = {"expression": "", "trained": list(model.trained), "total": model.mm.layout.num_layers}
         write_json(run.census, {"layers": trained})
 
 
-def headlines(found: Findings) -> Table:
-    """The layer with the largest effect of every measure and place, as the console shows it."""
+def strongest_table(found: Findings) -> Table:
+    """The layer with the largest effect of every measure and site, for the console."""
     table = Table(title="what causes the answer")
     for column in ("measure", "where", "strongest at layer", "value", "95 % interval", "chance", "n"):
         table.add_column(column, no_wrap=column in ("measure", "where"))
@@ -233,7 +185,7 @@ def headlines(found: Findings) -> Table:
         if not rows:
             table.add_row(measure, site, "undefined")
             continue
-        # Shares and accuracies are strongest where they are largest, effects where they are farthest from none.
+        # Fractions and accuracies are strongest at their maximum, effects at their largest distance from the null.
         is_level = measure in ("flow", "transplant")
         best = max(
             rows, key=lambda row: (row.value or 0.0) if is_level else abs((row.value or 0.0) - (row.null or 0.0))

@@ -1,11 +1,12 @@
-"""metrics.csv: one row per logged step, appended at once, kept when a run is resumed.
+"""metrics.csv: one row per logged step, appended immediately and kept when a run is resumed.
 
-Data flow: the Trainer logs -> a row of metrics.csv -> ``local`` draws it. Lightning's own CSVLogger deletes the file of
-an earlier start in the same folder, and a resumed run is just that.
+Lightning's CSVLogger deletes the file of an earlier start in the same folder, and a resumed run is such a start.
+
+Data flow: the Trainer logs -> a row of metrics.csv -> the curves of the report.
 """
 
 import csv
-import os
+import io
 from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from lightning_mm.core.io import write_atomically
 
-class MetricsFile(Logger):
-    """A Lightning logger that appends to one CSV file, which ``dashboards.local.read_curves`` reads.
+
+class ResumableCSVLogger(Logger):
+    """A Lightning logger that appends to one CSV file.
 
     Args:
-        path: The file, such as ``RunDirectory.metrics``; what it holds from an earlier start stays.
-        keys: The columns known beforehand, as ``names.declare`` gives them; others widen the file when they come.
+        path: The file, such as ``RunDirectory.metrics``; rows of an earlier start are kept.
+        keys: Columns known beforehand, as ``metric_names.declare`` gives them; none by default. Others widen the file
+            when they are first logged.
     """
 
     def __init__(self, path: str | Path, keys: Iterable[str] = ()) -> None:
@@ -43,7 +47,7 @@ class MetricsFile(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Append one row; values may be numbers or tensors of one element."""
+        """Append one row; values are numbers or tensors of one element."""
         row = {"step": "" if step is None else step} | {key: f"{float(value):.9g}" for key, value in metrics.items()}
         missing = [key for key in row if key not in self._columns]
         if missing or not self._ready:
@@ -53,21 +57,20 @@ class MetricsFile(Logger):
             csv.DictWriter(file, self._columns, restval="", lineterminator="\n").writerow(row)
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the configuration is config.yaml."""
+        """Does nothing: the configuration is saved as config.yaml."""
 
     def _widen(self) -> None:
-        """Write the file anew with all columns, whole or not at all; a last line that a kill cut goes."""
+        """Rewrite the file atomically with all columns; a last line that a kill cut is dropped."""
         rows: list[dict[str, str]] = []
         if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            reader = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+            old = self._path.read_text(encoding="utf-8")
+            reader = csv.DictReader(old[: old.rfind("\n") + 1].splitlines())
             rows = list(reader)
             self._columns += [key for key in reader.fieldnames or () if key not in self._columns]
-        temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}.tmp")
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, restval="", extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(self._path)
+        write_atomically(self._path, text.getvalue())
         self._ready = True

@@ -1,11 +1,9 @@
-"""The vocabulary of what is measured in a layer: what a measure is called, what it says, and which way is better.
+"""Names of all layer measures and sites in words: title, meaning, range and direction.
 
-Data flow: ``names`` words the metrics of a run by it; the report and W&B word, group and scale what they draw by it.
-A measure that is not here is drawn all the same, under its own name.
+Sites say where in the model, or between which tokens, something was measured.
 
-What the sites of layers.csv are called: where in the model, or between which tokens, something was measured.
-
-Data flow: the site of a row -> its words, for panels, matrices and W&B; an unknown site keeps its name.
+Data flow: measure and site of a row of layers.csv -> ``measure``, ``describe_site`` -> the words, groups and scales of
+the report and W&B. A measure or site that is not here is drawn under its own name.
 """
 
 from dataclasses import dataclass, replace
@@ -27,19 +25,19 @@ QUESTIONS: dict[Question, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class Measure:
-    """One quantity that every layer has.
+    """One quantity that is measured in every layer.
 
     Args:
-        name: As it stands in layers.csv.
-        title: What a reader calls it.
-        meaning: One phrase that a newcomer understands.
-        question: The question that it helps to answer.
-        unit: What one unit of it is.
-        better: Which way is better, or None where neither is.
-        low: The lowest value it can have; None where there is no bound.
-        high: The highest.
+        name: Name in layers.csv.
+        title: Title in the report.
+        meaning: Short description for a newcomer.
+        question: The question that it helps to answer; groups the report.
+        unit: Unit of the values.
+        better: Which direction is better; None where neither is.
+        low: Smallest possible value; None where there is no bound.
+        high: Largest possible value; None where there is no bound.
         seek: Which extreme over the layers is of interest.
-        main: At how many sites it is shown without asking; 0 for what is shown on demand only.
+        main: Number of sites that the report shows by default; 0 shows the measure on demand only.
     """
 
     name: str
@@ -55,7 +53,7 @@ class Measure:
 
     @property
     def from_chance(self) -> bool:
-        """Whether chance is where it begins; for shapes it is a far reference, which would dwarf what differs."""
+        """Whether axes start at the chance level; for shapes it is far from the values and would hide differences."""
         return self.question != "shape"
 
     @property
@@ -64,7 +62,7 @@ class Measure:
 
     @property
     def null_word(self) -> str:
-        """What is compared with: chance, or the model left as it is."""
+        """Name of the null: chance, or the unchanged model."""
         return "no effect" if self.question == "causal" else "chance"
 
 
@@ -78,12 +76,12 @@ def _area(name: str, title: str, meaning: str, question: Question, main: int = 0
 
 
 def _likeness(name: str, title: str, meaning: str, low: float = 0, main: int = 0) -> Measure:
-    """How alike pictures and captions are, 1 at the most."""
+    """Similarity of pictures and captions, at most 1."""
     return Measure(name, title, meaning, "meeting", "similarity", "max", low, 1, main=main)
 
 
 def _apart(name: str, title: str, meaning: str, unit: str, high: float | None = None, main: int = 0) -> Measure:
-    """How far pictures and captions are apart; where they come closest is of interest."""
+    """Distance of pictures and captions; the minimum is of interest."""
     return Measure(name, title, meaning, "meeting", unit, None, 0, high, "min", main)
 
 
@@ -92,12 +90,12 @@ def _shape(name: str, title: str, meaning: str, unit: str, *, main: int = 0) -> 
 
 
 def _kept(name: str, title: str, meaning: str, low: float = 0, main: int = 0) -> Measure:
-    """How much of the starting model is left; where least is left, most moved."""
+    """Similarity to the starting model; the minimum, where the most has changed, is of interest."""
     return Measure(name, title, meaning, "moved", "similarity", None, low, 1, "min", main)
 
 
 def _cause(name: str, title: str, meaning: str, unit: str, seek: Literal["min", "max"], main: int = 0) -> Measure:
-    """What an intervention does to the answer, or what carries it there."""
+    """Effect of an intervention on the answer."""
     low, high = (0, 1) if unit == "accuracy" else (0 if seek == "max" and name != "trace" else None, None)
     return Measure(name, title, meaning, "causal", unit, None, low, high, seek, main)
 
@@ -171,12 +169,12 @@ _RANK = {name: rank for rank, name in enumerate(_BY_NAME)}
 
 
 def rank(known: Measure) -> int:
-    """Where a measure stands in the vocabulary, its variants beside it; unknown ones come last."""
+    """Position of a measure in the catalog, variants beside their parent; unknown ones come last."""
     return _RANK.get(known.name, _RANK.get(known.name.rpartition("/")[0], len(_RANK)))
 
 
 def measure(name: str) -> Measure:
-    """What is known of a measure; of an unknown one, its name.
+    """The catalog entry of a measure; for an unknown one, its name.
 
     Example:
         >>> measure("entailment/hard/text_only").title
@@ -208,7 +206,7 @@ def _variant(parent: Measure, variant: str) -> Measure:
     )
 
 
-PLACES = {
+SITE_WORDS = {
     "": "",
     "last": "last token",
     "picture": "last token, picture",
@@ -219,9 +217,9 @@ PLACES = {
     "image~text": "picture and caption tokens",
     "skip": "whole layer skipped",
 }
-SITES = {"mlp": "MLP", "attention": "Attention", "residual": "Residual stream"}
-"""What of a layer is put back, or taken away."""
-CLASSES = {
+MODULE_SITES = {"mlp": "MLP", "attention": "Attention", "residual": "Residual stream"}
+"""Modules whose output is restored (trace) or ablated."""
+TOKEN_CLASSES = {
     "image_early": "picture, early",
     "image_late": "picture, late",
     "constraint": "constraint",
@@ -229,7 +227,7 @@ CLASSES = {
     "template": "template",
     "last": "last token",
 }
-"""What kinds of tokens a question with a picture has, in reading order; ``causal.questions`` says which is which."""
+"""Token classes of a question with a picture, in the order of the prompt; ``causal.questions`` assigns them."""
 
 _ENDS = {"image": "picture", "constraint": "constraint", "question": "question", "last": "last token"}
 _CUTS = {"": "", "pre": ", rest renormalised (pre)", "post": ", rest unchanged (post)"}
@@ -240,19 +238,19 @@ _HEADS: dict[str, tuple[str, dict[str, str]]] = {
     "sliding": ("layers about this one", _ASKED),
     "zero": ("output set to zero", _PARTS),
     "mean": ("output set to its mean", _PARTS | {"image": "picture tokens"}),
-    **{site: (f"{words} put back", CLASSES) for site, words in SITES.items()},
+    **{site: (f"{words} put back", TOKEN_CLASSES) for site, words in MODULE_SITES.items()},
 }
 
 
-def place(site: str) -> str:
-    """The words of a site.
+def describe_site(site: str) -> str:
+    """A site in words; an unknown one under its own name.
 
     Example:
-        >>> place("image->constraint/pre"), place("zero/mlp"), place("my/own")
+        >>> describe_site("image->constraint/pre"), describe_site("zero/mlp"), describe_site("my/own")
         ('picture to constraint, rest renormalised (pre)', 'output set to zero, MLP', 'my/own')
     """
-    if site in PLACES:
-        return PLACES[site]
+    if site in SITE_WORDS:
+        return SITE_WORDS[site]
     edge, _, kind = site.partition("/")
     start, arrow, end = edge.partition("->")
     if arrow and kind in _CUTS:

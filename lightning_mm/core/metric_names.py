@@ -1,7 +1,9 @@
-"""The one vocabulary of what is measured: every metric's key, unit, meaning, and which way is better.
+"""Names of all metrics with unit, meaning and direction: the one vocabulary of what is logged.
 
-Data flow: ``module`` and the callbacks log under these keys; ``online``, ``progress`` and ``local`` look them up.
-Every rank logs the same keys (ranks that differ are reduced into each other silently), so ``declare`` lists them all.
+Every rank logs the same keys (Lightning would silently reduce different ones into each other), so ``declare`` lists
+them all.
+
+Data flow: ``training`` and ``callbacks`` log under these keys; ``report`` and the progress bar look them up.
 """
 
 from collections.abc import Iterable
@@ -12,7 +14,7 @@ from lightning_mm.core.measure_catalog import measure
 
 Stage = Literal["val", "test"]
 LayerFact = Literal["peak_layer", "peak", "plateau_low", "plateau_high", "in_trained_range"]
-"""What is logged of a whole profile over layers."""
+"""What is logged of a measure's profile over the layers."""
 
 TRAIN_LOSS = "train/loss"
 GRAD_NORM = "train/grad_norm"
@@ -39,12 +41,12 @@ class Metric:
     """One measured quantity.
 
     Args:
-        name: The key it is logged under; namespaces are split by slashes.
-        unit: What one unit of it is.
-        meaning: One phrase that a newcomer understands.
-        better: Which way is better, or None where neither is.
-        summary: Which of its values stands for the run.
-        hidden: W&B makes no chart of it by itself; it can still be asked for.
+        name: Key it is logged under; slashes separate namespaces.
+        unit: Unit of the values.
+        meaning: Short description for a newcomer.
+        better: Which direction is better; None where neither is.
+        summary: Which value stands for the run in W&B's summary.
+        hidden: Whether W&B makes no chart of it by default.
     """
 
     name: str
@@ -114,8 +116,8 @@ def layer_metric(name: str, site: str, what: LayerFact) -> str:
     """The key of one fact of a measure's profile over the layers.
 
     Args:
-        name: The measure, as ``measures.measure`` knows it.
-        site: Where it was read; it holds no slash.
+        name: The measure, as ``measure_catalog.measure`` knows it.
+        site: Where it was measured; without a slash.
         what: Which fact.
 
     Example:
@@ -133,9 +135,9 @@ def declare(
     """All metrics that a run may log, by key, in a fixed order: the same on every rank.
 
     Args:
-        question_types: The question types of the data, in any order.
-        groups: The names of the optimizer's parameter groups.
-        profiles: The (measure, site) pairs that an inspection reads.
+        question_types: Question types of the data, in any order.
+        groups: Names of the optimizer's parameter groups; none by default.
+        profiles: (measure, site) pairs whose profiles are logged; none by default.
 
     Example:
         >>> [key for key in declare(["colour", "shape"]) if key.startswith("val/exact_match")]
@@ -148,7 +150,7 @@ def declare(
 
 
 def lookup(name: str) -> Metric | None:
-    """The metric behind a key, whatever its question type or group; None where the vocabulary has none."""
+    """The metric of a key, with any question type or parameter group; None where the vocabulary has none."""
     if name in _BY_NAME:
         return _BY_NAME[name]
     for parent in _PER_TYPE:

@@ -1,21 +1,18 @@
-"""One folder per run, ``runs/<name>/``: where each file lies, and how it is written so that a kill leaves no half file.
+"""One folder per run, ``runs/<name>/``, and the names of its files.
 
 Data flow: the command line creates it; module and callbacks write into it; ``local`` reads it, alone, without the run.
 """
 
-import json
-import math
-import os
 import re
 import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, is_dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import read_json, write_json
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -58,11 +55,7 @@ class RunDirectory:
             fix = "Name a folder that you may write to, or free some space."
             raise UserError(f"The run directory {path} cannot be written.", str(error), fix) from error
         if attempt > 1:
-            from lightning_mm.core.decisions import (
-                decide,  # here, for it imports lightning, which the report does without
-            )
-
-            decide("run.name", path.name, f"{wanted} exists already")
+            log_decision("run.name", path.name, f"{wanted} exists already")
         return cls(path)
 
     @classmethod
@@ -160,64 +153,6 @@ class RunDirectory:
         return self.path / "checkpoints"
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file whole or not at all; numbers that are not finite become null, which every reader knows."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(_strict(value), file, indent=1, allow_nan=False)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def append_jsonl(path: Path, rows: Iterable[object]) -> None:
-    """Append one JSON line per row, in one write, so that a kill cuts at most the last line."""
-    lines = "".join(json.dumps(_strict(row), allow_nan=False) + "\n" for row in rows)
-    if lines:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(lines)
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        UserError: If it is missing or broken, saying which.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path.name} is missing.", f"There is no {path}.", "Let the run write it.") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path.name} cannot be read.", str(error), "Let the run write it again.") from error
-
-
-def read_jsonl(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """Read the rows of a JSON-lines file, and count the lines that hold none (a kill can cut the last one).
-
-    Raises:
-        UserError: If the file is missing or cannot be read at all.
-    """
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"{path.name} is missing.", str(error), "Let the run write it.") from error
-    rows = [_row(line) for line in text.split("\n") if line.strip()]
-    kept = [row for row in rows if row is not None]
-    return kept, len(rows) - len(kept)
-
-
-def _row(line: str) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) else None
-
-
 def _plain(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UserError(
@@ -235,16 +170,3 @@ def _made(path: Path) -> bool:
         return True
     except FileExistsError:
         return False
-
-
-def _strict(value: object) -> object:
-    """What JSON can hold: dataclasses become dicts, paths strings, and non-finite numbers null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if is_dataclass(value) and not isinstance(value, type):
-        return _strict(asdict(value))
-    if isinstance(value, Mapping):
-        return {str(key): _strict(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

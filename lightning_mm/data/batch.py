@@ -1,8 +1,9 @@
-"""What the model is trained on and what it is asked, as tensors.
+"""Tensors of a batch: conversations to train on, and prompts to generate from.
 
-Data flow: ``collator`` makes these in the loader's workers; ``module`` reads them on the device.
+Data flow: ``collator`` in the loader's workers -> ``Batch``, ``PromptBatch`` -> ``training.module`` on the device;
+``execution.cache`` adds ``CachedStates`` or ``CachedFeatures``.
 
-Shapes: B samples, L tokens after padding, S supervised positions of the whole batch.
+Shapes: B rows, L tokens after padding, S supervised positions of the whole batch, D hidden size.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from lightning_mm.data.sample import Rejection, Sample
 
 
 class TokenRegion(IntEnum):
-    """What a token is."""
+    """Region of a token."""
 
     PAD = 0
     PROMPT = 1
@@ -27,17 +28,17 @@ class TokenRegion(IntEnum):
 
 @dataclass(frozen=True)
 class Batch:
-    """Teacher-forced conversations.
+    """Conversations for teacher forcing.
 
     Args:
-        inputs: What the model's forward takes besides labels; ``input_ids`` (B, L), right-padded.
+        inputs: Arguments of the model's forward besides labels; ``input_ids`` (B, L), right-padded.
         regions: (B, L) uint8 of ``TokenRegion``.
-        supervised: (S,) flat indices into B * L: the positions whose *next* token is to be predicted.
-        targets: (S,) the token ids to be predicted there.
-        samples: One per row.
-        rejected: Rows that fell out of this batch, or were cut.
-        kept: What is known of rows whose pictures need not be seen again: hidden states, and the inputs hold no
-            pixels then; or features, and their pictures are grey.
+        supervised: (S,) flat indices into B * L: positions whose *next* token is to be predicted.
+        targets: (S,) token ids to be predicted there.
+        samples: The B samples.
+        rejected: Samples that were dropped from this batch, or truncated.
+        cached: Activations from the cache: hidden states (``inputs`` then hold no pixels) or vision features (images
+            are then gray); None without a cache.
     """
 
     inputs: dict[str, Tensor]
@@ -46,98 +47,99 @@ class Batch:
     targets: Tensor
     samples: tuple[Sample, ...]
     rejected: tuple[Rejection, ...] = ()
-    kept: "Kept | KeptFeatures | None" = None
+    cached: "CachedStates | CachedFeatures | None" = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @cached_property
     def real(self) -> Tensor:
-        """(T,) flat indices into B * L of all that is no padding."""
+        """(T,) flat indices into B * L of all tokens that are not padding."""
         return (self.regions != TokenRegion.PAD).flatten().nonzero().squeeze(1)
 
     @property
     def num_supervised(self) -> int:
-        """S, known on the host without a device sync."""
+        """S, known without synchronizing with the device."""
         return self.targets.shape[0]
 
     @property
     def has_images(self) -> bool:
+        """Whether any sample has an image."""
         return any(sample.images for sample in self.samples)
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
-        """Copied to a device; to CUDA the host does not wait for it (see ``_unwaited``)."""
-        waits_not = _unwaited(device) if non_blocking is None else non_blocking
-        return self.to_each(lambda t: t.to(device, non_blocking=waits_not))
+        """A copy on a device; asynchronous for CUDA (see ``_copies_asynchronously``)."""
+        is_async = _copies_asynchronously(device) if non_blocking is None else non_blocking
+        return self.map_tensors(lambda t: t.to(device, non_blocking=is_async))
 
     def pin_memory(self) -> "Batch":
-        return self.to_each(lambda t: t.pin_memory())
+        return self.map_tensors(lambda t: t.pin_memory())
 
-    def to_each(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor put through ``fn``."""
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "Batch":
+        """A copy with ``fn`` applied to every tensor."""
         made = replace(
             self,
             inputs={k: fn(v) for k, v in self.inputs.items()},
             regions=fn(self.regions),
             supervised=fn(self.supervised),
             targets=fn(self.targets),
-            kept=self.kept and self.kept.map(fn),
+            cached=self.cached and self.cached.map_tensors(fn),
         )
-        # Counted on the host, where it costs no wait for the device.
+        # Computed on the host, where it needs no synchronization.
         made.__dict__["real"] = fn(self.real)
         return made
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What enters the lowest trainable block, as far as it is known, and the rows of which it is not.
+class CachedStates:
+    """Inputs of the lowest trainable block from the cache, and the rows that are not cached.
 
     Args:
-        states: (B, L, D); zeros for rows that are not known.
-        missing: (M,) rows that are not known.
-        fresh: Those rows with their pictures, a batch of their own; None if there are none.
-        keys: Of those rows, to keep their states under.
-        records: Of those rows, what is kept beside the states.
+        states: (B, L, D) hidden states; zeros for rows that are not cached.
+        uncached_rows: (M,) indices of the rows that are not cached.
+        uncached: Batch of those rows with their images; None if there are none.
+        keys: Cache key of each of those rows.
+        records: What is stored beside the states of each of those rows.
     """
 
     states: Tensor
-    missing: Tensor
-    fresh: "Batch | None" = None
+    uncached_rows: Tensor
+    uncached: "Batch | None" = None
     keys: tuple[str, ...] = ()
     records: tuple[dict[str, Tensor], ...] = ()
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "Kept":
-        """The same with every tensor that the model needs put through ``fn``."""
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "CachedStates":
+        """A copy with ``fn`` applied to every tensor that the model needs."""
         return replace(
             self,
             states=fn(self.states),
-            missing=fn(self.missing),
-            fresh=self.fresh and self.fresh.to_each(fn),
+            uncached_rows=fn(self.uncached_rows),
+            uncached=self.uncached and self.uncached.map_tensors(fn),
         )
 
 
 @dataclass(frozen=True)
-class KeptFeatures:
-    """What the vision tower makes of pictures, as far as it is known, and the rows of which it is not.
+class CachedFeatures:
+    """Outputs of the vision tower from the cache, and the rows that are not cached.
 
     Args:
-        states: Of each row, as the tower's last block puts them out; None: not known, or no picture.
-        missing: Rows that are not known.
-        fresh: Those rows with their pictures, each a batch of its own.
-        keys: Of those rows, to keep their features under.
-        records: Of those rows, what is kept beside the features.
+        states: Output of the tower's last block for each of the B rows; None: not cached, or no image.
+        uncached_rows: Indices of the rows that are not cached.
+        uncached: One batch per such row, with its images.
+        keys: Cache key of each of those rows.
+        records: What is stored beside the features of each of those rows.
     """
 
     states: tuple[Tensor | None, ...]
-    missing: tuple[int, ...] = ()
-    fresh: "tuple[Batch, ...]" = ()
+    uncached_rows: tuple[int, ...] = ()
+    uncached: "tuple[Batch, ...]" = ()
     keys: tuple[str, ...] = ()
     records: tuple[dict[str, Tensor], ...] = ()
 
-    def map(self, fn: Callable[[Tensor], Tensor]) -> "KeptFeatures":
-        """The same with every tensor that the model needs put through ``fn``."""
+    def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "CachedFeatures":
+        """A copy with ``fn`` applied to every tensor that the model needs."""
         states = tuple(None if each is None else fn(each) for each in self.states)
-        return replace(self, states=states, fresh=tuple(each.to_each(fn) for each in self.fresh))
+        return replace(self, states=states, uncached=tuple(each.map_tensors(fn) for each in self.uncached))
 
 
 @dataclass(frozen=True)
@@ -145,10 +147,10 @@ class PromptBatch:
     """Questions to be answered by generation.
 
     Args:
-        inputs: What ``generate`` takes; ``input_ids`` (B, L), left-padded, ending with the generation prompt.
-        samples: The conversation each question is from.
-        turns: Index of the assistant turn that is asked for; the turns before it are the given history.
-        rejected: Rows that fell out.
+        inputs: Arguments of ``generate``; ``input_ids`` (B, L), left-padded, ending with the generation prompt.
+        samples: The conversation of each question.
+        turns: Index of the assistant turn to be generated; the turns before it are given.
+        rejected: Samples that were dropped.
     """
 
     inputs: dict[str, Tensor]
@@ -168,17 +170,17 @@ class PromptBatch:
         return tuple(s.turns[i].question_type for s, i in zip(self.samples, self.turns, strict=True))
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "PromptBatch":
-        """As a ``Batch``."""
-        waits_not = _unwaited(device) if non_blocking is None else non_blocking
-        return replace(self, inputs={k: v.to(device, non_blocking=waits_not) for k, v in self.inputs.items()})
+        """A copy on a device; asynchronous for CUDA."""
+        is_async = _copies_asynchronously(device) if non_blocking is None else non_blocking
+        return replace(self, inputs={k: v.to(device, non_blocking=is_async) for k, v in self.inputs.items()})
 
     def pin_memory(self) -> "PromptBatch":
         return replace(self, inputs={k: v.pin_memory() for k, v in self.inputs.items()})
 
 
-def _unwaited(device: torch.device | str) -> bool:
-    """Whether a copy to this device needs no waiting: work on a CUDA device queues up behind it.
+def _copies_asynchronously(device: torch.device | str) -> bool:
+    """Whether a copy to this device needs no waiting: work on a CUDA device is queued after it.
 
-    Lightning asks for such copies of plain tensors only, and would wait for each tensor of a batch.
+    Lightning requests such copies for plain tensors only, and would wait for each tensor of a batch.
     """
     return torch.device(device).type == "cuda"

@@ -1,18 +1,15 @@
-"""A conversation as the model's own chat template writes it, and where in that text the answers are.
+"""A conversation in the model's own chat template, and which tokens of it are answers.
 
-Data flow: turns of a Sample -> ``Chat.render`` -> text and answer spans -> ``collator``.
+Templates do not mark answers, so each is located by rendering up to it: the text of the turns before with the
+generation prompt must be a prefix of the whole text, and the answer's span starts after it. The span ends with the last
+stop token that the template writes after the answer, without the line break that follows. Where a template writes no
+stop token, the tokenizer's EOS token is inserted.
 
-Templates do not mark answers, so each is found by rendering up to it: what the template writes for the turns before,
-with the generation prompt, must begin what it writes for the whole, and the answer's span starts there. The span ends
-with the last stop token that the template writes after the answer, and leaves out the line break behind it. Where a
-template writes no stop token, the tokenizer's eos is put there.
+The processor then changes the text only by expanding image placeholders, so the pieces between them are found again in
+order. A piece with an answer also contains the headers of its turns, which no expansion contains.
 
-From characters of a rendered conversation to tokens of the batch.
-
-Data flow: ``Rendered`` spans (image placeholders unexpanded) -> spans in the text that was tokenized -> token ranges.
-
-A processor changes nothing but the placeholders, so the pieces between them are found again, in order. A piece that
-holds an answer also holds the headers of its turns, which no expansion contains.
+Data flow: turns of a Sample -> ``ChatRenderer.render`` -> ``Rendered`` (text, character spans) -> processor ->
+``locate_answer_spans`` (spans in the tokenized text) -> ``tokens_of_span`` -> ``collator``.
 
 Shapes: L tokens of one row.
 """
@@ -25,25 +22,35 @@ from dataclasses import dataclass
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
 from lightning_mm.models.processor import Message, Processing
 
-_ASK, _REPLY, _ASK_MORE, _REPLY_MORE = "Lorem ipsum", "dolor sit", "amet consectetur", "adipiscing elit"
-_PROBE = (Turn("user", _ASK), Turn("assistant", _REPLY), Turn("user", _ASK_MORE), Turn("assistant", _REPLY_MORE))
+_FIRST_QUESTION, _FIRST_ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
+    "Lorem ipsum",
+    "dolor sit",
+    "amet consectetur",
+    "adipiscing elit",
+)
+_TRIAL_TURNS = (
+    Turn("user", _FIRST_QUESTION),
+    Turn("assistant", _FIRST_ANSWER),
+    Turn("user", _SECOND_QUESTION),
+    Turn("assistant", _SECOND_ANSWER),
+)
 
 
 class ChatError(ValueError):
-    """Why a conversation cannot be written with this template, as ``category: detail``."""
+    """Why a conversation cannot be rendered with this template, as ``category: detail``."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A conversation as text.
+    """A rendered conversation.
 
     Args:
-        text: Each picture is one placeholder still.
+        text: Text with one placeholder per image.
         spans: First character and one past the last of each answer with its stop token, one per assistant turn.
     """
 
@@ -51,17 +58,17 @@ class Rendered:
     spans: tuple[tuple[int, int], ...]
 
 
-class Chat:
-    """A model's way to write conversations, found out by trying it.
+class ChatRenderer:
+    """Renders conversations with a model's chat template, whose properties it finds by trial renderings.
 
     Args:
         processing: The model's processor.
 
     Raises:
-        UserError: The template cannot be used to train: it ignores pictures, or rewrites earlier turns.
+        UserError: The template cannot be used for training: it ignores images, or rewrites earlier turns.
 
     Attributes:
-        placeholder: What the template writes for a picture.
+        placeholder: Text that the template writes for an image.
     """
 
     def __init__(self, processing: Processing) -> None:
@@ -75,7 +82,7 @@ class Chat:
             self._learn_layout()
             self.placeholder = self._learn_placeholder()
             self._learn_answer()
-            self.render(_PROBE)
+            self.render(_TRIAL_TURNS)
         except ChatError as error:
             raise UserError(
                 "The model's chat template cannot be used to train.",
@@ -85,14 +92,14 @@ class Chat:
             ) from error
 
     def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> Rendered:
-        """Write a conversation.
+        """The rendered conversation with the spans of its answers.
 
         Args:
-            turns: With one mark per picture.
-            add_generation_prompt: End with what comes before an answer.
+            turns: Messages with one ``<image>`` mark per image.
+            add_generation_prompt: Whether the text ends with the header of an assistant turn.
 
         Raises:
-            ChatError: The template refuses it or changes an answer, or a turn holds a special token.
+            ChatError: The template refuses it or changes an answer, or a turn contains a special token.
         """
         self._refuse_special(turns)
         full = self._raw(turns, add_generation_prompt)
@@ -113,8 +120,11 @@ class Chat:
             done = start + stop
         return Rendered(text + full[done:], tuple(spans))
 
-    def written(self, turns: Sequence[Turn]) -> str:
-        """A conversation with as many tokens as the rendered one, for a fraction of the work: no answer is looked for.
+    def render_unmarked(self, turns: Sequence[Turn]) -> str:
+        """Text with as many tokens as the rendered conversation, without locating answers (faster).
+
+        Args:
+            turns: Messages with one ``<image>`` mark per image.
 
         Raises:
             ChatError: The template refuses it.
@@ -123,6 +133,7 @@ class Chat:
         return self._raw(turns) + ("" if self._has_stop else self._eos() * answers)
 
     def _prefix(self, full: str, turns: Sequence[Turn], add_generation_prompt: bool) -> int:
+        """Length of the text of ``turns``, which must be a prefix of ``full``."""
         text = self._raw(turns, add_generation_prompt)
         if not full.startswith(text):
             what = "after its generation prompt" if add_generation_prompt else "in front of later turns"
@@ -130,7 +141,7 @@ class Chat:
         return len(text)
 
     def _answer_end(self, segment: str, answer: str) -> tuple[int, bool]:
-        """Where the answer's last stop token ends in its segment, or the answer itself, and which of both."""
+        """End of the answer's last stop token in its segment and True, or end of the answer and False."""
         for text in (answer, answer.strip()):
             at = self._head if segment.startswith(text, self._head) else segment.find(text)
             if at >= 0:
@@ -157,7 +168,7 @@ class Chat:
         content: list[dict[str, str]] = []
         pieces = turn.text.split(IMAGE_MARK)
         for i, piece in enumerate(pieces):
-            # A line break beside a mark is LLaVA's layout; the template writes its own.
+            # LLaVA's files put a line break beside a mark; the template writes its own.
             text = piece.lstrip("\n") if i > 0 else piece
             text = text.rstrip("\n") if i < len(pieces) - 1 else text
             content += [{"type": "image"}] if i > 0 else []
@@ -171,16 +182,16 @@ class Chat:
                 raise ChatError(f"special token in the text: the {turn.role} says {found.group()!r}")
 
     def _learn_layout(self) -> None:
-        """Whether the template wants each role's content in parts or as a string."""
+        """Find out whether the template takes each role's content as parts or as a string."""
         wanted: dict[Role, list[Turn]] = {
-            "user": [Turn("user", _ASK)],
-            "assistant": [Turn("user", _ASK), Turn("assistant", _REPLY)],
-            "system": [Turn("system", _REPLY_MORE), Turn("user", _ASK)],
+            "user": [Turn("user", _FIRST_QUESTION)],
+            "assistant": [Turn("user", _FIRST_QUESTION), Turn("assistant", _FIRST_ANSWER)],
+            "system": [Turn("system", _SECOND_ANSWER), Turn("user", _FIRST_QUESTION)],
         }
         for role, turns in wanted.items():
             if not self._understands(role, turns):
                 self._in_parts[role] = False
-                if not self._understands(role, turns) and role != "system":  # a system turn is an error when it comes
+                if not self._understands(role, turns) and role != "system":  # an error only where a system turn occurs
                     self._raw(turns)
                     raise ChatError(f"template loses text: a turn of the {role} is not written")
 
@@ -198,8 +209,8 @@ class Chat:
             if not isinstance(token, str):
                 raise ChatError("no image placeholder: neither the template nor the processor has one")
             return token
-        with_image = self._raw([Turn("user", IMAGE_MARK + _ASK)])
-        without = self._raw([Turn("user", _ASK)])
+        with_image = self._raw([Turn("user", IMAGE_MARK + _FIRST_QUESTION)])
+        without = self._raw([Turn("user", _FIRST_QUESTION)])
         for head_first in (True, False):
             added = _inserted(with_image, without, head_first)
             if self._special.search(added):
@@ -207,13 +218,13 @@ class Chat:
         raise ChatError("template loses pictures: it writes no placeholder for one")
 
     def _learn_answer(self) -> None:
-        """How far behind the generation prompt an answer begins, and whether the template ends it."""
-        full = self._raw(_PROBE[:2])
-        segment = full[self._prefix(full, _PROBE[:1], True) :]
-        self._head = max(0, segment.find(_REPLY))
-        self._has_stop = self._answer_end(segment, _REPLY)[1]
+        """Find out where an answer begins in its segment, and whether the template ends it with a stop token."""
+        full = self._raw(_TRIAL_TURNS[:2])
+        segment = full[self._prefix(full, _TRIAL_TURNS[:1], True) :]
+        self._head = max(0, segment.find(_FIRST_ANSWER))
+        self._has_stop = self._answer_end(segment, _FIRST_ANSWER)[1]
         if not self._has_stop:
-            decide("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
+            log_decision("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
 
 
 def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
@@ -221,7 +232,7 @@ def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
 
 
 def _inserted(longer: str, shorter: str, head_first: bool) -> str:
-    """What ``longer`` has in its middle; where that is ambiguous, the common part is taken at one end first."""
+    """The middle part that ``longer`` has in addition; where ambiguous, the common part is matched at one end first."""
     head, tail = _common(longer, shorter), _common(longer[::-1], shorter[::-1])
     if head_first:
         tail = min(tail, len(shorter) - head)
@@ -237,13 +248,13 @@ def _common(a: str, b: str) -> int:
 Span = tuple[int, int]
 
 
-def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
-    """The answers' spans in the text that was tokenized.
+def locate_answer_spans(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
+    """Spans of the answers in the tokenized text.
 
     Args:
-        rendered: The text before its placeholders were written out.
-        placeholder: What stands for one picture.
-        text: The text after.
+        rendered: Text and spans before placeholders were expanded.
+        placeholder: Text of one image in ``rendered``.
+        text: Text after the expansion.
 
     Raises:
         UserError: The processor changed more than the placeholders.
@@ -252,7 +263,7 @@ def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
     befores = [0]
     for piece in pieces[:-1]:
         befores.append(befores[-1] + len(piece) + len(placeholder))
-    afters = _found(pieces, text)
+    afters = _locate_pieces(pieces, text)
     spans = []
     for start, end in rendered.spans:
         number = bisect_right(befores, start) - 1
@@ -262,8 +273,8 @@ def expanded(rendered: Rendered, placeholder: str, text: str) -> list[Span]:
     return spans
 
 
-def _found(pieces: list[str], text: str) -> list[int]:
-    """Where each piece begins: the first at the beginning, the last at the end, the others in order between them."""
+def _locate_pieces(pieces: list[str], text: str) -> list[int]:
+    """Start of each piece: the first at the beginning, the last at the end, the others in order between them."""
     last = len(text) - len(pieces[-1])
     starts = [0]
     for piece in pieces[1:-1]:
@@ -282,12 +293,12 @@ def _short(text: str) -> str:
     return text if len(text) <= 160 else f"{text[:80]}...{text[-80:]}"
 
 
-def tokens(span: Span, offsets: Tensor) -> range:
-    """The tokens that hold any character of a span.
+def tokens_of_span(span: Span, offsets: Tensor) -> range:
+    """Range of the tokens that contain any character of a span.
 
     Args:
         span: First character and one past the last.
-        offsets: (L, 2) characters of each token.
+        offsets: (L, 2) first character and one past the last of each token.
     """
     start, end = span
     inside = ((offsets[:, 0] < end) & (offsets[:, 1] > start)).nonzero()

@@ -1,16 +1,12 @@
-"""Samples into what the model is trained on, and questions into what it is asked.
+"""Collators: Samples to training batches, and questions to prompts for generation.
 
-Data flow: list[Sample] -> pictures decoded, conversations written -> one call of the processor -> ``Batch``;
-list[(Sample, turn)] -> the same up to that turn, ended by the generation prompt -> ``PromptBatch``.
+A sample that cannot be used is rejected with its reason; the rest of the batch stays. Collators use no randomness and
+keep no state between calls.
 
-What cannot be used falls out with its reason, alone: the rest of the batch stays. No randomness, no state between
-calls.
+Data flow: list[Sample] -> decoded images, text of the chat template -> one call of the processor -> ``Batch``;
+list[(Sample, turn)] -> the same up to that turn, ending with the generation prompt -> ``PromptBatch``.
 
 Shapes: B samples, L tokens after padding, S supervised positions of the whole batch.
-
-What both collators share: pictures decoded, texts and pictures through the processor, and what it refuses set aside.
-
-Data flow: ``collator`` makes Rows of samples -> ``Encoder.encode`` -> the rows that are left and their ``Encoding``.
 """
 
 from collections.abc import Sequence
@@ -25,18 +21,25 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data import chat
 from lightning_mm.data import images as pictures
 from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
-from lightning_mm.data.chat import Chat, ChatError, Rendered
+from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
 from lightning_mm.models.processor import Encoding, Processing
 
 Side = Literal["left", "right"]
-# What image processors raise on a picture they cannot take.
+# What image processors raise on an image that they cannot process.
 ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, OSError)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One sample, ready for the processor. ``turn`` is the one asked for, in prompts."""
+class RenderedSample:
+    """One sample, ready for the processor.
+
+    Args:
+        sample: The conversation.
+        images: Its decoded images.
+        rendered: Its text by the chat template.
+        turn: Index of the turn to be generated, in prompts; -1 otherwise.
+    """
 
     sample: Sample
     images: list[Image.Image]
@@ -44,21 +47,44 @@ class Row:
     turn: int = -1
 
 
-class Encoder:
-    """What both collators share: decode, and encode what can be encoded."""
+class SampleEncoder:
+    """Decodes images and calls the processor; used by every collator.
+
+    Args:
+        processing: The model's processor.
+        max_length: Limit on the tokens of a row; None sets none.
+        max_megapixels: Limit on the size of an image, in megapixels.
+    """
 
     def __init__(self, processing: Processing, max_length: int | None, max_megapixels: float) -> None:
         self.processing, self.max_length, self.max_megapixels = processing, max_length, max_megapixels
-        self.chat = Chat(processing)
+        self.chat = ChatRenderer(processing)
 
     def images(self, sample: Sample, num_images: int, rejected: list[Rejection]) -> list[Image.Image]:
+        """The decoded images of a sample.
+
+        Args:
+            sample: The conversation.
+            num_images: Number of images to decode, from the first on.
+            rejected: A note on animated images is added to it.
+        """
         loaded = [pictures.load(path, self.max_megapixels) for path in sample.images[:num_images]]
         if any(picture.is_animated for picture in loaded):
             rejected.append(Rejection(sample.origin, "animated image: its first frame is used", "cut"))
         return [picture.image for picture in loaded]
 
-    def encode(self, rows: list[Row], side: Side, rejected: list[Rejection]) -> tuple[list[Row], Encoding | None]:
-        """All rows in one call; if the processor refuses, those it takes when they are alone."""
+    def encode(
+        self, rows: list[RenderedSample], side: Side, rejected: list[Rejection]
+    ) -> tuple[list[RenderedSample], Encoding | None]:
+        """The rows that the processor accepts, and their encoding (None where it accepts none).
+
+        All rows are encoded in one call; if the processor raises, those that it accepts one by one.
+
+        Args:
+            rows: Samples to encode.
+            side: Side of the padding.
+            rejected: Samples that the processor refuses are added to it.
+        """
         if not rows:
             return [], None
         try:
@@ -76,7 +102,7 @@ class Encoder:
                 "Set data.batch_size to 1.",
             ) from error
 
-    def _call(self, rows: list[Row], side: Side) -> Encoding:
+    def _call(self, rows: list[RenderedSample], side: Side) -> Encoding:
         return self.processing.encode([row.rendered.text for row in rows], [row.images for row in rows], side)
 
 
@@ -84,7 +110,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
 
 
-_MID_GREY = (127, 127, 127)
+_GRAY = (127, 127, 127)
 _MAX_SUBSTITUTES = 64
 
 
@@ -93,11 +119,11 @@ class Collator:
 
     Args:
         processing: The model's processor.
-        max_length: Longest row in tokens. A longer one is cut at its end if that costs no image token and leaves an
-            answer token, and falls out otherwise; None takes rows as long as they are.
-        max_megapixels: Largest picture that is decoded.
-        reserve: Samples to fill a batch with of which nothing is left. It then supervises nothing, but the model
-            runs, and no rank waits for another.
+        max_length: Limit on the tokens of a row. A longer row is truncated if that removes no image token and leaves an
+            answer token, and is rejected otherwise; None sets no limit.
+        max_megapixels: Limit on the size of an image, in megapixels.
+        reserve: Samples that replace a batch of which every sample is rejected. The batch then supervises nothing, but
+            the model runs, and no rank waits for another.
 
     Raises:
         UserError: The model's chat template cannot be used.
@@ -111,7 +137,7 @@ class Collator:
         max_megapixels: float = 40.0,
         reserve: Sequence[Sample] = (),
     ) -> None:
-        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         self._reserve = reserve
 
     @property
@@ -120,15 +146,18 @@ class Collator:
         return self._encoder.processing
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
-        """Make a batch of what can be used.
+        """A batch of the samples that can be used.
+
+        Args:
+            samples: B samples.
 
         Raises:
-            UserError: Nothing can be used, and nothing of the reserve either.
+            UserError: None of them can be used, and none of the reserve either.
         """
         rejected: list[Rejection] = []
-        batch = self.usable(samples, rejected)
+        batch = self.collate_valid(samples, rejected)
         for substitute in self._reserve[:_MAX_SUBSTITUTES] if batch is None else ():
-            if (batch := self.usable([substitute], [])) is not None:
+            if (batch := self.collate_valid([substitute], [])) is not None:
                 batch = replace(batch, supervised=batch.supervised[:0], targets=batch.targets[:0])
                 break
         if batch is None:
@@ -140,15 +169,17 @@ class Collator:
             )
         return replace(batch, rejected=tuple(rejected))
 
-    def usable(self, samples: Sequence[Sample], rejected: list[Rejection], *, grey: bool = False) -> Batch | None:
-        """A batch of what can be used, or nothing.
+    def collate_valid(
+        self, samples: Sequence[Sample], rejected: list[Rejection], *, blank_images: bool = False
+    ) -> Batch | None:
+        """A batch of the samples that can be used; None where none can.
 
         Args:
-            samples: To be encoded.
-            rejected: What falls out is added to it.
-            grey: No picture is decoded: a grey one of its size stands for it.
+            samples: Samples to encode.
+            rejected: Samples that cannot be used are added to it.
+            blank_images: Whether each image is replaced by a gray one of its size, without decoding it.
         """
-        rows = [row for sample in samples if (row := self._row(sample, rejected, grey))]
+        rows = [row for sample in samples if (row := self._row(sample, rejected, blank_images))]
         while rows:
             rows, encoding = self._encoder.encode(rows, "right", rejected)
             if encoding is None:
@@ -157,28 +188,30 @@ class Collator:
             faults = [self._fault(encoding, b, answer) for b, answer in enumerate(answers)]
             rejected += [Rejection(row.sample.origin, fault) for row, fault in zip(rows, faults, strict=True) if fault]
             if not any(faults):
-                return self._assembled(rows, encoding, answers, rejected)
+                return self._assemble(rows, encoding, answers, rejected)
             rows = [row for row, fault in zip(rows, faults, strict=True) if not fault]
         return None
 
-    def _row(self, sample: Sample, rejected: list[Rejection], grey: bool) -> Row | None:
+    def _row(self, sample: Sample, rejected: list[Rejection], blank_images: bool) -> RenderedSample | None:
         try:
             rendered = self._encoder.chat.render(sample.turns)
-            if grey:
+            if blank_images:
                 limit = self._encoder.max_megapixels
-                return Row(sample, [_grey(pictures.check_header(path, limit)) for path in sample.images], rendered)
-            return Row(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
+                return RenderedSample(
+                    sample, [_gray_image(pictures.check_header(path, limit)) for path in sample.images], rendered
+                )
+            return RenderedSample(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
         except (ChatError, pictures.BadImage) as error:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
 
-    def _answers(self, row: Row, encoding: Encoding, b: int) -> list[int]:
-        """Positions of the answers' tokens in row ``b``."""
-        found = chat.expanded(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
-        return [t for span in found for t in chat.tokens(span, encoding.offsets[b])]
+    def _answers(self, row: RenderedSample, encoding: Encoding, b: int) -> list[int]:
+        """Token positions of the answers of row ``b``."""
+        found = chat.locate_answer_spans(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        return [t for span in found for t in chat.tokens_of_span(span, encoding.offsets[b])]
 
     def _fault(self, encoding: Encoding, b: int, answer: list[int]) -> str | None:
-        """Why row ``b`` cannot be used within ``max_length``."""
+        """Why row ``b`` cannot be used within ``max_length``; None if it can."""
         limit = self._encoder.max_length
         if not answer:
             return "no answer: its text has no token"
@@ -191,22 +224,23 @@ class Collator:
             return f"too long: the first answer begins at token {answer[0] + 1}, the limit is {limit}"
         return None
 
-    def _assembled(
-        self, rows: list[Row], encoding: Encoding, answers: list[list[int]], rejected: list[Rejection]
+    def _assemble(
+        self, rows: list[RenderedSample], encoding: Encoding, answers: list[list[int]], rejected: list[Rejection]
     ) -> Batch:
+        """The batch of encoded rows, truncated to ``max_length``."""
         lengths = encoding.inputs["attention_mask"].sum(1).tolist()
         limit = self._encoder.max_length or max(lengths)
         for row, length in zip(rows, lengths, strict=True):
             if length > limit:
                 rejected.append(Rejection(row.sample.origin, f"cut: {length} tokens, the limit is {limit}", "cut"))
-        inputs = _cut(encoding.inputs, min(limit, max(lengths)))
+        inputs = _truncate(encoding.inputs, min(limit, max(lengths)))
         ids_BL = inputs["input_ids"]
         regions_BL = torch.full(ids_BL.shape, TokenRegion.PROMPT, dtype=torch.uint8)
         regions_BL[self._is_image(ids_BL)] = TokenRegion.IMAGE
         regions_BL[inputs["attention_mask"] == 0] = TokenRegion.PAD
         for b, answer in enumerate(answers):
             regions_BL[b, [t for t in answer if t < limit]] = TokenRegion.ANSWER
-        # Token t is predicted at t - 1; no answer is at 0, since a question comes before it.
+        # Token t is predicted at t - 1; an answer is never at 0, since a question precedes it.
         answered = (regions_BL == TokenRegion.ANSWER).flatten().nonzero().squeeze(1)
         samples = tuple(row.sample for row in rows)
         return Batch(inputs, regions_BL, answered - 1, ids_BL.flatten()[answered], samples)
@@ -216,13 +250,13 @@ class Collator:
 
 
 class PromptCollator:
-    """Makes batches of questions.
+    """Makes batches of questions for generation.
 
     Args:
         processing: The model's processor.
-        max_length: A longer question falls out; it is never cut.
-        max_megapixels: Largest picture that is decoded.
-        blank_images: Whether each picture becomes a grey one of its size: what can be answered without looking.
+        max_length: Limit on the tokens of a question; a longer one is rejected, never truncated. None sets no limit.
+        max_megapixels: Limit on the size of an image, in megapixels.
+        blank_images: Whether each image is replaced by a gray one of its size: the baseline without image content.
     """
 
     def __init__(
@@ -233,11 +267,11 @@ class PromptCollator:
         max_megapixels: float = 40.0,
         blank_images: bool = False,
     ) -> None:
-        self._encoder = Encoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
         self._blank_images = blank_images
 
     def __call__(self, questions: Sequence[tuple[Sample, int]]) -> PromptBatch:
-        """Make a batch of what can be asked; it has no row, and no inputs, if nothing can."""
+        """A batch of the questions that can be used; it may have no row and then no inputs."""
         rejected: list[Rejection] = []
         rows = [row for sample, turn in questions if (row := self._row(sample, turn, rejected))]
         rows, encoding = self._encoder.encode(rows, "left", rejected)
@@ -259,7 +293,7 @@ class PromptCollator:
             tuple(rejected),
         )
 
-    def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> Row | None:
+    def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> RenderedSample | None:
         before = sample.turns[:turn]
         try:
             rendered = self._encoder.chat.render(before, add_generation_prompt=True)
@@ -269,17 +303,19 @@ class PromptCollator:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
         if self._blank_images:
-            images = [_grey(image.size) for image in images]
-        return Row(sample, images, rendered, turn)
+            images = [_gray_image(image.size) for image in images]
+        return RenderedSample(sample, images, rendered, turn)
 
 
-def _grey(size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, _MID_GREY)
+def _gray_image(size: tuple[int, int]) -> Image.Image:
+    return Image.new("RGB", size, _GRAY)
 
 
-def _cut(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
-    """The first ``length`` columns of every tensor that has one per token: masks and type ids (B, L), and
-    cross-attention masks (B, L, images, tiles); pictures' tensors stay whole."""
+def _truncate(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+    """The first ``length`` positions of every tensor with one entry per token; image tensors are unchanged.
+
+    Per token are masks and type ids (B, L), and cross-attention masks (B, L, images, tiles).
+    """
     shape_BL = inputs["input_ids"].shape
 
     def per_token(name: str, value: Tensor) -> bool:

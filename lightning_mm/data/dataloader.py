@@ -1,12 +1,11 @@
-"""Batches in an order that depends on nothing but (seed, epoch), that can be taken up again in the middle.
+"""Data loaders whose order depends only on (seed, epoch) and can be resumed within an epoch.
 
-Data flow: dataset -> sampler -> (workers: dataset[i], collate) -> the loops. A training loader's ``state_dict`` goes
-into the checkpoint through Lightning and comes back by ``load_state_dict``.
-
-Training: one permutation per epoch, dealt out to the ranks in turn. Where the samples do not divide by the number of
-ranks, the first few of the permutation are dealt once more, so that all ranks have as many batches. Nothing is
-dropped.
+Training: one permutation per epoch, distributed over the ranks by stride. Where samples do not divide by the number of
+ranks, the first ones of the permutation are repeated, so that all ranks have equally many batches; none is dropped.
 Evaluation: file order, each sample exactly once over all ranks.
+
+Data flow: dataset -> sampler -> (workers: dataset[i], collate) -> training or evaluation loop. A training loader's
+``state_dict`` is saved in the checkpoint by Lightning and restored by ``load_state_dict``.
 """
 
 import hashlib
@@ -17,22 +16,26 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 
 Collate = Callable[[list[Any]], Any]
-_PLACE = ("epoch", "batches", "num_batches")
+_POSITION = ("epoch", "batches", "num_batches")
 
 
 class EpochSampler(Sampler[int]):
     """One rank's share of the epoch's permutation.
 
     Args:
-        num_samples: Of the whole dataset.
-        seed: With the epoch, all that the order depends on.
-        rank: Of this process.
+        num_samples: Number of samples of the whole dataset.
+        seed: Random seed of the order, together with the epoch.
+        rank: Rank of this process.
         world_size: Number of ranks.
+
+    Attributes:
+        epoch: Current epoch.
+        skip: Number of samples (or batches) that the next iterator leaves out.
     """
 
     def __init__(self, num_samples: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -41,24 +44,24 @@ class EpochSampler(Sampler[int]):
         self.skip = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this as an epoch begins, but after it asked for the first iterator."""
+        """Set the epoch; Lightning calls it at the start of an epoch, after asking for the first iterator."""
         self.epoch = epoch
 
     def identity(self) -> dict[str, int]:
-        """What else the order depends on."""
+        """What else the order depends on, by name."""
         return {}
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_samples, generator=generator)
         dealt = order[torch.arange(self.rank, len(self) * self.world_size, self.world_size) % self.num_samples]
         yield from dealt[self.skip :].tolist()
 
 
-class ShareSampler(Sampler[int]):
+class ShardSampler(Sampler[int]):
     """One rank's share of a dataset in file order: every sample exactly once over all ranks."""
 
     def __init__(self, num_samples: int, rank: int = 0, world_size: int = 1) -> None:
@@ -71,8 +74,8 @@ class ShareSampler(Sampler[int]):
         return iter(self._share)
 
 
-class _Carried:
-    """A collate function whose UserErrors reach the main process as they are: torch would make plain text of them."""
+class _ReturnUserErrors:
+    """A collate function that returns UserErrors: raised in a worker, torch would reduce them to text."""
 
     def __init__(self, collate: Collate) -> None:
         self.collate = collate
@@ -84,16 +87,16 @@ class _Carried:
             return error
 
 
-class GuardedLoader(DataLoader[Any]):
-    """A DataLoader whose failures are told in the user's terms.
+class CheckedDataLoader(DataLoader[Any]):
+    """A DataLoader that raises the UserErrors of its workers, and one where a worker was killed.
 
     Attributes:
-        waited: Seconds that have been spent waiting for batches, the start of the workers included.
+        waited: Seconds spent waiting for batches, including the start of the workers.
     """
 
     waited: float = 0.0
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning asks for no more than an iterator
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # Lightning needs an iterator only
         try:
             began = time.perf_counter()
             for batch in super().__iter__():
@@ -103,14 +106,13 @@ class GuardedLoader(DataLoader[Any]):
                 yield batch
                 began = time.perf_counter()
         except RuntimeError as error:
-            told = killed_worker(error)
-            if told is None:
+            if (killed := worker_killed_error(error)) is None:
                 raise
-            raise told from error
+            raise killed from error
 
 
-def killed_worker(error: RuntimeError) -> UserError | None:
-    """What to tell if this error means that a data worker died; torch may raise it anywhere, not only in a loader."""
+def worker_killed_error(error: RuntimeError) -> UserError | None:
+    """The UserError for a killed worker, or None; torch may raise it anywhere, not only in a loader."""
     if not str(error).startswith("DataLoader worker"):
         return None
     return UserError(
@@ -120,16 +122,15 @@ def killed_worker(error: RuntimeError) -> UserError | None:
     )
 
 
-class ResumableLoader(GuardedLoader):
-    """A training loader that knows its place.
+class ResumableDataLoader(CheckedDataLoader):
+    """A training loader with a position (epoch, batches done) that can be saved and restored.
 
-    The place is (epoch, batches done). An iterator begins where the loaded place says, if that is the epoch it is
-    asked for, and at the beginning otherwise. It decides so at its first batch and not before: on a restart Lightning
-    makes the iterator first and tells the epoch later.
+    An iterator starts at the restored position if that is of its epoch, and at the beginning otherwise. It decides so
+    at its first batch: on a restart Lightning makes the iterator before it sets the epoch.
 
     Attributes:
-        processed: If set, how many batches of this epoch the loop has finished: a batch that was handed out but that
-            broke the step is not done.
+        processed: Returns how many batches of this epoch the loop has finished, since a batch that was handed out but
+            whose step failed is not done; None counts the batches handed out.
     """
 
     processed: Callable[[], int] | None = None
@@ -138,7 +139,7 @@ class ResumableLoader(GuardedLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # as in GuardedLoader
         sampler = self.sampler
-        if not isinstance(sampler, EpochSampler):  # Lightning's overfit_batches puts a sequential one in
+        if not isinstance(sampler, EpochSampler):  # a sequential one with Lightning's overfit_batches
             yield from super().__iter__()
             return
         epoch = sampler.epoch
@@ -146,34 +147,37 @@ class ResumableLoader(GuardedLoader):
         self._place, self._resume = (epoch, done), None
         sampler.skip = done * (self.batch_size or 1)  # without a batch_size, the sampler counts batches
         assert self.generator is not None
-        self.generator.manual_seed(mix(sampler.seed, epoch))
+        self.generator.manual_seed(epoch_seed(sampler.seed, epoch))
         for batch in super().__iter__():
             done += 1
             self._place = (epoch, done)
             yield batch
 
     def state_dict(self) -> dict[str, int]:
-        """The place, and what the order depends on."""
+        """The position, and what the order depends on."""
         epoch, done = self._resume or self._place
         if self.processed is not None and self._resume is None:
             done = min(done, self.processed())
         return {"epoch": epoch, "batches": done, "num_batches": len(self), **self._identity()}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Take up the order of a checkpoint.
+        """Restore the position of a checkpoint.
+
+        Args:
+            state: What ``state_dict`` returned.
 
         Raises:
-            UserError: The checkpoint is in the middle of an epoch that this loader would order otherwise.
+            UserError: The checkpoint is within an epoch that this loader would order differently.
         """
         identity = self._identity()
-        keys = [key for key in {**identity, **state} if key not in _PLACE]
+        keys = [key for key in {**identity, **state} if key not in _POSITION]
         changed = {key: (state.get(key), identity.get(key)) for key in keys if state.get(key) != identity.get(key)}
         if changed and state["batches"] < state["num_batches"]:
-            told = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            changes = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
             raise UserError(
                 f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']} of "
                 f"{state['num_batches']} of epoch {state['epoch']}.",
-                f"Samples would be lost or seen twice: {told}.",
+                f"Samples would be lost or seen twice: {changes}.",
                 "Resume with the same data, model, data.seed, data.batch_size, data.max_tokens, data.group_by_length "
                 "and number of devices, or from the end of an epoch.",
             )
@@ -196,26 +200,40 @@ class ResumableLoader(GuardedLoader):
 
 def training_loader(
     dataset: Sequence[Any], collate: Collate, *, batch_size: int, seed: int = 0, num_workers: int = 0
-) -> ResumableLoader:
-    """The loader of one rank for training; the rank is torch.distributed's."""
+) -> ResumableDataLoader:
+    """The training loader of this rank (of torch.distributed).
+
+    Args:
+        dataset: The samples.
+        collate: Makes a batch of a list of samples.
+        batch_size: Samples per batch of one rank.
+        seed: Random seed of the order.
+        num_workers: Number of worker processes.
+    """
     rank, world_size = rank_and_world_size()
     if extra := -len(dataset) % world_size:
-        decide(
+        log_decision(
             "data.train",
             f"{extra} samples are seen twice in each epoch",
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
     sampler = EpochSampler(len(dataset), seed, rank, world_size)
-    return ResumableLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
+    return ResumableDataLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
 
 
 def evaluation_loader(
     dataset: Sequence[Any], collate: Collate, *, batch_size: int, num_workers: int = 0
-) -> GuardedLoader:
-    """The loader of one rank for evaluation; the rank is torch.distributed's.
+) -> CheckedDataLoader:
+    """The evaluation loader of this rank (of torch.distributed).
+
+    Args:
+        dataset: The samples.
+        collate: Makes a batch of a list of samples.
+        batch_size: Samples per batch of one rank.
+        num_workers: Number of worker processes.
 
     Raises:
-        UserError: There are fewer samples than ranks: a rank without a batch would leave the others waiting.
+        UserError: There are fewer samples than ranks: a rank without a batch would block the others.
     """
     rank, world_size = rank_and_world_size()
     if len(dataset) < world_size:
@@ -224,28 +242,28 @@ def evaluation_loader(
             "Each device needs at least one.",
             "Use fewer devices, or more samples.",
         )
-    return GuardedLoader(
-        **loader_options(dataset, collate, ShareSampler(len(dataset), rank, world_size), batch_size, num_workers)
+    return CheckedDataLoader(
+        **loader_options(dataset, collate, ShardSampler(len(dataset), rank, world_size), batch_size, num_workers)
     )
 
 
 def loader_options(
     dataset: Sized, collate: Collate, sampler: Sampler[Any], batch_size: int | None, num_workers: int
 ) -> dict[str, Any]:
-    """Arguments of a DataLoader; without ``batch_size`` the sampler gives whole batches."""
+    """Arguments of a DataLoader; with ``batch_size`` None the sampler yields whole batches."""
     return {
         "dataset": cast(Dataset[Any], dataset),
         "sampler": sampler,
         "batch_size": batch_size,
-        "collate_fn": _Carried(collate),
+        "collate_fn": _ReturnUserErrors(collate),
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,
         "pin_memory": torch.cuda.is_available(),
-        # Workers' base seeds are drawn from here and not from the global generator, which dropout uses.
+        # The workers' base seeds must not be drawn from the global generator, which dropout uses.
         "generator": torch.Generator().manual_seed(0),
     }
 
 
-def mix(seed: int, epoch: int) -> int:
-    """A generator seed for this epoch: unlike ``seed + epoch``, no two runs share an order."""
+def epoch_seed(seed: int, epoch: int) -> int:
+    """Generator seed of an epoch; a hash, since with ``seed + epoch`` runs of other seeds would share orders."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")

@@ -1,10 +1,11 @@
-"""Everything the trainer asks of the data, from the paths in a config.
+"""Lightning data module: loaders for training, evaluation, generation and probing from the paths in a config.
 
-Data flow: paths -> ``sources`` -> checked image headers -> ``collator`` behind ``loader`` -> the loops; what falls
-out on the way is in ``ledger``.
+Data flow: paths -> ``readers`` -> header check of the images -> ``collator`` behind ``dataloader`` -> Lightning's
+loops; what is not used is in ``rejected_samples``.
 """
 
 import random
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -12,20 +13,20 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.batch_samplers import TokenBudgetSampler, planned_loader
+from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.dataloader import GuardedLoader, ResumableLoader, evaluation_loader, training_loader
-from lightning_mm.data.images import Preflight
+from lightning_mm.data.dataloader import CheckedDataLoader, ResumableDataLoader, evaluation_loader, training_loader
+from lightning_mm.data.images import ImageHeaderCheck
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
-from lightning_mm.data.probe_sets.collator import ProbeCollator, load_probes
+from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.readers.conversations import read
-from lightning_mm.data.rejected_samples import Ledger
-from lightning_mm.data.sample import Question, Sample, by_length, majority_answers, questions_of
-from lightning_mm.data.token_lengths import Lengths, measure_lengths
+from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
+from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
 from lightning_mm.models.processor import Processing, load_processing
 
 
@@ -59,11 +60,13 @@ class MMDataModule(L.LightningDataModule):
         probe_prompt: Asks whether a caption, put in the place of {caption}, is right about the picture.
 
     Attributes:
-        ledger: What is not used, and why.
-        keeping: Where set, what makes batches of conversations in place of a collator.
+        rejected_samples: Rows and parts of rows that are not used, with reasons.
+        wrap_collator: Given a ``Collator``, returns the collate function of conversation batches; None uses the
+            collator itself. A fit sets it to read frozen activations from the cache. It is called when a loader is
+            made, after the model is on its device.
     """
 
-    keeping: Callable[[Collator], Callable[..., Any]] | None = None
+    wrap_collator: Callable[[Collator], Callable[..., Any]] | None = None
 
     def __init__(
         self,
@@ -99,17 +102,20 @@ class MMDataModule(L.LightningDataModule):
         self.max_length, self.max_megapixels = max_length, max_megapixels
         self.max_tokens, self.group_by_length = max_tokens, group_by_length
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
-        self.ledger = Ledger(max_bad_fraction)
+        self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
         self._samples: dict[str, tuple[Sample, ...]] = {}
-        self._preflight = Preflight(self.ledger, max_megapixels)
+        self._header_check = ImageHeaderCheck(self.rejected_samples, max_megapixels)
         self._probe_set: ProbeSet | None = None
 
     def setup(self, stage: str) -> None:
-        """Read the files of this stage, on every rank, so that mistakes show before the model is loaded.
+        """Read the files of this stage, on every rank, so that errors show before the model is loaded.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``.
 
         Raises:
-            UserError: A file is not there or cannot be used, or too many of its rows cannot.
+            UserError: A file is missing or cannot be used, or too many of its rows cannot.
         """
         needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         for split in needed:
@@ -117,19 +123,18 @@ class MMDataModule(L.LightningDataModule):
                 self.samples(split)
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
-            elif self.trainer is not None:
-                self.trainer.limit_val_batches = 0
-                decide("trainer.limit_val_batches", 0, "data.val is not set")
+            else:
+                log_decision("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> tuple[Sample, ...]:
-        """The usable conversations of train, val, test or predict, in file order; none if no file is given."""
+        """The usable conversations of train, val, test or predict, in file order; empty without a file."""
         path = self.paths[split]
         if split not in self._samples and path is not None:
-            rows = read(path, self.image_root, answers_required=split != "predict")
-            self.ledger.num_rows += rows.num_rows
-            self.ledger.add(rows.rejections)
-            self._samples[split] = tuple(self._preflight.sound(rows.samples))
-            self.ledger.check()
+            rows = read_conversations(path, self.image_root, answers_required=split != "predict")
+            self.rejected_samples.num_rows += rows.num_rows
+            self.rejected_samples.add(rows.rejections)
+            self._samples[split] = tuple(self._header_check.with_valid_headers(rows.samples))
+            self.rejected_samples.check()
         return self._samples.get(split, ())
 
     @cached_property
@@ -141,15 +146,15 @@ class MMDataModule(L.LightningDataModule):
             )
         return load_processing(self.processor, self.revision)
 
-    def train_dataloader(self) -> ResumableLoader:
-        """Batches in the order of (seed, epoch)."""
+    def train_dataloader(self) -> ResumableDataLoader:
+        """Training batches in the order of (seed, epoch)."""
         samples = self.samples("train")
-        collate = self._kept(samples)
+        collate = self._collate_function(samples)
         options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
         else:
-            loader = planned_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
+            loader = length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
         if self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             assert isinstance(progress, _ProcessedTracker)
@@ -158,48 +163,58 @@ class MMDataModule(L.LightningDataModule):
 
     @property
     def rows_per_batch(self) -> float:
-        """Conversations in a training batch of one rank, on average."""
+        """Average number of conversations in a training batch of one rank."""
         if self.max_tokens is None:
             return float(self.batch_size)
         return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
 
     @cached_property
-    def _lengths(self) -> Lengths:
-        return measure_lengths(
+    def _lengths(self) -> TokenLengths:
+        return measure_token_lengths(
             self.samples("train"),
             self.processing,
             max_length=self.max_length,
             max_megapixels=self.max_megapixels,
-            sizes=self._preflight.sizes,
+            sizes=self._header_check.sizes,
         )
 
-    def val_dataloader(self) -> list[GuardedLoader]:
-        """Batches for the loss, then questions for generation."""
+    def val_dataloader(self) -> list[CheckedDataLoader]:
+        """Batches for the loss, then questions for generation; an empty list where ``val`` is not set."""
+        if self.paths["val"] is None:
+            # Lightning takes an empty list for no validation, and warns of it as of a loader without batches.
+            warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+            return []
         return self._evaluation("val", self.generation_samples)
 
-    def test_dataloader(self) -> list[GuardedLoader]:
-        """Batches for the loss, then questions, then the same questions with grey pictures."""
+    def test_dataloader(self) -> list[CheckedDataLoader]:
+        """Batches for the loss, questions for generation, and the same questions with gray images."""
         questions = self.questions("test")
         return [*self._evaluation("test", None), self._loader(questions, self._prompt_collator(blank_images=True))]
 
-    def predict_dataloader(self) -> GuardedLoader:
-        """Questions."""
+    def predict_dataloader(self) -> CheckedDataLoader:
+        """Questions for generation."""
         return self._loader(self.questions("predict"), self._prompt_collator())
 
     def question_types(self, split: str) -> tuple[str, ...]:
-        """Types of the split's questions, sorted: the same on every rank."""
+        """Types of the split's questions, sorted; equal on every rank."""
         return tuple(sorted({sample.turns[index].question_type for sample, index in self.questions(split)}))
 
-    def questions(self, split: str, limit: int | None = None) -> tuple[Question, ...]:
-        """The questions of a split, or the first of them, in the order of its file."""
+    def questions(self, split: str, limit: int | None = None) -> tuple[SampleQuestion, ...]:
+        """The questions of a split in file order, at most ``limit`` (None: all)."""
         return questions_of(self.samples(split))[:limit]
 
-    def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> GuardedLoader:
-        """The questions of a split, or the first of them, with their pictures or grey ones; short answers first."""
-        return self._loader(by_length(self.questions(split, limit)), self._prompt_collator(blank_images))
+    def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> CheckedDataLoader:
+        """Questions of a split for generation, short answers first.
+
+        Args:
+            split: train, val, test or predict.
+            blank_images: Whether images are replaced by gray ones.
+            limit: Number of questions, from the first of the file on; None takes all.
+        """
+        return self._loader(sort_by_answer_length(self.questions(split, limit)), self._prompt_collator(blank_images))
 
     def probe_set(self) -> ProbeSet:
-        """The rows to look inside the model with: drawn once, with a seed of its own, and the same on every rank.
+        """The rows to probe the model with: drawn once with a fixed seed, equal on every rank.
 
         Raises:
             UserError: There is no file to draw from, or nothing in it can be probed.
@@ -208,33 +223,38 @@ class MMDataModule(L.LightningDataModule):
             self._probe_set = open_probe_set(
                 self.probes or file_for_probes(self.paths),
                 self.image_root,
-                self.ledger,
+                self.rejected_samples,
                 max_pictures=self.probe_images,
                 prompt=self.probe_prompt,
                 max_megapixels=self.max_megapixels,
             )
         return self._probe_set
 
-    def probe_loader(self, probe_set: ProbeSet) -> GuardedLoader:
-        """This rank's share of a probe set, each row once over all ranks, rows of like length together."""
+    def probe_loader(self, probe_set: ProbeSet) -> CheckedDataLoader:
+        """This rank's share of a probe set, each row once over all ranks, rows of similar length together."""
         collator = ProbeCollator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
-        return load_probes(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
+        return probe_loader(probe_set.rows, collator, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def sample_batches(self, count: int, size: int = 4) -> list[Batch]:
-        """So many batches of training conversations drawn by the seed, to measure gradients with; none without data."""
+        """Random training batches, drawn with the seed, to measure gradients with; empty without training data.
+
+        Args:
+            count: Number of batches.
+            size: Conversations per batch.
+        """
         samples = self.samples("train")
         drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
-        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+        collator = self._collator(samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         made = [collator(part) for part in cut]
-        self.ledger.add(rejection for batch in made for rejection in batch.rejected)
+        self.rejected_samples.add(rejection for batch in made for rejection in batch.rejected)
         return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self, count: int = 1) -> Batch:
-        """The first conversations with pictures, to measure a step with.
+        """A batch of the first conversations with images, to measure a step with.
 
         Args:
-            count: How many, if there are so many.
+            count: Number of conversations, or fewer where there are fewer.
 
         Raises:
             UserError: No file is given, or nothing in it can be used.
@@ -242,33 +262,34 @@ class MMDataModule(L.LightningDataModule):
         samples = next((s for split in self.paths if (s := self.samples(split))), ())
         if not samples:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
-        collator = Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels)
+        collator = self._collator()
         ordered = sorted(samples, key=lambda sample: not sample.images)
         for start in range(0, len(ordered) - count, count):
             try:
                 return collator(ordered[start : start + count])
-            except UserError:  # they are in the ledger as soon as they meet a loader; others serve as well here
+            except UserError:  # a loader will record the rejection; here other samples serve as well
                 continue
         return collator(ordered[-count:])
 
     def majority_answers(self) -> dict[str, str]:
-        """The most frequent training answer to each type of question: what a model that never looks could say."""
+        """Question type -> most frequent training answer: the baseline that ignores the question."""
         return majority_answers(self.questions("train"))
 
-    def _evaluation(self, split: str, limit: int | None) -> list[GuardedLoader]:
-        samples, questions = self.samples(split), by_length(self.questions(split, limit))
-        loaders = [self._loader(samples, self._kept(samples))] if samples else []
+    def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
+        samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
+        loaders = [self._loader(samples, self._collate_function(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 
-    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> GuardedLoader:
+    def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
-    def _kept(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+    def _collate_function(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+        """Makes training or validation batches of ``samples``."""
         collator = self._collator(samples)
-        return collator if self.keeping is None else self.keeping(collator)
+        return collator if self.wrap_collator is None else self.wrap_collator(collator)
 
-    def _collator(self, samples: tuple[Sample, ...]) -> Collator:
-        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=samples)
+    def _collator(self, reserve: Sequence[Sample] = ()) -> Collator:
+        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=reserve)
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
         return PromptCollator(

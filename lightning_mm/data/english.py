@@ -1,4 +1,4 @@
-"""English words: plurals and small numbers, for questions and for captions with a noun traded."""
+"""English plurals and small numbers, for questions and for captions with an exchanged noun."""
 
 COUNT_WORDS = ("zero", "one", "two", "three", "four", "five")
 _UNCHANGED = ("fish", "sheep", "deer", "moose", "bison", "squid")
@@ -14,7 +14,7 @@ _IRREGULAR = {
 
 
 def plural(name: str) -> str:
-    """More than one of a countable thing; in "cup of tea" it is the cup that is counted."""
+    """Plural of a countable noun; in "cup of tea" the plural of "cup"."""
     head, of, rest = name.partition(" of ")
     *before, last = head.split(" ")
     return " ".join([*before, _plural_word(last)]) + of + rest

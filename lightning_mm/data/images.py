@@ -1,17 +1,13 @@
-"""A picture file, decoded within bounds into 8-bit RGB, or the reason why it cannot be.
+"""Image files: headers checked before a run, pixels decoded within limits to 8-bit RGB, or a reason why not.
 
-Data flow: ``datamodule`` checks headers at set-up; ``collator`` decodes in the loader's workers.
+Checked on the header before a pixel is decoded: only formats whose decoders run in this process (EPS would start
+Ghostscript); at most ``max_megapixels``; no side under 4 pixels, where rows and color channels of an array cannot be
+told apart; no side more than 100 times the other, since resizing to a fixed short side would enlarge it too much. Then
+the whole file must decode; EXIF rotation is applied; transparency is put on white; 16-bit grayscale keeps its high
+byte; of an animation the first frame is used.
 
-The rules, all checked on the header before a pixel is decoded:
-    only formats whose decoders run in this process (EPS would start Ghostscript);
-    at most ``max_megapixels``; no side under 4 px, where an array's rows cannot be told from its colour channels;
-    no side more than 100 times the other, which resizing to a fixed short side would blow up.
-Then: the whole file must decode; EXIF rotation is applied; transparency lies on white; 16-bit greys keep their high
-byte; of an animation the first frame is taken, and said so.
-
-A cheap look at every picture before a run begins: only its header is read, and only once.
-
-Data flow: ``datamodule`` hands in Samples; those whose pictures are sound come back, the others are in the ledger.
+Data flow: Samples -> ``ImageHeaderCheck`` (``datamodule``) -> Samples with valid headers, others to
+``RejectedSamples``; path -> ``load`` (``collator``, in the loader's workers) -> ``DecodedImage``.
 """
 
 import struct
@@ -24,8 +20,8 @@ from warnings import catch_warnings, simplefilter
 
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lightning_mm.core.decisions import decide
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection, Sample
 
 Image.init()
@@ -35,7 +31,7 @@ FORMATS = tuple(
 MIN_SIDE = 4
 MAX_ASPECT = 100
 _ON_ITS_SIDE = range(5, 9)
-# What PIL's decoders raise on bytes that are not what they promise to be.
+# What PIL's decoders raise on malformed files.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -52,11 +48,11 @@ _DECODE_ERRORS = (
 
 
 class BadImage(ValueError):
-    """A picture that cannot be used.
+    """An image that cannot be used.
 
     Args:
         path: The file.
-        reason: ``category: detail``, as the ledger counts them.
+        reason: ``category: detail``, as rejections are counted.
     """
 
     def __init__(self, path: Path, reason: str) -> None:
@@ -68,13 +64,13 @@ class BadImage(ValueError):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded picture.
+class DecodedImage:
+    """A decoded image.
 
     Args:
         image: Mode RGB, 8 bit, upright.
-        is_animated: Whether there are more frames, or pages, than this first one.
-        is_turned: Whether EXIF asked for it to be turned or mirrored: places in the file as stored are others here.
+        is_animated: Whether the file has further frames or pages.
+        is_turned: Whether EXIF rotated or mirrored it: coordinates in the stored file differ from those in ``image``.
     """
 
     image: Image.Image
@@ -83,13 +79,14 @@ class Picture:
 
 
 def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
-    """Read only the header: a cheap look at every file before a run begins.
+    """Width and height in pixels as displayed (after EXIF rotation, where the header holds it), from the header only.
 
-    Returns:
-        Width and height in pixels as the picture is decoded: after its EXIF rotation, where the header holds one.
+    Args:
+        path: The file.
+        max_megapixels: Limit on width times height, in megapixels.
 
     Raises:
-        BadImage: Not a picture, or outside the bounds.
+        BadImage: Not an image, or outside the limits.
     """
     with _open(path, max_megapixels) as image:
         width, height = image.size
@@ -98,20 +95,24 @@ def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
         return (height, width) if is_turned else (width, height)
 
 
-def load(path: Path, max_megapixels: float = 40.0) -> Picture:
-    """Decode a whole picture.
+def load(path: Path, max_megapixels: float = 40.0) -> DecodedImage:
+    """The decoded image.
+
+    Args:
+        path: The file.
+        max_megapixels: Limit on width times height, in megapixels.
 
     Raises:
-        BadImage: Not a picture, outside the bounds, cut off or damaged.
+        BadImage: Not an image, outside the limits, truncated or damaged.
     """
     with _open(path, max_megapixels) as image:
         try:
             with _whole_files_only():
-                # The second frame of an MPO is a camera's by-product (a gain map, the other eye).
+                # The second frame of an MPO is a camera's by-product (gain map, stereo view).
                 is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
                 image.load()
             is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return Picture(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
+            return DecodedImage(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
         except BadImage:
             raise
         except _DECODE_ERRORS as error:
@@ -122,7 +123,7 @@ def load(path: Path, max_megapixels: float = 40.0) -> Picture:
 def _open(path: Path, max_megapixels: float) -> Iterator[Image.Image]:
     try:
         with catch_warnings():
-            # PIL warns from 89 megapixels on; our own limit, checked next, is an error.
+            # PIL warns from 89 megapixels on; our own limit is checked next.
             simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path, formats=FORMATS)
     except _DECODE_ERRORS as error:
@@ -154,7 +155,7 @@ def _check_size(path: Path, size: tuple[int, int], max_megapixels: float) -> Non
 
 @contextmanager
 def _whole_files_only() -> Iterator[None]:
-    # Other libraries switch this on for the whole process; half a picture is not the picture.
+    # Other libraries switch this on for the whole process; a truncated image must be an error.
     before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
@@ -166,48 +167,50 @@ def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage(path, "image has floating-point pixels: there is no one way to show them")
     if image.mode.startswith("I"):
-        # 16-bit grey, which PIL's own conversion clips to white; wider integers are clipped to 16 bit first.
-        grey = image.convert("I").point(lambda value: value * (1 / 256) + 0)
-        return grey.convert("L").convert("RGB")
+        # 16-bit grayscale, which PIL's own conversion clips to white; wider integers are clipped to 16 bit first.
+        gray = image.convert("I").point(lambda value: value * (1 / 256) + 0)
+        return gray.convert("L").convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        paper = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(paper, image).convert("RGB")
+        background = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
 
 
 _MAX_HEADERS = 20_000
 
 
-class Preflight:
-    """Headers that have been read.
+class ImageHeaderCheck:
+    """Reads the header of each image once and rejects samples whose images cannot be used.
 
     Args:
-        ledger: Takes the samples whose pictures are not sound.
-        max_megapixels: Largest picture that is decoded.
+        rejected: Takes the samples that are rejected.
+        max_megapixels: Limit on the size of an image, in megapixels.
 
     Attributes:
-        sizes: Width and height in pixels of the pictures whose headers were read and are sound.
+        sizes: Width and height in pixels of every image with a valid header.
     """
 
-    def __init__(self, ledger: Ledger, max_megapixels: float) -> None:
-        self._ledger, self._max_megapixels = ledger, max_megapixels
+    def __init__(self, rejected: RejectedSamples, max_megapixels: float) -> None:
+        self._rejected, self._max_megapixels = rejected, max_megapixels
         self._faults: dict[Path, str | None] = {}
         self.sizes: dict[Path, tuple[int, int]] = {}
 
-    def sound(self, samples: Sequence[Sample]) -> Iterator[Sample]:
-        """The samples whose pictures can be used, as far as their headers tell."""
+    def with_valid_headers(self, samples: Sequence[Sample]) -> Iterator[Sample]:
+        """The samples whose images all have valid headers."""
         for sample in samples:
             fault = next((fault for path in sample.images if (fault := self._fault(path))), None)
             if fault is None:
                 yield sample
             else:
-                self._ledger.add([Rejection(sample.origin, fault)])
+                self._rejected.add([Rejection(sample.origin, fault)])
 
     def _fault(self, path: Path) -> str | None:
         if path not in self._faults:
             if len(self._faults) >= _MAX_HEADERS:
-                decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
+                log_decision(
+                    "data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded"
+                )
                 return None
             try:
                 self.sizes[path] = check_header(path, self._max_megapixels)

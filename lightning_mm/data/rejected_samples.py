@@ -1,7 +1,7 @@
-"""What was not used, and why: the one list of everything that fell out of the data.
+"""Rejected samples: everything that is not used of the data, and why.
 
-Data flow: ``sources`` adds at set-up, the loops add ``Batch.rejected`` while running; the run directory gets
-``ledger.jsonl`` and the dashboards the counts.
+Data flow: ``readers``, ``images`` (at setup), ``Batch.rejected`` (while running) -> ``RejectedSamples`` ->
+``ledger.jsonl`` of the run directory, and counts in the report.
 """
 
 import json
@@ -12,14 +12,18 @@ from pathlib import Path
 
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import write_atomically
 from lightning_mm.data.sample import Rejection
 
 
-class Ledger:
-    """Rejections in the order they came; one that returns every epoch is kept once.
+class RejectedSamples:
+    """Rejections in order of arrival, each once (an epoch may repeat them).
 
     Args:
-        max_bad_fraction: More dropped rows than this, of all rows read, stop the run.
+        max_bad_fraction: Largest fraction of dropped rows among all rows read, 0 to 1; more stop the run.
+
+    Attributes:
+        num_rows: Number of rows read; readers add to it.
     """
 
     def __init__(self, max_bad_fraction: float = 0.01) -> None:
@@ -34,20 +38,20 @@ class Ledger:
         return len(self._entries)
 
     def add(self, rejections: Iterable[Rejection]) -> None:
-        """Note down what fell out."""
+        """Add rejections; known ones are ignored."""
         self._entries.update(dict.fromkeys(rejections))
 
     @property
     def num_dropped(self) -> int:
-        """Rows that are not used at all, each counted once whatever the number of its faults."""
+        """Number of rows that are not used at all, each counted once."""
         return len({entry.origin for entry in self if entry.kind == "dropped"})
 
     def counts(self) -> dict[str, int]:
-        """Entries by category (a reason up to its colon), the most frequent first."""
+        """Category (reason up to its colon) -> number of rejections, the most frequent first."""
         return dict(Counter(entry.reason.partition(":")[0] for entry in self).most_common())
 
     def check(self) -> None:
-        """Stop where too much of the data is lost.
+        """Stop if too many rows are dropped.
 
         Raises:
             UserError: The dropped rows are more than ``max_bad_fraction`` of the rows read.
@@ -63,13 +67,12 @@ class Ledger:
         )
 
     def gather(self) -> None:
-        """Take in what the other ranks noted; every rank must call it."""
+        """Add the rejections of all other ranks; a collective call of every rank."""
         if rank_and_world_size()[1] == 1:
             return
         for part in all_gather_object(list(self)):
             self.add(part)
 
     def write(self, path: Path) -> None:
-        """One JSON object per line: origin, reason, kind."""
-        lines = (json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self)
-        path.write_text("".join(lines), encoding="utf-8")
+        """Write one JSON object per line: origin, reason, kind."""
+        write_atomically(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self))

@@ -1,10 +1,7 @@
-"""One conversation about zero or more pictures, as read from disk and not yet templated.
+"""A conversation about zero or more images as read from disk, and its questions, one per answer.
 
-Data flow: ``sources`` makes Samples (or ledger entries); ``collator`` turns them into a Batch.
-
-Conversations as questions that can be scored: one per answer.
-
-Data flow: Samples -> ``questions_of`` -> loaders of prompts; of training data, the baseline of never looking.
+Data flow: ``readers`` -> ``Sample`` or ``Rejection`` -> ``collator`` -> ``Batch``; Samples -> ``questions_of`` ->
+prompts, and the majority baseline.
 """
 
 from collections import Counter
@@ -15,12 +12,18 @@ from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant"]
 IMAGE_MARK = "<image>"
-"""Where a picture stands in the text of a user turn, as in LLaVA's files."""
+"""Placeholder of an image in the text of a user turn, as in LLaVA's files."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one speaker says. ``question_type`` is set on assistant turns only, for accuracy per type."""
+    """One message of a conversation.
+
+    Args:
+        role: Speaker.
+        text: Content; a user's may hold ``<image>`` marks.
+        question_type: Type of the question that an assistant turn answers, for accuracy per type.
+    """
 
     role: Role
     text: str
@@ -29,14 +32,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation with its pictures.
+    """A conversation with its images.
 
     Args:
-        id: Unique within its file.
-        turns: In order; the texts of user turns hold one ``<image>`` mark per picture, in picture order.
+        id: Identifier, unique within its file.
+        turns: Messages in order; the texts of user turns hold one ``<image>`` mark per image, in image order.
         images: Absolute paths.
         origin: ``file:line`` for error messages.
-        extra: Whatever else the row held (boxes, choices, ...), untouched.
+        extra: Further columns of the row (boxes, choices, ...), unchanged.
     """
 
     id: str
@@ -47,7 +50,7 @@ class Sample:
 
     @property
     def answers(self) -> tuple[int, ...]:
-        """Indices of the assistant turns: each is one question that can be scored."""
+        """Indices of the assistant turns, each the answer to one question."""
         return tuple(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
 
 
@@ -55,7 +58,10 @@ class Sample:
 class Rejection:
     """A row or a part of one that is not used, and why.
 
-    ``cut`` rows are used, but shorter than they were; ``probe`` rows are asked about, never trained on.
+    Args:
+        origin: ``file:line`` of the row.
+        reason: ``category: detail``.
+        kind: ``dropped`` rows are not used; ``cut`` rows are used in part; ``probe`` rows fell out of a probe set.
     """
 
     origin: str
@@ -63,22 +69,22 @@ class Rejection:
     kind: Literal["dropped", "cut", "probe"] = "dropped"
 
 
-Question = tuple[Sample, int]
+SampleQuestion = tuple[Sample, int]
 """A conversation, and the index of the turn that answers."""
 
 
-def questions_of(samples: Iterable[Sample]) -> tuple[Question, ...]:
-    """Every answer of these conversations, in order."""
+def questions_of(samples: Iterable[Sample]) -> tuple[SampleQuestion, ...]:
+    """Every question of these conversations, in order."""
     return tuple((sample, index) for sample in samples for index in sample.answers)
 
 
-def by_length(questions: Iterable[Question]) -> tuple[Question, ...]:
-    """Those with short answers first: a batch is generated until its longest answer ends."""
+def sort_by_answer_length(questions: Iterable[SampleQuestion]) -> tuple[SampleQuestion, ...]:
+    """Questions with short answers first: a batch is generated until its longest answer ends."""
     return tuple(sorted(questions, key=lambda question: len(question[0].turns[question[1]].text)))
 
 
-def majority_answers(questions: Iterable[Question]) -> dict[str, str]:
-    """The most frequent answer to each type of question, in lower case and without its full stop."""
+def majority_answers(questions: Iterable[SampleQuestion]) -> dict[str, str]:
+    """Question type -> its most frequent answer, in lower case and without a full stop."""
     counts: dict[str, Counter[str]] = {}
     for sample, index in questions:
         turn = sample.turns[index]

@@ -1,10 +1,11 @@
-"""How long each conversation will be in tokens, known before a picture is decoded.
+"""Length of each conversation in tokens, computed without decoding an image, for batching by length.
 
-Data flow: Samples -> the chat template's text -> the tokenizer; sizes in picture headers -> a blank picture of each
-size through the processor, once -> ``Lengths`` -> ``budget``, which puts like with like.
+The ranks share the work. Text is tokenized after the chat template; each image size is measured once with a blank
+image through the processor. A length is exact where an image takes as many tokens beside other images as beside one of
+its own size, and an estimate elsewhere. Of a conversation that the collator will reject, the readable parts count.
 
-The ranks share the work. A length is exact where a picture takes as many tokens beside others as it takes beside its
-like, and an estimate elsewhere; of a conversation that will fall out as it is collated, what could be read counts.
+Data flow: Samples -> chat template -> tokenizer; image headers -> sizes -> blank images -> processor ->
+``TokenLengths`` -> ``batch_samplers``.
 
 Shapes: N samples.
 """
@@ -21,29 +22,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
-from lightning_mm.data.chat import Chat, ChatError
+from lightning_mm.data.chat import ChatError, ChatRenderer
 from lightning_mm.data.collator import ENCODE_ERRORS
 from lightning_mm.data.images import BadImage, check_header
 from lightning_mm.data.sample import IMAGE_MARK, Sample, Turn
 from lightning_mm.models.processor import Processing
 
 Size = tuple[int, int]
-_MID_GREY = (127, 127, 127)
+_GRAY = (127, 127, 127)
 _CHUNK = 1024
 _MAX_SIZES = 256
 _CELL = math.log(1.05)
 
 
 @dataclass(frozen=True)
-class Lengths:
-    """What each sample costs.
+class TokenLengths:
+    """Length and cost of each sample.
 
     Args:
-        tokens: (N,) int64 length of the row, image tokens included. Pictures that the decoder reads by cross-attention
-            take no place in it.
-        vision: (N,) float64 work of the vision encoder, in tokens of the decoder that are as much work.
+        tokens: (N,) int64 tokens of the row, image tokens included. Images that the decoder reads by cross-attention
+            take none.
+        vision: (N,) float64 cost of the vision encoder, in decoder tokens of equal cost.
     """
 
     tokens: Tensor
@@ -54,74 +55,76 @@ class Lengths:
 
     @property
     def costs(self) -> Tensor:
-        """(N,) float64 work of each sample, in tokens of the decoder."""
+        """(N,) float64 cost of each sample, in decoder tokens."""
         return self.tokens + self.vision
 
     @property
     def digest(self) -> int:
-        """Of both: an order that was made with others is another order."""
+        """CRC-32 of both tensors; part of the identity of an order of batches."""
         return zlib.crc32(self.tokens.numpy().tobytes() + self.vision.numpy().tobytes())
 
 
-def measure_lengths(
+def measure_token_lengths(
     samples: Sequence[Sample],
     processing: Processing,
     *,
     max_length: int | None = None,
     max_megapixels: float = 40.0,
     sizes: Mapping[Path, Size] | None = None,
-) -> Lengths:
-    """Lengths of samples, the same on every rank; each measures its share.
+) -> TokenLengths:
+    """Lengths of samples, equal on every rank; each rank measures its share.
 
     Args:
-        samples: Of a training set.
+        samples: N training samples.
         processing: The model's processor.
-        max_length: Where longer rows are cut.
-        max_megapixels: Largest picture that is decoded.
-        sizes: Of pictures whose headers have been read, as they lie on the screen.
+        max_length: Length in tokens at which longer rows are truncated; None truncates none.
+        max_megapixels: Limit on the size of an image, in megapixels.
+        sizes: Width and height in pixels, as displayed, of images whose headers have been read; None reads all headers.
     """
     rank, world_size = rank_and_world_size()
-    ruler = _Ruler(processing, max_megapixels, dict(sizes or {}))
-    rows = ruler.measure(samples[rank::world_size])
+    meter = _LengthMeter(processing, max_megapixels, dict(sizes or {}))
+    rows = meter.measure(samples[rank::world_size])
     parts = all_gather_object(rows)
     whole = torch.zeros(len(samples), 2, dtype=torch.float64)
     for number, part in enumerate(parts):
         whole[number::world_size] = torch.tensor(part, dtype=torch.float64).reshape(-1, 2)
     tokens = whole[:, 0].long().clamp(1, max_length)
-    told = f"{int(tokens.min())} to {int(tokens.max())} tokens, {tokens.double().mean():.0f} on average"
-    decide("data.lengths", told, "by the tokenizer, and a blank picture of each size through the processor")
-    return Lengths(tokens, whole[:, 1].contiguous())
+    lengths = f"{int(tokens.min())} to {int(tokens.max())} tokens, {tokens.double().mean():.0f} on average"
+    log_decision("data.lengths", lengths, "by the tokenizer, and a blank picture of each size through the processor")
+    return TokenLengths(tokens, whole[:, 1].contiguous())
 
 
-class _Ruler:
-    """Measures samples."""
+class _LengthMeter:
+    """Measures samples with one processor; keeps the sizes and token counts of images."""
 
     def __init__(self, processing: Processing, max_megapixels: float, sizes: dict[Path, Size]) -> None:
         self._processing, self._max_megapixels = processing, max_megapixels
-        self._chat = Chat(processing)
+        self._chat = ChatRenderer(processing)
         self._sizes: dict[Path, Size | None] = {**sizes}
-        self._questions = [self._chat.written((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)]
-        self._bare = processing.num_tokens(self._questions)
+        self._questions = [
+            self._chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)
+        ]
+        self._text_tokens = processing.num_tokens(self._questions)
         self._weight = vision_weight(processing.config)
-        self._pictures: dict[tuple[Size, bool], tuple[int, float]] = {}
+        self._image_costs: dict[tuple[Size, bool], tuple[int, float]] = {}
 
     def measure(self, samples: Sequence[Sample]) -> list[tuple[int, float]]:
-        """Tokens and vision cost of each."""
+        """Tokens and vision cost of each sample."""
         self._read_headers({path for sample in samples for path in sample.images})
-        stand_ins = _stand_ins({size for size in self._sizes.values() if size})
+        representatives = _representative_sizes({size for size in self._sizes.values() if size})
         rows = []
         for start in range(0, len(samples), _CHUNK):
             chunk = samples[start : start + _CHUNK]
             texts = self._processing.num_tokens([self._text(sample) for sample in chunk])
             for sample, tokens in zip(chunk, texts, strict=True):
                 sizes = [size for path in sample.images if (size := self._sizes[path])]
-                seen = [self._picture(stand_ins[size], len(sizes) > 1) for size in sizes]
+                seen = [self._image_cost(representatives[size], len(sizes) > 1) for size in sizes]
                 rows.append((tokens + sum(t for t, _ in seen), sum(v for _, v in seen)))
         return rows
 
     def _text(self, sample: Sample) -> str:
         try:
-            return self._chat.written(sample.turns)
+            return self._chat.render_unmarked(sample.turns)
         except ChatError:
             return "".join(turn.text for turn in sample.turns)
 
@@ -136,23 +139,23 @@ class _Ruler:
         except BadImage:
             return None
 
-    def _picture(self, size: Size, in_company: bool) -> tuple[int, float]:
-        """Tokens that a picture adds to its placeholder, alone or beside its like, and its vision cost."""
-        if (size, in_company) not in self._pictures:
-            count = 2 if in_company else 1
-            blanks = [Image.new("RGB", size, _MID_GREY)] * count
+    def _image_cost(self, size: Size, has_others: bool) -> tuple[int, float]:
+        """Tokens that an image adds to its placeholder, alone or beside another image, and its vision cost."""
+        if (size, has_others) not in self._image_costs:
+            count = 2 if has_others else 1
+            blanks = [Image.new("RGB", size, _GRAY)] * count
             try:
-                inputs = self._processing.encode([self._questions[in_company]], [blanks], "right").inputs
-                tokens = inputs["input_ids"].shape[1] - self._bare[in_company]
+                inputs = self._processing.encode([self._questions[has_others]], [blanks], "right").inputs
+                tokens = inputs["input_ids"].shape[1] - self._text_tokens[has_others]
                 patches = num_patches(inputs, self._processing.config)
-                self._pictures[size, in_company] = (tokens // count, patches / count * self._weight)
+                self._image_costs[size, has_others] = (tokens // count, patches / count * self._weight)
             except ENCODE_ERRORS:
-                self._pictures[size, in_company] = (0, 0.0)
-        return self._pictures[size, in_company]
+                self._image_costs[size, has_others] = (0, 0.0)
+        return self._image_costs[size, has_others]
 
 
-def _stand_ins(sizes: set[Size]) -> dict[Size, Size]:
-    """Which size each is measured as: itself, or, where there are very many, the largest within about 5 %."""
+def _representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
+    """Size -> size that it is measured as: itself, or, with very many sizes, the largest within about 5 %."""
     if len(sizes) <= _MAX_SIZES:
         return {size: size for size in sizes}
     cells: dict[Size, Size] = {}
@@ -160,12 +163,14 @@ def _stand_ins(sizes: set[Size]) -> dict[Size, Size]:
         cell = (round(math.log(width) / _CELL), round(math.log(height) / _CELL))
         widest, highest = cells.get(cell, (0, 0))
         cells[cell] = (max(width, widest), max(height, highest))
-    decide("data.lengths", f"{len(sizes)} picture sizes measured as {len(cells)}", "sizes within 5 % count as one")
+    log_decision(
+        "data.lengths", f"{len(sizes)} picture sizes measured as {len(cells)}", "sizes within 5 % count as one"
+    )
     return {(w, h): cells[round(math.log(w) / _CELL), round(math.log(h) / _CELL)] for w, h in sizes}
 
 
 def num_patches(inputs: Mapping[str, Tensor], config: Any) -> float:
-    """Patches that the vision encoder is given."""
+    """Number of patches of the vision encoder's input."""
     if (grid := inputs.get("image_grid_thw")) is not None:
         return float(grid.prod(-1).sum())
     if (pixels := inputs.get("pixel_values")) is None:
@@ -176,16 +181,16 @@ def num_patches(inputs: Mapping[str, Tensor], config: Any) -> float:
 
 
 def vision_weight(config: Any) -> float:
-    """How much work one patch is in the vision encoder, in tokens of the decoder; 1 where the config does not say."""
+    """Cost of one patch in the vision encoder, in decoder tokens; 1 where the config does not say."""
     decoder, encoder = _work_of_token(config.get_text_config()), _work_of_token(getattr(config, "vision_config", None))
     return encoder / decoder if decoder and encoder else 1.0
 
 
 def _work_of_token(config: Any) -> float:
-    """Multiplications that one token needs in all blocks' matrices, attention scores left out."""
+    """Multiplications per token in the weight matrices of all blocks, attention scores left out."""
 
     def first(*names: str) -> float:
         return next((float(value) for name in names if isinstance(value := getattr(config, name, None), int)), 0.0)
 
-    width = first("embed_dim", "hidden_size")  # Qwen2-VL's tower calls its output hidden_size
+    width = first("embed_dim", "hidden_size")  # in Qwen2-VL's tower, hidden_size is the output's
     return first("num_hidden_layers", "depth") * width * (4 * width + 3 * (first("intermediate_size") or 4 * width))

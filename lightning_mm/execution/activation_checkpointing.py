@@ -6,7 +6,7 @@ here only blocks that are in the graph anyway are wrapped, and hooks that others
 """
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import copy_context
 from functools import partial, wraps
 from typing import Any
@@ -15,18 +15,20 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import replace_forward
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 
-def blocks_in_graph(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> tuple[str, ...]:
+def blocks_in_graph(mm: MultimodalModel, plan: TuningPlan) -> tuple[str, ...]:
     """Names of the blocks that backward crosses: from the lowest trainable one up, in decoder and vision tower."""
-    decoder = anatomy.layers[plan.lowest_layer :]
+    decoder = mm.layout.layers[plan.lowest_layer :]
     if plan.modes[Region.VISION] == "frozen":
         return decoder
-    trained = [any(p.requires_grad for p in model.get_submodule(b).parameters()) for b in anatomy.vision_blocks]
+    trained = [any(p.requires_grad for p in mm.model.get_submodule(b).parameters()) for b in mm.layout.vision_blocks]
     lowest = trained.index(True) if any(trained) else len(trained)
-    return (*anatomy.vision_blocks[lowest:], *decoder)
+    return (*mm.layout.vision_blocks[lowest:], *decoder)
 
 
 def unchanged_slices(plan: TuningPlan) -> int:
@@ -37,25 +39,19 @@ def unchanged_slices(plan: TuningPlan) -> int:
     return min(plan.layers, default=plan.num_layers) + 1
 
 
-def checkpoint_blocks(model: nn.Module, names: tuple[str, ...]) -> None:
-    """Recompute the named blocks in backward instead of keeping their activations; in place, once."""
+def checkpoint_blocks(model: nn.Module, names: tuple[str, ...], undo: ExitStack) -> None:
+    """Recompute the named blocks in backward instead of keeping their activations, until ``undo`` is closed."""
     for name in names:
-        block = model.get_submodule(name)
-        block.forward = _recomputed(block.forward)
+        replace_forward(undo, model.get_submodule(name), _recomputed)
 
 
 @contextmanager
 def activations_kept(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     """While active, the named blocks are not recomputed in backward: hooks may be gone by then."""
-    held = {model.get_submodule(name): model.get_submodule(name).__dict__.get("forward") for name in names}
-    held = {block: own for block, own in held.items() if hasattr(own, "recomputes")}
-    try:
-        for block, own in held.items():
-            block.forward = own.recomputes  # type: ignore[union-attr]
+    with ExitStack() as undo:
+        for block in map(model.get_submodule, names):
+            replace_forward(undo, block, lambda forward: getattr(forward, "recomputes", forward))
         yield
-    finally:
-        for block, own in held.items():
-            block.forward = own  # type: ignore[assignment]
 
 
 def _recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:

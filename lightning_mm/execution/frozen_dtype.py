@@ -10,6 +10,7 @@ Shapes: D hidden size, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Literal
 
@@ -17,26 +18,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import replace_forward
 from lightning_mm.tuning.policy import TuningPlan
 
 FrozenType = Literal["auto", "float32", "bfloat16"]
 
 
-def hold_frozen(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, precision: str, wanted: FrozenType = "auto"
+def cast_frozen_weights(
+    mm: MultimodalModel, plan: TuningPlan, precision: str, undo: ExitStack, wanted: FrozenType = "auto"
 ) -> int:
     """Hold frozen linear weights in bfloat16 where autocast would make them so; in place.
 
     Call it after the fingerprint was taken: that is of the weights as they were loaded.
 
     Args:
-        model: Under the plan; on any device.
-        anatomy: Of it.
+        mm: Under the plan; on any device.
         plan: What trains.
         precision: ``trainer.precision``.
+        undo: Takes what puts the head's forward back; the weights stay as they were cast.
         wanted: 'auto' is bfloat16 under bf16-mixed; float32 leaves everything as it was loaded.
 
     Returns:
@@ -54,20 +56,20 @@ def hold_frozen(
             )
         return 0
     if wanted == "float32":
-        decide("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
+        log_decision("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
         return 0
-    held = castable(model, plan)
+    held = castable(mm.model, plan)
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
-    head: Any = model.get_submodule(anatomy.head)
+    head: Any = mm.head
     tied = type(head) is nn.Linear and head.weight.dtype == torch.float32
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2
-        head.forward = _copied_once(head)
+        replace_forward(undo, head, lambda _: _copied_once(head))
     if saved:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
-        decide("model.compute.frozen_dtype", "bfloat16", why)
+        log_decision("model.compute.frozen_dtype", "bfloat16", why)
     return saved
 
 

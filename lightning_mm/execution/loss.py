@@ -7,7 +7,7 @@ Shapes: B samples, L tokens, D hidden size, S supervised positions of the batch,
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
+from lightning_mm.models.hooks import replace_forward
 
 Chunk = int | Literal["auto", "off"]
 _LOGIT_BYTES = 256 * 2**20
@@ -90,7 +91,7 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
     if chunk == "off" or rows >= whole:
         return whole
     why = f"logits of a whole batch take more than {_LOGIT_BYTES // 2**20} MiB"
-    decide(
+    log_decision(
         "model.compute.loss_chunk", f"{rows} positions at a time" if apart else "off: its head is inside a part", why
     )
     return rows if apart else whole
@@ -139,17 +140,10 @@ class Ends:
 
     def logits(self, hidden_1SD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """(1, S, V): the model's forward pass with its body passed by and these states before the head."""
-        own = self.body.__dict__.get("forward")
-        handle = self.head.register_forward_pre_hook(lambda _, args: (hidden_1SD, *args[1:]))
-        self.body.forward = lambda *_, **__: self._output
-        try:
+        with ExitStack() as undo:
+            undo.callback(self.head.register_forward_pre_hook(lambda _, args: (hidden_1SD, *args[1:])).remove)
+            replace_forward(undo, self.body, lambda _: lambda *_, **__: self._output)
             return self.model.forward(**inputs, use_cache=False).logits
-        finally:
-            handle.remove()
-            if own is None:
-                del self.body.forward
-            else:
-                self.body.forward = own
 
 
 @contextmanager

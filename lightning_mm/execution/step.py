@@ -9,65 +9,28 @@ Data flow: ``--model.compute.*`` -> ``Compute`` -> the module prepares the model
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, Literal
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
 
 import torch
-from torch import nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, KeptFeatures
+from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
-from lightning_mm.execution.activation_checkpointing import blocks_in_graph, checkpoint_blocks, unchanged_slices
+from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, verified
 from lightning_mm.execution.cache.fingerprint import open_store
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, verified_tower
-from lightning_mm.execution.frozen_dtype import FrozenType
 from lightning_mm.execution.loss import Objective, supervised_nll
-from lightning_mm.execution.vision_truncation import cut_tower
-from lightning_mm.models.attention.cpu_kernels import attend_on_processors
-from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
-from lightning_mm.models.compile import apply_liger, compile_blocks
-from lightning_mm.models.layout import Anatomy, Region
-from lightning_mm.models.rms_norm_cpu import norm_on_processors
+from lightning_mm.execution.prepare import Compute, apply_techniques
+from lightning_mm.execution.vision_truncation import truncate_tower
+from lightning_mm.models.attention.varlen import RealTokens, unpadded
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compute:
-    """How a step is computed.
-
-    Args:
-        packing: Decoder blocks see the tokens of all rows side by side, without padding.
-        checkpoint_every: With activation checkpointing: of the blocks that backward crosses, every so many-th one is
-            recomputed.
-        loss_chunk: Answer tokens whose logits are in memory at a time; those of others are computed again in backward.
-            'auto': all where their logits take up to 256 MiB, else as many as do; 'off': always all.
-        frozen_dtype: What frozen weights of matrix products are held in; 'auto': bfloat16 under bf16-mixed, where
-            autocast would make them so at every use and nothing else changes.
-        compile: 'blocks' compiles the blocks that backward crosses, one by one.
-        liger: Norms and gated MLPs by liger_kernel (CUDA only; the loss stays ours).
-    """
-
-    packing: bool = True
-    checkpoint_every: int = 1
-    loss_chunk: int | Literal["auto", "off"] = "auto"
-    frozen_dtype: FrozenType = "auto"
-    compile: Literal["off", "blocks"] = "off"
-    liger: bool = False
-
-    def __post_init__(self) -> None:
-        for option in ("checkpoint_every", "loss_chunk"):
-            value = getattr(self, option)
-            if isinstance(value, int) and value < 1:
-                raise UserError(
-                    f"model.compute.{option}: {value} is out of range.", "It counts from 1.", "Give 1 or more."
-                )
-
 
 _WORTH = 1.2
 """From so many epochs on, keeping what enters the boundary pays for writing it."""
@@ -84,39 +47,38 @@ class TrainingStep:
 
     Args:
         model: Frozen and adapted as planned; its blocks are prepared in place.
-        anatomy: Of it.
+        layout: Of it.
         plan: What trains.
         compute: How a step is computed.
         checkpointing: Whether blocks are recomputed in backward.
     """
 
     def __init__(
-        self, model: nn.Module, anatomy: Anatomy, plan: TuningPlan, compute: Compute, checkpointing: bool
+        self,
+        mm: MultimodalModel,
+        plan: TuningPlan,
+        compute: Compute,
+        checkpointing: bool,
+        precision: str | None = None,
     ) -> None:
-        self.model, self.anatomy, self.plan, self.compute = model, anatomy, plan, compute
+        self.mm, self.plan, self.compute = mm, plan, compute
+        self.checkpointing, self.precision = checkpointing, precision
         self.cache: PrefixCache | FeatureCache | None = None
         self.prefix: FrozenPrefix | None = None
         self._asked = False
-        if compute.liger:
-            apply_liger(model)
-        if compute.compile == "blocks":
-            compile_blocks(model, blocks_in_graph(model, anatomy, plan))
-        attend_on_processors()
-        norm_on_processors(model)
-        if compute.packing:
-            packed = unpad_blocks(model, anatomy)
-            why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
-            decide("model.compute.packing", f"{len(packed)} of {anatomy.num_layers} blocks without padding", why)
-        if checkpointing:
-            blocks = blocks_in_graph(model, anatomy, plan)[:: compute.checkpoint_every]
-            checkpoint_blocks(model, blocks)
-            decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+        self._undo: ExitStack | None = None
+        self.open()
+
+    def open(self) -> None:
+        """Prepare the model, if it is not prepared."""
+        if self._undo is None:
+            self._undo = apply_techniques(self.mm, self.plan, self.compute, self.checkpointing, self.precision)
 
     def objective(self, batch: Batch) -> Objective:
         """Summed NLL of a batch."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.mm.head
         with self._begun(batch), unpadded(self._tokens(batch)):
-            return supervised_nll(self.model, head, batch, self.compute.loss_chunk)
+            return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
 
     def keep(
         self,
@@ -141,7 +103,8 @@ class TrainingStep:
         if not self._asked:
             self._asked = True
             batch = example(1)
-            unread = cut_tower(self.model, self.anatomy, batch)
+            assert self._undo is not None, "the cache is opened while the model is prepared"
+            unread = truncate_tower(self.mm, batch, self._undo)
             try:
                 if settings.mode == "off":
                     pass
@@ -152,7 +115,7 @@ class TrainingStep:
             except UserError as error:
                 if settings.mode == "on":
                     raise
-                decide("model.cache", "off", error.why)
+                log_decision("model.cache", "off", error.why)
         if self.cache is None:
             return collator
         if isinstance(self.cache, FeatureCache):
@@ -164,17 +127,24 @@ class TrainingStep:
         if self.cache is not None:
             self.cache.flush()
 
-    def close(self) -> None:
+    def close_cache(self) -> None:
         """Write what is on its way; from now on every batch is computed whole."""
         if self.cache is not None:
             self.cache.close()
             self.cache = None
 
+    def close(self) -> None:
+        """Close the cache and take everything off the model that preparing it has put on."""
+        self.close_cache()
+        if self._undo is not None:
+            self._undo.close()
+            self._undo = None
+
     def _keep_prefix(
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
         pad = int(collator.processing.processor.tokenizer.pad_token_id)
-        prefix = self.prefix = verified(self.model, self.anatomy, self.plan, batch, pad)
+        prefix = self.prefix = verified(self.mm, self.plan, batch, pad)
         states = prefix.states(batch)
         self._width = states.shape[-1]
         opened = self._opened(settings, prefix, collator, epochs, facts, states.dtype)
@@ -190,10 +160,10 @@ class TrainingStep:
         epochs: float,
         facts: dict[str, Any],
     ) -> None:
-        tower = verified_tower(self.model, self.anatomy, unread, batch, collator)
+        tower = verified_tower(self.mm, unread, batch, collator)
         if settings.mode == "auto" and tower.share < _TOWER_SHARE:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
-            decide("model.cache", "off", why)
+            log_decision("model.cache", "off", why)
             return
         opened = self._opened(settings, tower, collator, epochs, facts, tower.dtype)
         if opened is not None:
@@ -213,26 +183,28 @@ class TrainingStep:
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _WORTH and not len(store):
-            decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
+            log_decision(
+                "model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run"
+            )
             store.close()
             return None
         held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-        decide("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
+        log_decision("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
         return store, kept, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
         return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
 
     def _begun(self, batch: Batch) -> AbstractContextManager[None]:
-        if batch.kept is None:
+        if batch.cached is None:
             return nullcontext()
         assert self.cache is not None, "batches without pixels are made for a cache"
-        if isinstance(batch.kept, KeptFeatures):
+        if isinstance(batch.cached, CachedFeatures):
             assert isinstance(self.cache, FeatureCache), "features are kept for one"
             with unpadded(None):
-                return self.cache.tower.entering(self.cache.states(batch.kept))
+                return self.cache.tower.entering(self.cache.states(batch.cached))
         assert isinstance(self.cache, PrefixCache), "states are kept for one"
-        fresh = batch.kept.fresh
+        fresh = batch.cached.uncached
         with unpadded(None if fresh is None else self._tokens(fresh)):
-            states = self.cache.states(batch.kept)
+            states = self.cache.states(batch.cached)
         return self.cache.prefix.entering(states)

@@ -5,50 +5,51 @@ the blocks that do not show in them, passed by from then on (LLaVA reads the las
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.cache.frozen_prefix import own_randomness, pass_by
+from lightning_mm.execution.cache.frozen_prefix import own_randomness
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.models.hooks import restored
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import Forward, replace_forward, skip_blocks
 
 
 @torch.no_grad()
-def cut_tower(model: nn.Module, anatomy: Anatomy, batch: Batch) -> tuple[str, ...]:
-    """Pass by the vision blocks that nothing reads, in place; returns their names, top first.
+def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[str, ...]:
+    """Skip the vision blocks whose output nothing reads; returns their names, top first.
 
     Args:
-        model: The plain model, on the batch's device.
-        anatomy: Of it.
+        mm: The plain model, on the batch's device.
         batch: With pictures; without any, nothing is cut.
+        undo: Takes what puts the blocks back.
     """
-    if not batch.has_images or not anatomy.vision_blocks:
+    if not batch.has_images or not mm.layout.vision_blocks:
         return ()
-    head = model.get_submodule(anatomy.head)
 
     def reads() -> bool:
         """Whether what is not a number reaches the logits; where a closed gate is in between, it does too."""
-        with gathered_before(head, batch.supervised):
-            return not bool(model(**batch.inputs, use_cache=False).logits.isfinite().all())
+        with gathered_before(mm.head, batch.supervised):
+            return not bool(mm.model(**batch.inputs, use_cache=False).logits.isfinite().all())
 
     cut: list[str] = []
     in_tuple = False
     with own_randomness(batch.regions.device):
-        for name in reversed(anatomy.vision_blocks):
-            with _spoilt(model.get_submodule(name)) as outputs:
+        for name in reversed(mm.layout.vision_blocks):
+            with _spoilt(mm.model.get_submodule(name)) as outputs:
                 if reads() or not outputs:
                     break
             in_tuple = isinstance(outputs[0], tuple)
             cut.append(name)
     if cut:
-        pass_by([model.get_submodule(name) for name in cut], in_tuple)
-        decide("vision tower", f"{len(cut)} of {len(anatomy.vision_blocks)} blocks left out", "nothing reads them")
+        skip_blocks(undo, [mm.model.get_submodule(name) for name in cut], in_tuple)
+        log_decision(
+            "vision tower", f"{len(cut)} of {len(mm.layout.vision_blocks)} blocks left out", "nothing reads them"
+        )
     return tuple(cut)
 
 
@@ -57,15 +58,17 @@ def _spoilt(block: nn.Module) -> Iterator[list[Any]]:
     """While active, what the block computes is listed, and what it returns is not a number. Its forward is replaced,
     since transformers' own hooks may already have taken the features when one of ours is asked."""
     outputs: list[Any] = []
-    forward = block.forward
 
-    def spoilt(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        outputs.append(output)
-        if isinstance(output, tuple):
-            return (torch.full_like(output[0], float("nan")), *output[1:])
-        return torch.full_like(output, float("nan"))
+    def spoilt(forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            outputs.append(output)
+            if isinstance(output, tuple):
+                return (torch.full_like(output[0], float("nan")), *output[1:])
+            return torch.full_like(output, float("nan"))
 
-    with restored([block]):
-        block.forward = spoilt
+        return run
+
+    with ExitStack() as undo:
+        replace_forward(undo, block, spoilt)
         yield outputs

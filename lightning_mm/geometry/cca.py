@@ -1,8 +1,10 @@
-"""How alike two representations are after the best linear match of one with the other: SVCCA and PWCCA.
+"""SVCCA and PWCCA: similarity of two representations after the best linear match of one with the other.
 
-Data flow: two ``Bank``s of the same samples -> principal directions -> canonical correlations -> one Estimate per
-layer. Canonical correlations of unrelated data are far from zero and all 1 with as many directions as samples: no more
-than N/10 directions of a side are used, and every value stands beside its mean over random pairings.
+Canonical correlations of unrelated data are far from zero, and all 1 with as many directions as samples: at most N/10
+directions of a side are used, and every value comes with its mean over random pairings as null.
+
+Data flow: two ``Representations`` of the same samples -> principal directions -> canonical correlations -> one Estimate
+per layer.
 
 Shapes: L layers, N samples, D features, R directions (S of the other side), P pairings, B leave-out sets.
 """
@@ -12,78 +14,85 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.core.threads import one_thread
-from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
 from lightning_mm.geometry.resampling import (
-    deletion_blocks,
+    jackknife_blocks,
     jackknife_interval,
+    permutation_problem,
     permutations,
     t_quantile,
-    too_fixed,
-    withheld,
+    without_null,
 )
 
 _SAMPLES_PER_DIRECTION = 10
-"""With fewer, chance correlations swamp the rest."""
+"""With fewer samples per direction, chance correlations dominate."""
 
 _ROUNDING = 8
-"""Squared singular values below this many roundings of the largest are rounding."""
+"""Squared singular values below this many machine epsilons of the largest are rounding."""
 
 _SPANNED = 64
-"""A direction of which a deletion leaves less than this many roundings was the deleted block's own."""
+"""A direction of which a deletion leaves less than this many machine epsilons belonged to the deleted block alone."""
 
 _DRAWS = 6
-"""Random pairings; the values are means over directions, which hardly vary between pairings."""
+"""Random pairings; the values, means over directions, hardly vary between pairings."""
 
 
-def svcca(a: Bank, b: Bank, variance: float = 0.99, groups: Tensor | None = None) -> list[Estimate]:
+def svcca(
+    a: Representations, b: Representations, variance: float = 0.99, groups: Tensor | None = None
+) -> list[Estimate]:
     """Mean canonical correlation of the directions that hold most of the variance (Raghu et al. 2017).
 
     Args:
         a: L layers of N samples.
         b: As many layers of the same samples; the features may differ.
-        variance: Share of each side's variance that its directions hold, if there are 10 samples for each.
-        groups: (N,) int ids, equal for samples that share a picture.
+        variance: Share of each side's variance that its directions explain, if there are 10 samples for each.
+        groups: (N,) int ids, equal for samples that share a picture; None: all are independent.
 
     Returns:
         Per layer the mean correlation, with k = the correlations averaged; the interval holds the directions fixed.
-        The null is the mean over random pairings; there, mean rho^2 = max(R, S)/(N-1). ``chance.calibrated`` of
-        the estimate compares layers with different k.
+        The null is the mean over random pairings; there, mean rho^2 = max(R, S)/(N-1). Use
+        ``null_models.adjust_for_chance`` to compare layers with different k.
 
     Example:
         >>> x = torch.randn(1, 60, 2, generator=torch.Generator().manual_seed(0))
         >>> sheared = x @ torch.tensor([[2.0, 1.0], [0.0, 1.0]])
-        >>> round(svcca(Bank.of(x), Bank.of(sheared), variance=1.0)[0].value, 4)
+        >>> round(svcca(Representations.of(x), Representations.of(sheared), variance=1.0)[0].value, 4)
         1.0
     """
     return _layerwise(a, b, variance, False, groups)
 
 
-def pwcca(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:
+def pwcca(a: Representations, b: Representations, groups: Tensor | None = None) -> list[Estimate]:
     """Canonical correlations weighted by how much of ``a`` each accounts for (Morcos et al. 2018); not symmetric.
 
     The weight of a canonical variate h of ``a`` is sum_j |<h, x_j>| over the features x_j of ``a``: the value depends
-    on the axes of ``a``, rotating ``b`` changes nothing. Arguments and result are those of ``svcca``, with all the
-    directions for which there are samples.
+    on the axes of ``a``; rotating ``b`` changes nothing. All directions for which there are samples are used.
+
+    Args:
+        a: L layers of N samples.
+        b: As many layers of the same samples; the features may differ.
+        groups: (N,) int ids, equal for samples that share a picture; None: all are independent.
     """
     return _layerwise(a, b, 1.0, True, groups)
 
 
-def _layerwise(a: Bank, b: Bank, variance: float, weighted: bool, groups: Tensor | None) -> list[Estimate]:
+def _layerwise(
+    a: Representations, b: Representations, variance: float, weighted: bool, groups: Tensor | None
+) -> list[Estimate]:
     n = a.num_samples
-    order_PN = permutations(n, _DRAWS, groups=groups).to(a.centred.device)
-    deleted = [block.to(a.centred.device) for block in deletion_blocks(n, groups)]
+    order_PN = permutations(n, _DRAWS, groups=groups).to(a.centered.device)
+    deleted = [block.to(a.centered.device) for block in jackknife_blocks(n, groups)]
     estimates = []
     with exact_products():
         for layer, problem in enumerate(pair_problems(a, b, _SAMPLES_PER_DIRECTION)):
             if problem:
-                estimates.append(undefined(problem, n))
+                estimates.append(Estimate.undefined_because(problem, n))
                 continue
-            (a_NR, a_note), (b_NS, b_note) = (_directions(bank, layer, variance) for bank in (a, b))
-            found = _matched(a_NR, b_NS, a.centred[layer] if weighted else None, order_PN, deleted)
+            (a_NR, a_note), (b_NS, b_note) = (_directions(reps, layer, variance) for reps in (a, b))
+            found = _matched(a_NR, b_NS, a.centered[layer] if weighted else None, order_PN, deleted)
             estimates.append(found.noted(*dict.fromkeys((a_note, b_note))))
-    return withheld(estimates, too_fixed(groups))
+    return without_null(estimates, permutation_problem(groups))
 
 
 def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tensor, deleted: list[Tensor]) -> Estimate:
@@ -95,12 +104,12 @@ def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tens
     null = float(drawn_P.mean())
     width = t_quantile(_DRAWS - 1) * float(drawn_P.std()) * math.sqrt(1 + 1 / _DRAWS)
     band = {"null": null, "null_low": null - width, "null_high": null + width}
-    return finite(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
+    return Estimate.of(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
 
 
-def _directions(bank: Bank, layer: int, variance: float) -> tuple[Tensor, str]:
-    """Orthonormal scores (N, R) of the leading directions, and a note if samples are too few for all of them."""
-    values_K, scores_NR = bank.principal[layer]
+def _directions(reps: Representations, layer: int, variance: float) -> tuple[Tensor, str]:
+    """Orthonormal scores (N, R) of the leading directions, and a note if there are too few samples for all of them."""
+    values_K, scores_NR = reps.principal[layer]
     share_K = values_K.double().cumsum(0) / values_K.double().sum()
     sound = int((values_K > _ROUNDING * torch.finfo(values_K.dtype).eps * values_K[0]).sum())
     wanted = min(int((share_K < variance).sum()) + 1, sound)
@@ -113,7 +122,7 @@ def _directions(bank: Bank, layer: int, variance: float) -> tuple[Tensor, str]:
 
 @one_thread()
 def _mean_correlation(cross_RS: Tensor, loadings_DR: Tensor | None) -> Tensor:
-    """() float64 mean of the canonical correlations, plain or weighted by what they account for; NaN if not finite."""
+    """() float64 mean of the canonical correlations, plain or weighted by explained share; NaN if not finite."""
     if not torch.isfinite(cross_RS).all():
         return torch.tensor(math.nan, dtype=torch.float64, device=cross_RS.device)
     if loadings_DR is None:
@@ -132,7 +141,7 @@ def _without(
     loadings_DR: Tensor | None,
     block: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """What correlations and loadings are without the samples of a block: less its share, whitened again."""
+    """Cross products (R, S) and loadings (D, R) without the samples of a block: its share removed, whitened again."""
     gone_a, gone_b, kept = a_NR[block], b_NS[block], len(a_NR) - len(block)
     sum_a, sum_b = gone_a.sum(0), gone_b.sum(0)
     own_RR = torch.eye(len(sum_a)).to(a_NR) - gone_a.mT @ gone_a - sum_a.outer(sum_a) / kept

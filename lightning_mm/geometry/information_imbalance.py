@@ -1,9 +1,11 @@
-"""Whether one reading of the samples foretells the neighbourhoods of another, and the other way round.
+"""Information imbalance: whether one representation predicts the neighborhoods of another, and the reverse.
 
-Data flow: two ``Bank``s of the same samples -> rank, in the second, of the nearest neighbours in the first -> one
-Estimate per layer. Ranks come from counting which distances are smaller, O(N^2), without a sort.
+Ranks come from counting which distances are smaller, O(N^2), without a sort.
 
-Shapes: L layers, N samples, K neighbours.
+Data flow: two ``Representations`` of the same samples -> rank, in the second, of the nearest neighbors in the first ->
+one Estimate per layer.
+
+Shapes: L layers, N samples, K neighbors, P pairings.
 """
 
 import math
@@ -11,102 +13,118 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.knn_overlap import band
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import dependent, mean_interval, permutations, too_fixed, withheld
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.knn_overlap import null_band
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.geometry.resampling import (
+    clustered_mean_interval,
+    nontrivial_groups,
+    permutation_problem,
+    permutations,
+    without_null,
+)
 
-_SHARED = 1.35
-"""Samples share nearest neighbours: the standard deviation was 1.1 to 1.5 times that of independent ranks over
-Gaussians of 3 to 200 dimensions with 150 and 500 samples, related and unrelated."""
+_DEPENDENCE = 1.35
+"""Factor on the standard error, as samples share nearest neighbors: the standard deviation was 1.1 to 1.5 times that of
+independent ranks over Gaussians of 3 to 200 dimensions with 150 and 500 samples, related and unrelated."""
 
 _DRAWS = 20
-"""Random pairings behind chance where samples share a picture; each takes as long as the value."""
+"""Random pairings of the null where samples share a picture; each takes as long as the value itself."""
 
 
-def information_imbalance(a: Bank, b: Bank, k: int = 1, groups: Tensor | None = None) -> list[Estimate]:
+def information_imbalance(
+    a: Representations, b: Representations, k: int = 1, groups: Tensor | None = None
+) -> list[Estimate]:
     """Delta(A -> B) = 2/N times the mean rank in B of the k nearest in A (Glielmo et al. 2022), layer by layer.
 
-    Near (k+1)/N where A foretells B, 1 where it says nothing; the two directions differ where one bank holds more.
-    Equal distances in B share their mean rank. Where samples share a picture, chance is what re-pairing whole pictures
-    gives: their own picture's samples may be near one another in both.
+    Near (k+1)/N where A predicts B, 1 where it is uninformative; the two directions differ where one representation has
+    more information. Equal distances in B share their mean rank. Where samples share a picture, the null re-pairs whole
+    pictures: samples of one picture may be near one another in both.
 
     Args:
-        a: L layers that foretell.
-        b: As many layers of the same samples, foretold.
-        k: Neighbours in A.
-        groups: (N,) int ids of samples that depend on one another.
+        a: L layers that predict.
+        b: As many layers of the same samples, predicted.
+        k: Number of neighbors in A.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
 
     Example:
         >>> x = torch.randn(1, 200, 2, generator=torch.Generator().manual_seed(0))
-        >>> round(information_imbalance(Bank.of(x), Bank.of(3 * x))[0].value, 6)  # alike but for scale: 2/N
+        >>> scaled = Representations.of(3 * x)
+        >>> round(information_imbalance(Representations.of(x), scaled)[0].value, 6)  # 2/N: same neighborhoods
         0.01
     """
-    near, groups = Neighbours.of(a, k), dependent(groups)
+    near, groups = Neighbors.of(a, k), nontrivial_groups(groups)
     n = a.num_samples
-    order_PN = None if groups is None else permutations(n, _DRAWS, groups=groups).to(a.centred.device)
+    order_PN = None if groups is None else permutations(n, _DRAWS, groups=groups).to(a.centered.device)
     estimates = [
-        undefined(problem, n)
+        Estimate.undefined_because(problem, n)
         if (problem := near.problem(layer, k) or b.problems[layer])
         else _imbalance(near, b, layer, k, groups, order_PN)
         for layer in range(a.num_layers)
     ]
-    return withheld(estimates, too_fixed(groups))
+    return without_null(estimates, permutation_problem(groups))
 
 
-def imbalance_gain(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:
-    """How much better A foretells B, layer by layer, than at the first layer: Delta_0 - Delta_l; chance is 0.
+def imbalance_gain(a: Representations, b: Representations, groups: Tensor | None = None) -> list[Estimate]:
+    """How much better A predicts B, layer by layer, than at the first layer: Delta_0 - Delta_l; the null is 0.
 
-    The terms of each sample are subtracted before they are averaged, so that what the samples drawn add to both layers
+    The terms of each sample are subtracted before they are averaged, so that the sampling error common to both layers
     cancels.
 
     Args:
-        a: L layers that foretell.
-        b: As many layers of the same samples, foretold.
-        groups: (N,) int ids of samples that depend on one another.
+        a: L layers that predict.
+        b: As many layers of the same samples, predicted.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
 
     Example:
         >>> x = torch.randn(1, 50, 2, generator=torch.Generator().manual_seed(0))
-        >>> imbalance_gain(Bank.of(x), Bank.of(x))[0].value
+        >>> imbalance_gain(Representations.of(x), Representations.of(x))[0].value
         0.0
     """
-    near, n = Neighbours.of(a, 1), a.num_samples
+    near, n = Neighbors.of(a, 1), a.num_samples
     problems = [near.problem(layer, 1) or b.problems[layer] for layer in range(a.num_layers)]
     if problems[0]:
-        return [undefined(problems[0], n) for _ in problems]
+        return [Estimate.undefined_because(problems[0], n) for _ in problems]
     first_N = _terms(near, b, 0, 1)
 
     def measure(layer: int) -> Estimate:
-        mean, low, high = (float(x) for x in mean_interval((first_N - _terms(near, b, layer, 1))[None], groups))
-        low, high = mean - _SHARED * (mean - low), mean + _SHARED * (high - mean)
-        return finite(mean, n, k=1, low=low, high=high, null=0.0)
+        mean, low, high = (
+            float(x) for x in clustered_mean_interval((first_N - _terms(near, b, layer, 1))[None], groups)
+        )
+        low, high = mean - _DEPENDENCE * (mean - low), mean + _DEPENDENCE * (high - mean)
+        return Estimate.of(mean, n, k=1, low=low, high=high, null=0.0)
 
-    return [undefined(problem, n) if problem else measure(layer) for layer, problem in enumerate(problems)]
+    return [
+        Estimate.undefined_because(problem, n) if problem else measure(layer) for layer, problem in enumerate(problems)
+    ]
 
 
-def _terms(near: Neighbours, b: Bank, layer: int, k: int) -> Tensor:
-    """(N,) the samples' own 2/N times rank, whose mean is the imbalance."""
+def _terms(near: Neighbors, b: Representations, layer: int, k: int) -> Tensor:
+    """(N,) 2/N times the rank of each sample; their mean is the imbalance."""
     ranks_NK = conditional_ranks(near.indices[layer, :, :k].long(), b.squared_distances(layer))
     return 2 / b.num_samples * ranks_NK.mean(1)
 
 
 def _imbalance(
-    near: Neighbours, b: Bank, layer: int, k: int, groups: Tensor | None, order_PN: Tensor | None
+    near: Neighbors, b: Representations, layer: int, k: int, groups: Tensor | None, order_PN: Tensor | None
 ) -> Estimate:
     n = b.num_samples
-    mean, low, high = (float(end) for end in mean_interval(_terms(near, b, layer, k)[None], groups))
+    mean, low, high = (float(end) for end in clustered_mean_interval(_terms(near, b, layer, k)[None], groups))
     if order_PN is None:
         error = math.sqrt((n - 2) / (3 * k)) / n
         chance = {"null": 1.0, "null_low": 1 - 1.96 * error, "null_high": 1 + 1.96 * error}
     else:
-        chance = band(_drawn(near.indices[layer, :, :k].long(), b.squared_distances(layer), order_PN), None)
-    low, high = max(mean - _SHARED * (mean - low), 0.0), mean + _SHARED * (high - mean)  # in this order NaN stays
-    return finite(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
+        chance = null_band(_drawn(near.indices[layer, :, :k].long(), b.squared_distances(layer), order_PN), None)
+    low, high = (
+        max(mean - _DEPENDENCE * (mean - low), 0.0),
+        mean + _DEPENDENCE * (high - mean),
+    )  # in this order NaN stays
+    return Estimate.of(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
 
 
 def _drawn(near_NK: Tensor, squared_NN: Tensor, order_PN: Tensor) -> Tensor:
-    """(P,) the imbalance where each sample i has changed places in the second bank with order[i]."""
+    """(P,) the imbalance where each sample i of the second representation is replaced by order[i]."""
     n, k = near_NK.shape
     moved_PNK = order_PN[:, near_NK].scatter(1, order_PN[..., None].expand(-1, -1, k), order_PN[:, near_NK])
     ranks_NM = conditional_ranks(moved_PNK.transpose(0, 1).flatten(1), squared_NN)

@@ -1,11 +1,13 @@
-"""How far two readings of the same samples agree about who is next to whom, or one reading with labels.
+"""Overlap of k-nearest-neighbor sets: of two representations of the same samples, or of one with class labels.
 
-Data flow: two ``Neighbours`` of the same samples (or one, and labels) -> one Estimate per layer, or a matrix of all
-layer pairs. Agreement falls as N grows and rises with k (Koepke et al.): compare at equal N and k only. Intervals are
-those of a jackknife that takes samples out of all neighbourhoods: the spread of the terms over sqrt(N) is 1.1 to 2.5
-times too small, since the terms share samples; the jackknife's is 1.0 to 1.7 times too wide (Efron and Stein 1981).
+Overlap falls as N grows and rises with k (Koepke et al.): compare at equal N and k only. Intervals are of a jackknife
+that removes samples from all neighborhoods. The spread of the terms over sqrt(N) is 1.1 to 2.5 times too small, since
+the terms share samples; the jackknife's is 1.0 to 1.7 times too wide (Efron and Stein 1981).
 
-Shapes: L layers, N samples, K neighbours, P permutations, B sets of samples that stay (the first is everyone).
+Data flow: two ``Neighbors`` of the same samples (or one, and labels) -> one Estimate per layer, or a matrix of all
+layer pairs.
+
+Shapes: L layers, N samples, K neighbors, P permutations, B leave-out sets (the first leaves none out), C classes.
 """
 
 import math
@@ -14,98 +16,111 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.hsic import kept_sets
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.resampling import dependent, jackknife_interval, permutations, too_fixed, withheld
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.resampling import (
+    jackknife_interval,
+    leave_out_masks,
+    nontrivial_groups,
+    permutation_problem,
+    permutations,
+    without_null,
+)
 
 _DRAWS = 50
-"""Random pairings behind the band of chance: its half width is known to a tenth."""
+"""Random pairings of the null band: its half width is accurate to a tenth."""
 
-Score = Literal["overlap", "jaccard"]
+OverlapScore = Literal["overlap", "jaccard"]
 
 
 def overlap(
-    a: Neighbours, b: Neighbours, k: int = 10, groups: Tensor | None = None, score: Score = "overlap", seed: int = 0
+    a: Neighbors,
+    b: Neighbors,
+    k: int = 10,
+    groups: Tensor | None = None,
+    score: OverlapScore = "overlap",
+    seed: int = 0,
 ) -> list[Estimate]:
-    """Mutual k-nearest-neighbour overlap layer by layer: the mean of |N_a(i) & N_b(i)| / k.
+    """Mutual k-nearest-neighbor overlap layer by layer: the mean of |N_a(i) & N_b(i)| / k.
 
-    Neighbourhood overlap of Doimo et al. (2020), mutual kNN of Huh et al. (2024) without its clamp. Chance is exactly
-    k/(N-1); where several samples share a picture it is what re-pairing whole pictures gives.
+    Neighborhood overlap of Doimo et al. 2020, mutual kNN of Huh et al. 2024 without its clamp. The null is exactly
+    k/(N-1); where several samples share a picture it is drawn by re-pairing whole pictures.
 
     Args:
-        a: L layers; best with 2k neighbours or more, for the interval.
+        a: L layers; best with 2k neighbors or more, for the interval.
         b: As many layers of the same samples.
-        k: Neighbours.
-        groups: (N,) int ids of samples that depend on one another (the picture of each sample); None: none do.
+        k: Number of neighbors.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
         score: 'overlap', or 'jaccard' for |N_a & N_b| / |N_a | N_b| of each sample.
-        seed: Of the pairings that the band of chance is drawn from.
+        seed: Seed of the random pairings.
 
     Example:
-        >>> from lightning_mm.geometry.representations import Bank
-        >>> near = Neighbours.of(Bank.of(torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))))
+        >>> from lightning_mm.geometry.representations import Representations
+        >>> near = Neighbors.of(Representations.of(torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))))
         >>> [(each.value, round(each.null, 3)) for each in overlap(near, near, k=10)]
         [(1.0, 0.256)]
     """
-    assert a.indices.shape[:2] == b.indices.shape[:2], "two banks of the same samples, layer by layer"
-    n, groups, device = a.indices.shape[1], dependent(groups), a.indices.device
-    kept_BN = kept_sets(a.distances[0], groups).T.bool()
+    assert a.indices.shape[:2] == b.indices.shape[:2], "two representations of the same samples, layer by layer"
+    n, groups, device = a.indices.shape[1], nontrivial_groups(groups), a.indices.device
+    kept_BN = leave_out_masks(a.distances[0], groups).T.bool()
     order_PN = permutations(n, _DRAWS, seed, groups).to(device)
     exact = None if groups is not None else chance_overlap(a.candidates, k, score)
 
     def measure(layer: int) -> Estimate:
         if problem := a.problem(layer, k) or b.problem(layer, k):
-            return undefined(problem, n)
+            return Estimate.undefined_because(problem, n)
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
         values_B = _agreements(near_a, near_b, kept_BN, k, score)
         low, high = jackknife_interval(values_B, 0, 1)
         member_NN = _membership(near_b[:, :k])
         drawn_P = _score(member_NN[order_PN[:, :, None], order_PN[:, near_a[:, :k]]].sum(2), k, score).mean(1)
         notes = (*a.notes(layer, k), *b.notes(layer, k))
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
+        return Estimate.of(
+            float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **null_band(drawn_P, exact)
+        )
 
-    return withheld([measure(layer) for layer in range(len(a.problems))], too_fixed(groups))
+    return without_null([measure(layer) for layer in range(len(a.problems))], permutation_problem(groups))
 
 
 def overlap_gain(
-    a: Neighbours, b: Neighbours, rival: tuple[Neighbours, Neighbours], k: int = 10, groups: Tensor | None = None
+    a: Neighbors, b: Neighbors, reference: tuple[Neighbors, Neighbors], k: int = 10, groups: Tensor | None = None
 ) -> list[Estimate]:
-    """How much more two readings overlap, layer by layer, than a rival pair does on the same samples; chance is 0.
+    """How much more two representations overlap, layer by layer, than a reference pair; the null is 0.
 
-    The two overlaps rise and fall together with the samples drawn, so that the jackknife of their difference is
-    narrower than either interval.
+    Both overlaps share their sampling error, so that the jackknife interval of the difference is narrower than either
+    interval.
 
     Args:
-        a: L layers with 2k neighbours or more.
+        a: L layers with 2k neighbors or more.
         b: As many layers of the same samples.
-        rival: Two readings of one layer each.
-        k: Neighbours.
-        groups: (N,) int ids of samples that depend on one another.
+        reference: The reference pair: two neighbor sets of one layer each, of the same samples.
+        k: Number of neighbors.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
 
     Example:
-        >>> from lightning_mm.geometry.representations import Bank
-        >>> near = Neighbours.of(Bank.of(torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))))
+        >>> from lightning_mm.geometry.representations import Representations
+        >>> near = Neighbors.of(Representations.of(torch.randn(1, 40, 3, generator=torch.Generator().manual_seed(0))))
         >>> overlap_gain(near, near, (near, near), k=5)[0].value
         0.0
     """
-    n, kept_BN = a.indices.shape[1], kept_sets(a.distances[0], dependent(groups)).T.bool()
-    assert rival[0].indices.shape[1] == n, "a rival on the same samples"
-    missing = rival[0].problem(0, k) or rival[1].problem(0, k)
-    near_c, near_d = (side.indices[0, :, : 2 * k].long() for side in rival)
-    rival_B = None if missing else _agreements(near_c, near_d, kept_BN, k, "overlap")
+    n, kept_BN = a.indices.shape[1], leave_out_masks(a.distances[0], nontrivial_groups(groups)).T.bool()
+    assert reference[0].indices.shape[1] == n, "the reference pair has the same samples"
+    missing = reference[0].problem(0, k) or reference[1].problem(0, k)
+    near_c, near_d = (side.indices[0, :, : 2 * k].long() for side in reference)
+    reference_B = None if missing else _agreements(near_c, near_d, kept_BN, k, "overlap")
 
     def measure(layer: int) -> Estimate:
-        if rival_B is None or (a.problem(layer, k) or b.problem(layer, k)):
-            return undefined(missing or a.problem(layer, k) or b.problem(layer, k), n)
+        if reference_B is None or (a.problem(layer, k) or b.problem(layer, k)):
+            return Estimate.undefined_because(missing or a.problem(layer, k) or b.problem(layer, k), n)
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
-        gain_B = _agreements(near_a, near_b, kept_BN, k, "overlap") - rival_B
+        gain_B = _agreements(near_a, near_b, kept_BN, k, "overlap") - reference_B
         low, high = jackknife_interval(gain_B, -1, 1)
-        return finite(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
+        return Estimate.of(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
 
     return [measure(layer) for layer in range(len(a.problems))]
 
 
-def overlap_matrix(a: Neighbours, b: Neighbours, k: int = 10) -> Tensor:
+def overlap_matrix(a: Neighbors, b: Neighbors, k: int = 10) -> Tensor:
     """(La, Lb) overlap of every layer of ``a`` with every layer of ``b``; NaN where it is undefined."""
     near_NLK = a.indices[:, :, :k].transpose(0, 1).long()
     shared = [
@@ -119,7 +134,7 @@ def overlap_matrix(a: Neighbours, b: Neighbours, k: int = 10) -> Tensor:
 
 
 def label_overlap(
-    neighbours: Neighbours,
+    neighbors: Neighbors,
     labels: Tensor,
     k: int = 10,
     groups: Tensor | None = None,
@@ -128,45 +143,50 @@ def label_overlap(
 ) -> list[Estimate]:
     """Share of the k nearest that carry the sample's own label (Doimo et al. 2020), layer by layer.
 
-    Chance is what the class frequencies give, sum_c n_c (n_c - 1) / (N (N - 1)) where all may be neighbours.
+    The null follows from the class frequencies: sum_c n_c (n_c - 1) / (N (N - 1)) where all may be neighbors.
 
     Args:
-        neighbours: L layers; best with 2k neighbours or more, for the interval.
+        neighbors: L layers; best with 2k neighbors or more, for the interval.
         labels: (N,) int classes.
-        k: Neighbours.
-        groups: (N,) int ids of samples that depend on one another.
-        balanced: Every class weighs the same, however many samples it has (DADApy's weighted).
-        seed: Of the re-labellings that the band of chance is drawn from.
+        k: Number of neighbors.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
+        balanced: Weight all classes equally, whatever their number of samples (DADApy's weighted).
+        seed: Seed of the permuted labels.
     """
-    n, device = len(labels), neighbours.indices.device
+    n, device = len(labels), neighbors.indices.device
     class_N = torch.unique(labels.to(device), return_inverse=True)[1]
     if n == 0 or int(class_N.max()) == 0:
-        return [undefined(p or "one class: all samples carry the same label", n) for p in neighbours.problems]
-    groups, kept_BN = dependent(groups), kept_sets(neighbours.distances[0], groups).T.bool()
+        return [
+            Estimate.undefined_because(p or "one class: all samples carry the same label", n)
+            for p in neighbors.problems
+        ]
+    groups, kept_BN = nontrivial_groups(groups), leave_out_masks(neighbors.distances[0], groups).T.bool()
     classes_PN = class_N[permutations(n, _DRAWS, seed, groups).to(device)]
-    null = float(neighbours.chance_of(class_N) @ _weights(class_N, kept_BN[0], balanced))
+    null = float(neighbors.same_class_probability(class_N) @ _weights(class_N, kept_BN[0], balanced))
     exact = None if groups is not None else null
 
     def measure(layer: int) -> Estimate:
-        if problem := neighbours.problem(layer, k):
-            return undefined(problem, n)
-        near_NK = neighbours.indices[layer, :, : 2 * k].long()
+        if problem := neighbors.problem(layer, k):
+            return Estimate.undefined_because(problem, n)
+        near_NK = neighbors.indices[layer, :, : 2 * k].long()
         values_B = torch.stack([_purity(near_NK, class_N, kept_N, k, balanced) for kept_N in kept_BN])
         low, high = jackknife_interval(values_B, 0, 1)
         drawn_P = torch.stack([_purity(near_NK[:, :k], drawn_N, kept_BN[0], k, balanced) for drawn_N in classes_PN])
-        notes = neighbours.notes(layer, k)
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **band(drawn_P, exact))
+        notes = neighbors.notes(layer, k)
+        return Estimate.of(
+            float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **null_band(drawn_P, exact)
+        )
 
-    return withheld([measure(layer) for layer in range(len(neighbours.problems))], too_fixed(groups))
+    return without_null([measure(layer) for layer in range(len(neighbors.problems))], permutation_problem(groups))
 
 
-def chance_overlap(candidates: Tensor, k: int, score: Score = "overlap") -> float:
-    """Exact expectation over random pairings, in which the shared neighbours are hypergeometric.
+def chance_overlap(candidates: Tensor, k: int, score: OverlapScore = "overlap") -> float:
+    """Exact expected overlap over random pairings, where the number of shared neighbors is hypergeometric.
 
     Args:
-        candidates: (N,) of how many samples each chooses its neighbours.
-        k: Neighbours.
-        score: As in ``overlap``.
+        candidates: (N,) number of samples that the neighbors of each sample are chosen from.
+        k: Number of neighbors.
+        score: 'overlap' or 'jaccard', as in ``overlap``.
     """
     if score == "overlap":
         return float((k / candidates.double()).mean())
@@ -177,8 +197,13 @@ def chance_overlap(candidates: Tensor, k: int, score: Score = "overlap") -> floa
     return float((chance_NK * _score(count_K, k, score)).sum(1).mean())
 
 
-def band(drawn: Tensor, exact: float | None) -> dict[str, float]:
-    """The null fields of an Estimate from chance values (P,) without NaN; their mean unless the exact one is known."""
+def null_band(drawn: Tensor, exact: float | None) -> dict[str, float]:
+    """The null fields of an Estimate: mean of the drawn values and 1.96 standard deviations around it.
+
+    Args:
+        drawn: (P,) values under the null; NaN are left out.
+        exact: The exact mean; None where it is not known.
+    """
     drawn = drawn[~drawn.isnan()]
     null = float(drawn.mean()) if exact is None else exact
     error = float(drawn.std()) if len(drawn) > 1 else math.nan
@@ -186,37 +211,37 @@ def band(drawn: Tensor, exact: float | None) -> dict[str, float]:
 
 
 def _membership(near_NK: Tensor, used_NK: Tensor | bool = True) -> Tensor:
-    """(N, N) bool: whether the second sample is among the neighbours of the first."""
+    """(N, N) bool: whether the second sample is among the neighbors of the first."""
     n = len(near_NK)
     return torch.zeros(n, n, dtype=torch.bool, device=near_NK.device).scatter_(1, near_NK, used_NK)
 
 
 def _first_kept(near_NK: Tensor, kept_N: Tensor, k: int) -> Tensor:
-    """(N, K) bool: the k nearest of those that stay."""
+    """(N, K) bool: the k nearest of the samples that are kept."""
     kept_NK = kept_N[near_NK]
     return kept_NK & (kept_NK.cumsum(1) <= k)
 
 
-def _agreements(near_a: Tensor, near_b: Tensor, kept_BN: Tensor, k: int, score: Score) -> Tensor:
-    """(B,) mean score among those of each set."""
+def _agreements(near_a: Tensor, near_b: Tensor, kept_BN: Tensor, k: int, score: OverlapScore) -> Tensor:
+    """(B,) mean score over the samples that each leave-out set keeps."""
     return torch.stack([_agreement(near_a, near_b, kept_N, k, score) for kept_N in kept_BN])
 
 
-def _agreement(near_a: Tensor, near_b: Tensor, kept_N: Tensor, k: int, score: Score) -> Tensor:
-    """Mean score among the samples that stay."""
+def _agreement(near_a: Tensor, near_b: Tensor, kept_N: Tensor, k: int, score: OverlapScore) -> Tensor:
+    """Mean score over the samples that are kept."""
     used_a, used_b = (_first_kept(near, kept_N, k) for near in (near_a, near_b))
     shared_N = (_membership(near_b, used_b).gather(1, near_a) & used_a).sum(1)
     return _score(shared_N[kept_N], k, score).mean()
 
 
 def _purity(near_NK: Tensor, class_N: Tensor, kept_N: Tensor, k: int, balanced: bool) -> Tensor:
-    """Weighted mean share of neighbours with the sample's own class, among the samples that stay."""
+    """Weighted mean share of neighbors with the sample's own class, over the samples that are kept."""
     same_NK = (class_N[near_NK] == class_N[:, None]) & _first_kept(near_NK, kept_N, k)
     return (same_NK.sum(1).double() / k) @ _weights(class_N, kept_N, balanced)
 
 
 def _weights(class_N: Tensor, kept_N: Tensor, balanced: bool) -> Tensor:
-    """(N,) with sum 1: equal, or the same for every class; 0 for samples that are left out."""
+    """(N,) weights with sum 1: equal per sample, or per class if ``balanced``; 0 for samples that are left out."""
     kept_N = kept_N.double()
     size_C = torch.zeros(int(class_N.max()) + 1, dtype=torch.float64, device=class_N.device).index_add_(
         0, class_N, kept_N
@@ -225,12 +250,12 @@ def _weights(class_N: Tensor, kept_N: Tensor, balanced: bool) -> Tensor:
     return weight_N / weight_N.sum()
 
 
-def _score(shared: Tensor, k: int, score: Score) -> Tensor:
+def _score(shared: Tensor, k: int, score: OverlapScore) -> Tensor:
     shared = shared.double()
     return shared / (2 * k - shared) if score == "jaccard" else shared / k
 
 
 def _log_choose(total: Tensor, count: Tensor) -> Tensor:
-    """ln of the binomial coefficient; -inf where more are chosen than there are."""
+    """ln of the binomial coefficient; -inf where count exceeds total."""
     ways = torch.lgamma(total + 1) - torch.lgamma(count + 1) - torch.lgamma((total - count).clamp_min(0) + 1)
     return ways.masked_fill(count > total, -math.inf)

@@ -1,9 +1,10 @@
-"""How alike two representations are after the best rotation: orthogonal Procrustes.
+"""Orthogonal Procrustes: similarity of two representations after the best rotation.
 
-Data flow: two ``Bank``s of the same samples -> nuclear norm of X'Y -> one Estimate per layer. A rotation is fitted, so
-that unrelated data score far above 0; what they score follows from the two spectra.
+The rotation is fitted, so that unrelated data score far above 0; their expected score follows from the two spectra.
 
-Shapes: L layers, N samples, D features (E of the other side), K singular values, S points of a quadrature.
+Data flow: two ``Representations`` of the same samples -> nuclear norm of X'Y -> one Estimate per layer.
+
+Shapes: L layers, N samples, D features (E of the other side), K singular values, S quadrature points, P pairings.
 """
 
 import math
@@ -12,46 +13,51 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.core.threads import one_thread
-from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
-from lightning_mm.geometry.resampling import mean_interval, permutations, t_quantile, too_fixed, withheld
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
+from lightning_mm.geometry.resampling import (
+    clustered_mean_interval,
+    permutation_problem,
+    permutations,
+    t_quantile,
+    without_null,
+)
 
 _MIN_SAMPLES = 3
-"""Two centred samples are one direction: every pair of banks would match."""
+"""Two centered samples are one direction: every pair of representations would match."""
 
 _DRAWS = 3
-"""Random pairings where samples share a picture and the expectation does not hold; each takes an SVD per layer."""
+"""Random pairings where samples share a picture and the closed form does not hold; each takes an SVD per layer."""
 
-_POINTS, _HALVINGS = 48, 32
-"""Of the quadrature and the bisection of the expectation: 1e-4 relative."""
+_POINTS, _BISECTIONS = 48, 32
+"""Quadrature points and bisection steps of the expected nuclear norm: 1e-4 relative error."""
 
 
 @one_thread()
-def procrustes(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:
+def procrustes(a: Representations, b: Representations, groups: Tensor | None = None) -> list[Estimate]:
     """Similarity after the best rotation, ||X'Y||_* / (||X|| ||Y||): 1 for rotated, shifted, scaled copies.
 
     At unit norm the squared distance of the two is 2 - 2 times this (Schoenemann 1966; Williams et al. 2021). The null
-    is the mean over random pairings from ``expected_match``; its band is an upper bound by the Gaussian Poincare
-    inequality. The interval is that of a sum over samples with the rotation held, which is right to first order.
+    is the mean over random pairings from ``expected_nuclear_norm``; its band is an upper bound by the Gaussian Poincare
+    inequality. The interval is that of a sum over samples with the rotation fixed, which is exact to first order.
 
     Args:
         a: L layers of N samples.
         b: As many layers of the same samples; the features may differ, as if padded with zeros.
-        groups: (N,) int ids, equal for samples that share a picture.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
 
     Example:
         >>> x = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
-        >>> round(procrustes(Bank.of(x), Bank.of(2 * x.flip(2) + 1))[0].value, 4)
+        >>> round(procrustes(Representations.of(x), Representations.of(2 * x.flip(2) + 1))[0].value, 4)
         1.0
     """
     estimates = []
     with exact_products():
         for layer, problem in enumerate(pair_problems(a, b, _MIN_SAMPLES)):
             if problem:
-                estimates.append(undefined(problem, a.num_samples))
+                estimates.append(Estimate.undefined_because(problem, a.num_samples))
                 continue
-            x_ND, y_NE = (_compact(bank.centred[layer]) for bank in (a, b))
+            x_ND, y_NE = (_compact(reps.centered[layer]) for reps in (a, b))
             left_DK, values_K, right_KE = torch.linalg.svd(x_ND.mT @ y_NE, full_matrices=False)
             value = float(values_K.double().sum())
             low, high = _interval(value, ((x_ND @ left_DK) * (y_NE @ right_KE.mT)).sum(1), x_ND, y_NE, groups)
@@ -59,29 +65,29 @@ def procrustes(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]
                 band = _drawn_band(x_ND, y_NE, groups)
             else:
                 band = _expected_band(a.principal[layer][0], b.principal[layer][0], a.num_samples)
-            estimates.append(finite(min(value, 1.0), a.num_samples, low=low, high=high, **band))
-    return withheld(estimates, too_fixed(groups))
+            estimates.append(Estimate.of(min(value, 1.0), a.num_samples, low=low, high=high, **band))
+    return without_null(estimates, permutation_problem(groups))
 
 
-def procrustes_angle(a: Bank, b: Bank, groups: Tensor | None = None) -> list[Estimate]:
+def procrustes_angle(a: Representations, b: Representations, groups: Tensor | None = None) -> list[Estimate]:
     """arccos of ``procrustes``, 0 to pi/2 radians: a metric, triangle inequality included (Williams et al. 2021)."""
     return [_angle(similarity) for similarity in procrustes(a, b, groups)]
 
 
-def expected_match(first_K: Tensor, second_K: Tensor, dimensions: int) -> float:
-    """Mean of ||A O B||_* over random rotations O: what chance makes of two spectra.
+def expected_nuclear_norm(first_K: Tensor, second_K: Tensor, dimensions: int) -> float:
+    """Mean of ||A O B||_* over random rotations O: the expected nuclear norm of unrelated data with these spectra.
 
     The eigenvalues w of A O B^2 O' A follow the free multiplicative convolution of those of A^2 and B^2 (Voiculescu
     1987): T(s) = sum w/(w+s) = sum a/(a+x) = sum b/(b+y), with x y = s (1-t)/t and t = T/dimensions, is solved by
-    bisection, and sum sqrt(w) = 1/pi int T(s) ds/sqrt(s). Right to 2 % from ten dimensions on, 6 % too large for one.
+    bisection, and sum sqrt(w) = 1/pi int T(s) ds/sqrt(s). Accurate to 2 % from ten dimensions, 6 % too large for one.
 
     Args:
-        first_K: Squared diagonal of A; what is missing to ``dimensions`` is zero.
+        first_K: Squared diagonal of A, at most ``dimensions`` entries; the others are zero.
         second_K: Squared diagonal of B.
-        dimensions: Of the space that O rotates: N-1 for N centred samples.
+        dimensions: Dimension of the space that O rotates: N-1 for N centered samples.
 
     Example:
-        >>> round(expected_match(torch.ones(50), torch.ones(50), 50), 2)  # the nuclear norm of a rotation
+        >>> round(expected_nuclear_norm(torch.ones(50), torch.ones(50), 50), 2)  # the nuclear norm of a rotation
         50.0
     """
     a_K, b_K = first_K.double(), second_K.double()
@@ -90,7 +96,7 @@ def expected_match(first_K: Tensor, second_K: Tensor, dimensions: int) -> float:
     s_S = points_S.exp() * scale
     low_S = torch.full_like(points_S, math.log(1e-12)) + a_K.max().log()
     high_S = low_S + 60
-    for _ in range(_HALVINGS):
+    for _ in range(_BISECTIONS):
         middle_S = (low_S + high_S) / 2
         total_S = (a_K / (a_K + middle_S.exp()[:, None])).sum(1)
         share_S = total_S / dimensions
@@ -103,18 +109,18 @@ def expected_match(first_K: Tensor, second_K: Tensor, dimensions: int) -> float:
 
 
 @one_thread()
-def _compact(centred_ND: Tensor) -> Tensor:
-    """The same samples up to rotation at unit norm, with at most N features."""
-    n, d = centred_ND.shape
-    unit_ND = centred_ND / centred_ND.norm()
+def _compact(centered_ND: Tensor) -> Tensor:
+    """(N, min(N, D)) samples at unit norm, equal up to a rotation of the features."""
+    n, d = centered_ND.shape
+    unit_ND = centered_ND / centered_ND.norm()
     return torch.linalg.qr(unit_ND.mT, mode="r")[1].mT if d > n else unit_ND
 
 
 def _interval(value: float, match_N: Tensor, x_ND: Tensor, y_NE: Tensor, groups: Tensor | None) -> tuple[float, float]:
-    """95 % interval from the influence of each sample on the match and on both norms."""
+    """95 % interval from the influence function of each sample on the match and on both norms."""
     norms_N = (x_ND.square().sum(1) + y_NE.square().sum(1)).double() / 2
     influence_N = value + len(match_N) * (match_N.double() - value * norms_N)
-    _, low, high = mean_interval(influence_N[None], groups)
+    _, low, high = clustered_mean_interval(influence_N[None], groups)
     return float(low.clamp_min(0)), float(high.clamp_max(1))
 
 
@@ -122,7 +128,7 @@ def _expected_band(first_K: Tensor, second_K: Tensor, n: int) -> dict[str, float
     norm = math.sqrt(float(first_K.sum()) * float(second_K.sum()))
     k = min(len(first_K), len(second_K))
     bound = math.sqrt(float((first_K[:k].double() * second_K[:k].double()).sum()) / (n - 1)) / norm
-    null = expected_match(first_K, second_K, n - 1) / norm
+    null = expected_nuclear_norm(first_K, second_K, n - 1) / norm
     return {"null": null, "null_low": max(null - 1.96 * bound, 0.0), "null_high": min(null + 1.96 * bound, 1.0)}
 
 

@@ -1,10 +1,11 @@
-"""How sure a number is and what chance gives: delete-group jackknife, intervals of means, permutations.
+"""Confidence intervals and random pairings: delete-group jackknife, intervals of means, permutations.
 
-Data flow: every measure in ``geometry`` gets its interval and its permuted pairings here. Rows are never drawn twice:
-a duplicated row is its own nearest neighbour and a perfect match in a Gram matrix, so the bootstrap is wrong there.
-Samples that share a picture (equal ``groups``) are left out together and moved together.
+Rows are never drawn twice: a duplicated row is its own nearest neighbor and a perfect match in a Gram matrix, so the
+bootstrap is wrong for these measures. Samples of a group (same picture) are left out together and permuted together.
 
-Shapes: L layers, N samples, G groups, B blocks.
+Data flow: every measure in ``geometry`` takes its interval and its random pairings from here.
+
+Shapes: L layers, N samples, G groups, B blocks or leave-out sets.
 """
 
 import math
@@ -17,26 +18,26 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 
 _MIN_BLOCKS = 3
-"""Fewer independent parts give no usable standard error."""
+"""Fewer independent blocks give no usable standard error."""
 
-_MOST_HELD = 0.2
-"""Share of the samples that a draw of chance may leave where they are: their pairs are the square of it, 4 %."""
+_MAX_FIXED = 0.2
+"""Share of the samples that a random pairing may leave in place; of the pairs that is its square, 4 %."""
 
 
-def deletion_blocks(n: int, groups: Tensor | None = None, blocks: int = 12, seed: int = 0) -> list[Tensor]:
-    """Cut the samples at random into blocks of nearly equal size; a group is never cut.
+def jackknife_blocks(n: int, groups: Tensor | None = None, blocks: int = 12, seed: int = 0) -> list[Tensor]:
+    """Random blocks of nearly equal size that keep groups together.
 
     Args:
-        n: Samples.
-        groups: (N,) int ids of what is sampled independently (the picture of each sample); None: every sample.
-        blocks: How many at most; there are never more than groups.
-        seed: Of the cut.
+        n: Number of samples.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
+        blocks: Largest number of blocks; there are never more than groups.
+        seed: Seed of the assignment.
 
     Returns:
         Per block the sorted (n_b,) indices of its samples; together they are 0..N-1.
 
     Example:
-        >>> [len(block) for block in deletion_blocks(10, blocks=5)]
+        >>> [len(block) for block in jackknife_blocks(10, blocks=5)]
         [2, 2, 2, 2, 2]
     """
     group_N = torch.arange(n) if groups is None else torch.unique(groups.cpu(), return_inverse=True)[1]
@@ -49,10 +50,24 @@ def deletion_blocks(n: int, groups: Tensor | None = None, blocks: int = 12, seed
     return [torch.nonzero(block_N == block).flatten() for block in torch.unique(block_N)]
 
 
+def leave_out_masks(like_NN: Tensor, groups: Tensor | None) -> Tensor:
+    """(N, B) leave-out sets of a delete-group jackknife: 1 for samples that are kept; the first set keeps all.
+
+    Args:
+        like_NN: Matrix whose first dimension, dtype and device the result has.
+        groups: (N,) int ids, equal for samples that depend on one another; None: all are independent.
+    """
+    deleted = jackknife_blocks(len(like_NN), groups)
+    kept_NB = torch.ones(len(like_NN), 1 + len(deleted))
+    for column, block in enumerate(deleted, start=1):
+        kept_NB[block, column] = 0
+    return kept_NB.to(like_NN)
+
+
 def jackknife_error(left_out: Tensor) -> Tensor:
     """Standard error (...) from the statistic (B, ...) recomputed without each block; NaN with fewer than 3 blocks.
 
-    Source: delete-group jackknife, se^2 = (B-1)/B sum_b (t_b - mean t)^2 (Kott 2001; Shao and Tu 1995, 2.3).
+    Delete-group jackknife: se^2 = (B-1)/B sum_b (t_b - mean t)^2 (Kott 2001; Shao and Tu 1995, 2.3).
     """
     if len(left_out) < _MIN_BLOCKS:
         return left_out.new_full(left_out.shape[1:], math.nan)
@@ -66,18 +81,18 @@ def group_jackknife(
     blocks: int = 12,
     seed: int = 0,
 ) -> tuple[Tensor, int]:
-    """Standard error of any statistic of N samples.
+    """Delete-group jackknife standard error of any statistic of N samples.
 
     Args:
-        statistic: Takes the sorted (n_kept,) indices of the samples that stay and returns a tensor (...).
-        n: Samples.
-        groups: (N,) int ids of what is sampled independently.
-        blocks: How many parts are left out, one at a time.
-        seed: Of the cut.
+        statistic: Takes the sorted (n_kept,) indices of the samples that are kept and returns a tensor (...).
+        n: Number of samples.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
+        blocks: Number of blocks that are left out, one at a time.
+        seed: Seed of the assignment to blocks.
 
     Returns:
-        The standard error (...), and its degrees of freedom for ``half_width``. With fewer than 3 parts it is NaN,
-        and the statistic is not asked about what they leave: it may be nothing.
+        The standard error (...), and its degrees of freedom for ``half_width``. With fewer than 3 blocks it is NaN and
+        the statistic is not computed without them: nothing may be left.
 
     Example:
         >>> x = torch.arange(100.0)
@@ -85,35 +100,33 @@ def group_jackknife(
         >>> 2 < float(error) < 4, dof  # the textbook value is 2.9
         (True, 11)
     """
-    deleted = deletion_blocks(n, groups, blocks, seed)
-    everyone = torch.arange(n)
+    deleted = jackknife_blocks(n, groups, blocks, seed)
+    all_N = torch.arange(n)
     if len(deleted) < _MIN_BLOCKS:
-        return torch.full_like(statistic(everyone), math.nan), len(deleted) - 1
-    left_out = torch.stack([statistic(everyone[~torch.isin(everyone, block)]) for block in deleted])
+        return torch.full_like(statistic(all_N), math.nan), len(deleted) - 1
+    left_out = torch.stack([statistic(all_N[~torch.isin(all_N, block)]) for block in deleted])
     return jackknife_error(left_out), len(deleted) - 1
 
 
 def jackknife_interval(values: Tensor, least: float = -math.inf, most: float = math.inf) -> tuple[Tensor, Tensor]:
-    """Low and high (...) of the 95 % interval around ``values[0]`` (all samples), given ``values[1:]`` (B, ...).
+    """Low and high (...) of the 95 % interval around ``values[0]``, from the leave-out values ``values[1:]``.
 
     Args:
-        values: (1+B, ...) the statistic of everyone, then without each block.
-        least: The smallest value that can be.
-        most: The largest.
+        values: (1+B, ...) the statistic of all samples, then without each block.
+        least: Smallest possible value of the statistic.
+        most: Largest possible value of the statistic.
     """
     width = half_width(jackknife_error(values[1:]), len(values) - 2)
     return (values[0] - width).clamp_min(least), (values[0] + width).clamp_max(most)
 
 
 def half_width(error: Tensor, dof: int) -> Tensor:
-    """Half of the 95 % interval that belongs to a standard error with ``dof`` degrees of freedom; NaN below 2."""
+    """Half width of the 95 % interval of a standard error with ``dof`` degrees of freedom; NaN below 2."""
     return error * t_quantile(dof)
 
 
 def t_quantile(dof: int) -> float:
-    """97.5 % quantile of Student's t, within 1 % for dof >= 2; NaN below.
-
-    Source: Abramowitz and Stegun 26.7.5.
+    """97.5 % quantile of Student's t, within 1 % for dof >= 2; NaN below (Abramowitz and Stegun 26.7.5).
 
     Example:
         >>> round(t_quantile(11), 3), round(t_quantile(100000), 3)
@@ -132,26 +145,26 @@ def t_quantile(dof: int) -> float:
     return sum(term / dof**power for power, term in enumerate(terms))
 
 
-def mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean of per-sample terms with its 95 % interval; the terms of a group count as dependent.
+def clustered_mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of per-sample terms with its cluster-robust 95 % interval.
+
+    The variance is G/(G-1) sum_g (sum of residuals in g)^2 / N^2 (Liang and Zeger 1986).
 
     Args:
-        terms_LN: (L, N) what is averaged.
-        groups: (N,) int ids of what is sampled independently.
+        terms_LN: Per-sample terms.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
 
     Returns:
         (L,) float64 mean, low and high; low and high are NaN with fewer than 3 groups.
 
-    Source: cluster-robust variance of a mean, G/(G-1) sum_g (sum of residuals in g)^2 / N^2 (Liang and Zeger 1986).
-
     Example:
-        >>> mean, low, high = mean_interval(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
+        >>> mean, low, high = clustered_mean_interval(torch.tensor([[0.0, 1.0, 0.0, 1.0]]))
         >>> round(float(mean), 2), round(float(high - mean), 2)  # 0.577/2 times t(3)
         (0.5, 0.92)
     """
     mean_L = terms_LN.double().mean(1)
     residual_LG = terms_LN.double() - mean_L[:, None]
-    if (groups := dependent(groups)) is not None:
+    if (groups := nontrivial_groups(groups)) is not None:
         residual_LG = _group_sums(residual_LG, groups)
     count = residual_LG.shape[1]
     error_L = (residual_LG.square().sum(1) * count / max(count - 1, 1)).sqrt() / terms_LN.shape[1]
@@ -160,27 +173,27 @@ def mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> tuple[Tenso
 
 
 def _group_sums(terms_LN: Tensor, groups: Tensor) -> Tensor:
-    """(L, G) from running sums on the CPU: scattered sums on a GPU come out different every time."""
+    """(L, G) sums per group, from running sums on the CPU: scattered sums on a GPU are not deterministic."""
     _, group_N, size_G = torch.unique(groups.cpu(), return_inverse=True, return_counts=True)
     running_LN = terms_LN.cpu()[:, torch.argsort(group_N, stable=True)].cumsum(1)
     ends_LG = running_LN[:, size_G.cumsum(0) - 1]
     return ends_LG.diff(dim=1, prepend=torch.zeros_like(ends_LG[:, :1])).to(terms_LN.device)
 
 
-def dependent(groups: Tensor | None) -> Tensor | None:
-    """The groups, or None where each has one member, so that closed forms hold."""
+def nontrivial_groups(groups: Tensor | None) -> Tensor | None:
+    """The groups, or None where each has one member, so that closed forms for independent samples hold."""
     return None if groups is None or len(torch.unique(groups)) == len(groups) else groups
 
 
 def permutations(n: int, count: int, seed: int = 0, groups: Tensor | None = None) -> Tensor:
-    """Re-pairings of N samples under which nothing but chance relates two banks.
+    """Random permutations of N samples, which pair two representations at random.
 
     Args:
-        n: Samples.
-        count: How many.
-        seed: Of the draw.
-        groups: (N,) int ids; whole groups change places with groups of their own size, since their samples depend on
-            one another. A group whose size no other has stays where it is.
+        n: Number of samples.
+        count: Number of permutations.
+        seed: Seed of the draw.
+        groups: (N,) int ids; whole groups are exchanged with groups of the same size, since their samples depend on one
+            another. A group of unique size stays in place. None: all samples are independent.
 
     Returns:
         (count, N) indices; each row is a permutation.
@@ -203,40 +216,40 @@ def permutations(n: int, count: int, seed: int = 0, groups: Tensor | None = None
     return drawn
 
 
-def too_fixed(groups: Tensor | None) -> str:
-    """Why ``permutations`` of these groups are no picture of chance; empty where they are.
+def permutation_problem(groups: Tensor | None) -> str:
+    """Why ``permutations`` of these groups give no valid null; empty where they do.
 
-    Of all groups of one size one stays where it is on average, and the only one of its size always does.
+    Of all groups of one size one stays in place on average, and a group of unique size always does.
 
     Example:
-        >>> too_fixed(torch.tensor([0, 1, 1, 2, 2, 2]))
+        >>> permutation_problem(torch.tensor([0, 1, 1, 2, 2, 2]))
         'chance is not drawn: groups change places with their like only, and 100% of the samples would stay'
     """
-    if (groups := dependent(groups)) is None:
+    if (groups := nontrivial_groups(groups)) is None:
         return ""
     sizes_G = torch.unique(groups, return_counts=True)[1]
     held = float(torch.unique(sizes_G).sum()) / len(groups)
     stay = f"groups change places with their like only, and {held:.0%} of the samples would stay"
-    return f"chance is not drawn: {stay}" if held > _MOST_HELD else ""
+    return f"chance is not drawn: {stay}" if held > _MAX_FIXED else ""
 
 
-def too_joined(groups: Tensor | None) -> str:
-    """Why swapping the two readings of whole groups is no picture of chance; empty where it is."""
-    if (groups := dependent(groups)) is None:
+def swap_problem(groups: Tensor | None) -> str:
+    """Why swapping the two representations of whole groups gives no valid null; empty where it does."""
+    if (groups := nontrivial_groups(groups)) is None:
         return ""
     shares_G = torch.unique(groups, return_counts=True)[1].double() / len(groups)
     effective = 1 / float(shares_G.square().sum())
     few = f"chance is not drawn: whole groups swap their readings, and there are as good as {effective:.1f} groups"
-    return few if effective < 1 / _MOST_HELD else ""
+    return few if effective < 1 / _MAX_FIXED else ""
 
 
-def withheld(estimates: Sequence[Estimate], why: str, exact: bool = False) -> list[Estimate]:
-    """The same without their chance level, and why; as they are where there is no reason.
+def without_null(estimates: Sequence[Estimate], why: str, exact: bool = False) -> list[Estimate]:
+    """The estimates without null and null band, with a note why; unchanged if there is no reason.
 
     Args:
-        estimates: Of one measure.
-        why: From ``too_fixed`` or ``too_joined``.
-        exact: The null itself does not rest on draws, and stays.
+        estimates: Estimates of one measure.
+        why: From ``permutation_problem`` or ``swap_problem``; empty changes nothing.
+        exact: The null itself is not drawn: only its band is removed.
     """
     if not why:
         return list(estimates)

@@ -1,9 +1,10 @@
-"""Whether a straight cut tells two modalities apart.
+"""Linear separability of two modalities: held-out AUROC of a ridge classifier.
 
-Data flow: two ``Bank``s of the same samples in two readings -> ridge regression on the modality, each part of the
-samples scored by the line that the others gave -> area under the ROC curve, one Estimate per layer.
+Data flow: two ``Representations`` of the same samples -> ridge regression on the modality, each fold scored by the
+classifier that was trained on the others -> area under the ROC curve, one Estimate per layer.
 
-Shapes: N samples, D features, M = 2N rows, the first readings before the second ones; P labellings, the true one first.
+Shapes: N samples, D features, M = 2N rows (the first representation, then the second), F samples of a fold, P labelings
+(the true one first).
 """
 
 import math
@@ -11,63 +12,68 @@ import math
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.core.threads import one_thread
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.modality_gap import swap_signs
-from lightning_mm.geometry.representations import Bank, exact_products, pair_problems
-from lightning_mm.geometry.resampling import deletion_blocks, mean_interval, too_joined, withheld
+from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
+from lightning_mm.geometry.resampling import clustered_mean_interval, jackknife_blocks, swap_problem, without_null
 
-_LEAST = 10
-"""Samples below which no line is trained."""
+_MIN_SAMPLES = 10
+"""Samples below which no classifier is trained."""
 
 _DRAWS = 20
-"""Random labellings that chance is drawn from."""
+"""Random labelings of the null."""
 
-_AHEAD = 0.5
-"""Share of the penalty that is added to a Gram matrix before its factor is taken, so that it is positive in float32."""
+_GRAM_SHARE = 0.5
+"""Share of the penalty that is added to the Gram matrix before its Cholesky factorization, so that it is positive
+definite in float32."""
 
 
 def separability(
-    a: Bank, b: Bank, groups: Tensor | None = None, folds: int = 5, ridge: float = 1.0, seed: int = 0
+    a: Representations,
+    b: Representations,
+    groups: Tensor | None = None,
+    folds: int = 5,
+    ridge: float = 1.0,
+    seed: int = 0,
 ) -> list[Estimate]:
-    """Area under the ROC curve of a ridge line between the readings of samples that it was not trained on.
+    """Area under the ROC curve of a ridge classifier of the modality, on samples that it was not trained on.
 
-    0.5 where the modalities mix, 1 where a straight cut parts them. Both readings of a sample, and all samples of a
-    group, are in one fold, so that each fold is balanced and nothing leaks; the mean that is subtracted is of all.
-    Chance swaps the readings of random samples and trains again. The interval is that of the ranks, widened by how
-    much more the areas of chance spread than ranks alone would: lines differ too.
+    0.5 where the modalities mix, 1 where a hyperplane separates them. Both representations of a sample, and all samples
+    of a group, are in one fold, so that each fold is balanced and nothing leaks; the mean that is subtracted is that of
+    all samples. The null swaps the modalities of random samples and trains again. The interval is that of the ranks,
+    widened by the ratio of the null's spread to that of ranks alone, because the classifiers vary too.
 
     Args:
         a: L layers.
         b: As many layers of the same samples and features.
-        groups: (N,) int ids of samples that depend on one another.
-        folds: Parts that are scored in turn.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
+        folds: Number of folds.
         ridge: Penalty as a share of the mean squared norm of a row.
-        seed: Of the folds and of chance.
+        seed: Seed of the folds and of the null.
     """
     n = a.num_samples
-    assert a.centred.shape == b.centred.shape, "two banks of the same samples and features, layer by layer"
-    parts = deletion_blocks(n, groups, folds, seed)
+    assert a.centered.shape == b.centered.shape, "two representations of the same samples and features, layer by layer"
+    parts = jackknife_blocks(n, groups, folds, seed)
     few = "" if len(parts) > 1 else "one group: nothing is left to train on"
     sign_PN = torch.cat([torch.ones(1, n), swap_signs(n, _DRAWS, groups, seed)])
     estimates = []
-    for layer, pair in enumerate(pair_problems(a, b, _LEAST)):
+    for layer, pair in enumerate(pair_problems(a, b, _MIN_SAMPLES)):
         if pair or few:
-            estimates.append(undefined(pair or few, n))
+            estimates.append(Estimate.undefined_because(pair or few, n))
             continue
         shift_D = (b.mean[layer] - a.mean[layer]) / 2
-        rows_MD = torch.cat([a.centred[layer] - shift_D, b.centred[layer] + shift_D])
+        rows_MD = torch.cat([a.centered[layer] - shift_D, b.centered[layer] + shift_D])
         estimates.append(_area(rows_MD, sign_PN, parts, ridge, groups))
-    return withheld(estimates, too_joined(groups), exact=True)
+    return without_null(estimates, swap_problem(groups), exact=True)
 
 
 def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, groups: Tensor | None) -> Estimate:
-    """Mean over the folds of P(second scores above first); a sample counts in both roles (DeLong et al. 1988)."""
+    """Mean over the folds of P(second scores above first); each sample counts in both classes (DeLong et al. 1988)."""
     n = len(rows_MD) // 2
     target_MP = torch.cat([-sign_PN, sign_PN], 1).T.to(rows_MD)
-    score_MP = left_out_scores(rows_MD, target_MP, parts, ridge)
+    score_MP = cross_val_ridge_scores(rows_MD, target_MP, parts, ridge)
     if not torch.isfinite(score_MP).all():
-        return undefined("no line: the products of the rows overflow or lose their digits", n)
+        return Estimate.undefined_because("no line: the products of the rows overflow or lose their digits", n)
     wins_N, areas_P, variance = torch.zeros(n, dtype=torch.float64), torch.zeros(len(sign_PN)).double(), 0.0
     for part in parts:
         first_FP, second_FP, kept_FP = score_MP[part], score_MP[n + part], sign_PN.T[part].to(score_MP) > 0
@@ -75,36 +81,43 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
         areas_P += _area_of(low_FP, high_FP).cpu() * len(part) / n
         ahead_FF = (second_FP[:, :1] - first_FP[:, 0]).sign().double()
         wins_N[part] = 1 + (ahead_FF.mean(0) + ahead_FF.mean(1)).cpu() / 2
-        variance += (2 * len(part) + 1) / (12 * n**2)  # of the area by ranks alone (Mann and Whitney 1947)
-    mean, low, high = (float(end) for end in mean_interval(wins_N[None], groups))
+        variance += (2 * len(part) + 1) / (12 * n**2)  # of the ranks alone (Mann and Whitney 1947)
+    mean, low, high = (float(end) for end in clustered_mean_interval(wins_N[None], groups))
     value, error = mean / 2, float(areas_P[1:].std())
     wider = max(1.0, error / math.sqrt(variance))
     low, high = max(value - wider * (mean - low), 0.0), min(value + wider * (high - mean), 1.0)  # NaN stays NaN
-    return finite(value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error)
+    return Estimate.of(
+        value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error
+    )
 
 
 def _area_of(low_FP: Tensor, high_FP: Tensor) -> Tensor:
-    """(P,) share of pairs in which the second score is above the first, from the ranks."""
+    """(P,) AUROC: share of pairs in which the second score is above the first, from the ranks."""
     count = len(low_FP)
     rank_MP = torch.cat([low_FP, high_FP]).argsort(0).argsort(0).double()
     return (rank_MP[count:].sum(0) - count * (count - 1) / 2) / count**2
 
 
-def left_out_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], ridge: float) -> Tensor:
-    """(M, P) what ridge regression on the targets (M, P) gives each row when its fold is left out.
+def cross_val_ridge_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], ridge: float) -> Tensor:
+    """(M, P) predictions of ridge regression for each row from the fit without its fold; NaN beyond the precision.
 
-    The D x D sums of a fold are taken from those of all. Where D exceeds M, the rows are first replaced by the M x M
-    Cholesky factor of their Gram matrix and half of the penalty: rows of its inner products and a feature of their own
-    each, which says nothing of a row that is left out and shrinks the line as that half does. NaN where the numbers are
-    beyond the precision.
+    The D x D sums of a fold are subtracted from those of all rows. Where D exceeds M, the rows are first replaced by
+    those of the M x M Cholesky factor of their Gram matrix plus half of the penalty: equal inner products, and one
+    feature of its own per row, which predicts nothing for other rows and shrinks the weights as that half does.
+
+    Args:
+        rows_MD: Features, both representations below each other.
+        target_MP: Targets.
+        parts: Per fold the indices of its samples.
+        ridge: Penalty as a share of the mean squared norm of a row.
     """
     half, (m, width) = len(rows_MD) // 2, rows_MD.shape
     score_MP = torch.empty_like(target_MP)
     with exact_products():
         penalty = ridge * rows_MD.square().sum(1).mean()
         if width > m:
-            rows_MD = _factor(rows_MD @ rows_MD.T + _AHEAD * penalty * torch.eye(m).to(rows_MD))
-            penalty = (1 - _AHEAD) * penalty
+            rows_MD = _factor(rows_MD @ rows_MD.T + _GRAM_SHARE * penalty * torch.eye(m).to(rows_MD))
+            penalty = (1 - _GRAM_SHARE) * penalty
         folds = [rows_MD[torch.cat([part, half + part])] for part in parts]
         targets = [target_MP[torch.cat([part, half + part])] for part in parts]
         total_DD, total_DP = rows_MD.T @ rows_MD, rows_MD.T @ target_MP
@@ -119,6 +132,6 @@ def left_out_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], rid
 
 @one_thread()
 def _factor(matrix_DD: Tensor) -> Tensor:
-    """The lower Cholesky factor; NaN where there is none."""
+    """Lower Cholesky factor; NaN where the matrix is not positive definite."""
     root_DD, failed = torch.linalg.cholesky_ex(matrix_DD)
     return torch.full_like(root_DD, math.nan) if failed else root_DD

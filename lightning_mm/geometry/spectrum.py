@@ -1,11 +1,14 @@
-"""How many directions the variance of a layer fills: participation ratio, entropies, decay of the eigenvalues.
+"""Effective dimension of a layer from its spectrum: participation ratio, entropies, decay of the eigenvalues.
 
-Data flow: ``Bank`` -> ``Spectrum`` (one eigendecomposition per layer, of the smaller of Gram and covariance) -> one
-Estimate per layer; ``participation_ratio`` needs no decomposition. Each null is the same measure of isotropic noise
-with as many samples and features, whose expected eigenvalues are known (Marchenko and Pastur 1967). Intervals come
-from the influence of each sample on the eigenvalues, (v_j . x_i)^2 - lambda_j.
+Each null is the same measure of isotropic noise with as many samples and features, whose expected eigenvalues are known
+(Marchenko and Pastur 1967). Intervals come from the influence of each sample on the eigenvalues, (v_j . x_i)^2 -
+lambda_j.
 
-Shapes: L layers, N samples, D features, R = min(N, D) eigenvalues, B sets of samples that stay.
+Data flow: ``Representations`` -> ``Spectrum`` (one eigendecomposition per layer, of the smaller of Gram and covariance
+matrix) -> one Estimate per layer; ``participation_ratio`` needs no decomposition.
+
+Shapes: L layers, N samples, D features, R = min(N, D) eigenvalues, B leave-out sets, J eigenvalues of the fit, G grid
+points.
 """
 
 import math
@@ -15,23 +18,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.core.threads import one_thread
-from lightning_mm.geometry.hsic import kept_sets
-from lightning_mm.geometry.representations import Bank, exact_products
-from lightning_mm.geometry.resampling import jackknife_interval, mean_interval
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.representations import Representations, exact_products, one_thread
+from lightning_mm.geometry.resampling import clustered_mean_interval, jackknife_interval, leave_out_masks
 
 _MIN_SAMPLES = 4
 """The unbiased participation ratio divides by N - 3."""
 
 _MIN_POINTS = 10
-"""Eigenvalues below which no line is drawn through their logarithms."""
+"""Fewest eigenvalues that a line is fitted to."""
 
 _ROUNDING = 1e-13
-"""Eigenvalues below this share of the largest are rounding: they count as zero."""
+"""Eigenvalues below this share of the largest are rounding errors and count as zero."""
 
 _GRID = 20000
-"""Points of the quadrature of the Marchenko-Pastur law."""
+"""Quadrature points of the Marchenko-Pastur distribution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,111 +41,115 @@ class Spectrum:
 
     Args:
         eigenvalues: (L, R) float64.
-        squares: (L, N, R) squared coordinates of the samples along the eigenvectors; their mean over N is the above.
+        squares: (L, N, R) squared coordinates of the samples along the eigenvectors; their means over N are the
+            eigenvalues.
         width: D.
-        centred: Whether the mean was subtracted.
-        problems: Per layer, why nothing is defined there.
+        centered: Whether the mean was subtracted.
+        problems: Per layer, why no measure is defined there; empty where all are.
     """
 
     eigenvalues: Tensor
     squares: Tensor
     width: int
-    centred: bool
+    centered: bool
     problems: tuple[str, ...]
 
     @classmethod
-    def of(cls, bank: Bank, centred: bool = True, unit_rows: bool = False) -> "Spectrum":
+    def of(cls, reps: Representations, centered: bool = True, unit_rows: bool = False) -> "Spectrum":
         """Decompose every layer in float64.
 
         Args:
-            bank: The representations.
-            centred: Of the covariance; otherwise of the second moments about zero, as RankMe has it.
-            unit_rows: Bring each row to length 1 first, as the dataset entropy of Palacios et al. has it.
+            reps: The representations.
+            centered: Eigenvalues of the covariance; otherwise of the second moments about zero, as in RankMe.
+            unit_rows: Normalize each row to length 1 first, as in the dataset entropy of Palacios et al. 2026,
+                arXiv:2606.03871.
         """
         parts = []
-        for layer in range(bank.num_layers):
-            x_ND = bank.centred[layer] if centred else bank.centred[layer] + bank.mean[layer]
+        for layer in range(reps.num_layers):
+            x_ND = reps.centered[layer] if centered else reps.centered[layer] + reps.mean[layer]
             x_ND = torch.nn.functional.normalize(x_ND, dim=1) if unit_rows else x_ND
-            parts.append(_decompose(torch.zeros_like(x_ND) if bank.problems[layer] else x_ND))
+            parts.append(_decompose(torch.zeros_like(x_ND) if reps.problems[layer] else x_ND))
         eigenvalues, squares = (torch.stack(part) for part in zip(*parts, strict=True))
-        return cls(eigenvalues, squares, bank.centred.shape[2], centred, bank.problems)
+        return cls(eigenvalues, squares, reps.centered.shape[2], centered, reps.problems)
 
 
-def participation_ratio(bank: Bank, debiased: bool = True, groups: Tensor | None = None) -> list[Estimate]:
-    """(sum lambda)^2 / sum lambda^2: the number of equally strong directions, from the distances alone.
+def participation_ratio(reps: Representations, debiased: bool = True, groups: Tensor | None = None) -> list[Estimate]:
+    """(sum lambda)^2 / sum lambda^2: the effective number of directions, from the pairwise distances.
 
     Args:
-        bank: L layers.
+        reps: L layers.
         debiased: The ratio of the U-statistics of (tr S)^2 and tr S^2, which does not grow with N; otherwise that of
-            the sample eigenvalues, which isotropic noise holds at (N-1) D / (N-1+D) (Murphy et al. 2024).
-        groups: (N,) int ids of samples that depend on one another.
+            the sample eigenvalues, (N-1) D / (N-1+D) for isotropic noise (Murphy et al. 2024, arXiv:2405.01012).
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
     """
-    n, width = bank.centred.shape[1:]
+    n, width = reps.centered.shape[1:]
     null = float(width) if debiased else (n - 1) * width / (n - 1 + width)
-    kept_NB = kept_sets(bank.centred[0].double(), groups)
+    kept_NB = leave_out_masks(reps.centered[0].double(), groups)
 
     def measure(layer: int) -> Estimate:
-        if bank.problems[layer] or n < _MIN_SAMPLES:
-            return undefined(bank.problems[layer] or f"too few: {n} samples", n)
-        values_B = _participation(bank.squared_distances(layer), kept_NB, debiased)
+        if reps.problems[layer] or n < _MIN_SAMPLES:
+            return Estimate.undefined_because(reps.problems[layer] or f"too few: {n} samples", n)
+        values_B = _participation(reps.squared_distances(layer), kept_NB, debiased)
         if not values_B[0] > 0:
-            return undefined("no variance beyond what noise of this size has: tr S^2 is not above 0", n)
+            return Estimate.undefined_because(
+                "no variance beyond what noise of this size has: tr S^2 is not above 0", n
+            )
         low, high = jackknife_interval(values_B, 0)
-        return finite(float(values_B[0]), n, low=float(low), high=float(high), null=null)
+        return Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), null=null)
 
-    return [measure(layer) for layer in range(bank.num_layers)]
+    return [measure(layer) for layer in range(reps.num_layers)]
 
 
 def effective_rank(spectrum: Spectrum, groups: Tensor | None = None) -> list[Estimate]:
-    """exp of the entropy of the singular values of the centred data (Roy and Vetterli 2007), layer by layer."""
-    return _measured(spectrum, lambda values: _exponential(*_entropy(values, 0.5)), groups)
+    """exp of the entropy of the singular values of the centered data (Roy and Vetterli 2007), layer by layer."""
+    return _layerwise(spectrum, lambda values: _exponential(*_entropy(values, 0.5)), groups)
 
 
-def rankme(bank: Bank, groups: Tensor | None = None) -> list[Estimate]:
-    """As ``effective_rank`` of the data as they are, mean included, with 1e-7 added (Garrido et al. 2023)."""
-    spectrum = Spectrum.of(bank, centred=False)
-    return _measured(spectrum, lambda values: _exponential(*_entropy(values, 0.5, 1e-7)), groups)
+def rankme(reps: Representations, groups: Tensor | None = None) -> list[Estimate]:
+    """``effective_rank`` of the uncentered data, with 1e-7 added to each share (RankMe, Garrido et al. 2023)."""
+    spectrum = Spectrum.of(reps, centered=False)
+    return _layerwise(spectrum, lambda values: _exponential(*_entropy(values, 0.5, 1e-7)), groups)
 
 
 def entropy(spectrum: Spectrum, groups: Tensor | None = None) -> list[Estimate]:
-    """Entropy of the eigenvalues over ln min(N, D): 1 for a flat spectrum, 0 for one direction (von Neumann)."""
+    """von Neumann entropy of the eigenvalues over ln min(N, D): 1 for a flat spectrum, 0 for one direction."""
     scale = 1 / math.log(max(2, spectrum.eigenvalues.shape[1]))
 
     def measure(values: Tensor) -> tuple[Tensor, Tensor]:
         value, slope_R = _entropy(values, 1.0)
         return value * scale, slope_R * scale
 
-    return _measured(spectrum, measure, groups)
+    return _layerwise(spectrum, measure, groups)
 
 
 def alpha_req(spectrum: Spectrum, first: int = 11, last: int = 100, groups: Tensor | None = None) -> list[Estimate]:
     """Decay alpha of lambda_j ~ j^-alpha: minus the slope of ln lambda_j on ln j (Agrawal et al. 2022).
 
     Args:
-        spectrum: Of the centred data.
-        first: First eigenvalue of the line, counted from 1. The range matters: it is said with the number.
-        last: Last one; the last above zero where the spectrum ends before.
-        groups: (N,) int ids of samples that depend on one another.
+        spectrum: Spectrum of the centered data.
+        first: First eigenvalue of the fitted line, counted from 1. The range matters: a note states it.
+        last: Last eigenvalue; the last one above zero where the spectrum ends before.
+        groups: (N,) int ids, equal for samples that depend on one another (same picture); None: all are independent.
     """
     measured = []
     for layer, values_R in enumerate(spectrum.eigenvalues):
         n = spectrum.squares.shape[1]
-        end = min(last, n - 1, int((values_R > 0).sum()))  # centred data have one direction less than samples
+        end = min(last, n - 1, int((values_R > 0).sum()))  # centered data have at most N - 1 directions
         if spectrum.problems[layer] or end - first + 1 < _MIN_POINTS:
             few = f"too few: {end} eigenvalues above 0 for a line from number {first}"
-            measured.append(undefined(spectrum.problems[layer] or few, n))
+            measured.append(Estimate.undefined_because(spectrum.problems[layer] or few, n))
             continue
-        line = _Line(first, end)
+        line = _PowerLaw(first, end)
         estimate = _estimate(spectrum, layer, line, groups)
         measured.append(estimate.noted(f"R^2 {line.fit(values_R):.3f} over eigenvalues {first} to {end}"))
     return measured
 
 
-def isotropic(n: int, width: int) -> Tensor:
-    """(R,) expected eigenvalues of isotropic noise, largest first: quantiles of the Marchenko-Pastur law.
+def marchenko_pastur_eigenvalues(n: int, width: int) -> Tensor:
+    """(R,) expected eigenvalues of isotropic noise, largest first: quantiles of the Marchenko-Pastur distribution.
 
     Example:
-        >>> x = isotropic(1000, 500)
+        >>> x = marchenko_pastur_eigenvalues(1000, 500)
         >>> round(float(x.sum() ** 2 / x.square().sum()))  # (N-1) D / (N-1+D)
         333
     """
@@ -157,13 +162,13 @@ def isotropic(n: int, width: int) -> Tensor:
     return value_G[torch.searchsorted(mass_G / mass_G[-1], share_R).clamp(max=_GRID - 1)]
 
 
-Measure = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From eigenvalues (R,) a number and its derivative by each of them (R,)."""
+SpectralMeasure = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Eigenvalues (R,) -> a number and its derivative by each of them (R,)."""
 
 
 @dataclass(frozen=True)
-class _Line:
-    """Minus the slope of ln lambda_j on ln j for first <= j <= last, a Measure."""
+class _PowerLaw:
+    """Minus the slope of ln lambda_j on ln j for first <= j <= last, as a ``SpectralMeasure``."""
 
     first: int
     last: int
@@ -175,7 +180,7 @@ class _Line:
         return weight_J @ values[self.first - 1 : self.last].log(), slope_R
 
     def fit(self, values: Tensor) -> float:
-        """R^2."""
+        """R^2 of the fitted line."""
         pair = torch.stack([self._log_rank(values), values[self.first - 1 : self.last].log()])
         return float(torch.corrcoef(pair)[0, 1].square())
 
@@ -199,7 +204,7 @@ def _decompose(x_ND: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _entropy(values: Tensor, power: float, extra: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Entropy of values^power / sum + extra, and its derivative by each value; zeros count for nothing."""
+    """Entropy of values^power / sum + extra, and its derivative by each value; zeros contribute nothing."""
     positive_R = values > 0
     weight_R = values.pow(power).where(positive_R, 0)
     share_R = weight_R / weight_R.sum() + extra
@@ -212,23 +217,23 @@ def _exponential(value: Tensor, slope_R: Tensor) -> tuple[Tensor, Tensor]:
     return value.exp(), value.exp() * slope_R
 
 
-def _measured(spectrum: Spectrum, measure: Measure, groups: Tensor | None) -> list[Estimate]:
+def _layerwise(spectrum: Spectrum, measure: SpectralMeasure, groups: Tensor | None) -> list[Estimate]:
     n = spectrum.squares.shape[1]
     return [
-        undefined(problem, n) if problem else _estimate(spectrum, layer, measure, groups)
+        Estimate.undefined_because(problem, n) if problem else _estimate(spectrum, layer, measure, groups)
         for layer, problem in enumerate(spectrum.problems)
     ]
 
 
-def _estimate(spectrum: Spectrum, layer: int, measure: Measure, groups: Tensor | None) -> Estimate:
-    """The measure of one layer, with the interval of its first-order influences and its value for isotropic noise."""
+def _estimate(spectrum: Spectrum, layer: int, measure: SpectralMeasure, groups: Tensor | None) -> Estimate:
+    """The measure of one layer, with the interval from its influence function and its value for isotropic noise."""
     n = spectrum.squares.shape[1]
     values_R = spectrum.eigenvalues[layer]
     value, slope_R = measure(values_R)
     influence_N = (spectrum.squares[layer].double() - values_R) @ slope_R
-    _, below, above = mean_interval(influence_N[None], groups)
-    null = float(measure(isotropic(n - spectrum.centred, spectrum.width))[0])
-    return finite(float(value), n, low=float(value + below), high=float(value + above), null=null)
+    _, below, above = clustered_mean_interval(influence_N[None], groups)
+    null = float(measure(marchenko_pastur_eigenvalues(n - spectrum.centered, spectrum.width))[0])
+    return Estimate.of(float(value), n, low=float(value + below), high=float(value + above), null=null)
 
 
 def _participation(squared_NN: Tensor, kept_NB: Tensor, debiased: bool) -> Tensor:

@@ -1,10 +1,12 @@
-"""Debiased CKA from sums: for data that never lie in memory together, on any number of ranks.
+"""Debiased CKA from running sums, for data that do not fit into memory, on any number of ranks.
 
-Data flow: batches of hidden states (L, B, D) -> sums, added over batches and over ranks -> CKA. ``StreamingCKA`` is
-exact and keeps D x D numbers per layer; ``MinibatchCKA`` is an estimate and keeps one number per layer pair. The mean
-of CKAs over batches is neither: for batches of 8 the biased one says 0.94 of unrelated data.
+``StreamingCKA`` is exact and keeps D x D numbers per layer; ``MinibatchCKA`` is an estimate and keeps one number per
+layer pair. The mean of CKAs over batches is neither: for batches of 8 the biased one gives 0.94 for unrelated data.
 
-Shapes: L layers (M of the other side), B samples of a batch, D features (E of the other side), N samples in all.
+Data flow: batches of hidden states (L, B, D) -> sums, added over batches and over ranks -> CKA.
+
+Shapes: L layers (M of the other side), B samples of a batch, D features (E of the other side), N samples in all,
+X = B * B entries of a Gram matrix.
 """
 
 import math
@@ -13,34 +15,36 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.geometry.hsic import MIN_SAMPLES, u_centred
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.hsic import MIN_SAMPLES, u_center
 from lightning_mm.geometry.null_models import MAX_SKEW, pearson_quantiles
 from lightning_mm.geometry.representations import exact_products
 
 _CONSTANT = 1e-24
-"""Self-similarity below this share of the squared mean squared norm is rounding: a spread of 1e-6 of the size."""
+"""Self-similarity below this share of the squared mean squared norm is rounding (a spread of 1e-6 of the norm)."""
 
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
-"""Share of the sums that a self-similarity is the difference of, below which it is rounding."""
+"""Self-similarity, a difference of sums, below this share of the sums is rounding."""
 
-_NOTHING = "no self-similarity: the samples coincide, are equally far from one another, or lie too far from the origin"
+_NO_SELF_SIMILARITY = (
+    "no self-similarity: the samples coincide, are equally far from one another, or lie too far from the origin"
+)
 
 
 class StreamingCKA(Metric):
-    """Debiased linear CKA of two banks, layer by layer, exactly as ``similarity.cka`` has it, in one pass.
+    """Debiased linear CKA of two representations in one pass, layer by layer, equal to ``cka.cka``.
 
     HSIC_1 of linear kernels is made of sums over samples: n(n-3) HSIC_1 = ||X'Y||^2 - n/(n-2) sum_i a_i b_i
-    + sum a sum b / ((n-1)(n-2)), with a_i and b_i the squared norms of the centred rows. With rows [x, |x|^2, 1] one
-    product sum_i x_i y_i' holds all of them and what the centring takes.
+    + sum a sum b / ((n-1)(n-2)), with a_i and b_i the squared norms of the centered rows. With rows [x, |x|^2, 1] one
+    product sum_i x_i y_i' holds all of them and the terms of the centering.
 
     Args:
         layers: L.
         features: D of the first side.
-        other_features: E of the second.
-        origin: (L, D) any point near the data, the same on every rank. It changes nothing but the rounding: without
-            it a layer that lies some thousand times farther from zero than it spreads is undefined.
-        other_origin: (L, E) likewise.
+        other_features: E of the second side.
+        origin: (L, D) any point near the data, the same on every rank; None: zero. It affects rounding only: without
+            it a layer whose mean is some thousand times larger than its spread is undefined.
+        other_origin: (L, E) such a point for the second side; None: zero.
 
     Example:
         >>> metric = StreamingCKA(2, 3, 3)
@@ -78,8 +82,8 @@ class StreamingCKA(Metric):
         Args:
             a: (L, B, D).
             b: (L, B, E).
-            fresh: (B,) bool, which samples count; None: all do. A sampler that pads the ranks to equal length repeats
-                samples, and nothing else here tells them from new ones.
+            fresh: (B,) bool, which samples count; None: all do. Mask the samples that a distributed sampler repeats to
+                give all ranks the same length.
         """
         a, b = _fresh(a, fresh), _fresh(b, fresh)
         self.broken += _broken(a, b)
@@ -90,15 +94,17 @@ class StreamingCKA(Metric):
             self.bb += b_LBE.mT @ b_LBE
 
     def compute(self) -> Tensor:
-        """(L,) debiased CKA (torchmetrics makes it () for one layer); NaN where ``estimates`` has no value."""
+        """(L,) debiased CKA (() for one layer, by torchmetrics); NaN where ``estimates`` has no value."""
         return self._values()
 
     def estimates(self) -> list[Estimate]:
-        """Per layer the value over all ranks, N, and the null of ``similarity.cka`` with its band; no interval."""
+        """Per layer the value over all ranks, N, and the null band of ``cka.cka``; no interval."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             n = int(self.ab[0, -1, -1])
             if n < MIN_SAMPLES:
-                return [undefined(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)] * len(self.ab)
+                return [
+                    Estimate.undefined_because(f"too few: {n} samples, at least {MIN_SAMPLES} are needed", n)
+                ] * len(self.ab)
             skew_L = MAX_SKEW * _concentration(self.aa) * _concentration(self.bb)
             error_L = torch.full_like(skew_L, math.sqrt(2 / (n * (n - 3))))
             return _with_band(self._values(), error_L, skew_L, n, self.broken)
@@ -147,7 +153,7 @@ class MinibatchCKA(Metric):
         self.add_state("broken", torch.zeros(min(layers, other_layers), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, a: Tensor, b: Tensor, fresh: Tensor | None = None) -> None:
-        """Add one batch of both sides; one of fewer than 4 samples is counted as skipped.
+        """Add one batch of both sides; a batch of fewer than 4 samples is counted as skipped.
 
         Args:
             a: (L, B, D).
@@ -176,7 +182,7 @@ class MinibatchCKA(Metric):
         return self.shared / self._scale()
 
     def estimates(self) -> list[Estimate]:
-        """Of the layers paired in order: value over all ranks, N, the band of pairings at random within batches."""
+        """Per layer, paired in order: value over all ranks, N, and the null band of random pairings within batches."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             lost = int(self.skipped)
             value_L, error_L = (x.diagonal() / self._scale().diagonal() for x in (self.shared, self.variance.sqrt()))
@@ -195,7 +201,7 @@ def _fresh(x_LBD: Tensor, fresh_B: Tensor | None) -> Tensor:
 
 
 def _broken(a_LBD: Tensor, b_LBE: Tensor) -> Tensor:
-    """(L,) how many samples are not finite on either side."""
+    """(L,) number of samples that are not finite on either side."""
     return (~(torch.isfinite(a_LBD).all(2) & torch.isfinite(b_LBE).all(2))).sum(1)
 
 
@@ -203,10 +209,12 @@ def _with_band(values_L: Tensor, error_L: Tensor, skew_L: Tensor, n: int, broken
     found, rows = [], zip(*(x_L.tolist() for x_L in (values_L, error_L, skew_L, broken_L)), strict=True)
     for value, error, skew, broken in rows:
         if math.isnan(value):
-            found.append(undefined(f"not finite: {broken} of {n} samples" if broken else _NOTHING, n))
+            found.append(
+                Estimate.undefined_because(f"not finite: {broken} of {n} samples" if broken else _NO_SELF_SIMILARITY, n)
+            )
         else:
             low, high = pearson_quantiles(skew)
-            found.append(finite(value, n, null=0.0, null_low=low * error, null_high=high * error))
+            found.append(Estimate.of(value, n, null=0.0, null_low=low * error, null_high=high * error))
     return found
 
 
@@ -219,16 +227,16 @@ def _augmented(x_LBD: Tensor, origin_LD: Tensor | None) -> Tensor:
 
 
 def _flat_gram(x_LBD: Tensor) -> Tensor:
-    """(L, B * B) float64 U-centred Gram matrices of a batch."""
+    """(L, B * B) float64 U-centered Gram matrices of a batch."""
     x_LBD = x_LBD.detach().double()
     x_LBD = x_LBD - x_LBD.mean(1, keepdim=True)
-    return u_centred(x_LBD @ x_LBD.mT).flatten(1)
+    return u_center(x_LBD @ x_LBD.mT).flatten(1)
 
 
 def _hsic_of(moments_LDE: Tensor) -> tuple[Tensor, Tensor]:
     """(L,) HSIC_1 and its biased part ||X'Y||^2 / (n (n-3)), from the sum of [x, |x|^2, 1]' [y, |y|^2, 1]."""
     n_L = moments_LDE[:, -1, -1]
-    covariance_LDE, x_norm_LD, y_norm_LE = _centred(moments_LDE)
+    covariance_LDE, x_norm_LD, y_norm_LE = _centered(moments_LDE)
     shared_L = (x_norm_LD[:, None] @ moments_LDE @ y_norm_LE[:, :, None])[:, 0, 0]
     total_L = (x_norm_LD * moments_LDE[:, :, -1]).sum(1) * (y_norm_LE * moments_LDE[:, -1]).sum(1)
     biased_L = covariance_LDE.square().sum((1, 2))
@@ -237,8 +245,8 @@ def _hsic_of(moments_LDE: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(n_L >= MIN_SAMPLES, whole_L / scale_L, math.nan), biased_L / scale_L
 
 
-def _centred(moments_LDE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """X'Y (L, D, E) of the centred rows, and the vectors that turn [x, |x|^2, 1] into |x - mean|^2, for x and y."""
+def _centered(moments_LDE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X'Y (L, D, E) of the centered rows, and the vectors that turn [x, |x|^2, 1] into |x - mean|^2, for x and y."""
     n_L1 = moments_LDE[:, -1, -1:]
     means = moments_LDE[:, :-2, -1] / n_L1, moments_LDE[:, -1, :-2] / n_L1
     covariance_LDE = moments_LDE[:, :-2, :-2] - n_L1[:, None] * means[0][:, :, None] * means[1][:, None]
@@ -248,7 +256,7 @@ def _centred(moments_LDE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _self_term(moments_LDD: Tensor) -> Tensor:
-    """(L,) HSIC_1(K, K); NaN where it is rounding."""
+    """(L,) HSIC_1(K, K); NaN where it is a rounding error."""
     own_L, biased_L = _hsic_of(moments_LDD)
     n_L = moments_LDD[:, -1, -1]
     size_L = (moments_LDD[:, -2, -1] / n_L).square() / n_L
@@ -256,7 +264,7 @@ def _self_term(moments_LDD: Tensor) -> Tensor:
 
 
 def _concentration(moments_LDD: Tensor) -> Tensor:
-    """(L,) tr C^3 / (tr C^2)^1.5 of the covariance: the skewness of the chance distribution, 1 for one direction."""
-    covariance_LDD = _centred(moments_LDD)[0]
+    """(L,) tr C^3 / (tr C^2)^1.5 of the covariance, which scales the skewness of the null; 1 for one direction."""
+    covariance_LDD = _centered(moments_LDD)[0]
     covariance_LDD = covariance_LDD / covariance_LDD.norm(dim=(1, 2), keepdim=True)
     return ((covariance_LDD @ covariance_LDD) * covariance_LDD).sum((1, 2))

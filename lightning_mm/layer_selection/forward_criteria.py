@@ -1,312 +1,181 @@
-"""Reasons to train some blocks rather than others, read off the untuned model without a gradient.
+"""Criteria that forward passes of the untuned model give: reasons to train some blocks rather than others.
 
-Data flow: ``Reading`` of the probe set -> one score per block, on all pictures and on random halves of them ->
-``Criterion``. A block is judged by what it puts out (slice i + 1 of the reading).
+Data flow: hidden states of the probe set -> one score per block, on all pictures and on random halves of them ->
+``Criterion``. A block is judged by its output (slice i + 1 of the hidden states).
 
-Shapes: L decoder blocks, R resamples.
-
-Whether a layer tells which caption belongs to which picture, by a probe in closed form.
-
-Data flow: entailment rows of a ``Material`` -> ``probes.ridge``, one group of pictures left out at a time -> accuracy
-of every slice, and that of the same probe on random answers.
-
-Shapes: T slices, N rows, D hidden size.
-
-What reasons to choose layers are computed from: a reading, or a part of its pictures, and pairs of equal meaning.
-
-Data flow: ``Reading`` + ``ProbeSet`` -> ``Material`` -> ``Pair`` -> ``criteria``, ``entailment``, ``evidence``.
+Shapes: T slices, L = T - 1 decoder blocks, R resamples.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.geometry import scales
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import Keep, Selected, paired, select
-from lightning_mm.core.decisions import decide
-from lightning_mm.core.estimate import Estimate, finite, undefined, values
+from lightning_mm.analysis.geometry import gride_scales
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import RowFilter, select_rows
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.geometry.block_influence import angular_distance, block_influence
-from lightning_mm.geometry.dimension import gride
-from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.intrinsic_dimension import gride
 from lightning_mm.geometry.knn_overlap import overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.null_models import calibrated
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.null_models import adjust_for_chance
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.layer_selection.entailment_probe import entailment_accuracy
 from lightning_mm.layer_selection.layer_range_search import Criterion
-from lightning_mm.probes.ridge import Ridge
+from lightning_mm.layer_selection.selection_inputs import (
+    PAIRED_PLACES,
+    SelectionInputs,
+    imbalance_profiles,
+    knn_overlap_profile,
+)
 
-MEETING_PLACES = {"last": ("picture/last", "text/last"), "image~text": ("picture/image", "text/text")}
-
-
-@dataclass(frozen=True, eq=False)
-class Material:
-    """What criteria are computed from; ``keep`` names the pictures of a resample."""
-
-    reading: Reading
-    probe_set: ProbeSet
-    device: torch.device
-    keep: Keep
+Score = Callable[[SelectionInputs], Tensor]
+"""Gives (T,) scores, or an empty tensor where the inputs have no row for it."""
 
 
-@dataclass(frozen=True, eq=False)
-class Pair:
-    """Pictures and their captions at one site, sample by sample."""
-
-    pictures: Bank
-    captions: Bank
-    groups: Tensor
-
-    @classmethod
-    def at(cls, material: Material, site: str) -> "Pair | None":
-        """At ``last`` or ``image~text``; None where no picture was read with a caption."""
-        pair = paired(material.reading, material.probe_set, *MEETING_PLACES[site], material.keep)
-        if pair is None:
-            return None
-        one, other = (half.to(material.device) for half in pair)
-        return cls(Bank.of(one.features), Bank.of(other.features), one.groups)
-
-    @property
-    def near(self) -> int:
-        """How many neighbours: ten, or an eighth of the samples where there are few."""
-        return max(1, min(10, self.pictures.num_samples // 8))
-
-    @property
-    def neighbours(self) -> tuple[Neighbours, Neighbours]:
-        return Neighbours.of(self.pictures), Neighbours.of(self.captions)
+def _overlap(inputs: SelectionInputs) -> Tensor:
+    profiles = [knn_overlap_profile(inputs, place) for place in PAIRED_PLACES]
+    return _mean_profile(
+        torch.tensor(values([adjust_for_chance(e) for e in profile])) for profile in profiles if profile
+    )
 
 
-_MIN_GROUPS = 10
-_PENALTIES = (0.1, 1.0, 10.0, 100.0)
-"""Ridge penalties over D, for features of variance 1."""
-
-_ROUNDING = 1e-6
-"""A feature that spreads by less than this share of its size is constant."""
+def _imbalance(inputs: SelectionInputs) -> Tensor:
+    profiles = (profile for place in PAIRED_PLACES for profile in imbalance_profiles(inputs, place) if profile)
+    return _mean_profile(torch.tensor(values(profile)) for profile in profiles)
 
 
-def entailment(material: Material) -> list[Estimate]:
-    """Accuracy of a closed-form probe that was never shown the picture it is asked about, every slice.
-
-    Of wrong captions that differ by one noun where there are such, else of random ones.
-    """
-    asked = _entailment_rows(material)
-    if asked is None:
-        return []
-    chosen, labels = asked
-    return leave_group_out_accuracy(chosen.features, labels, chosen.groups)
+def _entailment(inputs: SelectionInputs) -> Tensor:
+    return torch.tensor(values(entailment_accuracy(inputs)))
 
 
-def by_heart(material: Material, draws: int = 5, seed: int = 0) -> list[float]:
-    """Accuracy of the same probe on random answers, one for each pair of true and shown caption, every slice."""
-    asked = _entailment_rows(material)
-    if asked is None:
-        return []
-    chosen, labels = asked
-    true = {row.sample.images: row.span for row in material.probe_set.rows if row.labels.get("entailment/random") == 1}
-    pairs = [(true.get(row.sample.images, ""), row.span) for row in chosen.rows]
-    types = {pair: number for number, pair in enumerate(dict.fromkeys(pairs))}
-    generator = torch.Generator().manual_seed(seed)
-    drawn = []
-    for _ in range(draws):
-        answers = (torch.randperm(len(types), generator=generator) % 2).tolist()
-        random = torch.tensor([answers[types[pair]] for pair in pairs], device=labels.device)
-        drawn.append(values(leave_group_out_accuracy(chosen.features, random, chosen.groups)))
-    return torch.tensor(drawn).mean(0).tolist()
-
-
-def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -> list[Estimate]:
-    """Accuracy of a ridge probe on groups that it has not seen, in closed form.
-
-    The penalty that a group is judged by is the one that all other groups prefer. Mean and scale of the features are
-    those of all rows, which have no labels to tell; a feature that varies by no more than rounding has no say.
-
-    Args:
-        features: (T, N, D).
-        labels: (N,) 0 or 1.
-        groups: (N,) ids of what is left out together.
-    """
-    n, problems = len(labels), Bank.of(features).problems
-    if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2 or all(problems):
-        return [undefined(problem or "too few: groups or classes to leave one out", n) for problem in problems]
-    mean_T1D = features.mean(1, keepdim=True)
-    spread_T1D = features.std(1, keepdim=True)
-    x_TND = (features - mean_T1D) / torch.where(spread_T1D > _ROUNDING * mean_T1D.abs(), spread_T1D, torch.inf)
-    sound = [layer for layer, problem in enumerate(problems) if not problem]
-    y_N1 = (labels.to(x_TND) * 2 - 1)[:, None]
-    penalties = [strength * x_TND.shape[2] for strength in _PENALTIES]
-    fitted = Ridge.fit(x_TND[sound], y_N1, penalties, groups_N=groups)
-    right_TN = ((y_N1 - fitted.left_out)[..., 0] * y_N1[:, 0] > 0).double()
-    ends = zip(*mean_interval(right_TN, groups), strict=True)
-    majority = max(float(labels.double().mean()), 1 - float(labels.double().mean()))
-    found = [finite(float(mean), n, low=float(low), high=float(high), null=majority) for mean, low, high in ends]
-    by_layer = dict(zip(sound, found, strict=True))
-    return [by_layer.get(layer) or undefined(problem, n) for layer, problem in enumerate(problems)]
-
-
-def _entailment_rows(material: Material) -> tuple[Selected, Tensor] | None:
-    for name in ("entailment/hard", "entailment/random"):
-
-        def wanted(row: ProbeRow, name: str = name) -> bool:
-            return name in row.labels and material.keep(row)
-
-        chosen = select(material.reading, material.probe_set, "entailment/last", wanted)
-        if chosen is not None:
-            labels = torch.tensor([row.labels[name] for row in chosen.rows], device=material.device)
-            return chosen.to(material.device), labels
-    return None
-
-
-def meeting(material: Material, site: str) -> list[Estimate]:
-    """Mutual kNN overlap of pictures and captions (2606.03871), every slice."""
-    pair = Pair.at(material, site)
-    return [] if pair is None else overlap(*pair.neighbours, pair.near, pair.groups)
-
-
-def foretelling(material: Material, site: str) -> tuple[list[Estimate], list[Estimate]]:
-    """1 - information imbalance from picture to caption, and back: 0 by chance, 1 where neighbours are the same."""
-    pair = Pair.at(material, site)
-    if pair is None:
-        return [], []
-    a, b, groups = pair.pictures, pair.captions, pair.groups
-    there, back = information_imbalance(a, b, groups=groups), information_imbalance(b, a, groups=groups)
-    return [_complement(e) for e in there], [_complement(e) for e in back]
-
-
-def _complement(e: Estimate) -> Estimate:
-    if e.value is None:
-        return e
-    turned = {"low": e.high, "high": e.low, "null": e.null, "null_low": e.null_high, "null_high": e.null_low}
-    return finite(1 - e.value, e.n, **{name: None if x is None else 1 - x for name, x in turned.items()})
-
-
-def _overlaps(material: Material) -> Tensor:
-    sites = [meeting(material, site) for site in MEETING_PLACES]
-    return _mean_of(torch.tensor(values([calibrated(e) for e in site])) for site in sites if site)
-
-
-def _imbalances(material: Material) -> Tensor:
-    both = (way for site in MEETING_PLACES for way in foretelling(material, site) if way)
-    return _mean_of(torch.tensor(values(way)) for way in both)
-
-
-def _entailments(material: Material) -> Tensor:
-    return torch.tensor(values(entailment(material)))
-
-
-def _dimensions(material: Material) -> Tensor:
-    selected = select(material.reading, material.probe_set, "picture/last", material.keep)
+def _dimension(inputs: SelectionInputs) -> Tensor:
+    selected = select_rows(inputs.reading, inputs.probe_set, "picture/last", inputs.keep)
     if selected is None:
         return torch.empty(0)
-    selected = selected.to(material.device)
-    near = Neighbours.of(Bank.of(selected.features))
-    return torch.tensor(values(gride(near, *scales(len(selected)), groups=selected.groups)))
+    selected = selected.to(inputs.device)
+    neighbors = Neighbors.of(Representations.of(selected.features))
+    return torch.tensor(values(gride(neighbors, *gride_scales(len(selected)), groups=selected.groups)))
 
 
-def _influences(material: Material) -> Tensor:
-    return _mean_of(_of_places(material, block_influence, ("picture/image", "picture/last")))
+def _influence(inputs: SelectionInputs) -> Tensor:
+    return _mean_over_places(inputs, block_influence, ("picture/image", "picture/last"))
 
 
-def _angles(material: Material) -> Tensor:
-    return _mean_of(_of_places(material, angular_distance, ("picture/last", "text/last")))
+def _angle(inputs: SelectionInputs) -> Tensor:
+    return _mean_over_places(inputs, angular_distance, ("picture/last", "text/last"))
 
 
-FORWARD: Mapping[str, tuple[str, Callable[[Material], Tensor]]] = {
-    "overlap": ("meaning", _overlaps),
-    "imbalance": ("meaning", _imbalances),
-    "entailment": ("meaning", _entailments),
-    "dimension": ("shape", _dimensions),
-    "influence": ("shape", _influences),
-    "angle": ("shape", _angles),
+FORWARD_CRITERIA: Mapping[str, tuple[str, Score]] = {
+    "overlap": ("meaning", _overlap),
+    "imbalance": ("meaning", _imbalance),
+    "entailment": ("meaning", _entailment),
+    "dimension": ("shape", _dimension),
+    "influence": ("shape", _influence),
+    "angle": ("shape", _angle),
 }
-"""Criteria 1, 4 (meaning), 2 and 10 (shape) by name: family, and the score of every slice."""
+"""Name -> family, and the score of every slice."""
 
 
 def forward_criteria(
-    reading: Reading, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
+    reading: HiddenStates, probe_set: ProbeSet, names: tuple[str, ...], resamples: int, seed: int, device: torch.device
 ) -> Iterator[Criterion]:
-    """The criteria named, on all pictures and on random halves of them; one that cannot be had is said to be missing.
+    """The named criteria, on all pictures and on random halves of them; one that is undefined is left out and logged.
 
     Args:
-        reading: Of the untuned model.
+        reading: Hidden states of the untuned model.
         probe_set: Its rows.
-        names: Keys of ``FORWARD``.
-        resamples: How many halves.
-        seed: Of the draw.
+        names: Keys of ``FORWARD_CRITERIA``.
+        resamples: R, the number of halves.
+        seed: Of the halves.
         device: Where to compute.
     """
-    everything = Material(reading, probe_set, device, lambda row: True)
-    halves = [Material(reading, probe_set, device, keep) for keep in _halves(probe_set, resamples, seed)]
     for name in names:
-        family, score = FORWARD[name]
-        scores = score(everything)
+        family, score = FORWARD_CRITERIA[name]
+        scores, resampled = _resampled(score, reading, probe_set, resamples, seed, device)
         if not len(scores):
-            decide("auto.criteria", f"without {name}", "the probe set has no rows for it, or none could be read")
-        elif scores[1:].isnan().all():
-            decide("auto.criteria", f"without {name}", "it is undefined at every block: too few rows, or all alike")
+            log_decision("auto.criteria", f"without {name}", "the probe set has no rows for it, or none could be read")
+        elif scores.isnan().all():
+            log_decision(
+                "auto.criteria", f"without {name}", "it is undefined at every block: too few rows, or all alike"
+            )
         else:
-            yield Criterion(name, scores[1:].double(), _drawn(score, halves, scores), family)
+            yield Criterion(name, scores, resampled, family)
 
 
 def drift_criterion(
-    before: Reading, after: Reading, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
+    before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """Criterion 3: how much of each layer's neighbourhoods a pilot run has changed, in pictures (2606.03871).
+    """How much of each layer's neighborhoods of pictures a pilot run has changed (arXiv:2606.03871).
 
-    None, and said so, where no picture was read. The two readings hold the same rows.
+    None, and logged, where no picture was read.
+
+    Args:
+        before: Hidden states of the untuned model.
+        after: Those of the pilot run's model, of the same rows.
+        probe_set: Their rows.
+        resamples: R, the number of halves.
+        seed: Of the halves.
+        device: Where to compute.
     """
 
-    def changed(material: Material) -> Tensor:
-        one, other = (select(reading, probe_set, "picture/last", material.keep) for reading in (before, after))
+    def changed(inputs: SelectionInputs) -> Tensor:
+        one, other = (select_rows(reading, probe_set, "picture/last", inputs.keep) for reading in (before, after))
         if one is None or other is None:
             return torch.empty(0)
-        near = max(1, min(10, len(one) // 8))
-        then, now = (Neighbours.of(Bank.of(x.features.to(device))) for x in (one, other))
-        return 1 - torch.tensor(values(overlap(then, now, near)))
+        count = max(1, min(10, len(one) // 8))
+        then, now = (Neighbors.of(Representations.of(x.features.to(device))) for x in (one, other))
+        return 1 - torch.tensor(values(overlap(then, now, count)))
 
-    scores = changed(Material(before, probe_set, device, lambda row: True))
-    if not len(scores) or scores[1:].isnan().all():
-        decide("auto.criteria", "without drift", "no pictures were read, or too few to have neighbours")
+    scores, resampled = _resampled(changed, before, probe_set, resamples, seed, device)
+    if not len(scores) or scores.isnan().all():
+        log_decision("auto.criteria", "without drift", "no pictures were read, or too few to have neighbours")
         return None
-    halves = [Material(before, probe_set, device, keep) for keep in _halves(probe_set, resamples, seed)]
-    return Criterion("drift", scores[1:].double(), _drawn(changed, halves, scores), "meaning")
+    return Criterion("drift", scores, resampled, "meaning")
 
 
-def _drawn(score: Callable[[Material], Tensor], halves: list[Material], whole: Tensor) -> Tensor:
-    """(R, L) a score on halves of the pictures; NaN where a half has none of the rows that it is made of."""
-    nothing = torch.full_like(whole, torch.nan)
-    rows = [found if len(found := score(half)) else nothing for half in halves]
-    return torch.stack(rows)[:, 1:].double()
+def _resampled(
+    score: Score, reading: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """(L,) a score of every block, and (R, L) on random halves of the pictures; NaN where a half has no row for it."""
+    whole = score(SelectionInputs(reading, probe_set, device, lambda row: True))
+    if not len(whole) or whole[1:].isnan().all():
+        return whole[1:].double(), torch.empty(0)
+    undefined = torch.full_like(whole, torch.nan)
+    halves = [SelectionInputs(reading, probe_set, device, keep) for keep in _halves(probe_set, resamples, seed)]
+    rows = [found if len(found := score(half)) else undefined for half in halves]
+    return whole[1:].double(), torch.stack(rows)[:, 1:].double()
 
 
-def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[Keep]:
+def _halves(probe_set: ProbeSet, count: int, seed: int) -> Iterator[RowFilter]:
+    """Random halves of the picture groups, as filters of rows."""
     groups = sorted({row.group for row in probe_set.rows})
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):
         order = torch.randperm(len(groups), generator=generator)[: (len(groups) + 1) // 2].tolist()
-        yield _in({groups[i] for i in order})
+        yield _in_groups({groups[i] for i in order})
 
 
-def _in(groups: set[str]) -> Keep:
+def _in_groups(groups: set[str]) -> RowFilter:
     def keep(row: ProbeRow) -> bool:
         return row.group in groups
 
     return keep
 
 
-def _of_places(
-    material: Material, measure: Callable[[Tensor], list[Estimate]], places: tuple[str, ...]
-) -> Iterator[Tensor]:
-    for place in places:
-        selected = select(material.reading, material.probe_set, place, material.keep)
-        if selected is not None:
-            yield torch.tensor(values(measure(selected.features.to(material.device))))
+def _mean_over_places(
+    inputs: SelectionInputs, measure: Callable[[Tensor], list[Estimate]], places: tuple[str, ...]
+) -> Tensor:
+    """Mean of a measure over the places that were read."""
+    selected = (select_rows(inputs.reading, inputs.probe_set, place, inputs.keep) for place in places)
+    features = (rows.features.to(inputs.device) for rows in selected if rows is not None)
+    return _mean_profile(torch.tensor(values(measure(x))) for x in features)
 
 
-def _mean_of(profiles: Iterator[Tensor] | list[Tensor]) -> Tensor:
-    """Mean of the profiles' defined values; empty where there is none."""
+def _mean_profile(profiles: Iterable[Tensor]) -> Tensor:
+    """(T,) mean of the profiles' defined values; empty where there are no profiles."""
     held = list(profiles)
     return torch.stack(held).nanmean(0) if held else torch.empty(0)

@@ -1,7 +1,10 @@
-"""``layers: auto``: read the untuned model and say which blocks are worth training, how sure that is, and why.
+"""``layers: auto``: choose the blocks to train from the untuned model, with an interval, reasons and controls.
 
-Data flow: model + probe set + a few training batches -> ``criteria`` and ``gradients`` -> ``window`` -> ``Selection``
-(layers, interval, reasons, rivals of equal budget), which is printed, saved with the run, and trained.
+Data flow: hidden states of a probe set + gradients of a few training batches -> ``forward_criteria`` and
+``gradient_criteria`` -> ``search_layer_range``, unless nothing is significant -> ``Selection``, which is printed, saved
+with the run, and trained.
+
+Shapes: L decoder blocks, R resamples.
 """
 
 import math
@@ -13,26 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.core.decisions import decide
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.layer_selection.forward_criteria import FORWARD, forward_criteria
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, GradientScores, gradient_criteria
+from lightning_mm.layer_selection.forward_criteria import FORWARD_CRITERIA, forward_criteria
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, GradientScores, gradient_criteria
 from lightning_mm.layer_selection.layer_range_search import (
     Criterion,
-    Window,
-    combine,
-    relative_cost,
+    LayerRange,
+    combine_criteria,
     reliability,
-    window,
+    search_layer_range,
 )
-from lightning_mm.layer_selection.significance import Evidence, weigh
+from lightning_mm.layer_selection.significance import Significance, assess_significance
+from lightning_mm.planning.flops import relative_decoder_cost
 from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers, resolve_layers
 from lightning_mm.tuning.policy import TuningPolicy
 
 FALLBACK = "25%-50%"
-"""What trains where the probe set shows no evidence: where 2606.03871 found the middle of LLaVA-7B."""
+"""What trains where nothing is significant: the middle of LLaVA-7B (arXiv:2606.03871)."""
 FAMILIES = ("meaning", "shape", "gradients")
 _AUTO = re.compile(r"auto(?::(\d+%?))?")
 
@@ -51,7 +54,7 @@ class AutoRange:
         seed: Of the halves.
     """
 
-    criteria: tuple[str, ...] = (*FORWARD, *GRADIENT)
+    criteria: tuple[str, ...] = (*FORWARD_CRITERIA, *GRADIENT_CRITERIA)
     weights: dict[str, float] = field(default_factory=lambda: {"meaning": 1.0, "shape": 0.25, "gradients": 0.25})
     price: float = 0.25
     batches: int = 4
@@ -59,7 +62,7 @@ class AutoRange:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _refuse_unknown("criterion", self.criteria, (*FORWARD, *GRADIENT))
+        _refuse_unknown("criterion", self.criteria, (*FORWARD_CRITERIA, *GRADIENT_CRITERIA))
         _refuse_unknown("family of criteria", self.weights, FAMILIES)
         if not self.criteria:
             raise UserError("auto.criteria is empty.", "Layers are chosen by something.", "Name a criterion.")
@@ -72,23 +75,23 @@ class AutoRange:
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """The blocks chosen and everything that speaks for them.
+    """The chosen blocks and the reasons for them.
 
     Args:
-        chosen: With the range of either end.
+        chosen: The range, with the interval of either end.
         score: (L,) combined score of each block.
-        score_range: (2, L) its 95 % range over resamples.
+        score_range: (2, L) its 95 % interval over resamples.
         criteria: What it was combined from.
-        evidence: Whether the model shows where picture and language meet at all.
-        controls: Rivals of equal budget by policy name.
-        why: In sentences.
+        significance: Whether the model shows in which layers picture and language meet at all.
+        controls: Layers of equal budget, by the name of the policy that trains them.
+        why: The reasons, as sentences.
     """
 
-    chosen: Window
+    chosen: LayerRange
     score: Tensor
     score_range: Tensor
     criteria: tuple[Criterion, ...]
-    evidence: Evidence
+    significance: Significance
     controls: dict[str, str]
     why: tuple[str, ...]
 
@@ -97,7 +100,7 @@ class Selection:
         return describe_layers(self.chosen.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved in selection.json."""
+        """The selection as ``selection.json`` holds it."""
         return {
             "layers": list(self.chosen.layers),
             "expression": self.expression,
@@ -108,27 +111,27 @@ class Selection:
             "score_high": self.score_range[1].tolist(),
             "criteria": {c.name: c.scores.tolist() for c in self.criteria},
             "controls": self.controls,
-            "evidence": self.evidence.found,
+            "evidence": self.significance.found,
             "why": list(self.why),
         }
 
 
-def asks_for_selection(policy: TuningPolicy) -> str | None:
-    """The option of the policy that says ``auto``; None where none does."""
+def auto_layers_option(policy: TuningPolicy) -> str | None:
+    """Name of the policy's option that says ``auto``; None where none does."""
     named = (name for name in ("layers", "budget") if _AUTO.fullmatch(str(getattr(policy, name, ""))))
     return next(named, None)
 
 
 def with_layers(policy: TuningPolicy, layers: Sequence[int]) -> TuningPolicy:
-    """The policy with ``auto`` written out."""
-    option = asks_for_selection(policy)
+    """The policy with these layers in place of ``auto``."""
+    option = auto_layers_option(policy)
     assert option is not None
     spec: LayerSpec = describe_layers(layers).replace(" ", "")
     return replace(policy, **{option: spec})  # type: ignore[type-var]  # every policy is a dataclass
 
 
 def select_layers(
-    reading: Reading,
+    reading: HiddenStates,
     probe_set: ProbeSet,
     gradients: GradientScores | None,
     options: AutoRange,
@@ -136,22 +139,22 @@ def select_layers(
     spec: str = "auto",
     pilot: Sequence[Criterion] = (),
 ) -> Selection:
-    """Choose.
+    """Choose the blocks to train.
 
     Args:
-        reading: Of the untuned model.
+        reading: Hidden states of the untuned model.
         probe_set: Its rows.
-        gradients: Of the untuned model; None leaves those criteria out.
-        options: Which criteria, and the price of compute.
+        gradients: Of the untuned model; None leaves the gradient criteria out.
+        options: Which criteria, and the weight of compute.
         device: Where to compute.
-        spec: ``auto``, or ``auto:25%`` and ``auto:8`` for so many blocks.
-        pilot: What a second checkpoint says (drift, transplant gain), where there is one.
+        spec: 'auto', or 'auto:25%' and 'auto:8' for an exact number of blocks.
+        pilot: Criteria of a second checkpoint (drift, transplant gain), where there is one.
 
     Raises:
         UserError: No row was read, or none of the criteria can be computed.
     """
     num_layers = reading.num_slices - 1
-    forward = tuple(name for name in options.criteria if name in FORWARD)
+    forward = tuple(name for name in options.criteria if name in FORWARD_CRITERIA)
     criteria = [*forward_criteria(reading, probe_set, forward, options.resamples, options.seed, device)]
     if gradients is not None:
         criteria += gradient_criteria(gradients, options.criteria, options.resamples)
@@ -162,58 +165,58 @@ def select_layers(
             f"None of the criteria can be computed: {', '.join(options.criteria)}.",
             "Give probes with captions, or conversations for the gradient criteria; or name the layers.",
         )
-    evidence = weigh(reading, probe_set, device)
-    score, drawn = combine(criteria, options.weights)
+    significance = assess_significance(reading, probe_set, device)
+    score, resampled = combine_criteria(criteria, options.weights)
     match = _AUTO.fullmatch(spec)
     budget = count_layers(match[1], num_layers) if match and match[1] else None
     margin = round(0.05 * num_layers) if budget is None else min(round(0.05 * num_layers), (num_layers - budget) // 2)
-    chosen = window(score, drawn, options.price, budget, margin)
+    chosen = search_layer_range(score, resampled, options.price, budget, margin)
     if chosen is None:
-        evidence = Evidence(False, _why_no_window(score, margin))
-    if chosen is None or not evidence.found:
+        significance = Significance(False, _why_no_range(score, margin))
+    if chosen is None or not significance.found:
         chosen = _fallback(num_layers, budget)
     controls = _controls(chosen, num_layers)
-    ranges = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype), dim=0)
-    why = _why(chosen, criteria, evidence, options, num_layers)
-    return Selection(chosen, score, ranges, tuple(criteria), evidence, controls, why)
+    ranges = torch.quantile(resampled, torch.tensor([0.025, 0.975], dtype=resampled.dtype), dim=0)
+    why = _why(chosen, criteria, significance, options, num_layers)
+    return Selection(chosen, score, ranges, tuple(criteria), significance, controls, why)
 
 
-def tell(selection: Selection) -> None:
-    """Print the choice with its reasons."""
-    decide("model.tuning.layers", selection.expression, "; ".join(selection.why))
-    decide("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
+def log_selection(selection: Selection) -> None:
+    """Log the choice with its reasons, and its controls."""
+    log_decision("model.tuning.layers", selection.expression, "; ".join(selection.why))
+    log_decision("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
 
 
-def _fallback(num_layers: int, budget: int | None) -> Window:
+def _fallback(num_layers: int, budget: int | None) -> LayerRange:
     spec = FALLBACK if budget is None else f"middle:{budget}"
     layers = resolve_layers(spec, num_layers)
-    return Window(layers[0], layers[-1], (0, num_layers - 1), (0, num_layers - 1))
+    return LayerRange(layers[0], layers[-1], (0, num_layers - 1), (0, num_layers - 1))
 
 
-def _why_no_window(score: Tensor, margin: int) -> str:
+def _why_no_range(score: Tensor, margin: int) -> str:
     if bool(score.any()):
         return f"only the outermost {margin} blocks at either end, which are left as they are, score above average"
     return "no criterion has a profile that other pictures repeat"
 
 
-def _controls(chosen: Window, num_layers: int) -> dict[str, str]:
+def _controls(chosen: LayerRange, num_layers: int) -> dict[str, str]:
     count = len(chosen.layers)
     specs = {"EarlyLayers": "first", "LateLayers": "last", "UniformSparse": "uniform", "RandomLayers": "random"}
     return {name: describe_layers(resolve_layers(f"{kind}:{count}", num_layers)) for name, kind in specs.items()}
 
 
 def _why(
-    chosen: Window, criteria: Sequence[Criterion], evidence: Evidence, options: AutoRange, num_layers: int
+    chosen: LayerRange, criteria: Sequence[Criterion], significance: Significance, options: AutoRange, num_layers: int
 ) -> tuple[str, ...]:
-    if not evidence.found:
+    if not significance.found:
         return (
-            f"no evidence: {evidence.reason}",
+            f"no evidence: {significance.reason}",
             f"the fall-back {describe_layers(chosen.layers)} rests on 2606.03871, not on this model",
         )
     peaks = ", ".join(f"{c.name} {int(c.scores.nan_to_num(-1e30).argmax())} ({reliability(c):.0%})" for c in criteria)
-    cost = relative_cost(chosen.first, chosen.last, num_layers)
+    cost = relative_decoder_cost(chosen.first, chosen.last, num_layers)
     return (
-        evidence.reason,
+        significance.reason,
         f"peaks by criterion (and how repeatable its profile is): {peaks}",
         f"95 % range of the ends over {options.resamples} halves of the pictures: "
         f"{chosen.first_range[0]}-{chosen.first_range[1]} to {chosen.last_range[0]}-{chosen.last_range[1]}",

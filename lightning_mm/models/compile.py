@@ -3,19 +3,21 @@
 Data flow: model, before anything is wrapped around its blocks -> the same model, whose modules compute otherwise.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
+from contextlib import ExitStack
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.hooks import Forward, replace_forward
 
 
-def compile_blocks(model: nn.Module, names: Collection[str]) -> None:
-    """Compile the forward pass of the named blocks, in place, once; for inputs of any length.
+def compile_blocks(model: nn.Module, names: Collection[str], undo: ExitStack) -> None:
+    """Compile the forward pass of the named blocks, for inputs of any length; ``undo`` puts their own back.
 
     Hooks on a block, padding and recomputation stay outside and run as ever. Under
     ``torch.compiler.set_stance("force_eager")`` the blocks run uncompiled.
@@ -24,16 +26,17 @@ def compile_blocks(model: nn.Module, names: Collection[str]) -> None:
         UserError: At the first step, where the compiler fails.
     """
     for name in names:
-        block = model.get_submodule(name)
-        block.forward = _told(torch.compile(block.forward, dynamic=True))
-    decide("model.compute.compile", f"{len(names)} blocks", "asked for; the first steps wait for the compiler")
+        replace_forward(undo, model.get_submodule(name), _compiled)
+    log_decision("model.compute.compile", f"{len(names)} blocks", "asked for; the first steps wait for the compiler")
 
 
-def _told(forward: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(forward)
+def _compiled(forward: Forward) -> Forward:
+    compiled = torch.compile(forward, dynamic=True)
+
+    @wraps(compiled)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return forward(*args, **kwargs)
+            return compiled(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             raise UserError(
                 "A block could not be compiled.",
@@ -66,7 +69,7 @@ def apply_liger(model: Any) -> None:
             "No module of this model was taken over.",
             "Leave it out.",
         )
-    decide("model.compute.liger", f"{changed} modules", "asked for; norms and gated MLPs run as one kernel each")
+    log_decision("model.compute.liger", f"{changed} modules", "asked for; norms and gated MLPs run as one kernel each")
 
 
 def _is_ligers(module: nn.Module) -> bool:

@@ -1,40 +1,73 @@
-"""Hooks on the decoder's blocks of a live module, for the length of one forward pass.
+"""What is done to a model's modules and undone again: hooks on blocks, and other forwards in place of theirs.
 
-Data flow: decoder blocks -> ``tapped`` -> ``receive(slice, hidden states)``. Slice 0 is what enters the first block
-(the embeddings, pictures put in); slice i + 1 is what block i returns, before the final norm.
+Data flow: decoder blocks -> ``block_io`` -> ``receive(slice, hidden states)``. Slice 0 is what enters the first block
+(the embeddings, image features put in); slice i + 1 is what block i returns, before the final norm.
+``replace_forward`` is the one place where a module's forward is assigned; what undoes it goes onto an ``ExitStack``,
+so that several changes come off in reverse order.
 
-What the model would say of any hidden state: its own final norm, head, soft-capping and scaling, whatever they are.
-
-Data flow: hidden states as a block puts them out -> the model's forward pass with all blocks passed by -> logits.
-
-Shapes: N hidden states, D hidden size, V vocabulary.
+Shapes: B rows, L tokens, N hidden states, D hidden size, V vocabulary.
 """
 
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+
+Forward = Callable[..., Any]
 
 Receive = Callable[[int, Tensor], None]
+"""Takes the index of a slice and its hidden states (B, L, D)."""
 
 
-def plain(model: Any) -> nn.Module:
-    """The transformers model inside what others have wrapped around it: torch.compile, DDP, PEFT."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-            model = model.get_base_model()
+def replace_forward(undo: ExitStack, module: nn.Module, make: Callable[[Forward], Forward]) -> None:
+    """Put another forward in a module's place, until ``undo`` is closed.
+
+    Args:
+        undo: Takes what puts the module's forward back as it was.
+        module: Any module.
+        make: Given the forward that is in force, returns the one to run instead.
+    """
+    own = module.__dict__.get("forward")
+
+    def restore() -> None:
+        if own is None:
+            module.__dict__.pop("forward", None)
         else:
-            assert isinstance(model, nn.Module)
-            return model
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = make(module.forward)
+    undo.callback(restore)
+
+
+def skip_blocks(undo: ExitStack, blocks: Iterable[nn.Module], in_tuple: bool) -> None:
+    """Let blocks return the hidden states that they are given, until ``undo`` is closed.
+
+    Args:
+        undo: Takes what puts the blocks back.
+        blocks: Decoder or vision blocks.
+        in_tuple: Whether their output is a tuple that begins with the hidden states.
+    """
+
+    def unchanged(*args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        return (hidden,) if in_tuple else hidden
+
+    for block in blocks:
+        replace_forward(undo, block, lambda _: unchanged)
+
+
+@contextmanager
+def skipped(blocks: Iterable[nn.Module], in_tuple: bool) -> Iterator[None]:
+    """While active, blocks return the hidden states that they are given; see ``skip_blocks``."""
+    with ExitStack() as undo:
+        skip_blocks(undo, blocks, in_tuple)
+        yield
 
 
 @contextmanager
@@ -52,25 +85,22 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def tapped(
-    model: nn.Module, anatomy: Anatomy, receive: Receive, slices: Collection[int] | None = None
-) -> Iterator[None]:
+def block_io(mm: MultimodalModel, receive: Receive, slices: Collection[int] | None = None) -> Iterator[None]:
     """While active, every forward pass of the model hands over its hidden states.
 
     Blocks that were compiled run uncompiled meanwhile. No hook is left behind, also where the forward pass fails.
 
     Args:
-        model: As ``plain`` gives it.
-        anatomy: Of that model.
+        mm: The plain model, as ``unwrap_model`` gives it.
         receive: Called with the slice and its hidden states (B, L, D), once per forward pass and slice.
         slices: Which of the ``num_layers + 1`` slices; all if None.
     """
-    wanted = set(range(anatomy.num_layers + 1) if slices is None else slices)
+    wanted = set(range(mm.layout.num_layers + 1) if slices is None else slices)
     handles = []
     try:
-        with uncompiled(model):
-            for index, name in enumerate(anatomy.layers):
-                block = model.get_submodule(name)
+        with uncompiled(mm.model):
+            for index, name in enumerate(mm.layout.layers):
+                block = mm.model.get_submodule(name)
                 if index == 0 and 0 in wanted:
                     handles.append(block.register_forward_pre_hook(_entering(receive), with_kwargs=True))
                 if index + 1 in wanted:
@@ -96,12 +126,11 @@ def _leaving(receive: Receive, index: int) -> Callable[..., None]:
 
 
 @torch.no_grad()
-def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, bool], chunk: int = 256) -> Tensor:
+def read_out(mm: MultimodalModel, hidden: Tensor, tuples: Mapping[int, bool], chunk: int = 256) -> Tensor:
     """Logits of hidden states (the logit lens, where they come from inner blocks).
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
+        mm: The plain model.
         hidden: (N, D) before the final norm.
         tuples: Which blocks return tuples, as a ``Recording`` knows.
         chunk: Hidden states at a time; the vocabulary is large.
@@ -109,46 +138,35 @@ def read_out(model: Any, anatomy: Anatomy, hidden: Tensor, tuples: Mapping[int, 
     Returns:
         (N, V) float32.
     """
-    return torch.cat([logits_of(model, anatomy, part, tuples) for part in hidden.split(chunk)])
+    return torch.cat([logits_of(mm, part, tuples) for part in hidden.split(chunk)])
 
 
-def logits_of(model: Any, anatomy: Anatomy, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
+def logits_of(mm: MultimodalModel, hidden_ND: Tensor, tuples: Mapping[int, bool]) -> Tensor:
     """(N, V) float32 logits as ``read_out`` gives them, with their graph where gradients are on."""
     hidden_N1D = hidden_ND[:, None]
     # Any word will do, for its embedding is passed by too; some models (Gemma 4) want to know which word it was.
-    word = int(getattr(model.config, "image_token_id", None) == 0)
+    word = int(getattr(mm.model.config, "image_token_id", None) == 0)
     given = {"input_ids": torch.full((len(hidden_ND), 1), word, device=hidden_ND.device)}
-    if "position_ids" in inspect.signature(model.forward).parameters:
+    if "position_ids" in inspect.signature(mm.model.forward).parameters:
         # No block reads them; a model left to itself takes those of its last batch (Qwen2-VL's rope_deltas).
         given["position_ids"] = torch.zeros(len(hidden_ND), 1, dtype=torch.long, device=hidden_ND.device)
-    with passed_by(model, anatomy, hidden_N1D, tuples):
-        logits = model(use_cache=False, **given).logits
+    with _returning(mm, hidden_N1D, tuples):
+        logits = mm.model(use_cache=False, **given).logits
     return logits[:, -1].float()
 
 
 @contextmanager
-def passed_by(model: nn.Module, anatomy: Anatomy, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
-    """While active, the blocks compute nothing and the last one returns ``output``."""
-    blocks = [model.get_submodule(name) for name in anatomy.layers]
-    with restored(blocks):
-        for index, block in enumerate(blocks):
-            answer = (output,) if tuples.get(index) else output
-            block.forward = lambda *_, answer=answer, **__: answer
+def _returning(mm: MultimodalModel, output: Tensor, tuples: Mapping[int, bool]) -> Iterator[None]:
+    """While active, the decoder blocks compute nothing and the last one returns ``output``."""
+    with ExitStack() as undo:
+        for index, name in enumerate(mm.layout.layers):
+            block = mm.model.get_submodule(name)
+            replace_forward(undo, block, partial(_answering, (output,) if tuples.get(index) else output))
         yield
 
 
-@contextmanager
-def restored(blocks: Sequence[nn.Module]) -> Iterator[None]:
-    """Whatever these blocks' forward becomes while this is active, it is put back."""
-    held = [block.__dict__.get("forward") for block in blocks]
-    try:
-        yield
-    finally:
-        for block, own in zip(blocks, held, strict=True):
-            if own is None:
-                block.__dict__.pop("forward", None)
-            else:
-                block.forward = own
+def _answering(answer: Any, _: Forward) -> Forward:
+    return lambda *_, **__: answer
 
 
 def remove_input_gradient_hooks(model: Any) -> int:

@@ -1,12 +1,8 @@
-"""Where the parts of a multimodal LLM are, found on the model object and never by a table of families.
+"""Where the parts of a multimodal LLM are: every parameter's region, and the modules of every decoder block.
 
-Data flow: a loaded (or meta-device) Hugging Face model -> ``resolving`` -> ``Anatomy``: one ``Place`` for every
-parameter, one ``Block`` for every decoder block. Policies, the census, the boundary, taps and interventions speak of
-parts through it.
-
-The rules by which the parts of a model are found.
-
-Data flow: a transformers model -> ``Resolver.resolve`` -> ``Anatomy``.
+Data flow: a loaded (or meta-device) transformers model -> ``_Resolver`` -> ``ModelLayout``: one ``ParameterLocation``
+for every parameter, one ``DecoderBlock`` for every block. Policies, census, gradient boundary, hooks and interventions
+address parts through it.
 
 The rules, in order: the decoder's blocks are the list inside ``get_decoder()`` as long as the text config says;
 embeddings and head are what the model's own accessors return; the vision tower is ``get_encoder(modality="image")``;
@@ -39,7 +35,7 @@ class Region(StrEnum):
     """Off the way from picture to text (audio towers, say): frozen under every policy."""
 
 
-class Part(StrEnum):
+class BlockPart(StrEnum):
     """The parts of one decoder block."""
 
     ATTENTION = "attention"
@@ -48,16 +44,16 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True)
-class Place:
+class ParameterLocation:
     """Where one parameter sits: its region and, inside a decoder block, the block's index and part."""
 
     region: Region
     layer: int | None = None
-    part: Part | None = None
+    part: BlockPart | None = None
 
 
 @dataclass(frozen=True)
-class Block:
+class DecoderBlock:
     """The parts of one decoder block, by the names of their modules.
 
     Args:
@@ -82,11 +78,11 @@ _LAST_LINEARS = ("o_proj", "out_proj", "down_proj", "c_proj", "wo", "w2", "dense
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class ModelLayout:
     """The resolved layout of one model.
 
     Args:
-        places: Parameter name -> place; a tied parameter stands once, under its first name.
+        locations: Parameter name -> location; a tied parameter stands once, under its first name.
         layers: Module names of the decoder's blocks, bottom to top.
         vision_blocks: Module names of the vision tower's blocks; empty where there is no tower.
         embedding: Module name of the token embedding.
@@ -95,7 +91,7 @@ class Anatomy:
         linears: Names of the linear modules: what an adapter can stand on.
     """
 
-    places: Mapping[str, Place]
+    locations: Mapping[str, ParameterLocation]
     layers: tuple[str, ...]
     vision_blocks: tuple[str, ...]
     embedding: str
@@ -109,25 +105,25 @@ class Anatomy:
 
     def parameters_in(self, region: Region) -> tuple[str, ...]:
         """Names of the region's parameters, in the model's order."""
-        return tuple(name for name, place in self.places.items() if place.region is region)
+        return tuple(name for name, place in self.locations.items() if place.region is region)
 
-    def place_of(self, name: str) -> Place:
+    def location_of(self, name: str) -> ParameterLocation:
         """Place of a parameter, also after adapters were put in and changed or added names."""
         plain = re.sub(r"\.lora_\w+(\..*)?$", ".weight", name.replace(".base_layer.", "."))
-        return self.places[plain]
+        return self.locations[plain]
 
     @cached_property
-    def blocks(self) -> tuple[Block, ...]:
+    def blocks(self) -> tuple[DecoderBlock, ...]:
         """The decoder's blocks, bottom to top."""
         return tuple(self._block(index, name) for index, name in enumerate(self.layers))
 
-    def _block(self, index: int, name: str) -> Block:
-        attention, mlp = (self._child(name, part) for part in (Part.ATTENTION, Part.MLP))
-        return Block(index, name, attention, mlp, self._last_linear(attention), self._last_linear(mlp))
+    def _block(self, index: int, name: str) -> DecoderBlock:
+        attention, mlp = (self._child(name, part) for part in (BlockPart.ATTENTION, BlockPart.MLP))
+        return DecoderBlock(index, name, attention, mlp, self._last_linear(attention), self._last_linear(mlp))
 
-    def _child(self, block: str, part: Part) -> str | None:
+    def _child(self, block: str, part: BlockPart) -> str | None:
         """The block's child that holds the most tensors of a part."""
-        inside = [name for name, place in self.places.items() if name.startswith(f"{block}.") and place.part is part]
+        inside = [name for name, place in self.locations.items() if name.startswith(f"{block}.") and place.part is part]
         children = Counter(name.removeprefix(f"{block}.").partition(".")[0] for name in inside)
         return f"{block}.{children.most_common(1)[0][0]}" if children else None
 
@@ -136,7 +132,7 @@ class Anatomy:
         return next(found, None)
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Anatomy":
+    def of(cls, model: nn.Module) -> "ModelLayout":
         """Resolve a model.
 
         Args:
@@ -149,10 +145,10 @@ class Anatomy:
             Call it on the plain model, before adapters are put in: they change names.
         """
 
-        return Resolver(model).resolve()
+        return _Resolver(model).resolve()
 
 
-class Resolver:
+class _Resolver:
     """Finds the parts of one model."""
 
     def __init__(self, model: Any) -> None:
@@ -161,21 +157,21 @@ class Resolver:
         self.text_config = model.config.get_text_config(decoder=True)
         _refuse_unless_decoder_only(model)
 
-    def resolve(self) -> Anatomy:
+    def resolve(self) -> ModelLayout:
         embedding = self._embedding()
         decoder, layers = self._decoder_layers()
         head = self._head(embedding)
         tower = self._tower(decoder)
         blocks = _tower_blocks(tower) if tower is not None else ()
-        claims: dict[int, Place] = {}
-        self._claim(claims, embedding, Place(Region.EMBEDDING))
+        claims: dict[int, ParameterLocation] = {}
+        self._claim(claims, embedding, ParameterLocation(Region.EMBEDDING))
         self._claim_decoder(claims, decoder, layers)
-        self._claim(claims, head, Place(Region.HEAD))
+        self._claim(claims, head, ParameterLocation(Region.HEAD))
         self._claim_other(claims)
         self._claim_picture_path(claims, tower, blocks)
-        places = {name: claims[id(parameter)] for name, parameter in self.model.named_parameters()}
-        return Anatomy(
-            places=places,
+        locations = {name: claims[id(parameter)] for name, parameter in self.model.named_parameters()}
+        return ModelLayout(
+            locations=locations,
             layers=tuple(self.names[id(layer)] for layer in layers),
             vision_blocks=tuple(self.names[id(block)] for block in blocks),
             embedding=self.names[id(embedding)],
@@ -218,41 +214,43 @@ class Resolver:
             return None
         return tower
 
-    def _claim(self, claims: dict[int, Place], module: nn.Module, place: Place) -> None:
+    def _claim(self, claims: dict[int, ParameterLocation], module: nn.Module, place: ParameterLocation) -> None:
         for parameter in module.parameters():
             claims.setdefault(id(parameter), place)
 
-    def _claim_decoder(self, claims: dict[int, Place], decoder: nn.Module, layers: tuple[nn.Module, ...]) -> None:
+    def _claim_decoder(
+        self, claims: dict[int, ParameterLocation], decoder: nn.Module, layers: tuple[nn.Module, ...]
+    ) -> None:
         for index, layer in enumerate(layers):
             for part, parameter in _parts(layer):
-                claims.setdefault(id(parameter), Place(Region.LAYERS, index, part))
+                claims.setdefault(id(parameter), ParameterLocation(Region.LAYERS, index, part))
         for child in decoder.children():
             if "norm" in type(child).__name__.lower():
-                self._claim(claims, child, Place(Region.NORM))
+                self._claim(claims, child, ParameterLocation(Region.NORM))
         if decoder is not self.model.base_model and decoder is not self.model:
-            self._claim(claims, decoder, Place(Region.EMBEDDING))
+            self._claim(claims, decoder, ParameterLocation(Region.EMBEDDING))
 
-    def _claim_other(self, claims: dict[int, Place]) -> None:
+    def _claim_other(self, claims: dict[int, ParameterLocation]) -> None:
         audio = self.model.get_encoder(modality="audio")
         if audio is not None and audio not in (self.model, self.model.base_model, self.model.get_decoder()):
-            self._claim(claims, audio, Place(Region.OTHER))
+            self._claim(claims, audio, ParameterLocation(Region.OTHER))
 
     def _claim_picture_path(
-        self, claims: dict[int, Place], tower: nn.Module | None, blocks: tuple[nn.Module, ...]
+        self, claims: dict[int, ParameterLocation], tower: nn.Module | None, blocks: tuple[nn.Module, ...]
     ) -> None:
         """Towers and connector: all that is left. A tower with nothing outside it carries its own connector."""
         inside = {id(p) for p in tower.parameters()} if tower is not None else set()
         for sibling in self._siblings(tower):
             if _embeds_patches(sibling):
-                self._claim(claims, sibling, Place(Region.VISION))
+                self._claim(claims, sibling, ParameterLocation(Region.VISION))
         outside = [p for p in self.model.parameters() if id(p) not in claims and id(p) not in inside]
         if tower is not None and not any(p.ndim > 1 for p in outside):
             for module in _built_in_connector(tower, blocks):
-                self._claim(claims, module, Place(Region.CONNECTOR))
+                self._claim(claims, module, ParameterLocation(Region.CONNECTOR))
         if tower is not None:
-            self._claim(claims, tower, Place(Region.VISION))
+            self._claim(claims, tower, ParameterLocation(Region.VISION))
         for parameter in outside:
-            claims.setdefault(id(parameter), Place(Region.CONNECTOR))
+            claims.setdefault(id(parameter), ParameterLocation(Region.CONNECTOR))
 
     def _siblings(self, tower: nn.Module | None) -> Iterator[nn.Module]:
         """Modules beside the tower and the decoder: second towers and connectors."""
@@ -290,16 +288,16 @@ def _built_in_connector(tower: nn.Module, blocks: tuple[nn.Module, ...]) -> Iter
         behind = behind or any(block is module for block in blocks[:1] for module in child.modules())
 
 
-def _parts(layer: nn.Module) -> Iterator[tuple[Part, nn.Parameter]]:
+def _parts(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parameter]]:
     """Each parameter of a block with its part: norms by class, feed-forwards by class, else the token mixer."""
     for name, child in layer.named_children():
         kind = f"{name} {type(child).__name__}".lower()
         feed_forward = any(word in kind for word in ("mlp", "moe", "feed_forward", "feedforward", "ffn", "expert"))
         for module in child.modules():
             norm = "norm" in type(module).__name__.lower()
-            part = Part.NORM if norm else Part.MLP if feed_forward else Part.ATTENTION
+            part = BlockPart.NORM if norm else BlockPart.MLP if feed_forward else BlockPart.ATTENTION
             yield from ((part, parameter) for parameter in module.parameters(recurse=False))
-    yield from ((Part.NORM, parameter) for parameter in layer.parameters(recurse=False))
+    yield from ((BlockPart.NORM, parameter) for parameter in layer.parameters(recurse=False))
 
 
 def _refuse_unless_decoder_only(model: Any) -> None:

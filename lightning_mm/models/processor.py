@@ -7,22 +7,15 @@ A processor writes out each image placeholder as many tokens before it tokenizes
 was before that, so the text that reaches the tokenizer is kept, with the characters that each token stands for.
 
 Shapes: B texts, L tokens after padding.
-
-Processors for pictures and video, on machines that can only do pictures.
-
-The processors of Qwen-VL, InternVL and LLaVA-OneVision hold a video processor also where no video ever comes. Those of
-transformers all need torchvision, and without it such a processor can neither be made nor loaded. Importing this module
-mends that: where torchvision is absent, an optional video processor is left out. Where it is there, nothing changes.
-
-Data flow: ``import lightning_mm.models.processor`` -> ``AutoProcessor.from_pretrained`` and the processors'
-own classes work.
 """
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -34,21 +27,40 @@ from transformers import AutoConfig, AutoProcessor, PretrainedConfig, ProcessorM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 
-_base: Any = ProcessorMixin
-_all_parts = _base.get_attributes.__func__
+
+@contextmanager
+def optional_video_processor() -> Iterator[None]:
+    """While active, processors can be made, loaded and saved without the video processor that they take as an option.
+
+    The processors of Qwen-VL, InternVL and LLaVA-OneVision hold a video processor also where no video ever comes. Those
+    of transformers need torchvision, without which such a processor can neither be made nor loaded. Where torchvision
+    is installed nothing changes.
+    """
+    if is_torchvision_available():
+        yield
+        return
+    base: Any = ProcessorMixin
+    own = base.__dict__["get_attributes"]
+
+    def without_video(cls: type[ProcessorMixin]) -> list[str]:
+        video = inspect.signature(cls.__init__).parameters.get("video_processor")
+        left_out = "video_processor" if video is not None and video.default is None else None
+        return [part for part in own.__func__(cls) if part != left_out]
+
+    base.get_attributes = classmethod(without_video)
+    try:
+        yield
+    finally:
+        base.get_attributes = own
 
 
-def _parts_but_video(cls: type[ProcessorMixin]) -> list[str]:
-    video = inspect.signature(cls.__init__).parameters.get("video_processor")
-    left_out = "video_processor" if video is not None and video.default is None else None
-    return [part for part in _all_parts(cls) if part != left_out]
-
-
-if not is_torchvision_available():
-    _base.get_attributes = classmethod(_parts_but_video)
+def save_processor(processor: Any, folder: str | Path) -> None:
+    """Write a processor of transformers to a folder, also one without its optional video processor."""
+    with optional_video_processor():
+        processor.save_pretrained(folder)
 
 
 def video_part(name: str) -> dict[str, Any]:
@@ -113,7 +125,9 @@ class Processing:
         self.image_token_ids = _image_token_ids(processor, config)
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-            decide("data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out")
+            log_decision(
+                "data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out"
+            )
         self._recording = copy.copy(processor)
         self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
 
@@ -197,7 +211,8 @@ def load_processing(path: str, revision: str | None = None) -> Processing:
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         loader: Any = AutoProcessor
-        processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
+        with optional_video_processor():
+            processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(
             f"The processor of {path} cannot be loaded.",

@@ -9,24 +9,29 @@ by ``torch.nn.functional.rms_norm``, 0.9 here. In a training step of 61 of them 
 Shapes: ... any, D hidden size.
 """
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.models.hooks import Forward, replace_forward
 
 _OFFSETS = (0.0, 1.0)
 """What is added to the weight before it scales; Gemma's weights are what is more than 1."""
 
 
-def norm_on_processors(model: nn.Module) -> int:
-    """From now on, norms of float32 on a processor are computed so, in place, once; returns how many.
+def use_cpu_norms(model: nn.Module, undo: ExitStack) -> int:
+    """Compute RMS norms of float32 on CPUs with one backward; returns how many modules changed.
 
     A module counts as an RMS norm by what it computes, whatever it is called: one weight of (D,), an ``eps``, and the
     formula's outputs for drawn inputs.
+
+    Args:
+        model: Any model; norms that somebody has replaced already are left alone.
+        undo: Takes what puts the norms back.
     """
     tried: dict[Any, float | None] = {}
     changed = 0
@@ -42,7 +47,7 @@ def norm_on_processors(model: nn.Module) -> int:
         if kind not in tried:
             tried[kind] = _offset(module, eps)
         if (offset := tried[kind]) is not None:
-            module.forward = partial(_normed, module, module.forward, eps, offset)
+            replace_forward(undo, module, partial(_with_one_backward, module, eps, offset))
             changed += 1
     return changed
 
@@ -64,15 +69,19 @@ def _offset(module: nn.Module, eps: float) -> float | None:
     return None
 
 
+def _with_one_backward(module: Any, eps: float, offset: float, forward: Forward) -> Forward:
+    return partial(_normed, module, forward, eps, offset)
+
+
 def _normed(
-    module: Any, forward: Callable[..., Any], eps: float, offset: float, hidden: Tensor, *args: Any, **options: Any
+    module: Any, forward: Forward, eps: float, offset: float, hidden: Tensor, *args: Any, **options: Any
 ) -> Any:
     ours = hidden.device.type == "cpu" and hidden.dtype == torch.float32 and not (args or options)
     flows = torch.is_grad_enabled() and hidden.requires_grad and not torch.compiler.is_compiling()
     if not (ours and flows):
         return forward(hidden, *args, **options)
     # Told where it is so: a model that is loaded on a processor may be trained elsewhere.
-    decide("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
+    log_decision("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
     return _Norm.apply(hidden, module.weight, eps, offset)
 
 

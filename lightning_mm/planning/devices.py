@@ -1,10 +1,7 @@
-"""What devices can do, and how long a step takes on one of them.
+"""What devices can compute, and how long a step takes on one of them.
 
-Data flow: a device's name, or a measurement here -> ``Device``; FLOPs and bytes of a step -> seconds.
-
-How fast this device multiplies matrices: what the use that a run makes of it is measured against.
-
-Data flow: device + dtype -> median over groups of square products, timed -> FLOP/s.
+Data flow: a device's name, or matrix products timed here -> ``Device`` -> FLOPs and bytes of a step -> seconds. The
+measured FLOP/s are also what a run's model FLOPs utilization (MFU) is a share of.
 """
 
 import os
@@ -18,88 +15,25 @@ from torch import nn
 
 from lightning_mm.core.errors import UserError
 
-_SIZES = {"cpu": (1024,), "cuda": (8192, 4096, 2048)}
-_GROUPS = 9
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
-    """FLOP/s of large matrix products under the settings in force (threads, TF32); random generators stay as they are.
-
-    Args:
-        device: Where to multiply.
-        dtype: Of the factors.
-        seconds: About how long to measure; a slow device takes longer.
-
-    Raises:
-        torch.OutOfMemoryError: Not even small matrices fit.
-    """
-    sizes = _SIZES.get(device.type, (4096, 2048))
-    for size in sizes:
-        try:
-            return _timed(device, dtype, size, seconds)
-        except torch.OutOfMemoryError:
-            if size == sizes[-1]:
-                raise
-    raise AssertionError("every size either fits or raises")
-
-
-def compute_dtype(model: nn.Module, precision: str) -> torch.dtype:
-    """What the large products of a step are computed in.
-
-    Args:
-        model: As it trains.
-        precision: The trainer's.
-    """
-    if precision == "bf16-mixed":
-        return torch.bfloat16
-    sizes: Counter[torch.dtype] = Counter()
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            sizes[parameter.dtype] += parameter.numel()
-    return sizes.most_common(1)[0][0]
-
-
-def wait_for(device: torch.device) -> None:
-    """Return when the device has done all it was told to."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-@torch.no_grad()
-def _timed(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
-    generator = torch.Generator(device).manual_seed(0)  # of constants, a GPU would be faster than of any real data
-    a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=generator) for _ in range(2))
-    out = torch.empty_like(a)
-
-    def group(count: int) -> float:
-        began = time.perf_counter()
-        for _ in range(count):
-            torch.mm(a, b, out=out)
-        wait_for(device)
-        return (time.perf_counter() - began) / count
-
-    group(1)  # kernels are loaded and chosen here
-    count = max(1, round(seconds / (_GROUPS + 1) / group(1)))
-    return 2 * size**3 / median(group(count) for _ in range(_GROUPS if count > 1 else 3))
-
-
-_ON_CPU = 0.65
-_OPTIMIZER_PASSES = 7
+_MATMUL_SIZES = {"cpu": (1024,), "cuda": (8192, 4096, 2048)}
+_MATMUL_GROUPS = 9
+_CPU_UTILIZATION = 0.65
+_ADAMW_PASSES = 7
 """AdamW reads weight, gradient and two moments, and writes weight and moments."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """A device's peaks.
+    """Peak rates of a device.
 
     Args:
-        name: What it is called.
+        name: As shown.
         bf16: FLOP/s of dense bfloat16 products, summed in float32.
         fp32: FLOP/s of float32 products, without TF32.
         bandwidth: Bytes/s of its memory.
         memory: Bytes; 0 where it is not known.
-        utilisation: Share of the peak that a step is assumed to reach, norms and kernel launches included.
-        processor: Whether it is a CPU, where short rows' attention is written out (``models.processors``).
+        utilization: Share of the peak that a step is assumed to reach, norms and kernel launches included.
+        is_cpu: Whether it is a CPU, where ``models.attention.cpu_kernels`` computes the attention of short rows.
     """
 
     name: str
@@ -107,13 +41,19 @@ class Device:
     fp32: float
     bandwidth: float
     memory: float
-    utilisation: float = 0.45
-    processor: bool = False
+    utilization: float = 0.45
+    is_cpu: bool = False
 
-    def seconds(self, flops: float, trained_bytes: float, bf16: bool) -> float:
-        """Predicted time of a step: products at the assumed utilisation, then the optimizer at the memory's speed."""
+    def step_seconds(self, flops: float, trained_bytes: float, bf16: bool) -> float:
+        """Predicted seconds of a step: products at the assumed utilization, then AdamW at the memory's bandwidth.
+
+        Args:
+            flops: Of the step.
+            trained_bytes: Bytes of the weights that train.
+            bf16: Whether products are of bfloat16; else of float32.
+        """
         peak = self.bf16 if bf16 else self.fp32
-        return flops / (peak * self.utilisation) + _OPTIMIZER_PASSES * trained_bytes / self.bandwidth
+        return flops / (peak * self.utilization) + _ADAMW_PASSES * trained_bytes / self.bandwidth
 
 
 DEVICES = {
@@ -130,16 +70,16 @@ DEVICES = {
 }
 
 
-def device(name: str, bf16: bool) -> Device:
+def find_device(name: str, bf16: bool) -> Device:
     """A device by name.
 
     Args:
-        name: Of the table; 'cpu' is this machine's by its number of cores; 'measured' times products here, on the GPU
-            where there is one.
-        bf16: Which products to time.
+        name: Key of ``DEVICES``; 'cpu' is this machine's, by its number of cores; 'measured' times products here, on
+            the GPU where there is one.
+        bf16: Whether 'measured' times bfloat16 products; else float32.
 
     Raises:
-        UserError: Nobody knows such a device.
+        UserError: There is no device of that name.
     """
     plain = name.lower().replace(" ", "").replace("-", "").replace("_", "")
     if plain in DEVICES:
@@ -147,19 +87,81 @@ def device(name: str, bf16: bool) -> Device:
     if plain == "cpu":
         # Two fused multiply-adds of 8 float32 numbers a cycle (AVX2) at 2.5 GHz; two channels of DDR4-3200, halved.
         cores = os.cpu_count() or 1
-        return Device(f"CPU, {cores} cores", 80e9 * cores, 80e9 * cores, 25e9, 0, _ON_CPU, processor=True)
+        return Device(f"CPU, {cores} cores", 80e9 * cores, 80e9 * cores, 25e9, 0, _CPU_UTILIZATION, is_cpu=True)
     if plain == "measured":
-        return _measured(bf16)
+        return _measure_local_device(bf16)
     raise UserError(
         f"--device {name} is not known.", "It is in no table.", f"Use {', '.join(DEVICES)}, cpu or measured."
     )
 
 
-def _measured(bf16: bool) -> Device:
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    peak = matmul_peak(here, torch.bfloat16 if bf16 else torch.float32)
-    if here.type == "cpu":
-        return Device("this CPU", peak, peak, 25e9, 0, _ON_CPU, processor=True)
-    properties = torch.cuda.get_device_properties(here)
+def _measure_local_device(bf16: bool) -> Device:
+    local = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = benchmark_matmul(local, torch.bfloat16 if bf16 else torch.float32)
+    if local.type == "cpu":
+        return Device("this CPU", peak, peak, 25e9, 0, _CPU_UTILIZATION, is_cpu=True)
+    properties = torch.cuda.get_device_properties(local)
     known = next((d for key, d in DEVICES.items() if key in properties.name.lower().replace(" ", "")), None)
     return Device(properties.name, peak, peak, known.bandwidth if known else 1e12, properties.total_memory)
+
+
+def benchmark_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of large matrix products under the settings in force (threads, TF32); random generators are unchanged.
+
+    Args:
+        device: Where to multiply.
+        dtype: Of the factors.
+        seconds: About how long to measure; a slow device takes longer.
+
+    Raises:
+        torch.OutOfMemoryError: Not even small matrices fit.
+    """
+    sizes = _MATMUL_SIZES.get(device.type, (4096, 2048))
+    for size in sizes:
+        try:
+            return _time_matmul(device, dtype, size, seconds)
+        except torch.OutOfMemoryError:
+            if size == sizes[-1]:
+                raise
+    raise AssertionError("every size either fits or raises")
+
+
+@torch.no_grad()
+def _time_matmul(device: torch.device, dtype: torch.dtype, size: int, seconds: float) -> float:
+    """Median FLOP/s over groups of square products."""
+    generator = torch.Generator(device).manual_seed(0)  # of constants, a GPU would be faster than of any real data
+    a, b = (torch.randn(size, size, dtype=dtype, device=device, generator=generator) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def time_group(count: int) -> float:
+        began = time.perf_counter()
+        for _ in range(count):
+            torch.mm(a, b, out=out)
+        synchronize(device)
+        return (time.perf_counter() - began) / count
+
+    time_group(1)  # kernels are loaded and chosen here
+    count = max(1, round(seconds / (_MATMUL_GROUPS + 1) / time_group(1)))
+    return 2 * size**3 / median(time_group(count) for _ in range(_MATMUL_GROUPS if count > 1 else 3))
+
+
+def compute_dtype(model: nn.Module, precision: str) -> torch.dtype:
+    """The type of the large products of a step.
+
+    Args:
+        model: As it trains.
+        precision: The trainer's.
+    """
+    if precision == "bf16-mixed":
+        return torch.bfloat16
+    sizes: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] += parameter.numel()
+    return sizes.most_common(1)[0][0]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has finished all kernels launched so far; a CPU launches none."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,14 +1,13 @@
-"""What a step's cost depends on: sums over its rows and pictures.
+"""The shape of a training step: the sums over rows and pictures that its FLOPs are linear in.
 
-Data flow: Batch -> ``StepShape``; shapes of several steps add up, and ``flops`` turns them into operations.
+Data flow: ``Batch`` -> ``StepShape``; shapes of several steps add up, and ``flops.StepCost`` turns them into FLOPs.
 
-Shapes: S supervised positions.
+Shapes: B rows, L tokens after padding, N pictures.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-import torch
 from torch import Tensor
 
 from lightning_mm.data.batch import Batch, TokenRegion
@@ -16,14 +15,14 @@ from lightning_mm.data.batch import Batch, TokenRegion
 
 @dataclass(frozen=True)
 class StepShape:
-    """What a step's cost depends on: sums over its rows and pictures, so that shapes add.
+    """Sums over the rows and pictures of one or more steps.
 
     Args:
         tokens: Tokens of all rows.
-        pairs: Squared tokens of each row.
-        supervised: S.
-        pixels: Numbers in the pictures' tensors.
-        picture_pairs: Squared patches of each picture, in families whose pictures keep their size; else 0.
+        pairs: Squared tokens of each row, summed: the size of self-attention.
+        supervised: Positions whose next token is trained.
+        pixels: Elements of the pictures' tensors.
+        picture_pairs: Squared patches of each picture, summed, in families whose pictures keep their size; else 0.
     """
 
     tokens: float = 0.0
@@ -44,22 +43,35 @@ class StepShape:
 
         Args:
             batch: As the collator makes it.
-            padded: As its rows stand in the tensor; else without padding.
+            padded: Whether padding counts as tokens, as in the batch's tensors.
         """
         rows, length = batch.regions.shape
-        lengths = (batch.regions != TokenRegion.PAD).sum(1).double()
-        lengths = torch.full((rows,), float(length)).double() if padded else lengths
-        pictures = picture_sizes(batch.inputs)
-        return cls(float(lengths.sum()), float(lengths.square().sum()), float(batch.num_supervised), *pictures)
+        pairs = rows * length**2 if padded else int(token_pairs(batch))
+        tokens = batch.regions.numel() if padded else int((batch.regions != TokenRegion.PAD).sum())
+        pixels, picture_pairs = count_pixels(batch.inputs), sum(count**2 for count in patch_counts(batch.inputs))
+        return cls(float(tokens), float(pairs), float(batch.num_supervised), float(pixels), float(picture_pairs))
 
 
-def picture_sizes(inputs: Mapping[str, Tensor]) -> tuple[float, float]:
-    """``pixels`` and ``picture_pairs`` of what a model's forward takes."""
-    pixels = sum(value.numel() for name, value in inputs.items() if name.startswith("pixel_values"))
-    return float(pixels), float(sum(count**2 for count in patches(inputs)))
+def token_pairs(batch: Batch) -> Tensor:
+    """() squared tokens of each row, summed, without padding."""
+    return (batch.regions != TokenRegion.PAD).sum(1).square().sum()
 
 
-def patches(inputs: Mapping[str, Tensor]) -> list[int]:
-    """Patches of each picture, in families whose pictures keep their size; inputs on the CPU."""
-    grids = [value for name, value in inputs.items() if name.endswith("image_grid_thw")]
-    return [int(count) for grid in grids for count in grid.prod(1).tolist()]
+def count_pixels(inputs: Mapping[str, Tensor]) -> int:
+    """Elements of the pictures' tensors among a model's inputs."""
+    return sum(value.numel() for name, value in inputs.items() if name.startswith("pixel_values"))
+
+
+def patches_per_picture(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """(N,) patches of each picture, one tensor per grid; empty in families whose pictures take one size."""
+    return [value.prod(1) for name, value in inputs.items() if name.endswith("image_grid_thw")]
+
+
+def patch_counts(inputs: Mapping[str, Tensor]) -> list[int]:
+    """Patches of each picture, read from inputs on the CPU; empty in families whose pictures take one size."""
+    return [int(count) for patches in patches_per_picture(inputs) for count in patches.tolist()]
+
+
+def picture_pairs(inputs: Mapping[str, Tensor], zero: Tensor) -> Tensor:
+    """() squared patches of each picture, summed on the inputs' device; ``zero`` () where there are no grids."""
+    return sum((patches.square().sum() for patches in patches_per_picture(inputs)), zero)

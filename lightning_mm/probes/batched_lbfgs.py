@@ -1,7 +1,7 @@
-"""Many smooth convex problems minimised at once: L-BFGS with a line search and a stop of its own for each.
+"""L-BFGS on many smooth convex problems at once, with a line search and a stopping test of its own for each.
 
-Data flow: ``logistic`` gives the value and gradient of all problems at all points, and an approximate inverse Hessian;
-what comes back is where each problem has its minimum, and whether it got there.
+Data flow: ``logistic`` gives value and gradient of all problems at all points, and an approximate inverse Hessian ->
+``minimize`` -> the minimum of each problem, and whether it converged.
 
 Shapes: B problems, M unknowns per problem.
 """
@@ -15,22 +15,26 @@ from torch import Tensor
 from torch.linalg import vecdot
 
 _MEMORY = 6
+"""Step and gradient-difference pairs that are kept."""
+
 _HALVINGS = 12
+"""Trial steps of a line search."""
+
 _SUFFICIENT = 1e-4
-"""Armijo's constant: the share of the decrease foretold by the gradient that a step must bring."""
+"""Armijo's constant: share of the decrease predicted by the gradient that a step must achieve."""
 
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
 """(B, M) points -> (B,) values and (B, M) gradients."""
 
 
-class Minimum(NamedTuple):
-    """Where the problems ended.
+class OptimizeResult(NamedTuple):
+    """Result of ``minimize``.
 
     Args:
-        point: (B, M).
-        value: (B,).
-        steps: (B,) how many steps each took.
-        converged: (B,) whether its gradient is within the tolerance.
+        point: (B, M) minimizers.
+        value: (B,) objective there.
+        steps: (B,) number of steps.
+        converged: (B,) whether the gradient is within the tolerance.
     """
 
     point: Tensor
@@ -39,22 +43,22 @@ class Minimum(NamedTuple):
     converged: Tensor
 
 
-def minimise(
+def minimize(
     evaluate: Evaluate,
     start_BM: Tensor,
     precondition: Callable[[Tensor], Tensor],
     *,
     tolerance: float,
     max_steps: int,
-) -> Minimum:
-    """Minimise every problem from its start (Nocedal and Wright 2006, algorithm 7.5, with backtracking).
+) -> OptimizeResult:
+    """Minimize every problem from its start (Nocedal and Wright 2006, algorithm 7.5, with backtracking).
 
     Args:
-        evaluate: Of all problems.
-        start_BM: First points.
-        precondition: (B, M) gradients -> an approximate inverse Hessian times them; positive definite.
+        evaluate: Values and gradients of all problems at given points.
+        start_BM: Initial points.
+        precondition: (B, M) gradients -> their product with an approximate inverse Hessian, positive definite.
         tolerance: A problem stops once no entry of its gradient is larger.
-        max_steps: A problem that has not stopped by then is returned as it is, not converged.
+        max_steps: A problem that has not stopped by then is returned as not converged.
     """
     point, (value, gradient) = start_BM, evaluate(start_BM)
     steps = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
@@ -72,13 +76,13 @@ def minimise(
         point, value, gradient = new_point, new_value, new_gradient
         steps += running & ~failed
         stuck |= failed
-    return Minimum(point, value, steps, gradient.abs().amax(1) <= tolerance)
+    return OptimizeResult(point, value, steps, gradient.abs().amax(1) <= tolerance)
 
 
 def _inverse_hessian_times(
     gradient: Tensor, history: deque[tuple[Tensor, Tensor, Tensor]], precondition: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    """The two-loop recursion, its middle scaled to the last step's curvature; a step of length zero leaves no trace."""
+    """Two-loop recursion, scaled to the last step's curvature; steps of length zero have no effect."""
     q, weights = gradient.clone(), []
     for step, change, inverse in reversed(history):
         weights.append(inverse * vecdot(step, q))
@@ -86,8 +90,8 @@ def _inverse_hessian_times(
     q = precondition(q)
     if history:
         step, change, inverse = history[-1]
-        foretold = vecdot(change, precondition(change))
-        q.mul_(torch.where(inverse > 0, vecdot(step, change) / foretold, 1.0)[:, None])
+        predicted = vecdot(change, precondition(change))
+        q.mul_(torch.where(inverse > 0, vecdot(step, change) / predicted, 1.0)[:, None])
     for (step, change, inverse), weight in zip(history, reversed(weights), strict=True):
         q.addcmul_((weight - inverse * vecdot(change, q))[:, None], step)
     return q
@@ -96,10 +100,10 @@ def _inverse_hessian_times(
 def _line_search(
     evaluate: Evaluate, point: Tensor, value: Tensor, gradient: Tensor, direction: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Halve each problem's step until it decreases enough; rounding of the value is no increase.
+    """Halve each problem's step until the value decreases enough; an increase within rounding is accepted.
 
     Returns:
-        Points, values, gradients, and (B,) which problems found no step: they stay where they are.
+        Points, values, gradients, and (B,) which problems found no step: their point is unchanged.
     """
     slope = vecdot(gradient, direction)
     slack = 10 * torch.finfo(value.dtype).eps * value.abs()

@@ -1,9 +1,9 @@
-"""How sure scores are: bootstrap intervals, chance bands, and what may be said of many layers at once.
+"""Uncertainty of scores: bootstrap intervals, null bands, peak layers and multiple testing over layers.
 
 Data flow: scores (L,) and their bootstrap draws (L, B) -> Estimates; draws -> the peak layer with its interval;
 p-values of all layers -> false discovery rates.
 
-Shapes: L layers, N samples, A tasks or labels, B draws.
+Shapes: L layers, N samples, M samples of a stratum, A tasks or labels, B draws.
 """
 
 import math
@@ -13,22 +13,22 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.core.estimate import Estimate
 
 CONFIDENCE = 0.95
 
 _ENTRIES = 1 << 24
-"""Labels dealt anew at once: 64 MB."""
+"""Permuted labels that are scored at once: 64 MB."""
 
 
-def bounds(draws_LB: Tensor) -> Tensor:
-    """(L, 2) what 95 % of the draws lie between; draws that are NaN are left out."""
+def percentile_interval(draws_LB: Tensor) -> Tensor:
+    """(L, 2) 2.5 % and 97.5 % quantiles of the draws; NaN are left out."""
     tail = (1 - CONFIDENCE) / 2
     levels = torch.tensor([tail, 1 - tail], dtype=draws_LB.dtype, device=draws_LB.device)
     return torch.nanquantile(draws_LB, levels, dim=1).T
 
 
-def estimates(
+def bootstrap_estimates(
     score_L: Tensor,
     draws_LB: Tensor,
     *,
@@ -43,45 +43,55 @@ def estimates(
 
     Args:
         score_L: Values.
-        draws_LB: The same, of resampled groups.
-        n: Samples.
-        k: Classes or labels.
-        groups: Independent ones among the samples. Resampling a score of 1 or 0 shows no spread: there the other end is
-            that of no error, or nothing but errors, in so many trials (Clopper and Pearson 1934).
-        least: What the score cannot fall below.
-        most: What it cannot exceed.
-        null: What chance would give.
+        draws_LB: Values for resampled groups.
+        n: Number of samples.
+        k: Number of classes or labels.
+        groups: Number of independent groups. A score of 1 or 0 has no bootstrap spread: the other end of its interval
+            is that of no error, or only errors, in this many trials (Clopper and Pearson 1934).
+        least: Smallest possible value of the score.
+        most: Largest possible value of the score.
+        null: Chance level; None where it is not known.
     """
     faultless = ((1 - CONFIDENCE) / 2) ** (1 / groups)
-    # A draw repeats samples, which raises average precision and calibration error: draws are moved back to the value.
-    centred_LB = draws_LB + (score_L - draws_LB.nanmean(1))[:, None]
+    # A draw repeats samples, which raises average precision and calibration error: draws are centered on the value.
+    centered_LB = draws_LB + (score_L - draws_LB.nanmean(1))[:, None]
     found = []
-    for value, (low, high) in zip(score_L.tolist(), bounds(centred_LB).clamp(least, most).tolist(), strict=True):
+    for value, (low, high) in zip(
+        score_L.tolist(), percentile_interval(centered_LB).clamp(least, most).tolist(), strict=True
+    ):
         if (least, most) == (0, 1) and low == high == value:
             low, high = (faultless, 1.0) if value == 1 else (0.0, 1 - faultless) if value == 0 else (low, high)
-        found.append(finite(value, n, k=k, low=low, high=high, null=null))
+        found.append(Estimate.of(value, n, k=k, low=low, high=high, null=null))
     return found
 
 
-def band(null: float, spread: float) -> dict[str, float]:
-    """The fields of an Estimate that say what chance gives: normal, cut off at 0 and 1."""
+def normal_null_band(null: float, spread: float) -> dict[str, float]:
+    """The null fields of an Estimate for a normal null with this mean and standard deviation, clipped to [0, 1]."""
     reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
     return {"null": null, "null_low": max(0.0, null - reach), "null_high": min(1.0, null + reach)}
 
 
 def p_value(value: float, null: float, spread: float) -> float:
-    """How likely chance is to give as much; where chance has no spread, it does."""
+    """Probability of a value as high under a normal null; 1 where its standard deviation is 0."""
     if math.isnan(value) or math.isnan(spread):
         return math.nan
     return 1 - NormalDist(null, spread).cdf(value) if spread > 0 else 1.0
 
 
-def chance_auroc(
+def permuted_auroc(
     scores_LAN: Tensor, truth_AN: Tensor, strata_N: Tensor, groups_N: Tensor, draws: int, seed: int
 ) -> Tensor:
-    """(L, B) mean AUROC over tasks once labels are dealt anew among groups of a stratum, a group's labels together.
+    """(L, B) mean AUROC over tasks with labels permuted among the groups of each stratum, a group's labels together.
 
-    Of {0, 1} predictions the AUROC is the balanced accuracy.
+    For {0, 1} predictions the AUROC is the balanced accuracy.
+
+    Args:
+        scores_LAN: Higher means positive.
+        truth_AN: {0, 1} labels.
+        strata_N: Labels are permuted, and pairs are ranked, within a stratum only.
+        groups_N: Group ids.
+        draws: B.
+        seed: Seed of the permutations.
     """
     generator = torch.Generator().manual_seed(seed)
     right_LBA = pairs_A = scores_LAN.new_zeros(())
@@ -89,16 +99,16 @@ def chance_auroc(
     for stratum in torch.unique(strata_N):
         rows = torch.where(strata_N == stratum)[0]
         ids_G, group_N = torch.unique(groups_N[rows.to(groups_N.device)].cpu(), return_inverse=True)
-        place_BN = torch.rand(draws, len(ids_G), generator=generator)[:, group_N]
-        dealt_BN = torch.empty_like(place_BN, dtype=torch.long)
-        home_N = torch.argsort(group_N, stable=True)
-        dealt_BN[:, home_N] = torch.argsort(place_BN[:, home_N], dim=1, stable=True)
-        truth_AM = truth_AN[:, rows][:, home_N.to(rows.device)].to(scores_LAN)
+        key_BN = torch.rand(draws, len(ids_G), generator=generator)[:, group_N]
+        permuted_BN = torch.empty_like(key_BN, dtype=torch.long)
+        sorted_N = torch.argsort(group_N, stable=True)
+        permuted_BN[:, sorted_N] = torch.argsort(key_BN[:, sorted_N], dim=1, stable=True)
+        truth_AM = truth_AN[:, rows][:, sorted_N.to(rows.device)].to(scores_LAN)
         positives_A = truth_AM.sum(1)
         ranks_LAN = mid_ranks(scores_LAN[..., rows])
         parts = [
             torch.einsum("abn,lan->lba", truth_AM[:, part_BN], ranks_LAN)
-            for part_BN in dealt_BN.to(rows.device).split(at_once)
+            for part_BN in permuted_BN.to(rows.device).split(at_once)
         ]
         right_LBA = right_LBA + torch.cat(parts, 1) - positives_A * (positives_A + 1) / 2
         pairs_A = pairs_A + positives_A * (len(rows) - positives_A)
@@ -106,7 +116,7 @@ def chance_auroc(
 
 
 def mid_ranks(scores: Tensor) -> Tensor:
-    """(..., N) ranks from 1; equal ones share their mean rank.
+    """(..., N) ranks from 1; ties are averaged.
 
     Example:
         >>> mid_ranks(torch.tensor([0.3, 0.1, 0.3]))
@@ -118,11 +128,11 @@ def mid_ranks(scores: Tensor) -> Tensor:
 
 
 def peak(found: Sequence[Estimate], draws_LB: Tensor) -> tuple[int, int, int] | None:
-    """The layer of the maximum and the layers that 95 % of the draws have theirs between; None without any value.
+    """Layer of the maximum, and first and last layer of its 95 % bootstrap interval; None without any value.
 
     Args:
-        found: One per layer; the first of equal ones is the peak.
-        draws_LB: Of the same groups in all layers.
+        found: One Estimate per layer; of equal maxima the first is the peak.
+        draws_LB: Bootstrap draws of the same groups in all layers.
     """
     defined = [layer for layer, estimate in enumerate(found) if estimate.value is not None]
     if not defined:
@@ -139,7 +149,7 @@ def plateau(found: Sequence[Estimate]) -> tuple[int, int] | None:
     """First and last of the layers around the maximum whose intervals reach it; None without any value.
 
     Example:
-        >>> plateau([Estimate(value, 100, high=value + 0.1) for value in (0.5, 0.75, 0.8, 0.6)])
+        >>> plateau([Estimate(value, n=100, high=value + 0.1) for value in (0.5, 0.75, 0.8, 0.6)])
         (1, 2)
     """
     values = [-math.inf if estimate.value is None else estimate.value for estimate in found]
@@ -156,7 +166,9 @@ def plateau(found: Sequence[Estimate]) -> tuple[int, int] | None:
 
 
 def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """The false discovery rate at which each is called (Benjamini and Hochberg 1995); NaN is no test and stays NaN.
+    """Adjusted p-values: the false discovery rate at which each test is significant; NaN stays NaN.
+
+    Benjamini and Hochberg 1995.
 
     Example:
         >>> [round(q, 3) for q in benjamini_hochberg([0.01, 0.04, 0.03, 0.5])]

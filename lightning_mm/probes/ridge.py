@@ -1,7 +1,7 @@
-"""Ridge regression on all layers at once: all penalties and targets and exact cross-validation from one decomposition.
+"""Ridge regression on all layers at once: all penalties, targets and exact leave-one-out from one decomposition.
 
-Data flow: features (L, N, D) and targets (N, C) -> ``Ridge.fit`` -> the penalty that leave-one-out prefers in each
-layer, the residuals there, and weights for new rows.
+Data flow: features (L, N, D) and targets (N, C) -> ``Ridge.fit`` -> the penalty selected by leave-one-out in each
+layer, leave-one-out residuals, and weights for new rows.
 
 Shapes: L layers, N samples, D features, C targets, V penalties, R = min(N, D) directions, G groups of S samples each.
 """
@@ -13,43 +13,43 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_mm.core.threads import one_thread
-from lightning_mm.geometry.representations import exact_products
+from lightning_mm.geometry.representations import exact_products, one_thread
 
 
 @dataclass(frozen=True, eq=False)
 class Ridge:
-    """Fitted ridge regressions with a free bias; features are taken as they are. A layer that is not finite has NaN.
+    """Fitted ridge regressions with an unpenalized bias, on unscaled features. A layer that is not finite has NaN.
 
     Args:
         weight: (L, D, C).
         bias: (L, C).
-        penalty: (L,) the chosen one.
-        left_out: (L, N, C) residuals of each sample in the fit that left it (or its group) out, at the penalty that the
-            other samples (groups) prefer: a sample has no say in what it is judged by.
-        errors: (L, V) mean square of such residuals for every penalty; infinite where the fit has lost its digits.
+        penalty: (L,) the selected penalty.
+        loo_residuals: (L, N, C) residuals of each sample in the fit without it (or its group), at the penalty selected
+            by the other samples (groups), so that a sample does not affect the penalty it is tested with.
+        errors: (L, V) mean squared residuals for every penalty; infinite where the fit lost its precision.
     """
 
     weight: Tensor
     bias: Tensor
     penalty: Tensor
-    left_out: Tensor
+    loo_residuals: Tensor
     errors: Tensor
 
     @classmethod
     @exact_products()
     def fit(cls, x_LND: Tensor, y_NC: Tensor, penalties: Sequence[float], *, groups_N: Tensor | None = None) -> "Ridge":
-        """Minimise ||y - x w - b||^2 + penalty * ||w||^2 and choose the penalty, per layer, by leave-one-out.
+        """Minimize ||y - x w - b||^2 + penalty * ||w||^2 and select the penalty, per layer, by leave-one-out.
 
         The residual of a left-out sample is r / (1 - h), of a left-out group (I - H)^-1 r, with residuals r and hat
         matrix H (diagonal h) of the fit to all samples (Hastie et al. 2009, section 7.10); H has 1 / N for the bias.
-        With more features than samples and a small penalty 1 - h is nearly nothing: all is solved in float64.
+        With more features than samples and a small penalty 1 - h is nearly zero: everything is solved in float64.
 
         Args:
             x_LND: Features; the results are float64 if these are, otherwise float32.
             y_NC: Targets.
-            penalties: Positive.
-            groups_N: If given, whole groups are left out: within one, samples tell each other's targets.
+            penalties: Positive candidates.
+            groups_N: Group ids; whole groups are left out, whose samples would reveal each other's targets. None: each
+                sample is left out alone.
 
         Example:
             >>> x = torch.arange(4.0, dtype=torch.float64)[None, :, None]
@@ -68,7 +68,7 @@ class Ridge:
 
     @exact_products()
     def predict(self, x_LND: Tensor) -> Tensor:
-        """(L, N, C) for new rows."""
+        """(L, N, C) predictions for new rows."""
         return x_LND.to(self.weight.dtype) @ self.weight + self.bias[:, None]
 
 
@@ -84,18 +84,18 @@ def _fit(x_ND: Tensor, y_NC: Tensor, penalty_V: Tensor, rows: list[Tensor]) -> t
     left_out_VNC = torch.stack(
         [_left_out(scores_NR, shrink_R, y_NC - y_mean_C, along_RC, rows) for shrink_R in shrink_VR]
     )
-    error_V = _sound(left_out_VNC.square().mean((1, 2)))
+    error_V = _nan_to_inf(left_out_VNC.square().mean((1, 2)))
     best, left_out_NC = error_V.argmin(), torch.empty_like(y_NC)
     weight_DC = basis_DR @ (along_RC * shrink_VR[best][:, None])
     for rows_GS in rows:
         own_VG = left_out_VNC[:, rows_GS].square().sum((2, 3)) / y_NC.numel()
-        preferred_G1 = _sound(error_V[:, None] - own_VG).argmin(0)[:, None]
+        preferred_G1 = _nan_to_inf(error_V[:, None] - own_VG).argmin(0)[:, None]
         left_out_NC[rows_GS] = left_out_VNC[preferred_G1, rows_GS]
     return weight_DC, y_mean_C - x_mean_D @ weight_DC, penalty_V[best], left_out_NC, error_V
 
 
-def _sound(errors: Tensor) -> Tensor:
-    """Infinite where they are not a number: nobody prefers them."""
+def _nan_to_inf(errors: Tensor) -> Tensor:
+    """The errors with NaN replaced by infinity, so that they are never selected."""
     return errors.where(~errors.isnan(), math.inf)
 
 
@@ -106,7 +106,7 @@ def _decomposition(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         squares_R, basis_DR = torch.linalg.eigh(x_ND.mT @ x_ND)
         return x_ND @ basis_DR, squares_R.clamp_min(0), basis_DR
     squares_R, left_NR = torch.linalg.eigh(x_ND @ x_ND.mT)
-    # Centred rows have at least one direction without length: nothing is there to be divided by it.
+    # Centered rows have at least one direction of zero length, which must not be divided by.
     rounding = squares_R.amax() * len(left_NR) * torch.finfo(x_ND.dtype).eps
     squares_R = torch.where(squares_R > rounding, squares_R, 0.0)
     lengths_R = squares_R.sqrt()
@@ -116,7 +116,7 @@ def _decomposition(x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 @one_thread()
 def _left_out(scores_NR: Tensor, shrink_R: Tensor, y_NC: Tensor, along_RC: Tensor, rows: list[Tensor]) -> Tensor:
-    """(N, C) residuals of left-out groups at one penalty, NaN where they have lost all digits; y is centred."""
+    """(N, C) residuals of left-out groups at one penalty, NaN where precision is lost; y is centered."""
     n = len(y_NC)
     residual_NC = y_NC - scores_NR @ (shrink_R[:, None] * along_RC)
     left_out_NC = torch.empty_like(residual_NC)
@@ -130,7 +130,7 @@ def _left_out(scores_NR: Tensor, shrink_R: Tensor, y_NC: Tensor, along_RC: Tenso
 
 
 def _rows_by_group(groups_N: Tensor, device: torch.device) -> list[Tensor]:
-    """(G, S) rows of all groups with S samples, for each S."""
+    """For each group size S, (G, S) rows of all groups with S samples."""
     _, group_N, sizes_G = torch.unique(groups_N.cpu(), return_inverse=True, return_counts=True)
     order_N = torch.argsort(group_N, stable=True)
     sizes_N = sizes_G[group_N[order_N]]

@@ -1,10 +1,11 @@
-"""How good predictions are, for all layers at once and for all draws of a bootstrap.
+"""Classification scores for all layers and all bootstrap draws at once.
+
+Without a value (recall of a class that does not occur, ranking without positives) a score is NaN.
 
 Data flow: predictions (L, N) or log-probabilities (L, N, K) and labels (N,) -> scores (L,). With ``weights`` (B, N),
-how often each sample occurs in each of B draws, the scores are (L, B). What nothing can be said about is NaN: recall of
-a class that does not occur, ranking without positives.
+how often each sample occurs in each of B draws, the scores are (L, B); with None all samples count once.
 
-Shapes: L layers, N samples, K classes, B draws, P positives, Q negatives.
+Shapes: L layers, N samples, M samples of a stratum, K classes, B draws, P positives, Q negatives.
 """
 
 import math
@@ -15,25 +16,26 @@ from torch import Tensor
 from torch.nn import functional as F
 
 _BINS = 15
+"""Bins of the calibration error."""
 
 
 def _weighted_sum(values_LN: Tensor, weights: Tensor) -> Tensor:
-    """(L,) or (L, B)."""
+    """Sums over samples, (L,) or (L, B)."""
     return torch.tensordot(values_LN.to(weights.dtype), weights, dims=([-1], [-1]))
 
 
-def _or_equal(weights: Tensor | None, labels_N: Tensor) -> Tensor:
+def _weights_or_ones(weights: Tensor | None, labels_N: Tensor) -> Tensor:
     return torch.ones(len(labels_N), dtype=torch.float64, device=labels_N.device) if weights is None else weights
 
 
 def accuracy(predicted_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Share of samples whose class is right.
+    """Share of samples whose predicted class is the true one.
 
     Example:
         >>> accuracy(torch.tensor([[0, 1, 1], [0, 0, 0]]), torch.tensor([0, 1, 0])).tolist()
         [0.6666666666666666, 0.6666666666666666]
     """
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     return _weighted_sum(predicted_LN == labels_N, weights) / weights.sum(-1)
 
 
@@ -41,7 +43,7 @@ def balanced_accuracy(
     predicted_LN: Tensor, labels_N: Tensor, num_classes: int, weights: Tensor | None = None
 ) -> Tensor:
     """Mean recall of the classes that occur."""
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     recalls = [
         _weighted_sum((predicted_LN == label) & (labels_N == label), weights) / (weights * (labels_N == label)).sum(-1)
         for label in range(num_classes)
@@ -51,7 +53,7 @@ def balanced_accuracy(
 
 def macro_f1(predicted_LN: Tensor, labels_N: Tensor, num_classes: int, weights: Tensor | None = None) -> Tensor:
     """Mean F1 of the classes that occur or are predicted."""
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     f1 = [
         2
         * _weighted_sum((predicted_LN == label) & (labels_N == label), weights)
@@ -63,29 +65,29 @@ def macro_f1(predicted_LN: Tensor, labels_N: Tensor, num_classes: int, weights: 
 
 def nll(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean negative log-probability of the true class, in nats."""
-    weights = _or_equal(weights, labels_N)
-    return -_weighted_sum(true_class(log_p_LNK, labels_N), weights) / weights.sum(-1)
+    weights = _weights_or_ones(weights, labels_N)
+    return -_weighted_sum(true_class_log_prob(log_p_LNK, labels_N), weights) / weights.sum(-1)
 
 
-def information(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
-    """V-information in bits: entropy of the classes minus ``nll``; negative where the probe is worse than frequencies.
+def v_information(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
+    """V-information in bits (Xu et al. 2020): entropy of the classes minus ``nll``.
 
-    Source: Xu et al. 2020.
+    Negative where the probe is worse than the class frequencies.
     """
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     is_class_NK = F.one_hot(labels_N, log_p_LNK.shape[2]).to(weights)
     entropy = torch.special.entr(weights @ is_class_NK / weights.sum(-1, keepdim=True)).sum(-1)
     return (entropy - nll(log_p_LNK, labels_N, weights)) / math.log(2)
 
 
-def true_class(log_p_LNK: Tensor, labels_N: Tensor) -> Tensor:
+def true_class_log_prob(log_p_LNK: Tensor, labels_N: Tensor) -> Tensor:
     """(L, N) log-probability of the true class."""
     return log_p_LNK.gather(2, labels_N.expand(len(log_p_LNK), -1)[..., None])[..., 0]
 
 
 def calibration_error(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
     """Expected calibration error over 15 bins of equal width (Guo et al. 2017): mean gap of confidence and accuracy."""
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     log_confidence_LN, predicted_LN = log_p_LNK.max(2)
     confidence_LN = log_confidence_LN.exp()
     gap_LN = confidence_LN - (predicted_LN == labels_N).to(confidence_LN)
@@ -95,19 +97,19 @@ def calibration_error(log_p_LNK: Tensor, labels_N: Tensor, weights: Tensor | Non
 
 
 def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, strata_N: Tensor | None = None) -> Tensor:
-    """Share of positive-negative pairs that are ranked right; ties count half.
+    """Area under the ROC curve: share of positive-negative pairs that are ranked correctly; ties count half.
 
     Args:
         scores_LN: Higher means positive.
         labels_N: {0, 1}.
-        weights: (B, N) or (N,).
-        strata_N: If given, only pairs of the same stratum count: scores of different models do not compare.
+        weights: (B, N) or (N,) counts of the samples; None: 1.
+        strata_N: Only pairs of the same stratum count, as scores of different models are not comparable. None: all.
     """
-    weights = _or_equal(weights, labels_N)
+    weights = _weights_or_ones(weights, labels_N)
     right = pairs = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
         positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
-        right = right + torch.stack([_won(scores_M, positive_M, w_MB) for scores_M in scores_LN[:, rows]])
+        right = right + torch.stack([_correct_pairs(scores_M, positive_M, w_MB) for scores_M in scores_LN[:, rows]])
         pairs = pairs + w_MB[positive_M].sum(0) * w_MB[~positive_M].sum(0)
     return (right / pairs).view(-1, *weights.shape[:-1])
 
@@ -115,8 +117,8 @@ def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, st
 def average_precision(
     scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, strata_N: Tensor | None = None
 ) -> Tensor:
-    """Mean, over positives, of the precision among all samples scored at least as high; arguments as ``auroc``."""
-    weights = _or_equal(weights, labels_N)
+    """Mean, over positives, of the precision among all samples scored at least as high; arguments as for ``auroc``."""
+    weights = _weights_or_ones(weights, labels_N)
     total = positives = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
         positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
@@ -125,8 +127,8 @@ def average_precision(
     return (total / positives).view(-1, *weights.shape[:-1])
 
 
-def _won(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
-    """(B,) weight of the positive-negative pairs that are ranked right, by running sums over the ranked negatives."""
+def _correct_pairs(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
+    """(B,) weight of the correctly ranked positive-negative pairs, by running sums over the sorted negatives."""
     at_P, (ranked_Q, order_Q) = scores_M[positive_M], scores_M[~positive_M].sort()
     below_QB = F.pad(w_MB[~positive_M][order_Q].cumsum(0), (0, 0, 1, 0))
     first_P, after_P = (torch.searchsorted(ranked_Q, at_P, right=right) for right in (False, True))
@@ -141,7 +143,7 @@ def _precisions(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
 
 
 def _at_most(at_P: Tensor, values_M: Tensor, w_MB: Tensor) -> Tensor:
-    """(P, B) weight of the values at most as large; each of ``at_P`` is one of them."""
+    """(P, B) weight of the values that are at most as large as each of ``at_P``, which is one of them."""
     ranked_M, order_M = values_M.sort()
     return w_MB[order_M].cumsum(0)[torch.searchsorted(ranked_M, at_P, right=True) - 1]
 

@@ -6,6 +6,7 @@ Data flow: the files of a run directory -> ``page`` (what is said) -> ``template
 from pathlib import Path
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import write_atomically
 from lightning_mm.core.run_directory import RunDirectory
 
 
@@ -34,10 +35,8 @@ def write_report(run: Path) -> Path:
         lstrip_blocks=True,
     ).get_template("report.html.jinja")
     page = template.render(page_content(directory))
-    temporary = directory.path / ".report.html.tmp"
     try:
-        temporary.write_text(page, encoding="utf-8", errors="replace")
-        temporary.replace(directory.report)
+        write_atomically(directory.report, page.encode("utf-8", errors="replace"))
     except OSError as error:
         fix = "Free some space, or make the folder writable."
         raise UserError(f"{directory.report} cannot be written.", str(error), fix) from error

@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import read_json, read_jsonl
 from lightning_mm.core.layer_table import read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json, read_jsonl
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures import theme
 from lightning_mm.report.optional_file import PARSE_ERRORS, read_optional
 from lightning_mm.report.sections import causal, layers, run, selection

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.layer_table import LayerRow
 
 if TYPE_CHECKING:
@@ -39,17 +39,17 @@ def resolve(asked: Mode) -> Mode:
     if asked == "off":
         return asked
     if find_spec("wandb") is None:
-        decide("wandb.mode", "off", "wandb is not installed")
+        log_decision("wandb.mode", "off", "wandb is not installed")
         return "off"
     standing = {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""))
     if asked == "auto" and standing is not None:
-        decide("wandb.mode", standing, f"WANDB_MODE is {os.environ['WANDB_MODE']}")
+        log_decision("wandb.mode", standing, f"WANDB_MODE is {os.environ['WANDB_MODE']}")
         return "off" if standing == "off" else "offline"
     login = _login() if asked in ("auto", "online") else ""
     if login and asked == "auto":
-        decide("wandb.mode", "online", f"logged in by {login}")
+        log_decision("wandb.mode", "online", f"logged in by {login}")
     if asked != "offline" and not login:
-        decide("wandb.mode", "offline", "not logged in; after `wandb login`, `wandb sync` uploads the run")
+        log_decision("wandb.mode", "offline", "not logged in; after `wandb login`, `wandb sync` uploads the run")
     return "online" if login else "offline"
 
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from PIL import Image
 
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.core.measure_catalog import measure
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures.class_maps import class_maps
 from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.layers import heat_map_figure

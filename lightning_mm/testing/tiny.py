@@ -1,4 +1,6 @@
-"""Tiny random models of many families, as complete Hugging Face folders: the real classes, made in a second, offline.
+"""Builds tiny random models of many families as complete Hugging Face folders, in a second and offline.
+
+They are the real classes of transformers with small sizes, so that tests of training and analysis code run on a CPU.
 
 Data flow: family name and sizes -> ``tiny_tokenizer`` -> ``tiny_configs`` and ``tiny_processors`` -> a folder that
 ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
@@ -10,28 +12,36 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    ProcessorMixin,
+)
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty
+from lightning_mm.models.processor import optional_video_processor, save_processor
 from lightning_mm.testing import tiny_configs, tiny_processors
-from lightning_mm.testing.tiny_configs import Plan
+from lightning_mm.testing.tiny_configs import TinySizes
 from lightning_mm.testing.tiny_processors import tiny_tokenizer
 
 
 @dataclass(frozen=True)
-class Family:
-    """What makes one family.
+class TinyFamily:
+    """How the tiny model of one family is made.
 
     Args:
-        config: Gives the model's shape.
-        processor: Gives its processor.
-        special: Special tokens by name.
-        marks: Special tokens that processors do not ask for by name.
-        add_bos: Whether the tokenizer puts the first token before every text.
+        config: Returns the model's configuration.
+        processor: Returns its processor.
+        special: Special tokens by the attribute name of the tokenizer, such as ``eos_token``.
+        marks: Further special tokens, such as those around a turn.
+        add_bos: Whether the tokenizer puts the BOS token before every text.
     """
 
-    config: Callable[[Plan], PreTrainedConfig]
-    processor: Callable[[Plan], ProcessorMixin]
+    config: Callable[[TinySizes], PreTrainedConfig]
+    processor: Callable[[TinySizes], ProcessorMixin]
     special: dict[str, str]
     marks: tuple[str, ...] = field(default=())
     add_bos: bool = False
@@ -49,32 +59,32 @@ _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in 
 _IDEFICS_MARKS = ("<fake_token_around_image>", "<global-img>", *_TILES)
 _GEMMA = _special("<bos>", "<end_of_turn>", "<pad>")
 
-FAMILIES: dict[str, Family] = {
-    "llava": Family(
+FAMILIES: dict[str, TinyFamily] = {
+    "llava": TinyFamily(
         tiny_configs.llava,
         tiny_processors.llava,
         _special("<s>", "</s>", "<pad>", image_token="<image>"),
         add_bos=True,
     ),
-    "llava_next": Family(
+    "llava_next": TinyFamily(
         tiny_configs.llava_next,
         tiny_processors.llava_next,
         _special("<s>", "</s>", "<pad>", image_token="<image>"),
         ("[INST]", "[/INST]"),
         add_bos=True,
     ),
-    "llava_onevision": Family(
+    "llava_onevision": TinyFamily(
         tiny_configs.llava_onevision,
         tiny_processors.llava_onevision,
         {**_CHATML, "image_token": "<image>", "video_token": "<video>"},
         ("<|im_start|>",),
     ),
-    "qwen2_vl": Family(tiny_configs.qwen2_vl, tiny_processors.qwen2_vl, _QWEN, _QWEN_MARKS),
-    "qwen2_5_vl": Family(tiny_configs.qwen2_5_vl, tiny_processors.qwen2_5_vl, _QWEN, _QWEN_MARKS),
-    "qwen3_vl": Family(tiny_configs.qwen3_vl, tiny_processors.qwen3_vl, _QWEN, _QWEN_MARKS),
-    "idefics3": Family(tiny_configs.idefics3, tiny_processors.idefics3, _IDEFICS, _IDEFICS_MARKS),
-    "smolvlm": Family(tiny_configs.smolvlm, tiny_processors.idefics3, _IDEFICS, _IDEFICS_MARKS),
-    "internvl": Family(
+    "qwen2_vl": TinyFamily(tiny_configs.qwen2_vl, tiny_processors.qwen2_vl, _QWEN, _QWEN_MARKS),
+    "qwen2_5_vl": TinyFamily(tiny_configs.qwen2_5_vl, tiny_processors.qwen2_5_vl, _QWEN, _QWEN_MARKS),
+    "qwen3_vl": TinyFamily(tiny_configs.qwen3_vl, tiny_processors.qwen3_vl, _QWEN, _QWEN_MARKS),
+    "idefics3": TinyFamily(tiny_configs.idefics3, tiny_processors.idefics3, _IDEFICS, _IDEFICS_MARKS),
+    "smolvlm": TinyFamily(tiny_configs.smolvlm, tiny_processors.idefics3, _IDEFICS, _IDEFICS_MARKS),
+    "internvl": TinyFamily(
         tiny_configs.internvl,
         tiny_processors.internvl,
         {
@@ -86,7 +96,7 @@ FAMILIES: dict[str, Family] = {
         },
         ("<|im_start|>",),
     ),
-    "gemma3": Family(
+    "gemma3": TinyFamily(
         tiny_configs.gemma3,
         tiny_processors.gemma3,
         {
@@ -98,7 +108,7 @@ FAMILIES: dict[str, Family] = {
         ("<start_of_turn>",),
         add_bos=True,
     ),
-    "mllama": Family(
+    "mllama": TinyFamily(
         tiny_configs.mllama,
         tiny_processors.mllama,
         _special("<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>", image_token="<|image|>"),
@@ -106,11 +116,12 @@ FAMILIES: dict[str, Family] = {
         add_bos=True,
     ),
 }
+"""The families of ``build_tiny``, named as transformers' model types are."""
 
 
 def build_tiny(
     family: str,
-    out: Path | str,
+    folder: Path | str,
     *,
     seed: int = 0,
     layers: int = 4,
@@ -119,51 +130,58 @@ def build_tiny(
     tower: str = "clip",
     split_images: bool = False,
 ) -> Path:
-    """Write a tiny model with random weights.
+    """Write a tiny model with random weights and its processor to a folder; returns the folder.
 
     Args:
         family: One of ``FAMILIES``, named as transformers' model types are.
-        out: The folder to make; it must not exist or be empty.
-        seed: Of the weights; the same seed and sizes give the same bytes.
-        layers: Blocks of the decoder, at least 2.
-        hidden: Width of decoder and tower, a multiple of 32.
-        dropout: Of attention, in decoder and tower.
-        tower: ``clip`` or ``dinov2``; read by the family llava only.
-        split_images: Cut large pictures into tiles; read by idefics3, smolvlm and internvl (others always or never do).
-
-    Returns:
-        ``out``.
+        folder: Folder to create; it must not exist or be empty.
+        seed: Random seed of the weights; the same seed and sizes give the same bytes.
+        layers: Number of decoder blocks, at least 2.
+        hidden: Hidden size of decoder and vision tower, a multiple of 32.
+        dropout: Dropout probability of attention in decoder and vision tower.
+        tower: Vision tower of the family llava, ``clip`` or ``dinov2``; other families have one kind.
+        split_images: Whether idefics3, smolvlm and internvl cut large images into tiles (others always or never do).
 
     Raises:
-        UserError: If the family is unknown, or the folder is taken.
+        UserError: The family is unknown, a size is not possible, or the folder is not empty.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_mm.models.loading import Backbone, load_model
+        >>> with tempfile.TemporaryDirectory() as scratch:
+        ...     folder = build_tiny("llava", Path(scratch) / "model", layers=2)
+        ...     model = load_model(Backbone(path=str(folder)))
+        >>> model.config.model_type, model.config.text_config.num_hidden_layers
+        ('llava', 2)
     """
-    out = Path(out)
-    _check(family, out, layers, hidden)
-    made = FAMILIES[family]
-    tokenizer = tiny_tokenizer(made.special, made.marks, add_bos=made.add_bos)
-    plan = Plan(tokenizer, layers, hidden, dropout, tower, split_images)
-    processor, config = made.processor(plan), made.config(plan)
-    _draw(config, plan, seed).save_pretrained(out)
-    processor.save_pretrained(out)
-    return out
+    folder = Path(folder)
+    _check(family, folder, layers, hidden)
+    recipe = FAMILIES[family]
+    tokenizer = tiny_tokenizer(recipe.special, recipe.marks, add_bos=recipe.add_bos)
+    sizes = TinySizes(tokenizer, layers, hidden, dropout, tower, split_images)
+    with optional_video_processor():
+        processor, config = recipe.processor(sizes), recipe.config(sizes)
+    _random_model(config, tokenizer, seed).save_pretrained(folder)
+    save_processor(processor, folder)
+    return folder
 
 
-def _draw(config: PreTrainedConfig, plan: Plan, seed: int) -> PreTrainedModel:
-    # Initialisation draws from the global generator: its state is put back, so that nothing else moves.
+def _random_model(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    # Initialization draws from the global generator; its state is restored afterwards.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        _open_eyes(model)
+        _fill_zero_parameters(model)
     assert isinstance(model, PreTrainedModel)
     assert model.generation_config is not None
-    model.generation_config.eos_token_id = plan.tokenizer.eos_token_id
-    model.generation_config.pad_token_id = plan.tokenizer.pad_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
 @torch.no_grad()
-def _open_eyes(model: nn.Module) -> None:
-    """Gemma 3's projection and Mllama's gates start at zero and wait for a checkpoint: such a model would be blind."""
+def _fill_zero_parameters(model: nn.Module) -> None:
+    """Give values to Gemma 3's projection and Mllama's gates: initialized to zero, they would hide the image."""
     for name, parameter in model.named_parameters():
         if parameter.any():
             continue
@@ -173,7 +191,7 @@ def _open_eyes(model: nn.Module) -> None:
             parameter.fill_(1.0)
 
 
-def _check(family: str, out: Path, layers: int, hidden: int) -> None:
+def _check(family: str, folder: Path, layers: int, hidden: int) -> None:
     if family not in FAMILIES:
         raise UserError(
             f"There is no tiny model of family {family!r}.", "It is not one of ours.", f"Use {', '.join(FAMILIES)}."
@@ -184,5 +202,5 @@ def _check(family: str, out: Path, layers: int, hidden: int) -> None:
             "It takes 2 layers or more (some families treat the second in another way), and a width of whole heads.",
             "Use layers=4 and hidden=32 or 64.",
         )
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is taken.", "It is not empty.", "Name another folder, or remove it.")
+    if not is_absent_or_empty(folder):
+        raise UserError(f"{folder} is taken.", "It is not empty.", "Name another folder, or remove it.")

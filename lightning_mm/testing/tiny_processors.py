@@ -1,18 +1,12 @@
-"""How each tiny family turns pictures and talks into tensors: the family's own processor, at tiny sizes.
+"""Tokenizer, chat templates and processors of the tiny models: each family's own processor class at small sizes.
 
-Data flow: a ``Plan`` -> processor with its chat template -> ``tiny.build_tiny``.
+The byte-level BPE tokenizer is trained on the text below: no file, no network, the same result every time. Chat
+templates have the formats of published families; message contents may be a string, or a list of ``{"type": "image"}``
+and ``{"type": "text", ...}`` parts. PIL's image processors are used because torchvision may be absent; where it is
+installed, the saved folder loads as torchvision's.
 
-PIL's image processors are named, for torchvision may be absent; where it is not, what is saved loads as torchvision's.
-
-A small byte-level BPE tokenizer, learned on the spot from the text below: no file, no network, the same every time.
-
-Data flow: the text -> 384 tokens (256 bytes and 128 merges) + the family's special tokens -> ``tiny.build_tiny``.
-
-Chat templates in the styles that families of models were taught with, for models that we write ourselves.
-
-Data flow: a style and the text that stands for a picture -> a Jinja template -> the processor's
-``apply_chat_template``. Contents may be a string, or a list of ``{"type": "image"}`` and ``{"type": "text", ...}``
-parts.
+Data flow: text -> 384 tokens (256 bytes and 128 merges) + the family's special tokens -> tokenizer; ``TinySizes`` ->
+processor with its chat template -> ``tiny.build_tiny``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +37,7 @@ from transformers import (
 )
 
 from lightning_mm.models.processor import video_part
-from lightning_mm.testing.tiny_configs import GRIDS, PATCH, SIDE, Plan
+from lightning_mm.testing.tiny_configs import GRIDS, PATCH, SIDE, TinySizes
 
 NUM_LEARNED = 384
 TEXT = """\
@@ -58,51 +52,51 @@ Describe the image. The image shows a small yellow boat on the water, with three
 def tiny_tokenizer(
     named: Mapping[str, str], marks: Sequence[str] = (), *, add_bos: bool = False
 ) -> PreTrainedTokenizerFast:
-    """Make the tokenizer of one family.
+    """The tokenizer of one family.
 
     Args:
-        named: Special tokens by name: ``bos_token``, ``eos_token``, ``pad_token``, and others that processors ask for.
+        named: Special tokens by attribute name: ``bos_token``, ``eos_token``, ``pad_token``, and those of processors.
         marks: Further special tokens, such as those around a turn.
-        add_bos: Put the first token before every text, as Llama's and Gemma's tokenizers do.
+        add_bos: Whether the BOS token is put before every text, as Llama's and Gemma's tokenizers do.
     """
-    words = Tokenizer(models.BPE())
-    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    words.decoder = decoders.ByteLevel()
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=NUM_LEARNED, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    words.train_from_iterator(TEXT.splitlines(), trainer)
-    words.add_special_tokens(list(dict.fromkeys([*named.values(), *marks])))
+    bpe.train_from_iterator(TEXT.splitlines(), trainer)
+    bpe.add_special_tokens(list(dict.fromkeys([*named.values(), *marks])))
     if add_bos:
         bos = named["bos_token"]
-        words.post_processor = processors.Sequence(
+        bpe.post_processor = processors.Sequence(
             [
                 processors.ByteLevel(trim_offsets=False),
                 processors.TemplateProcessing(
-                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, words.token_to_id(bos))]
+                    single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bpe.token_to_id(bos))]
                 ),
             ]
         )
     common = {name: token for name, token in named.items() if name in ("bos_token", "eos_token", "pad_token")}
     others = {name: token for name, token in named.items() if name not in common}
-    return PreTrainedTokenizerFast(tokenizer_object=words, extra_special_tokens=others, model_max_length=4096, **common)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, extra_special_tokens=others, model_max_length=4096, **common)
 
 
 def chatml(image: str, system: str = "") -> str:
     """Qwen, InternVL, SmolLM2: ``<|im_start|>user\\n...<|im_end|>\\n``.
 
     Args:
-        image: What a picture becomes in the text.
-        system: A system prompt for talks that begin without one, as Qwen2-VL's; empty adds none.
+        image: Placeholder of an image in the text.
+        system: Default system prompt of conversations without one, as Qwen2-VL's; empty adds none.
     """
     first = (
         f"{{%- if loop.first and message['role'] != 'system' -%}}{{{{- {_turn('system', system)!r} -}}}}{{%- endif -%}}"
     )
-    return _talk(
+    return _conversation(
         (first if system else "")
         + "{{- '<|im_start|>' + message['role'] + '\\n' -}}"
         + _content(image)
-        + _say("<|im_end|>\n"),
+        + _emit("<|im_end|>\n"),
         prompt="<|im_start|>assistant\n",
     )
 
@@ -113,7 +107,7 @@ def _turn(role: str, text: str) -> str:
 
 def vicuna(image: str) -> str:
     """LLaVA 1.5: ``USER: ... ASSISTANT: ...</s>``; the answer's leading space is not part of the prompt."""
-    return _talk(
+    return _conversation(
         "{%- if message['role'] == 'system' -%}"
         + _content(image)
         + "{{- ' ' -}}{%- else -%}{{- message['role'] | upper + ': ' -}}"
@@ -124,8 +118,8 @@ def vicuna(image: str) -> str:
 
 
 def mistral(image: str) -> str:
-    """LLaVA-NeXT on Mistral, Pixtral: ``<s>[INST] ... [/INST] ...</s>``; there is no mark of the assistant's turn."""
-    return "{{- '<s>' -}}" + _talk(
+    """LLaVA-NeXT on Mistral, Pixtral: ``<s>[INST] ... [/INST] ...</s>``; nothing marks the assistant's turn."""
+    return "{{- '<s>' -}}" + _conversation(
         "{%- if message['role'] == 'assistant' -%}{{- ' ' -}}"
         + _content(image)
         + "{{- '</s>' -}}{%- else -%}{{- '[INST] ' -}}"
@@ -136,11 +130,11 @@ def mistral(image: str) -> str:
 
 
 def gemma(image: str) -> str:
-    """Gemma: ``<bos><start_of_turn>user\\n...<end_of_turn>\\n``; the assistant is called the model."""
-    return "{{- '<bos>' -}}" + _talk(
+    """Gemma: ``<bos><start_of_turn>user\\n...<end_of_turn>\\n``; the assistant's role is ``model``."""
+    return "{{- '<bos>' -}}" + _conversation(
         "{{- '<start_of_turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}"
         + _content(image, " | trim")
-        + _say("<end_of_turn>\n"),
+        + _emit("<end_of_turn>\n"),
         prompt="<start_of_turn>model\n",
     )
 
@@ -148,40 +142,40 @@ def gemma(image: str) -> str:
 def llama3(image: str) -> str:
     """Llama 3: ``<|start_header_id|>user<|end_header_id|>\\n\\n...<|eot_id|>``."""
     header = "<|start_header_id|>{}<|end_header_id|>\n\n"
-    return "{{- '<|begin_of_text|>' -}}" + _talk(
+    return "{{- '<|begin_of_text|>' -}}" + _conversation(
         "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' -}}"
         + _content(image, " | trim")
-        + _say("<|eot_id|>"),
+        + _emit("<|eot_id|>"),
         prompt=header.format("assistant"),
     )
 
 
 def idefics(image: str) -> str:
     """Idefics3, SmolVLM: ``<|im_start|>User:...<end_of_utterance>\\nAssistant: ...``."""
-    return "{{- '<|im_start|>' -}}" + _talk(
+    return "{{- '<|im_start|>' -}}" + _conversation(
         "{{- message['role'] | capitalize -}}"
         "{{- ':' if message['content'] is not string and message['content'][0]['type'] == 'image' else ': ' -}}"
         + _content(image)
-        + _say("<end_of_utterance>\n"),
+        + _emit("<end_of_utterance>\n"),
         prompt="Assistant:",
     )
 
 
-def _talk(message: str, prompt: str) -> str:
-    ending = f"{{%- if add_generation_prompt -%}}{_say(prompt)}{{%- endif -%}}" if prompt else ""
+def _conversation(message: str, prompt: str) -> str:
+    ending = f"{{%- if add_generation_prompt -%}}{_emit(prompt)}{{%- endif -%}}" if prompt else ""
     return f"{{%- for message in messages -%}}{message}{{%- endfor -%}}{ending}"
 
 
-def _say(text: str) -> str:
+def _emit(text: str) -> str:
     return f"{{{{- {text!r} -}}}}"
 
 
-def _content(image: str, tidy: str = "") -> str:
+def _content(image: str, filters: str = "") -> str:
     return (
-        f"{{%- if message['content'] is string -%}}{{{{- message['content']{tidy} -}}}}{{%- else -%}}"
+        f"{{%- if message['content'] is string -%}}{{{{- message['content']{filters} -}}}}{{%- else -%}}"
         "{%- for part in message['content'] -%}"
-        f"{{%- if part['type'] == 'image' -%}}{_say(image)}"
-        f"{{%- elif part['type'] == 'text' -%}}{{{{- part['text']{tidy} -}}}}{{%- endif -%}}"
+        f"{{%- if part['type'] == 'image' -%}}{_emit(image)}"
+        f"{{%- elif part['type'] == 'text' -%}}{{{{- part['text']{filters} -}}}}{{%- endif -%}}"
         "{%- endfor -%}{%- endif -%}"
     )
 
@@ -195,23 +189,23 @@ CLASS_TOKEN: dict[str, Any] = {
 }
 
 
-def llava(plan: Plan) -> ProcessorMixin:
-    """One square per picture."""
+def llava(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image."""
     images = CLIPImageProcessorPil(**CLIP)
-    return LlavaProcessor(images, plan.tokenizer, chat_template=vicuna("<image>\n"), **CLASS_TOKEN)
+    return LlavaProcessor(images, sizes.tokenizer, chat_template=vicuna("<image>\n"), **CLASS_TOKEN)
 
 
-def llava_next(plan: Plan) -> ProcessorMixin:
-    """The picture whole, and in the tiles of the grid that fits best."""
+def llava_next(sizes: TinySizes) -> ProcessorMixin:
+    """The whole image, and the tiles of the grid that fits best."""
     images = LlavaNextImageProcessorPil(**CLIP, image_grid_pinpoints=GRIDS)
-    return LlavaNextProcessor(images, plan.tokenizer, chat_template=mistral("<image>\n"), **CLASS_TOKEN)
+    return LlavaNextProcessor(images, sizes.tokenizer, chat_template=mistral("<image>\n"), **CLASS_TOKEN)
 
 
-def llava_onevision(plan: Plan) -> ProcessorMixin:
-    """As LLaVA-NeXT."""
+def llava_onevision(sizes: TinySizes) -> ProcessorMixin:
+    """Tiles as in LLaVA-NeXT."""
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=GRIDS),
-        plan.tokenizer,
+        sizes.tokenizer,
         **video_part("LlavaOnevisionVideoProcessor"),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
@@ -219,67 +213,67 @@ def llava_onevision(plan: Plan) -> ProcessorMixin:
     )
 
 
-def _qwen(kind: type[ProcessorMixin], video: str, plan: Plan, system: str = "") -> ProcessorMixin:
+def _qwen(kind: type[ProcessorMixin], video: str, sizes: TinySizes, system: str = "") -> ProcessorMixin:
     # Pixels, not sides: between 1 and 16 tokens of 2 x 2 patches.
     size = {"shortest_edge": (2 * PATCH) ** 2, "longest_edge": 16 * (2 * PATCH) ** 2}
     return kind(
         Qwen2VLImageProcessorPil(size=size, patch_size=PATCH, temporal_patch_size=2, merge_size=2),
-        plan.tokenizer,
+        sizes.tokenizer,
         **video_part(video),
         chat_template=chatml("<|vision_start|><|image_pad|><|vision_end|>", system),
     )
 
 
-def qwen2_vl(plan: Plan) -> ProcessorMixin:
-    """Any size, kept in proportion; the template makes up a system prompt."""
-    return _qwen(Qwen2VLProcessor, "Qwen2VLVideoProcessor", plan, "You are a helpful assistant.")
+def qwen2_vl(sizes: TinySizes) -> ProcessorMixin:
+    """Any size, aspect ratio kept; the template adds a default system prompt."""
+    return _qwen(Qwen2VLProcessor, "Qwen2VLVideoProcessor", sizes, "You are a helpful assistant.")
 
 
-def qwen2_5_vl(plan: Plan) -> ProcessorMixin:
-    """As Qwen2-VL."""
-    return _qwen(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor", plan, "You are a helpful assistant.")
+def qwen2_5_vl(sizes: TinySizes) -> ProcessorMixin:
+    """Same as Qwen2-VL."""
+    return _qwen(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor", sizes, "You are a helpful assistant.")
 
 
-def qwen3_vl(plan: Plan) -> ProcessorMixin:
-    """As Qwen2-VL, without a made-up system prompt."""
-    return _qwen(Qwen3VLProcessor, "Qwen3VLVideoProcessor", plan)
+def qwen3_vl(sizes: TinySizes) -> ProcessorMixin:
+    """As Qwen2-VL, without a default system prompt."""
+    return _qwen(Qwen3VLProcessor, "Qwen3VLVideoProcessor", sizes)
 
 
-def idefics3(plan: Plan) -> ProcessorMixin:
-    """One square per picture, or with splitting also its tiles, each announced by its row and column.
+def idefics3(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image, or with splitting also its tiles, each preceded by its row and column.
 
-    SmolVLM's models take it too: their own processor asks for the package num2words, to speak of video.
+    Also used for SmolVLM, whose own processor requires the package num2words for video.
     """
     images = Idefics3ImageProcessorPil(
-        size={"longest_edge": 2 * SIDE if plan.split_images else SIDE},
+        size={"longest_edge": 2 * SIDE if sizes.split_images else SIDE},
         max_image_size={"longest_edge": SIDE},
-        do_image_splitting=plan.split_images,
+        do_image_splitting=sizes.split_images,
     )
-    return Idefics3Processor(images, plan.tokenizer, image_seq_len=4, chat_template=idefics("<image>"))
+    return Idefics3Processor(images, sizes.tokenizer, image_seq_len=4, chat_template=idefics("<image>"))
 
 
-def internvl(plan: Plan) -> ProcessorMixin:
-    """One square per picture, or with splitting up to 4 tiles and a thumbnail."""
+def internvl(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image, or with splitting up to 4 tiles and a thumbnail."""
     return InternVLProcessor(
-        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4 if plan.split_images else 1),
-        plan.tokenizer,
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4 if sizes.split_images else 1),
+        sizes.tokenizer,
         **video_part("InternVLVideoProcessor"),
         image_seq_length=4,
         chat_template=chatml("<IMG_CONTEXT>\n"),
     )
 
 
-def gemma3(plan: Plan) -> ProcessorMixin:
-    """One square per picture; image tokens stand between marks and empty lines."""
+def gemma3(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image; image tokens between begin and end tokens and empty lines."""
     return Gemma3Processor(
         Gemma3ImageProcessorPil(size=SQUARE),
-        plan.tokenizer,
+        sizes.tokenizer,
         image_seq_length=4,
         chat_template=gemma("<start_of_image>"),
     )
 
 
-def mllama(plan: Plan) -> ProcessorMixin:
-    """Up to 4 tiles per picture, one token in the text."""
+def mllama(sizes: TinySizes) -> ProcessorMixin:
+    """Up to 4 tiles per image, one token in the text."""
     images = MllamaImageProcessorPil(size=SQUARE, max_image_tiles=4)
-    return MllamaProcessor(images, plan.tokenizer, chat_template=llama3("<|image|>"))
+    return MllamaProcessor(images, sizes.tokenizer, chat_template=llama3("<|image|>"))

@@ -10,14 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
-from lightning_mm.core.decisions import decide
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT, scores_if_possible
-from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, select_layers, tell
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
+from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, log_selection, select_layers
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.training import checkpoint
 from lightning_mm.training.eval_context import data_of
@@ -38,17 +39,19 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
     """
     generators = checkpoint.rng_state()
     probe_set = data_of(trainer).probe_set()
-    spec = str(getattr(policy, asks_for_selection(policy) or "layers"))
+    spec = str(getattr(policy, auto_layers_option(policy) or "layers"))
     try:
         with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
-            model, anatomy = _agreed(lambda: _loaded(backbone, trainer))
-            mine = _agreed(lambda: _read(model, anatomy, probe_set, trainer))
-            reading = _agreed(lambda: gather(mine, probe_set))
-            selection = _agreed(lambda: _selected(model, anatomy, reading, probe_set, options, trainer, spec))
+            model, layout = _agreed(lambda: _loaded(backbone, trainer))
+            mine = _agreed(lambda: _read(MultimodalModel(model, layout), probe_set, trainer))
+            reading = _agreed(lambda: gather_hidden_states(mine, probe_set))
+            selection = _agreed(
+                lambda: _selected(MultimodalModel(model, layout), reading, probe_set, options, trainer, spec)
+            )
         chosen: Selection = all_gather_object(selection)[0]
     finally:
         checkpoint.restore_rng(generators)
-    tell(chosen)
+    log_selection(chosen)
     return chosen
 
 
@@ -64,24 +67,23 @@ def _agreed(attempt: Callable[[], Made]) -> Made:
     return made  # type: ignore[return-value]  # None is what was made, where there was no failure
 
 
-def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, Anatomy]:
+def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, ModelLayout]:
     model: Any = load_model(backbone)
-    anatomy = Anatomy.of(model)
-    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), anatomy
+    layout = ModelLayout.of(model)
+    return model.eval().requires_grad_(False).to(trainer.strategy.root_device), layout
 
 
-def _read(model: Any, anatomy: Anatomy, probe_set: ProbeSet, trainer: L.Trainer) -> Reading:
+def _read(mm: MultimodalModel, probe_set: ProbeSet, trainer: L.Trainer) -> HiddenStates:
     data = data_of(trainer)
     with torch.no_grad(), trainer.precision_plugin.forward_context():
-        mine = read(model, anatomy, data.probe_loader(probe_set), trainer.strategy.root_device)
-    data.ledger.add(replace(each, kind="probe") for each in mine.rejected)
+        mine = extract_hidden_states(mm, data.probe_loader(probe_set), trainer.strategy.root_device)
+    data.rejected_samples.add(replace(each, kind="probe") for each in mine.rejected)
     return mine
 
 
 def _selected(
-    model: Any,
-    anatomy: Anatomy,
-    reading: Reading | None,
+    mm: MultimodalModel,
+    reading: HiddenStates | None,
     probe_set: ProbeSet,
     options: AutoRange,
     trainer: L.Trainer,
@@ -91,9 +93,9 @@ def _selected(
     if reading is None:
         return None
     for problem in reading.problems:
-        decide("auto.probes", "not all are read", problem)
+        log_decision("auto.probes", "not all are read", problem)
     device = trainer.strategy.root_device
-    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT) & set(options.criteria) else []
+    batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT_CRITERIA) & set(options.criteria) else []
     with trainer.precision_plugin.forward_context():
-        gradients = scores_if_possible(model, anatomy, batches, device, options.criteria)
+        gradients = try_gradient_scores(mm, batches, device, options.criteria)
     return select_layers(reading, probe_set, gradients, options, device, spec)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.tuning.census import Census
@@ -134,7 +134,9 @@ def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say every setting that differs from the checkpoint's: the command line counts."""
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
-            decide(name, now.get(name), f"the checkpoint was made with {saved.get(name)}; the command line counts")
+            log_decision(
+                name, now.get(name), f"the checkpoint was made with {saved.get(name)}; the command line counts"
+            )
 
 
 def restore_rank(saved: Mapping[str, Any]) -> None:
@@ -142,6 +144,6 @@ def restore_rank(saved: Mapping[str, Any]) -> None:
     rank, ranks = rank_and_world_size()
     states = saved["rng"]
     if len(states) != ranks:
-        decide("resume", "not bit-exact", f"the checkpoint was made by {len(states)} ranks, this run has {ranks}")
+        log_decision("resume", "not bit-exact", f"the checkpoint was made by {len(states)} ranks, this run has {ranks}")
         return
     restore_rng(states[rank])

@@ -9,13 +9,12 @@ from typing import Protocol, cast
 
 import lightning as L
 import torch
-from torch import nn
 
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import Selection
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.training import checkpoint
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.policy import TuningPlan
@@ -24,8 +23,7 @@ from lightning_mm.tuning.policy import TuningPlan
 class LiveModule(Protocol):
     """The part of ``MMModule`` that callbacks use."""
 
-    model: nn.Module
-    anatomy: Anatomy
+    mm: MultimodalModel
     plan: TuningPlan
     census: Census
     selection: Selection | None

@@ -5,7 +5,7 @@ Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
@@ -14,32 +14,34 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.frozen_dtype import hold_frozen
 from lightning_mm.execution.loss import Objective, Window, anchored, scale_gradients, supervised_nll
-from lightning_mm.execution.step import Compute, TrainingStep
-from lightning_mm.layer_selection.select import AutoRange, Selection, asks_for_selection, with_layers
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.step import TrainingStep
+from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.models.processor import load_processing
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.evaluating import Evaluating
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
-from lightning_mm.tuning.apply import prepare, set_modes, trains, unread_tensors, without
+from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.optimizer import (
     OptimizerSettings,
     build_optimizer,
     parameter_groups,
-    restore_rates,
+    restore_learning_rates,
     schedule_factor,
 )
+from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
 class MMModule(Evaluating):
@@ -57,7 +59,7 @@ class MMModule(Evaluating):
     """
 
     model: Any  # a transformers model; its class is known at run time only
-    anatomy: Anatomy
+    mm: MultimodalModel
     plan: TuningPlan
     census: Census
     step: TrainingStep
@@ -76,7 +78,9 @@ class MMModule(Evaluating):
         super().__init__()
         self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
         if tuning is None:
-            decide("model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language")
+            log_decision(
+                "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
+            )
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
         self.strict_loading = False
@@ -97,21 +101,23 @@ class MMModule(Evaluating):
             )
 
     def configure_model(self) -> None:
-        """Load, plan, freeze, verify; once."""
+        """Load, plan, freeze, verify, once; prepare the model for this stage's steps."""
         if hasattr(self, "census"):
+            self.step.open()
             return
-        self.processor = load_processing(self.backbone.path, self.backbone.revision).processor
-        if asks_for_selection(self.tuning):
+        self.processing = load_processing(self.backbone.path, self.backbone.revision)
+        self.processor = self.processing.processor
+        if auto_layers_option(self.tuning):
             self.tuning, self.selection = self._chosen()
-        self.model, self.anatomy, self.plan = prepare(self.backbone, self.tuning)
+        mm, self.plan = prepare_model(self.backbone, self.tuning)
+        self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
-        self.census = take_census(self.model, self.anatomy, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
+        self.census = take_census(self.mm, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
         self.base = fingerprint(self.model)
-        if self._trainer is not None:
-            hold_frozen(self.model, self.anatomy, self.plan, str(self.trainer.precision), self.compute.frozen_dtype)
-        self.step = TrainingStep(self.model, self.anatomy, self.plan, self.compute, self.activation_checkpointing)
+        precision = str(self.trainer.precision) if self._trainer is not None else None
+        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.keeping = self._keeping
+            self._data.wrap_collator = self._keeping
 
     def _keeping(self, collator: Collator) -> Collate:
         """What the loader of a split makes batches with, once the model is on its device."""
@@ -134,7 +140,12 @@ class MMModule(Evaluating):
             return self.step.keep(self.cache, collator, example, epochs, facts)
 
     def on_fit_end(self) -> None:
-        self.step.close()
+        self.step.close_cache()
+
+    def teardown(self, stage: str) -> None:
+        """Take off the model what preparing it has put on: another user of it runs the family's own code."""
+        if hasattr(self, "step"):
+            self.step.close()
 
     def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
         """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""
@@ -156,11 +167,11 @@ class MMModule(Evaluating):
             self.unread = self._find_unread()
         if not self.unread:
             return
-        self.plan = without(self.plan, self.unread)
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(trains(name, self.anatomy, self.plan))
-        set_modes(self.model, self.anatomy, self.plan)
-        decide("model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ...")
+        self.plan = drop_parameters(self.plan, self.unread)
+        set_requires_grad(self.mm, self.plan)
+        log_decision(
+            "model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ..."
+        )
 
     def _find_unread(self) -> tuple[str, ...]:
         """Only a fit asks; every other verb, and a resumed fit, is told by the checkpoint."""
@@ -176,10 +187,8 @@ class MMModule(Evaluating):
         device = self.trainer.strategy.root_device
         self.model.to(device)
         with self.trainer.precision_plugin.forward_context():
-            head = self.model.get_submodule(self.anatomy.head)
-            return unread_tensors(
-                self.model, self.anatomy, lambda: supervised_nll(self.model, head, batch.to(device)).nll
-            )
+            head = self.mm.head
+            return unused_parameters(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -244,7 +253,7 @@ class MMModule(Evaluating):
         return int(steps)
 
     def _groups(self) -> list[dict[str, Any]]:
-        return parameter_groups(self.model, self.anatomy, self.plan, self.optimizer)
+        return parameter_groups(self.mm, self.plan, self.optimizer)
 
     def settings(self) -> dict[str, Any]:
         """What a resumed run compares with its checkpoint, and says if it differs."""
@@ -273,7 +282,7 @@ class MMModule(Evaluating):
         if self._resumed is not None:
             state.narrate_changes(self._resumed["settings"], self.settings())
             optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-            restore_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
+            restore_learning_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The last moment before randomness is drawn: put a resumed run's generators back."""

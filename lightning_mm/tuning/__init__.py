@@ -1,4 +1,4 @@
-"""Which weights move: layer ranges, policies, the plan made of them, the boundary and the census."""
+"""Which weights train: layer ranges, policies and their plans, the census and the optimizer."""
 
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.policies import (

@@ -1,119 +1,97 @@
-"""Make a model obey a plan: adapters in, gradients on for what was named and off for all else, modes set.
+"""Load a model and put it under a tuning policy: adapters in, gradients on for what trains, train and eval modes set.
 
-Data flow: model + anatomy + plan -> the same model, changed in place; ``census`` then verifies it from the outside.
-
-A backbone and a policy made into a model that obeys the policy.
-
-Data flow: ``Backbone`` + ``TuningPolicy`` -> skeleton or model -> anatomy -> plan -> the loaded, frozen, adapted model.
-
-Find planned tensors that the model never reads, by asking autograd once.
-
-Data flow: one real sample -> loss -> which planned tensors of tower and connector got no gradient -> a smaller plan.
-LLaVA reads its tower below the top; what is above would sit in the optimizer, and hold up DDP, for nothing.
+Data flow: ``Backbone`` + ``TuningPolicy`` -> layout -> ``TuningPlan`` -> the loaded model, frozen and adapted in place;
+``census`` then verifies it from the outside.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
-
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import remove_input_gradient_hooks
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model, load_skeleton
 from lightning_mm.models.lora import add_lora
 from lightning_mm.tuning.layers import resolve_layers
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
-def apply_plan(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> None:
-    """Freeze, unfreeze and adapt, in place. Raises UserError where an adapter cannot stand where it was planned."""
+def prepare_model(backbone: Backbone, policy: TuningPolicy) -> tuple[MultimodalModel, TuningPlan]:
+    """A loaded model under a policy, and the plan that it follows.
+
+    Raises:
+        UserError: The model cannot be loaded, or the policy does not fit it.
+    """
+    if backbone.quantization == "none":
+        mm = MultimodalModel.of(load_model(backbone), source=backbone.path)
+        plan = policy.plan(mm.layout)
+    else:
+        # Quantization must leave out what trains at full rank, so that the plan is made before the weights are loaded.
+        layout = ModelLayout.of(load_skeleton(backbone))
+        plan = policy.plan(layout)
+        keep = {name.rpartition(".")[0] for name in plan.full} & layout.linears | {layout.head}
+        mm = MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path)
+    apply_plan(mm, plan)
+    if removed := remove_input_gradient_hooks(mm.model):
+        log_decision("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
+    return mm, plan
+
+
+def apply_plan(mm: MultimodalModel, plan: TuningPlan) -> None:
+    """Add adapters and set ``requires_grad`` and modes, in place; raises UserError where an adapter does not fit."""
     if plan.lora is not None:
-        add_lora(model, plan.adapted, plan.lora, _ranks(anatomy, plan))
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(trains(name, anatomy, plan))
-    set_modes(model, anatomy, plan)
+        add_lora(mm.model, plan.adapted, plan.lora, _lora_ranks(mm.layout, plan))
+    set_requires_grad(mm, plan)
 
 
-def trains(name: str, anatomy: Anatomy, plan: TuningPlan) -> bool:
-    """Whether a parameter, named as in the adapted model, is planned to move."""
+def set_requires_grad(mm: MultimodalModel, plan: TuningPlan) -> None:
+    """Gradients on for what the plan trains and off for all else, and modes to match, in place."""
+    for name, parameter in mm.model.named_parameters():
+        parameter.requires_grad_(is_trainable(name, plan))
+    _set_modes(mm, plan)
+
+
+def is_trainable(name: str, plan: TuningPlan) -> bool:
+    """Whether the plan trains a parameter, named as in the adapted model."""
     if ".lora_" in name:
         return name.partition(".lora_")[0] in plan.adapted
     return name.replace(".base_layer.", ".") in plan.full
 
 
-def set_modes(model: nn.Module, anatomy: Anatomy, plan: TuningPlan) -> None:
+def drop_parameters(plan: TuningPlan, unused: Collection[str]) -> TuningPlan:
+    """The plan without some parameters, named as in the adapted model."""
+    modules = {name.partition(".lora_")[0] for name in unused if ".lora_" in name}
+    return replace(plan, full=plan.full - set(unused), adapted=plan.adapted - modules)
+
+
+def _set_modes(mm: MultimodalModel, plan: TuningPlan) -> None:
     """Train mode for what trains, eval mode for what is frozen.
 
     A decoder or vision block counts as one piece: if any of it trains, its dropout is on. Elsewhere a module is in
     train mode if all of its parameters train.
     """
-    model.eval()
-    blocks = [model.get_submodule(name) for name in (*anatomy.layers, *anatomy.vision_blocks)]
-    for module in model.modules():
+    mm.model.eval()
+    blocks = [mm.model.get_submodule(name) for name in (*mm.layout.layers, *mm.layout.vision_blocks)]
+    for module in mm.model.modules():
         parameters = list(module.parameters())
         if parameters and all(p.requires_grad for p in parameters):
             module.train()
     # An adapter's dropout has no weights of its own, and its module holds frozen ones.
-    adapted = [model.get_submodule(name) for name in plan.adapted]
+    adapted = [mm.model.get_submodule(name) for name in plan.adapted]
     for part in (*blocks, *adapted):
         if any(p.requires_grad for p in part.parameters()):
             part.train()
 
 
-def _ranks(anatomy: Anatomy, plan: TuningPlan) -> dict[str, int]:
-    """Rank of each adapted module that does not have the common one."""
+def _lora_ranks(layout: ModelLayout, plan: TuningPlan) -> dict[str, int]:
+    """Rank of each adapted module whose layer has a rank of its own."""
     assert plan.lora is not None
     ranks: dict[str, int] = {}
     for spec, rank in plan.lora.rank_per_layer.items():
-        layers = resolve_layers(spec, anatomy.num_layers)
+        layers = resolve_layers(spec, layout.num_layers)
         for module in plan.adapted:
-            place = anatomy.places[f"{module}.weight"]
-            if place.region is Region.LAYERS and place.layer in layers:
+            location = layout.locations[f"{module}.weight"]
+            if location.region is Region.LAYERS and location.layer in layers:
                 ranks[module] = rank
     return ranks
-
-
-def prepare(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
-    """Load a model and put it under a policy. Raises UserError where either cannot be had."""
-    model, anatomy, plan = _planned(backbone, tuning)
-    apply_plan(model, anatomy, plan)
-    if removed := remove_input_gradient_hooks(model):
-        decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
-    return model, anatomy, plan
-
-
-def _planned(backbone: Backbone, tuning: TuningPolicy) -> tuple[nn.Module, Anatomy, TuningPlan]:
-    """What trains at full rank must be known before quantisation takes it: then the plan is made on the skeleton."""
-    if backbone.quantization == "none":
-        model = load_model(backbone)
-        anatomy = Anatomy.of(model)
-        return model, anatomy, tuning.plan(anatomy)
-    anatomy = Anatomy.of(load_skeleton(backbone))
-    plan = tuning.plan(anatomy)
-    keep = {name.rpartition(".")[0] for name in plan.full} & anatomy.linears | {anatomy.head}
-    return load_model(backbone, keep_full=keep), anatomy, plan
-
-
-def unread_tensors(model: nn.Module, anatomy: Anatomy, loss: Callable[[], Tensor]) -> tuple[str, ...]:
-    """Trainable tensors of vision tower and connector that ``loss`` does not depend on.
-
-    Args:
-        model: After ``apply_plan``.
-        anatomy: Of the plain model.
-        loss: Computes the training loss () of a sample with a picture.
-    """
-    regions = (Region.VISION, Region.CONNECTOR)
-    asked = {n: p for n, p in model.named_parameters() if p.requires_grad and anatomy.place_of(n).region in regions}
-    if not asked:
-        return ()
-    with torch.random.fork_rng():
-        gradients = torch.autograd.grad(loss(), list(asked.values()), allow_unused=True)
-    return tuple(name for name, gradient in zip(asked, gradients, strict=True) if gradient is None)
-
-
-def without(plan: TuningPlan, unread: Collection[str]) -> TuningPlan:
-    """The plan less some tensors, named as in the adapted model."""
-    modules = {name.partition(".lora_")[0] for name in unread if ".lora_" in name}
-    return replace(plan, full=plan.full - set(unread), adapted=plan.adapted - modules)

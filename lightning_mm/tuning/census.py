@@ -1,7 +1,7 @@
-"""The census: what each region of the model does in this run, counted on the model itself and not on the plan.
+"""The census: parameters, modes and rates of each region, counted on the model itself and not on the plan.
 
-Data flow: applied model -> ``Census`` -> printed before the first step, saved with the run; the digest goes into every
-checkpoint.
+Data flow: model under its plan -> ``Census`` -> printed before the first step and saved with the run; the digest goes
+into every checkpoint.
 """
 
 import hashlib
@@ -15,15 +15,16 @@ import torch
 from torch import nn
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy, Region
-from lightning_mm.tuning.apply import trains
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
+from lightning_mm.tuning.apply import is_trainable
 from lightning_mm.tuning.layers import describe_layers
 from lightning_mm.tuning.policy import TuningPlan
 
 
 @dataclass(frozen=True)
 class CensusRow:
-    """One region, or one run of decoder blocks that are treated alike."""
+    """One region, or neighboring decoder blocks in the same mode."""
 
     region: str
     mode: str
@@ -40,12 +41,12 @@ class Census:
     """Counts of a model under a policy.
 
     Args:
-        policy: As the user would write it.
-        expression: Layer range as written.
+        policy: The policy, as the user would write it.
+        expression: The layer range, as written.
         layers: Indices of the blocks that train.
         num_layers: Decoder blocks of the model.
-        rows: Bottom to top.
-        digest: SHA-256 over every trainable tensor's name, shape and mode: the same policy on the same model.
+        rows: Regions, bottom to top.
+        digest: SHA-256 over every trainable tensor's name, shape and mode; equal for equal policies on equal models.
     """
 
     policy: str
@@ -64,7 +65,7 @@ class Census:
         return sum(row.trainable for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved in ``census.json``."""
+        """The census as ``census.json`` holds it."""
         return {
             "digest": self.digest,
             "policy": self.policy,
@@ -76,30 +77,29 @@ class Census:
 
 
 def take_census(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, lr: float | None = None, weight_decay: float | None = None
+    mm: MultimodalModel, plan: TuningPlan, lr: float | None = None, weight_decay: float | None = None
 ) -> Census:
-    """Count the model and hold it against the plan.
+    """Count the model's parameters, and check that what trains is what the plan says.
 
     Args:
-        model: The model after ``apply_plan``.
-        anatomy: Taken before adapters were put in.
-        plan: What was asked for.
-        lr: The optimizer's learning rate, for regions that do not say their own.
-        weight_decay: The same for weight decay.
+        mm: The model after ``apply_plan``.
+        plan: What is to train.
+        lr: The optimizer's learning rate, for regions without their own; None where there is no optimizer.
+        weight_decay: The optimizer's weight decay, for regions without their own; None where there is no optimizer.
 
     Raises:
-        UserError: A tensor trains that was not planned, or one that was planned does not.
+        UserError: A tensor trains that is not in the plan, or one of the plan does not train.
     """
-    moving = {name for name, p in model.named_parameters() if p.requires_grad}
-    planned = {name for name, _ in model.named_parameters() if trains(name, anatomy, plan)}
-    if moving != planned:
+    trained = {name for name, p in mm.model.named_parameters() if p.requires_grad}
+    planned = {name for name, _ in mm.model.named_parameters() if is_trainable(name, plan)}
+    if trained != planned:
         raise UserError(
             "What trains is not what was planned.",
-            f"Stray: {sorted(moving - planned)[:5] or 'none'}. Missing: {sorted(planned - moving)[:5] or 'none'}.",
+            f"Stray: {sorted(trained - planned)[:5] or 'none'}. Missing: {sorted(planned - trained)[:5] or 'none'}.",
             "Do not change requires_grad outside the tuning policy.",
         )
-    rows = tuple(_rows(model, anatomy, plan, lr, weight_decay))
-    digest = _digest(model, plan)
+    rows = tuple(_rows(mm, plan, lr, weight_decay))
+    digest = _digest(mm.model, plan)
     return Census(plan.policy, plan.expression, plan.layers, plan.num_layers, rows, digest)
 
 
@@ -113,14 +113,12 @@ def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _rows(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, lr: float | None, weight_decay: float | None
-) -> Iterator[CensusRow]:
+def _rows(mm: MultimodalModel, plan: TuningPlan, lr: float | None, weight_decay: float | None) -> Iterator[CensusRow]:
     members: dict[tuple[Region, int | None], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in model.named_parameters():
-        place = anatomy.place_of(name)
+    for name, parameter in mm.model.named_parameters():
+        place = mm.layout.location_of(name)
         members.setdefault((place.region, place.layer), []).append((name, parameter))
-    owners = dict(model.named_modules())
+    owners = dict(mm.model.named_modules())
 
     def row(label: str, region: Region, parts: list[tuple[str, nn.Parameter]], mode: str) -> CensusRow:
         count = sum(_numel(p) for _, p in parts)
@@ -135,14 +133,14 @@ def _rows(
             if parts := members.get((region, None)):
                 yield row(region.value, region, parts, plan.modes[region])
             continue
-        for trained, run in groupby(range(anatomy.num_layers), key=lambda i: i in plan.layers):
+        for trained, run in groupby(range(mm.layout.num_layers), key=lambda i: i in plan.layers):
             indices = list(run)
             parts = [part for i in indices for part in members.get((region, i), [])]
             yield row(f"layers {describe_layers(indices)}", region, parts, plan.modes[region] if trained else "frozen")
 
 
 def _numel(parameter: nn.Parameter) -> int:
-    """Number of weights; 4-bit tensors hold two in a byte and know their own shape."""
+    """Number of weights; bitsandbytes packs two 4-bit weights in a byte and keeps their shape."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 

@@ -1,4 +1,4 @@
-"""Layer ranges: how a user names decoder blocks.
+"""Layer ranges: the grammar in which a user names decoder blocks.
 
 Data flow: a spec from the config + the model's number of layers -> sorted, 0-based block indices.
 

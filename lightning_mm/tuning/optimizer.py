@@ -1,10 +1,6 @@
-"""Optimizer and schedule: parameter groups by region, AdamW, warm-up and decay.
+"""Optimizer and schedule: parameter groups by region, AdamW (fused, 8-bit or stochastically rounded), warm-up, decay.
 
-Data flow: model + anatomy + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
-
-The bitsandbytes room: optimizers with 8-bit states.
-
-Data flow: parameter groups -> optimizer. Quantised weights are asked of transformers in ``loading``.
+Data flow: model + plan -> groups (region x decayed or not) -> optimizer -> learning-rate schedule by step.
 """
 
 import math
@@ -13,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.quantization import adamw_8bit
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.stochastic_adamw import StochasticAdamW
@@ -70,15 +65,13 @@ class OptimizerSettings:
             )
 
 
-def parameter_groups(
-    model: nn.Module, anatomy: Anatomy, plan: TuningPlan, settings: OptimizerSettings
-) -> list[dict[str, Any]]:
-    """One group for every region and decay, with its own learning rate; only tensors that train."""
+def parameter_groups(mm: MultimodalModel, plan: TuningPlan, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """Groups of the tensors that train, one per region and decay, each with its own learning rate."""
     groups: dict[tuple[str, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in mm.model.named_parameters():
         if not parameter.requires_grad:
             continue
-        region, decayed = anatomy.place_of(name).region.value, parameter.ndim > 1
+        region, decayed = mm.layout.location_of(name).region.value, parameter.ndim > 1
         decay = plan.weight_decay.get(region, settings.weight_decay) if decayed else 0.0
         label = region if decayed else f"{region} (no decay)"
         lr = plan.lr.get(region, settings.lr)
@@ -89,24 +82,28 @@ def parameter_groups(
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> Optimizer:
-    """AdamW over the groups."""
+    """The AdamW that the settings name, over parameter groups."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw8bit":
-        decide("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
+        log_decision("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
         return adamw_8bit(groups, **options)
     if settings.name == "adamw_sr":
         why = f"asked for; bfloat16 weights keep the mean of small updates, moments are {settings.state_dtype}"
-        decide("model.optimizer", "AdamW, rounded at random", why)
+        log_decision("model.optimizer", "AdamW, rounded at random", why)
         return StochasticAdamW(groups, state_dtype=settings.state_dtype, **options)
     if any(param.dtype == torch.bfloat16 for group in groups for param in group["params"]):
         why = "steps below 1/512 of a bfloat16 weight are lost; model.optimizer.name adamw_sr keeps them"
-        decide("model.optimizer.name", "adamw", why)
-    decide("model.optimizer", "fused AdamW", "one kernel over all tensors; the same arithmetic")
+        log_decision("model.optimizer.name", "adamw", why)
+    log_decision("model.optimizer", "fused AdamW", "one kernel over all tensors; the same arithmetic")
     return AdamW(groups, fused=True, **options)
 
 
 def schedule_factor(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:
-    """Step -> share of the peak learning rate.
+    """The schedule: a function from the step to a share of the peak learning rate.
+
+    Args:
+        settings: Of the optimizer.
+        total_steps: Optimizer steps of the run.
 
     Example:
         >>> factor = schedule_factor(OptimizerSettings(warmup=2, final=0.1), total_steps=6)
@@ -125,21 +122,21 @@ def schedule_factor(settings: OptimizerSettings, total_steps: int) -> Callable[[
     return factor
 
 
-def restore_rates(
+def restore_learning_rates(
     optimizer: Optimizer, scheduler: torch.optim.lr_scheduler.LambdaLR, planned: list[dict[str, Any]]
 ) -> None:
-    """After a checkpoint brought its own rates along: those of this run's config count, and each change is said.
+    """Replace a checkpoint's learning rates, decays, betas and eps by those of this run's config; changes are logged.
 
     Args:
         optimizer: Restored from the checkpoint.
-        scheduler: The same.
+        scheduler: Restored from the checkpoint.
         planned: Groups as configured now, in the optimizer's order.
     """
     for index, (group, wanted) in enumerate(zip(optimizer.param_groups, planned, strict=True)):
         held = {**group, "lr": group["initial_lr"], "betas": tuple(group["betas"])}
         for key in ("lr", "weight_decay", "betas", "eps"):
             if held[key] != wanted[key]:
-                decide(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held[key]}")
+                log_decision(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held[key]}")
             group[key] = wanted[key]
         scheduler.base_lrs[index] = group["initial_lr"] = wanted["lr"]
         group["lr"] = wanted["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)

@@ -1,7 +1,7 @@
-"""The policies by name: what the papers and their rivals train, each one ``RegionPolicy`` with other defaults.
+"""The named policies: what the papers train, and their controls; each is a ``RegionPolicy`` with other defaults.
 
-Data flow: ``--model.tuning NAME`` -> one of these -> ``plan``. Options that would turn one policy into another are not
-options here: on the command line a class may be exchanged while its old options stay.
+Data flow: ``--model.tuning NAME`` -> one of these -> ``TuningPlan``. Options that would turn one policy into another
+are left out: on the command line a class may be exchanged while its options stay.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +15,13 @@ from lightning_mm.tuning.policy import Mode, PartName, RegionPolicy
 
 @dataclass(frozen=True, kw_only=True)
 class _LayerRange(RegionPolicy):
+    """A policy on a range of decoder blocks.
+
+    Args:
+        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+    """
+
     layers: LayerSpec = "25%-50%"
     parts: list[PartName] | None = None
 
@@ -30,16 +37,6 @@ class PerRegion(_LayerRange):
     """Every region as you say; what you do not name is frozen.
 
     Args:
-        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
         layers_mode: Mode of those blocks.
     """
 
@@ -52,18 +49,7 @@ class PerRegion(_LayerRange):
 
 @dataclass(frozen=True, kw_only=True)
 class Full(RegionPolicy):
-    """All of the language model and the connector; the vision tower stays frozen, as in LLaVA's second stage.
-
-    Args:
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """All of the language model and the connector; the vision tower stays frozen, as in LLaVA's second stage."""
 
     modes: ClassVar[Mapping[Region, Mode]] = {
         Region.CONNECTOR: "full",
@@ -76,64 +62,34 @@ class Full(RegionPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class IntermediateOnly(_LayerRange):
-    """Only a middle range of decoder blocks, at full rank (2606.03871).
-
-    Args:
-        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """Only a middle range of decoder blocks, at full rank (2606.03871)."""
 
     modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAOnMiddle(_LayerRange):
-    """LoRA adapters on a middle range of decoder blocks, and nowhere else.
-
-    Args:
-        layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """LoRA adapters on a middle range of decoder blocks, and nowhere else."""
 
     modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "lora"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ConnectorOnly(RegionPolicy):
-    """Only what joins the vision tower to the decoder, as in LLaVA's first stage.
-
-    Args:
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """Only what joins the vision tower to the decoder, as in LLaVA's first stage."""
 
     modes: ClassVar[Mapping[Region, Mode]] = {Region.CONNECTOR: "full"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class _EqualBudget(RegionPolicy):
+    """A control that trains as many decoder blocks as another policy, elsewhere.
+
+    Args:
+        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
+        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+    """
+
     modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}
 
     budget: LayerSpec = "25%-50%"
@@ -145,20 +101,7 @@ class _EqualBudget(RegionPolicy):
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyLayers(_EqualBudget):
-    """Control of equal budget: the first blocks.
-
-    Args:
-        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """Control of equal budget: the first blocks."""
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
         return f"first:{count_layers(self.budget, num_layers)}"
@@ -166,20 +109,7 @@ class EarlyLayers(_EqualBudget):
 
 @dataclass(frozen=True, kw_only=True)
 class LateLayers(_EqualBudget):
-    """Control of equal budget: the last blocks.
-
-    Args:
-        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """Control of equal budget: the last blocks."""
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
         return f"last:{count_layers(self.budget, num_layers)}"
@@ -187,20 +117,7 @@ class LateLayers(_EqualBudget):
 
 @dataclass(frozen=True, kw_only=True)
 class UniformSparse(_EqualBudget):
-    """Control of equal budget: blocks evenly spread over the depth (2412.12785).
-
-    Args:
-        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
-    """
+    """Control of equal budget: blocks evenly spread over the depth (2412.12785)."""
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
         return f"uniform:{count_layers(self.budget, num_layers)}"
@@ -211,16 +128,6 @@ class RandomLayers(_EqualBudget):
     """Control of equal budget: blocks drawn with a seed.
 
     Args:
-        budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
-        vision: Mode of the vision tower, if it is to differ.
-        connector: Mode of what joins tower and decoder, if it is to differ.
-        embedding: Mode of the token embedding, if it is to differ.
-        norm: Mode of the decoder's final norm, if it is to differ.
-        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
-        lr: Learning rate by region, where it differs from the optimizer's.
-        weight_decay: Weight decay by region, where it differs from the optimizer's.
-        lora: Options of the adapters, for regions in mode 'lora'.
         seed: Of the draw.
     """
 

@@ -1,7 +1,7 @@
-"""Tuning policies: what a user says about which weights move.
+"""Tuning policies: a mode for every region of a model, and the plan they become on one model.
 
-Data flow: config -> ``TuningPolicy`` -> ``plan(anatomy)`` -> ``TuningPlan`` (names of tensors), which ``apply``
-enforces and ``census`` verifies. A policy says one mode for every region: what is not named is frozen.
+Data flow: config -> ``TuningPolicy`` -> ``plan(layout)`` -> ``TuningPlan`` (names of tensors), which ``apply`` enforces
+and ``census`` verifies. A region without a mode is frozen.
 """
 
 from abc import ABC, abstractmethod
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy, Place, Region
+from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.layers import LayerSpec, resolve_layers
 
@@ -32,7 +32,7 @@ class TuningPlan:
         modes: Mode of each region.
         lora: Options of the adapters; None where there are none.
         lr: Learning rate of a region, where it differs from the optimizer's.
-        weight_decay: The same for weight decay.
+        weight_decay: Weight decay of a region, where it differs from the optimizer's.
     """
 
     policy: str
@@ -56,20 +56,31 @@ class TuningPlan:
 
 
 class TuningPolicy(ABC):
-    """Which weights move. Subclasses answer ``plan``; every option of a region is the same in all of them."""
+    """Which weights train; subclasses resolve it on a model."""
 
     @abstractmethod
-    def plan(self, anatomy: Anatomy) -> TuningPlan:
-        """Resolve the policy on a model's anatomy."""
+    def plan(self, layout: ModelLayout) -> TuningPlan:
+        """Resolve the policy on a model's layout."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The policy as one would write it."""
+        """The policy as a user would write it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionPolicy(TuningPolicy):
-    """What all policies share. A mode that is not given is the policy's own (``modes``), frozen where it has none."""
+    """What all policies share. A mode that is not given is the policy's own (``modes``), frozen where it has none.
+
+    Args:
+        vision: Mode of the vision tower, if it is to differ.
+        connector: Mode of what joins tower and decoder, if it is to differ.
+        embedding: Mode of the token embedding, if it is to differ.
+        norm: Mode of the decoder's final norm, if it is to differ.
+        head: Mode of the output head, if it is to differ; a tied head follows the embedding.
+        lr: Learning rate by region, where it differs from the optimizer's.
+        weight_decay: Weight decay by region, where it differs from the optimizer's.
+        lora: Options of the adapters, for regions in mode 'lora'.
+    """
 
     modes: ClassVar[Mapping[Region, Mode]] = {}
 
@@ -83,7 +94,7 @@ class RegionPolicy(TuningPolicy):
     lora: LoRA = field(default_factory=LoRA)
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
-        """The layer range on a model of that depth."""
+        """The layer range on a model of ``num_layers`` decoder blocks."""
         return "all"
 
     def layer_parts(self) -> Sequence[PartName] | None:
@@ -91,29 +102,29 @@ class RegionPolicy(TuningPolicy):
         return None
 
     def mode_of(self, region: Region) -> Mode:
-        """Mode of a region: as given, else the policy's own."""
+        """Mode of a region: the user's, else the policy's default."""
         given: Mode | None = getattr(self, region.value, None) if region is not Region.LAYERS else None
         return given or self.modes.get(region, "frozen")
 
-    def plan(self, anatomy: Anatomy) -> TuningPlan:
-        """Resolve on a model.
+    def plan(self, layout: ModelLayout) -> TuningPlan:
+        """Resolve the policy on a model's layout.
 
         Raises:
             UserError: A selector matches nothing, or the layer range lies outside the model.
         """
-        modes = self._modes(anatomy)
-        spec = self.layer_spec(anatomy.num_layers)
-        layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, anatomy.num_layers)
-        chosen = {name: place for name, place in anatomy.places.items() if self._chosen(place, modes, layers)}
+        modes = self._modes(layout)
+        spec = self.layer_spec(layout.num_layers)
+        layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, layout.num_layers)
+        chosen = {name: place for name, place in layout.locations.items() if self._chosen(place, modes, layers)}
         full = frozenset(name for name, place in chosen.items() if modes[place.region] == "full")
-        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & anatomy.linears
-        self._refuse_empty(anatomy, modes, full, adapted)
-        self._refuse_unused(anatomy, modes, layers, full, adapted)
+        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & layout.linears
+        self._refuse_empty(layout, modes, full, adapted)
+        self._refuse_unused(layout, modes, layers, full, adapted)
         return TuningPlan(
             policy=self.describe(),
             expression=str(spec) if layers else "none",
             layers=layers,
-            num_layers=anatomy.num_layers,
+            num_layers=layout.num_layers,
             full=full,
             adapted=frozenset(adapted),
             modes=modes,
@@ -123,15 +134,15 @@ class RegionPolicy(TuningPolicy):
         )
 
     def describe(self) -> str:
-        """The policy as one would write it, without what stands at its default."""
+        """The policy as a user would write it, without options at their default."""
         defaults = type(self)()
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         shown = [f"{n}={v!r}" for n, v in named.items() if n in ("layers", "budget") or v != getattr(defaults, n)]
         return f"{type(self).__name__}({', '.join(shown)})"
 
-    def _modes(self, anatomy: Anatomy) -> dict[Region, Mode]:
+    def _modes(self, layout: ModelLayout) -> dict[Region, Mode]:
         modes = {region: self.mode_of(region) for region in Region}
-        if anatomy.tied_head:
+        if layout.tied_head:
             if self.head is not None and self.head != modes[Region.EMBEDDING]:
                 raise UserError(
                     f"model.tuning.head: '{self.head}' cannot be had on its own.",
@@ -141,7 +152,7 @@ class RegionPolicy(TuningPolicy):
             modes[Region.HEAD] = modes[Region.EMBEDDING]
         return modes
 
-    def _chosen(self, place: Place, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
+    def _chosen(self, place: ParameterLocation, modes: Mapping[Region, Mode], layers: tuple[int, ...]) -> bool:
         if place.region is not Region.LAYERS:
             return modes[place.region] != "frozen"
         parts = self.layer_parts()
@@ -149,15 +160,15 @@ class RegionPolicy(TuningPolicy):
 
     def _refuse_unused(
         self,
-        anatomy: Anatomy,
+        layout: ModelLayout,
         modes: Mapping[Region, Mode],
         layers: tuple[int, ...],
         full: frozenset[str],
         adapted: set[str],
     ) -> None:
-        """An option that speaks of something that does not train is a mistake, never a detail."""
+        """Refuse options of something that does not train."""
         moved = full | {f"{module}.weight" for module in adapted}
-        found = {anatomy.places[name].part for name in moved}
+        found = {layout.locations[name].part for name in moved}
         for part in self.layer_parts() or ():
             if part not in found:
                 raise _unused(f"model.tuning.parts: '{part}'", "No tensor of the chosen layers answers to it.")
@@ -166,23 +177,23 @@ class RegionPolicy(TuningPolicy):
                 if modes[Region(region)] == "frozen":
                     raise _unused(f"model.tuning.{option}.{region}", "That region is frozen.")
         for spec in self.lora.rank_per_layer:
-            ranked = {anatomy.places[f"{module}.weight"].layer for module in adapted}
-            if not set(resolve_layers(spec, anatomy.num_layers)) <= ranked:
+            ranked = {layout.locations[f"{module}.weight"].layer for module in adapted}
+            if not set(resolve_layers(spec, layout.num_layers)) <= ranked:
                 raise _unused(
                     f"model.tuning.lora.rank_per_layer: '{spec}'", f"Layers with adapters are {list(layers)}."
                 )
 
     def _refuse_empty(
-        self, anatomy: Anatomy, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
+        self, layout: ModelLayout, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
     ) -> None:
         for region, mode in modes.items():
-            if mode == "frozen" or (region is Region.HEAD and anatomy.tied_head):
+            if mode == "frozen" or (region is Region.HEAD and layout.tied_head):
                 continue
             names = full if mode == "full" else {f"{module}.weight" for module in adapted}
-            if not any(anatomy.places[name].region is region for name in names):
+            if not any(layout.locations[name].region is region for name in names):
                 raise UserError(
                     f"model.tuning.{region}: '{mode}' matches nothing.",
-                    f"The model has {len(anatomy.parameters_in(region))} tensors there"
+                    f"The model has {len(layout.parameters_in(region))} tensors there"
                     + (", none of them linear, as an adapter needs." if mode == "lora" else "."),
                     "Leave that region frozen, or widen the selection (parts).",
                 )

@@ -1,11 +1,12 @@
-"""AdamW for weights held in bfloat16: every update is computed in float32 and rounded at random, so that none is lost.
+"""AdamW for bfloat16 weights: updates are computed in float32 and rounded stochastically, so that small ones count.
 
 Data flow: weights, gradients and moments of a bucket, widened to float32 -> AdamW -> rounded up or down with the
 probability that keeps the mean -> stored.
 
-bfloat16 has 8 bits: a step below 2^-9 of its weight would round to nothing each time. Rounded at random, it moves the
-weight one time in so many (2010.06192). The noise is drawn from the seed and the number of the step alone: every rank
-draws the same, and a resumed run draws what the killed one would have.
+bfloat16 has 8 significant bits: a step below 2^-9 of its weight would always be rounded away. Rounded stochastically,
+it moves the weight with a probability in proportion to its size (Zamirai et al. 2020, arXiv:2010.06192). The noise
+depends on the seed and the number of the step alone: every rank draws the same, and a resumed run draws what an
+uninterrupted one would.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -16,20 +17,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 _BUCKET = 2**24
-"""Values that are in float32 at a time."""
+"""Elements that are in float32 at a time."""
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW (1711.05101) whose bfloat16 weights and moments are rounded at random; others are updated as ever.
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with stochastic rounding of bfloat16 weights and moments.
 
     Args:
-        params: Parameters or groups.
+        params: Parameters or parameter groups.
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the denominator.
-        weight_decay: Decoupled.
-        state_dtype: What the moments are held in.
-        seed: Of the noise.
+        weight_decay: Decoupled weight decay.
+        state_dtype: Type of the moments.
+        seed: Of the rounding noise.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class StochasticAdamW(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient; returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -80,7 +81,7 @@ class StochasticAdamW(Optimizer):
         torch._foreach_addcdiv_(weights, firsts, roots, -lr / (1 - beta1**step))
         for param, state, *wide in zip(params, states, weights, firsts, seconds, strict=True):
             for held, value in zip((param, state["exp_avg"], state["exp_avg_sq"]), wide, strict=True):
-                store_(held, value, noise)
+                stochastic_round_(held, value, noise)
 
     def _state(self, param: Tensor) -> dict[str, Tensor]:
         state = self.state[param]
@@ -90,7 +91,7 @@ class StochasticAdamW(Optimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As saved; torch alone would cast the moments to their parameter's type."""
+        """Load moments in ``state_dtype``; torch alone would cast them to their parameter's type."""
         super().load_state_dict(state_dict)
         saved = [index for group in state_dict["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
@@ -99,31 +100,31 @@ class StochasticAdamW(Optimizer):
                 self.state[param][name] = value.to(param.device, self.state_dtype, copy=True)
 
     def _noise(self, device: torch.device, step: int, bucket: int) -> torch.Generator:
-        """The generator of a device, at the place that belongs to this step and bucket."""
+        """The device's generator, seeded for this step and bucket."""
         made = self._generators.setdefault(device, torch.Generator(device))
         return made.manual_seed(((self.seed * 1_000_003 + step) * 1_000_003 + bucket) % 2**63)
 
 
-def store_(held: Tensor, value: Tensor, noise: torch.Generator) -> None:
-    """Put float32 values into a tensor in place, rounded at random where it is bfloat16.
+def stochastic_round_(held: Tensor, value: Tensor, noise: torch.Generator) -> None:
+    """Copy float32 values into a tensor in place, rounded stochastically where it is bfloat16.
 
     Args:
-        held: Any shape, bfloat16 or float32.
-        value: The same shape, float32; where ``held`` is float32, they may be one tensor.
-        noise: Of the values' device.
+        held: Destination of any shape, bfloat16 or float32.
+        value: Source of the same shape, float32; may be ``held`` itself where that is float32.
+        noise: Generator on the values' device.
     """
     if held.dtype != torch.bfloat16:
         if held.data_ptr() != value.data_ptr():
             held.copy_(value)
         return
     bits = value.contiguous().view(torch.int32)
-    # bfloat16 is the upper half of float32: added noise carries over with the probability of the lower half.
+    # bfloat16 is the upper half of float32: noise added to the lower half carries over in proportion to that half.
     below = torch.empty_like(bits).random_(0, 1 << 16, generator=noise)
     held.copy_(below.add_(bits).bitwise_and_(-(1 << 16)).view(torch.float32))
 
 
 def _buckets(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of one device, up to ``_BUCKET`` values together."""
+    """Lists of parameters on one device, up to ``_BUCKET`` elements together."""
     bucket: list[Tensor] = []
     size = 0
     for param in params:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from lightning_mm.analysis.hidden_states import Reading
-from lightning_mm.analysis.select_rows import paired
+from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import select_pairs
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet, Role
 from lightning_mm.data.sample import Sample, Turn
 
@@ -21,7 +21,7 @@ def test_pictures_of_one_group_are_paired_each_with_its_own_caption() -> None:
     roles: tuple[Role, Role] = ("picture", "text")
     rows = [probe_row(name, role, f"group {name[0]}") for role in roles for name in names]
     texts = names[-2::-1]
-    reading = Reading(
+    reading = HiddenStates(
         0,
         {
             "picture/last": torch.arange(6.0).reshape(1, 6, 1),
@@ -32,7 +32,7 @@ def test_pictures_of_one_group_are_paired_each_with_its_own_caption() -> None:
             "text/last": tuple((f"{name}:text", 0) for name in texts),
         },
     )
-    found = paired(reading, ProbeSet(tuple(rows), {}, 0, "t"), "picture/last", "text/last")
+    found = select_pairs(reading, ProbeSet(tuple(rows), {}, 0, "t"), "picture/last", "text/last")
     assert found is not None
     pictures, captions = found
     assert [row.subject for row in pictures.rows] == [row.subject for row in captions.rows] == names[:-1]

@@ -3,17 +3,17 @@
 import torch
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.summary import headline, scalars
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.analysis.summary import summarize_profile, summary_metrics
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.block_influence import angular_distance, block_influence, row_cosine
 
 
 def found(values: list[float | None], measure: str = "overlap", null: float = 0.1) -> Findings:
     findings = Findings(7)
     estimates = [
-        undefined("constant: all coincide", 50)
+        Estimate.undefined_because("constant: all coincide", 50)
         if v is None
-        else Estimate(v, 50, low=v - 0.05, high=v + 0.05, null=null)
+        else Estimate(v, n=50, low=v - 0.05, high=v + 0.05, null=null)
         for v in values
     ]
     findings.add("geometry", measure, "last", estimates)
@@ -22,7 +22,7 @@ def found(values: list[float | None], measure: str = "overlap", null: float = 0.
 
 def test_peak_plateau_and_half_height() -> None:
     """Slices are embeddings, block 0, block 1, ...: the fourth value is block 2's."""
-    brief = headline(found([None, 0.1, 0.45, 0.5, 0.48, 0.2, 0.5]).profile("overlap", "last"))
+    brief = summarize_profile(found([None, 0.1, 0.45, 0.5, 0.48, 0.2, 0.5]).profile("overlap", "last"))
     assert brief is not None
     assert brief.peak_layer == 2  # of equals, the lower layer
     assert brief.plateau == (1, 3)
@@ -31,19 +31,19 @@ def test_peak_plateau_and_half_height() -> None:
 
 
 def test_drift_peaks_where_least_is_left() -> None:
-    brief = headline(found([1.0, 1.0, 0.4, 0.8], "drift_overlap").profile("drift_overlap", "last"))
+    brief = summarize_profile(found([1.0, 1.0, 0.4, 0.8], "drift_overlap").profile("drift_overlap", "last"))
     assert brief is not None
     assert brief.peak_layer == 1
 
 
 def test_an_undefined_profile_has_no_headline_and_no_metric() -> None:
     findings = found([None, None])
-    assert headline(findings.profile("overlap", "last")) is None
-    assert scalars(findings, [0]) == {}
+    assert summarize_profile(findings.profile("overlap", "last")) is None
+    assert summary_metrics(findings, [0]) == {}
 
 
 def test_metrics_are_those_of_the_vocabulary() -> None:
-    told = scalars(found([None, 0.1, 0.45, 0.5]), [1, 2])
+    told = summary_metrics(found([None, 0.1, 0.45, 0.5]), [1, 2])
     assert told["inside/overlap/last/peak_layer"] == 2
     assert told["inside/overlap/last/in_trained_range"] == 1.0
 

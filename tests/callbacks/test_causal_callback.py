@@ -11,9 +11,8 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from tests.helpers.training import train
-from tests.training.test_resume import DROPOUT, Losses
-from tests.tuning.test_policies import Family
+from tests.helpers.data import Family
+from tests.helpers.training import DROPOUT, Losses, train
 
 POLICIES: dict[str, TuningPolicy] = {
     "full rank, dropout": DROPOUT,

@@ -11,55 +11,28 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Budget
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.training.module import MMModule
-from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle
-from tests.helpers.training import train
-from tests.training.test_resume import DROPOUT, Losses
-from tests.tuning.test_policies import Family
-
-EVERY = Schedule(every=1, budget=None)
-MIDDLE = IntermediateOnly(layers="2")
+from lightning_mm.tuning import ConnectorOnly, Full, LoRA, LoRAOnMiddle
+from tests.helpers.data import Family
+from tests.helpers.inspection import EVERY, RecordingCallback, rows_of
+from tests.helpers.training import DROPOUT, MIDDLE, Losses, train
 
 
 def lookers(schedule: Schedule = EVERY) -> list[Callback]:
     return [ProbingCallback(schedule), GeometryCallback(schedule), DriftCallback(schedule)]
 
 
-class Kept(InspectingCallback):
-    """Keeps every reading."""
-
-    def __init__(self, schedule: Schedule = EVERY) -> None:
-        super().__init__(schedule)
-        self.looks: list[Look] = []
-
-    def analyse(self, look: Look) -> Findings:
-        self.looks.append(look)
-        return Findings(look.step)
-
-
 class Failing(InspectingCallback):
     def analyse(self, look: Look) -> Findings:
         raise ArithmeticError("singular")
-
-
-@pytest.fixture
-def probed(data: dict[str, Path], probes: Path) -> dict[str, Path]:
-    return {**data, "probes": probes}
-
-
-def rows_of(folder: Path) -> list[LayerRow]:
-    rows, bad = read_layers(folder / "layers.csv")
-    assert not bad
-    return rows
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -96,7 +69,7 @@ def test_all_that_are_due_share_one_forward(
 
 
 def test_what_cannot_move_is_read_once(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
-    kept = Kept()
+    kept = RecordingCallback()
     train(family("llava"), probed, tmp_path, callbacks=[kept], tuning=MIDDLE, max_steps=2)
     first, *later = [look.reading for look in kept.looks]
     for reading in later:
@@ -109,7 +82,7 @@ def test_slices_from_before_are_those_that_would_be_read_again(
     family: Family, probed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same run, once with the shortcut for unchanged slices and once without it."""
-    short, whole = Kept(), Kept()
+    short, whole = RecordingCallback(), RecordingCallback()
     train(family("llava"), probed, tmp_path, callbacks=[short], tuning=MIDDLE, max_steps=2)
     monkeypatch.setattr(reader, "unchanged_slices", lambda plan: 0)
     train(family("llava"), probed, tmp_path, callbacks=[whole], tuning=MIDDLE, max_steps=2)
@@ -119,13 +92,13 @@ def test_slices_from_before_are_those_that_would_be_read_again(
 
 def test_later_looks_begin_above_the_frozen_prefix(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
     """The same readings (weights differ by the order of sums), but only the first look shows the model the pictures."""
-    readings: dict[str, list[Reading]] = {}
+    readings: dict[str, list[HiddenStates]] = {}
     towers: dict[str, list[int]] = {}
     for mode in ("off", "on"):
-        kept, ran = Kept(), towers.setdefault(mode, [])
+        kept, ran = RecordingCallback(), towers.setdefault(mode, [])
 
-        def count(module: MMModule, kept: Kept = kept, ran: list[int] = ran) -> None:
-            block = module.model.get_submodule(module.anatomy.vision_blocks[0])
+        def count(module: MMModule, kept: RecordingCallback = kept, ran: list[int] = ran) -> None:
+            block = module.model.get_submodule(module.mm.layout.vision_blocks[0])
             block.register_forward_hook(lambda *_: None if module.training else ran.append(len(kept.looks)))
 
         cache = CacheSettings(mode=mode, folder=str(tmp_path / "kept"))
@@ -168,7 +141,7 @@ def test_a_failing_analysis_is_reported_and_training_goes_on(
 def test_a_failing_forward_is_reported_and_training_goes_on(
     family: Family, probed: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch
 ) -> None:  # type: ignore[no-untyped-def]
-    def broken(*args: object, **options: object) -> Reading:
+    def broken(*args: object, **options: object) -> HiddenStates:
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(reader, "read", broken)
@@ -178,11 +151,11 @@ def test_a_failing_forward_is_reported_and_training_goes_on(
 
 
 def test_an_expensive_schedule_is_thinned_and_says_so(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
-    decide.clear()
-    kept = Kept(Schedule(every=1, budget=1e-6))
+    decision_log().clear()
+    kept = RecordingCallback(Schedule(every=1, budget=1e-6))
     train(family("llava"), probed, tmp_path, callbacks=[kept], tuning=MIDDLE, max_steps=4)
     assert [look.step for look in kept.looks] == [0, 4]
-    told = [d for d in decide if d.name == "inspection.schedule"]
+    told = [d for d in decision_log() if d.name == "inspection.schedule"]
     assert [d.value for d in told] == [f"no look at step {step}" for step in (1, 2, 3)]
 
 
@@ -209,7 +182,7 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
     assert expected
     (half / "layers.csv").unlink()
     trainer.save_checkpoint(half / "at.ckpt")
-    decide.clear()
+    decision_log().clear()
     train(
         family("llava"),
         probed,
@@ -221,19 +194,19 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
     )
     found = rows_of(half)
     assert {row.step for row in found} == {5, 6}
-    assert not [d for d in decide if d.name == "inspection.drift"]
+    assert not [d for d in decision_log() if d.name == "inspection.drift"]
     assert any(row.value is not None and row.value < 1 for row in found if row.measure == "drift_cosine")
 
 
 def test_two_hundred_looks_leave_nothing(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
-    class Watch(Kept):
+    class Watch(RecordingCallback):
         def analyse(self, look: Look) -> Findings:
             self.refs.append(weakref.ref(look.reading))
             return Findings(look.step)
 
         def __init__(self) -> None:
             super().__init__()
-            self.refs: list[weakref.ref[Reading]] = []
+            self.refs: list[weakref.ref[HiddenStates]] = []
 
     watch = Watch()
     module, _ = train(family("llava"), probed, tmp_path, callbacks=[watch], tuning=MIDDLE, max_steps=200)
@@ -249,7 +222,7 @@ def test_data_without_pictures_is_refused_before_the_model_is_loaded(family: Fam
     file = tmp_path / "train.json"
     file.write_text(json.dumps([row] * 4))
     with pytest.raises(UserError) as told:
-        train(family("llava"), {"train": file, "val": file}, tmp_path, callbacks=[Kept()], max_steps=1)
+        train(family("llava"), {"train": file, "val": file}, tmp_path, callbacks=[RecordingCallback()], max_steps=1)
     assert "prob" in str(told.value)
 
 

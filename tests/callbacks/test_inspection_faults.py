@@ -12,33 +12,29 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from safetensors import SafetensorError
 
-from lightning_mm.analysis.findings import Findings, Recorder
-from lightning_mm.analysis.hidden_states import Reading
+from lightning_mm.analysis.findings import Findings, FindingsWriter
+from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import GeometryCallback, ProbingCallback, Schedule, reader, runner
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training.callbacks.throughput import Throughput
 from lightning_mm.tuning import PerRegion
-from tests.callbacks.test_inspection import EVERY, MIDDLE, Kept, probed, rows_of
+from tests.helpers.data import Data, Family
+from tests.helpers.inspection import EVERY, RecordingCallback, rows_of
+from tests.helpers.training import MIDDLE
 from tests.helpers.training import train as train_in_twos
-from tests.tuning.test_policies import Family
-
-__all__ = ["probed"]  # a fixture
-
-Data = dict[str, Path]
-
 
 train = partial(train_in_twos, batch_size=6)
 
 
-class Other(Kept):
+class Other(RecordingCallback):
     """A second kind of callback: a run takes one of each."""
 
 
-class Slow(Kept):
+class Slow(RecordingCallback):
     def analyse(self, look: Look) -> Findings:
         time.sleep(1)
         return super().analyse(look)
@@ -57,7 +53,7 @@ def without_captions(probes: Path) -> Path:
 
 def test_probes_without_captions_are_looked_into(family: Family, data: Data, probes: Path, tmp_path: Path) -> None:
     """There is no entailment row to read without its picture: that baseline is left out, and nothing else."""
-    kept = Kept()
+    kept = RecordingCallback()
     probed = {**data, "probes": without_captions(probes)}
     callbacks = [kept, ProbingCallback(EVERY), GeometryCallback(EVERY)]
     train(family("llava"), probed, tmp_path, callbacks=callbacks, tuning=MIDDLE, max_steps=2)
@@ -71,11 +67,11 @@ def test_a_baseline_that_fails_costs_the_baseline_only(
 ) -> None:
     true_read = reader.read
 
-    def broken(model: Any, anatomy: Any, batches: Iterable[Any], *args: Any, **options: Any) -> Reading:
+    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
         held = list(batches)
         if held[0].rows[0].blank:
             raise RuntimeError("grey")
-        return true_read(model, anatomy, held, *args, **options)
+        return true_read(model, layout, held, *args, **options)
 
     monkeypatch.setattr(reader, "read", broken)
     train(family("llava"), probed, tmp_path, callbacks=[ProbingCallback(EVERY)], tuning=MIDDLE, max_steps=1)
@@ -94,7 +90,7 @@ def test_nothing_is_read_twice_where_no_block_trains(
     family: Family, probed: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only norm and head train: every slice stays as it was, and every look is of its own step all the same."""
-    kept = Kept()
+    kept = RecordingCallback()
     forwards: list[int] = []
     true_encoded = reader.Reader._encoded
 
@@ -116,7 +112,7 @@ def test_rows_that_cannot_be_read_never_stop_training(family: Family, data: Data
     rows = json.loads(probes.read_text())
     rows[0]["caption"] = "a tiny square " * 300
     probes.write_text(json.dumps(rows))
-    kept = Kept()
+    kept = RecordingCallback()
     _, trainer = train(
         family("llava"),
         {**data, "probes": probes},
@@ -127,7 +123,7 @@ def test_rows_that_cannot_be_read_never_stop_training(family: Family, data: Data
         max_length=300,
     )
     assert trainer.global_step == 2
-    ledger = trainer.datamodule.ledger  # type: ignore[attr-defined]
+    ledger = trainer.datamodule.rejected_samples  # type: ignore[attr-defined]
     assert any(entry.kind == "probe" and entry.reason.startswith("too long") for entry in ledger)
     assert ledger.num_dropped == 0
     ledger.check()
@@ -144,15 +140,15 @@ def test_no_fault_of_rank_0_stops_training(
         return failing
 
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "scalars", fail(StopIteration("none")))
+        patched.setattr(runner, "summary_metrics", fail(StopIteration("none")))
         train(family("llava"), probed, tmp_path, callbacks=[GeometryCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert rows_of(tmp_path), "what could be had is written down"
-    monkeypatch.setattr(Recorder, "probes", fail(OSError("no space")))
-    monkeypatch.setattr(Recorder, "keep_start", fail(SafetensorError("cut")))
-    monkeypatch.setattr(Recorder, "write", fail(BufferError("full")))
-    _, trainer = train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=1)
-    monkeypatch.setattr(reader, "gather", fail(ZeroDivisionError("order")))
-    train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=1)
+    monkeypatch.setattr(FindingsWriter, "write_probe_set", fail(OSError("no space")))
+    monkeypatch.setattr(FindingsWriter, "save_start", fail(SafetensorError("cut")))
+    monkeypatch.setattr(FindingsWriter, "write", fail(BufferError("full")))
+    _, trainer = train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=1)
+    monkeypatch.setattr(reader, "gather_hidden_states", fail(ZeroDivisionError("order")))
+    train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=1)
     assert trainer.global_step == 1
     for told in (
         "OSError: no space",
@@ -175,25 +171,25 @@ def test_large_probe_sets_are_encoded_anew(
         return true_loader(self, probe_set)
 
     monkeypatch.setattr(MMDataModule, "probe_loader", counted)
-    train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=2)
+    train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=2)
     assert len(made) == 1
     monkeypatch.setattr(reader, "_HELD_BYTES", 1000)
-    train(family("llava"), probed, tmp_path, callbacks=[Kept()], tuning=MIDDLE, max_steps=2)
+    train(family("llava"), probed, tmp_path, callbacks=[RecordingCallback()], tuning=MIDDLE, max_steps=2)
     assert len(made) == 1 + 3
 
 
 def test_a_budget_is_each_callback_s_own(family: Family, probed: Data, tmp_path: Path) -> None:
-    decide.clear()
-    free, bound = Kept(), Other(Schedule(every=1, budget=1e-6))
+    decision_log().clear()
+    free, bound = RecordingCallback(), Other(Schedule(every=1, budget=1e-6))
     train(family("llava"), probed, tmp_path, callbacks=[free, bound], tuning=MIDDLE, max_steps=3)
     assert [look.step for look in free.looks] == [0, 1, 2, 3]
     assert [look.step for look in bound.looks] == [0, 3]
-    told = [d.value for d in decide if d.name == "inspection.schedule"]
+    told = [d.value for d in decision_log() if d.name == "inspection.schedule"]
     assert told == ["no look of Other at step 1", "no look of Other at step 2"]
 
 
 def test_a_checkpoint_knows_the_time_that_is_running(family: Family, probed: Data, tmp_path: Path) -> None:
-    kept = Kept(Schedule(times=0, start=False, end=False))
+    kept = RecordingCallback(Schedule(times=0, start=False, end=False))
     saved: list[float] = []
 
     class Save(Callback):

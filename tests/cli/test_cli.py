@@ -2,13 +2,11 @@
 
 import csv
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,30 +14,8 @@ import torch
 import yaml
 
 from lightning_mm.__main__ import main
-from tests.conftest import make_rows
-from tests.tuning.test_policies import Family
-
-ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(ROOT.glob("configs/tuning/*.yaml"))
-Fit = Callable[..., int]
-
-
-@pytest.fixture
-def arguments(family: Family, data: dict[str, Path]) -> list[str]:
-    return [
-        *("--model.backbone.path", str(family("llava"))),
-        *(part for split, path in data.items() for part in (f"--data.{split}", str(path))),
-        *("--data.num_workers", "0", "--data.batch_size", "2"),
-        *("--trainer.accelerator", "cpu", "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1"),
-        *("--run.wandb", "off"),
-    ]
-
-
-@pytest.fixture
-def fit(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIGHTNING_MM_RUN", raising=False)
-    return lambda *more, verb="fit": main([verb, *arguments, *more])
+from tests.helpers.cli import CONFIGS, ROOT, Fit, run_cli
+from tests.helpers.data import make_rows
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -227,14 +203,6 @@ def test_resuming_from_any_file_of_a_run_gives_the_same_end(fit: Fit, tmp_path: 
         assert resumed["global_step"] == 6
         for parameter, tensor in expected.items():
             assert torch.equal(resumed["state_dict"][parameter], tensor), (name, parameter)
-
-
-def run_cli(arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
-    settings = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, "-m", "lightning_mm", *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
 
 
 @pytest.mark.parametrize(("policy", "accumulate"), [("ConnectorOnly", 1), ("IntermediateOnly", 2)])

@@ -10,15 +10,13 @@ import torch
 
 from lightning_mm.__main__ import main
 from lightning_mm.causal.editing.files import read_edits
-from lightning_mm.causal.editing.metrics import Scorer, loss_change, scores_of
-from lightning_mm.causal.editing.multedit import EditOptions, Rewriting, rewritten
-from lightning_mm.causal.editing.weight_edit import edited
+from lightning_mm.causal.editing.metrics import EditScorer, edit_measures, loss_change
+from lightning_mm.causal.editing.multedit import EditConfig, ValueOptimizer, multedit
+from lightning_mm.causal.editing.weight_edit import apply_edits
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.export.export import Origin, export_full
 from lightning_mm.models.loading import Backbone, load_model
-from tests.helpers.taught_models import EDITED, Taught, known
-
-__all__ = ["known"]  # a fixture
+from tests.helpers.taught_models import EDITED, Taught
 
 
 def row(word: str, **more: Any) -> dict[str, Any]:
@@ -38,7 +36,7 @@ ROWS = [
 def work(known: Callable[[str], Taught], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model that knows something, and edits of it."""
     one = known("llava")
-    export_full(one.model, one.asker.processor, tmp_path / "model", Origin("tiny"))
+    export_full(one.model, one.encoder.processor, tmp_path / "model", Origin("tiny"))
     for name in ("picture.png", "other.png"):
         (tmp_path / name).write_bytes(one.picture.read_bytes())
     (tmp_path / "edits.json").write_text(json.dumps(ROWS))
@@ -82,12 +80,12 @@ def test_edit_measures_and_exports(
     assert "All edits at once" in capsys.readouterr().out
     one = known("llava")
     targets = [one.forced("d", "e"), one.forced("f", "i")]
-    edit = rewritten([Rewriting(one.model, one.anatomy, target) for target in targets], EDITED, EditOptions(steps=60))
+    edit = multedit([ValueOptimizer(one.mm, target) for target in targets], EDITED, EditConfig(steps=60))
     exported = load_model(Backbone(path=str(work / "edited")))
-    with edited(one.model, [edit]), torch.no_grad():
-        live = one.model(**targets[0].asked.inputs).logits
-    torch.testing.assert_close(exported(**targets[0].asked.inputs).logits, live)
-    assert not torch.allclose(one.model(**targets[0].asked.inputs).logits, live, atol=1e-2)
+    with apply_edits(one.model, [edit]), torch.no_grad():
+        live = one.model(**targets[0].encoded.inputs).logits
+    torch.testing.assert_close(exported(**targets[0].encoded.inputs).logits, live)
+    assert not torch.allclose(one.model(**targets[0].encoded.inputs).logits, live, atol=1e-2)
 
 
 def test_a_layer_that_is_named_is_taken(work: Path) -> None:
@@ -132,11 +130,11 @@ def test_rows_are_read_or_told(work: Path) -> None:
     }
     (work / "rows.json").write_text(json.dumps([*ROWS, *bad.values()]))
     file = read_edits(work / "rows.json")
-    assert [each.question.id for each in file.rewrites] == ["d", "f"]
-    assert [each.id for each in file.staying] == ["stays"]
-    first = file.rewrites[0]
+    assert [each.question.id for each in file.requests] == ["d", "f"]
+    assert [each.id for each in file.locality] == ["stays"]
+    first = file.requests[0]
     assert first.question.text[slice(*first.question.spans[0])] == "d"
-    assert [len(each.images) for each in first.neighbours] == [1, 0]
+    assert [len(each.images) for each in first.neighbors] == [1, 0]
     assert first.other_images == ((work / "other.png",),)
     assert len(file.rejections) == 1 + len(bad)
     for what, rejection in zip(bad, file.rejections[1:], strict=True):
@@ -149,9 +147,9 @@ def test_rows_are_read_or_told(work: Path) -> None:
 def test_scores_of_an_untouched_model_say_so(work: Path, known: Callable[[str], Taught]) -> None:
     """Nothing edited: no new answer, all answers kept, no divergence."""
     one = known("llava")
-    scorer = Scorer(one.model, one.anatomy, one.asker, torch.device("cpu"))
+    scorer = EditScorer(one.mm, one.encoder, torch.device("cpu"))
     file = read_edits("edits.json")
-    probes = scorer.probes(file.rewrites[0], file.staying)
+    probes = scorer.probes(file.requests[0], file.locality)
     assert [probe.kind for probe in probes] == [
         "edited",
         "paraphrase",
@@ -161,7 +159,7 @@ def test_scores_of_an_untouched_model_say_so(work: Path, known: Callable[[str], 
         "unrelated",
     ]
     assert probes[0].old.answer.startswith("i")
-    found = scores_of(scorer.measure(probes))
+    found = edit_measures(scorer.measure(probes))
     assert found["efficacy"].value == found["efficacy, p(new) > p(old)"].value == 0
     assert found["specificity, neighbours"].value == found["multimodal_locality"].value == 1
     assert found["KL of the first token, neighbours"].value == pytest.approx(0, abs=1e-6)

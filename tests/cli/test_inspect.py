@@ -8,22 +8,12 @@ import torch
 
 from lightning_mm.__main__ import main
 from lightning_mm.analysis import hidden_states as readings
-from lightning_mm.core.layer_table import LayerRow, read_layers
-from tests.cli.test_cli import Fit, arguments, fit, run_cli
-from tests.conftest import make_probe_rows
-from tests.tuning.test_policies import Family
+from tests.helpers.cli import QUICK, Fit, inspect, run_cli
+from tests.helpers.data import Family, make_probe_rows
+from tests.helpers.inspection import rows_of
 
-__all__ = ["arguments", "fit"]  # fixtures
-
-QUICK = ("--evaluation.before", "false", "--evaluation.after", "false", "--trainer.limit_val_batches", "0")
 LOOK = "{class_path: %s, init_args: {schedule: {every: 2, budget: null}}}"
 CALLBACKS = ("--trainer.callbacks", "[" + ", ".join(LOOK % n for n in ("GeometryCallback", "ProbingCallback")) + "]")
-
-
-def rows_of(folder: Path) -> list[LayerRow]:
-    rows, bad = read_layers(folder / "layers.csv")
-    assert not bad
-    return rows
 
 
 def test_two_lines_of_yaml_look_inside(fit: Fit, tmp_path: Path, probes: Path) -> None:
@@ -70,15 +60,11 @@ def test_a_row_that_comes_twice_counts_once(probes: Path) -> None:
     features = torch.arange(2 * 6 * 3.0).reshape(2, 6, 3)
     order = [2, 0, 1, 2, 3, 0]
     addresses = tuple((some[i].id, 0) for i in order)
-    reading = readings.Reading(0, {"picture/last": features}, {"picture/last": addresses})
-    kept = readings.gather(reading, data.probe_set())
+    reading = readings.HiddenStates(0, {"picture/last": features}, {"picture/last": addresses})
+    kept = readings.gather_hidden_states(reading, data.probe_set())
     assert kept is not None
-    assert kept.addresses["picture/last"] == tuple((row.id, 0) for row in some)
+    assert kept.sample_index["picture/last"] == tuple((row.id, 0) for row in some)
     assert torch.equal(kept.features["picture/last"], features[:, [1, 2, 0, 4]])
-
-
-def inspect(folder: Path, *more: str) -> int:
-    return main(["inspect", *more, "--root", str(folder / "runs"), "--images", "24", "--auto.resamples", "4"])
 
 
 def test_inspect_reads_a_model_folder(

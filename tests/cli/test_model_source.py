@@ -11,18 +11,15 @@ import torch
 from lightning_mm.__main__ import main
 from lightning_mm.cli import model_source
 from lightning_mm.cli.fit import _continue_metrics
-from lightning_mm.cli.inspect import _parser, short
+from lightning_mm.cli.inspect import _parser
+from lightning_mm.cli.model_source import model_label
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training import checkpoint
-from tests.cli.test_cli import Fit, arguments, fit
-from tests.cli.test_inspect import QUICK, inspect
-from tests.conftest import make_probe_rows
-from tests.tuning.test_policies import Family
-
-__all__ = ["arguments", "fit"]  # fixtures
+from tests.helpers.cli import QUICK, Fit, inspect
+from tests.helpers.data import Family, make_probe_rows
 
 
 def options(*given: str) -> Any:
@@ -82,11 +79,13 @@ def test_pictures_beside_the_annotations(family: Family, data: dict[str, Path], 
     file.rename(moved)
     model = str(family("llava"))
     given = ("--probes", str(moved), "--image_root", str(tmp_path / "val2017"))
-    drawn = model_source._probe_set(model_source._fresh(model, None, options(model, *given)), options(model, *given))
+    drawn = model_source._probe_set(
+        model_source._data_from_options(model, None, options(model, *given)), options(model, *given)
+    )
     assert len(drawn.images) == 8
     with pytest.raises(UserError, match=r"missing image|None of"):
         model_source._probe_set(
-            model_source._fresh(model, None, options(model, *given[:2])), options(model, *given[:2])
+            model_source._data_from_options(model, None, options(model, *given[:2])), options(model, *given[:2])
         )
 
 
@@ -99,9 +98,9 @@ def test_whose_pictures_and_how_many(family: Family, data: dict[str, Path], tmp_
     file = make_probe_rows(tmp_path / "elsewhere", 9)
     assert len(model_source._probe_set(own, options(model, "--probes", str(file))).images) == 6
     assert len(model_source._probe_set(own, options(model, "--probes", str(file), "--images", "9")).images) == 9
-    fresh = model_source._fresh(model, None, options(model))
+    fresh = model_source._data_from_options(model, None, options(model))
     assert (fresh.probe_images, fresh.max_length) == (256, 2048)
-    assert model_source._fresh(model, None, options(model, "--max_length", "99")).max_length == 99
+    assert model_source._data_from_options(model, None, options(model, "--max_length", "99")).max_length == 99
 
 
 def test_a_run_of_adapters_is_compared_with_its_base_by_its_own_probes(
@@ -153,4 +152,4 @@ def test_a_look_at_the_step_of_the_checkpoint_is_kept(tmp_path: Path, monkeypatc
 def test_here_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    assert (short("."), short(".."), short("/")) == ("model", tmp_path.name, "/")
+    assert (model_label("."), model_label(".."), model_label("/")) == ("model", tmp_path.name, "/")

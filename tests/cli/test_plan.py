@@ -9,14 +9,12 @@ import pytest
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.__main__ import main
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly
-from tests.cli.test_cli import CONFIGS, ROOT, Fit, arguments, fit
-from tests.tuning.test_policies import Family, batch_of
-
-__all__ = ["arguments", "fit"]  # fixtures
+from tests.helpers.cli import CONFIGS, ROOT, Fit
+from tests.helpers.data import Family, batch_of
 
 
 def planned(fit: Fit, folder: Path, *more: str) -> dict[str, Any]:

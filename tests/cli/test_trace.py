@@ -11,12 +11,10 @@ from PIL import Image
 
 from lightning_mm.__main__ import main
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.cli.trace import headlines
+from lightning_mm.cli.trace import strongest_table
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.export.export import Origin, export_full
-from tests.helpers.taught_models import KNOWN, Taught, known
-
-__all__ = ["known"]  # a fixture
+from tests.helpers.taught_models import KNOWN, Taught
 
 LIGHT = ["--parts", "[trace,flow,pictures]", "--tracing.sites", "[mlp]"]
 
@@ -30,7 +28,7 @@ def row(word: str, **more: Any) -> dict[str, Any]:
 def work(known: Callable[[str], Taught], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a model that knows something, and questions about it."""
     one = known("llava")
-    export_full(one.model, one.asker.processor, tmp_path / "model", Origin("tiny"))
+    export_full(one.model, one.encoder.processor, tmp_path / "model", Origin("tiny"))
     (tmp_path / "picture.png").write_bytes(one.picture.read_bytes())
     write(tmp_path, [row(word) for word in KNOWN])
     monkeypatch.chdir(tmp_path)
@@ -84,7 +82,7 @@ def test_headlines_name_the_largest_share_and_the_farthest_effect() -> None:
     found = Findings(0)
     found.add("causal", "flow", "image->last", [Estimate(v, 4, null=0.8) for v in (0.1, 0.6, 0.0)], first=0)
     found.add("causal", "knockout", "image->last/pre", [Estimate(v, 4, null=0.0) for v in (0.1, -0.1, -0.7)], first=0)
-    assert list(headlines(found).columns[2].cells) == ["1", "2"]
+    assert list(strongest_table(found).columns[2].cells) == ["1", "2"]
 
 
 @pytest.mark.parametrize("corruption", ["symmetric", "image", "gaussian"])

@@ -1,31 +1,29 @@
-"""The run directory: distinct names, faults before anything heavy, files that are whole or absent."""
+"""The run directory: distinct names, and faults before anything heavy."""
 
 import json
-import math
 import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, read_json, read_jsonl, write_json
+from lightning_mm.core.run_directory import RunDirectory
 
 
 @pytest.fixture(autouse=True)
 def _no_earlier_decisions():
-    decide.clear()
+    decision_log().clear()
 
 
 def test_a_taken_name_gets_a_number_and_the_reason_is_said(tmp_path):
     made = [RunDirectory.create(tmp_path, "middle") for _ in range(3)]
     assert [run.name for run in made] == ["middle", "middle-2", "middle-3"]
-    assert [(d.name, d.value) for d in decide] == [("run.name", "middle-2"), ("run.name", "middle-3")]
-    assert all("exists" in d.reason for d in decide)
+    assert [(d.name, d.value) for d in decision_log()] == [("run.name", "middle-2"), ("run.name", "middle-3")]
+    assert all("exists" in d.reason for d in decision_log())
 
 
 def test_without_a_name_the_default_stands(tmp_path):
@@ -82,49 +80,7 @@ def test_files_lie_where_the_contract_says(tmp_path):
     assert {path.parent for path in [*found, run.pictures, run.checkpoints]} == {run.path}
 
 
-@dataclass
-class Fact:
-    where: Path
-    value: float
-
-
-def test_json_keeps_what_it_is_given_and_turns_nan_into_null(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"a": [1, 2.5, None, True, "ü"], 3: (math.nan, math.inf), "fact": Fact(Path("p"), -math.inf)})
-    assert read_json(path) == {"a": [1, 2.5, None, True, "ü"], "3": [None, None], "fact": {"where": "p", "value": None}}
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path):
-    path = tmp_path / "x.json"
-    write_json(path, {"old": 1})
-    with pytest.raises(TypeError):
-        write_json(path, {"new": "text", "bad": object()})
-    assert read_json(path) == {"old": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
-
-
-@pytest.mark.parametrize("text", ["", "{", '{"a": 1', "[" * 100_000, "\x00"])
-def test_a_half_written_json_file_is_named(tmp_path, text):
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    with pytest.raises(UserError, match=r"x\.json cannot be read"):
-        read_json(path)
-    with pytest.raises(UserError, match=r"y\.json is missing"):
-        read_json(tmp_path / "y.json")
-
-
-def test_jsonl_appends_and_a_cut_last_line_is_counted(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    append_jsonl(path, [{"reason": "a\u2028b"}, {"reason": "c"}])
-    append_jsonl(path, [])
-    append_jsonl(path, [{"reason": "d"}])
-    path.write_text(path.read_text() + '[1]\n{"reason": "cu')
-    rows, broken = read_jsonl(path)
-    assert [row["reason"] for row in rows] == ["a\u2028b", "c", "d"]
-    assert broken == 2
-
-
-def test_the_report_is_imported_without_torch_wandb_and_altair():
+def test_the_report_is_imported_without_torch_and_wandb():
     code = (
         "import sys, lightning_mm.report.html;"
         "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib', 'altair') if m in sys.modules])"

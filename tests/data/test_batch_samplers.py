@@ -13,25 +13,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch_samplers import (
+    EpochBatchSampler,
     LengthGroupedSampler,
-    PlannedSampler,
     TokenBudgetSampler,
+    length_batched_loader,
     padding_share,
-    planned_loader,
 )
-from lightning_mm.data.dataloader import EpochSampler, ResumableLoader, training_loader
-from lightning_mm.data.token_lengths import Lengths
+from lightning_mm.data.dataloader import EpochSampler, ResumableDataLoader, training_loader
+from lightning_mm.data.token_lengths import TokenLengths
 
 
-def lengths_of(tokens: list[int] | Tensor, vision: Tensor | None = None) -> Lengths:
+def lengths_of(tokens: list[int] | Tensor, vision: Tensor | None = None) -> TokenLengths:
     tokens = torch.as_tensor(tokens)
-    return Lengths(tokens, torch.zeros(len(tokens), dtype=torch.float64) if vision is None else vision)
+    return TokenLengths(tokens, torch.zeros(len(tokens), dtype=torch.float64) if vision is None else vision)
 
 
-def drawn(num: int, seed: int = 0) -> Lengths:
+def drawn(num: int, seed: int = 0) -> TokenLengths:
     """Lengths as of chats: most short, some long, half with a picture."""
     generator = torch.Generator().manual_seed(seed)
     text = (torch.randn(num, generator=generator).mul(0.7).exp() * 60).long() + 10
@@ -39,7 +39,7 @@ def drawn(num: int, seed: int = 0) -> Lengths:
     return lengths_of(text + 64 * has_image, has_image.double() * 40)
 
 
-def batches_of(sampler: PlannedSampler, epoch: int = 0) -> list[list[int]]:
+def batches_of(sampler: EpochBatchSampler, epoch: int = 0) -> list[list[int]]:
     return [batch for step in sampler.plan(epoch) for batch in step]
 
 
@@ -145,9 +145,9 @@ def ids(rows: list[int]) -> list[int]:
     return rows
 
 
-def loader(num: int = 40, num_workers: int = 0, seed: int = 3, **changes: Any) -> ResumableLoader:
+def loader(num: int = 40, num_workers: int = 0, seed: int = 3, **changes: Any) -> ResumableDataLoader:
     options = {"max_tokens": 400, **changes}
-    return planned_loader(range(num), ids, drawn(num, 1), seed=seed, num_workers=num_workers, **options)
+    return length_batched_loader(range(num), ids, drawn(num, 1), seed=seed, num_workers=num_workers, **options)
 
 
 KINDS: list[dict[str, Any]] = [{}, {"max_tokens": None, "batch_size": 4}]
@@ -185,7 +185,7 @@ def test_another_plan_is_refused_in_the_middle_of_an_epoch_only(monkeypatch: pyt
     next(half)
     with pytest.raises(UserError, match="group_by_length was None, is 1"):
         loader(max_tokens=None, batch_size=4).load_state_dict(plain.state_dict())
-    longer = planned_loader(range(40), ids, drawn(40, 2), max_tokens=400, seed=3)
+    longer = length_batched_loader(range(40), ids, drawn(40, 2), max_tokens=400, seed=3)
     with pytest.raises(UserError, match="lengths was"):
         longer.load_state_dict(state)
     with monkeypatch.context() as other:
@@ -198,10 +198,10 @@ def test_another_plan_is_refused_in_the_middle_of_an_epoch_only(monkeypatch: pyt
 
 
 def test_what_is_planned_is_told() -> None:
-    decide.clear()
-    planned_loader(range(5), ids, lengths_of([10, 10, 10, 10, 300]), max_tokens=40)
+    decision_log().clear()
+    length_batched_loader(range(5), ids, lengths_of([10, 10, 10, 10, 300]), max_tokens=40)
     loader(max_tokens=None, batch_size=4)
-    told = {(each.name, each.value) for each in decide}
+    told = {(each.name, each.value) for each in decision_log()}
     assert ("data.max_tokens", "2 steps an epoch, 2.5 samples each") in told
     assert ("data.max_tokens", "1 samples are batches of their own") in told
     assert any(name == "data.group_by_length" and value.startswith("padding is") for name, value in told)
@@ -209,10 +209,10 @@ def test_what_is_planned_is_told() -> None:
 
 def test_few_samples_are_repeated_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mm.data.batch_samplers.rank_and_world_size", lambda: (3, 4))
-    decide.clear()
-    lone = planned_loader(range(3), ids, lengths_of([10, 10, 10]), max_tokens=1000)
+    decision_log().clear()
+    lone = length_batched_loader(range(3), ids, lengths_of([10, 10, 10]), max_tokens=1000)
     assert [len(batch) for batch in lone] == [1]
-    assert "1 samples are seen twice in each epoch" in {each.value for each in decide}
+    assert "1 samples are seen twice in each epoch" in {each.value for each in decision_log()}
 
 
 @pytest.mark.parametrize("options", KINDS, ids=["budget", "group"])

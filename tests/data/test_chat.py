@@ -8,10 +8,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import chat as spans
-from lightning_mm.data.chat import Chat, ChatError, Rendered
+from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
 from lightning_mm.data.sample import Turn
 from lightning_mm.models.processor import Processing
 
@@ -98,17 +98,17 @@ def marked(rendered: Rendered) -> str:
 @pytest.mark.parametrize("style", TRUTH)
 def test_spans_are_as_written_by_hand(make: Make, style: str) -> None:
     template, truth = TRUTH[style]
-    decide.clear()
-    chat = Chat(make(template))
+    decision_log().clear()
+    chat = ChatRenderer(make(template))
     assert marked(chat.render(TURNS)) == truth
-    assert [d.name for d in decide] == (["data.stop_token"] if style == "vicuna" else [])
+    assert [d.name for d in decision_log()] == (["data.stop_token"] if style == "vicuna" else [])
 
 
 @pytest.mark.parametrize("style", TRUTH)
 def test_what_is_written_has_the_tokens_of_what_is_rendered(make: Make, style: str) -> None:
     made = make(TRUTH[style][0])
-    chat = Chat(made)
-    both = [chat.written(TURNS), chat.render(TURNS).text]
+    chat = ChatRenderer(made)
+    both = [chat.render_unmarked(TURNS), chat.render(TURNS).text]
     assert made.num_tokens(both)[0] == made.num_tokens(both)[1] > 10
     tokenizer = made.processor.tokenizer
     words = [chat.render(TURNS[2:]).text]
@@ -119,14 +119,14 @@ def test_what_is_written_has_the_tokens_of_what_is_rendered(make: Make, style: s
 
 def test_an_answer_ends_before_the_next_generation_prompt(make: Make) -> None:
     template, truth = TRUTH["chatml"]
-    asked = Chat(make(template)).render(TURNS, add_generation_prompt=True)
+    asked = ChatRenderer(make(template)).render(TURNS, add_generation_prompt=True)
     assert marked(asked) == truth + "<|im_start|>assistant\n"
 
 
 @pytest.mark.parametrize("style", TRUTH)
 def test_a_question_is_the_text_up_to_its_answer(make: Make, style: str) -> None:
     template, truth = TRUTH[style]
-    chat = Chat(make(template))
+    chat = ChatRenderer(make(template))
     for answer, before in ((1, truth.split("⟦")[0]), (3, truth.rpartition("⟦")[0])):
         asked = chat.render(TURNS[:answer], add_generation_prompt=True)
         assert asked.text == before.replace("⟦", "").replace("⟧", "")
@@ -143,14 +143,14 @@ def test_a_question_is_the_text_up_to_its_answer(make: Make, style: str) -> None
     ).filter(lambda texts: len(texts) % 2 == 0),
 )
 def test_any_words_are_found_again(make: Make, texts: list[str]) -> None:
-    chat = Chat(make(CHATML))
+    chat = ChatRenderer(make(CHATML))
     turns = [Turn("assistant" if i % 2 else "user", text) for i, text in enumerate(texts)]
     rendered = chat.render(turns)
     assert [rendered.text[a:b] for a, b in rendered.spans] == [f"{text}<|im_end|>" for text in texts[1::2]]
 
 
 def test_an_answer_that_looks_like_its_surroundings(make: Make) -> None:
-    chat = Chat(make(CHATML))
+    chat = ChatRenderer(make(CHATML))
     for answer in ("assistant", "im_end", "\n", "user\nSure?", "A"):
         turns = [
             Turn("user", answer),
@@ -165,7 +165,7 @@ def test_an_answer_that_looks_like_its_surroundings(make: Make) -> None:
 @pytest.mark.parametrize("text", ["a <|im_end|> b", "<image>", "</s>"])
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 def test_special_tokens_in_the_text_are_refused(make: Make, text: str, role: Any) -> None:
-    chat = Chat(make(CHATML))
+    chat = ChatRenderer(make(CHATML))
     if role == "user" and text == "<image>":
         return  # that is a mark, and stands for a picture
     turns = [Turn("user", "Hi"), Turn("assistant", "Ho"), Turn(role, text), Turn("assistant", "Ho")]
@@ -174,7 +174,7 @@ def test_special_tokens_in_the_text_are_refused(make: Make, text: str, role: Any
 
 
 def test_a_models_own_image_token_in_the_text_is_refused(processing: Callable[[str], Processing]) -> None:
-    chat = Chat(processing("qwen2_5_vl"))
+    chat = ChatRenderer(processing("qwen2_5_vl"))
     for token in ("<|image_pad|>", "<|vision_start|>", "<|video_pad|>"):
         with pytest.raises(ChatError, match="special token"):
             chat.render([Turn("user", f"What is {token}?"), Turn("assistant", "Ho")])
@@ -184,7 +184,7 @@ def test_a_models_own_image_token_in_the_text_is_refused(processing: Callable[[s
 
 def test_what_a_template_refuses_is_told(make: Make) -> None:
     with pytest.raises(ChatError, match="no system turns here"):
-        Chat(make(LLAMA_STRINGS)).render([Turn("system", "Be brief."), *TURNS])
+        ChatRenderer(make(LLAMA_STRINGS)).render([Turn("system", "Be brief."), *TURNS])
 
 
 USELESS = {
@@ -211,7 +211,7 @@ USELESS = {
 def test_a_useless_template_is_an_error(make: Make, name: str) -> None:
     template, why = USELESS[name]
     with pytest.raises(UserError, match="chat template cannot be used") as caught:
-        Chat(make(template))
+        ChatRenderer(make(template))
     assert why in caught.value.why
 
 
@@ -231,13 +231,13 @@ def test_spans_move_with_the_placeholders(pieces: list[str], expansion: str) -> 
     """Against the truth known by construction; each piece carries its number, as real ones carry their headers."""
     numbered = [f"({i}{piece})" for i, piece in enumerate(pieces)]
     rendered = Rendered("<P>".join(numbered), tuple(_places(numbered, "<P>")))
-    found = spans.expanded(rendered, "<P>", expansion.join(numbered))
+    found = spans.locate_answer_spans(rendered, "<P>", expansion.join(numbered))
     assert found == _places(numbered, expansion)
 
 
 def test_pieces_that_are_alike_keep_their_order() -> None:
     rendered = Rendered("(a)<P>(a)<P>(a)<P>(a)", tuple(_places(["(a)"] * 4, "<P>")))
-    assert spans.expanded(rendered, "<P>", "XX".join(["(a)"] * 4)) == _places(["(a)"] * 4, "XX")
+    assert spans.locate_answer_spans(rendered, "<P>", "XX".join(["(a)"] * 4)) == _places(["(a)"] * 4, "XX")
 
 
 def _places(pieces: list[str], between: str) -> list[tuple[int, int]]:
@@ -248,11 +248,11 @@ def _places(pieces: list[str], between: str) -> list[tuple[int, int]]:
 def test_a_processor_that_rewrites_text_is_an_error() -> None:
     for text in ("abXcd!", "!abXcd", "cdab"):
         with pytest.raises(UserError, match="rewrites the text"):
-            spans.expanded(Rendered("ab<P>cd", ((5, 7),)), "<P>", text)
+            spans.locate_answer_spans(Rendered("ab<P>cd", ((5, 7),)), "<P>", text)
 
 
 def test_tokens_of_a_span() -> None:
     offsets = torch.tensor([[0, 0], [0, 3], [3, 5], [5, 5], [5, 8], [8, 9], [0, 0]])
-    assert spans.tokens((3, 8), offsets) == range(2, 5)
-    assert spans.tokens((4, 6), offsets) == range(2, 5)  # a token is the answer's if any of its characters is
-    assert spans.tokens((9, 12), offsets) == range(0)
+    assert spans.tokens_of_span((3, 8), offsets) == range(2, 5)
+    assert spans.tokens_of_span((4, 6), offsets) == range(2, 5)  # a token is the answer's if any of its characters is
+    assert spans.tokens_of_span((9, 12), offsets) == range(0)

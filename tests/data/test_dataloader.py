@@ -20,10 +20,10 @@ from torch import Tensor
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.dataloader import (
+    CheckedDataLoader,
     EpochSampler,
-    GuardedLoader,
-    ResumableLoader,
-    ShareSampler,
+    ResumableDataLoader,
+    ShardSampler,
     evaluation_loader,
     training_loader,
 )
@@ -92,7 +92,7 @@ def ids(rows: list[int]) -> list[int]:
     return rows
 
 
-def loader(num_workers: int = 0, **changes: int) -> ResumableLoader:
+def loader(num_workers: int = 0, **changes: int) -> ResumableDataLoader:
     options = {"batch_size": BATCH, "seed": 3, "num_workers": num_workers, **changes}
     return training_loader(range(NUM_SAMPLES), ids, **options)
 
@@ -206,7 +206,7 @@ def test_ranks_share_every_sample(num: int, world: int, seed: int, epoch: int) -
     counts = Counter(sample for share in shares for sample in share)
     assert set(counts) == set(range(num))
     assert sum(counts.values()) - num == -num % world
-    evaluated = [sample for rank in range(world) for sample in ShareSampler(num, rank, world)]
+    evaluated = [sample for rank in range(world) for sample in ShardSampler(num, rank, world)]
     assert sorted(evaluated) == list(range(num))
 
 
@@ -281,4 +281,4 @@ def test_lightning_can_rebuild_loaders_for_prediction_and_overfitting(tmp_path: 
 
 def test_loaders_are_torchs() -> None:
     assert isinstance(loader(), torch.utils.data.DataLoader)
-    assert isinstance(loader(), GuardedLoader)
+    assert isinstance(loader(), CheckedDataLoader)

@@ -129,6 +129,24 @@ def test_fit_kill_and_resume(order: dict[str, Any], stop: int, module: Make, fol
     assert torch.equal(second.weight, whole.weight)
 
 
+def test_a_fit_without_validation_leaves_the_trainer_as_it_is(
+    module: Make, folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same trainer validates afterwards, on the data it is then given."""
+    caplog.set_level(logging.WARNING)
+    model, runs = Recorder(), trainer(folder)
+    limit = runs.limit_val_batches
+    runs.fit(model, datamodule=module(val=None))
+    assert len(model.trained) == 12
+    assert not model.evaluated
+    assert runs.limit_val_batches == limit
+    assert not caplog.records
+    assert "WARN" not in capfd.readouterr().err
+    runs.validate(model, datamodule=module(), verbose=False)
+    assert [sample for loader, _, sample in model.evaluated if loader == 0] == [str(index) for index in range(5)]
+    assert sum(loader == 1 for loader, _, _ in model.evaluated) == 10
+
+
 def test_evaluation_sees_each_sample_and_question_once(module: Make, folder: Path) -> None:
     model = Recorder()
     data = module(
@@ -201,11 +219,11 @@ def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
     data = module(train=write(folder / "t.json", rows), max_bad_fraction=0.5)
     data.setup("fit")
     assert [sample.id for sample in data.samples("train")] == ["0", "3"]
-    assert {entry.origin: entry.reason.partition(":")[0] for entry in data.ledger} == {
+    assert {entry.origin: entry.reason.partition(":")[0] for entry in data.rejected_samples} == {
         "t.json:1[1]": "missing image",
         "t.json:1[2]": "not an image",
     }
-    assert (data.ledger.num_dropped, data.ledger.num_rows) == (2, 9)
+    assert (data.rejected_samples.num_dropped, data.rejected_samples.num_rows) == (2, 9)
     with pytest.raises(UserError, match="2 of 4 rows cannot be used"):
         module(train=str(folder / "t.json")).setup("fit")
 

@@ -15,7 +15,7 @@ from lightning_mm.data.batch import TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.images import check_header
 from lightning_mm.data.sample import Sample, Turn
-from lightning_mm.data.token_lengths import Lengths, measure_lengths, num_patches, vision_weight
+from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths, num_patches, vision_weight
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import FAMILIES
 
@@ -56,10 +56,10 @@ def test_lengths_are_those_of_the_batch(name: str, processing: Load, pictures: l
     samples = [talk(i + 1, (picture,), turns=1 + i % 3) for i, picture in enumerate(pictures)]
     samples += [talk(9), talk(4, turns=3), talk(3, (pictures[0], pictures[0]))]
     made = processing(name)
-    measured = measure_lengths(samples, made)
+    measured = measure_token_lengths(samples, made)
     assert measured.tokens.tolist() == row_lengths(made, samples)
     longest = int(measured.tokens.max()) - 1
-    assert measure_lengths(samples, made, max_length=longest).tokens.max() == longest
+    assert measure_token_lengths(samples, made, max_length=longest).tokens.max() == longest
     assert (measured.vision > 0).tolist() == [bool(sample.images) for sample in samples]
     assert torch.equal(measured.costs, measured.tokens + measured.vision)
 
@@ -71,7 +71,7 @@ def test_a_header_tells_the_size_as_it_is_decoded(pictures: list[Path]) -> None:
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_patches_are_counted(name: str, processing: Load) -> None:
     made = processing(name)
-    chat = token_lengths.Chat(made).written([Turn("user", "<image>\nWell?")])
+    chat = token_lengths.ChatRenderer(made).render_unmarked([Turn("user", "<image>\nWell?")])
     inputs = made.encode([chat], [[Image.new("RGB", (60, 40))]], "right").inputs
     if name == "llava":
         side = made.config.vision_config.image_size // made.config.vision_config.patch_size
@@ -87,7 +87,7 @@ def test_what_cannot_be_used_is_measured_all_the_same(processing: Load, pictures
     special = Sample("s", (Turn("user", "<image> </s>"), Turn("assistant", "Yes")), (pictures[0],))
     alone = Sample("a", (Turn("assistant", "Yes"),))
     broken = talk(3, (tmp_path / "no.png",))
-    measured = measure_lengths([special, alone, broken, talk(3)], processing("llava"))
+    measured = measure_token_lengths([special, alone, broken, talk(3)], processing("llava"))
     assert (measured.tokens > 0).all()
     assert measured.vision.tolist()[1:] == [0, 0, 0]
 
@@ -99,10 +99,10 @@ def test_very_many_sizes_are_measured_as_few(processing: Load, monkeypatch: pyte
     calls = []
     encode = made.encode
     monkeypatch.setattr(made, "encode", lambda *args: calls.append(1) or encode(*args))
-    rough = measure_lengths(samples, made, sizes=paths).tokens
+    rough = measure_token_lengths(samples, made, sizes=paths).tokens
     assert len(calls) < 30
     monkeypatch.setattr(token_lengths, "_MAX_SIZES", 1000)
-    exact = measure_lengths(samples, made, sizes=paths).tokens
+    exact = measure_token_lengths(samples, made, sizes=paths).tokens
     assert len(calls) > 400
     assert (rough >= exact).all()
     assert ((rough - exact) / exact).max() < 0.15
@@ -110,14 +110,14 @@ def test_very_many_sizes_are_measured_as_few(processing: Load, monkeypatch: pyte
 
 def test_another_set_of_lengths_has_another_digest() -> None:
     tokens, vision = torch.tensor([3, 4]), torch.tensor([1.0, 0.0], dtype=torch.float64)
-    first = Lengths(tokens, vision)
-    assert first.digest == Lengths(tokens.clone(), vision.clone()).digest
-    assert len({first.digest, Lengths(tokens + 1, vision).digest, Lengths(tokens, vision + 1).digest}) == 3
+    first = TokenLengths(tokens, vision)
+    assert first.digest == TokenLengths(tokens.clone(), vision.clone()).digest
+    assert len({first.digest, TokenLengths(tokens + 1, vision).digest, TokenLengths(tokens, vision + 1).digest}) == 3
 
 
 def _one_of_two(rank: int, folder: str, model: str, samples: list[Sample]) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.save(measure_lengths(samples, load_processing(model)).costs, f"{folder}/{rank}.pt")
+    torch.save(measure_token_lengths(samples, load_processing(model)).costs, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -126,6 +126,6 @@ def test_ranks_share_the_work_and_agree(
 ) -> None:
     samples = [talk(i, (pictures[i % 3],) if i % 2 else ()) for i in range(1, 8)]
     mp.spawn(_one_of_two, args=(str(tmp_path), str(family("llava")), samples), nprocs=2)
-    alone = measure_lengths(samples, processing("llava")).costs
+    alone = measure_token_lengths(samples, processing("llava")).costs
     for rank in (0, 1):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)

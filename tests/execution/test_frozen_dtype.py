@@ -1,5 +1,6 @@
 """Frozen weights held in bfloat16 change no bit of a bf16-mixed run."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,14 @@ from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallba
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.frozen_dtype import castable, hold_frozen
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.frozen_dtype import cast_frozen_weights, castable
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from tests.helpers.training import train
-from tests.training.test_resume import Losses
-from tests.tuning.test_policies import Data, Family, batch_of, configured
+from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.training import Losses, configured, train
 
 MIDDLE = IntermediateOnly(layers="1-2")
 
@@ -52,10 +52,10 @@ def step(module: MMModule, batch: Batch) -> dict[str, Tensor]:
 def test_no_bit_changes(name: str, tuning: TuningPolicy, family: Family, data: Data) -> None:
     module, batch = configured(family(name), tuning), batch_of(family(name), data)
     expected = step(module, batch)
-    saved = hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
-    head = module.model.get_submodule(module.anatomy.head)
+    saved = cast_frozen_weights(module.mm, module.plan, "bf16-mixed", ExitStack())
+    head = module.model.get_submodule(module.mm.layout.head)
     copy = head.weight.nbytes // 2 if "forward" in head.__dict__ else 0
-    assert ("forward" in head.__dict__) == module.anatomy.tied_head
+    assert ("forward" in head.__dict__) == module.mm.layout.tied_head
     assert saved == sum(p.nbytes for p in module.parameters() if p.dtype == torch.bfloat16) - copy
     found = step(module, batch)
     assert expected.keys() == found.keys()
@@ -65,7 +65,7 @@ def test_no_bit_changes(name: str, tuning: TuningPolicy, family: Family, data: D
 
 def test_only_frozen_linear_weights_that_nothing_else_reads(family: Family, data: Data) -> None:
     module = configured(family("gemma3"), MIDDLE)  # its head is tied to its embedding
-    hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
+    cast_frozen_weights(module.mm, module.plan, "bf16-mixed", ExitStack())
     owners = dict(module.model.named_modules())
     tied = module.model.get_input_embeddings().weight
     for name, parameter in module.model.named_parameters():
@@ -84,11 +84,11 @@ def test_under_dora_the_weights_stay(family: Family) -> None:
 
 def test_nothing_is_cast_where_autocast_is_not(family: Family) -> None:
     module = configured(family("llava"), MIDDLE)
-    assert hold_frozen(module.model, module.anatomy, module.plan, "32-true") == 0
-    assert hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed", "float32") == 0
+    assert cast_frozen_weights(module.mm, module.plan, "32-true", ExitStack()) == 0
+    assert cast_frozen_weights(module.mm, module.plan, "bf16-mixed", ExitStack(), "float32") == 0
     assert {parameter.dtype for parameter in module.parameters()} == {torch.float32}
     with pytest.raises(UserError, match=r"does not go with trainer\.precision 32-true"):
-        hold_frozen(module.model, module.anatomy, module.plan, "32-true", "bfloat16")
+        cast_frozen_weights(module.mm, module.plan, "32-true", ExitStack(), "bfloat16")
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
@@ -157,8 +157,8 @@ def test_the_copy_of_a_tied_head_is_made_once(family: Family, data: Data) -> Non
     """Also where it was made in inference mode, as by a validation before training; other weights make another one."""
     module, batch = configured(family("gemma3"), MIDDLE), batch_of(family("gemma3"), data)
     table = module.model.get_input_embeddings().weight
-    assert module.anatomy.tied_head
-    hold_frozen(module.model, module.anatomy, module.plan, "bf16-mixed")
+    assert module.mm.layout.tied_head
+    cast_frozen_weights(module.mm, module.plan, "bf16-mixed", ExitStack())
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         module.objective(batch_of(family("gemma3"), data))
     with Casts(table.shape) as casts:

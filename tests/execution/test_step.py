@@ -3,7 +3,7 @@
 import pytest
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 
 
 @pytest.mark.parametrize("option", ["loss_chunk", "checkpoint_every"])

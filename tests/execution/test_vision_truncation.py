@@ -1,6 +1,7 @@
 """Vision blocks that nothing reads are left out, and only those."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,13 @@ import pytest
 import torch
 
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
-from lightning_mm.execution.vision_truncation import cut_tower
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.execution.vision_truncation import truncate_tower
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
-from tests.helpers.rows import uneven
+from tests.helpers.data import make_uneven_rows
 
 
 @pytest.mark.parametrize(
@@ -33,17 +35,20 @@ def test_what_is_not_read_is_not_computed(
 ) -> None:
     """LLaVA reads its tower's last block but one (vision_feature_layer -2); equal logits, bit for bit."""
     model: Any = load_model(Backbone(path=str(family(name)))).eval()
-    anatomy = Anatomy.of(model)
-    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    layout = ModelLayout.of(model)
+    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        assert cut_tower(model, anatomy, batch) == tuple(reversed(anatomy.vision_blocks))[:unread]
+        assert (
+            truncate_tower(MultimodalModel(model, layout), batch, ExitStack())
+            == tuple(reversed(layout.vision_blocks))[:unread]
+        )
         ran: list[str] = []
-        for block in anatomy.vision_blocks:
+        for block in layout.vision_blocks:
             part = next(m for m in model.get_submodule(block).modules() if isinstance(m, torch.nn.Linear))
             part.register_forward_hook(lambda *_, name=block: ran.append(name))
         assert torch.equal(model(**batch.inputs).logits, expected)
-    assert ran == list(anatomy.vision_blocks[: len(anatomy.vision_blocks) - unread])
+    assert ran == list(layout.vision_blocks[: len(layout.vision_blocks) - unread])
 
 
 def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path], tmp_path: Path) -> None:
@@ -53,5 +58,5 @@ def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path],
     assert gates
     for gate in gates:
         torch.nn.init.zeros_(gate)
-    batch = Collator(load_processing(str(family("mllama"))))(read(uneven(tmp_path)).samples)
-    assert cut_tower(model, Anatomy.of(model), batch) == ()
+    batch = Collator(load_processing(str(family("mllama"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    assert truncate_tower(MultimodalModel.of(model), batch, ExitStack()) == ()

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.geometry.cca import pwcca, svcca
-from lightning_mm.geometry.null_models import calibrated
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import deletion_blocks, jackknife_error, t_quantile
+from lightning_mm.geometry.null_models import adjust_for_chance
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.geometry.resampling import jackknife_blocks, jackknife_error, t_quantile
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -44,7 +44,7 @@ def test_svcca_is_the_mean_cosine_of_the_angles_between_the_leading_subspaces(va
     """1e-8: scipy takes sines of small angles."""
     x, y = related(300, 8, 1.0)
     x, y = x * torch.linspace(3, 0.5, 8), y * torch.linspace(2, 0.2, 8)
-    (estimate,) = svcca(Bank.of(x), Bank.of(y), variance)
+    (estimate,) = svcca(Representations.of(x), Representations.of(y), variance)
     bases = [leading(z[0].numpy(), variance) for z in (x, y)]
     assert estimate.value == pytest.approx(np.cos(subspace_angles(*bases)).mean(), abs=1e-8)
     assert estimate.k == min(basis.shape[1] for basis in bases)
@@ -55,17 +55,22 @@ def test_pwcca_is_the_printed_formula() -> None:
     """1e-8."""
     x, y = related(200, 6, 1.0)
     x = x * torch.linspace(2, 0.5, 6)
-    centred = (x[0] - x[0].mean(0)).numpy()
+    centered = (x[0] - x[0].mean(0)).numpy()
     q_x, q_y = (np.linalg.qr(z - z.mean(0))[0] for z in (x[0].numpy(), y[0].numpy()))
     left, rho, _ = np.linalg.svd(q_x.T @ q_y)
-    weights = np.abs((q_x @ left).T @ centred).sum(1)
-    assert one(pwcca(Bank.of(x), Bank.of(y))) == pytest.approx((weights / weights.sum() * rho).sum(), abs=1e-8)
+    weights = np.abs((q_x @ left).T @ centered).sum(1)
+    assert one(pwcca(Representations.of(x), Representations.of(y))) == pytest.approx(
+        (weights / weights.sum() * rho).sum(), abs=1e-8
+    )
 
 
 def test_pwcca_weighs_by_its_first_argument() -> None:
     """What they share is nearly all of one side and little of the other."""
     shared, x, y = noise(1, 300, 1), noise(1, 300, 5, seed=1), noise(1, 300, 5, seed=2)
-    loud, quiet = Bank.of(torch.cat([30 * shared, x], 2)), Bank.of(torch.cat([0.3 * shared, y], 2))
+    loud, quiet = (
+        Representations.of(torch.cat([30 * shared, x], 2)),
+        Representations.of(torch.cat([0.3 * shared, y], 2)),
+    )
     assert one(pwcca(loud, quiet)) > 0.7 > 0.3 > one(pwcca(quiet, loud))
 
 
@@ -73,19 +78,19 @@ def test_pwcca_weighs_by_its_first_argument() -> None:
 @given(st.integers(0, 100), st.floats(1e-3, 1e3), st.floats(-50, 50))
 def test_rotation_scale_and_shift_change_nothing(seed: int, scale: float, shift: float) -> None:
     """1e-9: float64."""
-    x, y = (Bank.of(z) for z in related(80, 5, 1.0, seed))
-    moved = Bank.of(scale * (x.features @ torch.linalg.qr(noise(5, 5, seed=seed))[0]) + shift)
+    x, y = (Representations.of(z) for z in related(80, 5, 1.0, seed))
+    moved = Representations.of(scale * (x.features @ torch.linalg.qr(noise(5, 5, seed=seed))[0]) + shift)
     assert one(svcca(moved, y)) == pytest.approx(one(svcca(x, y)), abs=1e-9)
     for measure in (svcca, pwcca):
         assert one(measure(y, moved)) == pytest.approx(one(measure(y, x)), abs=1e-9)
         assert one(measure(x, moved)) == pytest.approx(1, abs=1e-9)
-    assert one(pwcca(Bank.of(scale * x.features + shift), y)) == pytest.approx(one(pwcca(x, y)), abs=1e-9)
+    assert one(pwcca(Representations.of(scale * x.features + shift), y)) == pytest.approx(one(pwcca(x, y)), abs=1e-9)
 
 
 def test_all_directions_are_blind_to_invertible_maps() -> None:
     x, y = related(200, 5, 1.0)
     mixed = x @ (noise(5, 5, seed=3) + 3 * torch.eye(5))
-    everything = [one(svcca(Bank.of(z), Bank.of(y), variance=1.0)) for z in (x, mixed)]
+    everything = [one(svcca(Representations.of(z), Representations.of(y), variance=1.0)) for z in (x, mixed)]
     assert everything[0] == pytest.approx(everything[1], abs=1e-9)
 
 
@@ -94,7 +99,10 @@ def test_float32_agrees_with_float64_where_one_feature_is_a_hundred_times_the_ot
     x, y = related(200, 10, 1.0)
     x[..., 0] *= 100
     for measure in (svcca, pwcca):
-        found, exact = one(measure(Bank.of(x.float()), Bank.of(y.float()))), one(measure(Bank.of(x), Bank.of(y)))
+        found, exact = (
+            one(measure(Representations.of(x.float()), Representations.of(y.float()))),
+            one(measure(Representations.of(x), Representations.of(y))),
+        )
         assert found == pytest.approx(exact, abs=1e-3)
 
 
@@ -102,7 +110,7 @@ def test_float32_agrees_with_float64_where_one_feature_is_a_hundred_times_the_ot
 @pytest.mark.parametrize(("n", "features"), [(30, 50), (100, 400), (60, 60)])
 def test_few_samples_never_look_like_a_match(measure, n: int, features: int) -> None:  # type: ignore[no-untyped-def]
     """With N <= directions every canonical correlation is 1; so no more than N/10 are used, and that is told."""
-    unrelated = measure(Bank.of(noise(1, n, features)), Bank.of(noise(1, n, features, seed=1)))[0]
+    unrelated = measure(Representations.of(noise(1, n, features)), Representations.of(noise(1, n, features, seed=1)))[0]
     assert unrelated.k == n // 10
     assert unrelated.value < 0.6
     assert f"{n // 10} of {'' if measure is svcca else min(n - 1, features)}" in unrelated.notes[0]
@@ -110,38 +118,40 @@ def test_few_samples_never_look_like_a_match(measure, n: int, features: int) -> 
 
 
 def test_fewer_than_ten_samples_are_too_few() -> None:
-    assert svcca(Bank.of(noise(1, 9, 3)), Bank.of(noise(1, 9, 3)))[0].undefined.startswith("too few: 9")
-    assert one(svcca(Bank.of(noise(1, 10, 3)), Bank.of(noise(1, 10, 3)))) == pytest.approx(1)
+    assert svcca(Representations.of(noise(1, 9, 3)), Representations.of(noise(1, 9, 3)))[0].undefined.startswith(
+        "too few: 9"
+    )
+    assert one(svcca(Representations.of(noise(1, 10, 3)), Representations.of(noise(1, 10, 3)))) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("measure", [svcca, pwcca])
 def test_the_null_is_what_unrelated_data_score(measure) -> None:  # type: ignore[no-untyped-def]
     """40 layers of noise: their mean within 2 % of the mean null; at most 6 outside a 95 % band."""
-    found = measure(Bank.of(noise(40, 200, 12)), Bank.of(noise(40, 200, 20, seed=1)))
+    found = measure(Representations.of(noise(40, 200, 12)), Representations.of(noise(40, 200, 20, seed=1)))
     nulls = [estimate.null for estimate in found]
     assert sum(values(found)) / sum(nulls) == pytest.approx(1, abs=0.02)
     assert sum(not e.null_low < e.value < e.null_high for e in found) <= 6
     # Mean rho^2 over all pairings is max(p, q)/(N-1): the mean of rho is a little below its root.
     assert 0.85 * math.sqrt(20 / 199) < nulls[0] < math.sqrt(20 / 199)
-    assert calibrated(found[0]).null == 0
+    assert adjust_for_chance(found[0]).null == 0
 
 
 def test_mean_squared_correlation_of_unrelated_data_is_max_p_q_over_n_minus_1() -> None:
     """One direction each: rho itself is |r|, and its mean square 1/(N-1). 15 %: 600 layers."""
-    found = svcca(Bank.of(noise(600, 20, 1)), Bank.of(noise(600, 20, 1, seed=1)))
+    found = svcca(Representations.of(noise(600, 20, 1)), Representations.of(noise(600, 20, 1, seed=1)))
     assert np.mean(np.square(values(found))) == pytest.approx(1 / 19, rel=0.15)
 
 
 @pytest.mark.parametrize("measure", [svcca, pwcca])
 def test_the_interval_is_as_wide_as_the_value_varies(measure) -> None:  # type: ignore[no-untyped-def]
     """Over 60 data sets: the mean width against 2 t(11) sd; 0.7 to 1.5 for the error of either."""
-    found = [measure(*(Bank.of(z) for z in related(150, 4, 1.0, seed)))[0] for seed in range(60)]
+    found = [measure(*(Representations.of(z) for z in related(150, 4, 1.0, seed)))[0] for seed in range(60)]
     width = np.mean([e.high - e.low for e in found]) / (2 * 2.2)
     assert 0.7 < width / np.std(values(found)) < 1.5
 
 
 def test_captions_of_one_picture_widen_the_interval_and_raise_the_null() -> None:
-    x, y = (Bank.of(z.repeat_interleave(4, 1)) for z in related(50, 4, 1.0))
+    x, y = (Representations.of(z.repeat_interleave(4, 1)) for z in related(50, 4, 1.0))
     groups = torch.arange(200) // 4
     alone, together = svcca(x, y)[0], svcca(x, y, groups=groups)[0]
     assert together.high - together.low > 1.3 * (alone.high - alone.low)
@@ -152,7 +162,7 @@ def test_a_direction_that_one_block_alone_spans_leaves_no_interval() -> None:
     x = noise(1, 40, 2)
     x[..., 1] = 0
     x[0, 7, 1] = 1.0
-    (estimate,) = svcca(Bank.of(x), Bank.of(x), variance=1.0)
+    (estimate,) = svcca(Representations.of(x), Representations.of(x), variance=1.0)
     assert estimate.value == pytest.approx(1)
     assert (estimate.low, estimate.high) == (None, None)
 
@@ -162,15 +172,15 @@ def test_degenerate_layers_are_undefined_beside_sound_ones(measure) -> None:  # 
     x = noise(3, 40, 5)
     x[1] = 3.0
     x[2, 0, 0] = math.nan
-    reasons = [e.undefined for e in measure(Bank.of(x), Bank.of(noise(3, 40, 5, seed=1)))]
+    reasons = [e.undefined for e in measure(Representations.of(x), Representations.of(noise(3, 40, 5, seed=1)))]
     assert [reason.split(":")[0] for reason in reasons] == ["", "constant", "not finite"]
 
 
 def test_directions_below_rounding_are_not_directions() -> None:
     """Rank 2 in 20 features."""
     x, y = noise(1, 200, 2) @ noise(2, 20, seed=1), noise(1, 200, 20, seed=2)
-    assert pwcca(Bank.of(x), Bank.of(y))[0].k == 2
-    assert pwcca(Bank.of(x.float()), Bank.of(y.float()))[0].k == 2
+    assert pwcca(Representations.of(x), Representations.of(y))[0].k == 2
+    assert pwcca(Representations.of(x.float()), Representations.of(y.float()))[0].k == 2
 
 
 def test_the_jackknife_of_pwcca_weighs_by_the_samples_that_stay() -> None:
@@ -178,10 +188,10 @@ def test_the_jackknife_of_pwcca_weighs_by_the_samples_that_stay() -> None:
     x, y = related(60, 4, 1.0)
     x = x * torch.tensor([3.0, 1.0, 0.5, 0.2])
     x[:, :6] *= 4
-    (found,) = pwcca(Bank.of(x), Bank.of(y))
+    (found,) = pwcca(Representations.of(x), Representations.of(y))
     left_out = []
-    for block in deletion_blocks(60):
+    for block in jackknife_blocks(60):
         kept = torch.ones(60, dtype=torch.bool).index_fill(0, block, False)
-        left_out.append(one(pwcca(Bank.of(x[:, kept]), Bank.of(y[:, kept]))))
+        left_out.append(one(pwcca(Representations.of(x[:, kept]), Representations.of(y[:, kept]))))
     error = jackknife_error(torch.tensor(left_out, dtype=torch.float64))
     assert found.value - found.low == pytest.approx(t_quantile(11) * float(error), rel=1e-6)

@@ -1,4 +1,4 @@
-"""Measures of neighbours, spectra and gaps on data that cannot carry them: a reason, never a made-up number."""
+"""Measures of neighbors, spectra and gaps on data that cannot carry them: a reason, never a made-up number."""
 
 from collections.abc import Callable
 
@@ -9,26 +9,26 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.cca import pwcca, svcca
 from lightning_mm.geometry.cka import cka, cka_biased, cka_rbf
-from lightning_mm.geometry.dimension import gride, two_nn
 from lightning_mm.geometry.divergence import frechet, mmd
 from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.intrinsic_dimension import gride, two_nn
 from lightning_mm.geometry.isotropy import anisotropy, median_cosine, uniformity
 from lightning_mm.geometry.knn_overlap import label_overlap, overlap
 from lightning_mm.geometry.modality_gap import alignment, matched_cosine, modality_gap, token_cosine
-from lightning_mm.geometry.neighbors import Neighbours
+from lightning_mm.geometry.neighbors import Neighbors
 from lightning_mm.geometry.procrustes import procrustes
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 from lightning_mm.geometry.rsa import rsa
 from lightning_mm.geometry.separability import separability
 from lightning_mm.geometry.spectrum import Spectrum, alpha_req, effective_rank, entropy, participation_ratio, rankme
 
-Measure = Callable[[Bank, Bank, Tensor | None], list[Estimate]]
+Measure = Callable[[Representations, Representations, Tensor | None], list[Estimate]]
 
 ALONE: dict[str, Measure] = {
-    "label_overlap": lambda a, b, g: label_overlap(Neighbours.of(a), torch.arange(a.num_samples) % 3, 5, g),
-    "two_nn": lambda a, b, g: two_nn(Neighbours.of(a), groups=g),
-    "two_nn_ml": lambda a, b, g: two_nn(Neighbours.of(a), "ml", groups=g),
-    "gride": lambda a, b, g: gride(Neighbours.of(a), groups=g),
+    "label_overlap": lambda a, b, g: label_overlap(Neighbors.of(a), torch.arange(a.num_samples) % 3, 5, g),
+    "two_nn": lambda a, b, g: two_nn(Neighbors.of(a), groups=g),
+    "two_nn_ml": lambda a, b, g: two_nn(Neighbors.of(a), "ml", groups=g),
+    "gride": lambda a, b, g: gride(Neighbors.of(a), groups=g),
     "participation_ratio": lambda a, b, g: participation_ratio(a, groups=g),
     "participation_ratio_biased": lambda a, b, g: participation_ratio(a, debiased=False, groups=g),
     "effective_rank": lambda a, b, g: effective_rank(Spectrum.of(a), g),
@@ -39,11 +39,11 @@ ALONE: dict[str, Measure] = {
     "median_cosine": lambda a, b, g: median_cosine(a, g),
     "uniformity": lambda a, b, g: uniformity(a, groups=g),
 }
-"""Measures of the first bank."""
+"""Measures of the first reps."""
 
 TOGETHER: dict[str, Measure] = {
-    "overlap": lambda a, b, g: overlap(Neighbours.of(a), Neighbours.of(b), 5, g),
-    "jaccard": lambda a, b, g: overlap(Neighbours.of(a), Neighbours.of(b), 5, g, score="jaccard"),
+    "overlap": lambda a, b, g: overlap(Neighbors.of(a), Neighbors.of(b), 5, g),
+    "jaccard": lambda a, b, g: overlap(Neighbors.of(a), Neighbors.of(b), 5, g, score="jaccard"),
     "imbalance": lambda a, b, g: information_imbalance(a, b, groups=g),
     "imbalance_back": lambda a, b, g: information_imbalance(b, a, groups=g),
     "alignment": alignment,
@@ -99,7 +99,7 @@ def test_a_layer_where_all_samples_coincide(name: str) -> None:
     for read in (x, y):
         read[0] = noise(1, 120, seed=2)
         read[2, 5, 3] = torch.nan
-    constant, sound, broken = MEASURES[name](Bank.of(x), Bank.of(y), None)
+    constant, sound, broken = MEASURES[name](Representations.of(x), Representations.of(y), None)
     assert constant.undefined == "constant: all 90 samples coincide"
     assert broken.undefined == "not finite: 1 of 90 samples"
     assert sound.value is not None
@@ -107,7 +107,7 @@ def test_a_layer_where_all_samples_coincide(name: str) -> None:
 
 @pytest.mark.parametrize("name", TOGETHER)
 def test_one_of_two_banks_is_constant(name: str) -> None:
-    sound, constant = Bank.of(noise(1, 60, 120)), Bank.of(torch.ones(1, 60, 120))
+    sound, constant = Representations.of(noise(1, 60, 120)), Representations.of(torch.ones(1, 60, 120))
     for pair in ((sound, constant), (constant, sound)):
         assert TOGETHER[name](*pair, None)[0].undefined == "constant: all 60 samples coincide"
 
@@ -115,7 +115,7 @@ def test_one_of_two_banks_is_constant(name: str) -> None:
 @pytest.mark.parametrize("name", MEASURES)
 def test_one_group_and_one_sample_beside_it(name: str) -> None:
     """Nothing is left to leave out, to exchange or to compare with: a number without interval, or a reason."""
-    a, b = Bank.of(noise(1, 60, 120)), Bank.of(noise(1, 60, 120, seed=1))
+    a, b = Representations.of(noise(1, 60, 120)), Representations.of(noise(1, 60, 120, seed=1))
     free = MEASURES[name](a, b, None)[0]
     for groups in (torch.zeros(60), torch.tensor([0] * 59 + [1])):
         found = MEASURES[name](a, b, groups)[0]
@@ -129,7 +129,9 @@ def test_one_group_and_one_sample_beside_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_groups_of_two_have_interval_and_chance(name: str) -> None:
-    found = MEASURES[name](Bank.of(noise(1, 60, 120)), Bank.of(noise(1, 60, 120, seed=1)), torch.arange(60) // 2)[0]
+    found = MEASURES[name](
+        Representations.of(noise(1, 60, 120)), Representations.of(noise(1, 60, 120, seed=1)), torch.arange(60) // 2
+    )[0]
     assert found.low <= found.value <= found.high
     assert found.null is not None
     assert name in ALONE or found.null_low < found.null_high
@@ -138,7 +140,7 @@ def test_groups_of_two_have_interval_and_chance(name: str) -> None:
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 8, 12])
 @pytest.mark.parametrize("name", MEASURES)
 def test_few_samples_are_no_crash(name: str, n: int) -> None:
-    found = MEASURES[name](Bank.of(noise(2, n, 6)), Bank.of(noise(2, n, 6, seed=1)), None)
+    found = MEASURES[name](Representations.of(noise(2, n, 6)), Representations.of(noise(2, n, 6, seed=1)), None)
     assert len(found) == 2
     for estimate in found:
         assert estimate.undefined or n > 1
@@ -151,7 +153,7 @@ def test_half_of_the_samples_are_copies(name: str) -> None:
     x, y = (noise(1, 60, 20, seed=s).repeat_interleave(2, 1) for s in (0, 1))
     pairs = torch.arange(120) // 2
     for groups in (None, pairs):
-        found = MEASURES[name](Bank.of(x), Bank.of(y), groups)[0]
+        found = MEASURES[name](Representations.of(x), Representations.of(y), groups)[0]
         least, most = RANGES.get(name, (-1, 1))
         assert found.undefined.startswith(("too few", "no bandwidth")) or least <= found.value <= most + 1e-6
         assert None in (found.low, found.high) or found.low <= found.value <= found.high + 1e-6
@@ -160,7 +162,7 @@ def test_half_of_the_samples_are_copies(name: str) -> None:
 @pytest.mark.parametrize("name", MEASURES)
 def test_nothing_global_is_touched(name: str) -> None:
     """Neither the global generator nor the number of threads nor autograd; and the same again gives the same."""
-    a, b = Bank.of(noise(1, 40, 30).requires_grad_()), Bank.of(noise(1, 40, 30, seed=1))
+    a, b = Representations.of(noise(1, 40, 30).requires_grad_()), Representations.of(noise(1, 40, 30, seed=1))
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(3)
     try:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import values
 from lightning_mm.geometry.divergence import frechet, mmd
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -25,7 +25,9 @@ def by_scipy(x: np.ndarray, y: np.ndarray) -> float:
 def test_frechet_as_scipy() -> None:
     x, y = noise(1, 90, 10) @ noise(10, 10, seed=2), noise(1, 90, 10, seed=1) + 0.4
     expected = by_scipy(x[0].double().numpy(), y[0].double().numpy())
-    assert frechet(Bank.of(x), Bank.of(y))[0].value == pytest.approx(expected, rel=1e-4)  # float32 input
+    assert frechet(Representations.of(x), Representations.of(y))[0].value == pytest.approx(
+        expected, rel=1e-4
+    )  # float32 input
 
 
 def test_frechet_in_the_leading_components() -> None:
@@ -35,7 +37,7 @@ def test_frechet_in_the_leading_components() -> None:
     rows = torch.cat([x[0], y[0]]).double()
     leading = torch.linalg.svd(rows - rows.mean(0)).Vh[:8]
     expected = by_scipy(*((part[0].double() @ leading.T).numpy() for part in (x, y)))
-    found = frechet(Bank.of(x), Bank.of(y), components=8)[0]
+    found = frechet(Representations.of(x), Representations.of(y), components=8)[0]
     assert found.value == pytest.approx(expected, rel=1e-3)
     assert found.k == 8
 
@@ -43,7 +45,10 @@ def test_frechet_in_the_leading_components() -> None:
 def test_frechet_of_isotropic_clouds() -> None:
     """||dmu||^2 + d (s1 - s2)^2 beyond the null, which has the bias of few samples; 4 standard errors of 20 clouds."""
     x, y = noise(20, 400, 8), noise(20, 400, 8, seed=1)
-    same, moved = frechet(Bank.of(x), Bank.of(y)), frechet(Bank.of(x), Bank.of(1.5 * y + 1))
+    same, moved = (
+        frechet(Representations.of(x), Representations.of(y)),
+        frechet(Representations.of(x), Representations.of(1.5 * y + 1)),
+    )
     assert sum(e.null_low <= e.value <= e.null_high for e in same) >= 16
     beyond = torch.tensor(values(moved)) - torch.tensor(values(same))
     assert float(beyond.mean()) == pytest.approx(8 + 8 * 0.25, abs=4 * float(beyond.std()) / 20**0.5)
@@ -51,7 +56,7 @@ def test_frechet_of_isotropic_clouds() -> None:
 
 
 def test_frechet_with_fewer_samples_than_components() -> None:
-    found = frechet(Bank.of(noise(1, 30, 100)), Bank.of(noise(1, 30, 100, seed=1) + 3))[0]
+    found = frechet(Representations.of(noise(1, 30, 100)), Representations.of(noise(1, 30, 100, seed=1) + 3))[0]
     assert found.k == 59
     assert math.isfinite(found.value)
     assert found.low > found.null_high
@@ -64,7 +69,9 @@ def test_mmd_by_hand() -> None:
     scale = torch.cat([m.flatten() for m in (*within, across)]).median()
     k = [torch.exp(-m / (2 * scale)) for m in (*within, across)]
     total = sum(k[0][i, j] + k[1][i, j] - k[2][i, j] - k[2][j, i] for i in range(20) for j in range(20) if i != j)
-    assert mmd(Bank.of(x), Bank.of(y))[0].value == pytest.approx(float(total) / (20 * 19), rel=1e-9)
+    assert mmd(Representations.of(x), Representations.of(y))[0].value == pytest.approx(
+        float(total) / (20 * 19), rel=1e-9
+    )
 
 
 def test_mmd_closed_form() -> None:
@@ -74,7 +81,7 @@ def test_mmd_closed_form() -> None:
     """
     x, y = noise(20, 400, 5), noise(20, 400, 5, seed=1)
     y[..., 0] += 1
-    found = torch.tensor(values(mmd(Bank.of(x), Bank.of(y))))
+    found = torch.tensor(values(mmd(Representations.of(x), Representations.of(y))))
     clouds = torch.cat([x, y], 1)
     scale = float(torch.cdist(clouds, clouds).square().median())
     expected = 2 * (scale / (scale + 2)) ** 2.5 * (1 - math.exp(-1 / (2 * (scale + 2))))
@@ -82,17 +89,17 @@ def test_mmd_closed_form() -> None:
 
 
 def test_mmd_of_one_law_is_within_the_band() -> None:
-    found = mmd(Bank.of(noise(60, 60, 10)), Bank.of(noise(60, 60, 10, seed=1)))
+    found = mmd(Representations.of(noise(60, 60, 10)), Representations.of(noise(60, 60, 10, seed=1)))
     assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 50
     measured = torch.tensor(values(found))
     assert float(measured.mean()) == pytest.approx(0, abs=4 * float(measured.std()) / 60**0.5)
-    wider = mmd(Bank.of(noise(1, 100, 10)), Bank.of(1.6 * noise(1, 100, 10, seed=1)))[0]
+    wider = mmd(Representations.of(noise(1, 100, 10)), Representations.of(1.6 * noise(1, 100, 10, seed=1)))[0]
     assert wider.low > wider.null_high, "another width with the same mean is another law"
 
 
 def test_intervals_hold_the_expectation() -> None:
     """38 of 40 on average, less 4 standard deviations."""
-    a, b = Bank.of(noise(40, 80, 6)), Bank.of(1.3 * noise(40, 80, 6, seed=1) + 0.7)
+    a, b = Representations.of(noise(40, 80, 6)), Representations.of(1.3 * noise(40, 80, 6, seed=1) + 0.7)
     for measure in (frechet, mmd):
         found = measure(a, b)
         mean = sum(values(found)) / 40
@@ -102,14 +109,14 @@ def test_intervals_hold_the_expectation() -> None:
 def test_frechet_of_a_cloud_with_itself_is_nothing() -> None:
     """Rounding is of either sign, and no distance is negative."""
     for seed in range(5):
-        b = Bank.of(noise(1, 60, 20, seed=seed) + 3)
+        b = Representations.of(noise(1, 60, 20, seed=seed) + 3)
         found = frechet(b, b)[0]
         assert 0 <= found.low <= found.value <= found.high < 1e-5
 
 
 @pytest.mark.parametrize("groups", [torch.tensor([0] * 19 + [1]), torch.zeros(20), torch.arange(20) // 19])
 def test_frechet_where_a_deletion_leaves_nothing(groups: Tensor) -> None:
-    a, b = Bank.of(noise(1, 20, 5)), Bank.of(noise(1, 20, 5, seed=1) + 1)
+    a, b = Representations.of(noise(1, 20, 5)), Representations.of(noise(1, 20, 5, seed=1) + 1)
     found = frechet(a, b, groups=groups)[0]
     assert found.value == frechet(a, b)[0].value
     assert (found.low, found.high, found.null) == (None, None, None)
@@ -120,7 +127,7 @@ def test_frechet_where_one_deletion_leaves_equal_samples() -> None:
     """Three groups, of which one holds all that varies: no interval, and no crash."""
     x, y = torch.ones(1, 30, 4), torch.ones(1, 30, 4)
     x[0, 20:], y[0, 20:] = noise(10, 4), noise(10, 4, seed=1)
-    found = frechet(Bank.of(x), Bank.of(y), groups=torch.arange(30) // 10)[0]
+    found = frechet(Representations.of(x), Representations.of(y), groups=torch.arange(30) // 10)[0]
     assert found.value > 0
     assert (found.low, found.high) == (None, None)
 
@@ -131,5 +138,8 @@ def test_mmd_of_close_clusters_is_that_of_float64() -> None:
     for part in (x, y):
         part[:, :60] += 5
     y[..., 0] += 1e-3
-    found, exact = mmd(Bank.of(x), Bank.of(y))[0], mmd(Bank.of(x.double()), Bank.of(y.double()))[0]
+    found, exact = (
+        mmd(Representations.of(x), Representations.of(y))[0],
+        mmd(Representations.of(x.double()), Representations.of(y.double()))[0],
+    )
     assert found.value == pytest.approx(exact.value, rel=1e-3)

@@ -13,12 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_mm.geometry.dimension import gride, log_ratios, two_nn
-from lightning_mm.geometry.gride import Gride
 from lightning_mm.geometry.information_imbalance import information_imbalance
+from lightning_mm.geometry.intrinsic_dimension import Gride, gride, log_ratios, two_nn
 from lightning_mm.geometry.knn_overlap import label_overlap, overlap
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
 
 GOLDEN = Path(__file__).parent / "golden"
 SCRIPT: dict[str, Any] = runpy.run_path(str(Path(__file__).parents[2] / "scripts" / "golden_geometry.py"))
@@ -50,7 +49,7 @@ PRECISION = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids
 def test_dimensions(name: str, dtype: torch.dtype) -> None:
     """DADApy solves the likelihood equation to 1e-7 and fits by least squares to 1e-8; float32 distances add 1e-5."""
     features, golden = ALONE[name]
-    near = Neighbours.of(Bank.of(features.to(dtype)))
+    near = Neighbors.of(Representations.of(features.to(dtype)))
     measured = {
         "dadapy_two_nn_base": two_nn(near, "fit")[0].value,
         "skdim_two_nn": two_nn(near, "fit")[0].value,
@@ -70,7 +69,10 @@ def test_dimensions(name: str, dtype: torch.dtype) -> None:
 def test_label_overlap(name: str, dtype: torch.dtype) -> None:
     """Counts: nothing but the last digit of a mean may differ."""
     features, golden = ALONE[name]
-    near, labels = Neighbours.of(Bank.of(features.to(dtype))), torch.tensor(SCRIPT["labels"](features[0].numpy()))
+    near, labels = (
+        Neighbors.of(Representations.of(features.to(dtype))),
+        torch.tensor(SCRIPT["labels"](features[0].numpy())),
+    )
     plain, balanced = (label_overlap(near, labels, 10, balanced=each)[0].value for each in (False, True))
     assert plain == pytest.approx(golden["dadapy_label_overlap_10"], abs=1e-12)
     assert balanced == pytest.approx(golden["dadapy_label_overlap_10_weighted"], abs=1e-12)
@@ -82,10 +84,10 @@ def test_label_overlap(name: str, dtype: torch.dtype) -> None:
 def test_overlap(name: str, k: int, dtype: torch.dtype) -> None:
     """Counts: nothing but the last digit of a mean may differ, and mutual kNN is the overlap of unit rows."""
     first, second, golden = TOGETHER[name]
-    near = [Neighbours.of(Bank.of(features.to(dtype))) for features in (first, second)]
+    near = [Neighbors.of(Representations.of(features.to(dtype))) for features in (first, second)]
     assert overlap(*near, k)[0].value == pytest.approx(golden[f"dadapy_overlap_{k}"], abs=1e-12)
     unit = [torch.nn.functional.normalize(features, dim=2) for features in (first, second)]
-    near = [Neighbours.of(Bank.of(features.to(dtype))) for features in unit]
+    near = [Neighbors.of(Representations.of(features.to(dtype))) for features in unit]
     assert overlap(*near, k)[0].value == pytest.approx(golden[f"mutual_knn_{k}"], abs=1e-12)
 
 
@@ -95,7 +97,7 @@ def test_overlap(name: str, k: int, dtype: torch.dtype) -> None:
 def test_imbalance(name: str, k: int, dtype: torch.dtype) -> None:
     """Ranks: exact in float64; in float32 a few of the N^2 comparisons of nearly equal distances may fall otherwise."""
     first, second, golden = TOGETHER[name]
-    a, b = Bank.of(first.to(dtype)), Bank.of(second.to(dtype))
+    a, b = Representations.of(first.to(dtype)), Representations.of(second.to(dtype))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-4
     assert information_imbalance(a, b, k)[0].value == pytest.approx(
         golden[f"dadapy_imbalance_there_{k}"], abs=tolerance

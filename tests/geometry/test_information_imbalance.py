@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import values
 from lightning_mm.geometry.information_imbalance import conditional_ranks, information_imbalance
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -15,7 +15,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def both(first: Tensor, second: Tensor, k: int = 1) -> tuple[float, float]:
-    a, b = Bank.of(first), Bank.of(second)
+    a, b = Representations.of(first), Representations.of(second)
     return information_imbalance(a, b, k)[0].value, information_imbalance(b, a, k)[0].value
 
 
@@ -34,7 +34,7 @@ def test_functions_of_one_another() -> None:
 
 
 def test_unrelated_banks_are_at_one() -> None:
-    found = information_imbalance(Bank.of(noise(50, 200, 6)), Bank.of(noise(50, 200, 6, seed=1)))
+    found = information_imbalance(Representations.of(noise(50, 200, 6)), Representations.of(noise(50, 200, 6, seed=1)))
     measured = torch.tensor(values(found))
     assert float(measured.mean()) == pytest.approx(1, abs=4 * float(measured.std()) / 50**0.5)
     assert (found[0].null_high - 1) / 1.96 == pytest.approx(1 / (3 * 200) ** 0.5, rel=0.01)
@@ -45,7 +45,7 @@ def test_unrelated_banks_are_at_one() -> None:
 def test_ranks_are_those_of_scipy_with_ties() -> None:
     """A small lattice has many equal distances; self is not ranked."""
     x = torch.randint(0, 3, (1, 40, 2), generator=torch.Generator().manual_seed(0)).double()
-    squared = Bank.of(x).squared_distances(0)
+    squared = Representations.of(x).squared_distances(0)
     chosen = torch.stack([torch.arange(1, 41) % 40, torch.arange(3, 43) % 40], 1)
     found = conditional_ranks(chosen, squared)
     for i in range(40):
@@ -58,14 +58,15 @@ def test_groups_widen_the_interval_and_nothing_else() -> None:
     x = noise(1, 60, 5).repeat_interleave(4, 1) + 0.3 * noise(1, 240, 5, seed=1)
     y = x + 0.3 * noise(1, 240, 5, seed=2)
     plain, grouped = (
-        information_imbalance(Bank.of(x), Bank.of(y), groups=g)[0] for g in (None, torch.arange(240) // 4)
+        information_imbalance(Representations.of(x), Representations.of(y), groups=g)[0]
+        for g in (None, torch.arange(240) // 4)
     )
     assert plain.value == grouped.value
     assert grouped.high - grouped.low != plain.high - plain.low
 
 
 def test_close_samples_are_ranked_by_what_tells_them_apart() -> None:
-    """Two clusters 5000 times farther apart than wide: a float32 Gram matrix alone read identical banks as 0.4."""
+    """Two clusters 5000 times farther apart than wide: a float32 Gram matrix alone read identical all_reps as 0.4."""
     z = (1e-3 * noise(1, 200, 64)).float()
     z[:, :100] += 5
     assert both(z, z) == pytest.approx((0.01, 0.01), rel=1e-9)
@@ -75,15 +76,15 @@ def test_close_samples_are_ranked_by_what_tells_them_apart() -> None:
 
 @pytest.mark.parametrize("k", [1, 3])
 def test_near_copies_of_unrelated_pictures_are_at_their_chance(k: int) -> None:
-    """60 pictures three times over: the nearest is the copy in both banks, and so it is for any other picture."""
+    """60 pictures three times over: the nearest is the copy in both all_reps, and so it is for any other picture."""
     groups = torch.arange(180) // 3
     found = [
-        information_imbalance(*(Bank.of(copies(seed + part)) for part in (0, 1)), k=k, groups=groups)[0]
+        information_imbalance(*(Representations.of(copies(seed + part)) for part in (0, 1)), k=k, groups=groups)[0]
         for seed in range(0, 40, 2)
     ]
     assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 15, "95 % of 20, less 4 standard deviations"
     assert max(e.null for e in found) < 0.5
-    assert information_imbalance(Bank.of(copies(0)), Bank.of(copies(1)))[0].null == 1
+    assert information_imbalance(Representations.of(copies(0)), Representations.of(copies(1)))[0].null == 1
 
 
 def copies(seed: int) -> Tensor:
@@ -94,5 +95,5 @@ def test_related_pictures_are_beyond_chance_despite_their_copies() -> None:
     groups, x = torch.arange(180) // 3, noise(1, 60, 3)
     a, b = ((x + 0.1 * noise(1, 60, 3, seed=s)).repeat_interleave(3, 1) for s in (1, 2))
     a, b = a + 0.01 * noise(1, 180, 3, seed=3), b + 0.01 * noise(1, 180, 3, seed=4)
-    found = information_imbalance(Bank.of(a), Bank.of(b), k=6, groups=groups)[0]
+    found = information_imbalance(Representations.of(a), Representations.of(b), k=6, groups=groups)[0]
     assert found.high < found.null_low

@@ -1,4 +1,4 @@
-"""Overlap of neighbourhoods and of labels: counts, chance values, bands and intervals."""
+"""Overlap of neighborhoods and of labels: counts, chance values, bands and intervals."""
 
 import itertools
 
@@ -9,20 +9,20 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.geometry.knn_overlap import chance_overlap, label_overlap, overlap, overlap_matrix
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.null_models import calibrated
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.null_models import adjust_for_chance
+from lightning_mm.geometry.representations import Representations
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def near(features: Tensor, k: int = 64) -> Neighbours:
-    return Neighbours.of(Bank.of(features), k)
+def near(features: Tensor, k: int = 64) -> Neighbors:
+    return Neighbors.of(Representations.of(features), k)
 
 
-def by_hand(a: Neighbours, b: Neighbours, k: int) -> tuple[float, float]:
+def by_hand(a: Neighbors, b: Neighbors, k: int) -> tuple[float, float]:
     """Mean overlap and mean Jaccard index of Python sets."""
     pairs = [(set(x[:k].tolist()), set(y[:k].tolist())) for x, y in zip(a.indices[0], b.indices[0], strict=True)]
     return sum(len(x & y) / k for x, y in pairs) / len(pairs), sum(len(x & y) / len(x | y) for x, y in pairs) / len(
@@ -30,10 +30,10 @@ def by_hand(a: Neighbours, b: Neighbours, k: int) -> tuple[float, float]:
     )
 
 
-def alone(near: Neighbours, layer: int) -> Neighbours:
+def alone(near: Neighbors, layer: int) -> Neighbors:
     """One layer of it."""
     parts = (part[layer, None] for part in (near.indices, near.distances, near.beyond))
-    return Neighbours(*parts, near.candidates, None, near.width, near.problems[layer : layer + 1])
+    return Neighbors(*parts, near.candidates, None, near.width, near.problems[layer : layer + 1])
 
 
 def test_counts_of_sets() -> None:
@@ -49,7 +49,7 @@ def test_one_for_itself_whatever_scale_rotation_and_place() -> None:
     x = noise(2, 100, 8)
     rotation = torch.linalg.qr(noise(8, 8, seed=1)).Q
     for estimate in overlap(near(x), near(5 * x @ rotation - 2)):
-        assert estimate.value == pytest.approx(1, abs=0.002)  # one neighbour in 1000 may fall otherwise in float32
+        assert estimate.value == pytest.approx(1, abs=0.002)  # one neighbor in 1000 may fall otherwise in float32
     assert [each.value for each in overlap(near(x), near(x), 10)] == [1, 1]
     assert overlap(near(x), near(x), 10)[0].high == 1
 
@@ -86,7 +86,7 @@ def test_the_interval_holds_the_expectation() -> None:
 
 
 def test_whole_pictures_change_places() -> None:
-    """Five samples of each picture are neighbours in any bank: chance is what re-paired pictures give, not k/(N-1)."""
+    """Five samples of each picture are neighbors in any reps: chance is what re-paired pictures give, not k/(N-1)."""
     groups = torch.arange(100) // 5
     a, b = (near(noise(1, 20, 6, seed=s)[:, groups] + 0.1 * noise(1, 100, 6, seed=s + 9)) for s in (0, 1))
     plain, grouped = overlap(a, b, 10)[0], overlap(a, b, 10, groups=groups)[0]
@@ -94,8 +94,8 @@ def test_whole_pictures_change_places() -> None:
     assert plain.value > plain.null_high + 0.2, "the samples of a picture find each other"
     assert grouped.null_low < grouped.value < grouped.null_high
     barred = [
-        Neighbours.of(each, 64, groups=groups)
-        for each in (Bank.of(noise(1, 100, 6)), Bank.of(noise(1, 100, 6, seed=1)))
+        Neighbors.of(each, 64, groups=groups)
+        for each in (Representations.of(noise(1, 100, 6)), Representations.of(noise(1, 100, 6, seed=1)))
     ]
     assert overlap(*barred, 10)[0].null == pytest.approx(10 / 95, rel=1e-12)
     assert overlap(a, b, 10, groups=torch.arange(100))[0].null == plain.null, "groups of one are no groups"
@@ -141,12 +141,12 @@ def test_random_labels_are_within_the_band_and_true_ones_are_not() -> None:
 def test_calibrated_scale() -> None:
     a, b = near(noise(1, 80, 5)), near(noise(1, 80, 5) + noise(1, 80, 5, seed=1))
     raw = overlap(a, b, 10)[0]
-    scaled = calibrated(raw)
+    scaled = adjust_for_chance(raw)
     assert scaled.value == pytest.approx((raw.value - 10 / 79) / (1 - 10 / 79))
     assert scaled.null == 0
     assert (scaled.low < scaled.value < scaled.high, scaled.n, scaled.k) == (True, 80, 10)
-    assert calibrated(overlap(a, a, 10)[0]).value == 1
-    assert calibrated(Estimate(0.5, 10)).undefined
+    assert adjust_for_chance(overlap(a, a, 10)[0]).value == 1
+    assert adjust_for_chance(Estimate(0.5, n=10)).undefined
 
 
 def test_pictures_of_unequal_size_have_no_chance_level() -> None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import values
 from lightning_mm.geometry.modality_gap import alignment, matched_cosine, modality_gap, swap_signs, token_cosine
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 
 PAIRED = (alignment, matched_cosine, token_cosine)
 
@@ -21,7 +21,7 @@ def unit(x: Tensor) -> Tensor:
 
 def test_by_hand() -> None:
     x, y = noise(1, 40, 6) + 0.5, noise(1, 40, 6, seed=1) + noise(1, 40, 6)
-    a, b, u, v = Bank.of(x), Bank.of(y), unit(x[0]), unit(y[0])
+    a, b, u, v = Representations.of(x), Representations.of(y), unit(x[0]), unit(y[0])
     own = (u * v).sum(1)
     different = (u @ v.T)[~torch.eye(40, dtype=torch.bool)].mean()
     assert alignment(a, b)[0].value == pytest.approx(float((u - v).square().sum(1).mean()), abs=1e-6)
@@ -34,7 +34,7 @@ def test_by_hand() -> None:
 
 
 def test_identical_banks() -> None:
-    a = Bank.of(noise(1, 50, 8))
+    a = Representations.of(noise(1, 50, 8))
     assert alignment(a, a)[0].value == pytest.approx(0, abs=1e-6)
     assert token_cosine(a, a)[0].value == pytest.approx(1, abs=1e-6)
     assert modality_gap(a, a)[0].value == 0
@@ -44,17 +44,17 @@ def test_identical_banks() -> None:
 @pytest.mark.parametrize("measure", PAIRED)
 def test_unrelated_banks_are_within_the_band(measure) -> None:  # type: ignore[no-untyped-def]
     """In a cone with a gap, which shifts the cosines but not what chance gives: 54 of 60 (95 % less 2 sd)."""
-    found = measure(Bank.of(noise(60, 80, 10) + 1), Bank.of(noise(60, 80, 10, seed=1) - 0.5))
+    found = measure(Representations.of(noise(60, 80, 10) + 1), Representations.of(noise(60, 80, 10, seed=1) - 0.5))
     assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 51
 
 
 def test_the_matched_cosine_sees_through_cone_and_gap() -> None:
     """A plain cosine of unrelated data in a narrow cone is 0.97; the difference from mismatched pairs is 0."""
     x, y = noise(1, 200, 30), noise(1, 200, 30, seed=1)
-    unrelated = matched_cosine(Bank.of(x + 6), Bank.of(y + 6))[0]
-    assert token_cosine(Bank.of(x + 6), Bank.of(y + 6))[0].value > 0.95
+    unrelated = matched_cosine(Representations.of(x + 6), Representations.of(y + 6))[0]
+    assert token_cosine(Representations.of(x + 6), Representations.of(y + 6))[0].value > 0.95
     assert unrelated.low < 0 < unrelated.high
-    related = matched_cosine(Bank.of(x + 6), Bank.of(x + 0.5 * y + 6))[0]
+    related = matched_cosine(Representations.of(x + 6), Representations.of(x + 0.5 * y + 6))[0]
     assert related.low > related.null_high
 
 
@@ -62,7 +62,7 @@ def test_the_matched_cosine_sees_through_cone_and_gap() -> None:
 def test_intervals_hold_the_expectation(measure) -> None:  # type: ignore[no-untyped-def]
     """95 of 100, less 4 standard deviations; at most half too wide."""
     x = noise(100, 80, 12)
-    found = measure(Bank.of(x + 0.3), Bank.of(x + noise(100, 80, 12, seed=1) - 0.3))
+    found = measure(Representations.of(x + 0.3), Representations.of(x + noise(100, 80, 12, seed=1) - 0.3))
     mean = sum(values(found)) / 100
     assert sum(e.low <= mean <= e.high for e in found) >= 86
     assert sum(e.high - e.low for e in found) / 100 / 4 < 1.5 * float(torch.tensor(values(found)).std())
@@ -71,16 +71,18 @@ def test_intervals_hold_the_expectation(measure) -> None:  # type: ignore[no-unt
 def test_the_matched_interval_knows_samples_that_fit_everything() -> None:
     """Samples near the axis of the cone match all others too: that is no news about the match of their own."""
     toward = torch.rand(100, 80, 1, generator=torch.Generator().manual_seed(3)) * 6
-    found = matched_cosine(Bank.of(noise(100, 80, 12) + toward), Bank.of(noise(100, 80, 12, seed=1) + toward))
+    found = matched_cosine(
+        Representations.of(noise(100, 80, 12) + toward), Representations.of(noise(100, 80, 12, seed=1) + toward)
+    )
     mean = sum(values(found)) / 100
     assert sum(e.low <= mean <= e.high for e in found) >= 86
     assert sum(e.high - e.low for e in found) / 100 / 4 < 1.3 * float(torch.tensor(values(found)).std())
 
 
 def test_the_gap_of_one_law_is_at_its_null() -> None:
-    found = modality_gap(Bank.of(noise(60, 100, 20)), Bank.of(noise(60, 100, 20, seed=1)))
+    found = modality_gap(Representations.of(noise(60, 100, 20)), Representations.of(noise(60, 100, 20, seed=1)))
     assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 51
-    apart = modality_gap(Bank.of(noise(1, 100, 20)), Bank.of(noise(1, 100, 20, seed=1) + 0.5))[0]
+    apart = modality_gap(Representations.of(noise(1, 100, 20)), Representations.of(noise(1, 100, 20, seed=1) + 0.5))[0]
     assert apart.low > apart.null_high
 
 
@@ -88,7 +90,10 @@ def test_samples_of_one_picture_are_not_different() -> None:
     """Four captions of one picture agree among themselves: they are no example of a mismatch, nor of chance."""
     groups = torch.arange(120) // 4
     x = noise(1, 30, 8)[:, groups]
-    a, b = Bank.of(x + 0.1 * noise(1, 120, 8, seed=1)), Bank.of(x + 0.1 * noise(1, 120, 8, seed=2))
+    a, b = (
+        Representations.of(x + 0.1 * noise(1, 120, 8, seed=1)),
+        Representations.of(x + 0.1 * noise(1, 120, 8, seed=2)),
+    )
     plain, grouped = matched_cosine(a, b)[0], matched_cosine(a, b, groups=groups)[0]
     u, v = unit(a.features[0]), unit(b.features[0])
     mismatched = (u @ v.T)[groups[:, None] != groups].mean()
@@ -110,23 +115,25 @@ def test_swaps_keep_groups_together() -> None:
 def test_scale_does_not_matter() -> None:
     x, y = noise(1, 60, 6), noise(1, 60, 6, seed=1)
     for measure in (*PAIRED, modality_gap):
-        scaled = measure(Bank.of(1e3 * x), Bank.of(1e-3 * y))[0].value
-        assert scaled == pytest.approx(measure(Bank.of(x), Bank.of(y))[0].value, abs=1e-5)
+        scaled = measure(Representations.of(1e3 * x), Representations.of(1e-3 * y))[0].value
+        assert scaled == pytest.approx(measure(Representations.of(x), Representations.of(y))[0].value, abs=1e-5)
 
 
 @pytest.mark.parametrize("alpha", [1.0, 2.0, 3.0])
 def test_alignment_to_any_power(alpha: float) -> None:
     x, y = noise(1, 40, 6), noise(1, 40, 6) + noise(1, 40, 6, seed=1)
     expected = (unit(x[0]) - unit(y[0])).norm(dim=1).pow(alpha).mean()
-    assert alignment(Bank.of(x), Bank.of(y), alpha=alpha)[0].value == pytest.approx(float(expected), rel=1e-6)
-    assert alignment(Bank.of(x), Bank.of(x), alpha=alpha)[0].value == 0
+    assert alignment(Representations.of(x), Representations.of(y), alpha=alpha)[0].value == pytest.approx(
+        float(expected), rel=1e-6
+    )
+    assert alignment(Representations.of(x), Representations.of(x), alpha=alpha)[0].value == 0
 
 
 @pytest.mark.parametrize("groups", [None, torch.arange(12), torch.arange(12) // 2])
 def test_random_partners_are_strangers(groups: Tensor | None) -> None:
     """Of 12 samples one meets itself in a random pairing, and would lend chance a twelfth of the match."""
     x = noise(30, 12, 400) + 1
-    a = Bank.of(x)
+    a = Representations.of(x)
     found = [measure(a, a, groups) for measure in (alignment, token_cosine)]
     cosine = torch.stack([unit(layer) @ unit(layer).T for layer in x])
     others = ~torch.eye(12, dtype=torch.bool) if groups is None else groups[:, None] != groups
@@ -139,5 +146,7 @@ def test_the_median_of_chance_is_interpolated_as_that_of_the_value() -> None:
     """Cosines of 1 and -1, as many of each: the lower of the two in the middle would be -1, and chance below 0."""
     x = torch.tensor([1.0] * 6 + [-1.0] * 6)[None, :, None]
     y = torch.tensor(([1.0] * 3 + [-1.0] * 3) * 2)[None, :, None]
-    nulls = torch.tensor([token_cosine(Bank.of(x), Bank.of(y), seed=seed)[0].null for seed in range(20)])
+    nulls = torch.tensor(
+        [token_cosine(Representations.of(x), Representations.of(y), seed=seed)[0].null for seed in range(20)]
+    )
     assert float(nulls.mean()) == pytest.approx(0, abs=0.1)

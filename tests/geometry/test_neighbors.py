@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -16,15 +16,15 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def recall(features: Tensor, k: int = 30) -> float:
-    """Share of the true neighbours, in float64, that are found."""
-    truth = Neighbours.of(Bank.of(features.double()), k).indices
-    found = Neighbours.of(Bank.of(features), k).indices
+    """Share of the true neighbors, in float64, that are found."""
+    truth = Neighbors.of(Representations.of(features.double()), k).indices
+    found = Neighbors.of(Representations.of(features), k).indices
     return float((found[..., None] == truth[..., None, :]).any(-1).double().mean())
 
 
 def test_as_scikit_learn() -> None:
     features = noise(2, 120, 7)
-    near = Neighbours.of(Bank.of(features), 20)
+    near = Neighbors.of(Representations.of(features), 20)
     for layer, x in enumerate(features.double().numpy()):
         distances, indices = NearestNeighbors(n_neighbors=20).fit(x).kneighbors()
         assert (near.indices[layer].numpy() == indices).all()
@@ -33,13 +33,13 @@ def test_as_scikit_learn() -> None:
 
 @pytest.mark.parametrize("width", [64, 576])
 def test_a_dimension_with_a_large_mean_costs_nothing(width: int) -> None:
-    """Uncentred float32 products keep 0.98 of the neighbours (measured); 0.999 leaves one pair in a thousand."""
+    """Uncentred float32 products keep 0.98 of the neighbors (measured); 0.999 leaves one pair in a thousand."""
     features = noise(1, 400, width)
     features[..., 3] += 1000
     assert recall(features) > 0.999
     rough = torch.cdist(features[0], features[0], compute_mode="use_mm_for_euclid_dist").fill_diagonal_(torch.inf)
     naive = rough.topk(30, largest=False).indices
-    truth = Neighbours.of(Bank.of(features.double()), 30).indices[0]
+    truth = Neighbors.of(Representations.of(features.double()), 30).indices[0]
     assert float((naive[..., None] == truth[:, None]).any(-1).double().mean()) < 0.995, "the test asks for nothing"
 
 
@@ -48,18 +48,18 @@ def test_ties_are_taken_in_the_order_of_the_samples() -> None:
     features = torch.randint(0, 4, (1, 90, 3), generator=torch.Generator().manual_seed(0)).float()
     squared = (features[0][:, None] - features[0]).square().sum(2).fill_diagonal_(torch.inf)
     order = squared.sort(stable=True)
-    near = Neighbours.of(Bank.of(features), 12)
+    near = Neighbors.of(Representations.of(features), 12)
     assert torch.equal(near.indices[0].long(), order.indices[:, :12])
     tied = order.values[:, 11] == order.values[:, 12]
-    assert torch.equal(near.chosen_by_index(12)[0] > 0, tied)
-    assert torch.equal(near.chosen_by_index(5), Neighbours.of(Bank.of(features), 5).chosen_by_index(5))
+    assert torch.equal(near.num_tie_broken(12)[0] > 0, tied)
+    assert torch.equal(near.num_tie_broken(5), Neighbors.of(Representations.of(features), 5).num_tie_broken(5))
     assert near.problem(0, 12).startswith("ties: ")
 
 
 def test_two_places_only_is_no_agreement() -> None:
-    """All neighbours are copies: index order chooses every one of them, and says nothing."""
+    """All neighbors are copies: index order chooses every one of them, and says nothing."""
     features = noise(1, 2, 8)[:, torch.arange(60) % 2]
-    near = Neighbours.of(Bank.of(features), 20)
+    near = Neighbors.of(Representations.of(features), 20)
     assert float(near.distances.max()) == 0
     assert near.problem(0, 10) == "ties: 100% of the 10 nearest are chosen by index, not by distance"
 
@@ -69,12 +69,12 @@ def test_copies_are_at_distance_zero_and_counted() -> None:
     features = noise(2, 300, 200)
     features[:, :30] += 40
     padded = torch.cat([features, features[:, :17]], 1)
-    near = Neighbours.of(Bank.of(padded), 10)
-    assert near.copies.sum(1).tolist() == [17, 17]
-    assert near.copies[0].nonzero().flatten().tolist() == list(range(300, 317))
+    near = Neighbors.of(Representations.of(padded), 10)
+    assert near.duplicated.sum(1).tolist() == [17, 17]
+    assert near.duplicated[0].nonzero().flatten().tolist() == list(range(300, 317))
     assert (near.distances[:, 300:, 0] == 0).all()
     assert near.notes(0, 10)[0] == "17 samples coincide with an earlier one"
-    assert not Neighbours.of(Bank.of(features), 10).copies.any()
+    assert not Neighbors.of(Representations.of(features), 10).duplicated.any()
 
 
 def test_copies_that_rounding_has_touched_are_copies() -> None:
@@ -83,8 +83,8 @@ def test_copies_that_rounding_has_touched_are_copies() -> None:
     touched, moved = features[:, :5].clone(), features[:, 5:10].clone()
     touched[..., ::7] = torch.nextafter(touched[..., ::7], torch.tensor(torch.inf))
     moved[..., 0] += 1e-3
-    near = Neighbours.of(Bank.of(torch.cat([features, touched, moved], 1)), 10)
-    assert near.copies[0].nonzero().flatten().tolist() == list(range(100, 105))
+    near = Neighbors.of(Representations.of(torch.cat([features, touched, moved], 1)), 10)
+    assert near.duplicated[0].nonzero().flatten().tolist() == list(range(100, 105))
     assert near.distances[0, 105:, 0] == pytest.approx(torch.full((5,), 1e-3), rel=1e-3)
 
 
@@ -93,28 +93,30 @@ def test_close_pairs_keep_their_digits() -> None:
     features = noise(1, 200, 64) * 1e-3
     features[:, :100] += 5
     assert recall(features, 10) > 0.99
-    exact = Neighbours.of(Bank.of(features.double()), 10).distances
-    assert Neighbours.of(Bank.of(features), 10).distances == pytest.approx(exact, rel=1e-3)  # rounding of the input
+    exact = Neighbors.of(Representations.of(features.double()), 10).distances
+    assert Neighbors.of(Representations.of(features), 10).distances == pytest.approx(
+        exact, rel=1e-3
+    )  # rounding of the input
 
 
 def test_groups_are_no_neighbours_of_their_own() -> None:
     groups = torch.arange(60) // 3
-    near = Neighbours.of(Bank.of(noise(1, 60, 4)), 64, groups=groups)
+    near = Neighbors.of(Representations.of(noise(1, 60, 4)), 64, groups=groups)
     assert near.indices.shape == (1, 60, 57)
     assert near.candidates.tolist() == [57] * 60
     assert not (groups[near.indices[0].long()] == groups[:, None]).any()
     classes = torch.arange(60) % 2
     expected = [sum(int(classes[j] == classes[i]) for j in range(60) if groups[j] != groups[i]) / 57 for i in range(60)]
-    assert near.chance_of(classes).tolist() == pytest.approx(expected, abs=1e-12)
+    assert near.same_class_probability(classes).tolist() == pytest.approx(expected, abs=1e-12)
 
 
 def test_a_bad_layer_leaves_the_others_alone() -> None:
     features = noise(3, 40, 5)
     features[0], features[2, 7, 1] = 1.0, torch.nan
-    near = Neighbours.of(Bank.of(features), 10)
+    near = Neighbors.of(Representations.of(features), 10)
     assert near.problem(0, 10) == "constant: all 40 samples coincide"
     assert near.problem(2, 10) == "not finite: 1 of 40 samples"
-    assert torch.equal(near.indices[1], Neighbours.of(Bank.of(features[1:2]), 10).indices[0])
+    assert torch.equal(near.indices[1], Neighbors.of(Representations.of(features[1:2]), 10).indices[0])
     assert near.problem(1, 11) == "too few: 11 neighbours asked for, 10 known"
 
 
@@ -124,7 +126,7 @@ def test_order_scale_place_and_rotation_do_not_matter(seed: int, n: int, d: int,
     x = noise(1, n, d, seed=seed).double()
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     rotation = torch.linalg.qr(noise(d, d, seed=seed + 1).double()).Q
-    near, moved = (Neighbours.of(Bank.of(each), 5) for each in (x, (scale * (x @ rotation + 3))[:, order]))
+    near, moved = (Neighbors.of(Representations.of(each), 5) for each in (x, (scale * (x @ rotation + 3))[:, order]))
     assert torch.equal(order[moved.indices[0].long()], near.indices[0, order].long())
     assert moved.distances[0] == pytest.approx(scale * near.distances[0, order], rel=1e-6)  # of the closest pairs
 
@@ -132,5 +134,5 @@ def test_order_scale_place_and_rotation_do_not_matter(seed: int, n: int, d: int,
 def test_nothing_global_is_touched() -> None:
     state = torch.get_rng_state()
     with torch.inference_mode():
-        Neighbours.of(Bank.of(noise(1, 30, 4).bfloat16()), 5)
+        Neighbors.of(Representations.of(noise(1, 30, 4).bfloat16()), 5)
     assert torch.equal(torch.get_rng_state(), state)

@@ -9,9 +9,9 @@ import scipy.stats
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, undefined
-from lightning_mm.geometry.hsic import u_centred
-from lightning_mm.geometry.null_models import Parts, calibrated, chance_band, pearson_quantiles
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.hsic import u_center
+from lightning_mm.geometry.null_models import MantelTerms, adjust_for_chance, pearson_quantiles, permutation_band
 
 N = 6
 
@@ -29,7 +29,7 @@ def all_pairings(first: Tensor, second: Tensor) -> np.ndarray:
     return (torch.stack([(first * second[o][:, o]).sum() for o in orders]) / (first.norm() * second.norm())).numpy()
 
 
-def spread(band: dict[str, float], a: Parts, b: Parts) -> float:
+def spread(band: dict[str, float], a: MantelTerms, b: MantelTerms) -> float:
     """The standard deviation that a band was made with: the distance of its ends over that of the quantiles."""
     shape = [float((p.pairs @ p.pairs * p.pairs).sum() / p.pairs.norm() ** 3) for p in (a, b)]
     low, high = pearson_quantiles(8**0.5 * shape[0] * shape[1])
@@ -37,9 +37,9 @@ def spread(band: dict[str, float], a: Parts, b: Parts) -> float:
 
 
 def test_debiased_products_have_mean_0_and_variance_2_over_n_n_minus_3_whatever_the_data() -> None:
-    first, second = u_centred(gram(0)), u_centred(gram(1))
-    a, b = (Parts(x, norm=float(x.norm())) for x in (first, second))
-    drawn, band = all_pairings(first, second), chance_band(a, b)
+    first, second = u_center(gram(0)), u_center(gram(1))
+    a, b = (MantelTerms(x, norm=float(x.norm())) for x in (first, second))
+    drawn, band = all_pairings(first, second), permutation_band(a, b)
     assert drawn.mean() == pytest.approx(0, abs=1e-12)
     assert drawn.var() == pytest.approx(2 / (N * (N - 3)), rel=1e-9)
     assert spread(band, a, b) == pytest.approx(drawn.std(), rel=1e-9)
@@ -48,9 +48,9 @@ def test_debiased_products_have_mean_0_and_variance_2_over_n_n_minus_3_whatever_
 
 def test_biased_products_have_their_exact_mean_and_variance() -> None:
     first, second = gram(0), gram(1)
-    a, b = Parts.of_gram(first), Parts.of_gram(second)
+    a, b = MantelTerms.of_gram(first), MantelTerms.of_gram(second)
     constant = float(first.trace() * second.trace()) / ((N - 1) * a.norm * b.norm)
-    drawn, band = all_pairings(first, second), chance_band(a, b, constant=constant)
+    drawn, band = all_pairings(first, second), permutation_band(a, b, constant=constant)
     assert band["null"] == pytest.approx(drawn.mean(), rel=1e-9)
     assert spread(band, a, b) == pytest.approx(drawn.std(), rel=1e-9)
 
@@ -62,8 +62,8 @@ def test_distances_have_the_variance_of_mantel() -> None:
         x = torch.cdist(g := gram(seed), g)
         x -= x.sum() / (N * (N - 1))
         matrices.append(x.fill_diagonal_(0))
-    a, b = (Parts.of_distances(x) for x in matrices)
-    drawn, band = all_pairings(*matrices), chance_band(a, b)
+    a, b = (MantelTerms.of_distances(x) for x in matrices)
+    drawn, band = all_pairings(*matrices), permutation_band(a, b)
     assert drawn.mean() == pytest.approx(0, abs=1e-12)
     assert spread(band, a, b) == pytest.approx(drawn.std(), rel=1e-9)
 
@@ -74,8 +74,8 @@ def test_the_band_holds_95_percent_of_pairings(features: int, skewed: bool) -> N
     a chi-square has a wall, not a tail, and the third moment places it to a few percent."""
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(60, features, generator=generator, dtype=torch.float64) for _ in range(2))
-    first, second = u_centred(x @ x.T), u_centred(y @ y.T)
-    band = chance_band(*(Parts(m, norm=float(m.norm())) for m in (first, second)))
+    first, second = u_center(x @ x.T), u_center(y @ y.T)
+    band = permutation_band(*(MantelTerms(m, norm=float(m.norm())) for m in (first, second)))
     orders = [torch.randperm(60, generator=generator) for _ in range(2000)]
     drawn = torch.stack([(first * second[o][:, o]).sum() for o in orders]) / (first.norm() * second.norm())
     assert 0.014 < (drawn > band["null_high"]).double().mean() < 0.036
@@ -87,9 +87,9 @@ def test_the_shape_of_the_band_is_read_from_a_part_of_many_samples() -> None:
     """One direction: in units of the standard deviation the band is that of the full matrix, within 2 %."""
     x = torch.randn(1100, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for n in (1100, 400):
-        pairs = u_centred(x[:n] @ x[:n].T)
-        part = Parts(pairs, norm=float(pairs.norm()))
-        high = chance_band(part, part)["null_high"] / math.sqrt(2 / (n * (n - 3)))
+        pairs = u_center(x[:n] @ x[:n].T)
+        part = MantelTerms(pairs, norm=float(pairs.norm()))
+        high = permutation_band(part, part)["null_high"] / math.sqrt(2 / (n * (n - 3)))
         assert high == pytest.approx(pearson_quantiles(8**0.5)[1], rel=0.02)
 
 
@@ -98,10 +98,10 @@ def test_pictures_that_several_samples_share_raise_the_null() -> None:
     generator = torch.Generator().manual_seed(0)
     groups = torch.arange(80) // 4
     x, y = (torch.randn(20, 5, generator=generator)[groups] for _ in range(2))
-    a, b = (Parts(m := u_centred(z @ z.T), norm=float(m.norm())) for z in (x, y))
-    alone, together = chance_band(a, b), chance_band(a, b, groups)
+    a, b = (MantelTerms(m := u_center(z @ z.T), norm=float(m.norm())) for z in (x, y))
+    alone, together = permutation_band(a, b), permutation_band(a, b, groups)
     assert together["null"] > 0.1 > alone["null_high"]
-    assert chance_band(a, b, torch.arange(80)) == alone
+    assert permutation_band(a, b, torch.arange(80)) == alone
 
 
 @pytest.mark.parametrize("skewness", [-1.0, 0.0, 0.5, 1.5, 8**0.5])
@@ -112,11 +112,11 @@ def test_quantiles_are_those_of_pearson_iii(skewness: float) -> None:
 
 
 def test_calibrated() -> None:
-    estimate = Estimate(0.6, 10, low=0.2, high=1.0, null=0.2, null_low=0.0, null_high=0.4, k=3)
-    scaled = calibrated(estimate)
+    estimate = Estimate(0.6, n=10, low=0.2, high=1.0, null=0.2, null_low=0.0, null_high=0.4, k=3)
+    scaled = adjust_for_chance(estimate)
     found = (scaled.value, scaled.low, scaled.high, scaled.null, scaled.null_low, scaled.null_high)
     assert found == pytest.approx((0.5, 0, 1, 0, -0.25, 0.25))
     assert scaled.k == 3
-    assert calibrated(undefined("constant", 5)).undefined == "constant"
-    assert calibrated(Estimate(1.0, 5, null=1.0)).undefined
-    assert calibrated(Estimate(1.0, 5)).undefined
+    assert adjust_for_chance(Estimate.undefined_because("constant", 5)).undefined == "constant"
+    assert adjust_for_chance(Estimate(1.0, n=5, null=1.0)).undefined
+    assert adjust_for_chance(Estimate(1.0, n=5)).undefined

@@ -1,4 +1,4 @@
-"""A bank's Gram matrices and distances: exact where samples are close, and no more of them held than there is room."""
+"""A reps's Gram matrices and distances: exact where samples are close, and no more of them held than there is room."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lightning_mm.geometry import representations
 from lightning_mm.geometry.cka import cka_matrix
-from lightning_mm.geometry.representations import Bank, cross_distances
+from lightning_mm.geometry.representations import Representations, cross_distances
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -19,11 +19,11 @@ def test_distances_are_those_of_float64_also_within_close_clusters() -> None:
     x[0] *= 1e3
     x[1, :30] += 5
     x[1, 7] = x[1, 6]
-    bank = Bank.of(x)
+    reps = Representations.of(x)
     for layer in range(2):
-        exact = torch.cdist(bank.centred[layer].double(), bank.centred[layer].double()).square()
-        torch.testing.assert_close(bank.squared_distances(layer).double(), exact, rtol=1e-4, atol=1e-13)
-    assert float(bank.squared_distances(1)[6, 7]) == 0
+        exact = torch.cdist(reps.centered[layer].double(), reps.centered[layer].double()).square()
+        torch.testing.assert_close(reps.squared_distances(layer).double(), exact, rtol=1e-4, atol=1e-13)
+    assert float(reps.squared_distances(1)[6, 7]) == 0
     exact = torch.cdist(x[1].double(), x[1, :20].double()).square()
     torch.testing.assert_close(cross_distances(x[1], x[1, :20]).double(), exact, rtol=1e-4, atol=1e-13)
 
@@ -31,25 +31,25 @@ def test_distances_are_those_of_float64_also_within_close_clusters() -> None:
 def test_what_is_held_has_a_bound_and_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise(5, 40, 8)
     x[3, 2] = x[3, 1]
-    roomy = Bank.of(x)
+    roomy = Representations.of(x)
     expected = [(roomy.gram(layer), roomy.squared_distances(layer)) for layer in range(5)]
-    assert len(roomy._held) == 6, "five Gram matrices, and the distances that float32 would lose"
+    assert len(roomy._cache) == 6, "five Gram matrices, and the distances that float32 would lose"
     assert roomy.gram(2).data_ptr() == roomy.gram(2).data_ptr()
-    monkeypatch.setattr(representations, "_HELD_BYTES", 2 * 40 * 40 * 4)
-    narrow = Bank.of(x)
+    monkeypatch.setattr(representations, "_CACHE_BYTES", 2 * 40 * 40 * 4)
+    narrow = Representations.of(x)
     for layer, (products, distances) in enumerate(expected):
         torch.testing.assert_close(narrow.gram(layer), products, rtol=0, atol=0)
         torch.testing.assert_close(narrow.squared_distances(layer), distances, rtol=0, atol=0)
-    assert len(narrow._held) == 2
+    assert len(narrow._cache) == 2
     torch.testing.assert_close(narrow.gram(4, slice(3, 9)), expected[4][0][3:9])
     torch.testing.assert_close(cka_matrix(narrow), cka_matrix(roomy))
 
 
 def test_all_layers_together_take_little_more_than_their_gram_matrices() -> None:
     """12 layers of 300: one L x N x N tensor, and a few N x N ones at a time."""
-    bank = Bank.of(noise(12, 300, 4))
+    reps = Representations.of(noise(12, 300, 4))
     with torch.profiler.profile(profile_memory=True) as profiled:
         for layer in range(12):
-            bank.squared_distances(layer)
-    assert sum(held.nbytes for held in bank._held.values()) == 12 * 300 * 300 * 4
+            reps.squared_distances(layer)
+    assert sum(held.nbytes for held in reps._cache.values()) == 12 * 300 * 300 * 4
     assert max(event.self_cpu_memory_usage for event in profiled.events()) <= 2 * 300 * 300 * 4

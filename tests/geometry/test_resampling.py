@@ -8,18 +8,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.estimate import Estimate, undefined
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.resampling import (
-    deletion_blocks,
+    clustered_mean_interval,
     group_jackknife,
+    jackknife_blocks,
     jackknife_error,
     jackknife_interval,
-    mean_interval,
+    permutation_problem,
     permutations,
+    swap_problem,
     t_quantile,
-    too_fixed,
-    too_joined,
-    withheld,
+    without_null,
 )
 
 
@@ -28,7 +28,7 @@ from lightning_mm.geometry.resampling import (
 def test_blocks_are_a_partition_that_cuts_no_group(n: int, blocks: int, pictures: int, seed: int) -> None:
     groups = torch.randint(0, pictures, (n,), generator=torch.Generator().manual_seed(seed))
     for given_groups in (None, groups):
-        cut = deletion_blocks(n, given_groups, blocks, seed)
+        cut = jackknife_blocks(n, given_groups, blocks, seed)
         assert torch.cat(cut).sort().values.tolist() == list(range(n))
         assert len(cut) <= blocks
         if given_groups is not None:
@@ -37,8 +37,8 @@ def test_blocks_are_a_partition_that_cuts_no_group(n: int, blocks: int, pictures
 
 
 def test_blocks_are_as_many_as_asked_and_of_one_size() -> None:
-    assert {len(block) for block in deletion_blocks(120, blocks=12)} == {10}
-    assert [len(block) for block in deletion_blocks(100, torch.arange(100) // 5, blocks=10)] == [10] * 10
+    assert {len(block) for block in jackknife_blocks(120, blocks=12)} == {10}
+    assert [len(block) for block in jackknife_blocks(100, torch.arange(100) // 5, blocks=10)] == [10] * 10
 
 
 def test_leaving_out_single_samples_gives_the_textbook_error_of_a_mean() -> None:
@@ -54,7 +54,7 @@ def test_the_jackknife_covers_a_non_linear_statistic() -> None:
     generator, held = torch.Generator().manual_seed(0), 0
     for _ in range(400):
         x = torch.randn(200, generator=generator)
-        left_out = torch.stack([x.var().log(), *(_without(x, block).var().log() for block in deletion_blocks(200))])
+        left_out = torch.stack([x.var().log(), *(_without(x, block).var().log() for block in jackknife_blocks(200))])
         low, high = jackknife_interval(left_out)
         held += bool(low <= 0 <= high)
     assert 0.91 < held / 400 < 0.98
@@ -67,7 +67,7 @@ def _without(x: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
 def test_few_parts_give_no_interval() -> None:
     assert jackknife_error(torch.zeros(2)).isnan()
     assert all(end.isnan() for end in jackknife_interval(torch.zeros(3)))
-    assert all(end.isnan() for end in mean_interval(torch.zeros(1, 2))[1:])
+    assert all(end.isnan() for end in clustered_mean_interval(torch.zeros(1, 2))[1:])
 
 
 def test_an_interval_stays_in_the_range_that_is_possible() -> None:
@@ -83,7 +83,7 @@ def test_t_quantiles(dof: int) -> None:
 def test_an_interval_of_a_mean_is_that_of_scipy() -> None:
     """2e-3: the t quantile's series."""
     x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
-    for row, mean, low, high in zip(x, *mean_interval(x), strict=True):
+    for row, mean, low, high in zip(x, *clustered_mean_interval(x), strict=True):
         expected = scipy.stats.t.interval(0.95, 39, loc=float(row.mean()), scale=scipy.stats.sem(row.numpy()))
         assert (float(low), float(high)) == pytest.approx(expected, rel=2e-3)
         assert float(mean) == pytest.approx(float(row.mean()), abs=1e-6)
@@ -92,7 +92,9 @@ def test_an_interval_of_a_mean_is_that_of_scipy() -> None:
 def test_copies_of_a_sample_do_not_narrow_the_interval() -> None:
     """Every picture four times over carries no more than once."""
     x = torch.randn(2, 40, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(mean_interval(x.repeat_interleave(4, 1), torch.arange(160) // 4), mean_interval(x))
+    torch.testing.assert_close(
+        clustered_mean_interval(x.repeat_interleave(4, 1), torch.arange(160) // 4), clustered_mean_interval(x)
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -117,7 +119,7 @@ def test_permutations_differ_and_repeat_with_their_seed() -> None:
 def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     permutations(30, 5)
-    deletion_blocks(30)
+    jackknife_blocks(30)
     assert torch.equal(before, torch.get_rng_state())
 
 
@@ -129,7 +131,7 @@ def test_sums_of_groups_are_those_of_a_product() -> None:
     sums = residual @ torch.nn.functional.one_hot(torch.unique(groups, return_inverse=True)[1]).double()
     count = sums.shape[1]
     width = t_quantile(count - 1) * (sums.square().sum(1) * count / (count - 1)).sqrt() / 500
-    mean, low, high = mean_interval(x, groups)
+    mean, low, high = clustered_mean_interval(x, groups)
     torch.testing.assert_close(high - mean, width, rtol=1e-12, atol=0)
     torch.testing.assert_close(mean - low, width, rtol=1e-12, atol=0)
 
@@ -139,7 +141,7 @@ def test_many_groups_take_no_more_memory_than_their_samples() -> None:
     x = torch.zeros(1, 20000)
     for groups in (torch.arange(20000), torch.arange(20000) // 2):
         with torch.profiler.profile(profile_memory=True) as profiled:
-            mean_interval(x, groups)
+            clustered_mean_interval(x, groups)
         assert max(event.self_cpu_memory_usage for event in profiled.events()) < 4 << 20
 
 
@@ -155,25 +157,32 @@ def test_a_statistic_is_not_asked_about_nothing(groups: torch.Tensor) -> None:
 
 
 def test_groups_that_cannot_change_places_are_no_chance() -> None:
-    assert too_fixed(None) == too_fixed(torch.arange(7)) == too_fixed(torch.arange(60) // 3) == ""
+    assert (
+        permutation_problem(None)
+        == permutation_problem(torch.arange(7))
+        == permutation_problem(torch.arange(60) // 3)
+        == ""
+    )
     unique = torch.repeat_interleave(torch.arange(12), torch.arange(1, 13))
-    assert too_fixed(unique).startswith("chance is not drawn: ")
+    assert permutation_problem(unique).startswith("chance is not drawn: ")
     twins = torch.repeat_interleave(torch.arange(12), torch.arange(12) // 2 + 1)
-    assert "50% of the samples would stay" in too_fixed(twins), "of two groups of a size one stays on average"
+    assert "50% of the samples would stay" in permutation_problem(twins), "of two groups of a size one stays on average"
     mixed = torch.cat([torch.zeros(3), 1 + torch.arange(100) // 2])
-    assert too_fixed(mixed) == "", "a few may stay"
+    assert permutation_problem(mixed) == "", "a few may stay"
 
 
 def test_few_groups_are_no_swaps() -> None:
-    assert too_joined(None) == too_joined(torch.arange(60) // 10) == ""
-    assert too_joined(torch.zeros(30)).endswith("as good as 1.0 groups")
-    assert too_joined(torch.tensor([0] * 50 + list(range(1, 11)))).endswith("as good as 1.4 groups")
+    assert swap_problem(None) == swap_problem(torch.arange(60) // 10) == ""
+    assert swap_problem(torch.zeros(30)).endswith("as good as 1.0 groups")
+    assert swap_problem(torch.tensor([0] * 50 + list(range(1, 11)))).endswith("as good as 1.4 groups")
 
 
 def test_without_chance_there_is_a_note() -> None:
-    one = Estimate(0.5, 10, null=0.1, null_low=0.0, null_high=0.2)
-    assert withheld([one], "") == [one]
-    bare, known = withheld([one], "why")[0], withheld([one], "why", exact=True)[0]
+    one = Estimate(0.5, n=10, null=0.1, null_low=0.0, null_high=0.2)
+    assert without_null([one], "") == [one]
+    bare, known = without_null([one], "why")[0], without_null([one], "why", exact=True)[0]
     assert (bare.null, bare.null_low, bare.null_high, bare.notes) == (None, None, None, ("why",))
     assert (known.null, known.null_low, known.null_high, known.notes) == (0.1, None, None, ("why",))
-    assert withheld([undefined("constant", 5)], "why")[0] == undefined("constant", 5)
+    assert without_null([Estimate.undefined_because("constant", 5)], "why")[0] == Estimate.undefined_because(
+        "constant", 5
+    )

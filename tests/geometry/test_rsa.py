@@ -13,8 +13,8 @@ from scipy.spatial.distance import pdist, squareform
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate, values
-from lightning_mm.geometry.representations import Bank
-from lightning_mm.geometry.resampling import deletion_blocks, t_quantile
+from lightning_mm.geometry.representations import Representations
+from lightning_mm.geometry.resampling import jackknife_blocks, t_quantile
 from lightning_mm.geometry.rsa import average_ranks, rsa
 
 
@@ -38,8 +38,8 @@ def test_the_value_is_that_of_scipy(n: int, features: int) -> None:
     """1e-9 in float64; 1e-4 where float32 rounds distances."""
     x, y = related(n, features, 1.0)
     expected = scipy.stats.spearmanr(pdist(x[0].numpy()), pdist(y[0].numpy()))[0]
-    assert one(rsa(Bank.of(x), Bank.of(y))) == pytest.approx(expected, abs=1e-9)
-    assert one(rsa(Bank.of(x.float()), Bank.of(y.float()))) == pytest.approx(expected, abs=1e-4)
+    assert one(rsa(Representations.of(x), Representations.of(y))) == pytest.approx(expected, abs=1e-9)
+    assert one(rsa(Representations.of(x.float()), Representations.of(y.float()))) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -49,7 +49,7 @@ def test_ties_share_their_mean_rank_in_any_precision(dtype: torch.dtype) -> None
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randint(0, 3, (1, 40, 4), generator=generator) for _ in range(2))
     expected = scipy.stats.spearmanr(*(pdist(z[0].numpy(), "sqeuclidean") for z in (x, x + y)))[0]
-    (estimate,) = rsa(Bank.of(x.to(dtype)), Bank.of((x + y).to(dtype)))
+    (estimate,) = rsa(Representations.of(x.to(dtype)), Representations.of((x + y).to(dtype)))
     assert estimate.value == pytest.approx(expected, abs=1e-4)
     assert "ties" in estimate.notes[0]
 
@@ -65,15 +65,15 @@ def test_only_the_order_of_the_distances_counts() -> None:
     kernel = torch.exp(-(torch.cdist(x[0], x[0]) ** 2) / 8)
     scale, vectors = torch.linalg.eigh(kernel)
     bent = (vectors * scale.clamp_min(0).sqrt())[None]
-    assert one(rsa(Bank.of(x), Bank.of(bent))) == pytest.approx(1, abs=1e-5)
+    assert one(rsa(Representations.of(x), Representations.of(bent))) == pytest.approx(1, abs=1e-5)
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 100), st.floats(1e-3, 1e3), st.floats(-50, 50))
 def test_rotation_scale_and_shift_change_nothing(seed: int, scale: float, shift: float) -> None:
     """1e-5: a distance on the border of two steps may change sides."""
-    x, y = (Bank.of(z) for z in related(30, 5, 1.0, seed))
-    moved = Bank.of(scale * (x.features @ torch.linalg.qr(noise(5, 5, seed=seed))[0]) + shift)
+    x, y = (Representations.of(z) for z in related(30, 5, 1.0, seed))
+    moved = Representations.of(scale * (x.features @ torch.linalg.qr(noise(5, 5, seed=seed))[0]) + shift)
     assert one(rsa(moved, y)) == pytest.approx(one(rsa(x, y)), abs=1e-5)
     assert one(rsa(moved, x)) == pytest.approx(1, abs=1e-5)
 
@@ -81,9 +81,12 @@ def test_rotation_scale_and_shift_change_nothing(seed: int, scale: float, shift:
 def test_the_null_knows_that_pairs_are_not_independent() -> None:
     """400 pairings of 40 samples: sd within 15 %, twice what independent pairs would have; 95 % in the band."""
     x, y = noise(1, 40, 3), noise(1, 40, 3, seed=1)
-    estimate = rsa(Bank.of(x), Bank.of(y))[0]
+    estimate = rsa(Representations.of(x), Representations.of(y))[0]
     generator = torch.Generator().manual_seed(0)
-    drawn = [one(rsa(Bank.of(x), Bank.of(y[:, torch.randperm(40, generator=generator)]))) for _ in range(400)]
+    drawn = [
+        one(rsa(Representations.of(x), Representations.of(y[:, torch.randperm(40, generator=generator)])))
+        for _ in range(400)
+    ]
     width = (estimate.null_high - estimate.null_low) / (2 * 1.96)
     assert width == pytest.approx(np.std(drawn), rel=0.15)
     assert width > 2 / math.sqrt(40 * 39 / 2)
@@ -96,24 +99,24 @@ def test_the_interval_is_a_jackknife_of_the_correlation_of_ranks() -> None:
     x, y = related(30, 4, 1.0)
     ranks = [squareform(scipy.stats.rankdata(pdist(z[0].numpy()))) for z in (x, y)]
     left_out = []
-    for block in deletion_blocks(30):
+    for block in jackknife_blocks(30):
         kept = np.setdiff1d(np.arange(30), block.numpy())
         pairs = np.ix_(kept, kept)
         left_out.append(np.corrcoef(*(squareform(rank[pairs]) for rank in ranks))[0, 1])
     error = math.sqrt(len(left_out) - 1) * np.std(left_out)
-    estimate = rsa(Bank.of(x), Bank.of(y))[0]
+    estimate = rsa(Representations.of(x), Representations.of(y))[0]
     assert estimate.high - estimate.value == pytest.approx(t_quantile(len(left_out) - 1) * error, abs=1e-6)
 
 
 def test_the_interval_is_as_wide_as_the_value_varies() -> None:
     """Over 60 data sets: the mean width against 2 t(11) sd; 0.7 to 1.5 for the error of either."""
-    found = [rsa(*(Bank.of(z) for z in related(100, 4, 1.0, seed)))[0] for seed in range(60)]
+    found = [rsa(*(Representations.of(z) for z in related(100, 4, 1.0, seed)))[0] for seed in range(60)]
     width = np.mean([e.high - e.low for e in found]) / (2 * 2.2)
     assert 0.7 < width / np.std(values(found)) < 1.5
 
 
 def test_a_part_of_many_samples_is_told_and_always_the_same() -> None:
-    x, y = (Bank.of(z) for z in related(120, 5, 2.0))
+    x, y = (Representations.of(z) for z in related(120, 5, 2.0))
     (part,) = rsa(x, y, most=60)
     assert part.n == 60
     assert part.notes == ("60 of 120 samples",)
@@ -123,7 +126,7 @@ def test_a_part_of_many_samples_is_told_and_always_the_same() -> None:
 
 
 def test_captions_of_one_picture_raise_the_null() -> None:
-    x, y = (Bank.of(z.repeat_interleave(4, 1)) for z in (noise(1, 25, 5), noise(1, 25, 5, seed=1)))
+    x, y = (Representations.of(z.repeat_interleave(4, 1)) for z in (noise(1, 25, 5), noise(1, 25, 5, seed=1)))
     alone, together = rsa(x, y)[0], rsa(x, y, groups=torch.arange(100) // 4)[0]
     assert together.null > 0.02 + alone.null
     assert together.null_high - together.null_low > 1.5 * (alone.null_high - alone.null_low)
@@ -135,23 +138,28 @@ def test_degenerate_layers_are_undefined_beside_sound_ones() -> None:
     x[2, 0, 0] = math.nan
     x[3] = torch.eye(30)
     for dtype in (torch.float64, torch.float32):
-        reasons = [e.undefined for e in rsa(Bank.of(x.to(dtype)), Bank.of(noise(4, 30, 5, seed=1).to(dtype)))]
+        reasons = [
+            e.undefined
+            for e in rsa(Representations.of(x.to(dtype)), Representations.of(noise(4, 30, 5, seed=1).to(dtype)))
+        ]
         assert [reason.split(":")[0] for reason in reasons] == ["", "constant", "not finite", "no order"]
-    assert rsa(Bank.of(noise(1, 3, 5)), Bank.of(noise(1, 3, 5)))[0].undefined.startswith("too few")
+    assert rsa(Representations.of(noise(1, 3, 5)), Representations.of(noise(1, 3, 5)))[0].undefined.startswith(
+        "too few"
+    )
 
 
 def test_correlation_distance_is_that_of_scipy() -> None:
     """Neither the length of a sample nor a shift of all its features counts; 1e-5: float32 ranks in a matrix."""
     x, y = noise(1, 60, 12) + 3, noise(1, 60, 12) + 0.5 * noise(1, 60, 12, seed=1)
     expected = scipy.stats.spearmanr(*(pdist(z[0].numpy(), "correlation") for z in (x, y))).statistic
-    found = rsa(Bank.of(x), Bank.of(y), distance="correlation")[0]
+    found = rsa(Representations.of(x), Representations.of(y), distance="correlation")[0]
     assert found.value == pytest.approx(expected, abs=1e-5)
     lengths, shifts = torch.linspace(0.1, 9, 60)[:, None], torch.linspace(-5, 5, 60)[:, None]
-    assert rsa(Bank.of(x * lengths + shifts), Bank.of(y), distance="correlation")[0].value == pytest.approx(
-        found.value, abs=1e-3
-    )
+    assert rsa(Representations.of(x * lengths + shifts), Representations.of(y), distance="correlation")[
+        0
+    ].value == pytest.approx(found.value, abs=1e-3)
     x[0, 5] = 2.0
-    reason = rsa(Bank.of(x), Bank.of(y), distance="correlation")[0].undefined
+    reason = rsa(Representations.of(x), Representations.of(y), distance="correlation")[0].undefined
     assert reason == "no correlation: 1 samples have equal features"
 
 
@@ -160,7 +168,7 @@ def test_the_order_within_close_clusters_is_not_rounding() -> None:
     near, other = 1e-3 * noise(1, 80, 16), 1e-3 * noise(1, 80, 16, seed=1)
     near[:, :40] += 5
     other[:, :40] += 5
-    exact = rsa(Bank.of(near.float().double()), Bank.of(other.float().double()))[0]
-    found = rsa(Bank.of(near.float()), Bank.of(other.float()))[0]
+    exact = rsa(Representations.of(near.float().double()), Representations.of(other.float().double()))[0]
+    found = rsa(Representations.of(near.float()), Representations.of(other.float()))[0]
     assert found.value == pytest.approx(exact.value, abs=1e-3)
     assert not any(note.startswith("ties") for note in found.notes)

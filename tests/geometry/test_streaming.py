@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import values
 from lightning_mm.geometry.cka import cka, cka_biased, cka_matrix
 from lightning_mm.geometry.hsic import hsic
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.representations import Representations
 from lightning_mm.geometry.streaming import MinibatchCKA, StreamingCKA
 
 
@@ -39,12 +39,12 @@ def test_one_pass_is_exact(size: int, features: int) -> None:
     x, y = pair(features=features)
     metric = StreamingCKA(3, features, 30)
     stream(metric, x, y, size)
-    expected = cka(Bank.of(x), Bank.of(y))
+    expected = cka(Representations.of(x), Representations.of(y))
     assert metric.compute().tolist() == pytest.approx(values(expected), abs=1e-10)
     for found, whole in zip(metric.estimates(), expected, strict=True):
         assert found.value == pytest.approx(whole.value, abs=1e-10)
         assert (found.n, found.null) == (90, 0.0)
-        # The skewness of the band is read from the covariance here, from the U-centred Gram matrix there.
+        # The skewness of the band is read from the covariance here, from the U-centered Gram matrix there.
         assert (found.null_low, found.null_high) == pytest.approx((whole.null_low, whole.null_high), rel=0.05)
 
 
@@ -63,13 +63,15 @@ def test_half_precision_is_summed_in_float64() -> None:
     metric = StreamingCKA(3, 20, 30)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         stream(metric, x, y, 16)
-    assert metric.compute().tolist() == pytest.approx(values(cka(Bank.of(x.double()), Bank.of(y.double()))), abs=1e-10)
+    assert metric.compute().tolist() == pytest.approx(
+        values(cka(Representations.of(x.double()), Representations.of(y.double()))), abs=1e-10
+    )
 
 
 def test_an_origin_saves_the_digits_that_a_far_mean_costs() -> None:
     """All features 1e5 from zero: float64 sums of fourth powers keep nothing, and that is told."""
     x, y = pair()
-    expected = values(cka(Bank.of(x), Bank.of(y)))
+    expected = values(cka(Representations.of(x), Representations.of(y)))
     far = StreamingCKA(3, 20, 30)
     stream(far, x + 1e5, y + 1e5, 16)
     assert far.compute().isnan().all()
@@ -108,7 +110,9 @@ def test_reset_forgets() -> None:
     stream(metric, y[..., :20], y, 30)
     metric.reset()
     stream(metric, x, y, 30)
-    assert metric.compute().tolist() == pytest.approx(values(cka(Bank.of(x), Bank.of(y))), abs=1e-10)
+    assert metric.compute().tolist() == pytest.approx(
+        values(cka(Representations.of(x), Representations.of(y))), abs=1e-10
+    )
 
 
 def test_minibatches_sum_the_three_terms_before_they_are_divided() -> None:
@@ -118,7 +122,9 @@ def test_minibatches_sum_the_three_terms_before_they_are_divided() -> None:
     stream(metric, x, y, 30)
     one = MinibatchCKA(3, 3)
     one.update(x, y)
-    torch.testing.assert_close(one.compute(), cka_matrix(Bank.of(x), Bank.of(y)), atol=1e-10, rtol=0)
+    torch.testing.assert_close(
+        one.compute(), cka_matrix(Representations.of(x), Representations.of(y)), atol=1e-10, rtol=0
+    )
     terms = torch.zeros(3, 3, dtype=torch.float64)
     for a, b in zip(x.split(30, 1), y.split(30, 1), strict=True):
         k, m = a @ a.mT, b @ b.mT
@@ -133,7 +139,8 @@ def test_the_mean_of_biased_cka_over_batches_says_0_94_of_unrelated_data_and_the
     metric = MinibatchCKA(1, 1)
     stream(metric, x, y, 8)
     averaged = [
-        values(cka_biased(Bank.of(a), Bank.of(b)))[0] for a, b in zip(x.split(8, 1), y.split(8, 1), strict=True)
+        values(cka_biased(Representations.of(a), Representations.of(b)))[0]
+        for a, b in zip(x.split(8, 1), y.split(8, 1), strict=True)
     ]
     assert sum(averaged) / 100 == pytest.approx(0.937, abs=0.01)
     (estimate,) = metric.estimates()

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AttentionMaskInterface
 
-from lightning_mm.causal.questions.question import Asked, Asker, Question
-from lightning_mm.models.attention import interception
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import Processing, load_processing
 
@@ -36,17 +37,22 @@ class Subject:
     """A model and how to ask it."""
 
     model: Any
-    anatomy: Anatomy
+    layout: ModelLayout
     processing: Processing
-    asker: Asker
+    encoder: QuestionEncoder
     folder: Path
 
-    def ask(self, text: str = TEXT, span: tuple[int, int] = SPAN, seed: int = 0, **fields: Any) -> Asked:
+    @property
+    def mm(self) -> MultimodalModel:
+        """The handle of the model."""
+        return MultimodalModel(self.model, self.layout, self.processing)
+
+    def encode(self, text: str = TEXT, span: tuple[int, int] = SPAN, seed: int = 0, **fields: Any) -> EncodedQuestion:
         """A question about a picture of noise."""
         question = Question(f"q{seed}", text, (noise(self.folder / f"{seed}.png", seed),), (span,), **fields)
-        asked = self.asker.ask(question)
-        assert isinstance(asked, Asked), asked
-        return asked
+        encoded = self.encoder.encode(question)
+        assert isinstance(encoded, EncodedQuestion), encoded
+        return encoded
 
 
 def noise(file: Path, seed: int) -> Path:
@@ -61,10 +67,13 @@ def subject(family: Callable[[str], Path], name: str, folder: Path) -> Subject:
     path = str(family(name))
     processing = load_processing(path)
     model: Any = load_model(Backbone(path=path))
-    return Subject(model.eval().requires_grad_(False), Anatomy.of(model), processing, Asker(processing), folder)
+    return Subject(
+        model.eval().requires_grad_(False), ModelLayout.of(model), processing, QuestionEncoder(processing), folder
+    )
 
 
 def see_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let every token see every other wherever attention is looked into, as in models whose prompt is a prefix."""
-    causal = interception.eager_mask
-    monkeypatch.setattr(interception, "eager_mask", lambda *given, **named: torch.zeros_like(causal(*given, **named)))
+    masks: Any = AttentionMaskInterface._global_mapping
+    causal = masks["eager"]
+    monkeypatch.setitem(masks, "eager", lambda *given, **named: torch.zeros_like(causal(*given, **named)))

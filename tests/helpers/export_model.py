@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from lightning_mm.models.export.export import Origin
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA, add_lora
 from lightning_mm.models.processor import Processing, load_processing
@@ -27,7 +27,7 @@ class Subject:
 
     base: Path
     model: Any
-    anatomy: Anatomy
+    layout: ModelLayout
     processing: Processing
     inputs: dict[str, torch.Tensor]
 
@@ -37,13 +37,13 @@ class Subject:
 
     @property
     def connector(self) -> tuple[str, ...]:
-        return self.anatomy.parameters_in(Region.CONNECTOR)
+        return self.layout.parameters_in(Region.CONNECTOR)
 
     @property
     def middle(self) -> list[str]:
         """Linear modules of decoder blocks 1 and 2."""
-        places = {n.rpartition(".")[0]: p for n, p in self.anatomy.places.items()}
-        return [n for n, p in places.items() if p.layer in (1, 2) and n in self.anatomy.linears]
+        places = {n.rpartition(".")[0]: p for n, p in self.layout.locations.items()}
+        return [n for n, p in places.items() if p.layer in (1, 2) and n in self.layout.linears]
 
     def shake(self, names: Callable[[str], bool] | tuple[str, ...]) -> None:
         """Move weights far enough for the logits to show it."""
@@ -67,4 +67,4 @@ def subject(base: Path) -> Subject:
     content = [{"type": "image"}, {"type": "text", "text": "Which colour is it?"}]
     text = processing.render([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processing.encode([text], [[Image.new("RGB", (40, 28), (200, 30, 90))]], "right").inputs
-    return Subject(base, model, Anatomy.of(model), processing, inputs)
+    return Subject(base, model, ModelLayout.of(model), processing, inputs)

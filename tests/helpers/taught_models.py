@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from lightning_mm.causal.questions.question import Asker, Question
-from lightning_mm.causal.questions.scoring import Forced, forced, forced_logits
-from lightning_mm.models.layout import Anatomy, Part, Region
+from lightning_mm.causal.questions.question import Question, QuestionEncoder
+from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits, force_answer
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import BlockPart, ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 
@@ -32,19 +33,24 @@ class Taught:
     """A tiny model that answers ``KNOWN`` right."""
 
     model: Any
-    anatomy: Anatomy
-    asker: Asker
+    layout: ModelLayout
+    encoder: QuestionEncoder
     folder: Path
     picture: Path
 
-    def question(self, word: str, text: str = "Which is {} thing?") -> Question:
-        asked = text.format(word)
-        start = asked.index(word)
-        return Question(word, asked, (self.picture,), ((start, start + len(word)),), KNOWN[word], group=word)
+    @property
+    def mm(self) -> MultimodalModel:
+        """The handle of the model."""
+        return MultimodalModel(self.model, self.layout)
 
-    def forced(self, word: str, answer: str, text: str | None = None) -> Forced:
-        found = forced(self.asker, self.question(word), answer, text)
-        assert isinstance(found, Forced), found
+    def question(self, word: str, text: str = "Which is {} thing?") -> Question:
+        wording = text.format(word)
+        start = wording.index(word)
+        return Question(word, wording, (self.picture,), ((start, start + len(word)),), KNOWN[word], group=word)
+
+    def forced(self, word: str, answer: str, text: str | None = None) -> ForcedAnswer:
+        found = force_answer(self.encoder, self.question(word), answer, text)
+        assert isinstance(found, ForcedAnswer), found
         return found
 
 
@@ -60,23 +66,23 @@ def taught(folder: Path, work: Path) -> Taught:
     Image.radial_gradient("L").convert("RGB").resize((48, 40)).save(picture)
     torch.manual_seed(0)
     model: Any = load_model(Backbone(path=str(folder)))
-    made = Taught(model, Anatomy.of(model), Asker(load_processing(str(folder))), folder, picture)
+    made = Taught(model, ModelLayout.of(model), QuestionEncoder(load_processing(str(folder))), folder, picture)
     lessons = [made.forced(word, answer) for word, answer in KNOWN.items()]
     frozen = (Region.VISION, Region.CONNECTOR)
     weights = [
         p
         for n, p in model.named_parameters()
-        if (place := made.anatomy.places[n]).region not in frozen and (place.layer is None or place.layer > EDITED)
+        if (place := made.layout.locations[n]).region not in frozen and (place.layer is None or place.layer > EDITED)
     ]
     model.requires_grad_(False)
-    for name, place in made.anatomy.places.items():
-        if place.layer == EDITED and place.part is Part.MLP:
+    for name, place in made.layout.locations.items():
+        if place.layer == EDITED and place.part is BlockPart.MLP:
             model.get_parameter(name).mul_(5)  # it says so much at the start that the layers above go by it
     for weight in weights:
         weight.requires_grad_(True)
     adam = torch.optim.Adam(weights, 1e-2)
     for _ in range(120):
-        nll = sum(F.cross_entropy(forced_logits(model, made.anatomy, each)[:-1], each.ids) for each in lessons)
+        nll = sum(F.cross_entropy(answer_logits(made.mm, each)[:-1], each.ids) for each in lessons)
         if float(nll.detach()) < 0.05:
             break
         adam.zero_grad()

@@ -1,4 +1,4 @@
-"""A short real training run on a tiny model, as the command line would set it up."""
+"""Short real training runs on tiny models, as the command line would set them up, and callbacks that observe them."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,12 +12,42 @@ from torch import Tensor
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
-from lightning_mm.tuning import TuningPolicy
+from lightning_mm.tuning import (
+    ConnectorOnly,
+    EarlyLayers,
+    Full,
+    IntermediateOnly,
+    LateLayers,
+    LoRA,
+    LoRAOnMiddle,
+    PerRegion,
+    RandomLayers,
+    TuningPolicy,
+    UniformSparse,
+)
 from lightning_mm.tuning.optimizer import OptimizerSettings
+from tests.helpers.data import Data
+
+POLICIES: dict[str, TuningPolicy] = {
+    "full": Full(),
+    "vision too": Full(vision="full"),
+    "intermediate": IntermediateOnly(layers="1-2"),
+    "lora": LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.1)),
+    "connector": ConnectorOnly(),
+    "early": EarlyLayers(budget="1-2"),
+    "late": LateLayers(budget="1-2"),
+    "uniform": UniformSparse(budget="1-2"),
+    "random": RandomLayers(budget="1-2"),
+    "mixed": PerRegion(layers="2", layers_mode="lora", connector="full", norm="full", lora=LoRA(r=2)),
+}
+"""What training is tried with on every family."""
+MIDDLE = IntermediateOnly(layers="2")
+DROPOUT = LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.3))
+"""Dropout draws from the global generator at every step: a resumed run without its state would differ."""
 
 
 class _OnStart(Callback):
@@ -93,3 +123,47 @@ def train(
     )
     trainer.fit(module, datamodule=datamodule, ckpt_path=ckpt_path, weights_only=True)
     return module, trainer
+
+
+def configured(folder: Path, tuning: TuningPolicy, **options: bool) -> MMModule:
+    """A module with its model loaded and its policy applied, without a trainer."""
+    module = MMModule(Backbone(path=str(folder)), tuning, **options)
+    module.configure_model()
+    return module
+
+
+class SaveAt(Callback):
+    """Saves after an optimizer step, and ends the run there as a kill would: nothing after it is kept."""
+
+    def __init__(self, step: int, path: Path) -> None:
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        if trainer.global_step == self.step and not self.path.exists():
+            trainer.save_checkpoint(self.path)
+            raise KeyboardInterrupt
+
+
+class Losses(Callback):
+    """Keeps the training loss of every optimizer step."""
+
+    def __init__(self) -> None:
+        self.by_step: dict[int, float] = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
+        if "train/loss" in trainer.callback_metrics:  # not before the first optimizer step
+            self.by_step[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+
+
+def train_losses(
+    model: Path, data: Data, folder: Path, **options: Any
+) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
+    """Fit for 12 steps; returns the loss of each and the trained weights."""
+    observed = Losses()
+    module, _ = train(model, data, folder, callbacks=[observed], **{"max_steps": 12, "tuning": MIDDLE, **options})
+    return observed.by_step, {name: p.detach().clone() for name, p in module.trainable.items()}
+
+
+def cache_on(folder: Path, **options: Any) -> CacheSettings:
+    """An activation cache under ``folder``."""
+    return CacheSettings(mode="on", folder=str(folder / "kept"), **options)

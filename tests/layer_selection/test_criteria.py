@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.drift import drift
-from lightning_mm.analysis.geometry import geometry, scales
-from lightning_mm.analysis.hidden_states import PLACES, Reading
-from lightning_mm.core.decisions import decide
+from lightning_mm.analysis.drift import measure_drift
+from lightning_mm.analysis.geometry import gride_scales, measure_geometry
+from lightning_mm.analysis.hidden_states import ROLE_SITES, HiddenStates
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -21,18 +21,18 @@ from lightning_mm.layer_selection.gradient_criteria import (
     GradientScores,
     gradient_criteria,
     gradient_scores,
-    scores_if_possible,
+    try_gradient_scores,
 )
 from lightning_mm.layer_selection.layer_range_search import Criterion, reliability
 from lightning_mm.layer_selection.select import AutoRange, select_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning import LoRAOnMiddle
 from lightning_mm.tuning.apply import apply_plan
-from tests.conftest import make_probe_rows, make_rows
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of, make_probe_rows, make_rows
 
 CPU = torch.device("cpu")
 
@@ -47,28 +47,28 @@ def probe_set_of(folder: Path, captioned: int, count: int = 24) -> ProbeSet:
     return MMDataModule(probes=str(file), processor="none").probe_set()
 
 
-def reading_of(probe_set: ProbeSet, layers: int = 8, seed: int = 0) -> Reading:
+def reading_of(probe_set: ProbeSet, layers: int = 8, seed: int = 0) -> HiddenStates:
     """Noise at every place that rows have."""
     generator = torch.Generator().manual_seed(seed)
     addresses = {}
-    for role, sites in PLACES.items():
+    for role, sites in ROLE_SITES.items():
         rows = tuple((row.id, 0) for row in probe_set.rows if row.role == role)
         addresses |= {f"{role}/{site}": rows for site in sites if rows and site != "object"}
     features = {place: torch.randn(layers + 1, len(a), 6, generator=generator) for place, a in addresses.items()}
-    return Reading(0, features, addresses)
+    return HiddenStates(0, features, addresses)
 
 
 def left_out() -> list[str]:
-    return [d.value for d in decide if d.name == "auto.criteria"]
+    return [d.value for d in decision_log() if d.name == "auto.criteria"]
 
 
 def test_two_captions_are_enough(tmp_path: Path) -> None:
     """Most halves of the pictures hold neither; they say nothing, and nothing breaks."""
-    decide.clear()
+    decision_log().clear()
     probe_set = probe_set_of(tmp_path, captioned=2)
     options = AutoRange(resamples=12)
     selection = select_layers(reading_of(probe_set), probe_set, None, options, CPU)
-    assert not selection.evidence.found
+    assert not selection.significance.found
     found = {criterion.name: criterion for criterion in selection.criteria}
     assert {"dimension", "influence", "angle"} <= found.keys()
     assert "without entailment" in left_out()
@@ -85,7 +85,7 @@ def test_a_half_without_rows_is_undefined(tmp_path: Path) -> None:
 
 
 def test_every_criterion_that_is_left_out_is_named(tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     probe_set = probe_set_of(tmp_path, captioned=0)
     selection = select_layers(reading_of(probe_set), probe_set, None, AutoRange(resamples=4), CPU)
     named = {criterion.name for criterion in selection.criteria}
@@ -94,7 +94,7 @@ def test_every_criterion_that_is_left_out_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="None of the criteria"):
         select_layers(reading_of(probe_set), probe_set, None, AutoRange(criteria=("overlap", "rgn")), CPU)
     with pytest.raises(UserError, match="None of the probe rows"):
-        select_layers(Reading(0, {}, {}), probe_set, None, AutoRange(), CPU)
+        select_layers(HiddenStates(0, {}, {}), probe_set, None, AutoRange(), CPU)
 
 
 @pytest.mark.parametrize(
@@ -151,25 +151,25 @@ def test_gradients_of_batches_without_pictures(pictures: int, family: Family, da
     plain = batch_of(family("mllama"), {"train": file})
     batches = [plain, batch_of(family("mllama"), data) if pictures else batch_of(family("mllama"), {"train": file}, 2)]
     model: Any = load_model(Backbone(path=str(family("mllama")))).eval().requires_grad_(False)
-    scores = gradient_scores(model, Anatomy.of(model), batches, CPU)
+    scores = gradient_scores(MultimodalModel.of(model), batches, CPU)
     assert scores.relative_norm[0].ne(0).tolist() == [True, False, True, True]
     assert bool(scores.relative_norm[1, 1]) == bool(pictures)
     assert scores.signal_to_noise.isnan().tolist() == [False, not pictures, False, False]
 
 
-def adapted(family: Family) -> tuple[nn.Module, Anatomy]:
+def adapted(family: Family) -> tuple[nn.Module, ModelLayout]:
     """With fresh adapters, which change nothing yet."""
     model: Any = load_model(Backbone(path=str(family("llava")))).eval()
-    anatomy = Anatomy.of(model)
-    apply_plan(model, anatomy, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(anatomy))
-    return model.eval().requires_grad_(False), anatomy
+    layout = ModelLayout.of(model)
+    apply_plan(MultimodalModel(model, layout), LoRAOnMiddle(layers="1-2", lora=LoRA(r=2)).plan(layout))
+    return model.eval().requires_grad_(False), layout
 
 
 def test_adapters_do_not_change_whose_gradients_are_measured(family: Family, data: Data) -> None:
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    expected = gradient_scores(base, Anatomy.of(base), batches, CPU)
-    found = gradient_scores(*adapted(family), batches, CPU)
+    expected = gradient_scores(MultimodalModel.of(base), batches, CPU)
+    found = gradient_scores(MultimodalModel(*adapted(family)), batches, CPU)
     for name in ("relative_norm", "fisher", "signal_to_noise"):
         torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-9, rtol=1e-4)
 
@@ -178,16 +178,16 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
     family: Family, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
 
     def said(batches: list[Any]) -> str:
-        decide.clear()
-        assert scores_if_possible(model, anatomy, batches, CPU, ("rgn",)) is None
-        (told,) = [d for d in decide if d.name == "auto.criteria"]
+        decision_log().clear()
+        assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
+        (told,) = [d for d in decision_log() if d.name == "auto.criteria"]
         return told.reason
 
-    assert scores_if_possible(model, anatomy, batches, CPU, ("overlap",)) is None
+    assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None
     assert "1 batches" in said(batches[:1])
 
     def full(*args: Any) -> None:
@@ -196,7 +196,7 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
     with monkeypatch.context() as patched:
         patched.setattr(gradient_room, "gradient_scores", full)
         assert "out of memory" in said(batches)
-    projection = model.get_submodule(anatomy.layers[1]).self_attn.q_proj
+    projection = model.get_submodule(layout.layers[1]).self_attn.q_proj
     projection.weight = nn.Parameter(projection.weight.to(torch.int8), requires_grad=False)
     assert "quantised" in said(batches)
 
@@ -204,28 +204,28 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
 def test_a_tuned_model_with_adapters_is_transplanted_whole(family: Family, data: Data) -> None:
     """Exactly: the hybrid of all blocks is the adapted model, and the base is itself afterwards."""
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
-    tuned, anatomy = adapted(family)
+    tuned, layout = adapted(family)
     for name, parameter in tuned.named_parameters():
         if ".lora_B" in name:
             parameter.normal_()
     batch = batch_of(family("llava"), data)
-    before = [block for name in anatomy.layers for block in base.get_submodule(name).modules()]
-    with torch.no_grad(), transplanted(base, tuned, anatomy.layers):
+    before = [block for name in layout.layers for block in base.get_submodule(name).modules()]
+    with torch.no_grad(), transplanted(base, tuned, layout.layers):
         assert torch.equal(base(**batch.inputs).logits, tuned(**batch.inputs).logits)
-    assert [block for name in anatomy.layers for block in base.get_submodule(name).modules()] == before
-    gains = transplant_gains(base, tuned, anatomy, [batch], CPU, width=0)
+    assert [block for name in layout.layers for block in base.get_submodule(name).modules()] == before
+    gains = transplant_gains(MultimodalModel(base, layout), tuned, [batch], CPU, width=0)
     assert gains[0].ne(0).tolist() == [False, True, True, False]
 
 
 def test_dimensions_have_one_scale_everywhere(tmp_path: Path) -> None:
     probe_set = probe_set_of(tmp_path, captioned=24)
     start, now = reading_of(probe_set, seed=1), reading_of(probe_set, seed=2)
-    moved = drift(start, now, probe_set, 10, CPU).profile("drift_id", "picture")
+    moved = measure_drift(start, now, probe_set, 10, CPU).profile("drift_id", "picture")
     before, after = (
-        geometry(x, probe_set, ("id_gride",), 10, CPU).profile("id_gride", "picture") for x in (start, now)
+        measure_geometry(x, probe_set, ("id_gride",), 10, CPU).profile("id_gride", "picture") for x in (start, now)
     )
     for layer, row in moved.items():
         assert row.value == pytest.approx((after[layer].value or 0) - (before[layer].value or 0))
     (criterion,) = forward_criteria(now, probe_set, ("dimension",), 2, 0, CPU)
     assert criterion.scores.tolist() == pytest.approx([after[layer].value for layer in range(8)], rel=1e-6)
-    assert scales(1000) == (16, 32)
+    assert gride_scales(1000) == (16, 32)

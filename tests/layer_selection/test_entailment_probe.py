@@ -2,7 +2,7 @@
 
 import torch
 
-from lightning_mm.layer_selection.forward_criteria import leave_group_out_accuracy
+from lightning_mm.layer_selection.entailment_probe import leave_group_out_accuracy
 
 
 def test_a_feature_that_is_constant_but_for_rounding_has_no_say() -> None:

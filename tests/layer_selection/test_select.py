@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.analysis.hidden_states import Reading, gather, read
-from lightning_mm.core.decisions import decide
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import gradient_scores
-from lightning_mm.layer_selection.select import AutoRange, asks_for_selection, select_layers, with_layers
+from lightning_mm.layer_selection.select import AutoRange, auto_layers_option, select_layers, with_layers
 from lightning_mm.layer_selection.transplant_criterion import transplant_gains, transplanted
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.tuning import EarlyLayers, IntermediateOnly
-from tests.conftest import make_probe_rows
+from tests.helpers.data import Family, batch_of, make_probe_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family, batch_of
 
 CPU = torch.device("cpu")
 LAYERS = 8
@@ -87,20 +87,23 @@ def _meaning(row: ProbeRow, truth: Tensor, by_picture: dict[str, Tensor], genera
     return by_picture.setdefault(row.id.rpartition("/")[0] or row.group, torch.randn(len(truth), generator=generator))
 
 
-def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn.Module, Anatomy]:
+def planted(folder: Path, data: MMDataModule, first: int, last: int) -> tuple[nn.Module, ModelLayout]:
     model: Any = load_model(Backbone(path=str(folder))).eval()
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     meaning = Meaning(meanings(data.probe_set(), data, 32), data.processing.image_token_ids[0])
     model.register_forward_pre_hook(meaning.note, with_kwargs=True)
-    blocks = model.get_submodule(anatomy.layers[0].rpartition(".")[0])
+    blocks = model.get_submodule(layout.layers[0].rpartition(".")[0])
     for index in range(first, min(last + 2, LAYERS)):
         blocks[index] = Planted(blocks[index], meaning, enters=index > first, leaves=index <= last)
-    return model, anatomy
+    return model, layout
 
 
-def read_all(model: nn.Module, anatomy: Anatomy, data: MMDataModule) -> Reading:
+def read_all(model: nn.Module, layout: ModelLayout, data: MMDataModule) -> HiddenStates:
     with torch.no_grad():
-        reading = gather(read(model, anatomy, data.probe_loader(data.probe_set()), CPU), data.probe_set())
+        reading = gather_hidden_states(
+            extract_hidden_states(MultimodalModel(model, layout), data.probe_loader(data.probe_set()), CPU),
+            data.probe_set(),
+        )
     assert reading is not None
     return reading
 
@@ -118,10 +121,10 @@ def probing_data(deep: Path, tmp_path_factory: pytest.TempPathFactory) -> MMData
 
 @pytest.mark.parametrize(("first", "last"), [(2, 3), (3, 5), (4, 6)])
 def test_a_planted_range_is_found(first: int, last: int, deep: Path, probing_data: MMDataModule) -> None:
-    model, anatomy = planted(deep, probing_data, first, last)
-    reading = read_all(model, anatomy, probing_data)
+    model, layout = planted(deep, probing_data, first, last)
+    reading = read_all(model, layout, probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert selection.evidence.found, selection.why
+    assert selection.significance.found, selection.why
     assert selection.chosen.layers == tuple(range(first, last + 1)), selection.to_dict()
     assert selection.chosen.first_range[0] <= first <= selection.chosen.first_range[1]
     assert set(selection.controls) == {"EarlyLayers", "LateLayers", "UniformSparse", "RandomLayers"}
@@ -135,16 +138,16 @@ def test_random_weights_show_no_evidence(seed: int, probing_data: MMDataModule, 
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.05 * (seed + 1))
-    reading = read_all(model, Anatomy.of(model), probing_data)
+    reading = read_all(model, ModelLayout.of(model), probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU)
-    assert not selection.evidence.found, selection.evidence
+    assert not selection.significance.found, selection.significance
     assert "no evidence" in selection.why[0]
     assert selection.chosen.layers == (2, 3)  # 25 % to 50 % of eight
 
 
 def test_a_budget_is_kept(deep: Path, probing_data: MMDataModule) -> None:
-    model, anatomy = planted(deep, probing_data, 3, 5)
-    reading = read_all(model, anatomy, probing_data)
+    model, layout = planted(deep, probing_data, 3, 5)
+    reading = read_all(model, layout, probing_data)
     selection = select_layers(reading, probing_data.probe_set(), None, AutoRange(), CPU, "auto:2")
     assert len(selection.chosen.layers) == 2
     assert set(selection.chosen.layers) < {3, 4, 5}
@@ -154,12 +157,12 @@ def test_gradient_scores_are_those_of_autograd(family: Family, data: dict[str, P
     """1e-5: the same gradients, squared and summed in another order."""
     model: Any = load_model(Backbone(path=str(family("llava")))).eval()
     model.requires_grad_(False)
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
-    scores = gradient_scores(model, anatomy, batches, CPU)
+    scores = gradient_scores(MultimodalModel(model, layout), batches, CPU)
     assert all(not p.requires_grad and p.grad is None for p in model.parameters())
     for k, batch in enumerate(batches):
-        names = {n: p.requires_grad_() for n, p in model.named_parameters() if anatomy.places[n].layer == 1}
+        names = {n: p.requires_grad_() for n, p in model.named_parameters() if layout.locations[n].layer == 1}
         labels = torch.full_like(batch.inputs["input_ids"], -100)
         labels.view(-1)[batch.supervised + 1] = batch.targets
         loss = model(**batch.inputs, labels=labels).loss
@@ -172,7 +175,7 @@ def test_gradient_scores_are_those_of_autograd(family: Family, data: dict[str, P
 
 
 def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path, tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     options = AutoRange(resamples=4, batches=2)
     policy = IntermediateOnly(layers="auto:2")
     module, trainer = train(
@@ -181,7 +184,7 @@ def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path
     assert module.selection is not None
     assert module.census.layers == module.selection.chosen.layers
     assert "auto" not in module.census.policy
-    assert "model.tuning.layers" in {d.name for d in decide}
+    assert "model.tuning.layers" in {d.name for d in decision_log()}
     trainer.save_checkpoint(tmp_path / "auto.ckpt")
     resumed, _ = train(
         family("llava"),
@@ -195,9 +198,9 @@ def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path
 
 
 def test_auto_stands_in_layers_and_in_budget() -> None:
-    assert asks_for_selection(IntermediateOnly(layers="auto")) == "layers"
-    assert asks_for_selection(EarlyLayers(budget="auto:25%")) == "budget"
-    assert asks_for_selection(IntermediateOnly(layers="6-16")) is None
+    assert auto_layers_option(IntermediateOnly(layers="auto")) == "layers"
+    assert auto_layers_option(EarlyLayers(budget="auto:25%")) == "budget"
+    assert auto_layers_option(IntermediateOnly(layers="6-16")) is None
     assert with_layers(EarlyLayers(budget="auto"), (3, 4, 5)) == EarlyLayers(budget="3-5")
 
 
@@ -209,9 +212,9 @@ def test_a_wrong_criterion_says_which_there_are() -> None:
 def test_transplants_are_exact_and_leave_the_base_as_it_was(family: Family, data: dict[str, Path]) -> None:
     """All blocks make the tuned model (which differs in blocks only), none the base, one the hybrid made by hand."""
     base: Any = load_model(Backbone(path=str(family("llava")))).eval().requires_grad_(False)
-    anatomy = Anatomy.of(base)
+    layout = ModelLayout.of(base)
     tuned = copy.deepcopy(base)
-    for name in anatomy.layers[1:3]:
+    for name in layout.layers[1:3]:
         for parameter in tuned.get_submodule(name).parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -221,12 +224,12 @@ def test_transplants_are_exact_and_leave_the_base_as_it_was(family: Family, data
         with torch.no_grad():
             return model(**batch.inputs).logits
 
-    with transplanted(base, tuned, anatomy.layers):
+    with transplanted(base, tuned, layout.layers):
         assert torch.equal(logits(base), logits(tuned))
     with transplanted(base, tuned, []):
         own = logits(base)
     assert not torch.equal(own, logits(tuned))
-    gains = transplant_gains(base, tuned, anatomy, [batch], CPU, width=0)
+    gains = transplant_gains(MultimodalModel(base, layout), tuned, [batch], CPU, width=0)
     assert gains[0, [0, 3]].tolist() == [0, 0]
     assert all(gains[0, [1, 2]] != 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())

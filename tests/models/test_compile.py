@@ -1,6 +1,7 @@
 """Compiled blocks and Liger's kernels compute the same; where they cannot be had, the error says what to set."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import MethodType, ModuleType
 from typing import Any
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.execution.step import Compute
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.models.compile import apply_liger, compile_blocks
-from lightning_mm.models.hooks import tapped, uncompiled
+from lightning_mm.models.hooks import block_io, uncompiled
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LateLayers, LoRA, LoRAOnMiddle, TuningPolicy
+from tests.helpers.data import Data, Family, batch_of
 from tests.helpers.training import scale_of
-from tests.tuning.test_policies import Data, Family, batch_of
 
 COMPILED = Compute(compile="blocks")
 pytestmark = pytest.mark.filterwarnings("default")
@@ -83,10 +84,10 @@ def test_compiled_blocks_compute_the_same(
 
 def test_only_blocks_that_backward_crosses(family: Family, quick: list[int]) -> None:
     module = configured(family, "llava", COMPILED, LateLayers(budget="1"))
-    below = [module.model.get_submodule(name) for name in module.anatomy.layers[: module.plan.lowest_layer]]
+    below = [module.model.get_submodule(name) for name in module.mm.layout.layers[: module.plan.lowest_layer]]
     plain = configured(family, "llava", Compute(), LateLayers(budget="1"))
     assert len(below) == 3
-    for one, other in zip(below, plain.anatomy.layers, strict=False):
+    for one, other in zip(below, plain.mm.layout.layers, strict=False):
         assert getattr(one.forward, "__qualname__", "") == plain.model.get_submodule(other).forward.__qualname__
 
 
@@ -97,12 +98,12 @@ def test_whoever_looks_sees_every_hook_run(family: Family, data: Data, quick: li
     quick.clear()
     seen: list[int] = []
     inner: list[Tensor] = []
-    block = module.anatomy.blocks[1]
+    block = module.mm.layout.blocks[1]
     assert block.o_proj is not None
     handle = module.model.get_submodule(block.o_proj).register_forward_hook(lambda *_: inner.append(_[2]))
-    with torch.no_grad(), tapped(module.model, module.anatomy, lambda index, hidden: seen.append(index)):
+    with torch.no_grad(), block_io(module.mm, lambda index, hidden: seen.append(index)):
         module.objective(batch)
-    assert seen == list(range(module.anatomy.num_layers + 1))
+    assert seen == list(range(module.mm.layout.num_layers + 1))
     assert len(inner) == 1
     assert not quick
     handle.remove()
@@ -132,7 +133,7 @@ def test_a_compiler_that_fails_is_one_clear_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(inductor.cpp, "cxx", ("no-such-compiler",))
     monkeypatch.setattr(inductor, "force_disable_caches", True)
     model = nn.Sequential(nn.GELU())  # a matrix product alone needs no C++
-    compile_blocks(model, ["0"])
+    compile_blocks(model, ["0"], ExitStack())
     with pytest.raises(UserError, match=r"could not be compiled[\s\S]*Set model\.compute\.compile off"):
         model(torch.rand(2, 3))
 

@@ -1,6 +1,7 @@
 """Attention on processors is torch's own attention: outputs and gradients, under every mask, in every width."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor, nn
-from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lightning_mm.execution.loss import supervised_nll
@@ -18,15 +18,15 @@ from lightning_mm.models.attention.cpu_kernels import (
     ALONE,
     SHORT,
     Rows,
-    attend_on_processors,
     attended_apart,
-    attending,
+    cpu_attention,
     rows_apart,
+    use_cpu_attention,
 )
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
-from tests.tuning.test_policies import batch_of
+from tests.helpers.data import batch_of
 
 
 class Grouped(nn.Module):
@@ -43,7 +43,7 @@ def attended(dtype: torch.dtype, here: bool, **options: Any) -> tuple[Tensor, li
     """Output and gradients of attention over 3 rows of 17 tokens with 2 heads of 16, under autocast for bfloat16."""
     drawn = torch.Generator().manual_seed(0)
     given = [torch.randn(3, 2, 17, 16, generator=drawn).to(dtype).requires_grad_() for _ in range(3)]
-    attend: Any = attending(sdpa_attention_forward) if here else sdpa_attention_forward
+    attend: Any = cpu_attention(sdpa_attention_forward) if here else sdpa_attention_forward
     module = nn.Linear(1, 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         output, _ = attend(module, *given, options.pop("mask", None), **options)
@@ -100,7 +100,7 @@ def test_short_rows_are_what_the_kernel_computes(
     masks = {"bool": seen, "float": torch.randn(rows, 1, queries, keys, generator=drawn, dtype=torch.float64)}
     module = Grouped(6 // groups)
     found = []
-    for attend in (attending(sdpa_attention_forward), sdpa_attention_forward):
+    for attend in (cpu_attention(sdpa_attention_forward), sdpa_attention_forward):
         run: Any = attend
         output, _ = run(module, *tensors, masks.get(mask), scaling=scale, is_causal=mask == "causal")
         found.append([output, *torch.autograd.grad(output.square().sum(), trained)])
@@ -116,7 +116,7 @@ def test_what_is_causal_is_found_out_as_transformers_does() -> None:
     key, value = (torch.randn(2, 2, 9, 4, generator=drawn).requires_grad_() for _ in range(2))
     for asked in (None, True, False):
         outputs = []
-        for attend in (sdpa_attention_forward, attending(sdpa_attention_forward)):
+        for attend in (sdpa_attention_forward, cpu_attention(sdpa_attention_forward)):
             run: Any = attend
             outputs.append(run(Grouped(3), query, key, value, None, is_causal=asked)[0])
         torch.testing.assert_close(outputs[1], outputs[0])
@@ -125,7 +125,7 @@ def test_what_is_causal_is_found_out_as_transformers_does() -> None:
 def test_a_row_of_padding_that_sees_nothing_gives_numbers() -> None:
     query = torch.randn(1, 1, 3, 4, requires_grad=True)
     mask = torch.tensor([[False, False, False], [True, False, False], [True, True, False]])
-    output, _ = attending(sdpa_attention_forward)(nn.Linear(1, 1), query, query, query, mask)
+    output, _ = cpu_attention(sdpa_attention_forward)(nn.Linear(1, 1), query, query, query, mask)
     (gradient,) = torch.autograd.grad(output.sum(), [query])
     assert output.isfinite().all()
     assert gradient.isfinite().all()
@@ -138,7 +138,7 @@ def test_what_only_the_kernel_can_do_is_left_to_it(asked: str) -> None:
     ones = torch.ones(1, 1, 200, 1, requires_grad=True)
     bias = torch.zeros(1, 1, 200, 200, requires_grad=asked == "learned")
     options = {"dropout": 0.5} if asked == "dropout" else {}
-    output, _ = attending(sdpa_attention_forward)(nn.Linear(1, 1), ones, ones, ones, bias, **options)
+    output, _ = cpu_attention(sdpa_attention_forward)(nn.Linear(1, 1), ones, ones, ones, bias, **options)
     if asked == "dropout":
         assert output.mean().item() == pytest.approx(1.0, abs=0.05)  # 200 means of 200: 0.005 is one standard error
         assert output.std().item() > 0.05
@@ -158,7 +158,7 @@ def test_long_rows_are_left_to_the_kernel(length: int, written: bool) -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        attending(sdpa_attention_forward)(nn.Linear(1, 1), heads, heads, heads, None, scaling=1.0)
+        cpu_attention(sdpa_attention_forward)(nn.Linear(1, 1), heads, heads, heads, None, scaling=1.0)
     assert any(shape[-2:] == (length, length) for shape in kept) == written
 
 
@@ -192,7 +192,7 @@ def test_rows_side_by_side_are_rows_in_a_batch(
     assert [each.queries.stop - each.queries.start for each in made] == [count for count in lengths if count]
     packed = [torch.randn(1, n, len(tokens.index), 4, generator=drawn, dtype=torch.float64) for n in (4, 2, 2)]
     packed = [each.requires_grad_() for each in packed]
-    attend: Any = attending(sdpa_attention_forward)
+    attend: Any = cpu_attention(sdpa_attention_forward)
     alone = attend.apart(lambda _: made, *packed, given)
     in_rows = [tokens.unpack(each.transpose(1, 2)).transpose(1, 2) for each in packed]
     together = tokens.pack(sdpa_attention_forward(Grouped(2), *in_rows, mask)[0])
@@ -229,12 +229,11 @@ def test_rows_are_attended_to_alone_from_some_length_on() -> None:
 def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
     family: Callable[[str], Path], data: dict[str, Path], monkeypatch: pytest.MonkeyPatch, alone: bool
 ) -> None:
-    """Whichever was asked for first: four short rows side by side are no long one; and alone they are four."""
-    registered: dict[str, Any] = {"sdpa": sdpa_attention_forward}
-    monkeypatch.setattr(AttentionInterface, "_global_mapping", registered)
+    """Four short rows side by side are no long one; and alone they are four."""
     model = load_model(Backbone(path=str(family("llava"))))
-    unpad_blocks(model, Anatomy.of(model))
-    attend_on_processors()
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    unpad_blocks(MultimodalModel.of(model), undo)
     seen: list[list[int]] = []
     real = cpu_kernels._attended
 
@@ -251,8 +250,10 @@ def test_it_stands_inside_of_what_puts_tokens_back_into_rows(
         nll = supervised_nll(model, model.lm_head, batch).nll
     lengths = torch.bincount(batch.real // length).tolist()
     assert ([1000 + each for each in lengths] if alone else [1000 * rows + length]) in seen
-    monkeypatch.setattr(AttentionInterface, "_global_mapping", {"sdpa": sdpa_attention_forward})
+    undo.close()
+    seen.clear()
     expected = supervised_nll(model, model.lm_head, batch).nll
+    assert not seen
     assert nll.item() == pytest.approx(expected.item(), rel=1e-5)  # float32, another order of sums
 
 
@@ -263,7 +264,7 @@ def test_attention_without_gradients_is_left_alone() -> None:
         seen.append(query.dtype)
         return query, None
 
-    run: Any = attending(attend)
+    run: Any = cpu_attention(attend)
     heads = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
         run(None, heads, heads, heads)

@@ -93,7 +93,7 @@ def test_what_peft_could_not_restore_is_no_adapter(tmp_path: Path) -> None:
     for s in (plain, tied):
         s.adapt(s.middle, PLAIN)
     refuses(plain, ("model.image_newline",), "model itself holds")
-    refuses(tied, tied.anatomy.parameters_in(Region.EMBEDDING), "head is tied")
+    refuses(tied, tied.layout.parameters_in(Region.EMBEDDING), "head is tied")
     assert sorted(tmp_path.iterdir()) == written
 
 

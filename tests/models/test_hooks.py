@@ -4,8 +4,7 @@ import copy
 import gc
 import warnings
 import weakref
-from collections.abc import Callable
-from pathlib import Path
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,26 +13,23 @@ from torch import Tensor, nn
 
 from lightning_mm.analysis.hidden_states import pool
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
-from lightning_mm.models.hooks import plain, tapped
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
+from lightning_mm.models.hooks import block_io
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from tests.conftest import FAMILIES
-from tests.tuning.test_policies import batch_of
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
 
 
-def taken(model: nn.Module, anatomy: Anatomy, inputs: dict[str, Tensor]) -> list[Tensor]:
+def taken(model: nn.Module, layout: ModelLayout, inputs: dict[str, Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
 
     def receive(index: int, hidden: Tensor) -> None:
         found[index] = hidden.detach().clone()
 
-    inner = plain(model)
-    with torch.no_grad(), tapped(inner, anatomy, receive):
+    inner = unwrap_model(model)
+    with torch.no_grad(), block_io(MultimodalModel(inner, layout), receive):
         inner(**inputs, use_cache=False)
-    return [found[index] for index in range(anatomy.num_layers + 1)]
+    return [found[index] for index in range(layout.num_layers + 1)]
 
 
 def num_hooks(model: nn.Module) -> int:
@@ -41,25 +37,25 @@ def num_hooks(model: nn.Module) -> int:
 
 
 @pytest.fixture
-def llava(family: Family, data: Data) -> tuple[nn.Module, Anatomy, dict[str, Tensor]]:
+def llava(family: Family, data: Data) -> tuple[nn.Module, ModelLayout, dict[str, Tensor]]:
     model = load_model(Backbone(path=str(family("llava")))).eval()
-    return model, Anatomy.of(model), batch_of(family("llava"), data).inputs
+    return model, ModelLayout.of(model), batch_of(family("llava"), data).inputs
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "qwen2_vl", "idefics3", "mllama"])
 def test_every_slice_is_that_of_transformers(name: str, family: Family, data: Data) -> None:
     """Exactly: it is the same tensor. transformers' last one has passed the final norm, so ours is before it."""
     model = load_model(Backbone(path=str(family(name)))).eval()
-    anatomy = Anatomy.of(model)
+    layout = ModelLayout.of(model)
     inputs = batch_of(family(name), data).inputs
     with torch.no_grad():
         model(**inputs, use_cache=False)  # transformers may put hooks of its own into a tower, for good
     before = num_hooks(model)
-    ours = taken(model, anatomy, inputs)
+    ours = taken(model, layout, inputs)
     assert num_hooks(model) == before
     with torch.no_grad():
         theirs = model(**inputs, use_cache=False, output_hidden_states=True).hidden_states
-    assert len(ours) == len(theirs) == anatomy.num_layers + 1
+    assert len(ours) == len(theirs) == layout.num_layers + 1
     for index, (one, other) in enumerate(zip(ours[:-1], theirs[:-1], strict=True)):
         assert torch.equal(one, other), index
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
@@ -67,12 +63,12 @@ def test_every_slice_is_that_of_transformers(name: str, family: Family, data: Da
     torch.testing.assert_close(norm(ours[-1]), theirs[-1], atol=0, rtol=0)
 
 
-def test_wrapping_changes_nothing(llava: tuple[nn.Module, Anatomy, dict[str, Tensor]]) -> None:
-    model, anatomy, inputs = llava
-    reference = taken(model, anatomy, inputs)
+def test_wrapping_changes_nothing(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
+    model, layout, inputs = llava
+    reference = taken(model, layout, inputs)
 
     def same(other: nn.Module) -> None:
-        for one, two in zip(reference, taken(other, anatomy, inputs), strict=True):
+        for one, two in zip(reference, taken(other, layout, inputs), strict=True):
             assert torch.equal(one, two)
 
     same(torch.compile(model, backend="eager"))  # type: ignore[arg-type]  # a module comes back
@@ -81,48 +77,48 @@ def test_wrapping_changes_nothing(llava: tuple[nn.Module, Anatomy, dict[str, Ten
         adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["q_proj"]))
     same(adapted)
     checkpointed = copy.deepcopy(model)
-    checkpoint_blocks(checkpointed, anatomy.layers)
+    checkpoint_blocks(checkpointed, layout.layers, ExitStack())
     same(checkpointed)
 
 
-def test_a_compiled_block_is_read_and_stays_compiled(llava: tuple[nn.Module, Anatomy, dict[str, Tensor]]) -> None:
-    model, anatomy, inputs = llava
-    reference = taken(model, anatomy, inputs)
-    block = model.get_submodule(anatomy.layers[1])
+def test_a_compiled_block_is_read_and_stays_compiled(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
+    model, layout, inputs = llava
+    reference = taken(model, layout, inputs)
+    block = model.get_submodule(layout.layers[1])
     block.compile(backend="eager")
     with torch.no_grad():
         model(**inputs, use_cache=False)  # compiled before any hook is there: it would not notice one
-    for one, two in zip(reference, taken(model, anatomy, inputs), strict=True):
+    for one, two in zip(reference, taken(model, layout, inputs), strict=True):
         assert torch.equal(one, two)
     assert block._compiled_call_impl is not None
 
 
-def test_hooks_go_when_the_forward_fails(llava: tuple[nn.Module, Anatomy, dict[str, Tensor]]) -> None:
-    model, anatomy, inputs = llava
+def test_hooks_go_when_the_forward_fails(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
+    model, layout, inputs = llava
     before = num_hooks(model.get_decoder())  # type: ignore[operator]
 
     def fail(index: int, hidden: Tensor) -> None:
         raise ArithmeticError("broken")
 
-    with pytest.raises(ArithmeticError, match="broken"), tapped(model, anatomy, fail):
+    with pytest.raises(ArithmeticError, match="broken"), block_io(MultimodalModel(model, layout), fail):
         model(**inputs)
     assert num_hooks(model.get_decoder()) == before  # type: ignore[operator]
 
 
-def test_two_hundred_readings_leave_nothing(llava: tuple[nn.Module, Anatomy, dict[str, Tensor]]) -> None:
-    model, anatomy, inputs = llava
-    first = [weakref.ref(hidden) for hidden in taken(model, anatomy, inputs)]
+def test_two_hundred_readings_leave_nothing(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
+    model, layout, inputs = llava
+    first = [weakref.ref(hidden) for hidden in taken(model, layout, inputs)]
     for _ in range(200):
-        taken(model, anatomy, inputs)
+        taken(model, layout, inputs)
     gc.collect()
     assert num_hooks(model.get_decoder()) == 0  # type: ignore[operator]
     assert all(ref() is None for ref in first)
 
 
-def test_only_the_slices_asked_for(llava: tuple[nn.Module, Anatomy, dict[str, Tensor]]) -> None:
-    model, anatomy, inputs = llava
+def test_only_the_slices_asked_for(llava: tuple[nn.Module, ModelLayout, dict[str, Tensor]]) -> None:
+    model, layout, inputs = llava
     seen: list[int] = []
-    with torch.no_grad(), tapped(model, anatomy, lambda index, hidden: seen.append(index), (2, 4)):
+    with torch.no_grad(), block_io(MultimodalModel(model, layout), lambda index, hidden: seen.append(index), (2, 4)):
         model(**inputs, use_cache=False)
     assert seen == [2, 4]
 

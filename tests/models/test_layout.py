@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy, Part, Region
+from lightning_mm.models.layout import BlockPart, ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.testing.tiny import FAMILIES
 
@@ -54,22 +54,22 @@ def test_every_decoder_only_type_is_resolved_or_refused() -> None:
         if model is None:
             continue
         try:
-            anatomy = Anatomy.of(model)
+            layout = ModelLayout.of(model)
         except UserError:
             outcome[name] = "refused"
             continue
         outcome[name] = "resolved"
         parameters = dict(model.named_parameters())
-        assert anatomy.places.keys() == parameters.keys(), name
+        assert layout.locations.keys() == parameters.keys(), name
         text = model.config.get_text_config(decoder=True)  # type: ignore[operator, union-attr]
-        assert anatomy.num_layers == text.num_hidden_layers, name
+        assert layout.num_layers == text.num_hidden_layers, name
         weights = Counter[Region]()
-        for parameter, place in anatomy.places.items():
+        for parameter, place in layout.locations.items():
             weights[place.region] += parameters[parameter].numel()
-        layers = {place.layer for place in anatomy.places.values() if place.region is Region.LAYERS}
-        assert layers == set(range(anatomy.num_layers)), name
+        layers = {place.layer for place in layout.locations.values() if place.region is Region.LAYERS}
+        assert layers == set(range(layout.num_layers)), name
         assert weights[Region.EMBEDDING] > 0, name
-        assert anatomy.tied_head == (weights[Region.HEAD] == 0) or name == "blip", name
+        assert layout.tied_head == (weights[Region.HEAD] == 0) or name == "blip", name
         if name in MERGERS:
             assert weights[Region.CONNECTOR] > 0, name
             assert weights[Region.VISION] > weights[Region.CONNECTOR], name
@@ -82,14 +82,14 @@ def test_every_decoder_only_type_is_resolved_or_refused() -> None:
 def test_regions_agree_with_the_order_of_use(name: str, family: Callable[[str], Path]) -> None:
     """A change below the decoder reaches block 0's input; a change in block i reaches no earlier block."""
     model = load_model(Backbone(path=str(family(name))))
-    anatomy = Anatomy.of(model)
-    assert len(anatomy.layers) == 4
-    assert all(isinstance(model.get_submodule(block), nn.Module) for block in anatomy.vision_blocks)
-    assert model.get_submodule(anatomy.head) is model.get_output_embeddings()
-    assert {place.part for place in anatomy.places.values() if place.region is Region.LAYERS} == set(Part)
-    assert anatomy.parameters_in(Region.CONNECTOR)
-    assert anatomy.parameters_in(Region.VISION)
-    assert not anatomy.parameters_in(Region.OTHER)
+    layout = ModelLayout.of(model)
+    assert len(layout.layers) == 4
+    assert all(isinstance(model.get_submodule(block), nn.Module) for block in layout.vision_blocks)
+    assert model.get_submodule(layout.head) is model.get_output_embeddings()
+    assert {place.part for place in layout.locations.values() if place.region is Region.LAYERS} == set(BlockPart)
+    assert layout.parameters_in(Region.CONNECTOR)
+    assert layout.parameters_in(Region.VISION)
+    assert not layout.parameters_in(Region.OTHER)
 
 
 def test_a_renamed_model_is_found_by_its_objects(family: Callable[[str], Path]) -> None:
@@ -98,9 +98,9 @@ def test_a_renamed_model_is_found_by_its_objects(family: Callable[[str], Path]) 
     tower = model.get_encoder(modality="image")
     tower.language_model = tower.encoder
     del tower.encoder
-    anatomy = Anatomy.of(model)
-    assert all(".vision_tower.language_model." in f".{block}." for block in anatomy.vision_blocks)
-    assert all(".vision_tower." not in f".{block}." for block in anatomy.layers)
+    layout = ModelLayout.of(model)
+    assert all(".vision_tower.language_model." in f".{block}." for block in layout.vision_blocks)
+    assert all(".vision_tower." not in f".{block}." for block in layout.layers)
 
 
 def test_what_cannot_be_told_apart_is_an_error_with_candidates(family: Callable[[str], Path]) -> None:
@@ -108,4 +108,4 @@ def test_what_cannot_be_told_apart_is_an_error_with_candidates(family: Callable[
     decoder = model.get_decoder()
     decoder.more_layers = nn.ModuleList(nn.Linear(4, 4) for _ in decoder.layers)
     with pytest.raises(UserError, match=r"more_layers"):
-        Anatomy.of(model)
+        ModelLayout.of(model)

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models import rms_norm_cpu
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.models.rms_norm_cpu import norm_on_processors
+from lightning_mm.models.rms_norm_cpu import use_cpu_norms
+from tests.helpers.data import batch_of
 from tests.helpers.training import scale_of
-from tests.tuning.test_policies import batch_of
 
 RMS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: LlamaRMSNorm(24, eps=1e-3),
@@ -62,7 +63,7 @@ def test_it_is_the_models_own(kind: str, trained: bool) -> None:
     nn.init.normal_(next(module.parameters()))
     hidden = drawn(2, 7, 24).requires_grad_()
     expected = gradients(module, hidden)
-    assert norm_on_processors(module) == 1
+    assert use_cpu_norms(module, ExitStack()) == 1
     found = gradients(module, hidden)
     assert "_Norm" in str(found[0].grad_fn)
     for one, other in zip(found, expected, strict=True):
@@ -76,7 +77,7 @@ def test_it_is_the_models_own(kind: str, trained: bool) -> None:
 )
 def test_other_modules_are_left_alone(module: nn.Module) -> None:
     """Those that compute something else, and torch's RMS norm whose eps hangs on the type."""
-    assert norm_on_processors(module) == 0
+    assert use_cpu_norms(module, ExitStack()) == 0
     assert "forward" not in module.__dict__
 
 
@@ -95,14 +96,14 @@ class Flagged(LlamaRMSNorm):
 @pytest.mark.parametrize("first", [True, False])
 def test_a_flag_may_change_what_a_class_computes(first: bool) -> None:
     module = nn.Sequential(Flagged(8, first), Flagged(8, not first), Flagged(8, first))
-    assert norm_on_processors(module) == (1 if first else 2)
+    assert use_cpu_norms(module, ExitStack()) == (1 if first else 2)
     assert [("forward" in each.__dict__) != each.centred for each in module] == [True] * 3
 
 
 def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module = LlamaRMSNorm(8)
-    decide.clear()
-    norm_on_processors(module)
+    decision_log().clear()
+    use_cpu_norms(module, ExitStack())
     monkeypatch.setattr(rms_norm_cpu, "_Norm", None)
     hidden = drawn(3, 8).requires_grad_()
     module(hidden.detach())
@@ -110,16 +111,16 @@ def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: p
     module(hidden.double())
     with torch.no_grad():
         module(hidden)
-    assert not list(decide)
+    assert not list(decision_log())
     with pytest.raises(AttributeError):
         module(hidden)
-    assert [each.name for each in decide] == ["norms"]
+    assert [each.name for each in decision_log()] == ["norms"]
 
 
 def test_asked_for_twice_it_is_done_once_and_a_copy_has_its_own_weight() -> None:
     module = nn.Sequential(LlamaRMSNorm(8), LlamaRMSNorm(8))
-    assert norm_on_processors(module) == 2
-    assert norm_on_processors(module) == 0
+    assert use_cpu_norms(module, ExitStack()) == 2
+    assert use_cpu_norms(module, ExitStack()) == 0
     other = copy.deepcopy(module)
     nn.init.constant_(other[0].weight, 2.0)
     hidden = drawn(3, 8).requires_grad_()
@@ -136,7 +137,7 @@ def test_a_whole_model_trains_as_before(name: str, family: Callable[[str], Path]
     for asked in (False, True):
         if asked:
             named = [n for n, m in model.named_modules() if type(m).__name__.endswith("RMSNorm")]
-            assert norm_on_processors(model) == len(named) > 0
+            assert use_cpu_norms(model, ExitStack()) == len(named) > 0
         model.zero_grad()
         loss = supervised_nll(model, model.get_output_embeddings(), batch).nll
         loss.backward()

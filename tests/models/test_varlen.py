@@ -1,6 +1,6 @@
 """Blocks without padding give what padded blocks give: losses, gradients, every family, recomputed or not."""
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -11,29 +11,29 @@ from hypothesis import strategies as st
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
 from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.models.attention.cpu_kernels import use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpad_blocks, unpadded
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 from lightning_mm.testing.tiny import FAMILIES
-from tests.helpers.rows import uneven
+from tests.helpers.data import Family, make_uneven_rows
 from tests.helpers.training import scale_of
 
-Family = Callable[[str], Path]
 
-
-def loaded(folder: Path, attention: Any = "auto") -> tuple[Any, Anatomy]:
+def loaded(folder: Path, attention: Any = "auto") -> tuple[Any, ModelLayout]:
     model: Any = load_model(Backbone(path=str(folder), attention=attention))
-    return model.eval(), Anatomy.of(model)
+    return model.eval(), ModelLayout.of(model)
 
 
-def stepped(model: Any, anatomy: Anatomy, batch: Batch, tokens: RealTokens | None) -> dict[str, torch.Tensor]:
+def stepped(model: Any, layout: ModelLayout, batch: Batch, tokens: RealTokens | None) -> dict[str, torch.Tensor]:
     model.zero_grad()
     with unpadded(tokens):
-        nll = supervised_nll(model, model.get_submodule(anatomy.head), batch).nll
+        nll = supervised_nll(model, model.get_submodule(layout.head), batch).nll
     nll.backward()  # outside: what is recomputed must find its tokens again
     return {"": nll.detach(), **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}}
 
@@ -48,19 +48,21 @@ def test_losses_and_gradients_are_those_of_padded_rows(
     name: str, recomputed: bool, family: Family, tmp_path: Path
 ) -> None:
     """1e-5 of the largest entry: float32 sums over tokens in another order."""
-    model, anatomy = loaded(family(name))
-    batch = Collator(load_processing(str(family(name))))(read(uneven(tmp_path)).samples)
+    model, layout = loaded(family(name))
+    batch = Collator(load_processing(str(family(name))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert len(batch.real) < batch.regions.numel()
-    expected = stepped(model, anatomy, batch, None)
-    blocks = unpad_blocks(model, anatomy)
+    expected = stepped(model, layout, batch, None)
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    blocks = unpad_blocks(MultimodalModel(model, layout), undo)
     if recomputed:
-        checkpoint_blocks(model, anatomy.layers)
+        checkpoint_blocks(model, layout.layers, ExitStack())
     lengths: set[int] = set()
     rows: set[int] = set()
-    for index in range(anatomy.num_layers):
-        norm = next(m for m in model.get_submodule(anatomy.layers[index]).children() if "Norm" in type(m).__name__)
+    for index in range(layout.num_layers):
+        norm = next(m for m in model.get_submodule(layout.layers[index]).children() if "Norm" in type(m).__name__)
         norm.register_forward_pre_hook(lambda _, args: lengths.add(args[0].shape[1]) or rows.add(args[0].shape[0]))
-    found = stepped(model, anatomy, batch, tokens_of(batch))
+    found = stepped(model, layout, batch, tokens_of(batch))
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         bound = 1e-5 * float(scale_of(key, expected).abs().max()) + 1e-9
@@ -68,20 +70,25 @@ def test_losses_and_gradients_are_those_of_padded_rows(
     if name == "mllama":  # its blocks are given pictures by row
         assert rows == {len(batch)}
     else:
-        assert (rows, lengths, len(blocks)) == ({1}, {len(batch.real)}, anatomy.num_layers)
+        assert (rows, lengths, len(blocks)) == ({1}, {len(batch.real)}, layout.num_layers)
 
 
 def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
     """Another last row, and another number of tokens, change nothing of the others but the order of sums."""
-    model, anatomy = loaded(family("llava"))
-    unpad_blocks(model, anatomy)
-    collator, samples = Collator(load_processing(str(family("llava")))), read(uneven(tmp_path)).samples
+    model, layout = loaded(family("llava"))
+    undo = ExitStack()
+    use_cpu_attention(model, undo)
+    unpad_blocks(MultimodalModel(model, layout), undo)
+    collator, samples = (
+        Collator(load_processing(str(family("llava")))),
+        read_conversations(make_uneven_rows(tmp_path)).samples,
+    )
     hidden = []
     for chosen in (samples[:3], (*samples[:2], samples[3])):
         batch = collator(chosen)
         held: list[torch.Tensor] = []
-        handle = model.get_submodule(anatomy.layers[-1]).register_forward_hook(lambda _, __, out, h=held: h.append(out))
-        stepped(model, anatomy, batch, tokens_of(batch))
+        handle = model.get_submodule(layout.layers[-1]).register_forward_hook(lambda _, __, out, h=held: h.append(out))
+        stepped(model, layout, batch, tokens_of(batch))
         handle.remove()
         length = int((batch.regions[0] != 0).sum())
         hidden.append(held[0][0, :length].detach())
@@ -89,17 +96,17 @@ def test_rows_do_not_see_one_another(family: Family, tmp_path: Path) -> None:
 
 
 def test_written_out_attention_stays_padded(family: Family, tmp_path: Path) -> None:
-    model, anatomy = loaded(family("llava"), "eager")
-    assert unpad_blocks(model, anatomy) == ()
+    model, layout = loaded(family("llava"), "eager")
+    assert unpad_blocks(MultimodalModel(model, layout), ExitStack()) == ()
 
 
 def test_outside_nothing_is_left_out(family: Family, tmp_path: Path) -> None:
     """Looks and generation run the prepared model as it is."""
-    model, anatomy = loaded(family("llava"))
-    batch = Collator(load_processing(str(family("llava"))))(read(uneven(tmp_path)).samples)
+    model, layout = loaded(family("llava"))
+    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     with torch.no_grad():
         expected = model(**batch.inputs).logits
-        unpad_blocks(model, anatomy)
+        unpad_blocks(MultimodalModel(model, layout), ExitStack())
         assert torch.equal(model(**batch.inputs).logits, expected)
 
 

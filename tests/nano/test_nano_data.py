@@ -25,12 +25,12 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.english import COUNT_WORDS, plural
 from lightning_mm.nano.data import SMALL, Sizes, build_nano_data
 from lightning_mm.nano.data.__main__ import main
-from lightning_mm.nano.data.build import MIN_GROUPS, SHARES, _drawn, split_things
+from lightning_mm.nano.data.build import MIN_GROUPS, SHARES, _load_sources, split_things
 from lightning_mm.nano.data.catalog import CATEGORIES, OTHER, Thing, entries
 from lightning_mm.nano.data.flags import countries
-from lightning_mm.nano.data.images import BACKGROUNDS, Deck, dominant_colour
+from lightning_mm.nano.data.images import BACKGROUNDS, ShuffledCycle, dominant_color
 from lightning_mm.nano.data.openmoji import PACKAGES
-from lightning_mm.nano.data.questions import PHRASES, counted, listed, noun
+from lightning_mm.nano.data.questions import CATEGORY_PHRASES, count_phrase, join_phrases, with_article
 from lightning_mm.nano.data.tuxpaint import load_stamps
 
 _MISSING = [package for module, package in PACKAGES.items() if importlib.util.find_spec(module) is None]
@@ -85,7 +85,7 @@ def every_pair(rows: dict[str, list[Row]]) -> list[tuple[Row, str, str, str]]:
 
 ENTRIES = {entry.name: entry for entry in entries()}
 PLURALS = {plural(name): name for name in ENTRIES}
-NOUNS = {noun(entry.name, entry.number): entry.name for entry in entries()}
+NOUNS = {with_article(entry.name, entry.number): entry.name for entry in entries()}
 
 
 def shown(row: Row) -> Counter[str]:
@@ -98,7 +98,7 @@ def place(row: Row, name: str) -> list[int]:
 
 
 def caption_of(names: list[str], numbers: Counter[str]) -> str:
-    return listed([counted(name, ENTRIES[name].number, numbers[name]) for name in names])
+    return join_phrases([count_phrase(name, ENTRIES[name].number, numbers[name]) for name in names])
 
 
 def expected(row: Row, kind: str, question: str) -> str:
@@ -106,11 +106,11 @@ def expected(row: Row, kind: str, question: str) -> str:
     names = shown(row)
     if kind == "caption":
         (name,) = names
-        phrase = noun(name, ENTRIES[name].number)
+        phrase = with_article(name, ENTRIES[name].number)
         return phrase[0].upper() + phrase[1:] + "."
     if kind == "category":
         (category,) = {box["category"] for box in row["boxes"]}
-        return PHRASES[category].removeprefix("an ").removeprefix("a ").capitalize() + "."
+        return CATEGORY_PHRASES[category].removeprefix("an ").removeprefix("a ").capitalize() + "."
     if kind in ("yes_no", "presence"):
         match = re.fullmatch(r"(?:Is|Are) there (.+) in the picture\?", question)
         assert match, question
@@ -157,7 +157,7 @@ def test_captions_are_true_and_swapped_ones_differ_in_one_noun(rows: dict[str, l
     for row in with_captions:
         said, wrong = (re.split(r", | and ", row[key]) for key in ("caption", "caption_swapped"))
         numbers = shown(row)
-        assert sorted(said) == sorted(counted(name, ENTRIES[name].number, n) for name, n in numbers.items())
+        assert sorted(said) == sorted(count_phrase(name, ENTRIES[name].number, n) for name, n in numbers.items())
         (swap,) = [b for a, b in zip(said, wrong, strict=True) if a != b]
         assert swap not in said
 
@@ -175,10 +175,10 @@ def test_probes_are_pairs_that_trade_one_noun(probes: list[Row], rows: dict[str,
         assert right == wrong
         for row in (one, other):
             named, _, scenery = row["caption"].partition(" on ")
-            assert scenery == f"{noun(row['background'])} background"
+            assert scenery == f"{with_article(row['background'])} background"
             numbers = shown(row)
             phrases = re.split(r", | and ", named)
-            assert sorted(phrases) == sorted(counted(name, ENTRIES[name].number, n) for name, n in numbers.items())
+            assert sorted(phrases) == sorted(count_phrase(name, ENTRIES[name].number, n) for name, n in numbers.items())
             traded = re.split(r", | and ", row["caption_swapped"].partition(" on ")[0])
             (swap,) = [b for a, b in zip(phrases, traded, strict=True) if a != b]
             assert swap in (other if row is one else one)["caption"]
@@ -252,9 +252,9 @@ def test_edits_change_facts_that_were_learned(built: Path, rows: dict[str, list[
     facts = {(row["image"], text): answer for row, _, text, answer in pairs(learned)}
     read = read_edits(built / "edits.json")
     assert not read.rejections
-    assert read.rewrites
-    assert len({each.question.group for each in read.rewrites}) == len(read.rewrites)
-    for each in read.rewrites:
+    assert read.requests
+    assert len({each.question.group for each in read.requests}) == len(read.rewrites)
+    for each in read.requests:
         image = f"images/{each.question.images[0].name}"
         assert facts[image, each.question.text] == each.question.answer
         assert each.new_answer != each.question.answer
@@ -321,7 +321,7 @@ def test_answers_are_even(rows: dict[str, list[Row]]) -> None:
     for kind in ("yes_no", "presence", "caption_match", "left_right"):
         one, other = answers[kind].values()
         assert one == other, kind
-    assert set(answers["category"].values()) == {SMALL.test["category"] // len(PHRASES)}
+    assert set(answers["category"].values()) == {SMALL.test["category"] // len(CATEGORY_PHRASES)}
     assert set(answers["count"].values()) == {SMALL.test["count"] // 5}
     for kind in ("category", "colour", "flag_continent", "flag_country"):
         assert max(answers[kind].values()) <= 0.35 * answers[kind].total(), kind
@@ -392,7 +392,7 @@ def test_licence_and_manifest(built: Path, rows: dict[str, list[Row]]) -> None:
 @needs_packages
 def test_same_seed_same_bytes_other_seed_other_rows(tmp_path: Path) -> None:
     first = build_nano_data(tmp_path / "a", sizes=TINY)
-    _drawn.cache_clear()  # else the second build would not draw anything itself
+    _load_sources.cache_clear()  # else the second build would not draw anything itself
     again = build_nano_data(tmp_path / "b", sizes=TINY)
     other = build_nano_data(tmp_path / "c", sizes=TINY, seed=1)
     files = sorted(path.relative_to(first) for path in first.rglob("*") if path.is_file())
@@ -438,11 +438,11 @@ def test_command_line_builds_the_small_set(tmp_path: Path, built: Path) -> None:
     assert (tmp_path / "data" / "test.json").read_bytes() == (built / "test.json").read_bytes()
 
 
-def _stamp(folder: Path, place: str, caption: str | None, colour: tuple[int, int, int, int]) -> None:
+def _stamp(folder: Path, place: str, caption: str | None, color: tuple[int, int, int, int]) -> None:
     path = folder / place
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = Image.new("RGBA", (60, 40))
-    picture.paste(colour, (10, 5, 50, 35))
+    picture.paste(color, (10, 5, 50, 35))
     picture.save(path)
     if caption is not None:
         path.with_suffix(".txt").write_text(caption + "\nde.utf8=Irgendwas\n", "utf-8")
@@ -465,7 +465,7 @@ def stamps(tmp_path: Path) -> Path:
 
 def test_stamps_become_things_and_the_rest_is_counted(stamps: Path) -> None:
     things, rejected = load_stamps(stamps, 160)
-    assert [(thing.name, thing.category, thing.group, thing.colour) for thing in things] == [
+    assert [(thing.name, thing.category, thing.group, thing.color) for thing in things] == [
         ("ferret", "animal", "ferret", "brown"),
         ("poodle", "animal", "dog", "white"),
         ("green fig", "food", "fig", "green"),
@@ -534,24 +534,28 @@ def test_plurals(name: str, many: str) -> None:
 
 
 def test_nouns_and_lists() -> None:
-    assert [noun("owl"), noun("hourglass"), noun("horse")] == ["an owl", "an hourglass", "a horse"]
-    assert [noun("rice", "mass"), noun("grapes", "many")] == ["rice", "grapes"]
-    assert listed(["a cat", "two dogs", "rice"]) == "a cat, two dogs and rice"
+    assert [with_article("owl"), with_article("hourglass"), with_article("horse")] == [
+        "an owl",
+        "an hourglass",
+        "a horse",
+    ]
+    assert [with_article("rice", "mass"), with_article("grapes", "many")] == ["rice", "grapes"]
+    assert join_phrases(["a cat", "two dogs", "rice"]) == "a cat, two dogs and rice"
 
 
 @pytest.mark.parametrize("name", sorted(BACKGROUNDS))
 def test_a_plain_patch_has_the_name_of_its_colour(name: str) -> None:
-    assert dominant_colour(Image.new("RGBA", (20, 20), (*BACKGROUNDS[name], 255))) == name
+    assert dominant_color(Image.new("RGBA", (20, 20), (*BACKGROUNDS[name], 255))) == name
 
 
 def test_no_colour_dominates_halves_or_outlines() -> None:
     halves = Image.new("RGBA", (20, 20), (*BACKGROUNDS["red"], 255))
     halves.paste((*BACKGROUNDS["blue"], 255), (0, 0, 20, 10))
-    assert dominant_colour(halves) is None
-    assert dominant_colour(Image.new("RGBA", (20, 20), (0, 0, 0, 255))) is None
+    assert dominant_color(halves) is None
+    assert dominant_color(Image.new("RGBA", (20, 20), (0, 0, 0, 255))) is None
     framed = Image.new("RGBA", (20, 20), (0, 0, 0, 255))
     framed.paste((*BACKGROUNDS["red"], 255), (5, 5, 15, 15))
-    assert dominant_colour(framed) == "red"
+    assert dominant_color(framed) == "red"
 
 
 @example([1, 1, 1, 1, 1, 1, 9, 9], 0)
@@ -575,7 +579,7 @@ def test_splits_keep_groups_whole_and_train_the_largest(sizes: list[int], seed: 
 
 @given(st.integers(2, 7), st.integers(1, 60), st.randoms(use_true_random=False))
 def test_a_deck_comes_out_even(cards: int, draws: int, rng: Any) -> None:
-    deck = Deck(range(cards), rng)
+    deck = ShuffledCycle(range(cards), rng)
     counts = Counter(deck.draw() for _ in range(draws))
     assert max(counts.values()) - min(counts[card] for card in range(cards)) <= 1
     assert all(deck.draw(avoid=[0]) != 0 for _ in range(2 * cards))

@@ -20,7 +20,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.nano.model.nano import MANIFEST, build_nano, main
+from lightning_mm.nano.model.__main__ import main
+from lightning_mm.nano.model.build import MANIFEST, build_nano_model
 from lightning_mm.nano.model.parts import DINOV2, SMOLLM2, Part, _rotate_halves, locate
 from lightning_mm.testing.tiny_processors import chatml
 
@@ -120,14 +121,14 @@ def test_a_prefix_of_the_talk_is_a_prefix_of_the_text(talk: list[dict[str, Any]]
 @pytest.mark.parametrize("options", [{"image_size": 100}, {"image_size": 0}, {"vision_feature_layer": 13}])
 def test_options_out_of_range_are_refused_before_any_work(options: dict[str, int], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
-        build_nano(tmp_path / "nano", **options)
+        build_nano_model(tmp_path / "nano", **options)
     assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_of_someone_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("...")
     with pytest.raises(UserError, match="is taken"):
-        build_nano(tmp_path)
+        build_nano_model(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
@@ -150,7 +151,7 @@ def nano(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             locate(part, None, folder)
     except UserError as error:
         pytest.skip(str(error))
-    yield build_nano(folder / "nano")
+    yield build_nano_model(folder / "nano")
     for path in (folder / "nano").iterdir():
         path.unlink()
 
@@ -231,7 +232,7 @@ def test_the_language_model_is_the_one_that_transformers_reads(loaded: tuple[Any
 def test_a_second_call_returns_at_once(nano: Path, tmp_path: Path) -> None:
     stamp = (nano / "model.safetensors").stat().st_mtime_ns
     # Parts that do not exist are not missed.
-    assert build_nano(nano, llm=tmp_path / "none", vision=tmp_path / "none") == nano
+    assert build_nano_model(nano, llm=tmp_path / "none", vision=tmp_path / "none") == nano
     assert (nano / "model.safetensors").stat().st_mtime_ns == stamp
 
 
@@ -242,7 +243,7 @@ def test_a_damaged_folder_is_built_anew_to_the_same_bytes(nano: Path, tmp_path: 
     before = digests(nano)
     (nano / "config.json").unlink()
     torch.manual_seed(123)
-    build_nano(nano)
+    build_nano_model(nano)
     assert digests(nano) == before
     assert MANIFEST in before
     assert [p.name for p in nano.parent.iterdir()] == [nano.name]

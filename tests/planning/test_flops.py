@@ -1,7 +1,7 @@
 """The floor against torch's own counter: every policy on every family, a step that was really computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,20 +14,24 @@ from transformers import AutoConfig, Qwen3VLMoeConfig, Qwen3VLMoeForConditionalG
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.execution.step import Compute
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention import cpu_kernels
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone
-from lightning_mm.planning.flops import StepCost, StepShape, step_flops
-from lightning_mm.planning.meta_modes import skeleton_of, without_weights
-from lightning_mm.planning.meta_trace import tally
-from lightning_mm.planning.plan import as_run
+from lightning_mm.planning.cost_estimate import executed_flops
+from lightning_mm.planning.flops import StepCost, step_flops
+from lightning_mm.planning.meta_modes import meta_weights, skeleton_of
+from lightning_mm.planning.meta_trace import trace_step
+from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import apply_plan, unread_tensors
-from tests.tuning.test_policies import POLICIES, Data, Family, batch_of
+from lightning_mm.tuning.apply import apply_plan
+from lightning_mm.tuning.unused_parameters import unused_parameters
+from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.training import POLICIES
 
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -39,9 +43,9 @@ def prepared(folder: Path, policy: TuningPolicy, batch: Batch, packing: bool = F
     module = MMModule(backbone, policy, compute=Compute(packing=packing))
     module.unread = ()
     module.configure_model()
-    module.unread = unread_tensors(module.model, module.anatomy, lambda: module.objective(batch).nll)
+    module.unread = unused_parameters(module.mm, lambda: module.objective(batch).nll)
     module._drop_unread()
-    cut_tower(module.model, module.anatomy, batch)
+    truncate_tower(module.mm, batch, ExitStack())
     return module
 
 
@@ -68,7 +72,7 @@ def test_floor_is_what_a_step_computes_and_nothing_below_it_is_saved(
     """To the last operation; 1e-3, since Mllama also multiplies its masks, which no weight takes part in."""
     batch = batch_of(family(name), data)
     module = prepared(family(name), POLICIES[policy], batch)
-    found = StepCost.of(module.model, module.anatomy, module.plan, batch).at(StepShape.of(batch, padded=True))
+    found = StepCost.of(module.mm, module.plan, batch).at(StepShape.of(batch, padded=True))
     with saving(module.model, frozen_below(module)) as saved:
         expected = counted(module, batch)
     assert found.floor == pytest.approx(expected, rel=1e-3 if name == "mllama" else 1e-9)
@@ -83,7 +87,7 @@ def test_without_padding_only_attention_sees_it(
     """And where gradients flow, not even that, if each row is attended to alone."""
     batch = batch_of(family(name), data)
     module = prepared(family(name), IntermediateOnly(layers="1-2"), batch, packing=True, eager=False)
-    cost = StepCost.of(module.model, module.anatomy, module.plan, batch)
+    cost = StepCost.of(module.mm, module.plan, batch)
     real, padded = StepShape.of(batch), StepShape.of(batch, padded=True)
     assert real.tokens < padded.tokens
     if not alone:
@@ -91,9 +95,9 @@ def test_without_padding_only_attention_sees_it(
     with saving(module.model, frozen_below(module)) as saved:
         expected = counted(module, batch)
     assert not saved
-    assert as_run(cost, [batch], packed=True, processor=True).floor == pytest.approx(expected, rel=1e-9)
+    assert executed_flops(cost, [batch], packed=True, on_cpu=True).floor == pytest.approx(expected, rel=1e-9)
     in_rows = cost.at(replace(padded, tokens=real.tokens)).floor
-    assert as_run(cost, [batch], packed=True, processor=False).floor == in_rows
+    assert executed_flops(cost, [batch], packed=True, on_cpu=False).floor == in_rows
     assert cost.at(real).floor < expected <= in_rows
     assert (expected < in_rows) == alone
 
@@ -102,7 +106,7 @@ def test_without_padding_only_attention_sees_it(
 def test_one_batch_tells_the_cost_of_another(name: str, family: Family, data: Data) -> None:
     """Text does not grow with pictures of one size here, so two batches of other sizes are foretold exactly."""
     module = prepared(family(name), Full(vision="full"), first := batch_of(family(name), data, 2))
-    cost = StepCost.of(module.model, module.anatomy, module.plan, first)
+    cost = StepCost.of(module.mm, module.plan, first)
     for size in (1, 3):
         batch = batch_of(family(name), data, size)
         expected = cost.at(StepShape.of(batch, padded=True)).floor
@@ -113,7 +117,7 @@ def test_shapes_add(family: Family, data: Data) -> None:
     folder = family("llava")
     batch = batch_of(folder, data)
     module = prepared(folder, IntermediateOnly(layers="1-2"), batch)
-    cost = StepCost.of(module.model, module.anatomy, module.plan, batch)
+    cost = StepCost.of(module.mm, module.plan, batch)
     one = StepShape.of(batch)
     assert cost.at(one + one).floor == pytest.approx(2 * cost.at(one).floor)
     assert one.pairs < StepShape.of(batch, padded=True).pairs
@@ -123,7 +127,7 @@ def test_parts_are_the_whole_and_the_prefix_is_forward_only(family: Family, data
     folder = family("llava")
     batch = batch_of(folder, data)
     module = prepared(folder, IntermediateOnly(layers="1-2"), batch)
-    flops = step_flops(module.model, module.anatomy, module.plan, batch)
+    flops = step_flops(module.mm, module.plan, batch)
     parts = flops.parts(module.plan)
     assert sum(part.total for part in parts.values()) == pytest.approx(flops.floor)
     for name in ("vision", "connector", "layers below"):
@@ -142,7 +146,7 @@ def test_the_model_and_the_generator_are_left_as_they_are(family: Family, data: 
     module = prepared(folder, LoRAOnMiddle(layers="1-2"), batch)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     generator, hooks = torch.get_rng_state(), sum(len(m._forward_hooks) for m in module.modules())
-    StepCost.of(module.model, module.anatomy, module.plan, batch)
+    StepCost.of(module.mm, module.plan, batch)
     assert torch.equal(generator, torch.get_rng_state())
     assert hooks == sum(len(m._forward_hooks) for m in module.modules())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -155,11 +159,11 @@ def test_blocks_alike_are_rehearsed_once_with_equal_findings(name: str, family: 
     found = []
     for once in (True, False):
         skeleton = skeleton_of(module.model)
-        with without_weights():
-            apply_plan(skeleton, module.anatomy, module.plan)
-        done = tally(skeleton, module.anatomy, batch, once=once)
-        places = StepCost.of_tally(done).at(StepShape.of(batch)).places
-        found.append((dict(places), sum(kept.size for kept in done.kept)))
+        with meta_weights():
+            apply_plan(MultimodalModel(skeleton, module.mm.layout), module.plan)
+        done = trace_step(skeleton, module.mm.layout, batch, equal_once=once)
+        places = StepCost.of_trace(done).at(StepShape.of(batch)).by_part
+        found.append((dict(places), sum(saved.size for saved in done.saved)))
     assert found[0][0].keys() == found[1][0].keys()
     for place, products in found[0][0].items():
         assert products.total == pytest.approx(found[1][0][place].total)
@@ -170,7 +174,7 @@ def test_blocks_alike_are_rehearsed_once_with_equal_findings(name: str, family: 
 def test_adapters_of_any_kind(lora: LoRA, family: Family, data: Data) -> None:
     batch = batch_of(family("llava"), data)
     module = prepared(family("llava"), LoRAOnMiddle(layers="1-2", lora=lora), batch)
-    cost = StepCost.of(module.model, module.anatomy, module.plan, batch)
+    cost = StepCost.of(module.mm, module.plan, batch)
     assert cost.at(StepShape.of(batch, padded=True)).floor == pytest.approx(counted(module, batch), rel=1e-9)
 
 
@@ -179,12 +183,12 @@ def test_mixtures_count_the_experts_that_a_token_is_sent_to(family: Family, data
     folder = family("qwen3_vl")
     text, batch = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}, batch_of(folder, data)
     model = mixture(folder, text)
-    anatomy = Anatomy.of(model)
-    plan = IntermediateOnly(layers="1-2").plan(anatomy)
-    apply_plan(model, anatomy, plan)
-    found = StepCost.of(model, anatomy, plan, batch).at(StepShape.of(batch, padded=True)).floor
+    layout = ModelLayout.of(model)
+    plan = IntermediateOnly(layers="1-2").plan(layout)
+    apply_plan(MultimodalModel(model, layout), plan)
+    found = StepCost.of(MultimodalModel(model, layout), plan, batch).at(StepShape.of(batch, padded=True)).floor
     with FlopCounterMode(display=False) as counter:
-        supervised_nll(model, model.get_submodule(anatomy.head), batch).nll.backward()
+        supervised_nll(model, model.get_submodule(layout.head), batch).nll.backward()
     width, tokens = model.config.get_text_config().hidden_size, batch.regions.numel()
     experts = 2 * tokens * 2 * (width * 2 * 32 + 32 * width)  # FLOPs of one layer's, forward
     # Forward in four layers; inputs' gradients in the three from layer 1 up, weights' in two.
@@ -206,11 +210,11 @@ def mixture(folder: Path, text: dict[str, int]) -> Any:
 
 def frozen_below(module: MMModule) -> list[str]:
     """Blocks that nothing trainable comes before."""
-    anatomy = module.anatomy
+    layout = module.mm.layout
     named = module.model.named_parameters()
-    trains = {anatomy.place_of(name).region for name, parameter in named if parameter.requires_grad}
-    below = list(anatomy.layers[: module.plan.lowest_layer])
-    return below if Region.VISION in trains else [*anatomy.vision_blocks, *below]
+    trains = {layout.location_of(name).region for name, parameter in named if parameter.requires_grad}
+    below = list(layout.layers[: module.plan.lowest_layer])
+    return below if Region.VISION in trains else [*layout.vision_blocks, *below]
 
 
 @contextmanager

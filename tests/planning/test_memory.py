@@ -8,14 +8,14 @@ import torch
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.loading import Backbone
+from lightning_mm.planning.cost_estimate import CostEstimate, MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
 from lightning_mm.planning.memory import optimizer_bytes
-from lightning_mm.planning.plan import Blueprint, Forecast, Setting, forecast
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.optimizer import build_optimizer, parameter_groups
-from tests.tuning.test_policies import Data, Family, batch_of
+from tests.helpers.data import Data, Family, batch_of
 
 NANO = Path(__file__).parents[2] / "nano"
 POLICIES: dict[str, TuningPolicy] = {
@@ -25,12 +25,12 @@ POLICIES: dict[str, TuningPolicy] = {
 }
 
 
-HERE = replace(DEVICES["h200"], processor=True)
+HERE = replace(DEVICES["h200"], is_cpu=True)
 """Memory is measured on a CPU; how fast it is does not count."""
 
 
-def foretold(folder: Path, policy: TuningPolicy, batch: Batch, setting: Setting = Setting()) -> Forecast:  # noqa: B008
-    return forecast(Blueprint(Backbone(path=str(folder)), batch), policy, [batch], setting, HERE)
+def foretold(folder: Path, policy: TuningPolicy, batch: Batch, setting: RunSettings = RunSettings()) -> CostEstimate:  # noqa: B008
+    return estimate_cost(MetaModel(Backbone(path=str(folder)), batch), policy, [batch], setting, HERE)
 
 
 def measured(folder: Path, policy: TuningPolicy, batch: Batch, checkpointing: bool = False) -> float:
@@ -41,7 +41,7 @@ def measured(folder: Path, policy: TuningPolicy, batch: Batch, checkpointing: bo
     module = MMModule(Backbone(path=str(folder)), policy, activation_checkpointing=checkpointing)
     module.unread = ()
     module.configure_model()
-    groups = parameter_groups(module.model, module.anatomy, module.plan, module.optimizer)
+    groups = parameter_groups(module.mm, module.plan, module.optimizer)
     optimizer = build_optimizer(groups, module.optimizer)
 
     def step() -> None:
@@ -76,7 +76,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_peak_is_foretold(policy: str, checkpointing: bool, wide: Path, data: Data) -> None:
     """Within 15 %."""
     batch = batch_of(wide, data, 4)
-    found = foretold(wide, POLICIES[policy], batch, Setting(checkpointing=checkpointing)).memory.total
+    found = foretold(wide, POLICIES[policy], batch, RunSettings(checkpointing=checkpointing)).memory.total
     assert found == pytest.approx(measured(wide, POLICIES[policy], batch, checkpointing), rel=0.15)
 
 
@@ -92,27 +92,27 @@ def test_peak_of_the_nano_model_is_foretold(policy: TuningPolicy) -> None:
 
 def test_causes_follow_their_options(wide: Path, data: Data) -> None:
     batch = batch_of(wide, data, 4)
-    blueprint = Blueprint(Backbone(path=str(wide)), batch)
+    blueprint = MetaModel(Backbone(path=str(wide)), batch)
 
-    def memory(setting: Setting, policy: TuningPolicy = POLICIES["layers"]) -> Forecast:
-        return forecast(blueprint, policy, [batch], setting, DEVICES["h200"])
+    def memory(setting: RunSettings, policy: TuningPolicy = POLICIES["layers"]) -> CostEstimate:
+        return estimate_cost(blueprint, policy, [batch], setting, DEVICES["h200"])
 
-    plain, ranks = memory(Setting()), memory(Setting(ranks=4))
+    plain, ranks = memory(RunSettings()), memory(RunSettings(ranks=4))
     assert ranks.memory.gradients == 2 * plain.memory.gradients
     assert (plain.traffic, ranks.traffic) == (0, 1.5 * plain.memory.gradients)
     assert plain.checkpoint == plain.memory.gradients + plain.memory.optimizer == 3 * plain.memory.gradients
-    eight = memory(Setting(optimizer="adamw8bit")).memory.optimizer
+    eight = memory(RunSettings(optimizer="adamw8bit")).memory.optimizer
     assert plain.memory.optimizer / 4 < eight < plain.memory.optimizer / 3
-    mixed = memory(Setting(bf16=True))
+    mixed = memory(RunSettings(bf16=True))
     assert mixed.memory.weights < plain.memory.weights
     assert mixed.memory.activations < 0.8 * plain.memory.activations
     assert mixed.flops.floor == pytest.approx(plain.flops.floor)
-    less = memory(Setting(checkpointing=True))
+    less = memory(RunSettings(checkpointing=True))
     assert less.memory.activations < plain.memory.activations
     assert less.run > plain.run >= plain.flops.floor == less.flops.floor
     # And back again: the skeleton that is shared between policies forgets what was done to it.
-    assert memory(Setting()).memory == plain.memory
-    assert memory(Setting(), POLICIES["lora"]).memory.optimizer < plain.memory.optimizer / 5
+    assert memory(RunSettings()).memory == plain.memory
+    assert memory(RunSettings(), POLICIES["lora"]).memory.optimizer < plain.memory.optimizer / 5
 
 
 def test_quantisation_is_of_frozen_linear_weights(family: Family, data: Data) -> None:
@@ -121,7 +121,9 @@ def test_quantisation_is_of_frozen_linear_weights(family: Family, data: Data) ->
     found = {}
     for kind in ("none", "int8", "nf4"):
         backbone = Backbone(path=str(folder), quantization=kind)  # type: ignore[arg-type]
-        found[kind] = forecast(Blueprint(backbone, batch), POLICIES["layers"], [batch], Setting(), DEVICES["h200"])
+        found[kind] = estimate_cost(
+            MetaModel(backbone, batch), POLICIES["layers"], [batch], RunSettings(), DEVICES["h200"]
+        )
     weights = {kind: one.memory.weights for kind, one in found.items()}
     assert weights["nf4"] < weights["int8"] < weights["none"]
     trained = {one.memory.gradients for one in found.values()}

@@ -10,7 +10,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.probes import description_length as module
-from lightning_mm.probes.cross_validation import hashed
+from lightning_mm.probes.cross_validation import hash_uniform
 from lightning_mm.probes.description_length import FRACTIONS, description_length
 
 C_VALUES = [1e-3, 1e-2, 1e-1]
@@ -39,7 +39,7 @@ def test_equals_a_code_made_with_scikit_learn(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(module, "_TOLERANCE", 1e-7)
     x_LND = random_features(1).double()
     labels_N = (x_LND[0, :, 0] + 0.5 * x_LND[0, :, 1] > 0.3).long() + (x_LND[0, :, 2] > 1).long()
-    order = torch.argsort(hashed(torch.arange(400), 0)).numpy()
+    order = torch.argsort(hash_uniform(torch.arange(400), 0)).numpy()
     x, labels, ends = x_LND[0].numpy()[order], labels_N.numpy()[order], blocks(400)
     bits = ends[0] * math.log2(3)
     for start, end in pairwise(ends):
@@ -57,7 +57,7 @@ def test_features_that_say_nothing_cost_what_frequencies_cost(monkeypatch: pytes
     found = description_length(torch.zeros(1, 300, 3), labels_N[None], 2, torch.arange(300), [1.0], seed=0)
     # The closed form: a class that was k of n labels has probability (k + 1/2) / (n + 1).
     told_first, bits = blocks(300)[0], blocks(300)[0] * 1.0
-    in_order = labels_N[torch.argsort(hashed(torch.arange(300), 0))].tolist()
+    in_order = labels_N[torch.argsort(hash_uniform(torch.arange(300), 0))].tolist()
     for start, end in pairwise(blocks(300)):
         ones = (sum(in_order[:start]) + 0.5) / (start + 1)
         bits -= sum(math.log2(ones if label else 1 - ones) for label in in_order[start:end])

@@ -7,16 +7,16 @@ import torch
 from scipy import stats
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from lightning_mm.core.estimate import Estimate, undefined
-from lightning_mm.probes.cross_validation import group_draws
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.probes.cross_validation import bootstrap_weights
 from lightning_mm.probes.intervals import (
-    band,
     benjamini_hochberg,
-    chance_auroc,
-    estimates,
+    bootstrap_estimates,
     mid_ranks,
+    normal_null_band,
     p_value,
     peak,
+    permuted_auroc,
     plateau,
 )
 
@@ -41,8 +41,8 @@ def test_mid_ranks_equal_scipy() -> None:
 def test_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
     right_N = (torch.arange(400) % 5 > 0).float()
     groups_N = torch.arange(400)
-    draws_LB = (group_draws(groups_N, 4000, 0) @ right_N / 400)[None]
-    (found,) = estimates(right_N.mean()[None], draws_LB, n=400, k=2, groups=400)
+    draws_LB = (bootstrap_weights(groups_N, 4000, 0) @ right_N / 400)[None]
+    (found,) = bootstrap_estimates(right_N.mean()[None], draws_LB, n=400, k=2, groups=400)
     reach = 1.96 * math.sqrt(0.8 * 0.2 / 400)
     # The quantiles of 4000 draws have sd of about 4 % of the reach.
     assert found.low == pytest.approx(0.8 - reach, abs=0.15 * reach)
@@ -52,29 +52,29 @@ def test_bootstrap_interval_of_a_mean_is_the_normal_one() -> None:
 def test_samples_of_a_group_count_once() -> None:
     right_N = (torch.arange(100) % 5 > 0).float().repeat_interleave(4)
     groups_N = torch.arange(100).repeat_interleave(4)
-    draws_LB = (group_draws(groups_N, 4000, 0) @ right_N / 400)[None]
-    (found,) = estimates(right_N.mean()[None], draws_LB, n=400, k=2, groups=100)
+    draws_LB = (bootstrap_weights(groups_N, 4000, 0) @ right_N / 400)[None]
+    (found,) = bootstrap_estimates(right_N.mean()[None], draws_LB, n=400, k=2, groups=100)
     reach = 1.96 * math.sqrt(0.8 * 0.2 / 100)
     assert found.low == pytest.approx(0.8 - reach, abs=0.15 * reach)
 
 
 def test_a_faultless_score_is_not_certain() -> None:
-    (found,) = estimates(torch.ones(1), torch.ones(1, 50), n=40, k=2, groups=20)
+    (found,) = bootstrap_estimates(torch.ones(1), torch.ones(1, 50), n=40, k=2, groups=20)
     assert found.low == pytest.approx(stats.binomtest(20, 20).proportion_ci(method="exact").low, rel=1e-9)
     assert found.high == 1
 
 
 def test_intervals_stay_in_range_and_hold_the_value() -> None:
     draws_LB = 0.3 + 0.1 * torch.rand(1, 500, generator=torch.Generator().manual_seed(0))
-    (found,) = estimates(torch.tensor([0.02]), draws_LB, n=30, k=2, groups=30)
+    (found,) = bootstrap_estimates(torch.tensor([0.02]), draws_LB, n=30, k=2, groups=30)
     assert found.low == 0
     assert found.high is not None
     assert 0.02 < found.high < 0.1
 
 
 def test_chance_band_and_p_value() -> None:
-    assert band(0.5, 0.1) == pytest.approx({"null": 0.5, "null_low": 0.304, "null_high": 0.696}, abs=1e-3)
-    assert band(0.9, 0.1)["null_high"] == 1
+    assert normal_null_band(0.5, 0.1) == pytest.approx({"null": 0.5, "null_low": 0.304, "null_high": 0.696}, abs=1e-3)
+    assert normal_null_band(0.9, 0.1)["null_high"] == 1
     assert p_value(0.7, 0.5, 0.1) == pytest.approx(stats.norm.sf(2), rel=1e-6)
     assert p_value(0.9, 0.9, 0.0) == 1
     assert math.isnan(p_value(math.nan, 0.5, 0.1))
@@ -84,7 +84,7 @@ def test_chance_auroc_has_the_spread_of_mann_whitney() -> None:
     generator = torch.Generator().manual_seed(0)
     truth_AN = (torch.arange(60) < 20).long()[None]
     scores_LAN = torch.randn(1, 1, 60, generator=generator)
-    draws_LB = chance_auroc(scores_LAN, truth_AN, torch.zeros(60), torch.arange(60), 4000, 0)
+    draws_LB = permuted_auroc(scores_LAN, truth_AN, torch.zeros(60), torch.arange(60), 4000, 0)
     spread = math.sqrt(61 / (12 * 20 * 40))
     assert float(draws_LB.mean()) == pytest.approx(0.5, abs=4 * spread / 4000**0.5)
     assert float(draws_LB.std()) == pytest.approx(spread, rel=0.06)
@@ -96,7 +96,7 @@ def test_chance_auroc_moves_groups_as_wholes() -> None:
     scores_LAN = torch.randn(1, 1, 60, generator=generator).repeat_interleave(3, 2)
     order_N = torch.randperm(180, generator=generator)
     groups_N = torch.arange(60).repeat_interleave(3)
-    draws_LB = chance_auroc(
+    draws_LB = permuted_auroc(
         scores_LAN[..., order_N], truth_AN[:, order_N], torch.zeros(180), groups_N[order_N], 2000, 0
     )
     # Three equal samples a group: 60 trials, not 180.
@@ -111,7 +111,7 @@ def test_auroc_of_calls_is_balanced_accuracy() -> None:
 
 
 def rows(*levels: float | None) -> list[Estimate]:
-    return [undefined("why", 10) if v is None else Estimate(v, 10, high=v + 0.05) for v in levels]
+    return [Estimate.undefined_because("why", 10) if v is None else Estimate(v, n=10, high=v + 0.05) for v in levels]
 
 
 def test_peak_has_the_layers_where_draws_peak() -> None:
@@ -131,10 +131,10 @@ def test_peak_and_plateau_pass_over_undefined_layers() -> None:
 
 
 def test_a_score_of_nothing_is_not_certain_either() -> None:
-    (found,) = estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20)
+    (found,) = bootstrap_estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20)
     assert found.low == 0
     assert found.high == pytest.approx(stats.binomtest(0, 20).proportion_ci(method="exact").high, rel=1e-9)
-    (loss,) = estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20, most=math.inf)
+    (loss,) = bootstrap_estimates(torch.zeros(1), torch.zeros(1, 50), n=40, k=2, groups=20, most=math.inf)
     assert (loss.low, loss.high) == (0, 0), "a loss is no share of trials"
 
 
@@ -143,6 +143,6 @@ def test_labels_dealt_in_pieces_are_the_same(monkeypatch: pytest.MonkeyPatch) ->
     generator = torch.Generator().manual_seed(0)
     truth_AN, scores_LAN = (torch.rand(3, 60, generator=generator) < 0.3).long(), torch.randn(2, 3, 60).double()
     groups_N, strata_N = torch.arange(60) // 2, torch.arange(60) // 30
-    whole = chance_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0)
+    whole = permuted_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0)
     monkeypatch.setattr("lightning_mm.probes.intervals._ENTRIES", 200)
-    torch.testing.assert_close(chance_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0), whole)
+    torch.testing.assert_close(permuted_auroc(scores_LAN, truth_AN, strata_N, groups_N, 40, 0), whole)

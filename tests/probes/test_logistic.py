@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.probes import logistic
-from lightning_mm.probes.batched_lbfgs import minimise
-from lightning_mm.probes.cross_entropy import Features, Problems
-from lightning_mm.probes.logistic import LinearProbes, fit_multilabel, fit_multinomial, solve
+from lightning_mm.probes.batched_lbfgs import minimize
+from lightning_mm.probes.cross_entropy import LogisticProblems, ProbeFeatures
+from lightning_mm.probes.logistic import LinearProbes, fit_multilabel, fit_multinomial, fit_problems
 
 C_VALUES = [1e-3, 1e-1, 10.0]
 
@@ -94,9 +94,9 @@ def test_each_problem_standardises_with_its_own_training_rows() -> None:
     x_LND = x_LND * torch.logspace(-3, 3, 30, dtype=torch.float64) + 100
     x_LND[..., 4] = 7.0
     train_PN = torch.stack([torch.arange(90) % 3 != part for part in range(3)])
-    features = Features.of(x_LND, standardise=True)
-    problems = Problems(labels_N.expand(3, -1), train_PN, torch.full((1, 3), 0.05, dtype=torch.float64), 3)
-    log_p_LPNK = solve(features, problems, standardise=True, tolerance=1e-9).log_probabilities(features.x)
+    features = ProbeFeatures.of(x_LND, standardize=True)
+    problems = LogisticProblems(labels_N.expand(3, -1), train_PN, torch.full((1, 3), 0.05, dtype=torch.float64), 3)
+    log_p_LPNK = fit_problems(features, problems, standardize=True, tolerance=1e-9).log_probabilities(features.x)
     for part, train_N in enumerate(train_PN.numpy()):
         scaler = StandardScaler().fit(x_LND[0].numpy()[train_N])
         scaled = scaler.transform(x_LND[0].numpy())
@@ -109,9 +109,9 @@ def test_large_means_cost_no_digits() -> None:
     # A rogue dimension of size 1e4 with a spread of 1 has four digits less in float32; the probe must not lose more.
     x_LND, labels_N = data(2, dtype=torch.float32)
     shifted_LND = x_LND.double() + 1e4 * (torch.arange(30) == 3)
-    plain, shifted = (Features.of(x.float(), standardise=True) for x in (x_LND, shifted_LND))
-    problems = Problems(labels_N[None], torch.ones(1, 120, dtype=torch.bool), torch.tensor([[0.1]]), 1)
-    found = [solve(one, problems, standardise=True).log_probabilities(one.x) for one in (plain, shifted)]
+    plain, shifted = (ProbeFeatures.of(x.float(), standardize=True) for x in (x_LND, shifted_LND))
+    problems = LogisticProblems(labels_N[None], torch.ones(1, 120, dtype=torch.bool), torch.tensor([[0.1]]), 1)
+    found = [fit_problems(one, problems, standardize=True).log_probabilities(one.x) for one in (plain, shifted)]
     torch.testing.assert_close(*found, rtol=2e-3, atol=2e-3)
 
 
@@ -127,9 +127,9 @@ def test_how_work_is_cut_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_c_may_differ_between_layers() -> None:
     x_LND, labels_N = data(2)
-    features, everything = Features.of(x_LND, standardise=False), torch.ones(1, 120, dtype=torch.bool)
-    mixed = Problems(labels_N[None], everything, torch.tensor([[0.01], [1.0]], dtype=torch.float64), 1)
-    found = solve(features, mixed, standardise=False, tolerance=1e-9)
+    features, everything = ProbeFeatures.of(x_LND, standardize=False), torch.ones(1, 120, dtype=torch.bool)
+    mixed = LogisticProblems(labels_N[None], everything, torch.tensor([[0.01], [1.0]], dtype=torch.float64), 1)
+    found = fit_problems(features, mixed, standardize=False, tolerance=1e-9)
     for layer, c in enumerate((0.01, 1.0)):
         alone = fit_multinomial(x_LND[layer : layer + 1], labels_N, [c], tolerance=1e-9)
         torch.testing.assert_close(found.objective[layer], alone.objective[0], rtol=1e-10, atol=0)
@@ -174,14 +174,14 @@ def test_one_class_and_separable_classes_stop() -> None:
 
 def test_a_problem_that_does_not_stop_says_so() -> None:
     x_LND, labels_N = data(2)
-    features = Features.of(x_LND, standardise=False)
-    problems = Problems(labels_N[None], torch.ones(1, 120, dtype=torch.bool), torch.tensor([[10.0]]), 1)
-    found = solve(features, problems, standardise=False, tolerance=1e-9, max_steps=3)
+    features = ProbeFeatures.of(x_LND, standardize=False)
+    problems = LogisticProblems(labels_N[None], torch.ones(1, 120, dtype=torch.bool), torch.tensor([[10.0]]), 1)
+    found = fit_problems(features, problems, standardize=False, tolerance=1e-9, max_steps=3)
     assert not found.converged.any()
     assert (found.steps == 3).all()
 
 
-def test_minimise_solves_quadratics_and_stops_each_on_its_own() -> None:
+def test_minimize_solves_quadratics_and_stops_each_on_its_own() -> None:
     generator = torch.Generator().manual_seed(0)
     root_BMM = torch.randn(4, 6, 6, generator=generator, dtype=torch.float64)
     hessian_BMM, target_BM = root_BMM @ root_BMM.mT + torch.eye(6), torch.randn(4, 6, generator=generator).double()
@@ -192,7 +192,7 @@ def test_minimise_solves_quadratics_and_stops_each_on_its_own() -> None:
 
     start_BM = torch.zeros_like(target_BM)
     start_BM[0] = target_BM[0] + 1e-13
-    found = minimise(evaluate, start_BM, lambda g: g.clone(), tolerance=1e-10, max_steps=200)
+    found = minimize(evaluate, start_BM, lambda g: g.clone(), tolerance=1e-10, max_steps=200)
     assert found.converged.all()
     assert int(found.steps[0]) == 0
     assert torch.equal(found.point[0], start_BM[0])
@@ -200,7 +200,7 @@ def test_minimise_solves_quadratics_and_stops_each_on_its_own() -> None:
     torch.testing.assert_close(found.point, target_BM, rtol=0, atol=1e-9)
 
 
-def test_minimise_leaves_a_problem_that_cannot_fall_where_it_is() -> None:
+def test_minimize_leaves_a_problem_that_cannot_fall_where_it_is() -> None:
     asked = []
 
     def evaluate(point_BM: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +209,7 @@ def test_minimise_leaves_a_problem_that_cannot_fall_where_it_is() -> None:
         sign_B1 = torch.tensor([[-1.0], [1.0]])
         return point_BM.square().sum(1), 2 * point_BM * sign_B1
 
-    found = minimise(evaluate, torch.ones(2, 3), lambda g: g.clone(), tolerance=1e-6, max_steps=50)
+    found = minimize(evaluate, torch.ones(2, 3), lambda g: g.clone(), tolerance=1e-6, max_steps=50)
     assert found.converged.tolist() == [False, True]
     # Once no step is found, none is sought again. It may rise by as much as values are rounded.
     assert len(asked) < 60

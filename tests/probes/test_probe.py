@@ -13,8 +13,8 @@ from sklearn.metrics import log_loss, roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
 from lightning_mm.core.estimate import Estimate, values
-from lightning_mm.probes.cross_validation import dealt
-from lightning_mm.probes.logistic import solve
+from lightning_mm.probes.cross_validation import stratified_group_folds
+from lightning_mm.probes.logistic import fit_problems
 from lightning_mm.probes.probe import Kind, probe
 from lightning_mm.probes.result import ProbeResult
 
@@ -36,7 +36,7 @@ def planted(strengths: list[float], n: int = 240, d: int = 24) -> tuple[torch.Te
 def test_equals_a_loop_over_scikit_learn() -> None:
     x_LND, labels_N, groups_N = planted([0.0, 1.0, 3.0], n=600)
     result = probe(x_LND, labels_N, groups_N, kind="multinomial", c_values=C_VALUES, cross_fit=False)
-    part, labels = dealt(labels_N, groups_N, 5, 0).numpy(), labels_N.numpy()
+    part, labels = stratified_group_folds(labels_N, groups_N, 5, 0).numpy(), labels_N.numpy()
     test, choice = part == 0, part == 1
     for layer, x in enumerate(x_LND.numpy()):
         scaler = StandardScaler().fit(x[~test & ~choice])
@@ -58,7 +58,7 @@ def test_equals_a_loop_over_scikit_learn() -> None:
 def test_cross_fitting_tests_every_sample_once() -> None:
     x_LND, labels_N, groups_N = planted([1.0])
     result = probe(x_LND, labels_N, groups_N, kind="multinomial", c_values=[0.01])
-    part, labels, right = dealt(labels_N, groups_N, 5, 0).numpy(), labels_N.numpy(), 0
+    part, labels, right = stratified_group_folds(labels_N, groups_N, 5, 0).numpy(), labels_N.numpy(), 0
     for fold in range(5):
         scaler = StandardScaler().fit(x_LND[0].numpy()[part != fold])
         scaled = scaler.transform(x_LND[0].numpy())
@@ -75,7 +75,7 @@ def test_labels_are_ranked_within_parts_as_scikit_learn_ranks_them() -> None:
     x_LND, groups_N = noise(2, 200, 20), torch.arange(200)
     labels_NK = (x_LND[1, :, :3] + torch.randn(200, 3, generator=generator) > 0.8).long()
     result = probe(x_LND, labels_NK, groups_N, kind="multilabel", c_values=[0.05])
-    part = dealt(labels_NK, groups_N, 5, 0).numpy()
+    part = stratified_group_folds(labels_NK, groups_N, 5, 0).numpy()
     for layer, x in enumerate(x_LND.numpy()):
         areas = []
         for labels in labels_NK.T.numpy():
@@ -330,7 +330,7 @@ def test_probes_that_have_not_converged_are_told(monkeypatch: pytest.MonkeyPatch
     sound = probe(x_LND, labels_N, groups_N, kind="multinomial", c_values=[1.0], compression=compression)
     assert not any("converged" in note for one in sound.estimates for note in one.notes)
     for module in ("cross_validation", "description_length"):
-        monkeypatch.setattr(f"lightning_mm.probes.{module}.solve", partial(solve, max_steps=1))
+        monkeypatch.setattr(f"lightning_mm.probes.{module}.fit_problems", partial(fit_problems, max_steps=1))
     hurried = probe(
         x_LND, labels_N, groups_N, kind="multinomial", c_values=[1.0], control=True, compression=compression
     )

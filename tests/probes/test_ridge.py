@@ -44,14 +44,14 @@ def test_left_out_groups_equal_refits(n: int, d: int) -> None:
         out = (groups_N == group).numpy()
         refit = SkRidge(alpha=2.5).fit(x_LND[0].numpy()[~out], y_NC.numpy()[~out])
         expected = y_NC.numpy()[out] - refit.predict(x_LND[0].numpy()[out])
-        np.testing.assert_allclose(fitted.left_out[0][out], expected, rtol=1e-8, atol=1e-10)
+        np.testing.assert_allclose(fitted.loo_residuals[0][out], expected, rtol=1e-8, atol=1e-10)
 
 
 def test_left_out_samples_are_groups_of_one() -> None:
     x_LND, y_NC = data(20, 6)
     alone = Ridge.fit(x_LND, y_NC, PENALTIES)
     grouped = Ridge.fit(x_LND, y_NC, PENALTIES, groups_N=torch.arange(20).flip(0))
-    torch.testing.assert_close(alone.left_out, grouped.left_out, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(alone.loo_residuals, grouped.loo_residuals, rtol=1e-10, atol=1e-12)
 
 
 def test_within_groups_leave_one_out_leaks() -> None:
@@ -77,7 +77,7 @@ def test_rotations_and_order_change_nothing(seed: int, n: int, d: int) -> None:
     plain = Ridge.fit(x_LND, y_NC, [0.5, 5.0])
     changed = Ridge.fit((x_LND @ turn_DD)[:, order_N], y_NC[order_N], [0.5, 5.0])
     # Condition numbers reach 1e4 here, float64 keeps 16 digits.
-    torch.testing.assert_close(changed.left_out, plain.left_out[:, order_N], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(changed.loo_residuals, plain.loo_residuals[:, order_N], rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(changed.predict(x_LND @ turn_DD), plain.predict(x_LND), rtol=1e-8, atol=1e-8)
 
 
@@ -113,7 +113,7 @@ def test_a_layer_that_is_not_finite_leaves_the_others_alone() -> None:
     broken_LND = torch.cat([x_LND, x_LND[:1]])
     broken_LND[2, 3, 1] = torch.inf
     plain, found = Ridge.fit(x_LND, y_NC, PENALTIES), Ridge.fit(broken_LND, y_NC, PENALTIES)
-    for name in ("weight", "bias", "penalty", "left_out", "errors"):
+    for name in ("weight", "bias", "penalty", "loo_residuals", "errors"):
         torch.testing.assert_close(getattr(found, name)[:2], getattr(plain, name), rtol=0, atol=0)
         assert getattr(found, name)[2].isnan().all()
 
@@ -123,8 +123,8 @@ def test_a_group_has_no_say_in_the_penalty_that_it_is_judged_by() -> None:
     x_LND, y_NC = data(24, 5, layers=1, targets=1)
     groups_N = torch.arange(24) // 3
     fitted = Ridge.fit(x_LND, y_NC, PENALTIES, groups_N=groups_N)
-    alone = [Ridge.fit(x_LND, y_NC, [penalty], groups_N=groups_N).left_out[0] for penalty in PENALTIES]
+    alone = [Ridge.fit(x_LND, y_NC, [penalty], groups_N=groups_N).loo_residuals[0] for penalty in PENALTIES]
     for group in range(8):
         others = [float(left_out[groups_N != group].square().sum()) for left_out in alone]
         chosen = alone[others.index(min(others))]
-        torch.testing.assert_close(fitted.left_out[0][groups_N == group], chosen[groups_N == group])
+        torch.testing.assert_close(fitted.loo_residuals[0][groups_N == group], chosen[groups_N == group])

@@ -132,14 +132,14 @@ def test_information_is_the_entropy_that_the_probe_takes_away() -> None:
     shares = np.bincount(labels_N.numpy(), minlength=K) / len(labels_N)
     entropy = -sum(share * math.log2(share) for share in shares if share > 0)
     expected = [entropy - loss / math.log(2) for loss in scores.nll(log_p_LNK, labels_N).tolist()]
-    assert scores.information(log_p_LNK, labels_N).tolist() == pytest.approx(expected, rel=1e-12)
+    assert scores.v_information(log_p_LNK, labels_N).tolist() == pytest.approx(expected, rel=1e-12)
     times_BN = torch.randint(0, 4, (3, 80), generator=torch.Generator().manual_seed(3)).double()
     for draw, times_N in enumerate(times_BN.long()):
         rows = torch.repeat_interleave(torch.arange(80), times_N)
-        by_row = scores.information(log_p_LNK[:, rows], labels_N[rows])
-        torch.testing.assert_close(scores.information(log_p_LNK, labels_N, times_BN)[:, draw], by_row)
+        by_row = scores.v_information(log_p_LNK[:, rows], labels_N[rows])
+        torch.testing.assert_close(scores.v_information(log_p_LNK, labels_N, times_BN)[:, draw], by_row)
     certain = torch.full((1, 80, K), -60.0).double().scatter(2, labels_N[None, :, None], 0.0)
-    assert float(scores.information(certain, labels_N)) == pytest.approx(entropy, rel=1e-9)
+    assert float(scores.v_information(certain, labels_N)) == pytest.approx(entropy, rel=1e-9)
 
 
 def test_ranking_many_samples_takes_little_memory() -> None:

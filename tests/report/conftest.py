@@ -7,9 +7,10 @@ import random
 import pytest
 import wandb
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
+from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.run_directory import RunDirectory
 
 TOTAL, TRAINED, STEPS = 30, tuple(range(7, 15)), (0, 20, 100, 250, 400, 500)
 CONSTANT = "constant: all 240 samples coincide"
@@ -79,7 +80,7 @@ def rows_of(step, measures=MEASURES, seed=0, steps=STEPS):
             value = min(value, top)
             near = {} if null is None else {"null": null, "null_low": null - 0.045, "null_high": null + 0.045}
             ends = {"low": value - half, "high": min(value + half, top)}
-            note = "3 duplicates were left out" if measure == "overlap" else ""
+            note = ("3 duplicates were left out",) if measure == "overlap" else ()
             k = 10 if "overlap" in measure else None
             rows.append(LayerRow(step, analysis, measure, site, layer, value, **ends, **near, n=240, k=k, notes=note))
     return rows
@@ -179,7 +180,7 @@ def nobody_is_logged_in(monkeypatch, tmp_path):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
-    decide.clear()
+    decision_log().clear()
     wandb.teardown()  # W&B keeps the settings it read first
     yield
     wandb.teardown()

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import append_layers
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from tests.helpers.causal_files import effects, overlay_of, trace_of, traced_rows
 from tests.helpers.page import Page

@@ -13,7 +13,8 @@ import pytest
 from PIL import EpsImagePlugin, Image, ImageOps
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
+from lightning_mm.core.io import append_jsonl, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from lightning_mm.report.sections.samples import thumbnail
 from lightning_mm.report.tables.curves import read_curves

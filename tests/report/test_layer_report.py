@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from tests.helpers.page import Page
 

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import pytest
 
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow, read_layers
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures import theme
 from lightning_mm.report.sections import selection
 from lightning_mm.report.sections.layers import layer_section
@@ -28,7 +29,7 @@ def seen(rows, trained=TRAINED, names=NAMES, bad=0):
 def test_a_headline_says_peak_change_chance_and_place():
     sure = {"null": 0.5, "null_low": 0.45, "null_high": 0.55, "n": 1234}
     early = [row(0, i, v, low=v - 0.05, high=v + 0.05, **sure) for i, v in enumerate([0.5, 0.6, 0.55, 0.5, 0.5, 0.5])]
-    sure |= {"notes": "five parts; the peak is at layer 2 to 4 in 95 % of resamples"}
+    sure |= {"notes": ("five parts", "the peak is at layer 2 to 4 in 95 % of resamples")}
     late = [row(9, i, v, low=v - 0.05, high=v + 0.05, **sure) for i, v in enumerate([0.5, 0.6, 0.7, 0.9, 0.5, 0.5])]
     told = seen([*early, *late])
     (line,) = told.headlines

@@ -7,20 +7,15 @@ import pytest
 import torch
 
 from lightning_mm.core import distributed
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.distributed import run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.layer_selection import gradient_criteria
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.training import auto_layers
 from lightning_mm.tuning import IntermediateOnly
-from tests.callbacks.test_inspection import probed
+from tests.helpers.data import Data, Family
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
-
-__all__ = ["probed"]  # a fixture
-
-Data = dict[str, Path]
 
 
 def test_what_one_rank_fails_with_is_known_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -62,7 +57,7 @@ def test_auto_goes_on_without_gradients(
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    decide.clear()
+    decision_log().clear()
     monkeypatch.setattr(gradient_criteria, "gradient_scores", full)
     options = AutoRange(resamples=2, batches=2, criteria=("influence", "rgn"))
     module, _ = train(
@@ -70,6 +65,6 @@ def test_auto_goes_on_without_gradients(
     )
     assert module.selection is not None
     assert [c.name for c in module.selection.criteria] == ["influence"]
-    assert [(d.value, "out of memory" in d.reason) for d in decide if d.name == "auto.criteria"] == [
+    assert [(d.value, "out of memory" in d.reason) for d in decision_log() if d.name == "auto.criteria"] == [
         ("without gradients", True)
     ]

@@ -11,9 +11,8 @@ from torch import Tensor
 from lightning_mm.core.errors import UserError
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, TuningPolicy
 from lightning_mm.tuning.optimizer import OptimizerSettings
-from tests.conftest import make_rows
+from tests.helpers.data import Family, make_rows
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
 
 
 class Gradients(Callback):
@@ -80,7 +79,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer(
     before: dict[str, Tensor] = {}
 
     def poison(module) -> None:  # type: ignore[no-untyped-def]
-        head = module.model.get_submodule(module.anatomy.head)
+        head = module.model.get_submodule(module.mm.layout.head)
         head.weight.data[0, 0] = float("inf")
         before.update({n: p.detach().clone() for n, p in module.trainable.items()})
 

@@ -5,42 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import load_model
 from lightning_mm.training.checkpoint import read_checkpoint
-from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle
+from lightning_mm.tuning import Full, IntermediateOnly
 from lightning_mm.tuning.optimizer import OptimizerSettings
-from tests.conftest import make_rows
-from tests.helpers.training import train
-from tests.tuning.test_policies import Family
-
-Data = dict[str, Path]
-DROPOUT = LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.3))
-"""Dropout draws from the global generator at every step: a resumed run without its state would differ."""
-
-
-class SaveAt(Callback):
-    """Saves after an optimizer step, and ends the run there as a kill would: nothing after it is kept."""
-
-    def __init__(self, step: int, path: Path) -> None:
-        self.step, self.path = step, path
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        if trainer.global_step == self.step and not self.path.exists():
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
-
-
-class Losses(Callback):
-    def __init__(self) -> None:
-        self.by_step: dict[int, float] = {}
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        if "train/loss" in trainer.callback_metrics:  # not before the first optimizer step
-            self.by_step[trainer.global_step] = float(trainer.callback_metrics["train/loss"])
+from tests.helpers.data import Data, Family, make_rows
+from tests.helpers.training import DROPOUT, Losses, SaveAt, train
 
 
 @pytest.mark.parametrize(("workers", "accumulate"), [(0, 1), (0, 2), (2, 1), (2, 2)])
@@ -104,7 +77,7 @@ def test_another_base_model_is_refused(family: Family, data: Data, tmp_path: Pat
 
 def test_the_rate_asked_for_counts_and_is_said(family: Family, data: Data, tmp_path: Path) -> None:
     path = saved(family, data, tmp_path)
-    decide.clear()
+    decision_log().clear()
     settings = OptimizerSettings(lr=5e-4, schedule="constant", warmup=0)
     _, trainer = train(
         family("llava"),
@@ -116,7 +89,7 @@ def test_the_rate_asked_for_counts_and_is_said(family: Family, data: Data, tmp_p
         max_steps=4,
     )
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {5e-4}
-    said = [str(decision) for decision in decide]
+    said = [str(decision) for decision in decision_log()]
     assert any("model.optimizer.lr: 0.0005" in line and "0.01" in line for line in said)
 
 

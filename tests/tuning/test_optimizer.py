@@ -13,8 +13,8 @@ from lightning_mm.models.loading import Backbone
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from tests.helpers.data import Family, batch_of
 from tests.helpers.training import losses_of
-from tests.tuning.test_policies import Family, batch_of
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def configured(folder: Path, tuning: TuningPolicy) -> MMModule:
 def test_what_is_frozen_is_in_four_bits(name: str, wide: Family, data: dict[str, Path]) -> None:
     tuning = IntermediateOnly(layers="1-2", connector="full")
     module = configured(wide(name), tuning)
-    for module_name in module.anatomy.linears - {module.anatomy.head}:
+    for module_name in module.mm.layout.linears - {module.mm.layout.head}:
         linear = module.model.get_submodule(module_name)
         trained = f"{module_name}.weight" in module.plan.full
         assert isinstance(linear, Linear4bit) != trained, module_name
@@ -47,7 +47,9 @@ def test_what_is_frozen_is_in_four_bits(name: str, wide: Family, data: dict[str,
 
 def test_lora_stands_on_quantised_layers(wide: Family, data: dict[str, Path]) -> None:
     module = configured(wide("llava"), LoRAOnMiddle(layers="1-2", lora=LoRA(r=4)))
-    assert {module.anatomy.place_of(name.removeprefix("model.")).region for name in module.trainable} == {Region.LAYERS}
+    assert {module.mm.layout.location_of(name.removeprefix("model.")).region for name in module.trainable} == {
+        Region.LAYERS
+    }
     module.objective(batch_of(wide("llava"), data)).nll.backward()
     assert all(
         isinstance(parameter, nn.Parameter) and parameter.grad is not None for parameter in module.trainable.values()

@@ -1,7 +1,6 @@
 """Policies on tiny models of five families: what is named trains, nothing else, and the loss is transformers' own."""
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,13 +9,12 @@ from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import (
-    ConnectorOnly,
     EarlyLayers,
     Full,
     IntermediateOnly,
@@ -31,29 +29,8 @@ from lightning_mm.tuning import (
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.census import take_census
 from lightning_mm.tuning.optimizer import OptimizerSettings
-from tests.conftest import FAMILIES
-from tests.helpers.training import train
-
-POLICIES: dict[str, TuningPolicy] = {
-    "full": Full(),
-    "vision too": Full(vision="full"),
-    "intermediate": IntermediateOnly(layers="1-2"),
-    "lora": LoRAOnMiddle(layers="1-2", lora=LoRA(r=4, dropout=0.1)),
-    "connector": ConnectorOnly(),
-    "early": EarlyLayers(budget="1-2"),
-    "late": LateLayers(budget="1-2"),
-    "uniform": UniformSparse(budget="1-2"),
-    "random": RandomLayers(budget="1-2"),
-    "mixed": PerRegion(layers="2", layers_mode="lora", connector="full", norm="full", lora=LoRA(r=2)),
-}
-Family = Callable[[str], Path]
-Data = dict[str, Path]
-
-
-def batch_of(folder: Path, data: Data, size: int = 3) -> Batch:
-    module = MMDataModule(train=str(data["train"]), batch_size=size, num_workers=0, processor=str(folder))
-    module.setup("fit")
-    return next(iter(module.train_dataloader()))
+from tests.helpers.data import FAMILIES, Data, Family, batch_of
+from tests.helpers.training import POLICIES, configured, train
 
 
 def labels_of(batch: Batch) -> Tensor:
@@ -67,8 +44,8 @@ def test_loss_is_that_of_transformers(name: str, family: Family, data: Data) -> 
     """1e-5: the same fp32 arithmetic, with the head's matrix product over fewer rows."""
     model = load_model(Backbone(path=str(family(name))))
     batch = batch_of(family(name), data)
-    anatomy = Anatomy.of(model)
-    ours = supervised_nll(model, model.get_submodule(anatomy.head), batch)
+    layout = ModelLayout.of(model)
+    ours = supervised_nll(model, model.get_submodule(layout.head), batch)
     theirs = model(**batch.inputs, labels=labels_of(batch)).loss
     torch.testing.assert_close(ours.nll / ours.num_tokens, theirs, atol=1e-5, rtol=1e-5)
 
@@ -104,7 +81,9 @@ def test_nothing_below_the_boundary_is_saved_for_backward(name: str, policy: str
     saved = saved_by_block(module, batch_of(family(name), data))
     built_in = name == "qwen2_5_vl" and module.plan.modes[Region.CONNECTOR] == "full"  # its connector is in the tower
     assert (saved.pop("vision") == 0) != built_in
-    assert [block for block, count in saved.items() if count] == list(module.anatomy.layers[module.plan.lowest_layer :])
+    assert [block for block, count in saved.items() if count] == list(
+        module.mm.layout.layers[module.plan.lowest_layer :]
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -113,7 +92,7 @@ def test_checkpointing_keeps_the_boundary_and_the_gradients(name: str, family: F
     plain = configured(family(name), IntermediateOnly(layers="1-2"))
     recomputed = configured(family(name), IntermediateOnly(layers="1-2"), activation_checkpointing=True)
     saved, fewer = saved_by_block(plain, batch), saved_by_block(recomputed, batch)
-    assert fewer["vision"] == fewer[plain.anatomy.layers[0]] == 0
+    assert fewer["vision"] == fewer[plain.mm.layout.layers[0]] == 0
     assert sum(fewer.values()) < sum(saved.values())
     for module in (plain, recomputed):
         module.eval()  # dropout would draw other numbers in the two runs
@@ -123,15 +102,9 @@ def test_checkpointing_keeps_the_boundary_and_the_gradients(name: str, family: F
         assert torch.equal(parameter.grad, recomputed.trainable[name_].grad), name_  # type: ignore[arg-type]
 
 
-def configured(folder: Path, tuning: TuningPolicy, **options: bool) -> MMModule:
-    module = MMModule(Backbone(path=str(folder)), tuning, **options)
-    module.configure_model()
-    return module
-
-
 def saved_by_block(module: MMModule, batch: Batch) -> dict[str, int]:
     """How many tensors autograd saves while each decoder block, and the vision tower, runs."""
-    counts = dict.fromkeys(("vision", *module.anatomy.layers), 0)
+    counts = dict.fromkeys(("vision", *module.mm.layout.layers), 0)
     running: list[str] = []
     handles = []
 
@@ -145,7 +118,7 @@ def saved_by_block(module: MMModule, batch: Batch) -> dict[str, int]:
         return tensor
 
     watch("vision", module.model.get_encoder(modality="image"))
-    for block in module.anatomy.layers:
+    for block in module.mm.layout.layers:
         watch(block, module.model.get_submodule(block))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         module.objective(batch)
@@ -166,13 +139,13 @@ def test_input_gradient_hooks_are_taken_off(family: Family, data: Data, monkeypa
     monkeypatch.setattr(loading_room, "load_model", hooked)
     module = configured(family("llava"), IntermediateOnly(layers="2"))
     saved = saved_by_block(module, batch_of(family("llava"), data))
-    assert saved["vision"] == saved[module.anatomy.layers[0]] == 0
+    assert saved["vision"] == saved[module.mm.layout.layers[0]] == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_modes_follow_what_trains(name: str, family: Family) -> None:
     module = configured(family(name), IntermediateOnly(layers="1-2"))
-    training = [module.model.get_submodule(block).training for block in module.anatomy.layers]
+    training = [module.model.get_submodule(block).training for block in module.mm.layout.layers]
     assert training == [False, True, True, False]
     assert not module.model.get_encoder(modality="image").training
 
@@ -181,7 +154,7 @@ def test_modes_follow_what_trains(name: str, family: Family) -> None:
 def test_parts_and_rates(name: str, family: Family) -> None:
     policy = PerRegion(layers="1", layers_mode="full", parts=["mlp"], connector="full", lr={"connector": 1e-3})
     module = configured(family(name), policy)
-    places = [module.anatomy.place_of(n.removeprefix("model.")) for n in module.trainable]
+    places = [module.mm.layout.location_of(n.removeprefix("model.")) for n in module.trainable]
     assert {p.part for p in places if p.region is Region.LAYERS} == {"mlp"}
     rates = {row.region.split()[0]: row.lr for row in module.census.rows if row.trainable}
     assert rates == {"connector": 1e-3, "layers": module.optimizer.lr}
@@ -208,19 +181,19 @@ def test_a_tied_head_cannot_train_alone(family: Family) -> None:
 
 def test_a_stray_tensor_stops_the_census(family: Family) -> None:
     model = load_model(Backbone(path=str(family("llava"))))
-    anatomy = Anatomy.of(model)
-    plan = IntermediateOnly(layers="1").plan(anatomy)
-    apply_plan(model, anatomy, plan)
-    model.get_submodule(anatomy.layers[3]).mlp.up_proj.weight.requires_grad_(True)
+    layout = ModelLayout.of(model)
+    plan = IntermediateOnly(layers="1").plan(layout)
+    apply_plan(MultimodalModel(model, layout), plan)
+    model.get_submodule(layout.layers[3]).mlp.up_proj.weight.requires_grad_(True)
     with pytest.raises(UserError, match=r"Stray: \['model.language_model.layers.3.mlp.up_proj.weight'\]"):
-        take_census(model, anatomy, plan)
+        take_census(MultimodalModel(model, layout), plan)
 
 
 def test_lora_ranks_per_layer_keep_the_scale(family: Family) -> None:
     lora = LoRA(r=4, alpha=8, rank_per_layer={"2": 8})
     module = configured(family("qwen2_5_vl"), LoRAOnMiddle(layers="1-2", lora=lora))
     for index, rank in ((1, 4), (2, 8)):
-        projection = module.model.get_submodule(module.anatomy.layers[index]).self_attn.q_proj
+        projection = module.model.get_submodule(module.mm.layout.layers[index]).self_attn.q_proj
         assert projection.lora_A["default"].weight.shape[0] == rank
         assert projection.scaling["default"] == 2.0
 
@@ -242,10 +215,10 @@ def test_lora_stays_out_of_the_vision_tower(family: Family) -> None:
 
 
 def test_policies_have_equal_budget(family: Family) -> None:
-    anatomy = Anatomy.of(load_model(Backbone(path=str(family("llava")))))
+    layout = ModelLayout.of(load_model(Backbone(path=str(family("llava")))))
     controls = [EarlyLayers, LateLayers, UniformSparse, RandomLayers]
-    counts = {len(policy(budget="1-2").plan(anatomy).layers) for policy in controls}
-    assert counts == {len(IntermediateOnly(layers="1-2").plan(anatomy).layers)}
+    counts = {len(policy(budget="1-2").plan(layout).layers) for policy in controls}
+    assert counts == {len(IntermediateOnly(layers="1-2").plan(layout).layers)}
 
 
 def test_a_policy_is_a_value() -> None:

@@ -11,15 +11,14 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly
 from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer
-from lightning_mm.tuning.stochastic_adamw import StochasticAdamW, store_
-from tests.helpers.training import train
-from tests.training.test_resume import SaveAt
+from lightning_mm.tuning.stochastic_adamw import StochasticAdamW, stochastic_round_
+from tests.helpers.training import SaveAt, train
 
 
 class InBfloat16(Callback):
@@ -37,7 +36,7 @@ def noise(seed: int = 0) -> torch.Generator:
 def test_a_number_becomes_one_of_its_neighbours_and_keeps_its_mean(value: float) -> None:
     wide = torch.full((4096,), value)
     held = torch.empty(4096, dtype=torch.bfloat16)
-    store_(held, wide.clone(), noise())
+    stochastic_round_(held, wide.clone(), noise())
     down = (wide[:1].view(torch.int32) & -(1 << 16)).view(torch.float32)
     up = ((wide[:1].view(torch.int32) & -(1 << 16)) + (1 << 16)).view(torch.float32)
     assert set(held.float().tolist()) <= {down.item(), up.item()}
@@ -49,9 +48,9 @@ def test_a_number_becomes_one_of_its_neighbours_and_keeps_its_mean(value: float)
 def test_what_bfloat16_can_say_is_left_alone() -> None:
     values = torch.tensor([0.0, -0.0, 1.0, -2.5, float("inf"), float("-inf")])
     held = torch.empty(6, dtype=torch.bfloat16)
-    store_(held, values.clone(), noise())
+    stochastic_round_(held, values.clone(), noise())
     assert torch.equal(held.float(), values)
-    store_(held[:1], torch.tensor([float("nan")]), noise())
+    stochastic_round_(held[:1], torch.tensor([float("nan")]), noise())
     assert held[0].isnan()
 
 
@@ -143,7 +142,7 @@ def test_noise_differs_between_tensors_and_steps() -> None:
     optimizer = StochasticAdamW([nn.Parameter(torch.zeros(1))])
     for step, bucket in ((1, 0), (1, 1), (2, 0), (1, 0)):
         held = torch.empty(2**12, dtype=torch.bfloat16)
-        store_(held, values.clone(), optimizer._noise(torch.device("cpu"), step, bucket))
+        stochastic_round_(held, values.clone(), optimizer._noise(torch.device("cpu"), step, bucket))
         drawn.append(held)
     assert torch.equal(drawn[0], drawn[3])
     assert not torch.equal(drawn[0], drawn[1])
@@ -157,9 +156,9 @@ def test_states_in_bfloat16_need_random_rounding() -> None:
 
 def test_losing_small_updates_is_said() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    decide.clear()
+    decision_log().clear()
     build_optimizer([{"params": [weight], "name": "layers"}], OptimizerSettings())
-    assert any("adamw_sr keeps them" in str(each) for each in decide)
+    assert any("adamw_sr keeps them" in str(each) for each in decision_log())
 
 
 def test_a_run_in_bfloat16_resumes_bit_for_bit(family: Any, data: dict[str, Path], tmp_path: Path) -> None:

@@ -1,8 +1,8 @@
-"""Files of edits: what the model is to answer otherwise, in which other words and pictures, and what must stay.
+"""Reads files of edits: new answers to questions, paraphrases and images to test them with, and answers that must stay.
 
-Data flow: a JSON list or JSONL -> ``read_edits`` -> ``EditFile`` (rewrites, questions that must stay, rejections).
+Data flow: JSON list or JSONL -> ``read_edits`` -> ``EditFile`` (edit requests, locality questions, rejections).
 
-A row is a question with a constraint, in words or spans, as ``constraints`` has it, and
+A row is a question with a constraint, in words or spans, as ``causal.questions.files`` documents it, and
 
     {"id": "1", "question": "What is the capital of the country with this flag?", "image": "flags/fr.png",
      "constraint": "this flag", "answer": "Paris", "new_answer": "Rome",
@@ -10,11 +10,11 @@ A row is a question with a constraint, in words or spans, as ``constraints`` has
      "other_images": ["flags/fr-waving.png"],
      "neighbours": [{"question": "On which continent is the country with this flag?", "image": "flags/fr.png"}]}
 
-    new_answer    what the model is to say. A row without one is a question whose answer must stay, asked after every
-                  edit (unrelated)
+    new_answer    answer that the edited model should give. A row without it is a locality question, asked after every
+                  edit (unrelated), whose answer must not change
     paraphrases   other wordings that should get the new answer too
-    other_images  other pictures of the same thing that should get it too
-    neighbours    question rows near by whose answers must stay; these need no constraint
+    other_images  other images of the same object that should get it too
+    neighbours    related questions whose answers must not change; these need no constraint
 """
 
 from collections.abc import Mapping
@@ -26,42 +26,42 @@ from lightning_mm.causal.questions.files import QuestionReader
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
 
 
 @dataclass(frozen=True)
-class Rewrite:
-    """One question and what it should be answered with.
+class EditRequest:
+    """One edit to make: a question and its new answer.
 
     Args:
-        question: As it is.
-        new_answer: What the model is to say.
-        paraphrases: Other wordings.
-        other_images: Other pictures of the same thing, each in place of the question's own.
-        neighbours: Questions whose answers must stay.
+        question: The edited question, with a constraint.
+        new_answer: Answer that the edited model should give.
+        paraphrases: Other wordings of the question, which should get the new answer too.
+        other_images: Images of the same object, each to replace the question's own, which should get it too.
+        neighbors: Related questions whose answers must not change.
     """
 
     question: Question
     new_answer: str
     paraphrases: tuple[str, ...] = ()
     other_images: tuple[tuple[Path, ...], ...] = ()
-    neighbours: tuple[Question, ...] = ()
+    neighbors: tuple[Question, ...] = ()
 
 
 @dataclass(frozen=True)
 class EditFile:
-    """A file, read.
+    """The contents of a file of edits.
 
     Args:
-        rewrites: In file order.
-        staying: Questions whose answers must stay whatever is edited.
-        rejections: Rows that cannot be used.
-        num_rows: All rows.
+        requests: Edits, in file order.
+        locality: Unrelated questions, whose answers must not change by any edit.
+        rejections: Rows that cannot be used, with reasons.
+        num_rows: Number of rows, usable or not.
     """
 
-    rewrites: tuple[Rewrite, ...]
-    staying: tuple[Question, ...]
+    requests: tuple[EditRequest, ...]
+    locality: tuple[Question, ...]
     rejections: tuple[Rejection, ...]
     num_rows: int
 
@@ -71,76 +71,80 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
 
     Args:
         path: A JSON list or JSONL.
-        image_root: The folder that image paths are relative to; the file's own folder if None.
+        image_root: Folder that image paths are relative to; None: the file's own folder.
 
     Raises:
-        UserError: No such file, or no edit in it.
+        UserError: There is no such file, or it has no usable edit.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"No file of edits {path}.", "It does not exist.", "Check the path given as --edits.")
     root = Path(image_root) if image_root else path.parent
     reader, images = QuestionReader(root), RowReader(root, answers_required=False)
-    rewrites: list[Rewrite] = []
-    staying: list[Question] = []
+    requests: list[EditRequest] = []
+    locality: list[Question] = []
     rejections: list[Rejection] = []
-    for origin, row in conversations.raw_rows(path):
+    for origin, row in conversations.iter_json_rows(path):
         try:
-            made = _row(reader, images, row, origin)
-        except BadRow as error:
+            parsed = _parse_row(reader, images, row, origin)
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
         else:
-            (rewrites if isinstance(made, Rewrite) else staying).append(made)  # type: ignore[arg-type]
-    if not rewrites:
+            (requests if isinstance(parsed, EditRequest) else locality).append(parsed)  # type: ignore[arg-type]
+    if not requests:
         first = "\n    ".join(f"{r.origin}: {r.reason}" for r in rejections[:5]) or "No row has a new_answer."
         raise UserError(
             f"{path} holds no edit that can be made.",
-            f"{len(rejections)} rows cannot be used, {len(staying)} have no new_answer. {first}",
+            f"{len(rejections)} rows cannot be used, {len(locality)} have no new_answer. {first}",
             'Rows look like {"question": "...", "image": "a.png", "constraint": "...", "new_answer": "..."}.',
         )
-    return EditFile(tuple(rewrites), tuple(staying), tuple(rejections), len(rewrites) + len(staying) + len(rejections))
+    return EditFile(
+        tuple(requests), tuple(locality), tuple(rejections), len(requests) + len(locality) + len(rejections)
+    )
 
 
-def _row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> Rewrite | Question:
-    if isinstance(row, BadRow):
+def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> EditRequest | Question:
+    if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     if row.get("new_answer") is None:
-        return _staying(reader, row, origin)
-    question = reader.question(row, origin)[0]
+        return _locality_question(reader, row, origin)
+    question = reader.read_row(row, origin)[0]
     if not question.spans:
-        raise BadRow("no constraint: the key of an edit is read at the last token of its words")
-    near = [_staying(reader, each, f"{origin} neighbours[{i}]") for i, each in enumerate(_list(row, "neighbours"))]
+        raise InvalidRow("no constraint: the key of an edit is read at the last token of its words")
+    near = [
+        _locality_question(reader, each, f"{origin} neighbours[{i}]") for i, each in enumerate(_list(row, "neighbours"))
+    ]
     others = [_images(images, each, f"{origin} other_images[{i}]") for i, each in enumerate(_list(row, "other_images"))]
     paraphrases = [_text({"paraphrases": each}, "paraphrases") for each in _list(row, "paraphrases")]
-    return Rewrite(question, _text(row, "new_answer"), tuple(paraphrases), tuple(others), tuple(near))
+    return EditRequest(question, _text(row, "new_answer"), tuple(paraphrases), tuple(others), tuple(near))
 
 
-def _staying(reader: QuestionReader, row: Any, origin: str) -> Question:
-    """A question whose answer must stay; its constraint is not needed."""
+def _locality_question(reader: QuestionReader, row: Any, origin: str) -> Question:
+    """A question whose answer must not change; it needs no constraint."""
     if not isinstance(row, dict):
-        raise BadRow(f"not an object: {row!r:.60}")
+        raise InvalidRow(f"not an object: {row!r:.60}")
     text = _text(row, "question").strip()
     plain = {key: value for key, value in row.items() if key not in ("constraint", "boxes")}
-    question = reader.question({**plain, "question": text, "spans": [[0, len(text)]]}, origin)[0]
+    question = reader.read_row({**plain, "question": text, "spans": [[0, len(text)]]}, origin)[0]
     return replace(question, spans=())
 
 
 def _images(reader: RowReader, names: Any, origin: str) -> tuple[Path, ...]:
-    told = {"images": names if isinstance(names, list) else [names]}
-    return reader.sample({**told, "conversations": [{"from": "human", "value": "?"}]}, origin).images
+    row = {"images": names if isinstance(names, list) else [names]}
+    return reader.sample({**row, "conversations": [{"from": "human", "value": "?"}]}, origin).images
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return value
 
 
 def _list(row: Mapping[str, Any], key: str) -> list[Any]:
     value = row.get(key) or []
     if not isinstance(value, list):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not a list")
     return value

@@ -1,15 +1,12 @@
-"""What is asked before and after an edit: the question itself, in other words, of other pictures, and what must stay.
+"""Measures of an edit: efficacy, generalization, specificity, EasyEdit's measures, and the general task's loss.
 
-Data flow: rewrites -> ``Scorer.probes`` (everything asked of the model as it is) -> an edit -> ``Scorer.measure`` ->
-one ``Score`` per probe -> ``edit_scores`` averages them.
-
-An answer is given where greedy decoding writes it: each of its tokens is the most likely one given those before it.
-What must stay is the model's own greedy answer before the edit, its end included.
-
-How well an edit did: efficacy, generalisation, specificity, EasyEdit's measures, and the general task's loss.
-
-Data flow: ``Score`` per probe -> ``scores_of``: named Estimates, intervals clustered by the edited question's group;
+Data flow: edit requests -> ``EditScorer.probes`` (questions asked of the unedited model: the edited question, its
+paraphrases, other images, and questions whose answers must not change) -> an edit -> ``EditScorer.measure`` -> one
+``EditScore`` per probe -> ``edit_measures``: named Estimates, with intervals clustered by the edited question's group;
 losses of conversations before and after -> ``loss_change``.
+
+An answer is given if greedy decoding writes it: each of its tokens is the most likely one given those before it. The
+answer that must not change is the model's own greedy answer before the edit, including its end.
 
 Shapes: K conversations.
 """
@@ -17,74 +14,79 @@ Shapes: K conversations.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_mm.causal.editing.files import Rewrite
-from lightning_mm.causal.questions.question import Asker, Question
-from lightning_mm.causal.questions.scoring import Forced, Heard, forced, heard
-from lightning_mm.core.estimate import Estimate, finite, undefined
+from lightning_mm.causal.editing.files import EditRequest
+from lightning_mm.causal.questions.question import Question, QuestionEncoder
+from lightning_mm.causal.questions.scoring import (
+    AnswerScore,
+    ForcedAnswer,
+    force_answer,
+    score_answer,
+)
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.sample import Rejection
 from lightning_mm.execution.loss import supervised_nll
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.models.generation import greedy_answers
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
-Kind = Literal["edited", "paraphrase", "picture", "neighbour", "unrelated"]
+ProbeKind = Literal["edited", "paraphrase", "picture", "neighbour", "unrelated"]
 
 
 @dataclass(frozen=True, eq=False)
-class Probe:
-    """One question to be asked before and after an edit.
+class EditProbe:
+    """One question that is asked before and after an edit.
 
     Args:
         edit: Id of the edited question.
-        group: Of that question.
+        group: Cluster id, the group of the edited question.
         kind: What it tests.
-        pictured: Whether it is asked about a picture.
-        new: With the new answer; None where the answer must stay.
-        old: With the model's own answer to it.
-        new_before: What the model made of ``new``.
-        old_before: Of ``old``.
+        pictured: Whether the question has an image.
+        new: The question with the new answer; None if its answer must not change.
+        old: The question with the model's own greedy answer before the edit.
+        new_before: Score of ``new`` before the edit; None if the answer must not change.
+        old_before: Score of ``old`` before the edit.
     """
 
     edit: str
     group: str
-    kind: Kind
+    kind: ProbeKind
     pictured: bool
-    new: Forced | None
-    old: Forced
-    new_before: Heard | None
-    old_before: Heard
+    new: ForcedAnswer | None
+    old: ForcedAnswer
+    new_before: AnswerScore | None
+    old_before: AnswerScore
 
 
 @dataclass(frozen=True)
-class Score:
-    """One probe after an edit.
+class EditScore:
+    """Results of one probe after an edit; field names are keys of edits.json.
 
     Args:
         edit: Id of the edited question.
-        group: Of that question.
+        group: Cluster id, the group of the edited question.
         kind: What was tested.
-        pictured: Whether it was asked about a picture.
-        said: Whether the new answer is given.
-        said_before: Whether it was before.
-        share: Of the new answer's tokens that are the most likely ones.
-        share_before: Before.
-        prefers: Whether the new answer is more probable, as a whole, than the one it gave before.
-        preferred_before: Before.
-        log_prob: Of the new answer, in nats; NaN where the answer must stay.
-        kept: Whether the most likely token is what it was, all along the old answer.
-        kept_share: Of those tokens that are what they were.
+        pictured: Whether the question has an image.
+        said: Whether greedy decoding gives the new answer.
+        said_before: Whether it did before the edit.
+        share: Fraction of the new answer's tokens that are the most likely ones; NaN if the answer must not change.
+        share_before: That fraction before the edit.
+        prefers: Whether the new answer as a whole is more probable than the old one.
+        preferred_before: Whether it was before the edit.
+        log_prob: Log-probability of the new answer in nats; NaN if the answer must not change.
+        kept: Whether the most likely token is unchanged at every position of the old answer.
+        kept_share: Fraction of these positions at which it is unchanged.
         kl: KL(before || after) of the first token, in nats.
     """
 
     edit: str
     group: str
-    kind: Kind
+    kind: ProbeKind
     pictured: bool
     said: bool
     said_before: bool
@@ -98,125 +100,123 @@ class Score:
     kl: float
 
 
-class Scorer:
-    """All probes of some rewrites, asked of the model as it is; made before anything is edited.
+class EditScorer:
+    """Asks a model the probes of edits, before and after.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
-        asker: Of the model.
-        device: Where the model is.
-        max_new_tokens: Longest answer that must stay.
-        num_unrelated: Unrelated questions that are asked after each edit.
+        mm: The unwrapped model in eval mode.
+        encoder: Encodes questions for the model.
+        device: Device of the model.
+        max_new_tokens: Longest greedy answer that must not change, in tokens.
+        num_unrelated: Number of unrelated questions asked after each edit.
     """
 
     def __init__(
         self,
-        model: Any,
-        anatomy: Anatomy,
-        asker: Asker,
+        mm: MultimodalModel,
+        encoder: QuestionEncoder,
         device: torch.device,
         max_new_tokens: int = 8,
         num_unrelated: int = 8,
     ) -> None:
-        self.model, self.anatomy, self.asker, self.device = model, anatomy, asker, device
+        self.mm, self.encoder, self.device = mm, encoder, device
         self.max_new_tokens, self.num_unrelated = max_new_tokens, num_unrelated
         self.rejected: list[Rejection] = []
-        self._own: dict[str, tuple[Forced, Heard] | None] = {}
+        self._own: dict[str, tuple[ForcedAnswer, AnswerScore] | None] = {}
 
-    def probes(self, rewrite: Rewrite, others: Sequence[Question]) -> list[Probe]:
-        """Everything that is asked of one edit; none where the edited question itself cannot be asked.
+    def probes(self, request: EditRequest, others: Sequence[Question]) -> list[EditProbe]:
+        """All probes of one edit, asked of the unedited model; empty if the edited question cannot be encoded.
 
         Args:
-            rewrite: What is edited.
-            others: Unrelated questions, of which the first ones are asked.
+            request: The edit.
+            others: Unrelated questions; the first ``num_unrelated`` are asked.
         """
-        question = rewrite.question
-        asked: list[tuple[Kind, Question, str | None]] = [("edited", question, None)]
-        asked += [("paraphrase", question, text) for text in rewrite.paraphrases]
-        asked += [("picture", replace(question, images=images), None) for images in rewrite.other_images]
-        made = [self._probe(kind, rewrite, each, text) for kind, each, text in asked]
-        if made[0] is None:
+        question = request.question
+        wordings: list[tuple[ProbeKind, Question, str | None]] = [("edited", question, None)]
+        wordings += [("paraphrase", question, text) for text in request.paraphrases]
+        wordings += [("picture", replace(question, images=images), None) for images in request.other_images]
+        probes = [self._probe(kind, request, each, text) for kind, each, text in wordings]
+        if probes[0] is None:
             return []
-        staying: list[tuple[Kind, Question]] = [("neighbour", each) for each in rewrite.neighbours]
-        staying += [("unrelated", each) for each in others[: self.num_unrelated]]
-        made += [self._probe(kind, rewrite, each, stays=True) for kind, each in staying]
-        return [probe for probe in made if probe is not None]
+        locality: list[tuple[ProbeKind, Question]] = [("neighbour", each) for each in request.neighbors]
+        locality += [("unrelated", each) for each in others[: self.num_unrelated]]
+        probes += [self._probe(kind, request, each, stays=True) for kind, each in locality]
+        return [probe for probe in probes if probe is not None]
 
-    def measure(self, probes: Sequence[Probe]) -> list[Score]:
-        """Ask the model as it is now."""
+    def measure(self, probes: Sequence[EditProbe]) -> list[EditScore]:
+        """Scores of all probes on the model as it is now."""
         return [self._score(probe) for probe in probes]
 
     def own_answer(self, question: Question, text: str | None = None) -> str | Rejection:
-        """What the model says now, by greedy decoding."""
-        asked = self.asker.ask(question, text)
-        if isinstance(asked, Rejection):
-            return asked
-        processor = self.asker.processor
-        return greedy_answers(self.model, processor, asked.to(self.device).inputs, self.max_new_tokens)[0]
+        """The model's current greedy answer; a ``Rejection`` if the question cannot be encoded."""
+        encoded = self.encoder.encode(question, text)
+        if isinstance(encoded, Rejection):
+            return encoded
+        processor = self.encoder.processor
+        return greedy_answers(self.mm.model, processor, encoded.to(self.device).inputs, self.max_new_tokens)[0]
 
-    def right(self, question: Question) -> bool | None:
-        """Whether greedy decoding begins with the answer given; None where none is."""
+    def is_right(self, question: Question) -> bool | None:
+        """Whether the model answers the question correctly; None if it has no answer."""
         given = self._forced(question, question.answer, None) if question.answer else None
-        return None if given is None else heard(self.model, self.anatomy, given).said
+        return None if given is None else score_answer(self.mm, given).is_greedy
 
     def _probe(
-        self, kind: Kind, rewrite: Rewrite, question: Question, text: str | None = None, stays: bool = False
-    ) -> Probe | None:
+        self, kind: ProbeKind, request: EditRequest, question: Question, text: str | None = None, stays: bool = False
+    ) -> EditProbe | None:
         old = self._old(question, text)
-        new = None if stays else self._forced(question, rewrite.new_answer, text)
+        new = None if stays else self._forced(question, request.new_answer, text)
         if old is None or (new is None and not stays):
             return None
-        before = heard(self.model, self.anatomy, new) if new is not None else None
-        edited = rewrite.question
-        return Probe(edited.id, edited.group or edited.id, kind, bool(question.images), new, old[0], before, old[1])
+        before = score_answer(self.mm, new) if new is not None else None
+        edited = request.question
+        return EditProbe(edited.id, edited.group or edited.id, kind, bool(question.images), new, old[0], before, old[1])
 
-    def _old(self, question: Question, text: str | None) -> tuple[Forced, Heard] | None:
-        """The answer that a question has: asked once, however many edits it is asked after."""
+    def _old(self, question: Question, text: str | None) -> tuple[ForcedAnswer, AnswerScore] | None:
+        """The question with its greedy answer, and that answer's score; computed once per question."""
         key = repr((question.text, question.images, text))
         if key not in self._own:
             answer = self.own_answer(question, text)
             if isinstance(answer, Rejection):
                 self.rejected.append(answer)
             made = None if isinstance(answer, Rejection) else self._forced(question, answer, text)
-            self._own[key] = (made, heard(self.model, self.anatomy, made)) if made is not None else None
+            self._own[key] = (made, score_answer(self.mm, made)) if made is not None else None
         return self._own[key]
 
-    def _forced(self, question: Question, answer: str, text: str | None) -> Forced | None:
-        made = forced(self.asker, question, answer, text)
+    def _forced(self, question: Question, answer: str, text: str | None) -> ForcedAnswer | None:
+        made = force_answer(self.encoder, question, answer, text)
         if isinstance(made, Rejection):
             self.rejected.append(made)
             return None
         return made.to(self.device)
 
-    def _score(self, probe: Probe) -> Score:
-        old, was = heard(self.model, self.anatomy, probe.old), probe.old_before
-        new = heard(self.model, self.anatomy, probe.new) if probe.new is not None else None
-        same = (old.likeliest == was.likeliest).float()
-        before = probe.new_before
-        return Score(
+    def _score(self, probe: EditProbe) -> EditScore:
+        old, old_before = score_answer(self.mm, probe.old), probe.old_before
+        new = score_answer(self.mm, probe.new) if probe.new is not None else None
+        new_before = probe.new_before
+        is_same = (old.predicted == old_before.predicted).float()
+        return EditScore(
             probe.edit,
             probe.group,
             probe.kind,
             probe.pictured,
-            said=new is not None and new.said,
-            said_before=before is not None and before.said,
-            share=new.share if new is not None else math.nan,
-            share_before=before.share if before is not None else math.nan,
+            said=new is not None and new.is_greedy,
+            said_before=new_before is not None and new_before.is_greedy,
+            share=new.token_accuracy if new is not None else math.nan,
+            share_before=new_before.token_accuracy if new_before is not None else math.nan,
             prefers=new is not None and bool(new.log_probs.sum() > old.log_probs.sum()),
-            preferred_before=before is not None and bool(before.log_probs.sum() > was.log_probs.sum()),
+            preferred_before=new_before is not None and bool(new_before.log_probs.sum() > old_before.log_probs.sum()),
             log_prob=float(new.log_probs.sum()) if new is not None else math.nan,
-            kept=bool(same.all()),
-            kept_share=float(same.mean()),
-            kl=float((was.first.exp() * (was.first - old.first)).sum()),
+            kept=bool(is_same.all()),
+            kept_share=float(is_same.mean()),
+            kl=float((old_before.first_log_probs.exp() * (old_before.first_log_probs - old.first_log_probs)).sum()),
         )
 
 
-Choose = Callable[[Score], bool]
-Value = Callable[[Score], float]
+Choose = Callable[[EditScore], bool]
+Value = Callable[[EditScore], float]
 
 
-def _kind(*kinds: Kind) -> Choose:
+def _kind(*kinds: ProbeKind) -> Choose:
     return lambda score: score.kind in kinds
 
 
@@ -239,25 +239,24 @@ MEASURES: dict[str, tuple[Choose, Value, Value | None]] = {
     "locality": (_stays(False), lambda s: s.kept_share, None),
     "multimodal_locality": (_stays(True), lambda s: s.kept_share, None),
 }
-"""Name -> which probes it rests on, what is averaged over them, and what that was before the edit. The last five are
-EasyEdit's: shares of tokens rather than of whole answers; ``locality`` is over questions in text only."""
+"""Name -> which probes count, the value that is averaged over them, and its value before the edit. The last five are
+EasyEdit's: fractions of tokens instead of whole answers; ``locality`` covers text-only questions."""
 
 
-def scores_of(scores: Sequence[Score]) -> dict[str, Estimate]:
-    """Every measure; its null is what it was before the edit, where that can be told."""
-    made = {}
+def edit_measures(scores: Sequence[EditScore]) -> dict[str, Estimate]:
+    """All of ``MEASURES``; the null is the value before the edit, where there is one."""
+    measures = {}
     for name, (chosen, value, before) in MEASURES.items():
         kept = [score for score in scores if chosen(score)]
-        made[name] = _mean([value(s) for s in kept], [s.group for s in kept], bounded=not name.startswith("KL"))
+        measures[name] = _mean([value(s) for s in kept], [s.group for s in kept], bounded=not name.startswith("KL"))
         if kept and before is not None:
-            made[name] = replace(made[name], null=sum(map(before, kept)) / len(kept))
-    return made
+            measures[name] = replace(measures[name], null=sum(map(before, kept)) / len(kept))
+    return measures
 
 
-def overall(scores: Sequence[Score]) -> float:
-    """One number to choose layers by: the harmonic mean of efficacy, generalisation and specificity that were measured
-    (Meng et al. 2022's score)."""
-    parts: tuple[tuple[Kind, ...], ...] = (("edited",), ("paraphrase", "picture"), ("neighbour", "unrelated"))
+def overall_score(scores: Sequence[EditScore]) -> float:
+    """Harmonic mean of efficacy, generalization and specificity, as far as measured (the score of Meng et al. 2022)."""
+    parts: tuple[tuple[ProbeKind, ...], ...] = (("edited",), ("paraphrase", "picture"), ("neighbour", "unrelated"))
     means = []
     for kinds in parts:
         rates = [float(s.kept if kinds == parts[2] else s.said) for s in scores if s.kind in kinds]
@@ -266,27 +265,29 @@ def overall(scores: Sequence[Score]) -> float:
 
 
 @torch.no_grad()
-def losses_of(model: nn.Module, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Tensor:
-    """(K, 2) float64 summed loss in nats, and supervised tokens, of each conversation, one a batch."""
-    head = model.get_submodule(anatomy.head)
-    found = [supervised_nll(model, head, batch.to(device)) for batch in batches]
+def conversation_losses(mm: MultimodalModel, batches: Sequence[Batch], device: torch.device) -> Tensor:
+    """(K, 2) float64 summed loss in nats and number of supervised tokens, for each conversation (one per batch)."""
+    head = mm.model.get_submodule(mm.layout.head)
+    found = [supervised_nll(mm.model, head, batch.to(device)) for batch in batches]
     return torch.tensor([[float(each.nll), each.num_tokens] for each in found], dtype=torch.float64).reshape(-1, 2)
 
 
 def loss_change(before_K2: Tensor, after_K2: Tensor, groups: Sequence[str]) -> tuple[Estimate, Estimate]:
-    """Mean loss per supervised token after an edit (its null: before), and by how much it rose.
+    """Mean loss per supervised token after an edit (null: before), and its increase.
 
     Args:
-        before_K2: As ``losses_of`` gives it.
-        after_K2: The same conversations.
-        groups: Of each: what edits they were asked after, or which conversation they are.
+        before_K2: Losses and token counts before the edit, from ``conversation_losses``.
+        after_K2: Losses and token counts of the same conversations after the edit.
+        groups: (K) cluster ids: the edit, or the conversation if all edits are applied at once.
     """
     if not len(before_K2):
-        return undefined("no conversations were given", 0), undefined("no conversations were given", 0)
+        return Estimate.undefined_because("no conversations were given", 0), Estimate.undefined_because(
+            "no conversations were given", 0
+        )
     tokens_K = before_K2[:, 1]
     values = []
     for sums_K in (after_K2[:, 0], after_K2[:, 0] - before_K2[:, 0]):
-        # A ratio of sums: its error is that of the residuals (linearised).
+        # Ratio of sums: its interval is that of the linearized residuals.
         ratio = sums_K.sum() / tokens_K.sum()
         terms_K = ratio + (sums_K - ratio * tokens_K) / tokens_K.mean()
         values.append(_mean(terms_K.tolist(), groups, bounded=False))
@@ -295,10 +296,10 @@ def loss_change(before_K2: Tensor, after_K2: Tensor, groups: Sequence[str]) -> t
 
 def _mean(values: Sequence[float], groups: Sequence[str], bounded: bool) -> Estimate:
     if not values:
-        return undefined("no such question was given", 0)
+        return Estimate.undefined_because("no such question was given", 0)
     index = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     ids = torch.tensor([index[group] for group in groups])
-    mean, low, high = (float(x) for x in mean_interval(torch.tensor([values], dtype=torch.float64), ids))
+    mean, low, high = (float(x) for x in clustered_mean_interval(torch.tensor([values], dtype=torch.float64), ids))
     if bounded:
         low, high = (max(0.0, low), min(1.0, high)) if not math.isnan(low) else (low, high)
-    return finite(mean, len(values), low=low, high=high)
+    return Estimate.of(mean, len(values), low=low, high=high)

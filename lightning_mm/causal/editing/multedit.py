@@ -1,13 +1,15 @@
-"""MultEdit: one association of a model changed in one weight, in closed form (2406.04236).
+"""MultEdit: changes one association of a model by a closed-form update of one weight.
 
-Data flow: a question and its new answer (``Forced``) -> ``Rewriting`` (the run written down once) -> per layer a key,
-what enters the MLP's down projection at the constraint's last token, and a value, what it should put out there instead
--> ``Edit``, the low-rank change of that weight which maps keys to values -> ``edited``, for as long as a context lasts.
+After Basu et al. 2024, arXiv:2406.04236, building on ROME (Meng et al. 2022, arXiv:2202.05262).
 
-W' = W + (V - W K)(K^T K + lambda I)^-1 K^T, in which W K is what the module puts out, with bias and adapters. For one
-edit that is W + (v - W k) k^T / (lambda + |k|^2): P2's inverse of a d_ff x d_ff matrix, without the matrix.
+Data flow: a question and its new answer (``ForcedAnswer``) -> ``ValueOptimizer`` (the run, cached once) -> per layer a
+key, the input of the MLP's down projection at the constraint's last token, and a value, the output it should have there
+-> ``WeightEdit``, the low-rank change of that weight that maps keys to values.
 
-Shapes: D hidden size, F inner size of the MLP, N edits, T tokens of an answer, V vocabulary.
+W' = W + (V - W K)(K^T K + lambda I)^-1 K^T, where W K is the module's output, with bias and adapters. For one edit this
+is W + (v - W k) k^T / (lambda + |k|^2): the paper's inverse of a d_ff x d_ff matrix, without the matrix.
+
+Shapes: D hidden size, F inner size of the MLP, N edits, S recomputed tokens, T tokens of an answer, V vocabulary size.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,23 +21,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mm.causal.editing.weight_edit import Edit, down_projection, low_rank
-from lightning_mm.causal.interventions.activation_cache import record
-from lightning_mm.causal.interventions.interventions import intervened
-from lightning_mm.causal.interventions.partial_forward import Replay
-from lightning_mm.causal.questions.scoring import Forced, forced_logits
-from lightning_mm.core.decisions import decide
+from lightning_mm.causal.editing.weight_edit import WeightEdit, closed_form_update, down_projection
+from lightning_mm.causal.interventions.activation_cache import cache_activations
+from lightning_mm.causal.interventions.interventions import apply_interventions
+from lightning_mm.causal.interventions.partial_forward import PartialForward
+from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import activations_kept
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import logits_of
-from lightning_mm.models.layout import Anatomy
 
 P2_CLAMP = 1e-4
-"""As 2406.04236 released it: the value hardly moves, so hardly anything is edited."""
+"""Clamp in the code of Basu et al. 2024: the value hardly moves, so hardly anything is edited."""
 
 
 @dataclass(frozen=True)
-class EditOptions:
+class EditConfig:
     """How values are found.
 
     Args:
@@ -72,26 +74,26 @@ class EditOptions:
                 raise UserError(f"edit.{name}: {getattr(self, name)} is out of range.", "See --help.", "Change it.")
 
     @classmethod
-    def p2(cls) -> "EditOptions":
-        """As 2406.04236 released it."""
+    def p2(cls) -> "EditConfig":
+        """Settings of the code released with Basu et al. 2024, arXiv:2406.04236."""
         return cls(steps=10, clamp="p2", target="first", until=0.0)
 
     @property
     def limit(self) -> float:
-        """Largest |delta| / |v0|."""
+        """Largest allowed |delta| / |v0|; inf: no limit."""
         return {"p2": P2_CLAMP, "none": float("inf")}[self.clamp] if isinstance(self.clamp, str) else self.clamp
 
 
 @dataclass(frozen=True, eq=False)
 class Association:
-    """What one layer is to put out for one key.
+    """Key and value of one edit in one layer.
 
     Args:
-        layer: The decoder block.
-        key: (F,) float32, what enters its down projection at the constraint's last token.
-        output: (D,) float32, what it puts out there.
-        delta: (D,) float32, what is to be added.
-        losses: Of the target in nats, before each step; the last one is what the value comes to.
+        layer: Index of the decoder block.
+        key: (F,) float32 input of the down projection at the constraint's last token.
+        output: (D,) float32 output of the down projection there, before the edit.
+        delta: (D,) float32 change of that output; ``output + delta`` is the value.
+        losses: Loss of the new answer in nats before each optimizer step, and after the last one.
     """
 
     layer: int
@@ -101,136 +103,140 @@ class Association:
     losses: tuple[float, ...]
 
 
-class Rewriting:
-    """One question whose answer is to be another one: its run written down, from which values at any layer follow.
+class ValueOptimizer:
+    """Optimizes the value of one edit, in any layer, from one cached run of the question with its new answer.
 
-    Gradients are computed from the constraint's last token and the layer on only; what stands before is as recorded.
-    Where that is not exact (``Replay`` says why), the whole model is run instead.
+    Each step computes only the layers and tokens from the constraint's last token on (``PartialForward``); if that is
+    not exact, the whole model is run instead.
 
     Args:
-        model: The plain model in eval mode; its weights, flags and gradients, and the random state, are left alone.
-        anatomy: Of it.
+        mm: The unwrapped model in eval mode; its weights, flags, gradients and the random state are unchanged.
         target: The question with its new answer, on the model's device.
 
     Raises:
         UserError: The question has no constraint.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, target: Forced) -> None:
-        assert not model.training, "dropout would make every run another one"
-        self.model, self.anatomy, self.target = model, anatomy, target
-        if not len(target.asked.constraint):
+    def __init__(self, mm: MultimodalModel, target: ForcedAnswer) -> None:
+        assert not mm.model.training, "dropout would make every run another one"
+        self.mm, self.target = mm, target
+        if not len(target.encoded.constraint):
             raise UserError(
-                f"Question {target.asked.question.id} cannot be edited.",
+                f"Question {target.encoded.question.id} cannot be edited.",
                 "It has no constraint, whose last token the key is read at.",
                 "Name the words that the answer hangs on.",
             )
-        self.position = int(target.asked.constraint[-1])
-        self.names = {b.index: b.down_proj for b in anatomy.blocks if b.down_proj is not None}
+        self.position = int(target.encoded.constraint[-1])
+        self.names = {b.index: b.down_proj for b in mm.layout.blocks if b.down_proj is not None}
         self._sites: dict[int, tuple[Tensor, Tensor]] = {}
-        self.replay = self._recorded()
+        self.partial_forward = self._cache_run()
 
-    def association(self, layer: int, options: EditOptions) -> Association:
-        """Find the value of one layer.
+    def association(self, layer: int, config: EditConfig) -> Association:
+        """Optimize the value of one layer with Adam.
 
         Raises:
-            UserError: The layer has no plain down projection, or what it puts out at the constraint reaches no answer.
+            UserError: The layer has no linear down projection, or its output at the constraint does not reach the
+                answer.
         """
-        down_projection(self.model, self.names.get(layer), layer)
+        down_projection(self.mm.model, self.names.get(layer), layer)
         key, output = self._sites[layer]
-        count = 1 if options.target == "first" else len(self.target.ids)
+        count = 1 if config.target == "first" else len(self.target.ids)
         delta = torch.zeros_like(output, requires_grad=True)
-        adam, limit, losses = torch.optim.Adam([delta], options.lr), options.limit * float(output.norm()), []
-        with torch.enable_grad(), frozen(self.model, self.anatomy):
-            for step in range(options.steps + 1):
+        adam, limit, losses = torch.optim.Adam([delta], config.lr), config.limit * float(output.norm()), []
+        with torch.enable_grad(), frozen_parameters(self.mm):
+            for step in range(config.steps + 1):
                 logits_TV = self._logits(layer, delta)[:count]
                 nll = F.cross_entropy(logits_TV, self.target.ids[:count], reduction="sum")
                 losses.append(float(nll.detach()))
-                if step == options.steps or losses[-1] < options.until:
+                if step == config.steps or losses[-1] < config.until:
                     break
-                loss = nll + options.decay * delta.norm() / output.norm().square()
+                loss = nll + config.decay * delta.norm() / output.norm().square()
                 (delta.grad,) = torch.autograd.grad(loss, [delta])
                 if step == 0 and not delta.grad.any():
-                    raise _unread(layer)
+                    raise _unreachable(layer)
                 adam.step()
                 with torch.no_grad():
                     delta.mul_((limit / delta.norm().clamp_min(1e-30)).clamp_max(1.0))
         return Association(layer, key, output, delta.detach(), tuple(losses))
 
     def _logits(self, layer: int, delta: Tensor) -> Tensor:
-        """(T + 1, V) of the target with the value moved."""
+        """(T + 1, V) logits of the target with ``delta`` added at the constraint's last token."""
         name, positions = self.names[layer], self.target.positions
-        if self.replay is None:
-            with intervened(self.model, self.anatomy, ()), _moved(self.model, name, self.position, delta):
-                return forced_logits(self.model, self.anatomy, self.target)
-        start = self.replay.start_for(self.position)
-        with intervened(self.model, self.anatomy, ()), _moved(self.model, name, self.position - start, delta):
-            hidden_SD = self.replay.hidden(layer=layer, start=start)[0]
-        # A question's last token stands behind its constraint, so all that is foretold is computed again.
-        return logits_of(self.model, self.anatomy, hidden_SD[positions - start], self.replay.base.tuples)
+        if self.partial_forward is None:
+            with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, self.position, delta):
+                return answer_logits(self.mm, self.target)
+        start = self.partial_forward.restart_position(self.position)
+        with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, self.position - start, delta):
+            hidden_SD = self.partial_forward.hidden(layer=layer, start=start)[0]
+        # The question ends after its constraint, so all positions that predict the answer are recomputed.
+        return logits_of(self.mm, hidden_SD[positions - start], self.partial_forward.base.returns_tuple)
 
-    def _recorded(self) -> Replay | None:
-        inputs = self.target.asked.inputs
-        with _read(self.model, self.names, self.position, self._sites):
+    def _cache_run(self) -> PartialForward | None:
+        """Read all keys and outputs, and cache the run; None if it cannot be recomputed partially."""
+        inputs = self.target.encoded.inputs
+        with _read_keys_and_values(self.mm.model, self.names, self.position, self._sites):
             try:
-                base = record(self.model, self.anatomy, inputs, sites=("residual",))
+                base = cache_activations(self.mm, inputs, sites=("residual",))
             except UserError as error:
-                with torch.no_grad(), intervened(self.model, self.anatomy, ()):
-                    self.model(**inputs, use_cache=False)
-                _say_why(error)
+                with torch.no_grad(), apply_interventions(self.mm, ()):
+                    self.mm.model(**inputs, use_cache=False)
+                _log_full_forward(error)
                 return None
         try:
-            return Replay(self.model, self.anatomy, base)
+            return PartialForward(self.mm, base)
         except UserError as error:
-            _say_why(error)
+            _log_full_forward(error)
             return None
 
 
-def edit_of(model: nn.Module, anatomy: Anatomy, associations: Sequence[Association], ridge: float) -> Edit:
-    """The change of one layer's weight that serves all associations at once.
+def edit_from_associations(mm: MultimodalModel, associations: Sequence[Association], ridge: float) -> WeightEdit:
+    """The edit of one layer's weight that makes all associations at once.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
-        associations: Of one layer.
-        ridge: lambda.
+        mm: The unwrapped model.
+        associations: Keys and values, all of one layer.
+        ridge: lambda of the closed form.
     """
     (layer,) = {each.layer for each in associations}
-    name = anatomy.blocks[layer].down_proj
-    down_projection(model, name, layer)
+    name = mm.layout.blocks[layer].down_proj
+    down_projection(mm.model, name, layer)
     keys_FN, gaps_DN = (torch.stack(rows, 1) for rows in zip(*((a.key, a.delta) for a in associations), strict=True))
-    left_DN, right_NF = low_rank(keys_FN, gaps_DN, ridge)
-    return Edit(layer, str(name), left_DN, right_NF, keys_FN, gaps_DN)
+    left_DN, right_NF = closed_form_update(keys_FN, gaps_DN, ridge)
+    return WeightEdit(layer, str(name), left_DN, right_NF, keys_FN, gaps_DN)
 
 
-def rewritten(rewritings: Sequence[Rewriting], layer: int, options: EditOptions) -> Edit:
-    """MultEdit of one layer: all questions at once get their new answers.
+def multedit(optimizers: Sequence[ValueOptimizer], layer: int, config: EditConfig) -> WeightEdit:
+    """MultEdit of one layer: all questions get their new answers at once.
+
+    Args:
+        optimizers: One for each question, all of one model.
+        layer: Index of the decoder block.
+        config: Settings of the optimization and the closed form.
 
     Raises:
         UserError: The layer cannot be edited.
     """
-    first = rewritings[0]
-    found = [each.association(layer, options) for each in rewritings]
-    return edit_of(first.model, first.anatomy, found, options.ridge)
+    associations = [each.association(layer, config) for each in optimizers]
+    return edit_from_associations(optimizers[0].mm, associations, config.ridge)
 
 
 @contextmanager
-def frozen(model: nn.Module, anatomy: Anatomy) -> Iterator[None]:
-    """While active, no parameter asks for a gradient and no block is recomputed; what was so is put back."""
-    asking = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def frozen_parameters(mm: MultimodalModel) -> Iterator[None]:
+    """Context without parameter gradients and without activation checkpointing; both are restored afterwards."""
+    trainable = [parameter for parameter in mm.model.parameters() if parameter.requires_grad]
     try:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(False)
-        with activations_kept(model, anatomy.layers):
+        with activations_kept(mm.model, mm.layout.layers):
             yield
     finally:
-        for parameter in asking:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 @contextmanager
-def answering(model: nn.Module, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
-    """While active, the module puts out ``change(what enters it, what it puts out)``."""
+def output_changed(model: nn.Module, name: str, change: Callable[[Tensor, Tensor], Tensor]) -> Iterator[None]:
+    """Context in which the module's output is ``change(input, output)``."""
     handle = model.get_submodule(name).register_forward_hook(lambda _, args, output: change(args[0], output))
     try:
         yield
@@ -238,22 +244,22 @@ def answering(model: nn.Module, name: str, change: Callable[[Tensor, Tensor], Te
         handle.remove()
 
 
-def _moved(model: nn.Module, name: str, position: int, delta: Tensor) -> Any:
-    """``delta`` is added to what the module puts out at one token of one row."""
+def _shift_output(model: nn.Module, name: str, position: int, delta: Tensor) -> Any:
+    """Context in which ``delta`` is added to the module's output at one token of one row."""
 
     def change(_: Tensor, output: Tensor) -> Tensor:
         at = torch.zeros(output.shape[:-1], device=output.device).flatten()
         at[position] = 1.0
         return (output.float() + at.view(*output.shape[:-1], 1) * delta).to(output.dtype)
 
-    return answering(model, name, change)
+    return output_changed(model, name, change)
 
 
 @contextmanager
-def _read(
+def _read_keys_and_values(
     model: nn.Module, names: Mapping[int, str], position: int, sites: dict[int, tuple[Tensor, Tensor]]
 ) -> Iterator[None]:
-    """Every layer's key and value at one token of one row."""
+    """Context that stores every layer's key and output at one token of one row in ``sites``."""
 
     def reading(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -270,7 +276,7 @@ def _read(
             handle.remove()
 
 
-def _unread(layer: int) -> UserError:
+def _unreachable(layer: int) -> UserError:
     return UserError(
         f"Layer {layer} cannot be edited.",
         "What it puts out at the constraint does not reach the answer: no layer above it carries it there.",
@@ -278,5 +284,5 @@ def _unread(layer: int) -> UserError:
     )
 
 
-def _say_why(error: UserError) -> None:
-    decide("edit.exact", "the whole model is run at every step", error.why)
+def _log_full_forward(error: UserError) -> None:
+    log_decision("edit.exact", "the whole model is run at every step", error.why)

@@ -1,16 +1,16 @@
-"""Edits told: tables for people, and every number for programs.
+"""Results of edits as tables for people and as JSON for programs.
 
-Data flow: ``EditStudy`` + ``Outcome``s -> ``tables`` (causal.json, the console) and ``details`` (edits.json).
+Data flow: ``EditStudy`` + ``EditOutcome``s -> ``tables`` (causal.json, the console) and ``details`` (edits.json).
 """
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightning_mm.causal.editing.metrics import loss_change, scores_of
-from lightning_mm.causal.editing.multedit import EditOptions
-from lightning_mm.causal.editing.study import Apply, Case, EditStudy, LayerScore, Outcome
-from lightning_mm.causal.editing.weight_edit import Edit
+from lightning_mm.causal.editing.metrics import edit_measures, loss_change
+from lightning_mm.causal.editing.multedit import EditConfig
+from lightning_mm.causal.editing.study import Apply, EditCase, EditOutcome, EditStudy, LayerScore
+from lightning_mm.causal.editing.weight_edit import WeightEdit
 from lightning_mm.core.estimate import Estimate
 
 _WAYS: dict[Apply, str] = {"each": "Each edit alone", "together": "All edits at once"}
@@ -18,51 +18,47 @@ _LOSS, _RISE = "loss per token, general task", "rise of that loss"
 
 
 def tables(
-    study: EditStudy, outcomes: Sequence[Outcome], scan: Sequence[LayerScore], layer: int, options: EditOptions
+    study: EditStudy, outcomes: Sequence[EditOutcome], scan: Sequence[LayerScore], layer: int, config: EditConfig
 ) -> list[dict[str, Any]]:
-    """What was measured, what each question is answered with, and how layers compare; cells are text."""
-    made = [_measured([o for o in outcomes if o.apply == way], layer, options) for way in _ways(outcomes)]
-    made.append(_answers(study, outcomes, layer, options))
-    return made + ([_layers(scan, study)] if scan else [])
+    """Tables of the measures, of the answers, and of the layers that were tried; cells are text."""
+    ways = list(dict.fromkeys(outcome.apply for outcome in outcomes))
+    measured = [_measures_table([o for o in outcomes if o.apply == way], layer, config) for way in ways]
+    return [*measured, _answers_table(study, outcomes), *([_layers_table(scan)] if scan else [])]
 
 
 def details(
-    study: EditStudy, outcomes: Sequence[Outcome], scan: Sequence[LayerScore], layer: int, options: EditOptions
+    study: EditStudy, outcomes: Sequence[EditOutcome], scan: Sequence[LayerScore], layer: int, config: EditConfig
 ) -> dict[str, Any]:
-    """Everything, in JSON's types."""
+    """All results as JSON types, the contents of edits.json."""
     return {
         "layer": layer,
-        "options": asdict(options),
-        "edits": [_edit(study, case, layer, options) for case in study.cases],
+        "options": asdict(config),
+        "edits": [_edit(study, case, layer, config) for case in study.cases],
         "outcomes": [_outcome(outcome) for outcome in outcomes],
         "layers": [asdict(each) for each in scan],
     }
 
 
-def measures(outcome: Outcome) -> dict[str, Estimate]:
-    """All of one outcome; what was not asked is undefined, with the reason."""
+def measures(outcome: EditOutcome) -> dict[str, Estimate]:
+    """All measures of one outcome; those without probes are undefined, with the reason."""
     loss, rise = loss_change(outcome.before, outcome.after, outcome.groups)
-    return {**scores_of(outcome.scores), _LOSS: loss, _RISE: rise}
+    return {**edit_measures(outcome.scores), _LOSS: loss, _RISE: rise}
 
 
-def _ways(outcomes: Sequence[Outcome]) -> list[Apply]:
-    return list(dict.fromkeys(outcome.apply for outcome in outcomes))
-
-
-def _measured(outcomes: Sequence[Outcome], layer: int, options: EditOptions) -> dict[str, Any]:
-    found = [measures(outcome) for outcome in outcomes]
+def _measures_table(outcomes: Sequence[EditOutcome], layer: int, config: EditConfig) -> dict[str, Any]:
+    results = [measures(outcome) for outcome in outcomes]
     rows = []
-    for name, first in found[0].items():
-        if all(each[name].value is None for each in found):
+    for name, first in results[0].items():
+        if all(each[name].value is None for each in results):
             continue
         before = "" if first.null is None else f"{first.null:.3g}"
-        rows.append([name, str(first.n), before, *(_cell(each[name]) for each in found)])
-    left_out = [f"{name} ({e.undefined})" for name, e in found[0].items() if e.value is None]
+        rows.append([name, str(first.n), before, *(_cell(each[name]) for each in results)])
+    left_out = [f"{name} ({e.undefined})" for name, e in results[0].items() if e.value is None]
     norms = [sum(float(edit.change().norm()) for edit in o.edits) / len(o.edits) for o in outcomes]
     sizes = ", ".join(f"{o.method} {norm:.3g}" for o, norm in zip(outcomes, norms, strict=True))
-    limit = "no clamp" if options.limit == float("inf") else f"clamp {options.limit:g}"
+    limit = "no clamp" if config.limit == float("inf") else f"clamp {config.limit:g}"
     note = (
-        f"Layer {layer}, {limit}, at most {options.steps} steps, target: {options.target}. Brackets: 95 % interval, "
+        f"Layer {layer}, {limit}, at most {config.steps} steps, target: {config.target}. Brackets: 95 % interval, "
         f"questions of one group together. Norm of the change: {sizes}."
         + (f" Not measured: {', '.join(left_out)}." if left_out else "")
     )
@@ -78,24 +74,23 @@ def _cell(estimate: Estimate) -> str:
     return f"{estimate.value:.3g} [{estimate.low:.3g}, {estimate.high:.3g}]"
 
 
-def _answers(study: EditStudy, outcomes: Sequence[Outcome], layer: int, options: EditOptions) -> dict[str, Any]:
-    shown = [outcome for outcome in outcomes if outcome.method == "MultEdit"]
-    told = [_edit(study, case, layer, options) for case in study.cases]
-    columns = ["question", "constraint", "before", "wanted", *(_WAYS[outcome.apply].lower() for outcome in shown)]
+def _answers_table(study: EditStudy, outcomes: Sequence[EditOutcome]) -> dict[str, Any]:
+    multedits = [outcome for outcome in outcomes if outcome.method == "MultEdit"]
+    columns = ["question", "constraint", "before", "wanted", *(_WAYS[outcome.apply].lower() for outcome in multedits)]
     rows = [
         [
-            each["question"],
-            each["constraint"],
-            each["answer_before"],
-            each["new_answer"],
-            *(outcome.answers[each["id"]] for outcome in shown),
+            case.request.question.text,
+            case.request.question.constraint,
+            case.probes[0].old.answer,
+            case.request.new_answer,
+            *(outcome.answers[case.request.question.id] for outcome in multedits),
         ]
-        for each in told
+        for case in study.cases
     ]
     return {"title": "Answers", "columns": columns, "rows": rows, "note": "What greedy decoding writes."}
 
 
-def _layers(scan: Sequence[LayerScore], study: EditStudy) -> dict[str, Any]:
+def _layers_table(scan: Sequence[LayerScore]) -> dict[str, Any]:
     rows = [
         [
             str(each.layer),
@@ -115,9 +110,9 @@ def _layers(scan: Sequence[LayerScore], study: EditStudy) -> dict[str, Any]:
     return {"title": "By layer", "columns": columns, "rows": rows, "note": note}
 
 
-def _edit(study: EditStudy, case: Case, layer: int, options: EditOptions) -> dict[str, Any]:
-    found = study.association(case, layer, options)
-    question, probe = case.rewrite.question, case.probes[0]
+def _edit(study: EditStudy, case: EditCase, layer: int, config: EditConfig) -> dict[str, Any]:
+    association = study.association(case, layer, config)
+    question, probe = case.request.question, case.probes[0]
     return {
         "id": question.id,
         "question": question.text,
@@ -126,16 +121,16 @@ def _edit(study: EditStudy, case: Case, layer: int, options: EditOptions) -> dic
         "answer": question.answer,
         "answer_before": probe.old.answer,
         "right_before": case.right,
-        "new_answer": case.rewrite.new_answer,
+        "new_answer": case.request.new_answer,
         "tokens": len(case.target.ids),
-        "losses": list(found.losses),
-        "value": float(found.output.norm()),
-        "delta": float(found.delta.norm()),
-        "key": float(found.key.norm()),
+        "losses": list(association.losses),
+        "value": float(association.output.norm()),
+        "delta": float(association.delta.norm()),
+        "key": float(association.key.norm()),
     }
 
 
-def _outcome(outcome: Outcome) -> dict[str, Any]:
+def _outcome(outcome: EditOutcome) -> dict[str, Any]:
     return {
         "method": outcome.method,
         "apply": outcome.apply,
@@ -146,7 +141,7 @@ def _outcome(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _weight(edit: Edit) -> dict[str, Any]:
+def _weight(edit: WeightEdit) -> dict[str, Any]:
     return {
         "module": edit.module,
         "norm": float(edit.change().norm()),

@@ -1,6 +1,7 @@
-"""Changes of one weight that can be put in and taken out: the closed form, and the old tensor kept.
+"""Reversible changes of one weight: the closed-form low-rank update, and the old tensor kept to undo it.
 
-Data flow: keys and what is missing at each -> ``low_rank`` -> ``Edit`` -> ``edited``: the model computes with it.
+Data flow: keys and the missing output at each -> ``closed_form_update`` -> ``WeightEdit`` -> ``apply_edits``: the model
+runs with it.
 
 Shapes: D hidden size, F inner size of the MLP, N edits.
 """
@@ -16,19 +17,19 @@ from torch import Tensor, nn
 from lightning_mm.core.errors import UserError
 
 
-def low_rank(keys_FN: Tensor, gaps_DN: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """The change of W that serves N keys at once: (V - W K)(K^T K + lambda I)^-1 K^T, of rank N.
+def closed_form_update(keys_FN: Tensor, gaps_DN: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """Rank-N change of W that maps N keys to their values at once: (V - W K)(K^T K + lambda I)^-1 K^T.
 
-    It minimises |W' K - V|^2 + lambda |W' - W|^2 over W'. For one key, W' k misses v by lambda / (lambda + |k|^2) of
-    what W k missed.
+    It minimizes |W' K - V|^2 + lambda |W' - W|^2 over W'. For one key, the remaining error of W' k is
+    lambda / (lambda + |k|^2) of that of W k.
 
     Args:
-        keys_FN: K.
-        gaps_DN: V - W K, what is missing at each key.
-        ridge: lambda.
+        keys_FN: K, one key per column.
+        gaps_DN: V - W K, the missing output at each key.
+        ridge: lambda, the ridge penalty.
 
     Returns:
-        Left (D, N) and right (N, F), whose product is the change; solved in float64.
+        Left (D, N) and right (N, F) factors of the change, solved in float64.
     """
     keys = keys_FN.double()
     gram_NN = keys.T @ keys + ridge * torch.eye(keys.shape[1], dtype=keys.dtype, device=keys.device)
@@ -36,20 +37,20 @@ def low_rank(keys_FN: Tensor, gaps_DN: Tensor, ridge: float) -> tuple[Tensor, Te
 
 
 @dataclass(eq=False)
-class Edit:
-    """A change of one layer's down projection.
+class WeightEdit:
+    """A reversible change of one layer's down projection.
 
-    While it is in, the old weight is kept beside the new one: one more matrix of D x F in the model's own type.
+    While it is applied, the old weight is kept as well: one more D x F matrix in the model's own dtype.
 
     Args:
-        layer: The decoder block.
-        module: Name of the module; adapters on it stay as they are, the weight below them is edited.
-        left: (D, N), or the whole change (D, F).
-        right: (N, F); None where ``left`` is the whole change.
-        keys: (F, N) what should be answered otherwise; None where that is not known.
-        gaps: (D, N) by how much.
-        rounding: How far the stored change is from the computed one, as a share of it: what the weight's type loses.
-        misses: |W' k - v| / |W k - v| of each key with the weight as stored.
+        layer: Index of the decoder block.
+        module: Name of the module; adapters on it are unchanged, the weight below them is edited.
+        left: (D, N) left factor, or the whole change (D, F).
+        right: (N, F) right factor; None: ``left`` is the whole change.
+        keys: (F, N) keys that the edit changes the output at; None: not known.
+        gaps: (D, N) wanted change of the output at each key; None: not known.
+        rounding: Relative error of the stored change, from rounding to the weight's dtype; set by ``apply``.
+        misses: |W' k - v| / |W k - v| for each key with the weight as stored; set by ``apply``.
     """
 
     layer: int
@@ -63,17 +64,17 @@ class Edit:
     _held: tuple[Any, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def change(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """(D, F)."""
+        """(D, F) change of the weight."""
         return self.left.to(dtype) if self.right is None else self.left.to(dtype) @ self.right.to(dtype)
 
     @torch.no_grad()
     def apply(self, model: nn.Module) -> None:
-        """Put it in: computed in float32 at least, stored in the weight's own type.
+        """Apply the change, computed in float32 or wider and stored in the weight's own dtype.
 
         Raises:
-            UserError: The module is no plain linear one.
+            UserError: The module's weight cannot be edited.
         """
-        assert self._held is None, "an edit is put in once"
+        assert self._held is None, "an edit is applied once"
         weight: Any = down_projection(model, self.module, self.layer).weight
         old, wide = weight.data, torch.promote_types(weight.dtype, torch.float32)
         change = self.change(wide).to(weight.device)
@@ -88,25 +89,25 @@ class Edit:
         self._held = (weight, old, new)
 
     def undo(self) -> None:
-        """Put the old tensor back, bit by bit as it was; edits of one weight are taken out last one first."""
-        assert self._held is not None, "the edit is not in"
+        """Restore the old tensor bit by bit; edits of one weight are undone in reverse order."""
+        assert self._held is not None, "the edit is not applied"
         weight, old, new = self._held
-        assert weight.data_ptr() == new.data_ptr(), "a later edit of the same weight is still in"
+        assert weight.data_ptr() == new.data_ptr(), "a later edit of the same weight is still applied"
         weight.data, self._held = old, None
 
 
 @contextmanager
-def edited(model: nn.Module, edits: Sequence[Edit]) -> Iterator[None]:
-    """While active, the model computes with the edits; afterwards its weights are the very tensors that they were.
+def apply_edits(model: nn.Module, edits: Sequence[WeightEdit]) -> Iterator[None]:
+    """Context in which the model has the edits; afterwards its weights are the original tensors.
 
     Args:
-        model: The plain model.
-        edits: Of any layers, put in one after the other.
+        model: The unwrapped model.
+        edits: Edits of any layers, applied in order.
 
     Raises:
-        UserError: A layer cannot be edited; none is then.
+        UserError: A layer cannot be edited; no edit is applied then.
     """
-    done: list[Edit] = []
+    done: list[WeightEdit] = []
     try:
         for edit in edits:
             edit.apply(model)
@@ -121,7 +122,7 @@ def down_projection(model: nn.Module, name: str | None, layer: int) -> nn.Linear
     """The linear module whose weight is edited, below any adapter.
 
     Raises:
-        UserError: The layer has none, or its weight is quantised, or an adapter depends on it in another way.
+        UserError: The layer has none, its weight is quantized, or an adapter depends on the weight (DoRA).
     """
     if name is None:
         raise UserError(

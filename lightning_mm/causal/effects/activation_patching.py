@@ -1,115 +1,44 @@
-"""Multimodal causal tracing (2406.04236): which layer, at which token, carries what the constraint of a question says.
+"""Causal tracing by activation patching: which layer, at which token, carries the constraint of a question.
 
-Data flow: clean run and corrupt run recorded -> the corrupt run again, with one site of the clean run put back, for
-every site, layer and token (``replay``: only what can differ is computed) -> ``Trace``: the answer's probability.
+Multimodal causal tracing after Basu et al. 2024, arXiv:2406.04236.
 
-Tokens before the first one that the corruption changes are the same in both runs; putting them back does nothing, and
-they are left out.
+Data flow: cached clean run and cached corrupted run -> the corrupted run with the clean activations of one site patched
+in, for every site, layer and unit (``PartialForward`` computes only what can differ) -> ``CausalTrace``: the answer's
+probability. With a shortlist, attribution patching (Nanda 2023) ranks all units by a first-order estimate first.
 
-Shapes: S sites, N layers, U units (a token, or a run of a picture's tokens, put back together), L tokens, V vocabulary.
+Tokens before the first one that the corruption changes are equal in both runs and are left out.
 
-Attribution patching: a first-order guess of every trace at once, to choose what is worth computing exactly.
-
-Data flow: clean values + one backward pass of the corrupt run -> guess per layer and unit -> ``tracing``'s shortlist.
-
-Shapes: N layers, U units, L tokens, D hidden size.
-
-What is put back together in one go, and what is computed together.
-
-Data flow: clean run + corrupt run -> units: tokens, or runs of a picture's tokens -> batches of them.
-
-Shapes: U units, R units of a batch, P positions of the longest, L tokens.
+Shapes: S sites, N layers, U units (a token, or a run of image tokens, patched together), R units of a batch, P
+positions of its longest unit, L tokens, D hidden size, V vocabulary size.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_mm.causal.interventions.activation_cache import Recording, record
-from lightning_mm.causal.interventions.corruption import Corrupt
-from lightning_mm.causal.interventions.interventions import Site, add, intervened, patch, window
-from lightning_mm.causal.interventions.partial_forward import Replay
-from lightning_mm.causal.questions.question import Asked, last_logits, on_device
+from lightning_mm.causal.interventions.activation_cache import ActivationCache, cache_activations
+from lightning_mm.causal.interventions.corruption import CorruptedQuestion
+from lightning_mm.causal.interventions.interventions import (
+    Site,
+    add_vector,
+    apply_interventions,
+    layer_window,
+    patch_from,
+)
+from lightning_mm.causal.interventions.partial_forward import PartialForward
+from lightning_mm.causal.questions.question import EncodedQuestion, last_logits, to_model_device
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
-
-def attribution(
-    model: Any,
-    anatomy: Anatomy,
-    corrupt: Corrupt,
-    clean: Recording,
-    site: Site,
-    units: Sequence[Tensor],
-    target: int,
-    rival: int,
-) -> Tensor:
-    """(N, U) first-order guess of what putting each unit back does to the logit difference, in one backward pass.
-
-    Attribution patching: the gradient at the corrupt run times clean minus corrupt values (Nanda 2023).
-    """
-    shape = (1, clean.length, clean.entered[0].shape[2])
-    device = clean.entered[0].device
-    moves = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(anatomy.num_layers)]
-    with corrupt.applied(model, anatomy):
-        values = record(model, anatomy, corrupt.inputs, sites=(site,)).values
-        moved = [add(site, [layer], None, move) for layer, move in enumerate(moves)]
-        with torch.enable_grad(), intervened(model, anatomy, moved):
-            logits = model(**on_device(model, anatomy, corrupt.inputs), use_cache=False).logits[0, -1].float()
-            gradients = torch.autograd.grad(logits[target] - logits[rival], moves)
-    per_token = torch.stack(
-        [
-            ((clean.values[site, layer] - values[site, layer]).float() * gradient.float()).sum(-1)[0]
-            for layer, gradient in enumerate(gradients)
-        ]
-    ).cpu()
-    return torch.stack([per_token[:, unit].sum(1) for unit in units], 1)
-
-
-def units_of(asked: Asked, clean: Recording, base: Recording, image_units: int) -> list[Tensor]:
-    """Runs of tokens from the first changed one on: each token of the text, the picture's in ``image_units`` runs."""
-    # In all layers: where attention reads the picture from outside, embeddings do not know that it has changed.
-    layers = [(clean.entered[layer] != base.entered[layer]).any(-1)[0] for layer in clean.entered]
-    changed = torch.stack(layers).any(0).nonzero().flatten()
-    if not len(changed):
-        raise UserError(
-            "The corruption changes nothing.", "Both runs are the same in all layers.", "Choose another corruption."
-        )
-    first, pictured = int(changed[0]), asked.image.tolist()
-    late = [position for position in pictured if position >= first]
-    runs = [run for run in torch.tensor(late).tensor_split(image_units) if len(run)] if late else []
-    text = [torch.tensor([position]) for position in range(first, asked.length) if position not in set(pictured)]
-    return sorted([*runs, *text], key=lambda unit: int(unit[0]))
-
-
-def batches(jobs: Sequence[int], units: Sequence[Tensor], length: int, tokens: int) -> Iterator[list[int]]:
-    """Units that are computed together, at most so many tokens: later ones need fewer each."""
-    held: list[int] = []
-    for unit in jobs:
-        span = length - int(units[held[0] if held else unit][0])
-        if held and (len(held) + 1) * span > tokens:
-            yield held
-            held = []
-        held.append(unit)
-    if held:
-        yield held
-
-
-def padded(units: Sequence[Tensor]) -> Tensor:
-    """(R, P) positions; a shorter unit names its last token again."""
-    longest = max(map(len, units))
-    return torch.stack([torch.cat([unit, unit[-1:].expand(longest - len(unit))]) for unit in units])
-
-
-LEAST_FALL = 0.05
-"""A corruption that takes less than this of the answer's probability gives no effect to share out."""
+MIN_PROBABILITY_DROP = 0.05
+"""A trace is valid if the corruption lowers the answer's probability by at least this much."""
 
 
 @dataclass(frozen=True)
-class Tracing:
+class TraceConfig:
     """How to trace.
 
     Args:
@@ -142,103 +71,105 @@ class Tracing:
 
 
 @dataclass(frozen=True, eq=False)
-class Trace:
-    """What was found for one question.
+class CausalTrace:
+    """The causal trace of one question.
 
     Args:
-        asked: The question.
-        target: Token that the clean run answers with (or that the given answer begins with).
-        rival: Token that the corrupt run answers with.
-        sites: S.
-        units: Positions of each of the U units.
+        encoded: The question.
+        target: Token that is followed: the clean run's answer, or the first token of the given answer.
+        rival: Token that the corrupted run answers with.
+        sites: The S sites that were patched.
+        units: Token positions of each of the U units.
         p_clean: Probability of the target in the clean run.
-        p_corrupt: In the corrupt run.
-        difference_clean: Logit of the target minus the rival's in the clean run.
-        difference_corrupt: In the corrupt run.
-        restored: (S, N, U) probability of the target with that unit put back; NaN where it was not computed.
-        difference: (S, N, U) logit difference likewise.
+        p_corrupt: Probability of the target in the corrupted run.
+        logit_difference_clean: Logit of the target minus that of the rival in the clean run.
+        logit_difference_corrupt: The same difference in the corrupted run.
+        restored: (S, N, U) probability of the target with that unit patched; NaN if it was not computed.
+        logit_difference: (S, N, U) logit difference with that unit patched; NaN if it was not computed.
     """
 
-    asked: Asked
+    encoded: EncodedQuestion
     target: int
     rival: int
     sites: tuple[Site, ...]
     units: tuple[Tensor, ...]
     p_clean: float
     p_corrupt: float
-    difference_clean: float
-    difference_corrupt: float
+    logit_difference_clean: float
+    logit_difference_corrupt: float
     restored: Tensor
-    difference: Tensor
+    logit_difference: Tensor
 
     @property
     def effect(self) -> Tensor:
-        """(S, N, U) indirect effect: how much of the probability comes back."""
+        """(S, N, U) indirect effect: increase of the target's probability over the corrupted run."""
         return self.restored - self.p_corrupt
 
     @property
-    def told(self) -> bool:
-        """Whether the corruption took away enough to speak of shares."""
-        return self.p_clean - self.p_corrupt >= LEAST_FALL
+    def is_valid(self) -> bool:
+        """Whether the corruption lowered the target's probability enough to normalize by."""
+        return self.p_clean - self.p_corrupt >= MIN_PROBABILITY_DROP
 
     @property
-    def share(self) -> Tensor:
-        """(S, N, U) normalised indirect effect: 1 where all of it comes back; NaN where hardly any was taken."""
-        fall = self.p_clean - self.p_corrupt
-        return self.effect / (fall if self.told else float("nan"))
+    def normalized_effect(self) -> Tensor:
+        """(S, N, U) normalized indirect effect: 1 restores the clean probability; NaN if the trace is not valid."""
+        drop = self.p_clean - self.p_corrupt
+        return self.effect / (drop if self.is_valid else float("nan"))
 
     @property
-    def share_of_logits(self) -> Tensor:
-        """(S, N, U) the same of the logit difference between target and rival, which does not saturate."""
-        fall = self.difference_clean - self.difference_corrupt
-        return (self.difference - self.difference_corrupt) / (fall if fall > 0 else float("nan"))
+    def normalized_logit_effect(self) -> Tensor:
+        """(S, N, U) normalized effect on the logit difference between target and rival, which does not saturate."""
+        drop = self.logit_difference_clean - self.logit_difference_corrupt
+        return (self.logit_difference - self.logit_difference_corrupt) / (drop if drop > 0 else float("nan"))
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of each unit, the class that its tokens are of."""
-        found = self.asked.classes
-        return tuple(found[int(unit[-1])] for unit in self.units)
+        """(U) token class of each unit, one of ``TOKEN_CLASSES``."""
+        classes = self.encoded.classes
+        return tuple(classes[int(unit[-1])] for unit in self.units)
 
 
-def trace(
-    model: Any, anatomy: Anatomy, asked: Asked, corrupt: Corrupt, options: Tracing, target: int | None = None
-) -> Trace:
-    """Trace one question.
+def causal_trace(
+    mm: MultimodalModel,
+    encoded: EncodedQuestion,
+    corrupted: CorruptedQuestion,
+    config: TraceConfig,
+    target: int | None = None,
+) -> CausalTrace:
+    """Trace one question: patch clean activations into the corrupted run, unit by unit.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
-        asked: The question.
-        corrupt: Its corruption, of the same length.
-        options: What to put back, and how.
-        target: Token to follow; None: what the clean run answers.
+        mm: The unwrapped model in eval mode.
+        encoded: The clean question.
+        corrupted: Its corruption, of equal length.
+        config: What to patch, and how.
+        target: Token to follow; None: the clean run's answer.
 
     Raises:
-        UserError: The model cannot be computed again from the middle (and ``plain`` was not asked for).
+        UserError: The model cannot be recomputed from the middle, and ``config.plain`` is off.
     """
-    clean = record(model, anatomy, asked.inputs, sites=(*options.sites, "residual"))
-    with corrupt.applied(model, anatomy):
-        base = record(model, anatomy, corrupt.inputs, sites=("residual",))
-    goal = int(clean.logits.argmax()) if target is None else target
-    rival = _rival(base.logits[0], goal)
-    units = units_of(asked, clean, base, options.image_units)
-    read = _Answer(goal, rival)
-    run = _Plain(model, anatomy, corrupt) if options.plain else _Restarted(model, anatomy, base)
-    jobs = _shortlisted(model, anatomy, corrupt, clean, options, units, read)
-    restored = torch.full((len(options.sites), anatomy.num_layers, len(units), 2), float("nan"), dtype=torch.float64)
-    for s, site in enumerate(options.sites):
-        for layer in range(anatomy.num_layers):
-            layers = window(layer, options.width, anatomy.num_layers, options.convention)
-            for some in batches(jobs[s][layer], units, asked.length, options.batch_tokens):
-                positions = padded([units[u] for u in some])
-                logits = run(site, layers, positions, clean)
+    clean = cache_activations(mm, encoded.inputs, sites=(*config.sites, "residual"))
+    with corrupted.applied(mm):
+        base = cache_activations(mm, corrupted.inputs, sites=("residual",))
+    target = int(clean.logits.argmax()) if target is None else target
+    rival = _rival_token(base.logits[0], target)
+    units = patch_units(encoded, clean, base, config.image_units)
+    read = _TargetReader(target, rival)
+    run_patched = _FullPatching(mm, corrupted) if config.plain else _PartialPatching(mm, base)
+    shortlist = _shortlist(mm, corrupted, clean, config, units, read)
+    restored = torch.full((len(config.sites), mm.layout.num_layers, len(units), 2), float("nan"), dtype=torch.float64)
+    for s, site in enumerate(config.sites):
+        for layer in range(mm.layout.num_layers):
+            layers = layer_window(layer, config.width, mm.layout.num_layers, config.convention)
+            for some in batch_units(shortlist[s][layer], units, encoded.length, config.batch_tokens):
+                logits = run_patched(site, layers, pad_units([units[u] for u in some]), clean)
                 restored[s, layer, some] = read(logits)
     (p_clean, d_clean), (p_corrupt, d_corrupt) = (read(run.logits)[0].tolist() for run in (clean, base))
-    return Trace(
-        asked,
-        goal,
+    return CausalTrace(
+        encoded,
+        target,
         rival,
-        options.sites,
+        config.sites,
         tuple(units),
         p_clean,
         p_corrupt,
@@ -250,8 +181,8 @@ def trace(
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """Reads (R, 2) off logits: probability of the target, and its logit minus the rival's."""
+class _TargetReader:
+    """Reads (R, 2) from logits: probability of the target, and its logit minus the rival's."""
 
     target: int
     rival: int
@@ -262,56 +193,132 @@ class _Answer:
         return torch.stack([chance, logits_RV[:, self.target] - logits_RV[:, self.rival]], 1).cpu()
 
 
-class _Restarted:
-    """Puts clean values back by computing the corrupt run again from there on."""
+class _PartialPatching:
+    """Patches clean values by recomputing the corrupted run from the patched layer and token on."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, base: Recording) -> None:
-        self.replay = Replay(model, anatomy, base)
+    def __init__(self, mm: MultimodalModel, base: ActivationCache) -> None:
+        self.partial_forward = PartialForward(mm, base)
 
-    def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: Recording) -> Tensor:
-        start = self.replay.start_for(int(positions_RP.min()))
-        back = patch(site, layers, positions_RP, clean.values)
-        return self.replay.logits([back], variants=len(positions_RP), layer=min(layers), start=start)
+    def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: ActivationCache) -> Tensor:
+        start = self.partial_forward.restart_position(int(positions_RP.min()))
+        back = patch_from(site, layers, positions_RP, clean.values)
+        return self.partial_forward.logits([back], variants=len(positions_RP), layer=min(layers), start=start)
 
 
-class _Plain:
-    """Puts clean values back by running the whole model on the corrupt inputs."""
+class _FullPatching:
+    """Patches clean values by running the whole model on the corrupted inputs."""
 
-    def __init__(self, model: Any, anatomy: Anatomy, corrupt: Corrupt) -> None:
-        self.model, self.anatomy, self.corrupt = model, anatomy, corrupt
+    def __init__(self, mm: MultimodalModel, corrupted: CorruptedQuestion) -> None:
+        self.mm, self.corrupted = mm, corrupted
 
-    def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: Recording) -> Tensor:
+    def __call__(self, site: Site, layers: Sequence[int], positions_RP: Tensor, clean: ActivationCache) -> Tensor:
         answers = []
         for positions_P in positions_RP:
-            back = patch(site, layers, positions_P, clean.values)
-            with self.corrupt.applied(self.model, self.anatomy), intervened(self.model, self.anatomy, [back]):
-                answers.append(last_logits(self.model, self.anatomy, self.corrupt.inputs))
+            back = patch_from(site, layers, positions_P, clean.values)
+            with self.corrupted.applied(self.mm), apply_interventions(self.mm, [back]):
+                answers.append(last_logits(self.mm, self.corrupted.inputs))
         return torch.cat(answers)
 
 
-def _rival(logits_V: Tensor, target: int) -> int:
-    """The corrupt run's answer, or its second where the first is the target."""
+def _rival_token(logits_V: Tensor, target: int) -> int:
+    """The corrupted run's answer, or its second choice if the first is the target."""
     best, second = logits_V.topk(2).indices.tolist()
     return int(second if best == target else best)
 
 
-def _shortlisted(
-    model: Any,
-    anatomy: Anatomy,
-    corrupt: Corrupt,
-    clean: Recording,
-    options: Tracing,
+def _shortlist(
+    mm: MultimodalModel,
+    corrupted: CorruptedQuestion,
+    clean: ActivationCache,
+    config: TraceConfig,
     units: Sequence[Tensor],
-    read: _Answer,
+    read: _TargetReader,
 ) -> list[list[list[int]]]:
-    """Units to compute exactly, by site and layer."""
+    """Units to patch exactly, by site and layer: all, or those with the largest attribution scores."""
     every = list(range(len(units)))
-    if options.shortlist is None:
-        return [[every] * anatomy.num_layers for _ in options.sites]
+    if config.shortlist is None:
+        return [[every] * mm.layout.num_layers for _ in config.sites]
     chosen = []
-    for site in options.sites:
-        guess = attribution(model, anatomy, corrupt, clean, site, units, read.target, read.rival).abs()
+    for site in config.sites:
+        guess = attribution_scores(mm, corrupted, clean, site, units, read.target, read.rival).abs()
         best = torch.zeros_like(guess, dtype=torch.bool).flatten()
-        best[guess.flatten().topk(min(options.shortlist, guess.numel())).indices] = True
+        best[guess.flatten().topk(min(config.shortlist, guess.numel())).indices] = True
         chosen.append([row.nonzero().flatten().tolist() for row in best.view_as(guess)])
     return chosen
+
+
+def attribution_scores(
+    mm: MultimodalModel,
+    corrupted: CorruptedQuestion,
+    clean: ActivationCache,
+    site: Site,
+    units: Sequence[Tensor],
+    target: int,
+    rival: int,
+) -> Tensor:
+    """(N, U) first-order estimate of the effect of each patch on the logit difference, from one backward pass.
+
+    Attribution patching: gradient in the corrupted run times clean minus corrupted values (Nanda 2023).
+
+    Args:
+        mm: The unwrapped model in eval mode.
+        corrupted: The corrupted question.
+        clean: Activations of the clean run, with ``site``.
+        site: Site that would be patched.
+        units: Token positions of each of the U units.
+        target: Token whose logit counts.
+        rival: Token whose logit is subtracted.
+    """
+    shape = (1, clean.length, clean.block_inputs[0].shape[2])
+    device = clean.block_inputs[0].device
+    moves = [torch.zeros(shape, device=device, requires_grad=True) for _ in range(mm.layout.num_layers)]
+    with corrupted.applied(mm):
+        values = cache_activations(mm, corrupted.inputs, sites=(site,)).values
+        moved = [add_vector(site, [layer], None, move) for layer, move in enumerate(moves)]
+        with torch.enable_grad(), apply_interventions(mm, moved):
+            logits = mm.model(**to_model_device(mm, corrupted.inputs), use_cache=False).logits[0, -1].float()
+            gradients = torch.autograd.grad(logits[target] - logits[rival], moves)
+    per_token = torch.stack(
+        [
+            ((clean.values[site, layer] - values[site, layer]).float() * gradient.float()).sum(-1)[0]
+            for layer, gradient in enumerate(gradients)
+        ]
+    ).cpu()
+    return torch.stack([per_token[:, unit].sum(1) for unit in units], 1)
+
+
+def patch_units(
+    encoded: EncodedQuestion, clean: ActivationCache, base: ActivationCache, image_units: int
+) -> list[Tensor]:
+    """Units from the first changed token on: every text token, and the image tokens in ``image_units`` runs."""
+    # Over all layers: with cross-attention to the image, embeddings do not show that it has changed.
+    layers = [(clean.block_inputs[layer] != base.block_inputs[layer]).any(-1)[0] for layer in clean.block_inputs]
+    changed = torch.stack(layers).any(0).nonzero().flatten()
+    if not len(changed):
+        raise UserError(
+            "The corruption changes nothing.", "Both runs are the same in all layers.", "Choose another corruption."
+        )
+    first, pictured = int(changed[0]), encoded.image.tolist()
+    late = [position for position in pictured if position >= first]
+    runs = [run for run in torch.tensor(late).tensor_split(image_units) if len(run)] if late else []
+    text = [torch.tensor([position]) for position in range(first, encoded.length) if position not in set(pictured)]
+    return sorted([*runs, *text], key=lambda unit: int(unit[0]))
+
+
+def batch_units(chosen: Sequence[int], units: Sequence[Tensor], length: int, tokens: int) -> Iterator[list[int]]:
+    """Batches of units with at most ``tokens`` recomputed tokens; later units need fewer tokens each."""
+    batch: list[int] = []
+    for unit in chosen:
+        span = length - int(units[batch[0] if batch else unit][0])
+        if batch and (len(batch) + 1) * span > tokens:
+            yield batch
+            batch = []
+        batch.append(unit)
+    if batch:
+        yield batch
+
+
+def pad_units(units: Sequence[Tensor]) -> Tensor:
+    """(R, P) positions of units; shorter ones repeat their last token."""
+    longest = max(map(len, units))
+    return torch.stack([torch.cat([unit, unit[-1:].expand(longest - len(unit))]) for unit in units])

@@ -1,51 +1,50 @@
-"""What every token gives to every other through attention, and the way that it takes over the layers.
+"""Attention contributions of tokens to each other, and the flow of information from the image to the answer.
 
-Data flow: ``Recording`` (queries, keys, values, mask of each layer) -> attention weights by the family's own formula,
-values through the output projection -> contributions and their norms -> ``flow`` over many questions, and
-``pictures.image_map`` of one.
+The contribution of token j to token i through head h is a_ij = A_ij (v_j W_O^h); its size is the norm of the sum over
+heads, ||sum_h a_ij|| (Kobayashi et al. 2020, arXiv:2004.10102; Basu et al. 2024, arXiv:2406.04236). Contributions of
+all tokens and heads add up to the output of the output projection without its bias, which is verified whenever the
+cache holds the attention's output. Later operations of the block are not included: a norm after attention (Gemma 3),
+a gate (Mllama's cross-attention). Weights of a token need not sum to one: attention sinks take a part of them.
 
-The contribution of token j to token i by head h is a = A_ij (v_j W_O^h), the norm that tells how much it is
-||sum_h a|| (2406.04236; Kobayashi et al. 2020). Contributions of all tokens and heads add up to what the output
-projection puts out, its bias apart: that is verified whenever the recording holds the attention's output. It is what
-comes before anything the block does to it: a norm behind the attention (Gemma 3), a gate (Mllama's cross-attention).
-Weights of a token need not sum to one: where a family has attention sinks, the sink's share goes nowhere.
+Data flow: ``ActivationCache`` (queries, keys, values, mask of each layer) -> attention weights by the model's own
+formula, values times output projection -> contributions and their norms -> ``flow_curves`` over many questions,
+``image_overlays.contribution_map`` of one.
 
-Shapes: H query heads, G key heads, Q queries (tokens that attend), K keys (attended to), E head size, D hidden size,
-N layers.
+Shapes: H query heads, Q queries (tokens that attend), K keys (attended to), T targets of an edge, E head size, D hidden
+size, N layers.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.causal.effects.aggregate import profile
-from lightning_mm.causal.effects.attention_knockout import Edge, edge
-from lightning_mm.causal.interventions.activation_cache import Recording, record
-from lightning_mm.causal.questions.question import Asked
+from lightning_mm.causal.effects.aggregate import layer_means
+from lightning_mm.causal.effects.attention_knockout import AttentionEdge, attention_edge
+from lightning_mm.causal.interventions.activation_cache import ActivationCache, cache_activations
+from lightning_mm.causal.questions.question import EncodedQuestion
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.attention.interception import repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
-FLOW = ("image->constraint", "constraint->last", "image->last", "question->last")
+FLOW_EDGES = ("image->constraint", "constraint->last", "image->last", "question->last")
 
-_KEYS = 64
-"""Keys that are taken through the output projection at a time: H * D numbers each."""
+_KEYS_PER_CHUNK = 64
+"""Keys that are multiplied with the output projection at a time: H * D values each."""
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
-"""Of the output's norm: an output projection that is not the last thing to happen is wrong by far more."""
+"""Tolerated error relative to the output's norm; a module that does more after the projection is off by far more."""
 
 
 @dataclass(frozen=True, eq=False)
-class Norms:
-    """How much tokens give.
+class ContributionNorms:
+    """Norms of attention contributions.
 
     Args:
-        tokens: (Q, K) norm of the sum over heads.
-        heads: (H, Q, K) norm of each head's part.
-        visible: (Q, K) whether the query sees the key.
+        tokens: (Q, K) norm of the contribution of each key to each query, summed over heads.
+        heads: (H, Q, K) norm of each head's contribution.
+        visible: (Q, K) bool, whether the query may attend to the key.
     """
 
     tokens: Tensor
@@ -55,47 +54,51 @@ class Norms:
 
 @torch.no_grad()
 def contributions(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor, by_head: bool = False
+    mm: MultimodalModel, cache: ActivationCache, layer: int, queries: Tensor, by_head: bool = False
 ) -> Tensor:
-    """The contributions themselves.
+    """Contribution vectors of all keys to the given queries.
 
     Args:
-        model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
-        recording: Of one question.
-        layer: Decoder block.
+        mm: The unwrapped model; may have adapters and quantized weights.
+        cache: Activations of one question.
+        layer: Index of the decoder block.
         queries: (Q,) positions of the tokens that attend.
-        by_head: Keep heads apart.
+        by_head: Whether to return heads separately instead of their sum.
 
     Returns:
-        (Q, K, D), or (H, Q, K, D), float32.
+        (Q, K, D), or (H, Q, K, D) by head, float32.
 
     Raises:
-        UserError: The layer has no attention, or its output is made of more than values and an output projection.
+        UserError: The layer has no attention, or its output is not values times output projection.
     """
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+    parts = _AttentionParts.of(mm, cache, layer, queries)
     formula = "hqk,hkd->hqkd" if by_head else "hqk,hkd->qkd"
-    chunks = [torch.einsum(formula, parts.weight[..., keys], moved) for keys, moved in parts.moved()]
+    chunks = [torch.einsum(formula, parts.weight[..., keys], projected) for keys, projected in parts.projected()]
     return torch.cat(chunks, -2)
 
 
 @torch.no_grad()
-def contribution_norms(model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> Norms:
-    """Norms of contributions, without holding the contributions; arguments and errors as ``contributions``."""
-    parts = _Parts.of(model, anatomy, recording, layer, queries)
+def contribution_norms(mm: MultimodalModel, cache: ActivationCache, layer: int, queries: Tensor) -> ContributionNorms:
+    """Norms of the contributions, computed in chunks of keys; arguments and errors as for ``contributions``."""
+    parts = _AttentionParts.of(mm, cache, layer, queries)
     tokens, heads = [], []
-    for keys, moved_HkD in parts.moved():
+    for keys, projected_HkD in parts.projected():
         weight_HQk = parts.weight[..., keys]
-        tokens.append(torch.einsum("hqk,hkd->qkd", weight_HQk, moved_HkD).norm(dim=-1))
-        heads.append(weight_HQk * moved_HkD.norm(dim=-1)[:, None])
-    return Norms(torch.cat(tokens, -1), torch.cat(heads, -1), parts.visible)
+        tokens.append(torch.einsum("hqk,hkd->qkd", weight_HQk, projected_HkD).norm(dim=-1))
+        heads.append(weight_HQk * projected_HkD.norm(dim=-1)[:, None])
+    return ContributionNorms(torch.cat(tokens, -1), torch.cat(heads, -1), parts.visible)
 
 
 @torch.no_grad()
-def output_map(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """What a linear module does, as float32 (width, D) matrix and (D,) bias.
+def output_projection(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """A linear module as float32 (width, D) matrix and (D,) bias.
 
-    Modules that are more than a plain linear one (adapters, quantised weights) are asked: f(one-hot) - f(0).
+    Modules other than ``nn.Linear`` (adapters, quantized weights) are evaluated: f(one-hot) - f(0).
+
+    Args:
+        module: The module.
+        width: Input size.
+        like: A tensor of the module's input dtype and device.
     """
     if type(module) is nn.Linear:
         bias = module.weight.new_zeros(module.out_features) if module.bias is None else module.bias
@@ -105,70 +108,71 @@ def output_map(module: nn.Module, width: int, like: Tensor) -> tuple[Tensor, Ten
     return torch.cat(rows).float(), bias_D.float()
 
 
-def shares(
-    model: nn.Module, anatomy: Anatomy, recording: Recording, asked: Asked, names: Sequence[str] = FLOW
+def flow_shares(
+    mm: MultimodalModel, cache: ActivationCache, encoded: EncodedQuestion, names: Sequence[str] = FLOW_EDGES
 ) -> tuple[Tensor, Tensor]:
-    """Of all that reaches the targets of an edge in a layer, the share that comes from its sources.
+    """Fraction of the attention contributions to an edge's targets that comes from its sources, by layer.
 
-    The share of target i is sum over sources j of ||sum_h a_ji||, over the same sum for all tokens j; the mean over the
-    targets is taken. In a layer that attends to the picture's own states, all keys are the picture.
+    For target i: the sum over sources j of ||sum_h a_ij||, divided by the same sum over all tokens j; averaged over the
+    targets. In cross-attention layers all keys are the image.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
-        recording: The question's run.
-        asked: The question.
-        names: Edges.
+        mm: The unwrapped model.
+        cache: Activations of the question.
+        encoded: The question.
+        names: Edges, such as ``image->last``.
 
     Returns:
-        (edges, N) shares, and what they would be if each visible token gave the same; NaN where the question has no
-        such tokens, or the layer no attention.
+        (edges, N) fractions, and (edges, N) fractions if all visible tokens contributed equally (the null); NaN if the
+        question has no such tokens, or the layer no attention.
     """
-    edges = [edge(asked, name) for name in names]
+    edges = [attention_edge(encoded, name) for name in names]
     queries = torch.cat([each.targets for each in edges if each] or [torch.zeros(0, dtype=torch.long)]).unique()
-    found = torch.full((2, len(names), anatomy.num_layers), torch.nan, dtype=torch.float64)
-    for layer in recording.calls if len(queries) else ():
-        norms = contribution_norms(model, anatomy, recording, layer, queries)
-        is_own = norms.tokens.shape[1] == recording.length
+    shares = torch.full((2, len(names), mm.layout.num_layers), torch.nan, dtype=torch.float64)
+    for layer in cache.attention_calls if len(queries) else ():
+        norms = contribution_norms(mm, cache, layer, queries)
+        is_own = norms.tokens.shape[1] == cache.length
         for number, each in enumerate(edges):
             if each:
                 rows = torch.searchsorted(queries, each.targets)
                 for kind, amount_QK in enumerate((norms.tokens, norms.visible)):
-                    found[kind, number, layer] = _share(amount_QK[rows.to(amount_QK.device)], each, is_own)
-    return found[0], found[1]
+                    shares[kind, number, layer] = _source_share(amount_QK[rows.to(amount_QK.device)], each, is_own)
+    return shares[0], shares[1]
 
 
-def flow(
-    model: Any, anatomy: Anatomy, asked: Sequence[Asked], names: Sequence[str] = FLOW
+def flow_curves(
+    mm: MultimodalModel, encoded: Sequence[EncodedQuestion], names: Sequence[str] = FLOW_EDGES
 ) -> Iterator[tuple[str, list[Estimate]]]:
-    """Edge and one Estimate per layer: the mean over questions of ``shares``; chance: all visible tokens give alike.
+    """Yields edge and one Estimate per layer: the mean of ``flow_shares``; null: visible tokens contribute equally.
 
     Args:
-        model: The plain model in eval mode.
-        anatomy: Of it.
-        asked: The questions.
-        names: Edges.
+        mm: The unwrapped model in eval mode.
+        encoded: The questions.
+        names: Edges, such as ``image->last``.
     """
-    found = []
-    for one in asked:
-        # One at a time: a recording of a large model is large.
-        recording = record(model, anatomy, one.inputs, sites=("attention",))
-        found.append(torch.stack(shares(model, anatomy, recording, one, names)))
-    questions = [one.question for one in asked]
-    for number, name in enumerate(names if found else ()):
-        share_QN, null_QN = torch.stack([each[:, number] for each in found], 1)
-        yield name, profile(share_QN, questions, f"no question has tokens for {name}, or no attention here", null_QN)
+    shares = []
+    for one in encoded:
+        # One at a time: activations of a large model are large.
+        cache = cache_activations(mm, one.inputs, sites=("attention",))
+        shares.append(torch.stack(flow_shares(mm, cache, one, names)))
+    questions = [one.question for one in encoded]
+    for number, name in enumerate(names if shares else ()):
+        share_QN, null_QN = torch.stack([each[:, number] for each in shares], 1)
+        yield (
+            name,
+            layer_means(share_QN, questions, f"no question has tokens for {name}, or no attention here", null_QN),
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class _Parts:
-    """One layer's attention of one row, taken apart.
+class _AttentionParts:
+    """Attention of one layer and one row, split into weights, values and output projection.
 
     Args:
-        weight: (H, Q, K).
-        value: (H, K, E).
-        out: (H, E, D) output projection.
-        visible: (Q, K).
+        weight: (H, Q, K) attention weights.
+        value: (H, K, E) value vectors, repeated for every query head.
+        out: (H, E, D) output projection by head.
+        visible: (Q, K) bool, whether the query may attend to the key.
     """
 
     weight: Tensor
@@ -177,14 +181,14 @@ class _Parts:
     visible: Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, anatomy: Anatomy, recording: Recording, layer: int, queries: Tensor) -> "_Parts":
-        name = anatomy.blocks[layer].o_proj
-        if layer not in recording.calls:
-            raise _cannot(layer, "it mixes tokens by other means than attention, or not at all")
+    def of(cls, mm: MultimodalModel, cache: ActivationCache, layer: int, queries: Tensor) -> "_AttentionParts":
+        name = mm.layout.blocks[layer].o_proj
+        if layer not in cache.attention_calls:
+            raise _not_decomposable(layer, "it mixes tokens by other means than attention, or not at all")
         if name is None:
-            raise _cannot(layer, "it has no attention with an output projection of its own")
-        call = recording.calls[layer]
-        assert len(call.query) == 1, "a recording of one question"
+            raise _not_decomposable(layer, "it has no attention with an output projection of its own")
+        call = cache.attention_calls[layer]
+        assert len(call.query) == 1, "a cache of one question"
         rows = queries.to(call.query.device)
         mask = call.mask
         if mask is not None:
@@ -193,36 +197,36 @@ class _Parts:
         weight_HQK = call.explicit()[1][0].float()
         value_HKE = repeated(call.value, call.query)[0].float()
         num_heads, num_keys, size = value_HKE.shape
-        out, bias_D = output_map(model.get_submodule(name), num_heads * size, call.value)
+        out, bias_D = output_projection(mm.model.get_submodule(name), num_heads * size, call.value)
         visible_QK = torch.ones(len(rows), num_keys, dtype=torch.bool, device=rows.device)
         if mask is not None:
             visible_QK = (mask > torch.finfo(mask.dtype).min / 2).flatten(0, -3).any(0)
         parts = cls(weight_HQK, value_HKE, out.unflatten(0, (num_heads, size)), visible_QK)
-        if ("attention", layer) in recording.values:
-            parts._verify(recording.values["attention", layer][0, rows], bias_D, layer)
+        if ("attention", layer) in cache.values:
+            parts._verify(cache.values["attention", layer][0, rows], bias_D, layer)
         return parts
 
-    def moved(self) -> Iterator[tuple[slice, Tensor]]:
-        """Some keys at a time, and (H, k, D) what each would give with weight 1."""
-        for first in range(0, self.value.shape[1], _KEYS):
-            keys = slice(first, first + _KEYS)
+    def projected(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yields chunks of keys, and the (H, k, D) contribution of each key at weight 1."""
+        for first in range(0, self.value.shape[1], _KEYS_PER_CHUNK):
+            keys = slice(first, first + _KEYS_PER_CHUNK)
             yield keys, self.value[:, keys] @ self.out
 
-    def _verify(self, put_out_QD: Tensor, bias_D: Tensor, layer: int) -> None:
+    def _verify(self, output_QD: Tensor, bias_D: Tensor, layer: int) -> None:
         total_QD = torch.einsum("hqe,hed->qd", self.weight @ self.value, self.out) + bias_D
-        error = float((total_QD - put_out_QD.float()).norm() / put_out_QD.float().norm().clamp_min(1e-12))
-        if not error <= _TOLERANCE[put_out_QD.dtype]:
-            raise _cannot(layer, f"contributions miss what it puts out by {error:.2g} of its size")
+        error = float((total_QD - output_QD.float()).norm() / output_QD.float().norm().clamp_min(1e-12))
+        if not error <= _TOLERANCE[output_QD.dtype]:
+            raise _not_decomposable(layer, f"contributions miss what it puts out by {error:.2g} of its size")
 
 
-def _share(amount_TK: Tensor, way: Edge, is_own: bool) -> float:
-    """Mean over targets of the sources' part of each row."""
+def _source_share(amount_TK: Tensor, edge: AttentionEdge, is_own: bool) -> float:
+    """Mean over targets of the sources' fraction of each row."""
     amount_TK = amount_TK.double()
-    from_T = amount_TK[:, way.sources.to(amount_TK.device)].sum(1) if is_own else amount_TK.sum(1) * way.of_picture
+    from_T = amount_TK[:, edge.sources.to(amount_TK.device)].sum(1) if is_own else amount_TK.sum(1) * edge.is_image
     return float((from_T / amount_TK.sum(1)).mean())
 
 
-def _cannot(layer: int, why: str) -> UserError:
+def _not_decomposable(layer: int, why: str) -> UserError:
     return UserError(
         f"The attention of layer {layer} cannot be split into contributions.",
         f"{why[0].upper()}{why[1:]}.",

@@ -1,20 +1,15 @@
-"""Attention knockout: what the answer loses when some tokens cannot attend to some others in a window of layers.
+"""Attention knockout: the effect on the answer of cutting attention between token classes in a window of layers.
 
-Data flow: ``Edge``s -> ``Knockout``, which answers for attention -> ``knocked_out`` (whole runs) or ``knocked_logits``
-(only what can differ is computed) -> ``knockout_curves`` over many questions.
+Two kinds that are not equivalent:
+``pre``: scores are masked before the softmax, so the remaining weights grow (Geva et al. 2023, arXiv:2304.14767).
+``post``: weights are zeroed after the softmax and not renormalized (Serra et al. 2024, arXiv:2412.06646).
+A token never loses attention to itself, so no row is masked completely.
 
-Two interventions that are not the same:
-``pre``: the scores are masked before the softmax, so the token attends more to what it still sees (Geva et al. 2023).
-``post``: the weights are zeroed behind the softmax and nothing takes their place (2412.06646).
-A token never loses sight of itself, so no row is ever masked completely.
+Data flow: ``EncodedQuestion`` + name such as ``image->question`` -> ``AttentionEdge`` -> ``Knockout`` (an attention
+function) -> ``knock_out`` (full forward passes) or ``knockout_logits`` (only what can differ) -> ``knockout_curves``.
 
-Shapes: B rows, H query heads, Q queries, K keys, E head size, L tokens, V vocabulary.
-
-Which tokens give to which through attention: the ways that an answer can take, by the names of token classes.
-
-Data flow: ``Asked`` + a name such as ``image->question`` -> ``Edge`` -> measured by ``attention``, cut by ``knockout``.
-
-Shapes: T targets (tokens that attend), S sources (tokens that are attended to).
+Shapes: B rows, H query heads, Q queries, K keys, T targets (tokens that attend), S sources (attended to), E head size,
+R rows of queries with a cut, L tokens, V vocabulary size.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,92 +18,93 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_mm.causal.interventions.partial_forward import Replay
-from lightning_mm.causal.questions.question import Asked
+from lightning_mm.causal.interventions.partial_forward import PartialForward
+from lightning_mm.causal.questions.question import EncodedQuestion
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeated
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 
-CLASSES = ("image", "question", "constraint", "last")
+EDGE_CLASSES = ("image", "question", "constraint", "last")
 
 
 @dataclass(frozen=True, eq=False)
-class Edge:
-    """From some tokens to others.
+class AttentionEdge:
+    """Attention from some tokens to others.
 
     Args:
-        name: As told in tables and errors.
+        name: ``source->target``, for tables and error messages.
         targets: (T,) positions of the tokens that attend.
-        sources: (S,) positions of the tokens that they attend to.
-        of_picture: Whether the sources are the picture: then they are also every key of a layer that attends to the
-            picture's own states instead of the tokens (cross-attention).
+        sources: (S,) positions of the tokens that are attended to.
+        is_image: Whether the sources are the image; they are then all keys of a cross-attention layer, too.
     """
 
     name: str
     targets: Tensor
     sources: Tensor
-    of_picture: bool = False
+    is_image: bool = False
 
     def __bool__(self) -> bool:
-        """Whether there is anything at both ends."""
+        """Whether the edge has both sources and targets."""
         return len(self.targets) > 0 and len(self.sources) > 0
 
 
-def edge(asked: Asked, name: str) -> Edge:
-    """An edge of one question.
+def attention_edge(encoded: EncodedQuestion, name: str) -> AttentionEdge:
+    """An edge of one question, by name.
 
     Args:
-        asked: The question.
-        name: ``source->target``, both of ``CLASSES``; ``question`` is all of its tokens, the constraint's among them.
-            An end that the question does not have (no picture, no constraint) is empty.
+        encoded: The question.
+        name: ``source->target``, both of ``EDGE_CLASSES``; ``question`` includes the constraint. An end that the
+            question does not have (no image, no constraint) is empty.
 
     Raises:
-        UserError: There is no such class, or the edge is ``last->last``: a token always sees itself.
+        UserError: There is no such class, or the edge is ``last->last``: a token always attends to itself.
     """
-    check(name)
+    check_edge(name)
     source, _, target = name.partition("->")
-    return Edge(name, _tokens(asked, target), _tokens(asked, source), source == "image")
+    return AttentionEdge(name, _tokens(encoded, target), _tokens(encoded, source), source == "image")
 
 
-def check(name: str) -> None:
-    """Raises UserError if there is no such edge."""
+def check_edge(name: str) -> None:
+    """Raise a ``UserError`` if there is no edge of this name."""
     source, _, target = name.partition("->")
-    if source not in CLASSES or target not in CLASSES or (source, target) == ("last", "last"):
+    if source not in EDGE_CLASSES or target not in EDGE_CLASSES or (source, target) == ("last", "last"):
         raise UserError(
             f"There is no edge {name!r}.",
             "A token never loses sight of itself." if name == "last->last" else "Edges are named source->target.",
-            f"Give two of {', '.join(CLASSES)}, image->question for example.",
+            f"Give two of {', '.join(EDGE_CLASSES)}, image->question for example.",
         )
 
 
-def _tokens(asked: Asked, name: str) -> Tensor:
+def _tokens(encoded: EncodedQuestion, name: str) -> Tensor:
     if name == "last":
-        return torch.tensor([asked.length - 1])
-    return {"image": asked.image, "question": asked.text, "constraint": asked.constraint}[name].unique()
+        return torch.tensor([encoded.length - 1])
+    return {"image": encoded.image, "question": encoded.text, "constraint": encoded.constraint}[name].unique()
 
 
-Kind = Literal["pre", "post"]
+KnockoutKind = Literal["pre", "post"]
 
 _KERNELS = ("eager", "sdpa")
-"""Those that take a mask which differs from query to query; FlashAttention ignores it."""
+"""Attention implementations that take a mask per query; FlashAttention ignores it."""
 
 
 class Knockout:
-    """Answers for attention with some edges cut; every other layer and token is computed as ever.
+    """An attention function with some edges cut; all other layers and tokens are computed as usual.
 
     Args:
-        edges: What to cut.
-        layers: Where.
-        kind: ``pre`` or ``post`` the softmax.
-        length: L, where calls may hold the last queries only (``Replay``); None: they hold all.
+        edges: Edges to cut; empty ones are ignored.
+        layers: Indices of the layers to cut them in.
+        kind: ``pre`` or ``post`` the softmax, see the module docstring.
+        length: L, if calls may hold the last queries only (``PartialForward``); None: calls hold all queries.
     """
 
-    def __init__(self, edges: Sequence[Edge], layers: Sequence[int], kind: Kind, length: int | None = None) -> None:
+    def __init__(
+        self, edges: Sequence[AttentionEdge], layers: Sequence[int], kind: KnockoutKind, length: int | None = None
+    ) -> None:
         self.edges, self.layers, self.kind, self.length = [e for e in edges if e], frozenset(layers), kind, length
-        self.took = not (self.edges and self.layers)
-        """Whether anything was cut, or nothing was asked for."""
+        self.has_cut = not (self.edges and self.layers)
+        """Whether any attention row was changed, or there was nothing to cut."""
 
     def __call__(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         if call.layer not in self.layers or not self.edges:
@@ -119,15 +115,15 @@ class Knockout:
                 "This kernel takes no mask that differs from token to token.",
                 "Load the model with eager or sdpa attention.",
             )
-        seen_QK, cut_QK = self._ends(call)
+        seen_QK, cut_QK = self._masks(call)
         if not cut_QK.any():
             return call.compute()
-        self.took = True
-        return _masked(call, seen_QK, cut_QK) if self.kind == "pre" else _zeroed(call, cut_QK)
+        self.has_cut = True
+        return _mask_scores(call, seen_QK, cut_QK) if self.kind == "pre" else _zero_weights(call, cut_QK)
 
     def verify(self) -> None:
-        """Raises UserError if the run came by without one attention row changing."""
-        if not self.took:
+        """Raise a ``UserError`` if the run did not change any attention row."""
+        if not self.has_cut:
             names = ", ".join(each.name for each in self.edges)
             raise UserError(
                 f"Knocking out {names} changed nothing.",
@@ -136,21 +132,21 @@ class Knockout:
             )
 
     def cuts(self, call: AttentionCall) -> bool:
-        """Whether this call would change."""
-        return call.layer in self.layers and bool(self._ends(call)[1].any())
+        """Whether the edges change this call."""
+        return call.layer in self.layers and bool(self._masks(call)[1].any())
 
-    def _ends(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
-        """(Q, K) which keys a query sees, and which of these it is to lose."""
+    def _masks(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
+        """(Q, K) keys that a query may attend to, and those of them that are cut."""
         num_queries, num_keys = call.query.shape[2], call.key.shape[2]
         length = self.length or num_queries
         start, device = length - num_queries, call.query.device
         cut_QK = torch.zeros(num_queries, num_keys, dtype=torch.bool, device=device)
         for each in self.edges:
-            assert int(each.targets.min()) >= start, "an earlier target would be left as it is"
+            assert int(each.targets.min()) >= start, "targets before the first query cannot be cut"
             targets, sources = each.targets.to(device) - start, each.sources.to(device)
             if num_keys == length:
                 cut_QK[targets[:, None], sources] = True
-            elif each.of_picture:
+            elif each.is_image:
                 cut_QK[targets] = True
         if num_keys == length:
             cut_QK.diagonal(start).fill_(False)
@@ -161,53 +157,54 @@ class Knockout:
 
 
 @contextmanager
-def knocked_out(
-    model: nn.Module, anatomy: Anatomy, edges: Sequence[Edge], layers: Sequence[int], kind: Kind
+def knock_out(
+    mm: MultimodalModel, edges: Sequence[AttentionEdge], layers: Sequence[int], kind: KnockoutKind
 ) -> Iterator[None]:
-    """While active, whole runs of the model (no cache, all tokens) compute with the edges cut.
+    """Context in which full forward passes of the model (no KV cache, all tokens) run with the edges cut.
 
-    No edge or no layer is no change. It cannot be combined with ``record``, which answers for attention itself.
+    Cannot be combined with ``cache_activations``, which intercepts attention itself.
 
     Args:
-        model: The plain model; adapters and quantised weights may be in it.
-        anatomy: Of it.
-        edges: What to cut.
-        layers: Where.
+        mm: The unwrapped model; may have adapters and quantized weights.
+        edges: Edges to cut; none: no change.
+        layers: Indices of the layers to cut them in; none: no change.
         kind: ``pre`` or ``post`` the softmax.
 
     Raises:
-        UserError: The kernel takes no masks; a token would see nothing at all; or, when the context ends, not one
-            attention row was changed.
+        UserError: The attention implementation takes no masks; a token would attend to nothing; or, when the context
+            ends, no attention row was changed.
     """
     knockout = Knockout(edges, layers, kind)
-    with attention_through(model, anatomy, knockout):
+    with attention_through(mm, knockout):
         yield
     knockout.verify()
 
 
-def knocked_logits(replay: Replay, edges: Sequence[Edge], layers: Sequence[int], kind: Kind) -> Tensor:
+def knockout_logits(
+    partial_forward: PartialForward, edges: Sequence[AttentionEdge], layers: Sequence[int], kind: KnockoutKind
+) -> Tensor:
     """(V,) float32 last-token logits with the edges cut, computed from the first layer and token that can differ.
 
     Args:
-        replay: Of the clean run.
-        edges: What to cut.
-        layers: Where.
+        partial_forward: Partial forward of the clean run.
+        edges: Edges to cut.
+        layers: Indices of the layers to cut them in.
         kind: ``pre`` or ``post`` the softmax.
 
     Raises:
-        UserError: As ``knocked_out``.
+        UserError: As for ``knock_out``.
     """
-    knockout = Knockout(edges, layers, kind, replay.base.length)
+    knockout = Knockout(edges, layers, kind, partial_forward.base.length)
     if not knockout.edges or not knockout.layers:
-        return replay.base.logits[0]
-    start = replay.start_for(min(int(each.targets.min()) for each in knockout.edges))
-    logits = replay.logits(layer=min(knockout.layers), start=start, attend=knockout)
+        return partial_forward.base.logits[0]
+    start = partial_forward.restart_position(min(int(each.targets.min()) for each in knockout.edges))
+    logits = partial_forward.logits(layer=min(knockout.layers), start=start, attend=knockout)
     knockout.verify()
     return logits[0]
 
 
-def _masked(call: AttentionCall, seen_QK: Tensor, cut_QK: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Before the softmax, by the model's own kernel."""
+def _mask_scores(call: AttentionCall, seen_QK: Tensor, cut_QK: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cut before the softmax, in the mask of the model's own attention implementation."""
     if (seen_QK.any(1) & ~(seen_QK & ~cut_QK).any(1)).any():
         raise UserError(
             f"Layer {call.layer} would attend to nothing.",
@@ -218,14 +215,14 @@ def _masked(call: AttentionCall, seen_QK: Tensor, cut_QK: Tensor) -> tuple[Tenso
     return call.changed(mask=mask.masked_fill(cut_QK, torch.finfo(mask.dtype).min)).compute()
 
 
-def _zeroed(call: AttentionCall, cut_QK: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Behind the softmax: the model's own output, less A_ij v_j of what is cut."""
+def _zero_weights(call: AttentionCall, cut_QK: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Cut after the softmax: the model's own output minus A_ij v_j of the cut pairs."""
     out_BQHE, weight = call.compute()
     rows = cut_QK.any(1).nonzero().flatten()
     mask = call.mask
     if mask is not None:
         mask = mask.expand(*mask.shape[:-2], *cut_QK.shape)[..., rows, :]
     explicit_BHRK = call.changed(query=call.query[:, :, rows], mask=mask).explicit()[1]
-    lost_BHRE = (explicit_BHRK * cut_QK[rows]) @ repeated(call.value, call.query)
-    out_BQHE = out_BQHE.index_add(1, rows, lost_BHRE.transpose(1, 2).to(out_BQHE.dtype), alpha=-1)
+    cut_BHRE = (explicit_BHRK * cut_QK[rows]) @ repeated(call.value, call.query)
+    out_BQHE = out_BQHE.index_add(1, rows, cut_BHRE.transpose(1, 2).to(out_BQHE.dtype), alpha=-1)
     return out_BQHE, None if weight is None else weight.masked_fill(cut_QK, 0)

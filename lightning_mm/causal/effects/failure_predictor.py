@@ -1,23 +1,15 @@
-"""Attention to the constraint, and confidence, as predictors of whether an answer is right.
+"""Failure prediction: attention to the constraint, and confidence, as predictors of whether an answer is correct.
 
-Data flow: ``Recording`` -> per layer and head the largest contribution of a constraint token to the last token ->
-logistic regression on half of the questions, scores of the other half -> AUROC and risk, beside those of the
-probability that the answer had. Intervals are of the questions (bootstrap by picture), given the regressions.
+Data flow: ``ActivationCache`` -> ``contribution_features``: per layer and head, the largest contribution of a
+constraint token to the last token -> L1 logistic regression on half of the questions, scores of the other half ->
+AUROC and risk, compared with those of the answer's probability. Intervals bootstrap the questions, clustered by
+image, with the regressions fixed.
 
-As 2406.04236 has it: features standardised on the half learned from, L1 penalty, C = 0.05 or, where questions are few,
-what ``strength`` gives, halves with as many right answers each, seed 0. It draws one split; here splits are repeated,
-both halves are tested, and questions about one picture are in the same half.
+After Basu et al. 2024, arXiv:2406.04236: features standardized on the training half, L1 penalty, C = 0.05 (or
+``l1_strength``, for few questions), halves with equally many correct answers, seed 0. The paper draws one split; here
+splits are repeated, both halves are tested, and questions about one image are in the same half.
 
 Shapes: Q questions, F features (layers x heads), S splits, B bootstrap draws, U distinct scores.
-
-Logistic regression with an L1 penalty, which leaves most features out.
-
-Data flow: standardised features, a column of ones for the bias -> ``fit_l1`` -> weights, for ``predictor``.
-
-The objective is that of scikit-learn's liblinear, the bias penalised as any weight: ||w||_1 + C sum_i log(1 + exp(-y_i
-w.x_i)). It is solved by accelerated proximal gradient steps (FISTA, Beck and Teboulle 2009).
-
-Shapes: Q questions, F features.
 """
 
 import math
@@ -26,54 +18,62 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.causal.effects.aggregate import group_ids
 from lightning_mm.causal.effects.attention_flow import contribution_norms
-from lightning_mm.causal.interventions.activation_cache import Recording
-from lightning_mm.causal.questions.question import Asked, Question
-from lightning_mm.core.decisions import decide
+from lightning_mm.causal.interventions.activation_cache import ActivationCache
+from lightning_mm.causal.questions.question import EncodedQuestion, Question
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.estimate import Estimate, finite, undefined
-from lightning_mm.models.layout import Anatomy
-from lightning_mm.probes.cross_validation import MIN_GROUPS_PER_CLASS, dealt, group_draws, num_groups
-from lightning_mm.probes.intervals import bounds
+from lightning_mm.core.estimate import Estimate
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.probes.cross_validation import (
+    MIN_GROUPS_PER_CLASS,
+    bootstrap_weights,
+    num_groups,
+    stratified_group_folds,
+)
+from lightning_mm.probes.intervals import percentile_interval
 from lightning_mm.probes.scores import auroc
 
 C = 0.05
-"""Of 2406.04236, for hundreds of questions and more; fewer need a larger one (``strength``)."""
+"""Of Basu et al. 2024, for hundreds of questions and more; fewer need a larger one (``l1_strength``)."""
 
 
-def strength(num_questions: int, num_features: int) -> float:
-    """C = 0.05, or more where that would leave out every feature there could be.
+def l1_strength(num_questions: int, num_features: int) -> float:
+    """C = 0.05, or larger if that would leave every possible feature without a weight.
 
-    A standardised feature gets a weight once its mean product with the answers exceeds 2 / (C n), which no feature does
-    at C = 0.05 and n = 40. The best of F features of noise reaches about sqrt(2 ln F / n); C is such that half of it
-    suffices, which for the 500 questions and 1,024 heads of a 7B model is the 0.05 of 2406.04236.
+    A standardized feature gets a weight once its mean product with the labels exceeds 2 / (C n), which no feature can
+    at C = 0.05 and n = 40. The best of F noise features reaches about sqrt(2 ln F / n); C is such that half of that is
+    enough, which for the 500 questions and 1,024 heads of a 7B model is the 0.05 of Basu et al. 2024.
 
     Args:
-        num_questions: n that are learned from.
-        num_features: F.
+        num_questions: n, number of training questions.
+        num_features: F, number of features.
 
     Example:
         >>> round(strength(500, 1024), 3), round(strength(20, 270), 2)
         (0.05, 0.27)
     """
-    found = max(C, 4 / math.sqrt(2 * num_questions * math.log(max(num_features, 2))))
-    if found > C:
-        decide("causal.predictor.c", f"{found:.2g}", f"{num_questions} questions are too few for {C}")
-    return found
+    c = max(C, 4 / math.sqrt(2 * num_questions * math.log(max(num_features, 2))))
+    if c > C:
+        log_decision("causal.predictor.c", f"{c:.2g}", f"{num_questions} questions are too few for {C}")
+    return c
 
 
 def fit_l1(x_QF: Tensor, right_Q: Tensor, c: float = C, tolerance: float = 1e-9, max_steps: int = 20000) -> Tensor:
-    """(F,) float64 weights of the L1-penalised logistic regression (module docstring), without a bias of its own.
+    """(F,) float64 weights of L1-penalized logistic regression, without a separate bias.
+
+    Minimizes scikit-learn's liblinear objective ||w||_1 + C sum_i log(1 + exp(-y_i w.x_i)) by accelerated proximal
+    gradient steps (FISTA, Beck and Teboulle 2009).
 
     Args:
-        x_QF: Features; a column of ones makes a bias, penalised as liblinear does.
-        right_Q: {0, 1}.
-        c: Weight of the likelihood.
-        tolerance: Largest change of a weight at which the steps end, relative to the largest weight or 1.
-        max_steps: At most so many.
+        x_QF: Features; a column of ones acts as the bias, penalized as in liblinear.
+        right_Q: Labels, 0 or 1.
+        c: C, weight of the likelihood against the penalty.
+        tolerance: Stop once no weight changes by more, relative to the largest weight or 1.
+        max_steps: Largest number of steps.
 
     Example:
         >>> x = torch.tensor([[-2.0, 0.1], [-1.0, -0.1], [1.0, 0.1], [2.0, -0.1]])
@@ -81,7 +81,7 @@ def fit_l1(x_QF: Tensor, right_Q: Tensor, c: float = C, tolerance: float = 1e-9,
         tensor([ True, False])
     """
     x_QF, sign_Q = x_QF.double(), right_Q.double() * 2 - 1
-    # The logistic loss curves by a quarter at most.
+    # The second derivative of the logistic loss is at most 1/4.
     step = 4 / (c * torch.linalg.matrix_norm(x_QF, 2).square().clamp_min(1e-12))
     weight_F = ahead_F = x_QF.new_zeros(x_QF.shape[1])
     momentum = 1.0
@@ -89,7 +89,7 @@ def fit_l1(x_QF: Tensor, right_Q: Tensor, c: float = C, tolerance: float = 1e-9,
         slope_F = -c * (sign_Q * torch.sigmoid(-sign_Q * (x_QF @ ahead_F))) @ x_QF
         moved_F = torch.nn.functional.softshrink(ahead_F - step * slope_F, float(step))
         change_F = moved_F - weight_F
-        # Momentum that leads uphill is dropped (O'Donoghue and Candes 2015).
+        # Restart the momentum when it leads uphill (O'Donoghue and Candes 2015).
         if (ahead_F - moved_F) @ change_F > 0:
             momentum = 1.0
         following = (1 + (1 + 4 * momentum**2) ** 0.5) / 2
@@ -105,18 +105,18 @@ _DRAWS = 1000
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """How well right answers are told from wrong ones.
+class FailurePrediction:
+    """How well two predictors separate correct from wrong answers.
 
     Args:
         contributions: AUROC of the regression on contributions.
         confidence: AUROC of the answer's probability.
-        difference: The first less the second, on the same questions and draws; chance is 0.
-        risk_contributions: Share of wrong answers among the fifth that is trusted most; without any knowledge it is the
-            share of wrong answers, which is given as chance.
-        risk_confidence: The same by the answer's probability.
-        kept: Features with a weight, mean over splits.
-        c: Weight of the likelihood against the penalty.
+        difference: AUROC of contributions minus confidence, on the same questions and bootstrap draws; null is 0.
+        risk_contributions: Error rate among the ``COVERAGE`` of answers that the regression trusts most; null is the
+            overall error rate.
+        risk_confidence: Error rate among those that the answer's probability trusts most.
+        kept: Number of features with nonzero weight, mean over splits.
+        c: C, weight of the likelihood against the penalty.
     """
 
     contributions: Estimate
@@ -128,7 +128,7 @@ class Prediction:
     c: float
 
     def table(self) -> dict[str, Any]:
-        """As a table of causal.json."""
+        """A table of causal.json."""
         rows = (
             ("AUROC", "attention to the constraint", self.contributions),
             ("AUROC", "confidence", self.confidence),
@@ -146,55 +146,55 @@ class Prediction:
         return {"title": "Are wrong answers foreseen?", "columns": columns, "rows": cells, "note": note}
 
 
-def contribution_features(model: nn.Module, anatomy: Anatomy, recording: Recording, asked: Asked) -> Tensor:
-    """(F,) per layer and head, the largest norm of a constraint token's contribution to the last token.
+def contribution_features(mm: MultimodalModel, cache: ActivationCache, encoded: EncodedQuestion) -> Tensor:
+    """(F,) largest norm of a constraint token's contribution to the last token, for each layer and head.
 
-    Layers that attend to the picture's own states instead of tokens have none.
+    Cross-attention layers have no features.
 
     Raises:
         UserError: The question has no constraint.
     """
-    if not len(asked.constraint):
-        raise UserError(f"Question {asked.question.id} has no constraint.", "None was given.", "Leave it out.")
-    last = torch.tensor([asked.length - 1])
-    found = []
-    for layer in sorted(recording.calls):
-        heads_H1K = contribution_norms(model, anatomy, recording, layer, last).heads
-        if heads_H1K.shape[2] == recording.length:
-            found.append(heads_H1K[:, 0, asked.constraint.to(heads_H1K.device)].amax(1).cpu())
-    if not found:
+    if not len(encoded.constraint):
+        raise UserError(f"Question {encoded.question.id} has no constraint.", "None was given.", "Leave it out.")
+    last = torch.tensor([encoded.length - 1])
+    features = []
+    for layer in sorted(cache.attention_calls):
+        heads_H1K = contribution_norms(mm, cache, layer, last).heads
+        if heads_H1K.shape[2] == cache.length:
+            features.append(heads_H1K[:, 0, encoded.constraint.to(heads_H1K.device)].amax(1).cpu())
+    if not features:
         raise UserError("Contributions cannot be told.", "No layer attends to the tokens.", "Leave the predictor out.")
-    return torch.cat(found)
+    return torch.cat(features)
 
 
 def predict_failure(
     feature_QF: Tensor, confidence_Q: Tensor, right_Q: Tensor, questions: Sequence[Question], splits: int = 10
-) -> Prediction:
-    """Both predictors on the same questions.
+) -> FailurePrediction:
+    """Evaluate both predictors on the same questions.
 
     Args:
         feature_QF: ``contribution_features`` of each question.
         confidence_Q: Probability of the answer's token.
-        right_Q: Whether the answer is right, bool.
-        questions: Q of them, for their groups.
-        splits: S.
+        right_Q: Whether the answer is correct, bool.
+        questions: The Q questions, for their groups.
+        splits: S, number of random splits into halves.
 
     Returns:
-        Undefined estimates with the reason where right or wrong answers are too few to be in both halves.
+        The prediction; its estimates are undefined if there are too few correct or wrong answers for two halves.
     """
     group_Q, label_Q = group_ids(questions), right_Q.long().cpu()
-    if why := _fault(label_Q, group_Q):
-        none = undefined(why, len(label_Q))
-        return Prediction(none, none, none, none, none, kept=0.0, c=C)
-    part_SQ = torch.stack([dealt(label_Q, group_Q, 2, seed) for seed in range(splits)])
-    c = strength(len(label_Q) // 2, feature_QF.shape[1])
-    scored = [_scores(feature_QF.double().cpu(), label_Q, part_Q, c) for part_Q in part_SQ]
-    # Everyone once, then the draws.
-    weight_BQ = torch.cat([torch.ones(1, len(label_Q)), group_draws(group_Q, _DRAWS, 0)]).double()
+    if why := _too_few(label_Q, group_Q):
+        none = Estimate.undefined_because(why, len(label_Q))
+        return FailurePrediction(none, none, none, none, none, kept=0.0, c=C)
+    part_SQ = torch.stack([stratified_group_folds(label_Q, group_Q, 2, seed) for seed in range(splits)])
+    c = l1_strength(len(label_Q) // 2, feature_QF.shape[1])
+    scored = [_cross_scores(feature_QF.double().cpu(), label_Q, part_Q, c) for part_Q in part_SQ]
+    # All questions once, then the bootstrap draws.
+    weight_BQ = torch.cat([torch.ones(1, len(label_Q)), bootstrap_weights(group_Q, _DRAWS, 0)]).double()
     known_Q = confidence_Q.double().cpu()
 
     def everywhere(score: Callable[..., Tensor], scores: Sequence[Tensor]) -> Tensor:
-        """(1 + B,) mean over the splits; scores of different regressions are not compared with one another."""
+        """(1 + B,) mean over splits; scores of different regressions are never ranked together."""
         pairs = zip(scores, part_SQ, strict=True)
         return torch.stack([score(each, label_Q, weight_BQ, part_Q) for each, part_Q in pairs]).nanmean(0)
 
@@ -202,7 +202,7 @@ def predict_failure(
     ranked = [everywhere(_auroc, scores) for scores in by_both]
     risks = [everywhere(_risk, scores) for scores in by_both]
     n, wrong = len(label_Q), 1 - float(label_Q.double().mean())
-    return Prediction(
+    return FailurePrediction(
         contributions=_estimate(ranked[0], n, 0.5),
         confidence=_estimate(ranked[1], n, 0.5),
         difference=_estimate(ranked[0] - ranked[1], n, 0.0, least=-1.0),
@@ -213,8 +213,8 @@ def predict_failure(
     )
 
 
-def _scores(feature_QF: Tensor, label_Q: Tensor, part_Q: Tensor, c: float) -> tuple[Tensor, float]:
-    """(Q,) of each question by the regression that has not seen it, and the features it keeps, mean over halves."""
+def _cross_scores(feature_QF: Tensor, label_Q: Tensor, part_Q: Tensor, c: float) -> tuple[Tensor, float]:
+    """(Q,) score of each question by the regression not trained on it, and the mean number of nonzero weights."""
     score_Q, kept = torch.zeros(len(label_Q), dtype=torch.float64), 0.0
     for tested in (0, 1):
         learned, held = part_Q != tested, part_Q == tested
@@ -233,7 +233,7 @@ def _auroc(score_Q: Tensor, label_Q: Tensor, weight_BQ: Tensor, part_Q: Tensor) 
 
 
 def _risk(score_Q: Tensor, label_Q: Tensor, weight_BQ: Tensor, part_Q: Tensor) -> Tensor:
-    """(B,) share of wrong answers among the most trusted fifth of each half; equal scores are trusted alike."""
+    """(B,) error rate among the most trusted fifth of each half; tied scores share their places."""
     risks = []
     for part in (0, 1):
         rows = part_Q == part
@@ -249,12 +249,13 @@ def _risk(score_Q: Tensor, label_Q: Tensor, weight_BQ: Tensor, part_Q: Tensor) -
 
 
 def _estimate(value_B: Tensor, n: int, null: float, least: float = 0.0) -> Estimate:
-    """Value of everyone, and what 95 % of the draws lie between."""
-    low, high = bounds(value_B[None, 1:])[0].clamp(least, 1).tolist()
-    return finite(float(value_B[0]), n, low=low, high=high, null=null)
+    """Value on all questions, with the 95 % bootstrap interval."""
+    low, high = percentile_interval(value_B[None, 1:])[0].clamp(least, 1).tolist()
+    return Estimate.of(float(value_B[0]), n, low=low, high=high, null=null)
 
 
-def _fault(label_Q: Tensor, group_Q: Tensor) -> str:
+def _too_few(label_Q: Tensor, group_Q: Tensor) -> str:
+    """Why the questions cannot be split; empty if they can."""
     for label, name in ((1, "right"), (0, "wrong")):
         groups = num_groups(group_Q[label_Q == label])
         if not groups:

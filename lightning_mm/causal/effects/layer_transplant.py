@@ -1,9 +1,12 @@
-"""Hybrids of two models (2606.03871): tuned blocks in the starting model, and what that is worth on a task.
+"""Layer transplantation: hybrids of two models, with layers of the tuned model in the starting model, scored on a task.
 
-Data flow: starting model, tuned model (or one model with adapters) + conversations -> hybrids by layers -> share of
-answers that each gets right, per modality.
+After Palacios et al. 2026, arXiv:2606.03871.
 
-An answer is right where each of its tokens is the most likely one given those before it: what greedy decoding writes.
+Data flow: starting model, tuned model (or one model with adapters) + conversations -> hybrids by layers -> fraction of
+correct answers of each hybrid, per modality.
+
+An answer is correct if each of its tokens is the most likely one given those before it, which is what greedy decoding
+writes.
 
 Shapes: N conversations, S supervised positions.
 """
@@ -11,32 +14,33 @@ Shapes: N conversations, S supervised positions.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.estimate import Estimate, finite
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.geometry.resampling import mean_interval
+from lightning_mm.geometry.resampling import clustered_mean_interval
 from lightning_mm.layer_selection.transplant_criterion import transplanted
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 
 Mode = Literal["cumulative", "sliding"]
 Hybrid = Callable[[Sequence[int]], AbstractContextManager[None]]
-"""Makes the hybrid that has these layers of the tuned model, for as long as its context lasts."""
+"""Returns a context in which the model has the given layers of the tuned model."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """Which conversations were answered right.
+class ConversationScores:
+    """Which conversations were answered correctly.
 
     Args:
-        right: (N,) 0 or 1.
-        modalities: Of each: picture or text.
-        groups: (N,) equal for conversations about the same picture.
+        right: (N,) 1 if all answers of the conversation are correct, else 0.
+        modalities: ``picture`` or ``text``, for each conversation.
+        groups: (N,) cluster ids: equal for conversations about the same image.
     """
 
     right: Tensor
@@ -44,8 +48,8 @@ class Answered:
     groups: Tensor
 
 
-def windows(mode: Mode, num_layers: int, width: int = 1, step: int = 1) -> dict[int, tuple[int, ...]]:
-    """The layers that are transplanted, by the layer a curve shows them at.
+def transplant_windows(mode: Mode, num_layers: int, width: int = 1, step: int = 1) -> dict[int, tuple[int, ...]]:
+    """Layers to transplant together, by the layer that stands for them on a curve's axis.
 
     Example:
         >>> windows("cumulative", 4, step=2)
@@ -62,20 +66,21 @@ def windows(mode: Mode, num_layers: int, width: int = 1, step: int = 1) -> dict[
     }
 
 
-def from_two(base: nn.Module, tuned: nn.Module, anatomy: Anatomy) -> Hybrid:
-    """Hybrids of two models of one architecture; layers up to the last bring the final norm and the head with them."""
-    above = [name for region in (Region.NORM, Region.HEAD) for name in anatomy.parameters_in(region)]
+def hybrid_from_models(base: MultimodalModel, tuned: nn.Module) -> Hybrid:
+    """Hybrids of two models of equal architecture; the last layer brings the final norm and the head with it."""
+    layout = base.layout
+    above = [name for region in (Region.NORM, Region.HEAD) for name in layout.parameters_in(region)]
     top = sorted({name.rpartition(".")[0] for name in above})
 
     def hybrid(layers: Sequence[int]) -> AbstractContextManager[None]:
-        modules = [anatomy.layers[layer] for layer in layers]
-        return transplanted(base, tuned, [*modules, *(top if anatomy.num_layers - 1 in layers else [])])
+        modules = [layout.layers[layer] for layer in layers]
+        return transplanted(base.model, tuned, [*modules, *(top if layout.num_layers - 1 in layers else [])])
 
     return hybrid
 
 
-def both(one: Hybrid, other: Hybrid) -> Hybrid:
-    """What two ways do together: adapters of some layers, and tensors put back elsewhere."""
+def combine_hybrids(one: Hybrid, other: Hybrid) -> Hybrid:
+    """Hybrids by two mechanisms at once, such as adapters in some layers and restored tensors elsewhere."""
 
     @contextmanager
     def hybrid(layers: Sequence[int]) -> Iterator[None]:
@@ -85,119 +90,135 @@ def both(one: Hybrid, other: Hybrid) -> Hybrid:
     return hybrid
 
 
-def from_adapters(model: nn.Module, anatomy: Anatomy) -> Hybrid:
-    """Hybrids of a model and its adapters: those of other layers count nothing for a while. Copies no weight."""
-    return partial(_adapters_in, model, anatomy)
+def hybrid_from_adapters(mm: MultimodalModel) -> Hybrid:
+    """Hybrids of a model with its own adapters: adapters of other layers are disabled. Copies no weights."""
+
+    @contextmanager
+    def hybrid(layers: Sequence[int]) -> Iterator[None]:
+        inside = tuple(f"{mm.layout.layers[layer]}." for layer in layers)
+        disabled: list[tuple[Any, bool]] = [
+            (module, module._disable_adapters)
+            for name, module in mm.model.named_modules()
+            if hasattr(module, "lora_A")
+            and hasattr(module, "_disable_adapters")
+            and not (inside and name.startswith(inside))
+        ]
+        try:
+            for module, _ in disabled:
+                module._disable_adapters = True
+            yield
+        finally:
+            for module, was_disabled in disabled:
+                module._disable_adapters = was_disabled
+
+    return hybrid
 
 
-def from_start(model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor]) -> Hybrid:
-    """Hybrids of a model and what some of its tensors were: those of other layers are put back for a while.
+def hybrid_from_start(mm: MultimodalModel, start: Mapping[str, Tensor]) -> Hybrid:
+    """Hybrids of a trained model with its initial parameters: those of other layers are restored.
 
     Args:
-        model: As it is now.
-        anatomy: Of it.
-        start: Parameter name -> what it was, on any device.
+        mm: The trained model.
+        start: Parameter name -> initial value, on any device; other parameters stay trained.
     """
-    return partial(_started_but_for, model, anatomy, start)
 
+    @contextmanager
+    def hybrid(layers: Sequence[int]) -> Iterator[None]:
+        inside = tuple(f"{mm.layout.layers[layer]}." for layer in layers)
+        parameters = dict(mm.model.named_parameters())
+        trained = {name: parameters[name].data for name in start if not (inside and name.startswith(inside))}
+        try:
+            for name, data in trained.items():
+                parameters[name].data = start[name].to(data)
+            yield
+        finally:
+            for name, data in trained.items():
+                parameters[name].data = data
 
-@contextmanager
-def _started_but_for(
-    model: nn.Module, anatomy: Anatomy, start: Mapping[str, Tensor], layers: Sequence[int]
-) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
-    parameters = dict(model.named_parameters())
-    held = {name: parameters[name].data for name in start if not (inside and name.startswith(inside))}
-    try:
-        for name, data in held.items():
-            parameters[name].data = start[name].to(data)
-        yield
-    finally:
-        for name, data in held.items():
-            parameters[name].data = data
-
-
-@contextmanager
-def _adapters_in(model: nn.Module, anatomy: Anatomy, layers: Sequence[int]) -> Iterator[None]:
-    inside = tuple(f"{anatomy.layers[layer]}." for layer in layers)
-    silenced: list[tuple[Any, bool]] = [
-        (module, module._disable_adapters)
-        for name, module in model.named_modules()
-        if hasattr(module, "lora_A")
-        and hasattr(module, "_disable_adapters")
-        and not (inside and name.startswith(inside))
-    ]
-    try:
-        for module, _ in silenced:
-            module._disable_adapters = True
-        yield
-    finally:
-        for module, held in silenced:
-            module._disable_adapters = held
+    return hybrid
 
 
 def transplant_curve(
-    model: nn.Module,
+    mm: MultimodalModel,
     hybrid: Hybrid,
-    anatomy: Anatomy,
     batches: Sequence[Batch],
     device: torch.device,
     layers: Mapping[int, Sequence[int]],
-) -> dict[int, Answered]:
-    """What each hybrid answers right.
+) -> dict[int, ConversationScores]:
+    """Correctness of each hybrid on the conversations, by the layer that stands for it.
 
     Args:
-        model: The model that hybrids are made in.
-        hybrid: Makes them.
-        anatomy: Of the model.
+        mm: The model that hybrids are made in.
+        hybrid: Makes a hybrid from layers.
         batches: Conversations with answers.
-        device: Where the model is.
-        layers: As ``windows`` gives them.
+        device: Device of the model.
+        layers: Axis layer -> layers to transplant, as ``transplant_windows`` returns them.
     """
     curve = {}
-    for shown, chosen in layers.items():
+    for axis_layer, chosen in layers.items():
         with hybrid(chosen):
-            curve[shown] = answered(model, anatomy, batches, device)
+            curve[axis_layer] = score_conversations(mm, batches, device)
     return curve
 
 
 @torch.no_grad()
-def answered(model: Any, anatomy: Anatomy, batches: Sequence[Batch], device: torch.device) -> Answered:
-    """Which conversations a model answers right, all their answers."""
+def score_conversations(mm: MultimodalModel, batches: Sequence[Batch], device: torch.device) -> ConversationScores:
+    """Score conversations by teacher forcing: correct if every token of every answer is the most likely one."""
     right, modalities, pictures = [], [], []
     for batch in batches:
-        there = batch.to(device)
-        with gathered_before(model.get_submodule(anatomy.head), there.supervised):
-            logits = model(**there.inputs, use_cache=False).logits
-        hit_S = logits.reshape(len(there.targets), -1).argmax(-1) == there.targets
-        row_S = there.supervised // there.inputs["input_ids"].shape[1]
-        missed = torch.zeros(len(batch), device=device).index_add_(0, row_S, (~hit_S).float())
+        batch = batch.to(device)
+        with gathered_before(mm.model.get_submodule(mm.layout.head), batch.supervised):
+            logits = mm.model(**batch.inputs, use_cache=False).logits
+        is_hit_S = logits.reshape(len(batch.targets), -1).argmax(-1) == batch.targets
+        row_S = batch.supervised // batch.inputs["input_ids"].shape[1]
+        missed = torch.zeros(len(batch), device=device).index_add_(0, row_S, (~is_hit_S).float())
         right.append((missed == 0).double().cpu())
         modalities += ["picture" if sample.images else "text" for sample in batch.samples]
         pictures += [str(sample.images[0]) if sample.images else sample.id for sample in batch.samples]
     numbers = {picture: number for number, picture in enumerate(dict.fromkeys(pictures))}
-    return Answered(torch.cat(right), tuple(modalities), torch.tensor([numbers[picture] for picture in pictures]))
+    return ConversationScores(
+        torch.cat(right), tuple(modalities), torch.tensor([numbers[picture] for picture in pictures])
+    )
 
 
 def transplant_rows(
-    mode: Mode, curve: Mapping[int, Answered], untouched: Answered
+    mode: Mode, curve: Mapping[int, ConversationScores], untouched: ConversationScores
 ) -> Iterator[tuple[str, dict[int, Estimate]]]:
-    """Place and one Estimate per layer shown: the share answered right, per modality, pictures counting as groups.
+    """Yields ``mode/modality`` and axis layer -> Estimate: the fraction answered correctly, clustered by image.
 
     Args:
-        mode: Of the curve.
-        curve: By the layer it is shown at.
-        untouched: What the starting model answers right: the null.
+        mode: Mode of the curve.
+        curve: Scores by axis layer, as ``transplant_curve`` returns them.
+        untouched: Scores of the starting model, the null.
     """
     for modality in sorted(set(untouched.modalities)):
-        members = torch.tensor([found == modality for found in untouched.modalities])
-        ends = mean_interval(torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members])
-        found = zip(*(end.tolist() for end in ends), strict=True)
+        members = torch.tensor([each == modality for each in untouched.modalities])
+        ends = clustered_mean_interval(
+            torch.stack([each.right[members] for each in curve.values()]), untouched.groups[members]
+        )
+        intervals = zip(*(end.tolist() for end in ends), strict=True)
         n, null = int(members.sum()), float(untouched.right[members].mean())
         yield (
             f"{mode}/{modality}",
             {
-                layer: finite(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
-                for layer, (mean, low, high) in zip(curve, found, strict=True)
+                layer: Estimate.of(mean, n, low=max(0.0, low), high=min(1.0, high), null=null)
+                for layer, (mean, low, high) in zip(curve, intervals, strict=True)
             },
         )
+
+
+def add_transplant_curves(
+    findings: Findings, base: MultimodalModel, tuned: nn.Module, batches: Sequence[Batch]
+) -> None:
+    """Add the cumulative and sliding curves of two models of equal architecture, at about 15 layers each."""
+    hybrid = hybrid_from_models(base, tuned)
+    untouched = score_conversations(base, batches, base.device)
+    num_layers = base.layout.num_layers
+    step = max(1, num_layers // 15)
+    modes: tuple[Mode, ...] = ("cumulative", "sliding")
+    for mode in modes:
+        layers = transplant_windows(mode, num_layers, width=2 * step + 1, step=step)
+        curve = transplant_curve(base, hybrid, batches, base.device, layers)
+        for site, estimates in transplant_rows(mode, curve, untouched):
+            for layer, estimate in estimates.items():
+                findings.add("causal", "transplant", site, [estimate], first=layer)

@@ -1,9 +1,9 @@
-"""One small algebra of interventions: at a site, in some layers, at some tokens, something else is put in place.
+"""Interventions on activations: at a site, in some layers, at some tokens, the output is replaced.
 
-Data flow: ``Intervention``s -> ``intervened`` (hooks, as long as the context lasts) -> the model computes with them.
+Data flow: ``Intervention``s -> ``apply_interventions`` (forward hooks, while the context lasts) -> forward passes.
 
-Sites are what each decoder block's parts put out: ``attention`` and ``mlp`` before they are added to the stream,
-``residual`` the stream itself after the block.
+Sites are the outputs of the parts of a decoder block: ``attention`` and ``mlp`` before they are added to the residual
+stream, ``residual`` the stream after the block.
 
 Shapes: B rows, L tokens, P positions, D hidden size.
 """
@@ -17,120 +17,127 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import uncompiled
-from lightning_mm.models.layout import Anatomy
 
 Site = Literal["residual", "attention", "mlp"]
 Values = Mapping[tuple[Site, int], Tensor]
-"""What sites put out, by site and layer: (B, L, D)."""
+"""Outputs by site and layer: (B, L, D)."""
 
 
 @dataclass(frozen=True, eq=False)
-class Change:
-    """What an intervention is given to work with.
+class SiteActivation:
+    """Activations that an intervention computes its replacement from.
 
     Args:
-        layer: The decoder block.
-        output: (B, P, D) what the site puts out at the positions.
-        entering: (B, P, D) what entered the module there.
-        everywhere: (B, L, D) the output at all tokens.
+        layer: Index of the decoder block.
+        output: (B, P, D) output of the site at the intervention's positions.
+        input: (B, P, D) input of the site's module at these positions.
+        full_output: (B, L, D) output of the site at all tokens.
     """
 
     layer: int
     output: Tensor
-    entering: Tensor
-    everywhere: Tensor
+    input: Tensor
+    full_output: Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class Intervention:
-    """One change.
+    """One replacement of activations.
 
     Args:
-        name: What it does, as told in errors.
-        site: Where in the block.
-        layers: Which blocks.
-        positions: (P,) tokens for all rows, or (B, P) for each row its own; None: all.
-        new: What is put in place, (B, P, D) or something that broadcasts to it.
+        name: Short name, used in error messages.
+        site: Site within the block.
+        layers: Indices of the decoder blocks.
+        positions: (P,) token positions for all rows, or (B, P) for each row; None: all tokens.
+        compute: Returns the replacement, which broadcasts to (B, P, D).
     """
 
     name: str
     site: Site
     layers: tuple[int, ...]
     positions: Tensor | None
-    new: Callable[[Change], Tensor]
+    compute: Callable[[SiteActivation], Tensor]
 
     def shifted(self, start: int) -> "Intervention":
-        """The same for a run that leaves out the first ``start`` tokens."""
+        """A copy for a run without the first ``start`` tokens."""
         return self if self.positions is None else replace(self, positions=self.positions - start)
 
 
-def put(site: Site, layers: Sequence[int], positions: Tensor | None, value: Tensor) -> Intervention:
-    """Put ``value`` in place: anything that broadcasts to (B, P, D)."""
-    return Intervention("put", site, tuple(layers), positions, lambda change: value)
+def set_value(site: Site, layers: Sequence[int], positions: Tensor | None, value: Tensor) -> Intervention:
+    """Replace the output by ``value``, which broadcasts to (B, P, D)."""
+    return Intervention("put", site, tuple(layers), positions, lambda _: value)
 
 
-def add(site: Site, layers: Sequence[int], positions: Tensor | None, vector: Tensor) -> Intervention:
-    """Add ``vector``: anything that broadcasts to (B, P, D)."""
-    return Intervention("add", site, tuple(layers), positions, lambda change: change.output + vector)
+def add_vector(site: Site, layers: Sequence[int], positions: Tensor | None, vector: Tensor) -> Intervention:
+    """Add ``vector``, which broadcasts to (B, P, D), to the output (activation steering)."""
+    return Intervention("add", site, tuple(layers), positions, lambda activation: activation.output + vector)
 
 
-def zero(site: Site, layers: Sequence[int], positions: Tensor | None = None) -> Intervention:
-    """Take a part's contribution away."""
-    return Intervention("zero", site, tuple(layers), positions, lambda change: torch.zeros_like(change.output))
+def zero_ablate(site: Site, layers: Sequence[int], positions: Tensor | None = None) -> Intervention:
+    """Replace the output by zero: the part contributes nothing."""
+    return Intervention("zero", site, tuple(layers), positions, lambda activation: torch.zeros_like(activation.output))
 
 
-def mean(site: Site, layers: Sequence[int], positions: Tensor) -> Intervention:
-    """Put the mean over the positions at each of them: what differs between the tokens (of a picture, say) is lost."""
-    return Intervention("mean", site, tuple(layers), positions, lambda change: change.output.mean(1, keepdim=True))
+def mean_ablate(site: Site, layers: Sequence[int], positions: Tensor) -> Intervention:
+    """Replace the output at each position by the mean over the positions: differences between the tokens are lost."""
+    return Intervention(
+        "mean", site, tuple(layers), positions, lambda activation: activation.output.mean(1, keepdim=True)
+    )
 
 
-def skip(layers: Sequence[int], positions: Tensor | None = None) -> Intervention:
-    """Let the stream pass a block unchanged: h_(l+1) = h_l."""
-    return Intervention("skip", "residual", tuple(layers), positions, lambda change: change.entering)
+def skip_blocks(layers: Sequence[int], positions: Tensor | None = None) -> Intervention:
+    """Skip blocks: the residual stream passes unchanged, h_(l+1) = h_l."""
+    return Intervention("skip", "residual", tuple(layers), positions, lambda activation: activation.input)
 
 
-def patch(
+def patch_from(
     site: Site, layers: Sequence[int], positions: Tensor | None, source: Values, at: Tensor | None = None
 ) -> Intervention:
-    """Put what another run had.
+    """Replace the output by that of another run (activation patching).
 
     Args:
-        site: Where.
-        layers: Which blocks.
-        positions: (P,) or (B, P) tokens of this run; None: all.
-        source: The other run's values, one row of them or as many as this run has.
-        at: Tokens of the other run, as ``positions``; None: the same ones.
+        site: Site within the block.
+        layers: Indices of the decoder blocks.
+        positions: (P,) or (B, P) token positions in this run; None: all tokens.
+        source: Outputs of the other run, of one row or as many rows as this run has.
+        at: Token positions in the other run, shaped as ``positions``; None: the same ones.
     """
     at = positions if at is None else at
-    # Positions are moved in runs that leave tokens out; those of the source stay where they are.
-    return Intervention("patch", site, tuple(layers), positions, lambda change: _taken(source[site, change.layer], at))
+    # ``shifted`` moves the positions of this run; those of the source stay.
+    return Intervention(
+        "patch",
+        site,
+        tuple(layers),
+        positions,
+        lambda activation: _gather_positions(source[site, activation.layer], at),
+    )
 
 
-def resample(
+def resample_ablate(
     site: Site, layers: Sequence[int], positions: Tensor | None, pool: Values, generator: torch.Generator
 ) -> Intervention:
-    """Put what a random other row of the pool had at the same tokens: in distribution, but uninformative."""
+    """Replace the output by that of a random row of ``pool`` at the same positions (resample ablation)."""
 
-    def drawn(change: Change) -> Tensor:
-        values = _taken(pool[site, change.layer], positions)
-        row = torch.randint(len(values), (len(change.output),), generator=generator)
+    def drawn(activation: SiteActivation) -> Tensor:
+        values = _gather_positions(pool[site, activation.layer], positions)
+        row = torch.randint(len(values), (len(activation.output),), generator=generator)
         return values[row.to(values.device)]
 
     return Intervention("resample", site, tuple(layers), positions, drawn)
 
 
 @contextmanager
-def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Intervention]) -> Iterator[None]:
-    """While active, every forward pass of the model computes with the interventions, in the order given.
+def apply_interventions(mm: MultimodalModel, interventions: Sequence[Intervention]) -> Iterator[None]:
+    """Context in which every forward pass of the model applies the interventions, in the order given.
 
-    Nothing is left behind: no hook, no changed tensor. Works on adapters, quantised weights and under checkpointing;
-    blocks that were compiled run uncompiled meanwhile.
+    All hooks are removed when it ends. Works with adapters, quantized weights and activation checkpointing; compiled
+    blocks run uncompiled inside it.
 
     Args:
-        model: The plain model.
-        anatomy: Of it.
-        interventions: What to do.
+        mm: The unwrapped model.
+        interventions: Interventions to apply.
 
     Raises:
         UserError: A layer has no such site; or, when the context ends, an intervention never took effect.
@@ -138,12 +145,12 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
     took = {(number, layer): False for number, each in enumerate(interventions) for layer in each.layers}
     handles = []
     try:
-        with uncompiled(model):
+        with uncompiled(mm.model):
             for number, each in enumerate(interventions):
                 for layer in each.layers:
-                    name = _module_of(anatomy.blocks, each.site, layer)
-                    hook = _changing(each, layer, took, (number, layer))
-                    handles.append(model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+                    name = _site_module(mm.layout.blocks, each.site, layer)
+                    hook = _intervention_hook(each, layer, took, (number, layer))
+                    handles.append(mm.model.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
             yield
     finally:
         for handle in handles:
@@ -157,11 +164,11 @@ def intervened(model: nn.Module, anatomy: Anatomy, interventions: Sequence[Inter
         )
 
 
-def window(center: int, width: int, num_layers: int, convention: Literal["p2", "rome"] = "p2") -> tuple[int, ...]:
-    """The layers that are restored together.
+def layer_window(center: int, width: int, num_layers: int, convention: Literal["p2", "rome"] = "p2") -> tuple[int, ...]:
+    """The layers of a window around ``center``, clipped to the model.
 
-    ``p2`` (2406.04236 as coded): width 1 is the layer alone, width w > 1 the 2w + 1 layers around it. ``rome`` (Meng et
-    al. 2022): w layers, half of them below.
+    ``p2`` (code of Basu et al. 2024, arXiv:2406.04236): width 1 is the layer alone, width w > 1 the 2w + 1 layers
+    around it. ``rome`` (Meng et al. 2022, arXiv:2202.05262): w layers, half of them below.
 
     Example:
         >>> window(5, 3, 32), window(5, 3, 32, "rome"), window(5, 1, 32), window(0, 3, 32)
@@ -174,7 +181,7 @@ def window(center: int, width: int, num_layers: int, convention: Literal["p2", "
     return tuple(range(max(0, center - width), min(num_layers - 1, center + width) + 1))
 
 
-def _module_of(blocks: Sequence[Any], site: Site, layer: int) -> str:
+def _site_module(blocks: Sequence[Any], site: Site, layer: int) -> str:
     block = blocks[layer]
     name: str | None = {"residual": block.name, "attention": block.attention, "mlp": block.mlp}[site]
     if name is None:
@@ -182,25 +189,27 @@ def _module_of(blocks: Sequence[Any], site: Site, layer: int) -> str:
     return name
 
 
-def _changing(
+def _intervention_hook(
     each: Intervention, layer: int, took: dict[tuple[int, int], bool], key: tuple[int, int]
 ) -> Callable[..., Any]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         x = output if isinstance(output, Tensor) else output[0]
         entering = args[0] if args else kwargs["hidden_states"]
         if entering.ndim != 3:
-            raise _unplaced(each.site, layer)
-        # Some put the rows out in one, (B * L, D): Llama 4's experts.
+            raise _no_positions(each.site, layer)
+        # Some modules return the rows flattened to (B * L, D): Llama 4's experts.
         x_BLD = x.reshape(*entering.shape[:2], -1)
-        change = Change(layer, _taken(x_BLD, each.positions), _taken(entering, each.positions), x_BLD)
-        changed = _placed(x_BLD, each.positions, each.new(change).to(x_BLD)).reshape(x.shape)
+        activation = SiteActivation(
+            layer, _gather_positions(x_BLD, each.positions), _gather_positions(entering, each.positions), x_BLD
+        )
+        changed = _scatter_positions(x_BLD, each.positions, each.compute(activation).to(x_BLD)).reshape(x.shape)
         took[key] = True
         return changed if isinstance(output, Tensor) else (changed, *output[1:])
 
     return hook
 
 
-def _unplaced(site: Site, layer: int) -> UserError:
+def _no_positions(site: Site, layer: int) -> UserError:
     return UserError(
         f"The {site} part of layer {layer} cannot be intervened on.",
         "It is given the tokens of all rows in one, so that they have no positions there.",
@@ -208,8 +217,8 @@ def _unplaced(site: Site, layer: int) -> UserError:
     )
 
 
-def _taken(x_BLD: Tensor, positions: Tensor | None) -> Tensor:
-    """(B, P, D)."""
+def _gather_positions(x_BLD: Tensor, positions: Tensor | None) -> Tensor:
+    """(B, P, D) values at the positions."""
     if positions is None:
         return x_BLD
     positions = positions.to(x_BLD.device)
@@ -218,8 +227,8 @@ def _taken(x_BLD: Tensor, positions: Tensor | None) -> Tensor:
     return x_BLD.expand(len(positions), -1, -1).gather(1, positions[..., None].expand(-1, -1, x_BLD.shape[2]))
 
 
-def _placed(x_BLD: Tensor, positions: Tensor | None, value: Tensor) -> Tensor:
-    """A copy of x with the value at the positions: what others hold of it stays as it is."""
+def _scatter_positions(x_BLD: Tensor, positions: Tensor | None, value: Tensor) -> Tensor:
+    """(B, L, D) copy of x with ``value`` at the positions; the original may be referenced elsewhere."""
     if positions is None:
         return value.expand_as(x_BLD).clone()
     positions = positions.to(x_BLD.device)

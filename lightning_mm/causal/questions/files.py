@@ -1,15 +1,16 @@
-"""Questions with the constraints that their answers hang on, read from a file.
+"""Reads questions with constraints from a file.
 
-Data flow: file -> rows (CSV here, JSON by ``sources``) -> ``question_rows`` -> ``Questions``; what cannot be used
-becomes a ledger entry with its line.
+Data flow: file -> rows (CSV here, JSON by ``data.readers``) -> ``QuestionReader.read_row``: image files, constraint
+positions (``constraint_matching``) -> ``QuestionFile``; rows that cannot be used become rejections with their line.
+Reasons read ``category: detail``, so that they can be counted by category.
 
-VQA-Constraints as released (2406.04236): CSV in UTF-8 whose columns are an unnamed index and ``question``,
-``main_entity`` (the constraint) and ``image_url``; of its other columns (``subject``, ``director``) nothing is used,
-since they name what only the picture tells. An ``answer`` column is used where there is one. ``image_url`` is never
-fetched: ``./val2014/a.jpg`` or ``https://host/val2014/a.jpg`` is ``val2014/a.jpg`` in the image root, or ``a.jpg``;
-a name that ends in no picture's ending ("A photo of Space Needle") is looked for with each of them.
+VQA-Constraints as released (Basu et al. 2024, arXiv:2406.04236): CSV in UTF-8 with an unnamed index column and
+``question``, ``main_entity`` (the constraint) and ``image_url``; ``subject`` and ``director`` are ignored, since they
+name what only the image shows. An ``answer`` column is used if present. ``image_url`` is never fetched:
+``./val2014/a.jpg`` or ``https://host/val2014/a.jpg`` is ``val2014/a.jpg`` in the image root, or ``a.jpg``; a name
+without an image suffix ("A photo of Space Needle") is tried with each suffix.
 
-Our own, in a JSON list or one row per line (JSONL):
+Our own form, in a JSON list or one row per line (JSONL):
 
     {"id": "7", "image": "a.jpg",
      "question": "What is the capital of the country with this flag?",
@@ -17,23 +18,16 @@ Our own, in a JSON list or one row per line (JSONL):
      "boxes": [{"name": "flag", "box": [10, 20, 80, 90]}],
      "answer": "Paris.", "group": "FR", "kind": "capital"}
 
-    question    as a person asks it, without mark of a picture
-    image       relative to the image root, which it may not leave; ``images`` for several; none for text alone
-    constraint  words of the question, by the rules of ``matching``; a list where there are several
-    spans       in place of that: [[first character, one past the last], ...] of the question without blanks around it
-    boxes       visual constraints: [x0, y0, x1, y1] in pixels of the picture as stored
-    answer      what is right; the model's own first token is followed where it is missing
-    group       what intervals must not tear apart; the picture where it is missing
-    kind        sort of question, for numbers by kind
+    question    as a person asks it, without image marker
+    image       relative to the image root, which it may not leave; ``images`` for several; none for text-only questions
+    constraint  words of the question, found by the rules of ``constraint_matching``; a list if there are several
+    spans       instead of ``constraint``: [[first character, one past the last], ...] of the stripped question
+    boxes       visual constraints: [x0, y0, x1, y1] in pixels of the image as stored
+    answer      the correct answer; if missing, the model's own first token is followed
+    group       cluster id for confidence intervals; if missing, the image
+    kind        question type, for results by type
 
 A row must have a question, and ``constraint``, ``spans`` or ``boxes``.
-
-One row of a file into a Question, or the reason why not.
-
-Data flow: ``constraints`` hands in each decoded row; ``QuestionReader.question`` finds and confines its pictures
-(``rows``), finds its constraints in the text (``matching``), and returns a Question or raises ``BadRow``.
-
-Reasons read ``category: detail``, so that the ledger can count by category.
 """
 
 import csv
@@ -48,48 +42,48 @@ from urllib.parse import unquote, urlsplit
 from lightning_mm.causal.questions import constraint_matching
 from lightning_mm.causal.questions.constraint_matching import Span
 from lightning_mm.causal.questions.question import Question
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import IMAGE_MARK, Rejection
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-"""What a picture's name may end in; one that ends otherwise is looked for with each of them."""
+"""Image file suffixes; a name with another ending is tried with each of them."""
 
 
 class QuestionReader:
-    """Reads the rows of one file.
+    """Turns the rows of one file into ``Question``s.
 
     Args:
-        image_root: The folder that pictures lie in and may not leave.
+        image_root: Folder of the images; paths that leave it are rejected.
     """
 
     def __init__(self, image_root: Path) -> None:
         self._rows = RowReader(image_root, answers_required=False)
         self._taken: set[str] = set()
 
-    def question(self, row: object, origin: str) -> tuple[Question, str]:
-        """The question, and the rule by which its constraint was found.
+    def read_row(self, row: object, origin: str) -> tuple[Question, str]:
+        """The question of a row, and the rule by which its constraint was found.
 
         Args:
-            row: Our own form, or one with ``image_url`` in place of ``image``.
-            origin: ``file:line``.
+            row: A row in the JSON form above, or with ``image_url`` in place of ``image``.
+            origin: Where the row comes from, ``file:line``.
 
         Raises:
-            BadRow: It cannot be used.
+            InvalidRow: The row cannot be used; its text is the reason.
         """
-        if isinstance(row, BadRow):
+        if isinstance(row, InvalidRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow("not an object: a row is {...}")
-        text = _text_question_rows(row, "question")
+            raise InvalidRow("not an object: a row is {...}")
+        text = _text_field(row, "question")
         if text is None:
-            raise BadRow("no question: the row has no 'question'")
+            raise InvalidRow("no question: the row has no 'question'")
         if IMAGE_MARK in text:
-            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
+            raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
         boxes = _boxes(row)
         spans, rule = _spans(row, text, bool(boxes))
         images = self._images(row, origin)
@@ -102,35 +96,35 @@ class QuestionReader:
             text,
             images,
             spans,
-            _text_question_rows(row, "answer"),
+            _text_field(row, "answer"),
             boxes,
             group,
-            _text_question_rows(row, "kind") or "",
+            _text_field(row, "kind") or "",
         ), rule
 
     def _images(self, row: Mapping[str, Any], origin: str) -> tuple[Path, ...]:
-        """The pictures, confined to the image root."""
+        """Image files of a row, inside the image root."""
         named = {key: row[key] for key in ("image", "images") if row.get(key) is not None}
-        asked = {"conversations": [{"from": "human", "value": "What?"}]}
+        conversation = {"conversations": [{"from": "human", "value": "What?"}]}  # RowReader needs one
         if "image_url" not in row:
-            return self._rows.sample({**named, **asked}, origin).images
-        for names in _places(row["image_url"]):
+            return self._rows.sample({**named, **conversation}, origin).images
+        for names in _candidate_names(row["image_url"]):
             found: list[Path] = []
             for name in names:
                 try:
-                    found += self._rows.sample({"image": name, **asked}, origin).images
-                except BadRow as error:
+                    found += self._rows.sample({"image": name, **conversation}, origin).images
+                except InvalidRow as error:
                     if not str(error).startswith("missing image"):
                         raise
             if len(found) > 1:
-                raise BadRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
+                raise InvalidRow(f"picture not unique: it may be {' or '.join(image.name for image in found)}")
             if found:
                 return tuple(found)
-        raise BadRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
+        raise InvalidRow(f"missing image: {row['image_url']!r} is not in the image root, and nothing is fetched")
 
 
-def _places(url: str) -> Iterator[list[str]]:
-    """Names that the picture may have in the image root, the likelier ones first."""
+def _candidate_names(url: str) -> Iterator[list[str]]:
+    """File names that an image may have in the image root, the full path first, then the bare name."""
     path = unquote(urlsplit(url).path) if "://" in url else url.strip()
     parts = [part for part in PurePosixPath(path).parts if part != "/"]
     endings = ("",) if path.lower().endswith(ENDINGS) else ("", *ENDINGS)
@@ -140,53 +134,53 @@ def _places(url: str) -> Iterator[list[str]]:
 
 
 def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Span, ...], str]:
-    """Where the constraints stand, and the rule that says so."""
+    """Character ranges of the constraints, and the rule that found them."""
     if row.get("spans") is not None:
         return _given_spans(row["spans"], text), "spans"
-    told = row.get("constraint")
-    constraints = told if isinstance(told, list) else [] if told is None else [told]
+    given = row.get("constraint")
+    constraints = given if isinstance(given, list) else [] if given is None else [given]
     if not all(isinstance(each, str) for each in constraints):
-        raise BadRow(f"wrong type: 'constraint' is {told!r:.60}, not text or a list of texts")
+        raise InvalidRow(f"wrong type: 'constraint' is {given!r:.60}, not text or a list of texts")
     constraints = [each for each in constraints if each.strip()]
     if not constraints:
         if not has_boxes:
-            raise BadRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
+            raise InvalidRow("no constraint: the row has neither 'constraint' nor 'spans' nor 'boxes'")
         return (), "boxes"
     spans: list[Span] = []
     rules = []
     for each in constraints:
-        found = constraint_matching.find(each, text)
-        if found is None:
-            raise BadRow(f"constraint not in the question: {each!r} in {text!r}")
-        spans += found.spans
-        rules.append(found.rule)
-    return constraint_matching.joined(spans), max(rules, key=constraint_matching.RULES.index)
+        match = constraint_matching.find_constraint(each, text)
+        if match is None:
+            raise InvalidRow(f"constraint not in the question: {each!r} in {text!r}")
+        spans += match.spans
+        rules.append(match.rule)
+    return constraint_matching.merge_spans(spans), max(rules, key=constraint_matching.RULES.index)
 
 
-def _given_spans(told: Any, text: str) -> tuple[Span, ...]:
-    pairs = [tuple(pair) if isinstance(pair, list) else () for pair in told] if isinstance(told, list) else []
+def _given_spans(given: Any, text: str) -> tuple[Span, ...]:
+    pairs = [tuple(pair) if isinstance(pair, list) else () for pair in given] if isinstance(given, list) else []
     for pair in pairs:
         whole = len(pair) == 2 and all(type(edge) is int for edge in pair)
         if not whole or not 0 <= pair[0] < pair[1] <= len(text) or not text[slice(*pair)].strip():
-            raise BadRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
+            raise InvalidRow(f"impossible span: {list(pair)} in a question of {len(text)} characters")
     if not pairs:
-        raise BadRow(f"wrong type: 'spans' is {told!r:.60}, not [[first, one past the last], ...]")
-    return constraint_matching.joined([(first, last) for first, last in pairs])
+        raise InvalidRow(f"wrong type: 'spans' is {given!r:.60}, not [[first, one past the last], ...]")
+    return constraint_matching.merge_spans([(first, last) for first, last in pairs])
 
 
 def _boxes(row: Mapping[str, Any]) -> tuple[ObjectBox, ...]:
-    found = scenes._objects(row.get("boxes")) or ()
-    for each in found:
+    objects = scenes._objects(row.get("boxes")) or ()
+    for each in objects:
         if each.box is None:
-            raise BadRow(f"box without a place: {each.name!r}")
-    return tuple(ObjectBox(each.name, each.box) for each in found if each.box is not None)
+            raise InvalidRow(f"box without a place: {each.name!r}")
+    return tuple(ObjectBox(each.name, each.box) for each in objects if each.box is not None)
 
 
-def _text_question_rows(row: Mapping[str, Any], key: str) -> str | None:
-    """A value without blanks around it; None where there is none."""
+def _text_field(row: Mapping[str, Any], key: str) -> str | None:
+    """A stripped text value; None if it is missing or blank."""
     value = row.get(key)
     if value is not None and not isinstance(value, str):
-        raise BadRow(f"wrong type: {key!r} is {value!r:.60}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {value!r:.60}, not text")
     return (value or "").strip() or None
 
 
@@ -198,14 +192,14 @@ _ROW = (
 
 
 @dataclass(frozen=True)
-class Questions:
-    """A file, read.
+class QuestionFile:
+    """The contents of a file of questions.
 
     Args:
-        questions: In file order.
+        questions: Usable rows, in file order.
         rejected: Rows that cannot be used; reasons read ``category: detail``.
-        matched: Question id -> the rule of ``matching`` that found its constraint (the last one needed, of several
-            constraints), ``spans`` or ``boxes``.
+        matched: Question id -> the rule of ``constraint_matching`` that found its constraint (the loosest one, of
+            several constraints), ``spans`` or ``boxes``.
     """
 
     questions: tuple[Question, ...]
@@ -214,42 +208,42 @@ class Questions:
 
     @property
     def num_rows(self) -> int:
-        """All rows, used or not."""
+        """Number of rows, usable or not."""
         return len(self.questions) + len(self.rejected)
 
 
-def read_questions(path: Path | str, image_root: Path | str | None = None) -> Questions:
+def read_questions(path: Path | str, image_root: Path | str | None = None) -> QuestionFile:
     """Read questions with constraints.
 
     Args:
-        path: A file in one of the forms above; JSON begins with a bracket or a brace.
-        image_root: The folder that pictures lie in and may not leave; the file's own folder if None.
+        path: CSV, JSON or JSONL file; JSON begins with a bracket or a brace.
+        image_root: Folder of the images; paths that leave it are rejected; None: the file's own folder.
 
     Raises:
         UserError: No such file, it is empty, lacks a column or breaks CSV's rules, or no row of it can be used.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No file {path} with questions.", *conversations.why_no_file(path))
+        raise UserError(f"No file {path} with questions.", *conversations.missing_file_reason(path))
     reader = QuestionReader(Path(image_root) if image_root else path.parent)
     questions: list[Question] = []
     rejected: list[Rejection] = []
     matched: dict[str, str] = {}
     for origin, row in _rows(path):
         try:
-            question, rule = reader.question(row, origin)
-        except BadRow as error:
+            question, rule = reader.read_row(row, origin)
+        except InvalidRow as error:
             rejected.append(Rejection(origin, str(error)))
         else:
             questions.append(question)
             matched[question.id] = rule
-    read = Questions(tuple(questions), tuple(rejected), matched)
+    read = QuestionFile(tuple(questions), tuple(rejected), matched)
     _check_any(path, read)
-    _say(path, read)
+    _log_questions(path, read)
     return read
 
 
-def _check_any(path: Path, read: Questions) -> None:
+def _check_any(path: Path, read: QuestionFile) -> None:
     if read.questions:
         return
     if not read.rejected:
@@ -260,13 +254,13 @@ def _check_any(path: Path, read: Questions) -> None:
     )
 
 
-def _say(path: Path, read: Questions) -> None:
-    """How many questions there are, by the rule that found their constraint, and what is not used."""
+def _log_questions(path: Path, read: QuestionFile) -> None:
+    """Log how many questions there are, by the rule that found their constraint, and why rows are not used."""
     rules = Counter(read.matched.values()).most_common()
     reasons = Counter(each.reason.partition(":")[0] for each in read.rejected).most_common()
     found = ", ".join(f"{count} {rule}" for rule, count in rules)
     left_out = ", ".join(f"{count} {reason}" for reason, count in reasons)
-    decide(
+    log_decision(
         "causal.constraints",
         f"{len(read.questions)} questions of {read.num_rows} rows in {path.name}",
         f"how constraints were found: {found}" + (f"; not used: {left_out}" if left_out else ""),
@@ -274,14 +268,14 @@ def _say(path: Path, read: Questions) -> None:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with its origin, in our own form."""
+    """Each row with its origin, in the JSON form."""
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    return conversations.raw_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
+    return conversations.iter_json_rows(path) if head.startswith((b"[", b"{")) else _csv_rows(path)
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    # Strict: a quote that is never closed would otherwise take in the rest of the file without a word.
+    # Strict: an unclosed quote would otherwise silently take in the rest of the file.
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True)
     line = 1
     try:
@@ -322,9 +316,9 @@ def _check_columns(path: Path, columns: list[str]) -> None:
 
 
 def _csv_row(columns: list[str], cells: list[str]) -> Any:
-    """A row of the released files in our own form."""
+    """A row of the released CSV files in the JSON form."""
     if len(cells) != len(columns):
-        return BadRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
-    told = dict(zip(columns, cells, strict=True))
-    row = {key: told[key] for key in ("question", "image_url", "answer", "group", "kind") if key in told}
-    return row | {"id": told.get("id", told.get("", "")).strip(), "constraint": told["main_entity"]}
+        return InvalidRow(f"wrong number of cells: {len(cells)}, the file has {len(columns)} columns")
+    named = dict(zip(columns, cells, strict=True))
+    row = {key: named[key] for key in ("question", "image_url", "answer", "group", "kind") if key in named}
+    return row | {"id": named.get("id", named.get("", "")).strip(), "constraint": named["main_entity"]}

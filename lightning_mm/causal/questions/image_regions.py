@@ -1,7 +1,7 @@
-"""Visual constraints: the things in the picture that an answer hangs on, as tokens of the picture, or taken away.
+"""Visual constraints: boxes in an image that determine the answer, as image tokens or greyed out.
 
-Data flow: boxes of a Question -> ``BoxTokens``: which of the picture's tokens show them (``grids``), or ``greyed``: the
-picture without them -> ``encoded``: that picture as the model takes it -> ``corruption``.
+Data flow: boxes of a ``Question`` -> ``BoxTokens``: the image tokens that show them; or -> ``grey_out_boxes``: the
+image without them -> ``encode_image``: its processor inputs -> ``corruption``.
 
 Shapes: L tokens, P positions.
 """
@@ -12,69 +12,71 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lightning_mm.causal.questions.question import Asked, Question
+from lightning_mm.causal.questions.question import EncodedQuestion, Question
 from lightning_mm.data import images
-from lightning_mm.data.chat import Chat
-from lightning_mm.data.probe_sets.build.patch_grids import Grids
-from lightning_mm.data.probe_sets.collator import GREY
+from lightning_mm.data.chat import ChatRenderer
+from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids
+from lightning_mm.data.probe_sets.collator import GRAY
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
 from lightning_mm.models.processor import Processing
 
 
-def encoded(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
-    """A picture through the model's processor, with next to no text: one row."""
-    text = Chat(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
+def encode_image(processing: Processing, picture: Image.Image) -> Mapping[str, Tensor]:
+    """Processor inputs of one image with a minimal text: one row."""
+    text = ChatRenderer(processing).render([Turn("user", f"{IMAGE_MARK}\n?")], add_generation_prompt=True).text
     return processing.encode([text], [[picture]], "right").inputs
 
 
-def grids_of(processing: Processing) -> Grids:
-    """How the model's image tokens lie in pictures."""
+def patch_grids(processing: Processing) -> PatchGrids:
+    """The layout of the model's image tokens in images, from its processor."""
     merge_size = int(getattr(processing.processor.image_processor, "merge_size", 1))
-    return Grids(lambda picture: encoded(processing, picture), processing.config.to_dict(), merge_size)
+    return PatchGrids(lambda picture: encode_image(processing, picture), processing.config.to_dict(), merge_size)
 
 
-def greyed(question: Question) -> Image.Image | Rejection:
-    """Its picture with grey in place of its boxes, or why it has none."""
-    picture = _pictured(question)
+def grey_out_boxes(question: Question) -> Image.Image | Rejection:
+    """A question's image with its boxes filled with grey; a ``Rejection`` if it has no usable boxes."""
+    picture = _load_picture(question)
     if isinstance(picture, Rejection):
         return picture
     drawing = ImageDraw.Draw(picture)
     for each in question.boxes:
         left, top, right, bottom = map(round, each.box)
-        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GREY)
+        drawing.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), fill=GRAY)
     return picture
 
 
 class BoxTokens:
-    """Finds the tokens that show what boxes hold.
+    """Finds the image tokens whose patches overlap a question's boxes.
 
     Args:
         processing: The model's processor.
     """
 
     def __init__(self, processing: Processing) -> None:
-        self._grids = grids_of(processing)
+        self._grids = patch_grids(processing)
 
-    def __call__(self, asked: Asked) -> Tensor | Rejection:
-        """(P,) positions of the picture's tokens that show any part of the question's boxes, or why none is known."""
-        question = asked.question
-        picture = _pictured(question)
+    def __call__(self, encoded: EncodedQuestion) -> Tensor | Rejection:
+        """(P,) positions of the image tokens that show any part of the boxes; a ``Rejection`` if they are not known."""
+        question = encoded.question
+        picture = _load_picture(question)
         if isinstance(picture, Rejection):
             return picture
-        shown = torch.zeros(len(asked.image), dtype=torch.bool)
-        thw = asked.inputs.get("image_grid_thw")
+        shown = torch.zeros(len(encoded.image), dtype=torch.bool)
+        thw = encoded.inputs.get("image_grid_thw")
         for each in question.boxes:
             weights = self._grids.weights(
-                each.box, picture.size, len(asked.image), None if thw is None else thw[0].cpu()
+                each.box, picture.size, len(encoded.image), None if thw is None else thw[0].cpu()
             )
             if isinstance(weights, str):
                 return Rejection(question.id, weights)
             shown |= weights > 0
-        return asked.image[shown] if shown.any() else Rejection(question.id, "boxes cropped away: no token shows them")
+        return (
+            encoded.image[shown] if shown.any() else Rejection(question.id, "boxes cropped away: no token shows them")
+        )
 
 
-def _pictured(question: Question) -> Image.Image | Rejection:
-    """The one picture that the boxes are of, or why they cannot be placed."""
+def _load_picture(question: Question) -> Image.Image | Rejection:
+    """The image that the boxes refer to; a ``Rejection`` if they cannot be placed."""
     why = "no boxes: the question has no visual constraint" if not question.boxes else ""
     if not why and len(question.images) != 1:
         why = f"boxes of one picture: the question has {len(question.images)}"

@@ -1,50 +1,53 @@
-"""A question whose answer hangs on a constraint, and how the model is asked it.
+"""Questions with constraints, and their encoding as one row of model inputs.
 
-Data flow: ``constraints`` reads Questions -> ``Asker`` (template, processor) -> ``Asked``: the inputs of one row, and
-which of its tokens are the picture's, the constraint's, the rest of the question's.
+A constraint is the part of a question that determines the answer ("the country with this flag"), as in
+Basu et al. 2024, arXiv:2406.04236.
 
-Shapes: L tokens.
+Data flow: ``files.read_questions`` -> ``Question`` -> ``QuestionEncoder`` (chat template, processor) ->
+``EncodedQuestion``: inputs of one row, and the positions of the image, constraint and question tokens in it.
+
+Shapes: B rows, L tokens, P positions, V vocabulary size.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_mm.data import chat as spans
-from lightning_mm.data import images as pictures
+from lightning_mm.data import chat
+from lightning_mm.data import images as image_files
 from lightning_mm.data.chat import ChatError
-from lightning_mm.data.collator import Encoder, Row
+from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 from lightning_mm.execution.loss import gathered_before
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import Processing
 
-LATE = 1 / 16
-"""Share of a picture's tokens that count as its last (2406.04236: 540 to 576 of 576)."""
+LATE_IMAGE_FRACTION = 1 / 16
+"""Fraction of an image's tokens that count as late (Basu et al. 2024, arXiv:2406.04236: 540 to 576 of 576)."""
 
 TOKEN_CLASSES = ("image_early", "image_late", "constraint", "question", "template", "last")
-"""Every token is of one class: the picture's, the constraint's, the rest of the question's, what the template adds, and
-the last one, which the answer is read from."""
+"""Every token has one class: image, constraint, rest of the question, chat template, or the last token, whose logits
+give the answer."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question.
+    """One question, its images, its constraints and its answer.
 
     Args:
         id: Unique within its file.
-        text: As a person asks it.
-        images: The pictures it is asked about; none for a question in text only.
-        spans: Where in the text the constraint stands: first character and one past the last, in order.
-        answer: What is right; None where the clean model's own answer is the target.
-        boxes: Visual constraints: things in the picture that the answer hangs on.
-        group: What intervals must not tear apart: the picture, mostly.
-        kind: Sort of question, for accuracy by kind; empty where there is one only.
+        text: The question without chat template and image markers.
+        images: Image files that the question is about; empty for a text-only question.
+        spans: Character ranges of the constraints in ``text``: (first, one past the last), in order.
+        answer: The correct answer; None: the unmodified model's own answer is the target.
+        boxes: Visual constraints: objects in the image that determine the answer.
+        group: Cluster id for confidence intervals, usually the image; empty: the question is a cluster of its own.
+        kind: Question type, for results by type; empty if there is only one.
     """
 
     id: str
@@ -58,21 +61,21 @@ class Question:
 
     @property
     def constraint(self) -> str:
-        """Its first words in the text; empty where there is none."""
+        """The text of the first constraint; empty if there is none."""
         return self.text[slice(*self.spans[0])] if self.spans else ""
 
 
 @dataclass(frozen=True, eq=False)
-class Asked:
-    """A question as the model takes it.
+class EncodedQuestion:
+    """A question as model inputs, with the positions of its parts.
 
     Args:
-        question: Which.
-        inputs: Of one row without padding, ending where an answer would begin.
-        tokens: What each of the L tokens is, to be shown; a picture's are empty.
-        image: Positions of the picture's tokens.
-        spans: Positions of the tokens of each of the constraint's spans.
-        text: Positions of the question's tokens, the constraint's among them.
+        question: The question that was encoded.
+        inputs: Model inputs, (1, L) and the image tensors, without padding, ending where the answer begins.
+        tokens: (L) decoded tokens, for display; image tokens are empty strings.
+        image: (P,) positions of the image tokens, over all images.
+        spans: Positions of the tokens of each constraint, one tensor per range in ``question.spans``.
+        text: (P,) positions of all tokens of the question text, constraint included.
     """
 
     question: Question
@@ -84,19 +87,19 @@ class Asked:
 
     @property
     def length(self) -> int:
-        """L."""
+        """L, the number of tokens."""
         return len(self.tokens)
 
     @property
     def constraint(self) -> Tensor:
-        """(P,) positions of all the constraint's tokens, in order."""
+        """(P,) positions of the tokens of all constraints, in order."""
         return torch.cat(self.spans) if self.spans else torch.empty(0, dtype=torch.long)
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Of each token, one of ``TOKEN_CLASSES``."""
-        found = ["template"] * self.length
-        late = len(self.image) - max(1, round(LATE * len(self.image)))
+        """(L) class of each token, one of ``TOKEN_CLASSES``."""
+        classes = ["template"] * self.length
+        late = len(self.image) - max(1, round(LATE_IMAGE_FRACTION * len(self.image)))
         for positions, name in (
             (self.image[:late], "image_early"),
             (self.image[late:], "image_late"),
@@ -104,37 +107,37 @@ class Asked:
             (self.constraint, "constraint"),
         ):
             for position in positions.tolist():
-                found[position] = name
-        found[-1] = "last"
-        return tuple(found)
+                classes[position] = name
+        classes[-1] = "last"
+        return tuple(classes)
 
-    def to(self, device: torch.device) -> "Asked":
-        """With its inputs on the device; positions stay where they are."""
+    def to(self, device: torch.device) -> "EncodedQuestion":
+        """A copy with its inputs on ``device``; positions stay on the CPU."""
         inputs = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return Asked(self.question, inputs, self.tokens, self.image, self.spans, self.text)
+        return EncodedQuestion(self.question, inputs, self.tokens, self.image, self.spans, self.text)
 
 
-class Asker:
-    """Puts questions the way the model's template has them.
+class QuestionEncoder:
+    """Encodes questions with the model's chat template and processor.
 
     Args:
         processing: The model's processor.
-        prompt: How a question is worded; ``{question}`` stands for its text (2406.04236: "{question} Answer in a few
-            words.").
-        max_megapixels: Largest picture that is decoded.
+        prompt: Format of the user turn, containing ``{question}`` once (Basu et al. 2024, arXiv:2406.04236:
+            "{question} Answer in a few words.").
+        max_megapixels: Larger images are rejected, in millions of pixels.
     """
 
     def __init__(self, processing: Processing, prompt: str = "{question}", max_megapixels: float = 40.0) -> None:
         assert prompt.count("{question}") == 1, "checked where options are read"
-        self._encoder, self.prompt = Encoder(processing, None, max_megapixels), prompt
+        self._encoder, self.prompt = SampleEncoder(processing, None, max_megapixels), prompt
 
-    def ask(self, question: Question, text: str | None = None, answer: str = "") -> Asked | Rejection:
-        """One row, or why it cannot be made.
+    def encode(self, question: Question, text: str | None = None, answer: str = "") -> EncodedQuestion | Rejection:
+        """Encode a question as one row; a ``Rejection`` with the reason if it cannot be encoded.
 
         Args:
-            question: What to ask.
-            text: Other words of the same question (a paraphrase), in which the constraint is not looked for.
-            answer: Begin the answer with this text already.
+            question: The question to encode.
+            text: A paraphrase to use instead of the question's text, without constraint positions; None: no paraphrase.
+            answer: Text that is appended as the beginning of the answer.
         """
         worded = question.text if text is None else text
         before = self.prompt.index("{question}")
@@ -145,7 +148,7 @@ class Asker:
             rendered = self._encoder.chat.render((turn,), add_generation_prompt=True)
             sample = Sample(question.id, (turn,), question.images, origin=question.id)
             images = self._encoder.images(sample, len(question.images), rejected)
-        except (ChatError, pictures.BadImage) as error:
+        except (ChatError, image_files.BadImage) as error:
             return Rejection(question.id, str(error))
         at = rendered.text.rfind(said)
         if at < 0:
@@ -153,58 +156,52 @@ class Asker:
         start = at + before
         wanted = [(start, start + len(worded)), *((start + a, start + b) for a, b in question.spans if text is None)]
         full = type(rendered)(rendered.text + answer, tuple(wanted))
-        _, encoding = self._encoder.encode([Row(sample, images, full)], "right", rejected)
+        _, encoding = self._encoder.encode([RenderedSample(sample, images, full)], "right", rejected)
         if encoding is None:
             return rejected[0]
-        found = spans.expanded(full, self._encoder.chat.placeholder, encoding.texts[0])
-        whole, *parts = (_positions(span, encoding.offsets[0]) for span in found)
+        expanded = chat.locate_answer_spans(full, self._encoder.chat.placeholder, encoding.texts[0])
+        whole, *parts = (_positions(span, encoding.offsets[0]) for span in expanded)
         ids = encoding.inputs["input_ids"][0]
         image = torch.isin(ids, torch.tensor(self._encoder.processing.image_token_ids)).nonzero().flatten()
-        return Asked(question, dict(encoding.inputs), self._shown(ids, image), image, tuple(parts), whole)
+        return EncodedQuestion(question, dict(encoding.inputs), self._decode(ids, image), image, tuple(parts), whole)
 
     @property
     def processor(self) -> Any:
-        """The model's processor."""
+        """The Hugging Face processor."""
         return self._encoder.processing.processor
 
-    def reply(self, answer: str) -> str:
-        """An answer as the template writes it behind the prompt, without what ends it: often a blank goes before it.
+    def render_answer(self, answer: str) -> str:
+        """An answer as the chat template renders it after the prompt, without the end of turn; may start with a space.
 
         Raises:
-            ChatError: The template cannot write it.
+            ChatError: The template cannot render it.
         """
         rendered = self._encoder.chat.render((Turn("user", "?"), Turn("assistant", answer)))
         start, end = rendered.spans[0]
         written, said = rendered.text[start:end], answer.strip()
         return written[: written.index(said) + len(said)]
 
-    def _shown(self, ids: Tensor, image: Tensor) -> tuple[str, ...]:
+    def _decode(self, ids: Tensor, image: Tensor) -> tuple[str, ...]:
         tokenizer, pictured = self._encoder.processing.processor.tokenizer, set(image.tolist())
         return tuple("" if i in pictured else tokenizer.decode([token]) for i, token in enumerate(ids.tolist()))
 
 
 def _positions(span: tuple[int, int], offsets: Tensor) -> Tensor:
-    return torch.tensor(list(spans.tokens(span, offsets)), dtype=torch.long)
-
-
-def asked(asker: Asker, questions: Sequence[Question]) -> tuple[list[Asked], list[Rejection]]:
-    """All that can be asked, and what cannot, with the reason."""
-    answers = [asker.ask(question) for question in questions]
-    return [a for a in answers if isinstance(a, Asked)], [a for a in answers if isinstance(a, Rejection)]
+    return torch.tensor(list(chat.tokens_of_span(span, offsets)), dtype=torch.long)
 
 
 @torch.no_grad()
-def last_logits(model: Any, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> Tensor:
-    """(B, V) float32 logits at the last token, soft-capped and scaled as the model does it."""
-    inputs = on_device(model, anatomy, inputs)
+def last_logits(mm: MultimodalModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """(B, V) float32 logits at the last token of rows without padding, computed for that position only."""
+    inputs = to_model_device(mm, inputs)
     rows, length = inputs["input_ids"].shape
     last = torch.arange(1, rows + 1, device=inputs["input_ids"].device) * length - 1
-    with gathered_before(model.get_submodule(anatomy.head), last):
-        logits = model(**inputs, use_cache=False).logits
+    with gathered_before(mm.model.get_submodule(mm.layout.head), last):
+        logits = mm.model(**inputs, use_cache=False).logits
     return logits.reshape(rows, -1).float()
 
 
-def on_device(model: nn.Module, anatomy: Anatomy, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inputs where the model is: questions wait in the host's memory, where there is more of it."""
-    device = next(model.get_submodule(anatomy.embedding).parameters()).device
+def to_model_device(mm: MultimodalModel, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs on the device of the model's token embedding; encoded questions are kept on the CPU."""
+    device = next(mm.model.get_submodule(mm.layout.embedding).parameters()).device
     return {name: tensor.to(device) for name, tensor in inputs.items()}

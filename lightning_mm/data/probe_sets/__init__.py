@@ -1,1 +1,1 @@
-"""Rows that the layers are probed with: drawn, saved, and collated into batches."""
+"""Probe sets: rows with known answers that hidden states are probed with; drawn from files, saved and batched."""

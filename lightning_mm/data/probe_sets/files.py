@@ -1,12 +1,10 @@
-"""A probe set as a file: JSON that names its pictures and carries its hash.
+"""Rows of a probe set, and the JSON file that a probe set is saved to.
 
-Data flow: ``ProbeSet.save`` -> ``write``; ``read`` -> ``Told`` -> ``ProbeSet.load``, which checks the hash.
+Images are named relative to ``image_root``, the folder that contains all of them, and may not leave it. The file
+contains the hash of the set.
 
-Pictures are named relative to ``image_root``, the folder that holds all of them, and may not leave it.
-
-One row of a probe set: what is asked about one picture, or about its caption, and what is true of it.
-
-Data flow: ``probing`` makes rows -> ``probe_sets`` holds them -> ``probe_collator`` turns them into tensors.
+Data flow: ``probe_sets.build`` -> ``ProbeRow`` -> ``probe_sets.collator``; ``ProbeSet.save`` -> ``write_probe_set``;
+``read_probe_set`` -> ``ProbeSetFile`` -> ``ProbeSet.load``, which checks the hash.
 """
 
 import json
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import write_atomically
 from lightning_mm.data.sample import Sample, Turn
 
 Role = Literal["entailment", "picture", "text"]
@@ -25,7 +24,7 @@ Label = int | tuple[int, ...]
 
 @dataclass(frozen=True)
 class ObjectBox:
-    """A thing and where it is: x0, y0, x1, y1 in pixels of the picture as stored, the far edges exclusive."""
+    """An object and its box: x0, y0, x1, y1 in pixels of the image as stored, x1 and y1 exclusive."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -33,21 +32,21 @@ class ObjectBox:
 
 @dataclass(frozen=True)
 class ProbeRow:
-    """One question, never answered: what counts is what the model holds of it.
+    """One question about an image or a caption; it is never answered, only hidden states are read.
 
     Args:
-        id: ``picture:question``, unique within the set, and the same whenever it is drawn from the same data.
-        group: What splits and intervals must not tear apart: the picture, or the group that its file puts it into; for
-            entailment rows all that trade captions, since a caption that is true in one row is false in another: a
-            probe that saw one of them would be wrong about the other.
-        role: ``entailment`` (picture and caption: do they agree?), ``picture`` (picture and question) or ``text`` (its
-            caption in place of the picture, and the same question).
-        sample: One user turn; it has no picture for role ``text``.
-        span: The part of the turn that is read as site ``text``: the caption, or the question of a picture row.
+        id: ``image:question``, unique within the set, and the same whenever it is drawn from the same data.
+        group: Rows of one group must not be divided by splits and intervals: the image, or the group given by its file;
+            for entailment rows all images that exchange captions, since a caption that is true in one row is false in
+            another.
+        role: ``entailment`` (image and caption: do they agree?), ``picture`` (image and question) or ``text`` (its
+            caption in place of the image, and the same question).
+        sample: One user turn; without an image for role ``text``.
+        span: Part of the turn that is site ``text``: the caption, or the question of a ``picture`` row.
         labels: Probe -> index into its classes; for ``objects`` one 0 or 1 per class; for ``object_at_patches`` one
             index per box.
-        boxes: The things that have sites ``object:0``, ``object:1``, ...
-        blank: Whether the picture is withheld: a grey one of its size takes its place.
+        boxes: Objects of the sites ``object:0``, ``object:1``, ...
+        blank: Whether the image is replaced by a gray one of its size.
     """
 
     id: str
@@ -64,12 +63,12 @@ class ProbeRow:
 
     @property
     def text(self) -> str:
-        """The user's turn."""
+        """Text of the user's turn."""
         return self.sample.turns[0].text
 
     @property
     def subject(self) -> str:
-        """The picture that it is about, whether it shows it or says its caption.
+        """Id of the image that the row is about, by image or by caption.
 
         Example:
             >>> from lightning_mm.data.sample import Turn
@@ -79,8 +78,8 @@ class ProbeRow:
         """
         return self.id.rpartition(":")[0] or self.id
 
-    def told(self) -> dict[str, Any]:
-        """All that the row says, but for its picture, in JSON's types."""
+    def to_dict(self) -> dict[str, Any]:
+        """The row without its image, in JSON types."""
         labels = {probe: list(label) if isinstance(label, tuple) else label for probe, label in self.labels.items()}
         boxes = [{"name": each.name, "box": [float(edge) for edge in each.box]} for each in self.boxes]
         return {
@@ -96,12 +95,20 @@ class ProbeRow:
 
 
 FORMAT = "lightning_mm probe set 1"
-"""The first value of each such file."""
+"""Value of ``format``, the first key of each file."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a file says, as a ProbeSet has it."""
+class ProbeSetFile:
+    """Content of a saved probe set; arguments as in ``ProbeSet``.
+
+    Args:
+        rows: The rows.
+        classes: Probe -> names of its classes.
+        seed: Random seed of the draw.
+        source: File that it was drawn from.
+        hash: Hash of the set when it was saved.
+    """
 
     rows: tuple[ProbeRow, ...]
     classes: Mapping[str, tuple[str, ...]]
@@ -110,45 +117,55 @@ class Told:
     hash: str
 
 
-def write(
+def write_probe_set(
     path: Path, rows: Sequence[ProbeRow], classes: Mapping[str, Sequence[str]], *, seed: int, source: str, hash: str
 ) -> None:
-    """Write a set; a reader never finds half of one."""
+    """Write a set to a file, which is replaced at once, so that it is never incomplete.
+
+    Args:
+        path: File to write.
+        rows: The rows.
+        classes: Probe -> names of its classes.
+        seed: Random seed of the draw.
+        source: File that it was drawn from.
+        hash: Hash of the set.
+    """
     folders = {image.parent for row in rows for image in row.sample.images}
     root = Path(os.path.commonpath(folders)) if folders else Path()
-    told = {
+    content = {
         "format": FORMAT,
         "hash": hash,
         "seed": seed,
         "source": source,
         "image_root": str(root),
         "classes": {probe: list(names) for probe, names in classes.items()},
-        "rows": [{**row.told(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
+        "rows": [{**row.to_dict(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
     }
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(json.dumps(told, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    fresh.replace(path)
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def is_probe_set(head: str) -> bool:
-    """Whether a file that begins so was written by ``write``."""
+    """Whether a file with this beginning was written by ``write_probe_set``."""
     return FORMAT in head[:200]
 
 
-def read(path: Path) -> Told:
-    """Read a set that was saved; that it is the same is for the caller to check, by the hash.
+def read_probe_set(path: Path) -> ProbeSetFile:
+    """The content of a saved set; the caller compares the hash.
+
+    Args:
+        path: A file that ``write_probe_set`` wrote.
 
     Raises:
-        UserError: No such file, or not what ``write`` writes.
+        UserError: There is no such file, or it has another format.
     """
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        if told["format"] != FORMAT:
-            raise ValueError(f"its format is {told['format']!r}, not {FORMAT!r}")
-        root = Path(told["image_root"]).resolve()
-        rows = tuple(_row(row, root, f"{path.name}[{number}]") for number, row in enumerate(told["rows"]))
-        classes = {str(probe): tuple(map(str, names)) for probe, names in told["classes"].items()}
-        return Told(rows, classes, int(told["seed"]), str(told["source"]), str(told["hash"]))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["format"] != FORMAT:
+            raise ValueError(f"its format is {content['format']!r}, not {FORMAT!r}")
+        root = Path(content["image_root"]).resolve()
+        rows = tuple(_row(row, root, f"{path.name}[{number}]") for number, row in enumerate(content["rows"]))
+        classes = {str(probe): tuple(map(str, names)) for probe, names in content["classes"].items()}
+        return ProbeSetFile(rows, classes, int(content["seed"]), str(content["source"]), str(content["hash"]))
     except (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"{path} cannot be read as a probe set.",
@@ -157,23 +174,23 @@ def read(path: Path) -> Told:
         ) from error
 
 
-def _row(told: Mapping[str, Any], root: Path, origin: str) -> ProbeRow:
-    images = tuple((root / name).resolve() for name in told["images"])
+def _row(row: Mapping[str, Any], root: Path, origin: str) -> ProbeRow:
+    images = tuple((root / name).resolve() for name in row["images"])
     for image in images:
         if not image.is_relative_to(root) or not image.is_file():
             raise ValueError(f"{origin}: no picture {image} in {root}")
-    if told["role"] not in get_args(Role):
-        raise ValueError(f"{origin}: there is no role {told['role']!r}")
-    boxes = tuple(ObjectBox(str(each["name"]), _box(each["box"])) for each in told["boxes"])
+    if row["role"] not in get_args(Role):
+        raise ValueError(f"{origin}: there is no role {row['role']!r}")
+    boxes = tuple(ObjectBox(str(each["name"]), _box(each["box"])) for each in row["boxes"])
     return ProbeRow(
-        id=str(told["id"]),
-        group=str(told["group"]),
-        role=told["role"],
-        sample=Sample(str(told["id"]), (Turn("user", str(told["text"])),), images, origin),
-        span=str(told["span"]),
-        labels={str(probe): _label(label) for probe, label in told["labels"].items()},
+        id=str(row["id"]),
+        group=str(row["group"]),
+        role=row["role"],
+        sample=Sample(str(row["id"]), (Turn("user", str(row["text"])),), images, origin),
+        span=str(row["span"]),
+        labels={str(probe): _label(label) for probe, label in row["labels"].items()},
         boxes=boxes,
-        blank=bool(told["blank"]),
+        blank=bool(row["blank"]),
     )
 
 

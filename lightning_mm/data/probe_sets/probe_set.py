@@ -1,10 +1,11 @@
-"""What a model is asked when one looks inside it: a fixed set of rows with known answers, and batches of them.
+"""A probe set: fixed rows with known labels, and batches of them.
 
-Data flow: ``probing`` draws a ProbeSet from pictures with captions and objects -> ``probe_collator`` makes ProbeBatches
--> ``taps`` reads hidden states at their sites -> ``probes`` and ``geometry``. The set is saved beside what was measured
-on it, with its hash.
+A set is saved beside the measurements made with it, and identified by its hash.
 
-Shapes: B rows, L tokens after padding, S sites: the most that a row of the batch has.
+Data flow: ``probe_sets.build`` -> ``ProbeSet`` -> ``probe_sets.collator`` -> ``ProbeBatch`` ->
+``analysis.hidden_states`` -> ``probes``, ``geometry``.
+
+Shapes: B rows, L tokens after padding, S sites: the largest number of a row in the batch.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role, read, write
+from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role, read_probe_set, write_probe_set
 from lightning_mm.data.sample import Rejection
 
 __all__ = ["Label", "ObjectBox", "ProbeBatch", "ProbeRow", "ProbeSet", "Role"]
@@ -31,10 +32,10 @@ class ProbeSet:
     """A held-out set of probe rows.
 
     Args:
-        rows: Each picture's rows together.
+        rows: Rows, those of one image together.
         classes: Probe -> names of its classes, in the order of the labels.
-        seed: That it was drawn with.
-        source: What it was drawn from.
+        seed: Random seed of the draw.
+        source: File that it was drawn from.
     """
 
     rows: tuple[ProbeRow, ...]
@@ -50,25 +51,28 @@ class ProbeSet:
 
     @cached_property
     def images(self) -> tuple[Path, ...]:
-        """Each picture once, sorted."""
+        """Every image once, sorted."""
         return tuple(sorted({path for row in self.rows for path in row.sample.images}))
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over ids, texts, labels, boxes, classes and the pictures' bytes, whatever the order of the rows."""
+        """SHA-256 over ids, texts, labels, boxes, classes and image bytes, independent of the order of the rows."""
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
-        rows = sorted(_digest([row.told(), [digests[path] for path in row.sample.images]]) for row in self.rows)
+        rows = sorted(_digest([row.to_dict(), [digests[path] for path in row.sample.images]]) for row in self.rows)
         return _digest([rows, {probe: list(names) for probe, names in self.classes.items()}])
 
     def subset(self, max_pictures: int) -> "ProbeSet":
-        """At most so many pictures, drawn by the set's seed; pictures that share a group stay together.
+        """A random part with at most ``max_pictures`` images, drawn with the set's seed; groups stay together.
+
+        Args:
+            max_pictures: Largest number of images.
 
         Raises:
-            UserError: Every group has more pictures.
+            UserError: Every group has more images.
         """
         if len(self.images) <= max_pictures:
             return self
-        families = sorted(_families(self.rows), key=lambda family: min(row.id for row in family))
+        families = sorted(_connected_groups(self.rows), key=lambda family: min(row.id for row in family))
         random.Random(f"{self.seed}:subset").shuffle(families)
         sizes = [len({path for row in family for path in row.sample.images}) for family in families]
         kept: set[str] = set()
@@ -86,12 +90,12 @@ class ProbeSet:
         return replace(self, rows=tuple(row for row in self.rows if row.id in kept))
 
     def without_pictures(self) -> "ProbeSet":
-        """The entailment rows with grey pictures: what a probe reads off the captions alone. Ids stay."""
+        """The entailment rows with gray images: the baseline that reads captions only. Ids are kept."""
         rows = (replace(row, blank=True) for row in self.rows if row.role == "entailment")
         return replace(self, rows=tuple(rows))
 
     def summary(self) -> dict[str, Any]:
-        """What probes.json of a run says: the hash, and how many rows and pictures each probe has."""
+        """Content of probes.json of a run: the hash, and numbers of rows and images of each probe."""
         tasks = {probe: [row for row in self.rows if probe in row.labels] for probe in self.classes}
         tasks["pairs"] = [row for row in self.rows if row.role == "text"]
         subjects = {row.subject for row in tasks["pairs"]}
@@ -110,22 +114,25 @@ class ProbeSet:
         }
 
     def save(self, path: Path) -> None:
-        """Write it as JSON; pictures are named, not copied."""
-        write(path, self.rows, self.classes, seed=self.seed, source=self.source, hash=self.hash)
+        """Write the set to a JSON file that names the images."""
+        write_probe_set(path, self.rows, self.classes, seed=self.seed, source=self.source, hash=self.hash)
 
     @classmethod
     def load(cls, path: Path) -> "ProbeSet":
-        """Read what ``save`` wrote.
+        """The set that ``save`` wrote.
+
+        Args:
+            path: The file.
 
         Raises:
-            UserError: It is no probe set, or its rows or pictures are not what they were.
+            UserError: It is not a probe set, or its rows or images have changed.
         """
-        told = read(path)
-        probe_set = cls(told.rows, told.classes, told.seed, told.source)
-        if probe_set.hash != told.hash:
+        saved = read_probe_set(path)
+        probe_set = cls(saved.rows, saved.classes, saved.seed, saved.source)
+        if probe_set.hash != saved.hash:
             raise UserError(
                 f"{path} is not the probe set that was saved.",
-                f"Its hash was {told.hash[:12]} and is {probe_set.hash[:12]}: a row or a picture has been changed.",
+                f"Its hash was {saved.hash[:12]} and is {probe_set.hash[:12]}: a row or a picture has been changed.",
                 "Put the pictures back as they were, or draw the set anew from its source.",
             )
         return probe_set
@@ -133,15 +140,15 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """Probe rows as the model takes them, and where in them to read.
+    """Probe rows as model inputs, and the tokens of their sites.
 
     Args:
-        inputs: What the model's forward takes; ``input_ids`` (B, L), right-padded, ending with the generation prompt.
-        weights: (B, S, L) float32: weights[b, s] are how much each token counts in site s of row b, summing to 1;
-            zero where row b has fewer sites.
-        sites: The sites that each row has, in the order of S: ``last``, ``image``, ``text``, ``token``, ``object:0``...
-        rows: One per row of the tensors.
-        rejected: Rows that fell out, and rows that lack a site.
+        inputs: Arguments of the model's forward; ``input_ids`` (B, L), right-padded, ending with the generation prompt.
+        weights: (B, S, L) float32: weight of each token in site s of row b, summing to 1 over L; zeros where row b has
+            fewer sites.
+        sites: Names of each row's sites, in the order of S: ``last``, ``image``, ``text``, ``token``, ``object:0``, ...
+        rows: The B rows.
+        rejected: Rows that were dropped, and rows that lack a site.
     """
 
     inputs: dict[str, Tensor]
@@ -163,12 +170,12 @@ class ProbeBatch:
         return replace(self, inputs={k: fn(v) for k, v in self.inputs.items()}, weights=fn(self.weights))
 
 
-def _digest(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _families(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
-    """Rows that hang together by a group or a picture."""
+def _connected_groups(rows: Sequence[ProbeRow]) -> list[list[ProbeRow]]:
+    """Connected components of rows that share a group or an image."""
     parents: dict[str, str] = {}
 
     def root(key: str) -> str:

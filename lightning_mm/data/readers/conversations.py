@@ -1,16 +1,11 @@
-"""A file of conversations, row by row, into Samples; what does not fit becomes a ledger entry with its line.
+"""Reads a file of conversations into Samples; a row that cannot be used becomes a Rejection with its line.
 
-Data flow: ``read(path)`` -> ``Rows`` (samples, rejections) -> ``datamodule``.
-
-Two ways to write a row, in a JSON list or one per line (JSONL):
+Rows are in a JSON list or one per line (JSONL), in one of two formats:
     LLaVA's   {"id": "7", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ...]}
     HF's      {"images": ["a.jpg"], "messages": [{"role": "user", "content": [{"type": "image"}, ...]}, ...]}
 
-One row of a data file into one Sample, or the reason why not.
-
-Data flow: ``sources`` hands in each decoded row; ``RowReader.sample`` returns a Sample or raises ``BadRow``.
-
-Reasons read ``category: detail``, so that the ledger can count by category.
+Data flow: path -> ``iter_json_rows`` -> ``RowReader.sample`` -> Sample or ``InvalidRow`` -> ``ConversationFile`` ->
+``datamodule``.
 """
 
 import json
@@ -19,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Role, Sample, Turn
 
@@ -33,16 +28,19 @@ _ROLES: Mapping[str, Role] = {
 _KNOWN_KEYS = frozenset({"id", "image", "images", "conversations", "messages", "type", "question_type"})
 
 
-class BadRow(ValueError):
-    """Why a row cannot be used, as ``category: detail``."""
+class InvalidRow(ValueError):
+    """Why a row cannot be used, as ``category: detail``, by which rejections are counted."""
 
 
 class RowReader:
-    """Reads the rows of one file.
+    """Converts the rows of one file.
 
     Args:
-        image_root: The folder that image paths are relative to and may not leave.
-        answers_required: Whether a row without an answer is bad.
+        image_root: Folder that image paths are relative to and may not leave.
+        answers_required: Whether a row without an answer is invalid.
+
+    Attributes:
+        num_marked: Number of rows that named images without marks.
     """
 
     def __init__(self, image_root: Path, answers_required: bool = True) -> None:
@@ -52,15 +50,19 @@ class RowReader:
         self._images: dict[str, Path] = {}
 
     def sample(self, row: object, origin: str) -> Sample:
-        """Check one row and make a Sample of it.
+        """The Sample of one decoded row.
+
+        Args:
+            row: The JSON value, or the ``InvalidRow`` that decoding it gave.
+            origin: ``file:line`` of the row.
 
         Raises:
-            BadRow: It cannot be used.
+            InvalidRow: It cannot be used.
         """
-        if isinstance(row, BadRow):
+        if isinstance(row, InvalidRow):
             raise row
         if not isinstance(row, dict):
-            raise BadRow(f"not an object: the row is {_kind(row)}")
+            raise InvalidRow(f"not an object: the row is {_kind(row)}")
         turns, inline_images = self._turns(row)
         images = self._image_names(row) or inline_images
         return Sample(
@@ -74,13 +76,13 @@ class RowReader:
     def _turns(self, row: dict[str, Any]) -> tuple[list[Turn], list[str]]:
         messages = row.get("conversations", row.get("messages"))
         if not isinstance(messages, list) or not messages:
-            raise BadRow("no conversation: neither 'conversations' nor 'messages' is a list with turns")
+            raise InvalidRow("no conversation: neither 'conversations' nor 'messages' is a list with turns")
         row_type = _text(row.get("question_type", "any"), "question_type")
         turns: list[Turn] = []
         images: list[str] = []
         for message in messages:
             if not isinstance(message, dict):
-                raise BadRow(f"wrong type: a turn is {_kind(message)}")
+                raise InvalidRow(f"wrong type: a turn is {_kind(message)}")
             role = self._role(message)
             content = message.get("value", message.get("content"))
             text = content if isinstance(content, str) else _joined(content, images)
@@ -92,42 +94,42 @@ class RowReader:
     def _role(message: dict[str, Any]) -> Role:
         name = _text(message.get("from", message.get("role")), "role")
         if name not in _ROLES:
-            raise BadRow(f"unknown role: {name!r}, known are {', '.join(_ROLES)}")
+            raise InvalidRow(f"unknown role: {name!r}, known are {', '.join(_ROLES)}")
         return _ROLES[name]
 
     def _closed(self, turns: list[Turn]) -> list[Turn]:
-        """The turns, if they ask and answer as they should."""
+        """The turns, checked for order and content; an open question gets an empty answer if allowed."""
         if not self._answers_required and turns[-1].role == "user":
             turns = [*turns, Turn("assistant", "", turns[-1].question_type)]
         if not any(turn.role == "assistant" for turn in turns):
-            raise BadRow("no answer: the row has no assistant turn")
+            raise InvalidRow("no answer: the row has no assistant turn")
         seen_question = False
         for turn in turns:
             if not turn.text.strip() and not (turn.role == "assistant" and not self._answers_required):
-                raise BadRow(f"empty turn: the {turn.role} says nothing")
+                raise InvalidRow(f"empty turn: the {turn.role} says nothing")
             seen_question |= turn.role == "user"
             if turn.role == "assistant" and not seen_question:
-                raise BadRow("no question: an assistant turn comes before any user turn")
+                raise InvalidRow("no question: an assistant turn comes before any user turn")
             if turn.role != "user" and IMAGE_MARK in turn.text:
-                raise BadRow(f"misplaced image mark: {IMAGE_MARK} in a turn of the {turn.role}")
+                raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in a turn of the {turn.role}")
         return turns
 
     def _marked(self, turns: list[Turn], num_images: int) -> tuple[Turn, ...]:
-        """One mark per picture: as written, or all in front of the first question where the row has none."""
+        """The turns with one mark per image: as written, or all before the first question where there are none."""
         num_marks = sum(turn.text.count(IMAGE_MARK) for turn in turns)
         if num_marks == 0 and num_images:
             self.num_marked += 1
             first = next(i for i, turn in enumerate(turns) if turn.role == "user")
             turns[first] = Turn("user", f"{IMAGE_MARK}\n" * num_images + turns[first].text)
         elif num_marks != num_images:
-            raise BadRow(f"marks and images differ: {num_marks} {IMAGE_MARK} marks, {num_images} images")
+            raise InvalidRow(f"marks and images differ: {num_marks} {IMAGE_MARK} marks, {num_images} images")
         return tuple(turns)
 
     @staticmethod
     def _image_names(row: dict[str, Any]) -> list[str]:
         given = [row[key] for key in ("image", "images") if row.get(key) is not None]
         if len(given) > 1:
-            raise BadRow("two image lists: both 'image' and 'images' are given")
+            raise InvalidRow("two image lists: both 'image' and 'images' are given")
         names = given[0] if given else []
         return [_text(name, "image") for name in (names if isinstance(names, list) else [names])]
 
@@ -137,25 +139,27 @@ class RowReader:
         return self._images[name]
 
     def _confined(self, name: str) -> Path:
-        """The file a row names, which must lie in the image root once every link is followed."""
+        """The path of an image, which must be inside the image root after links are resolved."""
         if "://" in name or name.startswith("data:"):
-            raise BadRow(f"image is a URL: {name[:80]!r}, nothing is fetched from the network; download it first")
+            raise InvalidRow(f"image is a URL: {name[:80]!r}, nothing is fetched from the network; download it first")
         try:
             path = (self._root / name).resolve()
             inside, exists = path.is_relative_to(self._root), path.is_file()
-        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL in it, links in a circle
-            raise BadRow(f"impossible image path: {error}") from error
+        except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links
+            raise InvalidRow(f"impossible image path: {error}") from error
         if not inside:
-            raise BadRow(f"image outside the image root: {name!r} leads to {path}")
+            raise InvalidRow(f"image outside the image root: {name!r} leads to {path}")
         if not exists:
-            raise BadRow(f"missing image: {name!r} is {'no regular file' if path.exists() else 'not'} in {self._root}")
+            raise InvalidRow(
+                f"missing image: {name!r} is {'no regular file' if path.exists() else 'not'} in {self._root}"
+            )
         return path
 
 
 def _joined(content: object, images: list[str]) -> str:
-    """HF's content parts as text with marks; pictures named in a part are added to ``images``."""
+    """HF's content parts as text with marks; images named in a part are added to ``images``."""
     if not isinstance(content, list):
-        raise BadRow(f"wrong type: the text of a turn is {_kind(content)}")
+        raise InvalidRow(f"wrong type: the text of a turn is {_kind(content)}")
     texts = []
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -165,13 +169,13 @@ def _joined(content: object, images: list[str]) -> str:
             texts.append(IMAGE_MARK)
             images.extend(_text(part[key], key) for key in ("image", "path", "url") if part.get(key) is not None)
         else:
-            raise BadRow(f"unknown content part: {part!r:.80}")
+            raise InvalidRow(f"unknown content part: {part!r:.80}")
     return "".join(texts)
 
 
 def _text(value: object, key: str) -> str:
     if not isinstance(value, str):
-        raise BadRow(f"wrong type: {key!r} is {_kind(value)}, not text")
+        raise InvalidRow(f"wrong type: {key!r} is {_kind(value)}, not text")
     return value
 
 
@@ -180,17 +184,17 @@ def _kind(value: object) -> str:
 
 
 MAX_ROW_CHARACTERS = 4_000_000
-"""A longer row holds something else than a conversation, such as a picture in base64."""
+"""Limit on a row; a longer one holds something else, such as an image in base64."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """A file, read.
+class ConversationFile:
+    """The content of a file.
 
     Args:
-        samples: In file order.
-        rejections: The rows that cannot be used.
-        num_rows: Both together.
+        samples: Usable rows in file order.
+        rejections: Rows that cannot be used.
+        num_rows: Number of all rows.
     """
 
     samples: tuple[Sample, ...]
@@ -198,39 +202,42 @@ class Rows:
     num_rows: int
 
 
-def read(path: Path | str, image_root: Path | str | None = None, *, answers_required: bool = True) -> Rows:
-    """Read a file of conversations.
+def read_conversations(
+    path: Path | str, image_root: Path | str | None = None, *, answers_required: bool = True
+) -> ConversationFile:
+    """The samples and rejections of a file of conversations.
 
     Args:
         path: A ``.json`` list or a ``.jsonl`` file.
-        image_root: The folder that image paths are relative to and may not leave; the file's own folder if None.
-        answers_required: Whether a row without an answer is rejected; if not, an open question gets an empty one.
+        image_root: Folder that image paths are relative to and may not leave; None takes the file's own folder.
+        answers_required: Whether a row without an answer is rejected; if not, an open question gets an empty answer.
 
     Raises:
-        UserError: No such file, not JSON, or no usable row in it.
+        UserError: There is no such file, it is not JSON, or it has no usable row.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"No data file {path}.", *why_no_file(path))
+        raise UserError(f"No data file {path}.", *missing_file_reason(path))
     reader = RowReader(Path(image_root) if image_root else path.parent, answers_required)
     samples: list[Sample] = []
     rejections: list[Rejection] = []
-    for origin, row in raw_rows(path):
+    for origin, row in iter_json_rows(path):
         try:
             samples.append(reader.sample(row, origin))
-        except BadRow as error:
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
     _check_any(path, samples, rejections)
     if reader.num_marked:
-        decide(
+        log_decision(
             "data.image_marks",
             "put in front of the first question",
             f"{reader.num_marked} rows of {path.name} name images but hold no <image> mark",
         )
-    return Rows(tuple(samples), tuple(rejections), len(samples) + len(rejections))
+    return ConversationFile(tuple(samples), tuple(rejections), len(samples) + len(rejections))
 
 
-def why_no_file(path: Path) -> tuple[str, str]:
+def missing_file_reason(path: Path) -> tuple[str, str]:
+    """Why and fix of the UserError for a path that is no file."""
     if path.is_dir():
         return "It is a folder.", "Name the .json or .jsonl file in it."
     return "It does not exist.", "Check the path; it is relative to the folder the command runs in."
@@ -250,15 +257,22 @@ def _check_any(path: Path, samples: list[Sample], rejections: list[Rejection]) -
     )
 
 
-def raw_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each row with its origin; a row that is not JSON comes as the BadRow it is."""
+def iter_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row with its origin; a row that is not valid JSON as an ``InvalidRow``.
+
+    Args:
+        path: A ``.json`` list or a ``.jsonl`` file.
+
+    Raises:
+        UserError: A JSON list is not valid or not UTF-8.
+    """
     with path.open("rb") as file:
         head = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     return _list_rows(path) if head.startswith(b"[") else _line_rows(path)
 
 
 class _Decoder(json.JSONDecoder):
-    """JSON as the standard has it: no NaN, no Infinity."""
+    """JSON decoder that rejects NaN and Infinity."""
 
     def __init__(self) -> None:
         super().__init__(parse_constant=self._note)
@@ -268,13 +282,13 @@ class _Decoder(json.JSONDecoder):
         self.constants.append(name)
 
     def row(self, text: str, start: int = 0) -> tuple[Any, int]:
-        """The row at ``start`` and where it ends; a BadRow in its place if it breaks a rule but has an end."""
+        """The row at ``start`` and where it ends; an ``InvalidRow`` in its place if it ends but breaks a rule."""
         self.constants.clear()
         row, end = self.raw_decode(text, start)
         if self.constants:
-            row = BadRow(f"not JSON: {self.constants[0]} is no JSON number")
+            row = InvalidRow(f"not JSON: {self.constants[0]} is no JSON number")
         elif end - start > MAX_ROW_CHARACTERS:
-            row = BadRow(f"row too large: {end - start} characters, the limit is {MAX_ROW_CHARACTERS}")
+            row = InvalidRow(f"row too large: {end - start} characters, the limit is {MAX_ROW_CHARACTERS}")
         return row, end
 
 
@@ -290,19 +304,19 @@ def _line_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _line_row(decoder: _Decoder, line: bytes) -> Any:
     if len(line) > 4 * MAX_ROW_CHARACTERS:
-        return BadRow(f"row too large: {len(line)} bytes")
+        return InvalidRow(f"row too large: {len(line)} bytes")
     try:
         text = line.decode("utf-8").strip()
         row, end = decoder.row(text)
     except UnicodeDecodeError as error:
-        return BadRow(f"not UTF-8: byte {error.start} of the line")
+        return InvalidRow(f"not UTF-8: byte {error.start} of the line")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"not JSON: {error}")
-    return row if end == len(text) else BadRow(f"not JSON: more text after the row, at character {end + 1}")
+        return InvalidRow(f"not JSON: {error}")
+    return row if end == len(text) else InvalidRow(f"not JSON: more text after the row, at character {end + 1}")
 
 
 def _list_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Elements of a JSON list, each with the line it begins at and its index."""
+    """Elements of a JSON list, each with its first line and its index."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, Kept
+from lightning_mm.data.batch import Batch, CachedStates
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import STATES, Inseparable, KeptCollator, cut, joined
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
 _PENDING = 2
@@ -130,13 +131,13 @@ class PrefixCache(RowCache):
         """A collator that leaves out the pictures of rows that are known."""
         return KeptCollator(collator, self.store, width, self.dtype)
 
-    def states(self, kept: Kept) -> Tensor:
+    def states(self, kept: CachedStates) -> Tensor:
         """(B, L, D) of all rows."""
-        if kept.fresh is None:
+        if kept.uncached is None:
             return kept.states
-        made_MLD = self.prefix.states(kept.fresh)
+        made_MLD = self.prefix.states(kept.uncached)
         states_BLD = kept.states.to(made_MLD.dtype)
-        states_BLD[kept.missing, : made_MLD.shape[1]] = self._rounded(made_MLD)
+        states_BLD[kept.uncached_rows, : made_MLD.shape[1]] = self._rounded(made_MLD)
 
         def put(host_MLD: Tensor) -> None:
             for row_LD, key, record in zip(host_MLD, kept.keys, kept.records, strict=True):
@@ -164,13 +165,13 @@ def moves(plan: TuningPlan, region: Region) -> bool:
     return plan.modes[region] != "frozen"
 
 
-def verified(model: nn.Module, anatomy: Anatomy, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
+def verified(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
     """The model split at its boundary, shown to give the same loss on a batch.
 
     Raises:
         UserError: It does not, or cannot be split.
     """
-    prefix = FrozenPrefix(model, anatomy, boundary_of(plan))
+    prefix = FrozenPrefix(mm, boundary_of(plan))
     try:
         rest = joined(cut(batch), batch.samples, pad_token_id)
     except Inseparable as error:

@@ -1,7 +1,7 @@
 """Batches of rows whose frozen prefix is known: nothing is decoded, resized or tokenized again.
 
 Data flow: Samples -> ``RowKeys`` -> what the store holds of them; the others through the model's own collator -> one
-``Batch`` of all rows, with what is known in ``Batch.kept`` and the rest beside it, to be computed and kept.
+``Batch`` of all rows, with what is known in ``Batch.cached`` and the rest beside it, to be computed and kept.
 
 Shapes: B rows, L tokens after padding, D hidden size.
 
@@ -15,7 +15,7 @@ Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positi
 Batches of rows whose vision features are known: no picture is decoded, a grey one of its size stands for it.
 
 Data flow: Samples -> ``RowKeys`` -> what the store holds of them; each of the others alone through the model's own
-collator, its pictures with it -> one ``Batch`` of all rows with grey pictures, features in ``Batch.kept``.
+collator, its pictures with it -> one ``Batch`` of all rows with grey pictures, features in ``Batch.cached``.
 
 The processor sees every row as it would otherwise, so that grids, tiles, masks and tokens are the family's own.
 
@@ -33,7 +33,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightning_mm.data.batch import Batch, Kept, KeptFeatures, TokenRegion
+from lightning_mm.data.batch import Batch, CachedFeatures, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.sample import Rejection, Sample
 from lightning_mm.execution.cache.store import RecordStore
@@ -174,7 +174,7 @@ class KeptCollator:
         known = {key: record for key in keys.values() if (record := self._store.get(key, self._dtype)) is not None}
         unknown = [sample for sample in samples if keys[id(sample)] not in known]
         rejected: list[Rejection] = []
-        fresh = self._collator.usable(unknown, rejected) if unknown else None
+        fresh = self._collator.collate_valid(unknown, rejected) if unknown else None
         try:
             encoded = cut(fresh) if fresh is not None else []
         except Inseparable:
@@ -190,14 +190,14 @@ class KeptCollator:
             if each.kind == "cut":
                 cuts.setdefault(each.origin, []).append(each.reason)
         rejected += [note for s in usable if id(s) not in made for note in notes(known[keys[id(s)]], s)]
-        kept = Kept(
+        kept = CachedStates(
             self._states(batch, records),
             torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
             fresh,
             tuple(keys[id(s)] for s in usable if id(s) in made),
             tuple(noted(made[id(s)], cuts.get(s.origin, [])) for s in usable if id(s) in made),
         )
-        return replace(batch, kept=kept, rejected=tuple(rejected))
+        return replace(batch, cached=kept, rejected=tuple(rejected))
 
     def _states(self, batch: Batch, records: Sequence[Record]) -> Tensor:
         states_BLD = torch.zeros(*batch.regions.shape, self._width, dtype=self._dtype)
@@ -250,11 +250,11 @@ class FeatureCollator:
                 continue
             if (record := self._store.get(key, self._dtype)) is not None:
                 known[key] = record
-            elif (made := self._collator.usable([sample], told.setdefault(key, []))) is not None:
+            elif (made := self._collator.collate_valid([sample], told.setdefault(key, []))) is not None:
                 fresh[key] = made
         usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in fresh]
         again: list[Rejection] = []
-        batch = self._collator.usable(usable, again, grey=True) if usable else None
+        batch = self._collator.collate_valid(usable, again, blank_images=True) if usable else None
         if batch is None:
             return self._collator(samples)
         for key, each in told.items():
@@ -264,19 +264,19 @@ class FeatureCollator:
         for s in batch.samples:
             key = keys[id(s)]
             rejected += notes(known[key], s) if key in known else [replace(each, origin=s.origin) for each in told[key]]
-        return replace(batch, kept=self._kept(batch, keys, known, fresh, told), rejected=tuple(rejected))
+        return replace(batch, cached=self._cached(batch, keys, known, fresh, told), rejected=tuple(rejected))
 
-    def _kept(
+    def _cached(
         self,
         batch: Batch,
         keys: dict[int, str],
         known: dict[str, dict[str, Tensor]],
         fresh: dict[str, Batch],
         told: dict[str, list[Rejection]],
-    ) -> KeptFeatures:
+    ) -> CachedFeatures:
         rows = [keys[id(sample)] for sample in batch.samples]
         missing = [b for b, key in enumerate(rows) if key in fresh]
-        return KeptFeatures(
+        return CachedFeatures(
             tuple(known.get(key, {}).get(FEATURES) for key in rows),
             tuple(missing),
             tuple(fresh[rows[b]] for b in missing),

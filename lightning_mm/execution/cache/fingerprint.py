@@ -17,7 +17,8 @@ from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
-from lightning_mm.models.layout import Anatomy, Region
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
 from lightning_mm.models.processor import Processing
 
 
@@ -39,7 +40,7 @@ def open_store(
     """
     identity = {
         **_of(part),
-        "config": config_digest(part.model),
+        "config": config_digest(part.mm.model),
         "processor": processor_digest(processing),
         "versions": [version("torch"), version("transformers")],
         **facts,
@@ -50,32 +51,32 @@ def open_store(
 
 def _of(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
     if isinstance(part, FrozenTower):
-        return {"weights": tower_digest(part.model, part.anatomy), "block": part.top}
-    return {"weights": prefix_digest(part.model, part.anatomy, part.first), "block": part.first}
+        return {"weights": tower_digest(part.mm), "block": part.top}
+    return {"weights": prefix_digest(part.mm, part.first), "block": part.first}
 
 
-def prefix_digest(model: nn.Module, anatomy: Anatomy, first: int) -> str:
+def prefix_digest(mm: MultimodalModel, first: int) -> str:
     """SHA-256 over every weight and buffer below a block, and over the scales of those that are quantised."""
-    above = tuple(f"{name}." for name in anatomy.layers[first:])
+    above = tuple(f"{name}." for name in mm.layout.layers[first:])
 
     def below(name: str) -> bool:
-        behind = name in anatomy.places and anatomy.places[name].region in (Region.NORM, Region.HEAD)
+        behind = name in mm.layout.locations and mm.layout.locations[name].region in (Region.NORM, Region.HEAD)
         return not name.startswith(above) and not behind
 
-    return _digest(model, below)
+    return _digest(mm.model, below)
 
 
-def tower_digest(model: nn.Module, anatomy: Anatomy) -> str:
+def tower_digest(mm: MultimodalModel) -> str:
     """SHA-256 over every weight and buffer of the vision tower, and over the scales of those that are quantised."""
-    root = commonpath([name.replace(".", "/") for name in anatomy.parameters_in(Region.VISION)]).split("/")
+    root = commonpath([name.replace(".", "/") for name in mm.layout.parameters_in(Region.VISION)]).split("/")
 
     def inside(name: str) -> bool:
         try:
-            return anatomy.place_of(name).region is Region.VISION
+            return mm.layout.location_of(name).region is Region.VISION
         except KeyError:  # a buffer, or the scale of a weight
             return name.split(".")[: len(root)] == root
 
-    return _digest(model, inside)
+    return _digest(mm.model, inside)
 
 
 def _digest(model: nn.Module, counts: Callable[[str], bool]) -> str:

@@ -10,7 +10,7 @@ behind the blocks are the family's own.
 Shapes: B rows, L tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import gathered_before, supervised_nll
-from lightning_mm.models.hooks import restored, uncompiled
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import skipped, uncompiled
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
 _COARSE = 2e-2
@@ -33,13 +33,13 @@ class FrozenPrefix:
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         first: The block that the rest begins with.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, first: int) -> None:
-        self.model, self.anatomy, self.first = model, anatomy, first
-        self._blocks = [model.get_submodule(name) for name in anatomy.layers]
+    def __init__(self, mm: MultimodalModel, first: int) -> None:
+        self.mm, self.first = mm, first
+        self._blocks = [mm.model.get_submodule(name) for name in mm.layout.layers]
         self._in_tuples = False
 
     def __str__(self) -> str:
@@ -48,14 +48,14 @@ class FrozenPrefix:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """(B, L, D) what enters the block; needs all inputs of the batch, pictures too."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
-            uncompiled(self.model),
-            passed_by(self._blocks[self.first :], self._in_tuples),
+            uncompiled(self.mm.model),
+            skipped(self._blocks[self.first :], self._in_tuples),
             self.listening() as held,
             gathered_before(head, batch.supervised[:0]),
         ):
-            self.model(**batch.inputs, use_cache=False)
+            self.mm.model(**batch.inputs, use_cache=False)
         # A weight that was cast here without a graph must not be found by what trains.
         torch.clear_autocast_cache()
         return held[0]
@@ -76,7 +76,7 @@ class FrozenPrefix:
     def entering(self, states: Tensor) -> Iterator[None]:
         """While active, the model begins at the block, with these states (B, L, D) whatever it is given."""
         with (
-            passed_by(self._blocks[: self.first], self._in_tuples),
+            skipped(self._blocks[: self.first], self._in_tuples),
             _hooked(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
         ):
             yield
@@ -92,15 +92,15 @@ class FrozenPrefix:
         Raises:
             UserError: They are not the same, or the rest cannot do without the pictures.
         """
-        head = self.model.get_submodule(self.anatomy.head)
-        with untouched(self.model, batch.regions.device):
+        head = self.mm.model.get_submodule(self.mm.layout.head)
+        with untouched(self.mm.model, batch.regions.device):
             try:
                 with outputs_of(self._blocks[-1]) as outputs:
-                    whole = supervised_nll(self.model, head, batch).nll
+                    whole = supervised_nll(self.mm.model, head, batch).nll
                 self._in_tuples = isinstance(outputs[0], tuple)
                 states = self.states(batch)
                 with self.entering(states):
-                    halves = supervised_nll(self.model, head, rest).nll
+                    halves = supervised_nll(self.mm.model, head, rest).nll
             except RUN_ERRORS as error:
                 why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"
                 raise _refusal(why) from error
@@ -134,28 +134,9 @@ def untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
                 module.training = True
 
 
-@contextmanager
-def passed_by(blocks: Sequence[nn.Module], in_tuple: bool) -> Iterator[None]:
-    """While active, these blocks return the hidden states that they are given."""
-    with restored(blocks):
-        pass_by(blocks, in_tuple)
-        yield
-
-
 def own_randomness(device: torch.device) -> AbstractContextManager[None]:
     """While active, what is drawn leaves no trace in the generators of the host and of this device."""
     return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-
-
-def pass_by(blocks: Sequence[nn.Module], in_tuple: bool) -> None:
-    """From now on, these blocks return the hidden states that they are given, alone or as the first of a tuple."""
-
-    def unchanged(*args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        return (hidden,) if in_tuple else hidden
-
-    for block in blocks:
-        block.forward = unchanged
 
 
 @contextmanager

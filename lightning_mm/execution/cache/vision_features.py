@@ -10,16 +10,16 @@ them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.batch import Batch, KeptFeatures
+from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import RowCache
 from lightning_mm.execution.cache.collators import FEATURES, FeatureCollator
@@ -28,13 +28,12 @@ from lightning_mm.execution.cache.frozen_prefix import (
     gap_between,
     outputs_of,
     own_randomness,
-    passed_by,
     untouched,
 )
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import gathered_before, supervised_nll
-from lightning_mm.models.hooks import restored, uncompiled
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -46,20 +45,20 @@ class FrozenTower:
 
     Args:
         model: The plain model.
-        anatomy: Of it.
+        layout: Of it.
         unread: The topmost vision blocks, if nothing reads them and they are passed by anyway.
     """
 
-    def __init__(self, model: nn.Module, anatomy: Anatomy, unread: Sequence[str] = ()) -> None:
-        self.model, self.anatomy = model, anatomy
-        read = [name for name in anatomy.vision_blocks if name not in unread]
+    def __init__(self, mm: MultimodalModel, unread: Sequence[str] = ()) -> None:
+        self.mm = mm
+        read = [name for name in mm.layout.vision_blocks if name not in unread]
         if not read:
             raise _refusal("no vision blocks are known")
         self.top = read[-1]
         self.share, self.dtype = 0.0, torch.float32
-        self._below = [model.get_submodule(name) for name in read[:-1]]
-        self._top = model.get_submodule(self.top)
-        self._layers = [model.get_submodule(name) for name in anatomy.layers]
+        self._below = [mm.model.get_submodule(name) for name in read[:-1]]
+        self._top = mm.model.get_submodule(self.top)
+        self._layers = [mm.model.get_submodule(name) for name in mm.layout.layers]
         self._dim, self._in_tuple, self._layer_in_tuple = 0, False, False
 
     def __str__(self) -> str:
@@ -68,16 +67,16 @@ class FrozenTower:
     @torch.no_grad()
     def states(self, row: Batch) -> Tensor | None:
         """What the last block puts out for one row; nothing where it has no picture."""
-        head = self.model.get_submodule(self.anatomy.head)
+        head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
             # What trains behind the tower may draw; whether a row is known must make no difference to later draws.
             own_randomness(row.regions.device),
-            uncompiled(self.model),
+            uncompiled(self.mm.model),
             outputs_of(self._top) as outputs,
-            passed_by(self._layers, self._layer_in_tuple),
+            skipped(self._layers, self._layer_in_tuple),
             gathered_before(head, row.supervised[:0]),
         ):
-            self.model(**row.inputs, use_cache=False)
+            self.mm.model(**row.inputs, use_cache=False)
         # A weight that was cast here without a graph must not be found by what trains.
         torch.clear_autocast_cache()
         return torch.cat([_hidden(each) for each in outputs], self._dim) if outputs else None
@@ -96,8 +95,8 @@ class FrozenTower:
             output = joined.to(hidden.dtype)
             return (output,) if self._in_tuple else output
 
-        with passed_by(self._below, self._in_tuple), restored([self._top]):
-            self._top.forward = known
+        with skipped(self._below, self._in_tuple), ExitStack() as undo:
+            replace_forward(undo, self._top, lambda _: known)
             yield
 
     @torch.no_grad()
@@ -112,15 +111,15 @@ class FrozenTower:
         Raises:
             UserError: They are not the same, or the model needs more of the tower than its last block's output.
         """
-        head = self.model.get_submodule(self.anatomy.head)
-        with untouched(self.model, batch.regions.device):
+        head = self.mm.model.get_submodule(self.mm.layout.head)
+        with untouched(self.mm.model, batch.regions.device):
             try:
                 with (
                     outputs_of(self._top) as outputs,
                     outputs_of(self._layers[-1]) as last,
                     FlopCounterMode(display=False) as all_flops,
                 ):
-                    whole = supervised_nll(self.model, head, batch).nll
+                    whole = supervised_nll(self.mm.model, head, batch).nll
                 if len(outputs) != 1:
                     raise _refusal(f"the tower runs {len(outputs)} times on a batch")
                 self._in_tuple, self._layer_in_tuple = isinstance(outputs[0], tuple), isinstance(last[0], tuple)
@@ -128,7 +127,7 @@ class FrozenTower:
                     states = [self.states(row) for row in rows]
                 self._dim = _joint(states, _hidden(outputs[0]))
                 with self.entering(states):
-                    halves = supervised_nll(self.model, head, grey).nll
+                    halves = supervised_nll(self.mm.model, head, grey).nll
             except RUN_ERRORS as error:
                 raise _refusal(
                     f"the model needs more than what its last block puts out: {first_line(error)}"
@@ -158,10 +157,10 @@ class FeatureCache(RowCache):
         """A collator that decodes no picture of rows that are known."""
         return FeatureCollator(collator, self.store, self.dtype)
 
-    def states(self, kept: KeptFeatures) -> list[Tensor | None]:
+    def states(self, kept: CachedFeatures) -> list[Tensor | None]:
         """Of every row; those that were not known are computed and kept."""
         states = list(kept.states)
-        for b, row, key, record in zip(kept.missing, kept.fresh, kept.keys, kept.records, strict=True):
+        for b, row, key, record in zip(kept.uncached_rows, kept.uncached, kept.keys, kept.records, strict=True):
             made = self.tower.states(row)
             if made is None:
                 self.store.put(key, record)
@@ -174,14 +173,11 @@ class FeatureCache(RowCache):
         self.store.put(key, {**record, FEATURES: made})
 
 
-def verified_tower(
-    model: nn.Module, anatomy: Anatomy, unread: Sequence[str], batch: Batch, collator: Collator
-) -> FrozenTower:
+def verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
     """The model split behind its vision tower, shown to give the same loss on a batch.
 
     Args:
-        model: The plain model, its tower frozen.
-        anatomy: Of it.
+        mm: The plain model, its tower frozen.
         unread: Vision blocks that are passed by anyway.
         batch: Some rows with pictures, on the model's device.
         collator: Of the model.
@@ -190,9 +186,9 @@ def verified_tower(
         UserError: It does not, or cannot be split.
     """
     device = batch.regions.device
-    tower = FrozenTower(model, anatomy, unread)
-    rows = [collator.usable([sample], []) for sample in batch.samples]
-    grey = collator.usable(batch.samples, [], grey=True)
+    tower = FrozenTower(mm, unread)
+    rows = [collator.collate_valid([sample], []) for sample in batch.samples]
+    grey = collator.collate_valid(batch.samples, [], blank_images=True)
     if grey is None or not batch.has_images:
         raise _refusal("no picture is in the data")
     tower.verify(batch, grey.to(device), [row.to(device) for row in rows if row is not None])

@@ -20,17 +20,17 @@ size, F size of a value.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AttentionInterface
+from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.models.attention.dispatch import AttentionFunction, attention_modules, change_attention
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,22 @@ _UNSEEN = -1e4
 _OF_KERNELS_ONLY = ("position_bias", "cache", "softcap")
 
 
-def attend_on_processors() -> None:
-    """From now on, sdpa on a processor is computed so where gradients will flow through it; else it is left alone."""
-    attend: Any = AttentionInterface._global_mapping["sdpa"]
-    if not hasattr(attend, "apart"):
-        AttentionInterface.register("sdpa", attending(attend))
+def use_cpu_attention(model: nn.Module, undo: ExitStack) -> None:
+    """Compute the model's sdpa attention so on CPUs where gradients will flow through it; elsewhere nothing changes.
+
+    Args:
+        model: Its attention modules keep their names and configs.
+        undo: Takes what puts their own attention back.
+    """
+    change_attention(undo, attention_modules(model), lambda name, attend, _: cpu_attention(attend, name))
 
 
-def attending(attend: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers' function for an attention kernel, with other arithmetic on processors."""
+def cpu_attention(attend: AttentionFunction, name: str = "sdpa") -> AttentionFunction:
+    """An attention function with other arithmetic on CPUs, if it is sdpa's."""
+    return _cpu_attention(attend) if name == "sdpa" and not hasattr(attend, "apart") else attend
+
+
+def _cpu_attention(attend: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(attend)
     def run(
@@ -259,7 +266,7 @@ def _narrow(query: Tensor) -> bool:
     """Whether the kernel would run in bfloat16. Rotary positions make float32 of queries; autocast narrows them."""
     narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if narrow:
-        decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
+        log_decision("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
     return narrow
 
 

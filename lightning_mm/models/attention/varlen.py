@@ -10,18 +10,23 @@ Shapes: B rows, L tokens after padding, T real tokens of all rows, D hidden size
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
+from torch import Tensor
 
-from lightning_mm.models.attention.cpu_kernels import Rows, attend_on_processors, rows_apart
-from lightning_mm.models.attention.interception import exchangeable
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.attention.cpu_kernels import Rows, rows_apart
+from lightning_mm.models.attention.dispatch import (
+    AttentionFunction,
+    attention_modules,
+    change_attention,
+    has_eager_attention,
+)
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import replace_forward
 
 _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Kernels that are looked up in transformers' registry; written-out (eager) attention is not, and stays padded."""
@@ -108,22 +113,23 @@ def unpadded(tokens: RealTokens | None) -> Iterator[None]:
         _now.reset(held)
 
 
-def unpad_blocks(model: nn.Module, anatomy: Anatomy) -> tuple[str, ...]:
-    """Prepare every block that can do without padding, in place, once; returns their names.
+def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
+    """Prepare every decoder block that can do without padding; returns their names.
 
     Blocks whose attention is not looked up in transformers' registry are left as they are.
+
+    Args:
+        mm: The plain model, after ``use_cpu_attention``: how long a row is, is decided inside.
+        undo: Takes what puts the blocks back.
     """
-    attend_on_processors()  # inside of what puts tokens back into rows: how long a row is decides there
-    for kernel in _KERNELS:
-        if kernel in AttentionInterface._global_mapping:
-            AttentionInterface.register(kernel, _by_rows(AttentionInterface._global_mapping[kernel]))
     prepared = []
-    for each in anatomy.blocks:
-        mixer: Any = model.get_submodule(each.attention) if each.attention else None
-        if mixer is None or not exchangeable(mixer) or mixer.config._attn_implementation not in _KERNELS:
+    for each in mm.layout.blocks:
+        mixer: Any = mm.model.get_submodule(each.attention) if each.attention else None
+        if mixer is None or not has_eager_attention(mixer) or mixer.config._attn_implementation not in _KERNELS:
             continue
-        block = model.get_submodule(each.name)
-        block.forward = _packed(block.forward)
+        block = mm.model.get_submodule(each.name)
+        change_attention(undo, attention_modules(block), lambda name, attend, _: _by_rows(attend, name))
+        replace_forward(undo, block, _packed)
         prepared.append(each.name)
     return tuple(prepared)
 
@@ -162,9 +168,9 @@ def _by_row(mask: Tensor, tokens: RealTokens) -> bool:
     return mask.shape[-1] == tokens.length and (mask.ndim == 2 or mask.shape[-2] == tokens.length)
 
 
-def _by_rows(attend: Callable[..., Any]) -> Callable[..., Any]:
+def _by_rows(attend: AttentionFunction, name: str) -> AttentionFunction:
     """An attention function that puts the tokens of a block that runs unpadded back into rows, where it must."""
-    if hasattr(attend, "takes_rows"):
+    if name not in _KERNELS:
         return attend
 
     @torch.compiler.disable  # compiled blocks break here once, instead of at every line
@@ -181,7 +187,6 @@ def _by_rows(attend: Callable[..., Any]) -> Callable[..., Any]:
         output, weights = attend(module, *rows, *args, **kwargs)  # (B, L, H, E)
         return tokens.pack(output), weights
 
-    run.takes_rows = True
     return run
 
 

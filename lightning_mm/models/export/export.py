@@ -13,8 +13,6 @@ Data flow: ``Origin`` -> README.md in the exported folder, in the form that the 
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,9 +25,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.models.lora import ADAPTER, adapted_modules
+from lightning_mm.models.processor import save_processor
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,15 @@ def export_full(model: nn.Module, processor: Any, out: Path | str, origin: Origi
     plain = _plain_model(model, state)
     with _staged(Path(out)) as folder:
         plain.save_pretrained(folder, state_dict=state)
-        processor.save_pretrained(folder)
+        save_processor(processor, folder)
         write_card(folder, origin, library="transformers")
     return Path(out)
+
+
+def refuse_taken(out: Path, fix: str = "Name another folder, or remove this one.") -> None:
+    """Raise UserError where an export to ``out`` would overwrite something; ``fix`` says what to do instead."""
+    if not is_absent_or_empty(out):
+        raise UserError(f"{out} is taken.", "An export never overwrites.", fix)
 
 
 def export_adapter(model: nn.Module, out: Path | str, origin: Origin, fully_trained: Collection[str] = ()) -> Path:
@@ -170,7 +176,7 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapted.items():
         state |= {f"{name}.{key}": tensor for key, tensor in _merged(name, layer).state_dict().items()}
     if adapted:
-        decide("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
+        log_decision("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
     return state
 
 
@@ -192,7 +198,9 @@ def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
     config = copy.deepcopy(model.config)
     if _tied(model) and not _tied_in(model, state):
         config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
-        decide("export", "head untied from embedding", "they were one tensor; an adapter changed only one of the two")
+        log_decision(
+            "export", "head untied from embedding", "they were one tensor; an adapter changed only one of the two"
+        )
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(state, strict=True, assign=True)
@@ -252,20 +260,15 @@ def _refuse_quantized(model: nn.Module) -> None:
 @contextmanager
 def _staged(out: Path) -> Iterator[Path]:
     """A hidden folder beside ``out`` that takes its name when all is written, and vanishes when something fails."""
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} is taken.", "An export never overwrites.", "Name another folder, or remove this one.")
-    stage = out.with_name(f".{out.name}.{os.getpid()}.partial")
+    refuse_taken(out)
     try:
-        stage.mkdir(parents=True)
-        yield stage
-        _share_permissions(stage)
-        stage.replace(out)
+        with staged_folder(out) as folder:
+            yield folder
+            _share_permissions(folder)
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"{out} cannot be written.", str(error), "Free space there, or name a folder you may write to."
         ) from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _share_permissions(folder: Path) -> None:

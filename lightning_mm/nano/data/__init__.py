@@ -1,9 +1,8 @@
-"""The nano data: real pictures with true text, built on this machine from installed packages (``python -m
-lightning_mm.nano.data OUT``).
+"""The nano data: images composed from installed packages with exact annotations, built by ``python -m
+lightning_mm.nano.data OUT``.
 
-Data flow: ``catalogue``/``countries`` (what is true) + ``openmoji``/``stamps`` (cut-outs) -> ``splits`` -> ``studio``
-(pictures) -> ``questions``/``flags`` (text) -> ``rows``/``probes``/``constraints`` -> ``build`` (files). Read them in
-that order.
+Data flow: ``catalog``, ``flags`` (names, facts) + ``openmoji``, ``tuxpaint`` (cut-outs) -> ``build`` (splits) ->
+``images`` (scenes) -> ``questions``, ``flags`` (text) -> ``rows``, ``probes``, ``causal`` -> ``build`` (files).
 """
 
 from lightning_mm.nano.data.build import SMALL, Sizes, build_nano_data

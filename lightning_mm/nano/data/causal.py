@@ -1,21 +1,16 @@
-"""Questions with the constraint that the answer hangs on, for causal tools: those of the other files, told once more.
+"""Rows of constraints.json and edits.json: questions with the constraint that determines the answer, and facts to edit.
 
-Data flow: rows of train (flags: knowledge is traced where it was learned), val and test (things) -> one row per
-question in the form that ``lightning_mm.causal.questions.files`` documents -> ``build`` writes ``constraints.json``.
+Constraint rows are questions of the other files (flags from train, where the facts are learned; things from val and
+test) in the format of ``lightning_mm.causal.questions.files``. The constraint is the part of the question that refers
+to a thing in the image, without its article; "this", "the picture" or "this flag" where nothing is named. Questions
+answered by no are left out: any other word would be equally false. A group holds all questions about one image, or
+about one flag.
 
-The constraint is what in the question refers to a thing in the picture, without its article; where nothing names one,
-"this", "the picture" or "this flag". The boxes are those of the things that it refers to. Left out are questions whose
-answer is no: about something that is not there, any other word would be as untrue. One group holds all questions about
-one picture, and those about one flag: what a country's capital is, is one fact in all its pictures.
+Edit rows, in the format of ``lightning_mm.causal.editing.files``, give each country the answer of the next country in
+alphabetical order that differs. The new answer should hold for paraphrases and other images of the flag; the same
+question about two other flags, and the other questions about this one, must keep their answers.
 
-Facts about flags with other answers: what an editor is to write into the model, and what it must leave alone.
-
-Data flow: rows of train (its flags) -> one row per country, in the form that ``lightning_mm.causal.editing.files``
-documents -> ``build`` writes ``edits.json``.
-
-The new answer is the next country's, in alphabetical order, that differs. It should come in other words and for other
-pictures of the same flag, too; the same question about two other flags, and the other questions about this one, are
-the neighbours that must stay.
+Data flow: rows of train, val and test -> ``constraint_rows``, ``edit_rows`` -> ``build``.
 """
 
 import re
@@ -40,16 +35,16 @@ PATTERNS: Mapping[str, str] = {
     "colour": r"What colour (?:is|are) the (.+)\?",
     "caption_match": r'Does "(.+)" describe the picture\?',
 }
-"""By type of question, where the constraints stand in it."""
+"""Question type -> pattern whose groups are the constraints."""
 _OF_ALL = ("flag_country", "flag_capital", "flag_continent", "caption", "category", "caption_match")
-"""Types whose constraint refers to everything that is in the picture."""
+"""Question types whose constraint refers to everything in the image."""
 
 
 def constraint_rows(rows: Mapping[str, Sequence[Row]]) -> list[Row]:
-    """The rows of ``constraints.json``.
+    """Rows of ``constraints.json``.
 
     Args:
-        rows: Of the other files, by their names.
+        rows: Rows of the other files, by the name of the file.
     """
     flags = [row for row in rows["train"] if row["kind"] == "flag"]
     things = [row for split in ("val", "test") for row in rows[split] if row["kind"] != "flag"]
@@ -82,7 +77,7 @@ def _names(name: str) -> set[str]:
     return {name, plural(name)}
 
 
-WORDINGS = {
+PARAPHRASES = {
     "flag_country": ("To which country does this flag belong?", "This is the flag of which country?"),
     "flag_capital": (
         "Which city is the capital of the country with this flag?",
@@ -93,14 +88,14 @@ WORDINGS = {
         "Name the continent of the country with this flag.",
     ),
 }
-"""By type of question, other words for it."""
+"""Question type -> paraphrases."""
 
 
 def edit_rows(rows: Sequence[Row]) -> list[Row]:
-    """The rows of ``edits.json``.
+    """Rows of ``edits.json``.
 
     Args:
-        rows: Of the train split.
+        rows: Rows of the train split.
     """
     asked = constraint_rows({"train": rows, "val": (), "test": ()})
     countries: dict[str, dict[str, list[Row]]] = {}
@@ -108,7 +103,7 @@ def edit_rows(rows: Sequence[Row]) -> list[Row]:
         countries.setdefault(row["group"], {}).setdefault(row["kind"], []).append(row)
     names = sorted(countries)
     made = []
-    for number, (name, kind) in enumerate(zip(names, cycle(WORDINGS))):
+    for number, (name, kind) in enumerate(zip(names, cycle(PARAPHRASES))):
         others = [
             countries[other][kind][0] for other in names[number + 1 :] + names[:number] if kind in countries[other]
         ]
@@ -119,19 +114,19 @@ def edit_rows(rows: Sequence[Row]) -> list[Row]:
 
 def _edit(of_country: dict[str, list[Row]], kind: str, others: Sequence[Row]) -> Row | None:
     first, *again = of_country[kind]
-    strangers = [row for row in others if row["answer"] != first["answer"]]
-    if not strangers:
+    different = [row for row in others if row["answer"] != first["answer"]]
+    if not different:
         return None
     beside = [found[0] for other, found in of_country.items() if other != kind]
     return {
         **{key: first[key] for key in ("image", "question", "constraint", "answer", "group", "kind")},
         "id": f"edit-{first['id']}",
-        "new_answer": strangers[0]["answer"],
-        "paraphrases": list(WORDINGS[kind]),
+        "new_answer": different[0]["answer"],
+        "paraphrases": list(PARAPHRASES[kind]),
         "other_images": [row["image"] for row in again],
-        "neighbours": [_asked(row) for row in [*beside, *strangers[1:3]]],
+        "neighbours": [_question_fields(row) for row in [*beside, *different[1:3]]],
     }
 
 
-def _asked(row: Row) -> dict[str, Any]:
+def _question_fields(row: Row) -> dict[str, Any]:
     return {key: row[key] for key in ("image", "question", "answer", "group")}

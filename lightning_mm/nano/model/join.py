@@ -1,7 +1,7 @@
-"""How the pretrained parts become one LLaVA: its configuration, processor, chat template and connector.
+"""Joins the pretrained parts to one LLaVA: configuration, processor, chat template and connector.
 
-Data flow: ``nano_parts`` (tensors, tokenizer) -> ``LlavaForConditionalGeneration``, ``LlavaProcessor`` -> files in the
-folder that ``nano.build_nano`` names.
+Data flow: ``parts`` (tensors, tokenizer) -> ``LlavaForConditionalGeneration``, ``LlavaProcessor`` -> files in a
+folder.
 
 Shapes: T image tokens, D hidden size, V vocabulary.
 """
@@ -35,18 +35,18 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Recipe:
-    """What makes one nano model differ from another.
+    """The options of a nano model.
 
     Args:
-        image_size: Side in pixels that pictures are resized to, a multiple of 14; T = (image_size / 14) ** 2 + 1.
+        image_size: Side in pixels that images are resized to, a multiple of 14; T = (image_size / 14) ** 2 + 1.
         vision_feature_layer: Index into the tower's 13 hidden states. The packager tuned the tower for saliency, which
             spoiled some of the meaning in its top two blocks. Linear probe for the category of unseen objects of the
             nano data (n = 132, standard error 0.04), from class token and patch mean: 0.70 at hidden state 8, 0.69 at
             9, 0.69 at 10 (-3), 0.70 at 12; from the patch mean alone 0.63, 0.65, 0.67 and 0.67.
-        seed: Of the connector's initialisation.
-        dtype: Of the saved weights. float32 keeps the dequantised values exactly (4-bit codes times a 16-bit scale do
-            not fit in bfloat16), and is what a CPU computes in; bfloat16 halves the folder.
-        version: Of this recipe; folders of another one are rebuilt.
+        seed: Random seed of the connector's initialization.
+        dtype: Data type of the saved weights. float32 keeps the dequantized values exactly (4-bit codes times a 16-bit
+            scale do not fit in bfloat16) and is what a CPU computes in; bfloat16 halves the folder.
+        version: Version of this recipe; a folder built by another version is rebuilt.
     """
 
     image_size: int = 112
@@ -57,22 +57,22 @@ class Recipe:
 
     @property
     def num_image_tokens(self) -> int:
-        """T, for one picture."""
+        """T, the number of tokens of one image."""
         return (self.image_size // PATCH) ** 2 + 1
 
 
 def assemble(folder: Path, recipe: Recipe, gguf: Path, onnx: Path) -> None:
-    """Write the model and its processor.
+    """Write the model and its processor to a folder.
 
     Args:
-        folder: Where to.
-        recipe: The options.
-        gguf: Data file of the language model.
-        onnx: Data file of the vision tower.
+        folder: Folder to write to; created if missing.
+        recipe: The model's options.
+        gguf: Weights and tokenizer of the language model.
+        onnx: Weights of the vision tower.
     """
-    text, words = read_smollm2(gguf)
-    processor = _processor(words, recipe)
-    # The mean of the known tokens is a neutral place for a token whose embedding is always overwritten by the picture.
+    text, tokenizer = read_smollm2(gguf)
+    processor = _processor(tokenizer, recipe)
+    # <image> is a new token; its embedding is always replaced by an image feature, so the mean of the others will do.
     table = text["embed_tokens.weight"]  # (V, D)
     text["embed_tokens.weight"] = torch.cat([table, table.mean(0, keepdim=True)])
     assert len(text["embed_tokens.weight"]) == len(processor.tokenizer)
@@ -83,9 +83,9 @@ def assemble(folder: Path, recipe: Recipe, gguf: Path, onnx: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def _processor(words: Tokenizer, recipe: Recipe) -> LlavaProcessor:
+def _processor(bpe: Tokenizer, recipe: Recipe) -> LlavaProcessor:
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=bpe,
         bos_token="<|im_start|>",
         eos_token="<|im_end|>",
         pad_token="<|im_end|>",
@@ -94,9 +94,9 @@ def _processor(words: Tokenizer, recipe: Recipe) -> LlavaProcessor:
         model_max_length=8192,
     )
     side = {"height": recipe.image_size, "width": recipe.image_size}
-    # PIL's variant needs no torchvision; either loads what it saves.
+    # PIL's variant needs no torchvision; torchvision's loads what it saves.
     images = BitImageProcessorPil(
-        # The whole picture is kept, squeezed to a square: a centre crop would hide what stands at the border.
+        # The whole image is squeezed to a square: a center crop would hide what is at the border.
         size=side,
         do_center_crop=False,
         crop_size=side,
@@ -107,10 +107,10 @@ def _processor(words: Tokenizer, recipe: Recipe) -> LlavaProcessor:
         image_processor=images,
         tokenizer=tokenizer,
         patch_size=PATCH,
-        # The class token is kept: it says of the whole picture what the patches say of their places.
+        # The class token is kept: it summarizes the whole image.
         vision_feature_select_strategy="full",
         num_additional_image_tokens=1,
-        # Without the system prompt that SmolLM2's own template makes up.
+        # SmolLM2's own template would add a default system prompt.
         chat_template=chatml("<image>\n"),
     )
 
@@ -133,7 +133,7 @@ def _config(recipe: Recipe, processor: LlavaProcessor) -> LlavaConfig:
         tie_word_embeddings=True,
         **_special_ids(processor),
     )
-    # image_size is that of the stored position table (37 x 37); the tower interpolates it to the picture it is given.
+    # image_size is that of the stored position table (37 x 37); the tower interpolates it to its input.
     vision = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=PATCH)
     return LlavaConfig(
         vision_config=vision,
@@ -149,7 +149,7 @@ def _config(recipe: Recipe, processor: LlavaProcessor) -> LlavaConfig:
 def _join(
     config: LlavaConfig, text: dict[str, Tensor], vision: dict[str, Tensor], seed: int
 ) -> LlavaForConditionalGeneration:
-    """One model of the two parts; from_pretrained translates the published names into those of this transformers."""
+    """One model of both parts; ``from_pretrained`` maps checkpoint names to those of this transformers."""
     generator = torch.Generator().manual_seed(seed)
     into, across = len(vision["layernorm.weight"]), len(text["norm.weight"])
     connector = {
@@ -176,9 +176,9 @@ def _join(
 
 @torch.no_grad()
 def _scale_connector(model: LlavaForConditionalGeneration) -> None:
-    """Make image tokens as long as word embeddings, for the language model to hear them from the first step.
+    """Scale image tokens to the mean norm of word embeddings, so that they have an effect from the first step.
 
-    Measured on a smooth made-up picture and rounded, so that machines which add in another order get the same bytes.
+    Measured on a smooth synthetic image and rounded, so that the bytes do not depend on the order of additions.
     """
     inner: Any = model.model
     connector = inner.multi_modal_projector

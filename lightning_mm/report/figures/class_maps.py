@@ -12,7 +12,7 @@ from typing import Any
 import altair as alt
 
 from lightning_mm.core.layer_table import LayerRow
-from lightning_mm.core.measure_catalog import CLASSES, SITES
+from lightning_mm.core.measure_catalog import MODULE_SITES, TOKEN_CLASSES
 from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.figure import Figure, layered, printable, tip, without_validation
 from lightning_mm.report.figures.heatmap_parts import (
@@ -49,7 +49,7 @@ class ClassMap:
 
     @property
     def title(self) -> str:
-        return f"{SITES.get(self.site, self.site)} put back"
+        return f"{MODULE_SITES.get(self.site, self.site)} put back"
 
     @property
     def best(self) -> LayerRow | None:
@@ -108,7 +108,7 @@ class ClassMap:
     def _kind_labels(self) -> Iterator[dict[str, Any]]:
         """The kinds of tokens, in two lines where they have two words."""
         for number, kind in enumerate(self.classes):
-            name = CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ")
+            name = TOKEN_CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ")
             lines = [printable(line.replace("_", " ")) for line in name.partition(" ")[::2] if line]
             yield {"x": number + 0.5, "text": lines, "strong": kind == "constraint"}
 
@@ -122,7 +122,7 @@ def class_maps(rows: Sequence[LayerRow]) -> list[ClassMap]:
         if row.step == last:
             site, _, kind = row.site.partition("/")
             by_site.setdefault(site[:40], {})[row.layer, kind] = row
-    order = list(SITES)
+    order = list(MODULE_SITES)
     sites = sorted(by_site, key=lambda site: order.index(site) if site in order else len(order))[:_MOST_SITES]
     parts = [row for site in sites if site != "residual" for row in by_site[site].values()]
     return [
@@ -140,7 +140,7 @@ def includes_no_effect(row: LayerRow) -> bool:
 def class_name(row: LayerRow) -> str:
     """The kind of token that a row is about."""
     kind = row.site.partition("/")[2]
-    return CLASSES.get(kind, kind[:40])
+    return TOKEN_CLASSES.get(kind, kind[:40])
 
 
 def _own(site: str, parts: Sequence[LayerRow], own: Mapping[tuple[int, str], LayerRow]) -> Sequence[LayerRow]:
@@ -153,8 +153,8 @@ def _reach(rows: Sequence[LayerRow]) -> float:
 
 def _ordered(rows: Mapping[tuple[int, str], LayerRow]) -> tuple[str, ...]:
     kinds = dict.fromkeys(kind for _, kind in rows)
-    known = [kind for kind in CLASSES if kind in kinds]
-    return tuple([*known, *(kind for kind in kinds if kind not in CLASSES)][:_MOST_CLASSES])
+    known = [kind for kind in TOKEN_CLASSES if kind in kinds]
+    return tuple([*known, *(kind for kind in kinds if kind not in TOKEN_CLASSES)][:_MOST_CLASSES])
 
 
 def _known(rows: Mapping[tuple[int, str], LayerRow]) -> dict[tuple[int, str], LayerRow]:

@@ -20,6 +20,7 @@ RGB = tuple[int, int, int]
 
 
 def hex_color(color: RGB) -> str:
+    """A color as CSS and Vega-Lite write it, such as #22262b."""
     return "#{:02x}{:02x}{:02x}".format(*color)
 
 

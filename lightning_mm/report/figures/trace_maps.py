@@ -15,7 +15,7 @@ from typing import Any
 import altair as alt
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.measure_catalog import CLASSES
+from lightning_mm.core.measure_catalog import TOKEN_CLASSES
 from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.figure import Figure, layered, printable, text_width, tip, view, without_validation
 from lightning_mm.report.figures.heatmap_parts import (
@@ -231,7 +231,7 @@ def _column_name(trace: Trace, column: Column) -> str:
 
 
 def _kind_name(name: str) -> str:
-    return CLASSES.get(name, name or "token")
+    return TOKEN_CLASSES.get(name, name or "token")
 
 
 def _token_labels(trace: Trace, found: Sequence[Column]) -> tuple[list[dict[str, Any]], float]:

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import measure
-from lightning_mm.core.run_directory import RunDirectory, read_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures.class_maps import class_maps, class_name
 from lightning_mm.report.figures.trace_maps import peak_words, probability_drop, trace_map
 from lightning_mm.report.optional_file import OptionalFile, read_optional

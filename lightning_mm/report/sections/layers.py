@@ -70,7 +70,7 @@ def notes(found: Sequence[Panel]) -> tuple[tuple[str, str], ...]:
     for panel in found:
         for (step, _), row in panel.cells.items():
             if step == panel.steps[-1] and row.value is not None:
-                for note in filter(None, row.notes.split("; ")):
+                for note in row.notes:
                     if not PEAK_RANGE.match(note):
                         told.setdefault(_NUMBER.sub("#", note), []).append((note, panel.measure.title))
     listed = [
@@ -281,7 +281,7 @@ def _headline(panel: Panel, track: Track, trained: TrainedLayers) -> Headline:
 
 def _sure(peak: LayerRow | None) -> str:
     """Between which layers the peak lies, where its notes say that."""
-    found = PEAK_RANGE.search(peak.notes) if peak else None
+    found = PEAK_RANGE.search("; ".join(peak.notes)) if peak else None
     return f"between {layer_tick(int(found[1]))} and {layer_tick(int(found[2]))}" if found else ""
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mm.core.layer_table import MOST_LAYERS
-from lightning_mm.core.measure_catalog import measure, place
+from lightning_mm.core.measure_catalog import describe_site, measure
 from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.layers import matrix_figure
 from lightning_mm.report.figures.tracks import Track
@@ -66,7 +66,7 @@ def matrices(
         tips = len(cards) < _OPEN
         drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
         pair = "~" in site or site in ("last", "token")
-        cards.append(LayerMatrix(measure(name).title, place(site), pair, drawn))
+        cards.append(LayerMatrix(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 
 

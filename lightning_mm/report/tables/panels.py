@@ -1,6 +1,6 @@
 """Rows of layers.csv, sorted into one panel per measure and site: what a heat map, a profile and a headline read.
 
-Data flow: ``layer_table.read_layers`` -> panels -> ``figures.layers``, ``figures.tracks`` and ``wandb_layers`` draw them.
+Data flow: ``layer_table.read_layers`` -> panels -> drawn by ``figures.layers``, ``figures.tracks``, ``wandb_layers``.
 
 Shapes: a panel is S steps x L layers; layer -1 is the embeddings, layer i the output of decoder block i.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning_mm.core.layer_table import MOST_LAYERS, LayerRow
-from lightning_mm.core.measure_catalog import Measure, measure, place
+from lightning_mm.core.measure_catalog import Measure, describe_site, measure
 from lightning_mm.report.tables.numbers import percent, short
 
 EMBEDDINGS = -1
@@ -107,7 +107,7 @@ class Panel:
 
     @property
     def place(self) -> str:
-        return place(self.site)
+        return describe_site(self.site)
 
     def value(self, step: int, layer: int) -> float | None:
         row = self.cells.get((step, layer))

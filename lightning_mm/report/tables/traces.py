@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from lightning_mm.core.layer_table import MOST_LAYERS
-from lightning_mm.core.measure_catalog import SITES
+from lightning_mm.core.measure_catalog import MODULE_SITES
 from lightning_mm.report.tables.panels import EMBEDDINGS
 
 _LONGEST, _MOST_TOKENS, _MOST_CELLS = 400, 20_000, 1_000_000
@@ -112,7 +112,7 @@ class Trace:
 
     @property
     def title(self) -> str:
-        return f"{SITES.get(self.site, self.site[:40])} put back"
+        return f"{MODULE_SITES.get(self.site, self.site[:40])} put back"
 
     @property
     def summary(self) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
-from lightning_mm.core.run_directory import RunDirectory, write_json
+from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
@@ -80,7 +81,7 @@ class HeldOutEvaluation(Callback):
     def _ask_and_write(self, trainer: L.Trainer, pl_module: L.LightningModule, moments: list[str]) -> None:
         split = "test" if data_of(trainer).samples("test") else "val"
         if not data_of(trainer).samples(split):
-            decide("evaluation", "skipped", "neither data.test nor data.val is given")
+            log_decision("evaluation", "skipped", "neither data.test nor data.val is given")
             return
         asked: list[Asked] = []
         for moment in moments:
@@ -97,7 +98,7 @@ class HeldOutEvaluation(Callback):
         asked: list[Asked] = []
         with looking(trainer, pl_module):
             for batch in loader:
-                data.ledger.add(batch.rejected)
+                data.rejected_samples.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
                 asked += _pair(batch, answers)
         found = {question.key: question for part in all_gather_object(asked) for question in part}

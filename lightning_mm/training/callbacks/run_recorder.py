@@ -1,8 +1,10 @@
-"""Write down what a run is and what became of it: census, decisions, ledger, report.
+"""Write down what a run is and what became of it: census, decisions, rejected samples, report.
 
-Data flow: module, data module and ``decide`` -> the run directory -> ``dashboards.local.write_report``. Rank 0 writes.
+Data flow: module, data module and the decisions of the run -> the run directory -> ``report.html.write_report``. Rank 0
+writes.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -12,8 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
-from lightning_mm.core.run_directory import RunDirectory, append_jsonl, write_json
+from lightning_mm.core.decisions import DecisionLog, decision_log, log, run_is_open
+from lightning_mm.core.io import append_jsonl, write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
@@ -32,7 +35,18 @@ class RunRecorder(Callback):
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
+        self.decisions = DecisionLog()
         self._shown = False
+        self._open = ExitStack()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Record this run's decisions apart from those of others, unless the command line does so already."""
+        if not run_is_open():
+            self._open.enter_context(self.decisions.opened())
+            self.decisions.take_pending()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._open.close()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -50,7 +64,7 @@ class RunRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._note(trainer, batch)
-        lost = sum(entry.kind != "probe" for entry in data_of(trainer).ledger)
+        lost = sum(entry.kind != "probe" for entry in data_of(trainer).rejected_samples)
         pl_module.log(metric_names.REJECTED, float(lost))
 
     def on_validation_batch_end(
@@ -90,6 +104,7 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and self._shown:
             self._write_files(trainer)
+        self._open.close()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._shown or not trainer.is_global_zero:
@@ -104,18 +119,18 @@ class RunRecorder(Callback):
 
     def _note(self, trainer: L.Trainer, batch: Any) -> None:
         if batch.rejected:
-            ledger = data_of(trainer).ledger
+            ledger = data_of(trainer).rejected_samples
             ledger.add(batch.rejected)
             ledger.check()
 
     def _write(self, trainer: L.Trainer) -> None:
-        data_of(trainer).ledger.gather()
+        data_of(trainer).rejected_samples.gather()
         if trainer.is_global_zero:
             self._write_files(trainer)
 
     def _write_files(self, trainer: L.Trainer) -> None:
-        data_of(trainer).ledger.write(self.run.ledger)
-        write_json(self.run.decisions, [asdict(decision) for decision in decide])
+        data_of(trainer).rejected_samples.write(self.run.ledger)
+        write_json(self.run.decisions, [asdict(decision) for decision in decision_log()])
         for logger in trainer.loggers:
             logger.save()
         write_report(self.run.path)

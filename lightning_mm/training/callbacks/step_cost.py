@@ -1,7 +1,7 @@
-"""What this rank does, counted batch by batch without waiting for the device.
+"""What this rank has computed since the last reading, counted batch by batch without waiting for the device.
 
-Data flow: Batch (on the device) -> sums, on the host where it knows them and else on the device -> ``Done``, read once
-per interval.
+Data flow: ``Batch`` on the device -> sums, on the host where their terms are known there, else on the device ->
+``StepTotals``, read once per interval; ``planning.flops`` turns them into FLOPs.
 
 Shapes: B samples, L tokens after padding.
 """
@@ -11,25 +11,22 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.data.batch import Batch, KeptFeatures, TokenRegion
-from lightning_mm.models.layout import Region
+from lightning_mm.data.batch import Batch, CachedFeatures, TokenRegion
 from lightning_mm.planning.flops import StepCost
-from lightning_mm.planning.step_shape import StepShape
+from lightning_mm.planning.step_shape import StepShape, count_pixels, picture_pairs, token_pairs
 from lightning_mm.tuning.policy import TuningPlan
-
-_BELOW = (Region.OTHER, Region.VISION, Region.CONNECTOR, Region.EMBEDDING)
 
 
 @dataclass
-class Done:
+class StepTotals:
     """Sums over batches.
 
     Args:
         samples: Conversations.
         positions: B * L: tokens and padding.
         image_tokens: Tokens that stand for pictures.
-        shape: Of all rows, and of the pictures that were seen.
-        cached: Of rows that began at the lowest trainable block, with states that were computed earlier.
+        shape: Of all rows, and of the pictures that the vision tower saw.
+        cached: Of the rows that began at the lowest trained block, with states from the cache.
     """
 
     samples: int = 0
@@ -39,74 +36,48 @@ class Done:
     cached: StepShape = field(default_factory=StepShape)
 
     def flops(self, cost: StepCost, plan: TuningPlan) -> float:
-        """The least that this can have cost under a policy, without what was taken from the cache."""
-        saved, begin = cost.at(self.cached), min(plan.lowest_layer, plan.num_layers - 1)
-        below = [*(saved.region(region) for region in _BELOW), saved.layers(range(begin))]
-        return cost.at(self.shape).floor - sum(part.total for part in below)
+        """The least FLOPs that these batches can have cost under a policy, without what came from the cache."""
+        first = min(plan.lowest_layer, plan.num_layers - 1)
+        return cost.at(self.shape).floor - cost.at(self.cached).below(first)
 
 
-class Work:
-    """Counts until it is asked."""
+class BatchCounter:
+    """Adds up batches until the totals are taken."""
 
     def __init__(self) -> None:
-        self._done = Done()
+        self._totals = StepTotals()
         self._on_device: Tensor | None = None
 
     def add(self, batch: Batch) -> None:
         """Count a batch; nothing is read back from the device."""
-        if isinstance(batch.kept, KeptFeatures):
-            self._add_features(batch, batch.kept)
-            return
-        seen = batch if batch.kept is None else batch.kept.fresh
-        self._done.samples += len(batch)
-        self._done.positions += batch.regions.numel()
-        self._done.shape += StepShape(len(batch.real), 0, batch.num_supervised, 0 if seen is None else _pixels(seen))
-        self._done.cached += StepShape(len(batch.real) - (0 if seen is None else len(seen.real)))
-        pairs, nothing = _pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
+        pairs, zero = token_pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
+        cached_pairs = zero
+        if isinstance(batch.cached, CachedFeatures):
+            # The tower saw the new rows only; the connector, cheap beside it, is counted with it.
+            seen = list(batch.cached.uncached)
+        else:
+            seen = [part for part in (batch if batch.cached is None else batch.cached.uncached,) if part is not None]
+            self._totals.cached += StepShape(len(batch.real) - sum(len(part.real) for part in seen))
+            if batch.cached is not None:
+                cached_pairs = pairs - sum((token_pairs(part) for part in seen), zero)
+        pixels = sum(count_pixels(part.inputs) for part in seen)
+        self._totals.samples += len(batch)
+        self._totals.positions += batch.regions.numel()
+        self._totals.shape += StepShape(len(batch.real), 0, batch.num_supervised, pixels)
         images = (batch.regions == TokenRegion.IMAGE).sum()
-        seen_pairs = nothing if seen is None else pairs if seen is batch else _pairs(seen)
-        counts = torch.stack([images, pairs, pairs - seen_pairs, nothing if seen is None else _picture_pairs(seen)])
-        self._count(counts)
-
-    def _add_features(self, batch: Batch, kept: KeptFeatures) -> None:
-        """The tower saw the new rows only; the connector, cheap beside it, is counted with it."""
-        self._done.samples += len(batch)
-        self._done.positions += batch.regions.numel()
-        pixels = sum(_pixels(fresh) for fresh in kept.fresh)
-        self._done.shape += StepShape(len(batch.real), 0, batch.num_supervised, pixels)
-        pairs, nothing = _pairs(batch), batch.regions.new_zeros((), dtype=torch.long)
-        images = (batch.regions == TokenRegion.IMAGE).sum()
-        pictures = sum((_picture_pairs(fresh) for fresh in kept.fresh), nothing)
-        self._count(torch.stack([images, pairs, nothing, pictures]))
-
-    def _count(self, counts: Tensor) -> None:
+        pictures = sum((picture_pairs(part.inputs, zero) for part in seen), zero)
+        counts = torch.stack([images, pairs, cached_pairs, pictures])
         self._on_device = counts if self._on_device is None else self._on_device + counts
 
-    def take(self) -> Done:
-        """What was done since the last call; waits for the device."""
+    def take(self) -> StepTotals:
+        """The totals since the last call; waits for the device."""
         counts = [0] * 4 if self._on_device is None else self._on_device.tolist()
-        images, pairs, cached_pairs, picture_pairs = counts
-        done = replace(
-            self._done,
+        images, pairs, cached_pairs, pictures = counts
+        totals = replace(
+            self._totals,
             image_tokens=images,
-            shape=self._done.shape + StepShape(pairs=pairs, picture_pairs=picture_pairs),
-            cached=self._done.cached + StepShape(pairs=cached_pairs),
+            shape=self._totals.shape + StepShape(pairs=pairs, picture_pairs=pictures),
+            cached=self._totals.cached + StepShape(pairs=cached_pairs),
         )
-        self._done, self._on_device = Done(), None
-        return done
-
-
-def _pairs(batch: Batch) -> Tensor:
-    """() squared tokens of each row, summed."""
-    return (batch.regions != TokenRegion.PAD).sum(1).square().sum()
-
-
-def _pixels(batch: Batch) -> int:
-    return sum(value.numel() for name, value in batch.inputs.items() if name.startswith("pixel_values"))
-
-
-def _picture_pairs(batch: Batch) -> Tensor:
-    """() squared patches of each picture, summed, in families whose pictures keep their size; else 0."""
-    grids = [value for name, value in batch.inputs.items() if name.endswith("image_grid_thw")]
-    squares = [grid.prod(1).square().sum() for grid in grids]
-    return sum(squares, batch.regions.new_zeros((), dtype=torch.long))
+        self._totals, self._on_device = StepTotals(), None
+        return totals

@@ -26,13 +26,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.data.batch import Batch
-from lightning_mm.data.dataloader import GuardedLoader
-from lightning_mm.planning.devices import compute_dtype, matmul_peak, wait_for
+from lightning_mm.data.dataloader import CheckedDataLoader
+from lightning_mm.planning.devices import benchmark_matmul, compute_dtype, synchronize
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
-from lightning_mm.training.callbacks.step_cost import Work
+from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.eval_context import data_of, live
 
 
@@ -87,7 +87,7 @@ class Clock:
 
     def spent(self) -> Spent:
         """What was spent so far, once the device has done what it was told to."""
-        wait_for(self._module.device)
+        synchronize(self._module.device)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
         looks = sum(callback.inspection_seconds for callback in callbacks if isinstance(callback, Inspects))
         saves = sum(callback.seconds for callback in callbacks if isinstance(callback, LastCheckpoint))
@@ -95,7 +95,7 @@ class Clock:
 
     def leave(self) -> None:
         """What comes now is not training."""
-        wait_for(self._module.device)
+        synchronize(self._module.device)
         self._left = time.perf_counter(), self._waited()
 
     def back(self) -> None:
@@ -107,7 +107,7 @@ class Clock:
 
     def _waited(self) -> float:
         loader = self._trainer.train_dataloader
-        return loader.waited if isinstance(loader, GuardedLoader) else 0.0
+        return loader.waited if isinstance(loader, CheckedDataLoader) else 0.0
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        self._work = Work()
+        self._work = BatchCounter()
         self._clock: Clock | None = None
         self._begun: Spent | None = None
         self._read: Spent | None = None
@@ -180,7 +180,7 @@ class Throughput(Callback):
         self._peak = math.nan
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._clock, self._begun, self._work = Clock(trainer, pl_module), None, Work()
+        self._clock, self._begun, self._work = Clock(trainer, pl_module), None, BatchCounter()
         every, total = _every(trainer), int(trainer.estimated_stepping_batches)
         if total // every > trainer.global_step // every:
             self._cost = _cost(trainer, pl_module)
@@ -254,31 +254,31 @@ def _of_all_ranks(mine: Interval, trainer: L.Trainer, module: L.LightningModule)
 
 def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
     try:
-        return StepCost.of(
-            live(module).model, live(module).anatomy, live(module).plan, data_of(trainer).example_batch()
-        )
+        return StepCost.of(live(module).mm, live(module).plan, data_of(trainer).example_batch())
     except Exception as error:  # training does not need it
-        decide("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
+        log_decision("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
         return None
 
 
 def _peak(trainer: L.Trainer, module: L.LightningModule) -> float:
     """FLOP/s of matrix products in the run's precision; said, as is where memory is read."""
     if module.device.type == "cuda":
-        decide("throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch")
+        log_decision(
+            "throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch"
+        )
     else:
-        decide("throughput.memory", "resident set of the process", "its highest since it began, loading included")
-    dtype = compute_dtype(live(module).model, str(trainer.precision))
+        log_decision("throughput.memory", "resident set of the process", "its highest since it began, loading included")
+    dtype = compute_dtype(live(module).mm.model, str(trainer.precision))
     try:
-        peak = matmul_peak(module.device, dtype)
+        peak = benchmark_matmul(module.device, dtype)
     except RuntimeError as error:  # out of memory, or a type without products on this device
-        decide("throughput.peak", "not measured", f"{type(error).__name__}: {error}")
+        log_decision("throughput.peak", "not measured", f"{type(error).__name__}: {error}")
         return math.nan
     finally:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()  # what was multiplied here is of no use to training
     reason = f"median of large matrix products in {str(dtype).removeprefix('torch.')} on this {module.device.type}"
-    decide("throughput.peak", f"{peak / 1e12:.3g} TFLOP/s", f"{reason}; MFU is a share of it")
+    log_decision("throughput.peak", f"{peak / 1e12:.3g} TFLOP/s", f"{reason}; MFU is a share of it")
     return peak
 
 

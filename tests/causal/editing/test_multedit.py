@@ -3,6 +3,7 @@
 import copy
 import math
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,19 +12,26 @@ import torch
 from torch import Tensor
 
 from lightning_mm.causal.editing.finetune_control import fine_tuned
-from lightning_mm.causal.editing.multedit import Association, EditOptions, Rewriting, edit_of, rewritten
-from lightning_mm.causal.editing.weight_edit import down_projection, edited, low_rank
-from lightning_mm.causal.questions.scoring import Forced, forced, forced_logits, heard
+from lightning_mm.causal.editing.multedit import (
+    Association,
+    EditConfig,
+    ValueOptimizer,
+    edit_from_associations,
+    multedit,
+)
+from lightning_mm.causal.editing.weight_edit import apply_edits, closed_form_update, down_projection
+from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits, force_answer, score_answer
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import checkpoint_blocks
+from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.lora import LoRA, add_lora
 from lightning_mm.testing.tiny import build_tiny
-from tests.conftest import FAMILIES
+from tests.helpers.data import FAMILIES
 from tests.helpers.taught_models import EDITED, KNOWN, Taught
 
 Known = Callable[[str], Taught]
-LONG = EditOptions(steps=60)
+LONG = EditConfig(steps=60)
 MOVES = {"gemma3": ("f", "i")}
 """Constraint and new answer, where others are out of reach within the clamp."""
 
@@ -33,11 +41,11 @@ def drawn(*shape: int) -> Tensor:
 
 
 def says(one: Taught, word: str, answer: str | None = None) -> bool:
-    return heard(one.model, one.anatomy, one.forced(word, answer or KNOWN[word])).said
+    return score_answer(one.mm, one.forced(word, answer or KNOWN[word])).is_greedy
 
 
-def rewriting(one: Taught, word: str, answer: str) -> Rewriting:
-    return Rewriting(one.model, one.anatomy, one.forced(word, answer))
+def rewriting(one: Taught, word: str, answer: str) -> ValueOptimizer:
+    return ValueOptimizer(one.mm, one.forced(word, answer))
 
 
 def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -54,7 +62,7 @@ def test_one_edit_is_p2s_large_inverse() -> None:
     weight_DF, key_F, value_D, ridge = drawn(16, 48), drawn(48), drawn(16), 0.01
     large_FF = torch.outer(key_F, key_F) + ridge * torch.eye(48, dtype=torch.float64)
     expected = (large_FF.inverse() @ (torch.outer(key_F, value_D) + ridge * weight_DF.T)).T
-    left, right = low_rank(key_F[:, None], (value_D - weight_DF @ key_F)[:, None], ridge)
+    left, right = closed_form_update(key_F[:, None], (value_D - weight_DF @ key_F)[:, None], ridge)
     torch.testing.assert_close(weight_DF + left @ right, expected, atol=1e-10, rtol=0)
     missed = (weight_DF + left @ right) @ key_F - value_D
     share = float(missed.norm() / (weight_DF @ key_F - value_D).norm())
@@ -63,7 +71,7 @@ def test_one_edit_is_p2s_large_inverse() -> None:
 
 def test_several_edits_solve_the_normal_equations() -> None:
     weight_DF, keys_FN, values_DN, ridge = drawn(12, 40), drawn(40, 5), drawn(12, 5), 0.3
-    left, right = low_rank(keys_FN, values_DN - weight_DF @ keys_FN, ridge)
+    left, right = closed_form_update(keys_FN, values_DN - weight_DF @ keys_FN, ridge)
     new_DF = weight_DF + left @ right
     gradient = (new_DF @ keys_FN - values_DN) @ keys_FN.T + ridge * (new_DF - weight_DF)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-10, rtol=0)
@@ -78,9 +86,9 @@ def test_the_answer_changes_and_nothing_else(name: str, known: Known) -> None:
     assert not says(one, word, answer)
     hooked = hooks(one.model)
     made = rewriting(one, word, answer)
-    assert made.replay is not None, "exact and fast here"
-    edit = rewritten([made], EDITED, LONG)
-    with edited(one.model, [edit]):
+    assert made.partial_forward is not None, "exact and fast here"
+    edit = multedit([made], EDITED, LONG)
+    with apply_edits(one.model, [edit]):
         assert says(one, word, answer)
         assert [other for other in KNOWN if other != word and not says(one, other)] == []
         within = one.model.state_dict()
@@ -98,8 +106,8 @@ def test_values_are_those_of_the_whole_model(name: str, known: Known) -> None:
     """From the constraint and the layer on, against every token and layer."""
     one = known(name)
     fast, plain = rewriting(one, "d", "e"), rewriting(one, "d", "e")
-    plain.replay = None
-    found, expected = (each.association(EDITED, EditOptions(steps=5, until=0.0)) for each in (fast, plain))
+    plain.partial_forward = None
+    found, expected = (each.association(EDITED, EditConfig(steps=5, until=0.0)) for each in (fast, plain))
     torch.testing.assert_close(found.losses, expected.losses, atol=1e-3, rtol=1e-4)
     torch.testing.assert_close(found.delta, expected.delta, atol=1e-3, rtol=1e-3)
     assert found.losses[-1] < found.losses[0] - 0.01
@@ -108,26 +116,26 @@ def test_values_are_those_of_the_whole_model(name: str, known: Known) -> None:
 def test_what_trains_still_does(known: Known) -> None:
     """Flags, gradients and checkpointing of a model in training are as they were."""
     one = known("llava")
-    expected = rewriting(one, "d", "e").association(EDITED, EditOptions(steps=3))
+    expected = rewriting(one, "d", "e").association(EDITED, EditConfig(steps=3))
     model = copy.deepcopy(one.model)
-    names = [name for name, place in one.anatomy.places.items() if place.layer == 2]
+    names = [name for name, place in one.layout.locations.items() if place.layer == 2]
     for name in names:
         model.get_parameter(name).requires_grad_(True).grad = torch.ones_like(model.get_parameter(name))
-    checkpoint_blocks(model, one.anatomy.layers)
-    wrapped = [model.get_submodule(name).forward for name in one.anatomy.layers]
-    live = Rewriting(model, one.anatomy, one.forced("d", "e"))
+    checkpoint_blocks(model, one.layout.layers, ExitStack())
+    wrapped = [model.get_submodule(name).forward for name in one.layout.layers]
+    live = ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e"))
     with torch.no_grad():
-        found = live.association(EDITED, EditOptions(steps=3))
+        found = live.association(EDITED, EditConfig(steps=3))
     torch.testing.assert_close(found.delta, expected.delta)
     assert [n for n, p in model.named_parameters() if p.requires_grad] == names
     assert all((model.get_parameter(n).grad == 1).all() for n in names)
-    assert [model.get_submodule(name).forward for name in one.anatomy.layers] == wrapped
+    assert [model.get_submodule(name).forward for name in one.layout.layers] == wrapped
 
 
 def test_several_edits_at_once(known: Known) -> None:
     one = known("llava")
-    edit = rewritten([rewriting(one, "d", "e"), rewriting(one, "f", "i")], EDITED, LONG)
-    with edited(one.model, [edit]):
+    edit = multedit([rewriting(one, "d", "e"), rewriting(one, "f", "i")], EDITED, LONG)
+    with apply_edits(one.model, [edit]):
         assert says(one, "d", "e")
         assert says(one, "f", "i")
         assert says(one, "b")
@@ -138,12 +146,12 @@ def test_several_edits_at_once(known: Known) -> None:
 def test_undone_bit_by_bit_whatever_happens(known: Known) -> None:
     one = known("llava")
     before = tensors(one.model)
-    first, second = (rewritten([rewriting(one, word, "e")], EDITED, EditOptions(steps=2)) for word in "df")
-    with pytest.raises(ZeroDivisionError), edited(one.model, [first, second]):
+    first, second = (multedit([rewriting(one, word, "e")], EDITED, EditConfig(steps=2)) for word in "df")
+    with pytest.raises(ZeroDivisionError), apply_edits(one.model, [first, second]):
         raise ZeroDivisionError
     assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
     broken = replace(second, module="lm_head.nowhere")
-    with pytest.raises(AttributeError), edited(one.model, [first, broken]):
+    with pytest.raises(AttributeError), apply_edits(one.model, [first, broken]):
         pass
     assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
     first.apply(one.model)
@@ -159,20 +167,20 @@ def test_adapters_stay_and_are_counted(known: Known) -> None:
     """The value is what the module puts out with its adapter; the weight below it is edited."""
     one = known("llava")
     model = copy.deepcopy(one.model)
-    name = str(one.anatomy.blocks[EDITED].down_proj)
+    name = str(one.layout.blocks[EDITED].down_proj)
     add_lora(model, [name], LoRA(r=4), {})
     model.eval()
     with torch.no_grad():
         model.get_submodule(name).lora_B["default"].weight.normal_(0, 0.05)
     before = tensors(model)
-    made = Rewriting(model, one.anatomy, one.forced("d", "e"))
+    made = ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e"))
     found = made.association(EDITED, LONG)
-    edit = edit_of(model, one.anatomy, [found], 1e-6)
-    with edited(model, [edit]):
-        after = Rewriting(model, one.anatomy, one.forced("d", "e"))._sites[EDITED][1]
+    edit = edit_from_associations(MultimodalModel(model, one.layout), [found], 1e-6)
+    with apply_edits(model, [edit]):
+        after = ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e"))._sites[EDITED][1]
         torch.testing.assert_close(after, found.output + found.delta, atol=1e-4, rtol=1e-4)
         moved = {key for key, tensor in before.items() if not torch.equal(model.state_dict()[key], tensor)}
-        assert heard(model, one.anatomy, one.forced("d", "e")).said
+        assert score_answer(MultimodalModel(model, one.layout), one.forced("d", "e")).is_greedy
     assert moved == {f"{name}.base_layer.weight"}
     plain = rewriting(one, "d", "e")._sites[EDITED][1]
     assert not torch.allclose(plain, found.output), "the adapter does say something"
@@ -180,18 +188,18 @@ def test_adapters_stay_and_are_counted(known: Known) -> None:
 
 @pytest.mark.parametrize("clamp", [0.25, "p2"])
 def test_the_clamp_holds(clamp: float | str, known: Known) -> None:
-    one, options = known("llava"), EditOptions(clamp=clamp)  # type: ignore[arg-type]
-    found = rewriting(one, "d", "e").association(EDITED, options)
+    one, config = known("llava"), EditConfig(clamp=clamp)  # type: ignore[arg-type]
+    found = rewriting(one, "d", "e").association(EDITED, config)
     share = float(found.delta.norm() / found.output.norm())
-    assert share == pytest.approx(options.limit, rel=1e-3), "it wants further, and may not"
-    with edited(one.model, [edit_of(one.model, one.anatomy, [found], 0.01)]):
+    assert share == pytest.approx(config.limit, rel=1e-3), "it wants further, and may not"
+    with apply_edits(one.model, [edit_from_associations(one.mm, [found], 0.01)]):
         assert says(one, "d"), "too short a step to change the answer"
 
 
 def test_p2_as_released_edits_hardly_anything(known: Known) -> None:
-    one, options = known("llava"), EditOptions.p2()
-    assert (options.steps, options.lr, options.decay, options.ridge, options.limit) == (10, 0.1, 0.001, 0.01, 1e-4)
-    found = rewriting(one, "d", "e").association(EDITED, options)
+    one, config = known("llava"), EditConfig.p2()
+    assert (config.steps, config.lr, config.decay, config.ridge, config.limit) == (10, 0.1, 0.001, 0.01, 1e-4)
+    found = rewriting(one, "d", "e").association(EDITED, config)
     assert len(found.losses) == 11
     assert abs(found.losses[-1] - found.losses[0]) < 0.1
 
@@ -200,24 +208,24 @@ def test_all_tokens_of_an_answer_or_the_first(known: Known) -> None:
     one = known("llava")
     target = one.forced("d", "e then")
     assert len(target.ids) > 2
-    logits = forced_logits(one.model, one.anatomy, target)
-    plain = one.model(**target.asked.inputs).logits[0, target.prompt - 1 :].float()
+    logits = answer_logits(one.mm, target)
+    plain = one.model(**target.encoded.inputs).logits[0, target.prompt - 1 :].float()
     torch.testing.assert_close(logits, plain)
     nll = -logits.log_softmax(-1)[:-1].gather(1, target.ids[:, None])[:, 0]
-    made = Rewriting(one.model, one.anatomy, target)
+    made = ValueOptimizer(one.mm, target)
     for goal, expected in (("answer", nll.sum()), ("first", nll[0])):
-        found = made.association(EDITED, EditOptions(steps=1, target=goal))  # type: ignore[arg-type]
+        found = made.association(EDITED, EditConfig(steps=1, target=goal))  # type: ignore[arg-type]
         assert found.losses[0] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_the_answer_stands_as_the_template_writes_it(known: Known) -> None:
     one = known("llava")
     target = one.forced("d", "red stone.")
-    text = one.asker.processor.tokenizer.decode(target.asked.inputs["input_ids"][0])
+    text = one.encoder.processor.tokenizer.decode(target.encoded.inputs["input_ids"][0])
     assert text.endswith("ASSISTANT: red stone.")
-    assert one.asker.processor.tokenizer.decode(target.ids) == " red stone."
-    alone = forced(one.asker, one.question("d"), "")
-    assert isinstance(alone, Forced)
+    assert one.encoder.processor.tokenizer.decode(target.ids) == " red stone."
+    alone = force_answer(one.encoder, one.question("d"), "")
+    assert isinstance(alone, ForcedAnswer)
     assert len(alone.ids) == 0
     assert len(alone.positions) == 1
 
@@ -226,10 +234,10 @@ def test_short_types_tell_what_rounding_loses(known: Known) -> None:
     one = known("llava")
     found = rewriting(one, "d", "e").association(EDITED, LONG)
     model = copy.deepcopy(one.model).to(torch.bfloat16)
-    edit = edit_of(model, one.anatomy, [found], 0.01)
-    exact = edit_of(one.model, one.anatomy, [found], 0.01)
+    edit = edit_from_associations(MultimodalModel(model, one.layout), [found], 0.01)
+    exact = edit_from_associations(one.mm, [found], 0.01)
     before = model.get_parameter(f"{edit.module}.weight").clone()
-    with edited(model, [edit]), edited(one.model, [exact]):
+    with apply_edits(model, [edit]), apply_edits(one.model, [exact]):
         stored = model.get_parameter(f"{edit.module}.weight")
         assert stored.dtype == torch.bfloat16
         assert torch.equal(stored, (before.float() + edit.change()).bfloat16())
@@ -240,11 +248,11 @@ def test_short_types_tell_what_rounding_loses(known: Known) -> None:
 def test_fine_tuning_is_a_control(known: Known) -> None:
     one = known("llava")
     targets, before = [one.forced("d", "e")], tensors(one.model)
-    free = fine_tuned(one.model, one.anatomy, targets, EDITED, EditOptions(steps=40), lr=0.01)
-    with edited(one.model, [free]):
+    free = fine_tuned(one.mm, targets, EDITED, EditConfig(steps=40), lr=0.01)
+    with apply_edits(one.model, [free]):
         assert says(one, "d", "e")
     norm = float(free.change().norm()) / 4
-    held = fine_tuned(one.model, one.anatomy, targets, EDITED, EditOptions(steps=10), norm, lr=0.01)
+    held = fine_tuned(one.mm, targets, EDITED, EditConfig(steps=10), norm, lr=0.01)
     assert float(held.change().norm()) == pytest.approx(norm, rel=1e-4)
     assert all(torch.equal(tensor, before[key]) for key, tensor in one.model.state_dict().items())
     assert all(p.grad is None for p in one.model.parameters())
@@ -253,17 +261,17 @@ def test_fine_tuning_is_a_control(known: Known) -> None:
 def test_what_cannot_be_edited_is_told(known: Known, tmp_path: Path) -> None:
     one = known("llava")
     with pytest.raises(UserError, match="Layer 3 cannot be edited") as caught:
-        rewriting(one, "d", "e").association(one.anatomy.num_layers - 1, LONG)
+        rewriting(one, "d", "e").association(one.layout.num_layers - 1, LONG)
     assert "does not reach the answer" in caught.value.why
     with pytest.raises(UserError, match="Question d cannot be edited"):
-        Rewriting(one.model, one.anatomy, forced_without_constraint(one))
+        ValueOptimizer(one.mm, forced_without_constraint(one))
     with pytest.raises(UserError, match="out of range"):
-        EditOptions(ridge=0.0)
+        EditConfig(ridge=0.0)
     with pytest.raises(UserError, match="Layer 1 cannot be edited") as caught:
         down_projection(one.model, None, 1)
     assert "mixture of experts" in caught.value.why
     model = copy.deepcopy(one.model)
-    name = str(one.anatomy.blocks[EDITED].down_proj)
+    name = str(one.layout.blocks[EDITED].down_proj)
     add_lora(model, [name], LoRA(r=4, dora=True), {})
     with pytest.raises(UserError, match="Layer 1 cannot be edited"):
         down_projection(model, name, 1)
@@ -273,9 +281,9 @@ def test_what_cannot_be_edited_is_told(known: Known, tmp_path: Path) -> None:
     assert "quantised" in caught.value.why
 
 
-def forced_without_constraint(one: Taught) -> Forced:
-    made = forced(one.asker, replace(one.question("d"), spans=()), "e")
-    assert isinstance(made, Forced)
+def forced_without_constraint(one: Taught) -> ForcedAnswer:
+    made = force_answer(one.encoder, replace(one.question("d"), spans=()), "e")
+    assert isinstance(made, ForcedAnswer)
     return made
 
 

@@ -12,12 +12,19 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
 from lightning_mm.causal.effects import attention_flow
-from lightning_mm.causal.effects.attention_flow import FLOW, contribution_norms, contributions, flow, output_map, shares
-from lightning_mm.causal.effects.attention_knockout import edge
+from lightning_mm.causal.effects.attention_flow import (
+    FLOW_EDGES,
+    contribution_norms,
+    contributions,
+    flow_curves,
+    flow_shares,
+    output_projection,
+)
+from lightning_mm.causal.effects.attention_knockout import attention_edge
 from lightning_mm.causal.effects.failure_predictor import contribution_features
-from lightning_mm.causal.interventions.activation_cache import record
+from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.models.layout import ModelLayout
 from tests.helpers.causal_models import FAMILIES, Subject, subject
 
 CLOSE = {"atol": 1e-6, "rtol": 1e-5}
@@ -27,7 +34,7 @@ def through_the_projection(one: Subject, inputs: dict[str, Tensor]) -> dict[int,
     """Per layer what enters and what leaves o_proj in a run that nothing looks into: (L, H * E) and (L, D)."""
     found: dict[int, tuple[Tensor, Tensor]] = {}
     handles = []
-    for block in one.anatomy.blocks:
+    for block in one.layout.blocks:
         assert block.o_proj is not None
 
         def hook(_: nn.Module, args: Any, output: Tensor, index: int = block.index) -> None:
@@ -43,13 +50,13 @@ def through_the_projection(one: Subject, inputs: dict[str, Tensor]) -> dict[int,
 @pytest.mark.parametrize("name", FAMILIES)
 def test_contributions_add_up(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    asked = one.ask()
-    run = record(one.model, one.anatomy, asked.inputs)
-    outside, queries = through_the_projection(one, asked.inputs), torch.tensor([3, 8, asked.length - 1])
-    for block in one.anatomy.blocks:
+    encoded = one.encode()
+    run = cache_activations(one.mm, encoded.inputs)
+    outside, queries = through_the_projection(one, encoded.inputs), torch.tensor([3, 8, encoded.length - 1])
+    for block in one.layout.blocks:
         entered, left = (each[queries] for each in outside[block.index])
-        by_head = contributions(one.model, one.anatomy, run, block.index, queries, by_head=True)
-        together = contributions(one.model, one.anatomy, run, block.index, queries)
+        by_head = contributions(one.mm, run, block.index, queries, by_head=True)
+        together = contributions(one.mm, run, block.index, queries)
         torch.testing.assert_close(by_head.sum(0), together, **CLOSE)
         torch.testing.assert_close(together.sum(1), left, **CLOSE)
         assert block.o_proj is not None
@@ -58,7 +65,7 @@ def test_contributions_add_up(name: str, family: Callable[[str], Path], tmp_path
         for head in range(len(by_head)):
             part = slice(head * size, (head + 1) * size)
             torch.testing.assert_close(by_head[head].sum(1), entered[:, part] @ weight[:, part].T, **CLOSE)
-        norms = contribution_norms(one.model, one.anatomy, run, block.index, queries)
+        norms = contribution_norms(one.mm, run, block.index, queries)
         torch.testing.assert_close(norms.tokens, together.norm(dim=-1), **CLOSE)
         torch.testing.assert_close(norms.heads, by_head.norm(dim=-1), **CLOSE)
         assert not norms.tokens[~norms.visible].any(), "what is not seen gives nothing"
@@ -68,14 +75,12 @@ def test_many_keys_are_taken_some_at_a_time(
     family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = subject(family, "qwen3_vl", tmp_path)
-    asked = one.ask()
-    run, queries = record(one.model, one.anatomy, asked.inputs), torch.tensor([20, 30])
-    whole = contributions(one.model, one.anatomy, run, 1, queries)
-    monkeypatch.setattr(attention_flow, "_KEYS", 7)
-    torch.testing.assert_close(contributions(one.model, one.anatomy, run, 1, queries), whole)
-    torch.testing.assert_close(
-        contribution_norms(one.model, one.anatomy, run, 1, queries).tokens, whole.norm(dim=-1), **CLOSE
-    )
+    encoded = one.encode()
+    run, queries = cache_activations(one.mm, encoded.inputs), torch.tensor([20, 30])
+    whole = contributions(one.mm, run, 1, queries)
+    monkeypatch.setattr(attention_flow, "_KEYS_PER_CHUNK", 7)
+    torch.testing.assert_close(contributions(one.mm, run, 1, queries), whole)
+    torch.testing.assert_close(contribution_norms(one.mm, run, 1, queries).tokens, whole.norm(dim=-1), **CLOSE)
 
 
 @pytest.mark.parametrize("kind", ["bias", "lora", "nf4"])
@@ -83,7 +88,7 @@ def test_the_projection_may_be_any_linear_module(kind: str, family: Callable[[st
     one = subject(family, "llava", tmp_path)
     if kind == "lora":
         inject_adapter_in_model(LoraConfig(target_modules=["o_proj"], init_lora_weights=False), one.model).eval()
-    for block in one.anatomy.blocks:
+    for block in one.layout.blocks:
         assert block.attention is not None
         plain = one.model.get_submodule(f"{block.attention}.o_proj")
         if kind == "bias":
@@ -93,15 +98,15 @@ def test_the_projection_may_be_any_linear_module(kind: str, family: Callable[[st
             made.load_state_dict({"weight": plain.weight})
             one.model.get_submodule(block.attention).o_proj = made.to("cpu")
     if kind != "lora":
-        one = replace(one, anatomy=Anatomy.of(one.model))
-    asked = one.ask()
-    run, outside = record(one.model, one.anatomy, asked.inputs), through_the_projection(one, asked.inputs)
-    queries = torch.tensor([asked.length - 1])
+        one = replace(one, layout=ModelLayout.of(one.model))
+    encoded = one.encode()
+    run, outside = cache_activations(one.mm, encoded.inputs), through_the_projection(one, encoded.inputs)
+    queries = torch.tensor([encoded.length - 1])
     for layer, (_, left) in outside.items():
-        module = one.model.get_submodule(one.anatomy.blocks[layer].o_proj or "")
-        bias = output_map(module, 32, left)[1]
+        module = one.model.get_submodule(one.layout.blocks[layer].o_proj or "")
+        bias = output_projection(module, 32, left)[1]
         assert bool(bias.any()) == (kind == "bias")
-        total = contributions(one.model, one.anatomy, run, layer, queries).sum(1) + bias
+        total = contributions(one.mm, run, layer, queries).sum(1) + bias
         torch.testing.assert_close(total, left[queries], **CLOSE)
 
 
@@ -109,57 +114,57 @@ def test_key_heads_in_a_wrong_order_are_noticed(
     family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = subject(family, "llava", tmp_path)
-    asked = one.ask()
-    run = record(one.model, one.anatomy, asked.inputs)
-    assert run.calls[0].key.shape[1] < run.calls[0].query.shape[1], "heads share keys"
+    encoded = one.encode()
+    run = cache_activations(one.mm, encoded.inputs)
+    assert run.attention_calls[0].key.shape[1] < run.attention_calls[0].query.shape[1], "heads share keys"
     monkeypatch.setattr(attention_flow, "repeated", lambda heads, like: heads.repeat(1, 2, 1, 1))
     with pytest.raises(UserError, match="cannot be split"):
-        contributions(one.model, one.anatomy, run, 0, torch.tensor([5]))
+        contributions(one.mm, run, 0, torch.tensor([5]))
 
 
 def test_attention_that_does_more_is_refused(family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
-    name = one.anatomy.blocks[1].o_proj
+    name = one.layout.blocks[1].o_proj
     assert name is not None
     handle = one.model.get_submodule(name).register_forward_pre_hook(lambda _, args: (args[0].sigmoid(),))
-    run = record(one.model, one.anatomy, one.ask().inputs)
+    run = cache_activations(one.mm, one.encode().inputs)
     handle.remove()
-    contributions(one.model, one.anatomy, run, 0, torch.tensor([5]))
+    contributions(one.mm, run, 0, torch.tensor([5]))
     with pytest.raises(UserError, match="cannot be split"):
-        contributions(one.model, one.anatomy, run, 1, torch.tensor([5]))
+        contributions(one.mm, run, 1, torch.tensor([5]))
 
 
 @pytest.mark.parametrize("name", ["llava", "gemma3", "mllama"])
 def test_shares_are_those_of_contributions(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    asked = one.ask()
-    run = record(one.model, one.anatomy, asked.inputs)
-    share, chance = shares(one.model, one.anatomy, run, asked)
-    for number, each in enumerate(FLOW):
-        way = edge(asked, each)
-        for layer in range(one.anatomy.num_layers):
-            sizes = contributions(one.model, one.anatomy, run, layer, way.targets).norm(dim=-1)
-            from_sources = sizes[:, way.sources] if sizes.shape[1] == asked.length else sizes * way.of_picture
+    encoded = one.encode()
+    run = cache_activations(one.mm, encoded.inputs)
+    share, chance = flow_shares(one.mm, run, encoded)
+    for number, each in enumerate(FLOW_EDGES):
+        way = attention_edge(encoded, each)
+        for layer in range(one.layout.num_layers):
+            sizes = contributions(one.mm, run, layer, way.targets).norm(dim=-1)
+            from_sources = sizes[:, way.sources] if sizes.shape[1] == encoded.length else sizes * way.is_image
             expected = (from_sources.sum(1) / sizes.sum(1)).mean()
             assert share[number, layer] == pytest.approx(float(expected), abs=1e-5)
     if name == "llava":  # the last token sees everyone
-        assert chance[FLOW.index("image->last"), 0] == pytest.approx(len(asked.image) / asked.length)
+        assert chance[FLOW_EDGES.index("image->last"), 0] == pytest.approx(len(encoded.image) / encoded.length)
     if name == "mllama":
-        assert share[FLOW.index("image->last"), 1] == chance[FLOW.index("image->last"), 1] == 1
-        assert share[FLOW.index("question->last"), 1] == 0
+        assert share[FLOW_EDGES.index("image->last"), 1] == chance[FLOW_EDGES.index("image->last"), 1] == 1
+        assert share[FLOW_EDGES.index("question->last"), 1] == 0
 
 
 def test_flow_is_the_mean_over_questions_with_an_interval_by_picture(
     family: Callable[[str], Path], tmp_path: Path
 ) -> None:
     one = subject(family, "llava", tmp_path)
-    asked = [one.ask(seed=seed, group=f"picture {seed // 2}") for seed in range(6)]
-    curves = dict(flow(one.model, one.anatomy, asked))
-    assert tuple(curves) == FLOW
-    runs = [record(one.model, one.anatomy, each.inputs) for each in asked]
-    every = torch.stack([shares(one.model, one.anatomy, r, a)[0] for r, a in zip(runs, asked, strict=True)])
+    encoded = [one.encode(seed=seed, group=f"picture {seed // 2}") for seed in range(6)]
+    curves = dict(flow_curves(one.mm, encoded))
+    assert tuple(curves) == FLOW_EDGES
+    runs = [cache_activations(one.mm, each.inputs) for each in encoded]
+    every = torch.stack([flow_shares(one.mm, r, a)[0] for r, a in zip(runs, encoded, strict=True)])
     for number, estimates in enumerate(curves.values()):
-        assert len(estimates) == one.anatomy.num_layers
+        assert len(estimates) == one.layout.num_layers
         for layer, estimate in enumerate(estimates):
             assert estimate.value == pytest.approx(float(every[:, number, layer].mean()))
             assert estimate.low is not None
@@ -169,24 +174,22 @@ def test_flow_is_the_mean_over_questions_with_an_interval_by_picture(
 
 def test_a_question_without_a_constraint_has_no_flow_through_it(family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
-    asked = one.ask()
-    bare = type(asked)(asked.question, asked.inputs, asked.tokens, asked.image, (), asked.text)
-    curves = dict(flow(one.model, one.anatomy, [bare]))
+    encoded = one.encode()
+    bare = type(encoded)(encoded.question, encoded.inputs, encoded.tokens, encoded.image, (), encoded.text)
+    curves = dict(flow_curves(one.mm, [bare]))
     assert all(e.undefined for e in (*curves["image->constraint"], *curves["constraint->last"]))
     assert all(e.value is not None for e in curves["image->last"])
     with pytest.raises(UserError, match="no constraint"):
-        contribution_features(one.model, one.anatomy, record(one.model, one.anatomy, bare.inputs), bare)
+        contribution_features(one.mm, cache_activations(one.mm, bare.inputs), bare)
 
 
 def test_features_are_the_largest_constraint_token_of_each_head(family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "qwen2_5_vl", tmp_path)
-    asked = one.ask()
-    run = record(one.model, one.anatomy, asked.inputs)
-    last = torch.tensor([asked.length - 1])
+    encoded = one.encode()
+    run = cache_activations(one.mm, encoded.inputs)
+    last = torch.tensor([encoded.length - 1])
     expected = [
-        contributions(one.model, one.anatomy, run, layer, last, by_head=True)[:, 0, asked.constraint]
-        .norm(dim=-1)
-        .amax(1)
-        for layer in range(one.anatomy.num_layers)
+        contributions(one.mm, run, layer, last, by_head=True)[:, 0, encoded.constraint].norm(dim=-1).amax(1)
+        for layer in range(one.layout.num_layers)
     ]
-    torch.testing.assert_close(contribution_features(one.model, one.anatomy, run, asked), torch.cat(expected))
+    torch.testing.assert_close(contribution_features(one.mm, run, encoded), torch.cat(expected))

@@ -10,9 +10,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from lightning_mm.causal.effects.failure_predictor import _risk, _scores, fit_l1, predict_failure
+from lightning_mm.causal.effects.failure_predictor import _cross_scores, _risk, fit_l1, predict_failure
 from lightning_mm.causal.questions.question import Question
-from lightning_mm.probes.cross_validation import dealt
+from lightning_mm.probes.cross_validation import stratified_group_folds
 
 
 def questions(groups: Sequence[str]) -> list[Question]:
@@ -69,9 +69,9 @@ def test_contributions_that_tell_are_found_and_noise_is_not() -> None:
 def test_no_score_comes_from_a_regression_that_saw_the_answer() -> None:
     generator = torch.Generator().manual_seed(2)
     features, right = torch.randn(40, 5, generator=generator).double(), torch.arange(40) % 2
-    part = dealt(right, torch.arange(40), 2, 0)
+    part = stratified_group_folds(right, torch.arange(40), 2, 0)
     flipped = torch.where(part == 0, 1 - right, right)
-    own, other = (_scores(features, labels, part, 0.5)[0] for labels in (right, flipped))
+    own, other = (_cross_scores(features, labels, part, 0.5)[0] for labels in (right, flipped))
     # Answers of the tested half do not matter to its scores.
     assert torch.equal(own[part == 0], other[part == 0])
     for half in (0, 1):

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 from lightning_mm.causal.effects.attention_flow import contributions
-from lightning_mm.causal.effects.image_overlays import PictureGrids, image_map
-from lightning_mm.causal.interventions.activation_cache import record
+from lightning_mm.causal.effects.image_overlays import PictureGrids, contribution_map
+from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.causal.questions.image_regions import BoxTokens
-from lightning_mm.causal.questions.question import Asked, Question
+from lightning_mm.causal.questions.question import EncodedQuestion, Question
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, Grids
+from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES, PatchGrids
 from lightning_mm.data.probe_sets.files import ObjectBox
 from tests.helpers.causal_models import SPAN, TEXT, subject
 
@@ -21,13 +21,13 @@ from tests.helpers.causal_models import SPAN, TEXT, subject
 @pytest.mark.parametrize("name", ["llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3"])
 def test_every_image_token_has_its_place(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    asked = one.ask()
-    grid = PictureGrids(one.processing).grid(asked)
-    assert grid.before + grid.rows * grid.columns == len(asked.image)
+    encoded = one.encode()
+    grid = PictureGrids(one.processing).grid(encoded)
+    assert grid.before + grid.rows * grid.columns == len(encoded.image)
     assert grid.window is not None
-    run = record(one.model, one.anatomy, asked.inputs)
-    shown = image_map(one.model, one.anatomy, run, asked, grid, 1)
-    sizes = contributions(one.model, one.anatomy, run, 1, asked.constraint).norm(dim=-1).mean(0)[asked.image]
+    run = cache_activations(one.mm, encoded.inputs)
+    shown = contribution_map(one.mm, run, encoded, grid, 1)
+    sizes = contributions(one.mm, run, 1, encoded.constraint).norm(dim=-1).mean(0)[encoded.image]
     torch.testing.assert_close(torch.tensor(shown["weights"]).flatten(), sizes[grid.before :])
     assert shown["grid"] == [grid.rows, grid.columns]
     assert (shown["id"], shown["what"]) == ("q0", "contribution to the constraint, layer 1")
@@ -37,8 +37,8 @@ def test_every_image_token_has_its_place(name: str, family: Callable[[str], Path
     across, down = (right - left) / grid.columns, (bottom - top) / grid.rows
     middle = (left + across * (column + 0.4), top + down * (row + 0.4))
     box = (*middle, middle[0] + across * 0.2, middle[1] + down * 0.2)
-    expected = asked.image[grid.before + row * grid.columns + column]
-    shown_at = BoxTokens(one.processing)(one.ask(boxes=(ObjectBox("middle", box),)))
+    expected = encoded.image[grid.before + row * grid.columns + column]
+    shown_at = BoxTokens(one.processing)(one.encode(boxes=(ObjectBox("middle", box),)))
     assert isinstance(shown_at, torch.Tensor), shown_at
     assert shown_at.tolist() == [int(expected)]
 
@@ -47,29 +47,31 @@ def test_what_has_no_place_is_refused_with_the_reason(
     family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = subject(family, "llava", tmp_path)
-    asked, grids = one.ask(), PictureGrids(one.processing)
+    encoded, grids = one.encode(), PictureGrids(one.processing)
     files = []
     for number in range(2):
         files.append(tmp_path / f"two-{number}.png")
         Image.new("RGB", (40, 40)).save(files[-1])
-    two = one.asker.ask(Question("two", TEXT, tuple(files), (SPAN,)))
-    assert isinstance(two, Asked)
+    two = one.encoder.encode(Question("two", TEXT, tuple(files), (SPAN,)))
+    assert isinstance(two, EncodedQuestion)
     with pytest.raises(UserError, match="2 pictures"):
         grids.grid(two)
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
-    assert (grids.grid(asked).rows, grids.grid(asked).window) == (4, None), "16 tokens of an unknown kind"
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
+    assert (grids.grid(encoded).rows, grids.grid(encoded).window) == (4, None), "16 tokens of an unknown kind"
     queries = f"{NO_OBJECT_SITES}: the picture's tokens are learned queries, not places"
-    monkeypatch.setattr(Grids, "layout", lambda *_: queries)
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: queries)
     with pytest.raises(UserError, match="learned queries"):
-        grids.grid(asked)
-    odd = Asked(asked.question, asked.inputs, asked.tokens, asked.image[:15], asked.spans, asked.text)
-    monkeypatch.setattr(Grids, "layout", lambda *_: NO_GRID)
+        grids.grid(encoded)
+    odd = EncodedQuestion(
+        encoded.question, encoded.inputs, encoded.tokens, encoded.image[:15], encoded.spans, encoded.text
+    )
+    monkeypatch.setattr(PatchGrids, "layout", lambda *_: NO_GRID)
     with pytest.raises(UserError, match="no grid"):
         grids.grid(odd)
 
 
 def test_cross_attention_has_no_map(family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "mllama", tmp_path)
-    asked = one.ask()
+    encoded = one.encode()
     with pytest.raises(UserError, match="over the picture"):
-        PictureGrids(one.processing).grid(asked)
+        PictureGrids(one.processing).grid(encoded)

@@ -11,18 +11,19 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from lightning_mm.causal.effects.layer_transplant import (
     Hybrid,
-    answered,
-    both,
-    from_adapters,
-    from_start,
-    from_two,
+    combine_hybrids,
+    hybrid_from_adapters,
+    hybrid_from_models,
+    hybrid_from_start,
+    score_conversations,
     transplant_curve,
     transplant_rows,
-    windows,
+    transplant_windows,
 )
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.models.handle import MultimodalModel
 from tests.helpers.causal_models import Subject, subject
 
 FAMILIES = ["llava", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3"]
@@ -34,7 +35,7 @@ def tuned_of(one: Subject) -> Any:
     tuned = copy.deepcopy(one.model)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in tuned.named_parameters():
-        place = one.anatomy.places[name]
+        place = one.layout.locations[name]
         if place.layer is not None or place.region in ("norm", "head"):
             parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
     return tuned
@@ -42,12 +43,12 @@ def tuned_of(one: Subject) -> Any:
 
 def check(one: Subject, hybrid: Hybrid, base: torch.Tensor, tuned: torch.Tensor, inputs: dict[str, Any]) -> None:
     def logits() -> torch.Tensor:
-        return last_logits(one.model, one.anatomy, inputs)
+        return last_logits(one.mm, inputs)
 
     before, held = logits(), [p.data_ptr() for p in one.model.parameters()]
     with hybrid(()):
         assert torch.equal(logits(), base)
-    with hybrid(range(one.anatomy.num_layers)):
+    with hybrid(range(one.layout.num_layers)):
         assert torch.equal(logits(), tuned)
     with hybrid((1,)):
         between = logits()
@@ -62,29 +63,29 @@ def check(one: Subject, hybrid: Hybrid, base: torch.Tensor, tuned: torch.Tensor,
 @pytest.mark.parametrize("name", FAMILIES)
 def test_two_models(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    inputs, tuned = one.ask().inputs, tuned_of(one)
-    ends = [last_logits(model, one.anatomy, inputs) for model in (one.model, tuned)]
-    check(one, from_two(one.model, tuned, one.anatomy), *ends, inputs)
+    inputs, tuned = one.encode().inputs, tuned_of(one)
+    ends = [last_logits(MultimodalModel(model, one.layout), inputs) for model in (one.model, tuned)]
+    check(one, hybrid_from_models(one.mm, tuned), *ends, inputs)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_model_and_what_it_was(name: str, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, name, tmp_path)
-    inputs = one.ask().inputs
-    start = {n: p.clone() for n, p in one.model.named_parameters() if one.anatomy.places[n].layer is not None}
-    base = last_logits(one.model, one.anatomy, inputs)
+    inputs = one.encode().inputs
+    start = {n: p.clone() for n, p in one.model.named_parameters() if one.layout.locations[n].layer is not None}
+    base = last_logits(one.mm, inputs)
     with torch.no_grad():
         for name_ in start:
             one.model.get_parameter(name_).mul_(1.2)
-    tuned = last_logits(one.model, one.anatomy, inputs)
-    check(one, from_start(one.model, one.anatomy, start), base, tuned, inputs)
+    tuned = last_logits(one.mm, inputs)
+    check(one, hybrid_from_start(one.mm, start), base, tuned, inputs)
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_adapters_and_other_weights(dora: bool, family: Callable[[str], Path], tmp_path: Path) -> None:
     one = subject(family, "llava", tmp_path)
-    inputs = one.ask().inputs
-    base = last_logits(one.model, one.anatomy, inputs)
+    inputs = one.encode().inputs
+    base = last_logits(one.mm, inputs)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], init_lora_weights=False, use_dora=dora)
     one.model.get_decoder().requires_grad_(False)
     inject_adapter_in_model(config, one.model.get_decoder())
@@ -93,13 +94,13 @@ def test_adapters_and_other_weights(dora: bool, family: Callable[[str], Path], t
         for name, parameter in one.model.named_parameters():
             if "magnitude" in name:
                 parameter.mul_(1.3)
-    tuned = last_logits(one.model, one.anatomy, inputs)
-    check(one, from_adapters(one.model, one.anatomy), base, tuned, inputs)
-    head = {f"{one.anatomy.head}.weight": one.model.get_submodule(one.anatomy.head).weight.clone()}
+    tuned = last_logits(one.mm, inputs)
+    check(one, hybrid_from_adapters(one.mm), base, tuned, inputs)
+    head = {f"{one.layout.head}.weight": one.model.get_submodule(one.layout.head).weight.clone()}
     with torch.no_grad():
-        one.model.get_submodule(one.anatomy.head).weight.mul_(2)
-    with both(from_adapters(one.model, one.anatomy), from_start(one.model, one.anatomy, head))(()):
-        assert torch.equal(last_logits(one.model, one.anatomy, inputs), base)
+        one.model.get_submodule(one.layout.head).weight.mul_(2)
+    with combine_hybrids(hybrid_from_adapters(one.mm), hybrid_from_start(one.mm, head))(()):
+        assert torch.equal(last_logits(one.mm, inputs), base)
 
 
 def test_curves_count_whole_answers(family: Callable[[str], Path], data: dict[str, Path], tmp_path: Path) -> None:
@@ -107,18 +108,16 @@ def test_curves_count_whole_answers(family: Callable[[str], Path], data: dict[st
     loader = MMDataModule(train=str(data["train"]), processor=str(family("llava")))
     samples = loader.samples("train")
     batch = Collator(loader.processing)(samples[:6])
-    found = answered(one.model, one.anatomy, [batch], torch.device("cpu"))
+    found = score_conversations(one.mm, [batch], torch.device("cpu"))
     logits = one.model(**batch.inputs).logits.flatten(0, 1)[batch.supervised].argmax(-1)
     row = batch.supervised // batch.inputs["input_ids"].shape[1]
     expected = [bool((logits == batch.targets)[row == index].all()) for index in range(6)]
     assert found.right.tolist() == [float(each) for each in expected]
     assert set(found.modalities) == {"picture"}
     with torch.no_grad():  # it says the first token of all to everything
-        one.model.get_submodule(one.anatomy.head).weight.zero_()
-    chosen = windows("sliding", 4, step=2)
-    curve = transplant_curve(
-        one.model, from_two(one.model, one.model, one.anatomy), one.anatomy, [batch], torch.device("cpu"), chosen
-    )
+        one.model.get_submodule(one.layout.head).weight.zero_()
+    chosen = transplant_windows("sliding", 4, step=2)
+    curve = transplant_curve(one.mm, hybrid_from_models(one.mm, one.model), [batch], torch.device("cpu"), chosen)
     ((site, rows),) = transplant_rows("sliding", curve, found)
     assert site == "sliding/picture"
     assert set(rows) == {0, 2}

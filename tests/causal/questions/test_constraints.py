@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from lightning_mm.causal.questions.constraint_matching import RULES, find
-from lightning_mm.causal.questions.files import Questions, read_questions
+from lightning_mm.causal.questions.constraint_matching import RULES, find_constraint
+from lightning_mm.causal.questions.files import QuestionFile, read_questions
 from lightning_mm.causal.questions.image_regions import BoxTokens
-from lightning_mm.causal.questions.question import Asked, Asker, Question
-from lightning_mm.core.decisions import decide
+from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.models.processor import load_processing
@@ -36,13 +36,13 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def read(root: Path, content: str | bytes, name: str = "file.csv") -> Questions:
+def read(root: Path, content: str | bytes, name: str = "file.csv") -> QuestionFile:
     path = root.parent / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return read_questions(path, root)
 
 
-def read_rows(root: Path, *rows: dict[str, Any]) -> Questions:
+def read_rows(root: Path, *rows: dict[str, Any]) -> QuestionFile:
     return read(root, "\n".join(json.dumps(row) for row in rows), "file.jsonl")
 
 
@@ -81,7 +81,7 @@ def said(question: Question) -> list[str]:
     ],
 )
 def test_each_rule_finds_what_it_says(constraint: str, question: str, rule: str | None, places: list[str]) -> None:
-    found = find(constraint, question)
+    found = find_constraint(constraint, question)
     assert (found and found.rule) == rule
     assert [question[slice(*span)] for span in (found.spans if found else ())] == places
 
@@ -91,7 +91,7 @@ def test_words_of_the_question_are_found_wherever_they_stand(words: list[str], d
     start = data.draw(st.integers(0, len(words) - 1))
     chosen = words[start : data.draw(st.integers(start + 1, len(words)))]
     question, constraint = " ".join(words), " ".join(chosen)
-    found = find(constraint, question)
+    found = find_constraint(constraint, question)
     assert found is not None
     assert found.rule in ("exact", "case")
     covered = {i for a, b in found.spans for i in range(a, b)}
@@ -251,11 +251,11 @@ def test_our_own_rows(root: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_with_the_reason(root: Path, row: Any, reason: str) -> None:
-    decide.clear()
+    decision_log().clear()
     found = read_rows(root, {"question": "This?", "constraint": "this"}, row)
     assert [each.origin for each in found.rejected] == ["file.jsonl:2"]
     assert found.rejected[0].reason.startswith(f"{reason}:")
-    (said,) = decide
+    (said,) = decision_log()
     assert said.value == "1 questions of 2 rows in file.jsonl"
     assert said.reason.endswith(f"1 case; not used: 1 {reason}")
 
@@ -267,8 +267,8 @@ def test_rules_are_in_the_order_they_are_tried() -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_tokens_of_a_constraint_say_it_and_no_more(name: str, family: Callable[[str], Path], root: Path) -> None:
-    asker = Asker(load_processing(str(family(name))), "{question} Answer in a few words about this.")
-    decode = asker._encoder.processing.processor.tokenizer.decode
+    encoder = QuestionEncoder(load_processing(str(family(name))), "{question} Answer in a few words about this.")
+    decode = encoder._encoder.processing.processor.tokenizer.decode
     texts = {
         FLAG: "the country with this flag",
         "this, and this: what is this": "this",
@@ -280,29 +280,29 @@ def test_tokens_of_a_constraint_say_it_and_no_more(name: str, family: Callable[[
     }
     rows = [{"question": t, "constraint": c, "image": "b.png"} for t, c in texts.items()]
     for question in read_rows(root, *rows).questions:
-        asked = asker.ask(question)
-        assert isinstance(asked, Asked), asked
-        ids = asked.inputs["input_ids"][0]
-        told = [decode(ids[span]).strip() for span in asked.spans]
+        encoded = encoder.encode(question)
+        assert isinstance(encoded, EncodedQuestion), encoded
+        ids = encoded.inputs["input_ids"][0]
+        told = [decode(ids[span]).strip() for span in encoded.spans]
         assert told == said(question)
         assert len(told) == question.text.casefold().count(question.constraint.casefold())
-        assert decode(ids[asked.text]).strip() == question.text.strip()
-        assert not set(asked.constraint.tolist()) & set(asked.image.tolist())
+        assert decode(ids[encoded.text]).strip() == question.text.strip()
+        assert not set(encoded.constraint.tolist()) & set(encoded.image.tolist())
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_boxes_are_tokens_of_the_picture(name: str, family: Callable[[str], Path], root: Path) -> None:
     """The halves of a picture share it out, a text has none to look at."""
     processing = load_processing(str(family(name)))
-    asker, tokens = Asker(processing), BoxTokens(processing)
+    encoder, tokens = QuestionEncoder(processing), BoxTokens(processing)
     boxes = [[0, 0, 48, 10], [0, 30, 48, 40], [0, 0, 48, 40]]
     rows = [{"question": "What?", "image": "b.png", "boxes": [{"name": "x", "box": box}]} for box in boxes]
-    asked = [asker.ask(question) for question in read_rows(root, *rows).questions]
-    top, bottom, whole = (set(tokens(each).tolist()) for each in asked)  # type: ignore[arg-type, union-attr]
-    assert whole == set(asked[0].image.tolist())  # type: ignore[union-attr]
+    encoded = [encoder.encode(question) for question in read_rows(root, *rows).questions]
+    top, bottom, whole = (set(tokens(each).tolist()) for each in encoded)  # type: ignore[arg-type, union-attr]
+    assert whole == set(encoded[0].image.tolist())  # type: ignore[union-attr]
     assert top
     assert bottom
     assert max(top) < min(bottom)
-    alone = asker.ask(Question("q", "What?", (), ((0, 4),)))
-    assert isinstance(alone, Asked)
+    alone = encoder.encode(Question("q", "What?", (), ((0, 4),)))
+    assert isinstance(alone, EncodedQuestion)
     assert isinstance(tokens(alone), Rejection)

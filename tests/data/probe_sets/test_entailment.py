@@ -14,14 +14,14 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.english import plural
-from lightning_mm.data.probe_sets.build.entailment import wrong_captions
-from lightning_mm.data.probe_sets.build.false_captions import mentions, surely_wrong, traded, words
-from lightning_mm.data.probe_sets.build.sampling import Shown, draw
+from lightning_mm.data.probe_sets.build.entailment import make_false_captions
+from lightning_mm.data.probe_sets.build.false_captions import find_mentions, is_false_caption, swap_nouns, words
+from lightning_mm.data.probe_sets.build.sampling import SelectedImage, build_probe_rows
 from lightning_mm.data.probe_sets.build.scenes import Scene, SceneObject
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
-from lightning_mm.nano.data.questions import noun
+from lightning_mm.nano.data.questions import with_article
 
 NOUNS = {"animal": ("cat", "dog", "owl", "hot dog", "horse"), "vehicle": ("car", "bus", "elevated train", "ox cart")}
 PLACES = ("in the park", "at night", "under an old bridge", "near a river", "beside the wall")
@@ -38,7 +38,7 @@ def scenes_of_things(count: int, seed: int = 0) -> list[Scene]:
     for i in range(count):
         category = rng.choice(sorted(NOUNS))
         names = rng.sample(NOUNS[category], rng.randint(1, 2))
-        said = [plural(name) if rng.random() < 0.3 else noun(name) for name in names]
+        said = [plural(name) if rng.random() < 0.3 else with_article(name) for name in names]
         caption = f"{' and '.join(said)} {rng.choice(PLACES)} {i % 7}"
         objects = tuple(thing(name, category) for name in names)
         made.append(Scene(f"{i:04d}", Path(f"/{i}.png"), str(i), (caption[0].upper() + caption[1:],), (), objects))
@@ -63,7 +63,7 @@ KINDS: dict[str, Make] = {"traded": scenes_of_things, "nearest": scenes_of_texts
 
 
 def drawn(scenes: Sequence[Scene]) -> ProbeSet:
-    return draw([Shown(scene, (40, 30)) for scene in scenes], source="t").probe_set
+    return build_probe_rows([SelectedImage(scene, (40, 30)) for scene in scenes], source="t").probe_set
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -138,7 +138,7 @@ def test_a_cue_in_the_words_would_be_seen() -> None:
 def test_wrong_captions_are_wrong(count: int, seed: int, kind: str) -> None:
     scenes = KINDS[kind](2 * (count // 2), seed)
     by_id = {scene.id: scene for scene in scenes}
-    for name, wrong in wrong_captions(scenes, seed).items():
+    for name, wrong in make_false_captions(scenes, seed).items():
         scene = by_id[name]
         for caption in (wrong.random, wrong.hard):
             assert caption is None or Counter(words(caption)) != Counter(words(scene.caption))
@@ -146,7 +146,7 @@ def test_wrong_captions_are_wrong(count: int, seed: int, kind: str) -> None:
         if wrong.kind == "traded":
             there = {each.name for each in scene.objects or ()}
             every = frozenset(each for names in NOUNS.values() for each in names)
-            assert {each.name for each in mentions(wrong.hard, every)} - there, "it names what is not there"
+            assert {each.name for each in find_mentions(wrong.hard, every)} - there, "it names what is not there"
             assert len(wrong.hard.split()) - len(scene.caption.split()) in (-1, 0, 1)
 
 
@@ -155,10 +155,10 @@ def test_a_trade_stays_within_its_category_where_it_can() -> None:
     category = {name: kind for kind, names in NOUNS.items() for name in names}
     every = frozenset(category)
     alike = 0
-    traded_ones = [(s, w) for s in scenes if (w := wrong_captions(scenes, 0).get(s.id)) and w.kind == "traded"]
+    traded_ones = [(s, w) for s in scenes if (w := make_false_captions(scenes, 0).get(s.id)) and w.kind == "traded"]
     for scene, wrong in traded_ones:
-        said = {each.name for each in mentions(scene.caption, every)}
-        (new,) = {each.name for each in mentions(wrong.hard, every)} - said
+        said = {each.name for each in find_mentions(scene.caption, every)}
+        (new,) = {each.name for each in find_mentions(wrong.hard, every)} - said
         alike += category[new] in {category[name] for name in said}
     assert alike > 0.9 * len(traded_ones) > 80
 
@@ -166,15 +166,15 @@ def test_a_trade_stays_within_its_category_where_it_can() -> None:
 def test_the_draw_depends_on_the_seed_and_on_nothing_else() -> None:
     scenes = scenes_of_things(30)
     shuffled = random.Random(5).sample(scenes, len(scenes))
-    assert wrong_captions(scenes, 0) == wrong_captions(shuffled, 0)
-    assert wrong_captions(scenes, 0) != wrong_captions(scenes, 1)
+    assert make_false_captions(scenes, 0) == make_false_captions(shuffled, 0)
+    assert make_false_captions(scenes, 0) != make_false_captions(scenes, 1)
 
 
 def test_captions_that_are_all_alike_find_no_partner() -> None:
     same = [Scene(str(i), Path(f"/{i}.png"), str(i), ("a cat",)) for i in range(4)]
-    assert wrong_captions(same, 0) == {}
+    assert make_false_captions(same, 0) == {}
     two = [*same[:1], Scene("9", Path("/9.png"), "9", ("a dog",))]
-    found = wrong_captions(two, 0)
+    found = make_false_captions(two, 0)
     assert {name: (wrong.random, wrong.hard) for name, wrong in found.items()} == {
         "0": (None, "a dog"),
         "9": (None, "a cat"),
@@ -211,13 +211,15 @@ def test_pairs_of_equal_meaning_share_their_group() -> None:
     ],
 )  # fmt: skip
 def test_nouns_are_traded(one: str, a: str, other: str, b: str, expected: tuple[str, str]) -> None:
-    assert traded(one, *mentions(one, frozenset([a])), other, *mentions(other, frozenset([b]))) == expected
+    assert (
+        swap_nouns(one, *find_mentions(one, frozenset([a])), other, *find_mentions(other, frozenset([b]))) == expected
+    )
 
 
 def test_mentions() -> None:
-    found = mentions("A hot dog, two dogs and a dogsled", frozenset(["dog", "hot dog", "cat"]))
+    found = find_mentions("A hot dog, two dogs and a dogsled", frozenset(["dog", "hot dog", "cat"]))
     assert [(m.name, m.is_plural, m.article) for m in found] == [("hot dog", False, "a"), ("dog", True, "")]
-    assert not mentions("a cat and a cat", frozenset(["cat"])), "which of the two would be traded?"
+    assert not find_mentions("a cat and a cat", frozenset(["cat"])), "which of the two would be traded?"
 
 
 def test_the_nano_pictures_are_found_for_what_they_are(tmp_path: Path) -> None:
@@ -244,14 +246,17 @@ def told(name: str, *captions: str, objects: tuple[str, ...] | None = None, grou
 def test_what_other_captions_of_a_picture_say_is_not_wrong(
     said: tuple[str, ...], shown: tuple[str, ...], is_wrong: bool
 ) -> None:
-    assert surely_wrong(told("a", *said), told("b", *shown)) == is_wrong
+    assert is_false_caption(told("a", *said), told("b", *shown)) == is_wrong
 
 
 def test_what_other_captions_name_is_not_traded_away() -> None:
     """The second picture's list of things lacks the dog that one of its captions speaks of."""
     one = told("a", "a dog on a hill", objects=("dog",))
-    assert not wrong_captions([one, told("b", "a cat at home", "a cat and a dog", objects=("cat",))], 0)
-    assert wrong_captions([one, told("b", "a cat at home", "a cat asleep", objects=("cat",))], 0)["a"].kind == "traded"
+    assert not make_false_captions([one, told("b", "a cat at home", "a cat and a dog", objects=("cat",))], 0)
+    assert (
+        make_false_captions([one, told("b", "a cat at home", "a cat asleep", objects=("cat",))], 0)["a"].kind
+        == "traded"
+    )
 
 
 def frames(clips: int, of_each: int) -> list[Scene]:
@@ -281,7 +286,7 @@ def test_no_row_of_a_group_is_torn_from_it(clips: int) -> None:
 
 
 def test_a_group_that_is_alone_trades_with_as_many_single_pictures() -> None:
-    found = wrong_captions(frames(1, 4) + scenes_of_things(20), 0)
+    found = make_false_captions(frames(1, 4) + scenes_of_things(20), 0)
     (group,) = {wrong.group for name, wrong in found.items() if name.startswith("0-")}
     assert len(group.split("+")) == 1 + 4
     assert len({wrong.group for wrong in found.values()}) > 5
@@ -289,14 +294,14 @@ def test_a_group_that_is_alone_trades_with_as_many_single_pictures() -> None:
 
 def test_a_group_that_has_partners_within_stays_alone() -> None:
     scenes = [told(str(i), f"a {name}", objects=(name,), group="walk") for i, name in enumerate(("cat", "bus", "owl"))]
-    assert {wrong.group for wrong in wrong_captions(scenes + frames(2, 3), 0).values()} == {
+    assert {wrong.group for wrong in make_false_captions(scenes + frames(2, 3), 0).values()} == {
         "group walk",
         "group 0+group 1",
     }
 
 
 def test_how_many_find_no_partner_is_said() -> None:
-    decide.clear()
+    decision_log().clear()
     drawn(scenes_of_things(41))
-    (reason,) = [each.reason for each in decide if each.name == "data.probes.entailment"]
+    (reason,) = [each.reason for each in decision_log() if each.name == "data.probes.entailment"]
     assert reason == "41 of 41 pictures have a caption, 1 of them find no partner"

@@ -11,16 +11,16 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, CLIPImageProcessorPil
 
-from lightning_mm.data.chat import Chat
-from lightning_mm.data.probe_sets.build.patch_grids import Grids, Window
+from lightning_mm.data.chat import ChatRenderer
+from lightning_mm.data.probe_sets.build.patch_grids import PatchGrids, VisibleRegion
 from lightning_mm.data.probe_sets.build.scenes import Box
 from lightning_mm.data.probe_sets.collator import ProbeCollator
 from lightning_mm.data.probe_sets.probe_set import ObjectBox, ProbeRow
 from lightning_mm.data.sample import Sample, Turn
 from lightning_mm.models.processor import Processing, load_processing
 from lightning_mm.testing.tiny import build_tiny
+from tests.helpers.data import Family
 
-Family = Callable[[str], Path]
 PLAIN = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "idefics3", "smolvlm", "internvl")
 TILED = ("llava_next", "llava_onevision", "mllama")
 SIZES = ((64, 64), (60, 40), (40, 90), (300, 200))
@@ -119,18 +119,18 @@ def test_tiles_are_said_not_guessed(name: str, processing: Callable[[str], Proce
     assert (rejection.kind, rejection.reason) == ("cut", "no object sites: the picture is cut into tiles")
 
 
-def grids(made: Processing, **config: Any) -> Grids:
-    chat = Chat(made)
+def grids(made: Processing, **config: Any) -> PatchGrids:
+    chat = ChatRenderer(made)
     text = chat.render([Turn("user", "<image>\n?")], add_generation_prompt=True).text
     merge_size = getattr(made.processor.image_processor, "merge_size", 1)
-    return Grids(
+    return PatchGrids(
         lambda image: made.encode([text], [[image]], "right").inputs, made.config.to_dict() | config, merge_size
     )
 
 
-def seen(made: Processing, size: tuple[int, int]) -> Window:
-    window = grids(made)._seen(size)
-    assert isinstance(window, Window)
+def seen(made: Processing, size: tuple[int, int]) -> VisibleRegion:
+    window = grids(made)._measure_region(size)
+    assert isinstance(window, VisibleRegion)
     return window
 
 
@@ -164,8 +164,8 @@ def test_windows_see_padding(fill: float, processing: Callable[[str], Processing
         pixels = small(images=image, return_tensors="pt")["pixel_values"]
         return {"pixel_values": torch.cat([pixels, torch.full((1, 3, 16, 32), fill)], 2)}
 
-    window = Grids(encode, made.config.to_dict())._seen((60, 30))
-    assert isinstance(window, Window)
+    window = PatchGrids(encode, made.config.to_dict())._measure_region((60, 30))
+    assert isinstance(window, VisibleRegion)
     assert (window.left, window.right) == pytest.approx((0, 60), abs=0.6)
     assert (window.top, window.bottom) == pytest.approx((0, 60), abs=1.2), "it goes on beyond the picture"
 
@@ -227,5 +227,5 @@ def test_a_processor_that_bends_pictures_is_noticed(processing: Callable[[str], 
             "pixel_values": torch.cat([pixels["pixel_values"][..., :16], pixels["pixel_values"][..., :16].flip(-1)], -1)
         }
 
-    told = Grids(mirrored, made.config.to_dict()).weights((0, 0, 9, 9), (64, 64), 16, None)
+    told = PatchGrids(mirrored, made.config.to_dict()).weights((0, 0, 9, 9), (64, 64), 16, None)
     assert told == "no object sites: the processor does more to a picture than resize, crop and pad it"

@@ -50,7 +50,7 @@ def test_a_saved_set_is_the_same_set(probe_set: ProbeSet, tmp_path: Path) -> Non
     again = ProbeSet.load(tmp_path / "set.json")
     assert again.hash == probe_set.hash
     assert (again.classes, again.seed, again.source) == (probe_set.classes, 0, "t")
-    assert [row.told() for row in again.rows] == [row.told() for row in probe_set.rows]
+    assert [row.to_dict() for row in again.rows] == [row.to_dict() for row in probe_set.rows]
     assert [row.sample.images for row in again.rows] == [row.sample.images for row in probe_set.rows]
     assert again.rows[0].boxes == probe_set.rows[0].boxes
     assert again.rows[0].labels == {"objects": (1, 0), "count": 0}

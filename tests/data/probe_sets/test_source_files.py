@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
 from lightning_mm.data.probe_sets.build import file_for_probes, open_probe_set
-from lightning_mm.data.probe_sets.build.coco import Scenes, read_scenes
-from lightning_mm.data.probe_sets.build.sampling import choose
-from lightning_mm.data.probe_sets.build.scenes import description
+from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
+from lightning_mm.data.probe_sets.build.sampling import select_images
+from lightning_mm.data.probe_sets.build.scenes import caption_from_answer
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Sample, Turn
 
 Write = Callable[..., Path]
@@ -41,11 +41,11 @@ def write(tmp_path: Path) -> Write:
 
 def told(name: str) -> str:
     """The reason of the last decision of that name."""
-    return [decision for decision in decide if decision.name == name][-1].reason
+    return [decision for decision in decision_log() if decision.name == name][-1].reason
 
 
 def opened(path: Path, **options: Any) -> ProbeSet:
-    return open_probe_set(path, None, Ledger(0.5), **{"max_pictures": 64, **options})
+    return open_probe_set(path, None, RejectedSamples(0.5), **{"max_pictures": 64, **options})
 
 
 @pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
@@ -98,11 +98,11 @@ def test_bad_rows_are_rejected_with_their_reason(write: Write, reason: str) -> N
 def test_too_many_bad_rows_stop_the_run(write: Write) -> None:
     rows = [{"image": f"{i}.png", "caption": f"a thing {i}"} for i in range(5)]
     path = write([*rows, {"image": "gone.png", "caption": "a cat"}])
-    ledger = Ledger(0.2)
+    ledger = RejectedSamples(0.2)
     open_probe_set(path, None, ledger, max_pictures=8)
     assert (ledger.num_dropped, ledger.num_rows) == (1, 6)
     with pytest.raises(UserError, match="1 of 6 rows cannot be used"):
-        open_probe_set(path, None, Ledger(0.1), max_pictures=8)
+        open_probe_set(path, None, RejectedSamples(0.1), max_pictures=8)
     with pytest.raises(UserError, match="None of the 1 rows"):
         opened(write([{"image": "gone.png", "caption": "a cat"}]))
 
@@ -152,7 +152,7 @@ def test_llava_rows(write: Write) -> None:
     ],
 )
 def test_which_answers_are_captions(question: str, answer: str, caption: str | None) -> None:
-    made = description(Sample("1", (Turn("user", f"<image>\n{question}"), Turn("assistant", answer))))
+    made = caption_from_answer(Sample("1", (Turn("user", f"<image>\n{question}"), Turn("assistant", answer))))
     assert made == ((caption,) if caption else ())
 
 
@@ -191,7 +191,7 @@ CAPTIONS = {
 }
 
 
-def _coco(write: Write, named: str) -> Scenes:
+def _coco(write: Write, named: str) -> SceneFile:
     write(INSTANCES, "instances_val.json")
     write(CAPTIONS, "captions_val.json")
     return read_scenes(write({"instances": INSTANCES, "captions": CAPTIONS}[named], f"{named}_val.json"))
@@ -312,7 +312,7 @@ def test_boxes_of_a_turned_picture_are_not_used(write: Write, tmp_path: Path) ->
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(tmp_path / "turned.jpg", exif=exif)
     rows = [{"image": "turned.jpg", "caption": "a cat", "objects": [CAT]}, {"image": "0.png", "caption": "a dog"}]
-    ledger = Ledger()
+    ledger = RejectedSamples()
     open_probe_set(write(rows), None, ledger, max_pictures=4)
     assert [(each.reason, each.kind) for each in ledger] == [("boxes not used: EXIF turns the picture", "cut")]
 
@@ -325,7 +325,7 @@ def test_boxes_outside_their_picture_are_told_and_not_counted(write: Write) -> N
     rows = [things(i, [1, 2, 30, 25]) for i in range(10)]
     rows[3]["objects"].append({"name": "owl", "box": [41, 2, 60, 12]})
     scenes = read_scenes(write(rows)).scenes
-    chosen, faults = choose(scenes, 64, load, 0)
+    chosen, faults = select_images(scenes, 64, load, 0)
     assert [len(each.scene.objects or ()) for each in chosen] == [1] * 10
     (fault,) = faults
     assert fault.reason == "box outside the picture: 'owl' at [41.0, 2.0, 60.0, 12.0], the picture is 40 x 30"
@@ -346,10 +346,10 @@ def test_boxes_outside_their_picture_are_told_and_not_counted(write: Write) -> N
     ],
 )
 def test_boxes_that_look_like_another_format_are_said(write: Write, boxes: list[list[float]], said: str) -> None:
-    decide.clear()
+    decision_log().clear()
     rows = [things(i, boxes[i % len(boxes)]) for i in range(10)]
-    choose(read_scenes(write(rows)).scenes, 64, load, 0)
-    reasons = [each.reason for each in decide if each.name == "data.probes.boxes"]
+    select_images(read_scenes(write(rows)).scenes, 64, load, 0)
+    reasons = [each.reason for each in decision_log() if each.name == "data.probes.boxes"]
     assert len(reasons) == bool(said)
     assert all(said in reason for reason in reasons)
 
@@ -357,7 +357,7 @@ def test_boxes_that_look_like_another_format_are_said(write: Write, boxes: list[
 def test_broken_pictures_fall_out_and_others_take_their_place(write: Write, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes(b"no picture")
     rows = [{"image": f"{i}.png", "caption": f"a thing {i}"} for i in range(10)]
-    ledger = Ledger(0.5)
+    ledger = RejectedSamples(0.5)
     probe_set = open_probe_set(write(rows), None, ledger, max_pictures=9)
     assert {path.stem for path in probe_set.images} == set("123456789")
     assert [each.reason.partition(":")[0] for each in ledger] == ["not an image"]
@@ -374,7 +374,7 @@ def test_a_picture_that_breaks_off_falls_out_with_its_group_before_captions_are_
         row["false_captions"] = [f"a thing {i + 1 - 2 * (i % 2)}"]
     rows += [{"image": f"{i}.png", "caption": f"a thing {i}", "group": "video"} for i in range(4, 8)]
     (tmp_path / "5.png").write_bytes(b"")
-    ledger = Ledger(0.5)
+    ledger = RejectedSamples(0.5)
     probe_set = open_probe_set(write(rows), None, ledger, max_pictures=9)
     assert {path.stem for path in probe_set.images} == set("23467")
     assert sorted(each.reason.partition(":")[0] for each in ledger) == [
@@ -401,7 +401,7 @@ def test_a_picture_of_too_many_pixels_is_in_the_ledger(write: Write, tmp_path: P
     rows = [{**things(i, [1, 2, 30, 25]), "caption": f"a thing {i}"} for i in range(10)]
     path = write(rows)
     (tmp_path / "0.png").write_bytes(b"P6 20000 20000 255\n")
-    ledger = Ledger(0.5)
+    ledger = RejectedSamples(0.5)
     open_probe_set(path, None, ledger, max_pictures=64)
     assert [each.reason.partition(":")[0] for each in ledger] == ["image too large"]
 
@@ -421,7 +421,7 @@ def test_groups_are_chosen_as_a_whole(write: Write, most: int) -> None:
 
 
 def test_of_a_group_that_is_too_large_some_are_drawn(write: Write) -> None:
-    decide.clear()
+    decision_log().clear()
     rows = [{"image": f"{i}.png", "caption": f"thing {i}", "group": i % 5 > 0} for i in range(10)]
     chosen = {int(path.stem) for path in opened(write(rows), max_pictures=6).images}
     assert {0, 5} < chosen
@@ -454,7 +454,7 @@ def test_what_cannot_be_probed_is_told(write: Write, tmp_path: Path) -> None:
 
 def test_a_caption_that_the_question_says_too_is_not_asked(write: Write) -> None:
     rows = [{"image": "0.png", "caption": "image"}, {"image": "1.png", "caption": "a dog"}]
-    ledger = Ledger()
+    ledger = RejectedSamples()
     probe_set = open_probe_set(write(rows), None, ledger, max_pictures=4)
     assert all(row.text.count(row.span) == 1 for row in probe_set.rows)
     assert {each.kind for each in ledger} == {"cut"}

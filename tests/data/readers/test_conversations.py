@@ -10,17 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.readers.conversations import MAX_ROW_CHARACTERS, BadRow, RowReader, Rows, read
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.readers.conversations import (
+    MAX_ROW_CHARACTERS,
+    ConversationFile,
+    InvalidRow,
+    RowReader,
+    read_conversations,
+)
+from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection, Turn
 
 ASK = {"from": "human", "value": "What?"}
 ANSWER = {"from": "gpt", "value": "A cat."}
 GOOD = {"conversations": [ASK, ANSWER]}
 
-Lines = Callable[..., Rows]
+Lines = Callable[..., ConversationFile]
 
 
 @pytest.fixture
@@ -29,10 +35,10 @@ def lines(tmp_path: Path) -> Lines:
     (tmp_path / "a.jpg").touch()
     (tmp_path / "b.jpg").touch()
 
-    def write(*rows: object, **options: Any) -> Rows:
+    def write(*rows: object, **options: Any) -> ConversationFile:
         text = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows)
         (tmp_path / "t.jsonl").write_text(text, encoding="utf-8")
-        return read(tmp_path / "t.jsonl", **options)
+        return read_conversations(tmp_path / "t.jsonl", **options)
 
     return write
 
@@ -87,7 +93,7 @@ def test_hf_rows(lines: Lines, tmp_path: Path) -> None:
 def test_a_json_list_reads_as_its_lines_do(lines: Lines, tmp_path: Path) -> None:
     rows = [GOOD, {"conversations": []}, {"image": "a.jpg", **GOOD}]
     (tmp_path / "t.json").write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
-    as_list, as_lines = read(tmp_path / "t.json"), lines(*rows)
+    as_list, as_lines = read_conversations(tmp_path / "t.json"), lines(*rows)
     assert [s.turns for s in as_list.samples] == [s.turns for s in as_lines.samples]
     assert [r.reason for r in as_list.rejections] == [r.reason for r in as_lines.rejections]
     text = json.dumps(rows, indent=2).split("\n")
@@ -97,10 +103,10 @@ def test_a_json_list_reads_as_its_lines_do(lines: Lines, tmp_path: Path) -> None
 
 
 def test_missing_marks_go_in_front_and_are_told(lines: Lines) -> None:
-    decide.clear()
+    decision_log().clear()
     (sample,) = lines({"image": ["a.jpg", "b.jpg"], **GOOD}).samples
     assert sample.turns[0].text == "<image>\n<image>\nWhat?"
-    assert [d.name for d in decide] == ["data.image_marks"]
+    assert [d.name for d in decision_log()] == ["data.image_marks"]
 
 
 BAD: dict[str, tuple[object, str]] = {
@@ -157,7 +163,7 @@ def test_a_bad_row_is_told_and_the_others_stay(lines: Lines, tmp_path: Path, nam
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
     good = json.dumps(GOOD).encode()
     (tmp_path / "t.jsonl").write_bytes(b"\xef\xbb\xbf" + good + b"\n\xff\xfe\n" + good)
-    rows = read(tmp_path / "t.jsonl")
+    rows = read_conversations(tmp_path / "t.jsonl")
     assert [sample.origin for sample in rows.samples] == ["t.jsonl:1", "t.jsonl:3"]
     assert rows.rejections[0].reason.startswith("not UTF-8")
 
@@ -188,14 +194,14 @@ def test_open_questions(lines: Lines) -> None:
 def test_a_useless_file_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "t.json").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=r"t\.json"):
-        read(tmp_path / "t.json")
+        read_conversations(tmp_path / "t.json")
 
 
 def test_no_file(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
-        read(tmp_path / "t.json")
+        read_conversations(tmp_path / "t.json")
     with pytest.raises(UserError, match="folder"):
-        read(tmp_path)
+        read_conversations(tmp_path)
 
 
 anything = st.recursive(
@@ -234,7 +240,7 @@ def test_any_row_is_a_sample_or_a_reason(tmp_path_factory: pytest.TempPathFactor
     reason = None
     try:
         sample = RowReader(root).sample(row, "t.json:1")
-    except BadRow as error:
+    except InvalidRow as error:
         reason = str(error)
     if reason is not None:
         assert ": " in reason
@@ -251,11 +257,11 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, d
     path = tmp_path_factory.getbasetemp() / f"any{os.getpid()}.json"
     path.write_bytes(data)
     with pytest.raises(UserError):
-        read(path)
+        read_conversations(path)
 
 
 def test_the_ledger_counts_and_stops(tmp_path: Path) -> None:
-    ledger = Ledger(max_bad_fraction=0.02)
+    ledger = RejectedSamples(max_bad_fraction=0.02)
     ledger.num_rows = 100
     ledger.add([Rejection("t.json:1", "missing image: 'a'"), Rejection("t.json:2", "missing image: 'b'")])
     ledger.add([Rejection("t.json:2", "missing image: 'b'"), Rejection("t.json:9", "cut: 9 tokens", "cut")])

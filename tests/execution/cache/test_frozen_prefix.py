@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,39 +9,25 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.step import Compute
-from lightning_mm.models.layout import Anatomy
+from lightning_mm.execution.prepare import Compute
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processing
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from tests.helpers.rows import uneven
-from tests.helpers.training import train
-from tests.training.test_resume import DROPOUT, Losses, SaveAt
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from tests.helpers.data import Data, Family, make_uneven_rows
+from tests.helpers.training import DROPOUT, SaveAt, cache_on, train, train_losses
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "gemma3", "mllama")
-MIDDLE = IntermediateOnly(layers="2")
-
-
-def losses(model: Path, data: Data, folder: Path, **options: Any) -> tuple[dict[int, float], dict[str, torch.Tensor]]:
-    told = Losses()
-    module, _ = train(model, data, folder, callbacks=[told], **{"max_steps": 12, "tuning": MIDDLE, **options})
-    return told.by_step, {name: p.detach().clone() for name, p in module.trainable.items()}
-
-
-def on(folder: Path, **options: Any) -> CacheSettings:
-    return CacheSettings(mode="on", folder=str(folder / "kept"), **options)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -51,9 +36,9 @@ def test_losses_are_those_without_a_cache(name: str, family: Family, data: Data,
 
     1e-5: float32 sums in another order, since rows stand in other batches when they are computed.
     """
-    plain, weights = losses(family(name), data, tmp_path)
-    cold, _ = losses(family(name), data, tmp_path, cache=on(tmp_path))
-    warm, warm_weights = losses(family(name), data, tmp_path, cache=on(tmp_path))
+    plain, weights = train_losses(family(name), data, tmp_path)
+    cold, _ = train_losses(family(name), data, tmp_path, cache=cache_on(tmp_path))
+    warm, warm_weights = train_losses(family(name), data, tmp_path, cache=cache_on(tmp_path))
     assert cold == pytest.approx(plain, rel=1e-5)
     assert warm == pytest.approx(plain, rel=1e-5)
     for key, value in weights.items():
@@ -63,10 +48,10 @@ def test_losses_are_those_without_a_cache(name: str, family: Family, data: Data,
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_it_makes_no_difference_whether_a_row_is_known(dtype: Any, family: Family, data: Data, tmp_path: Path) -> None:
     """Rows are rounded before they are used for the first time, too: cold and warm runs differ by the order of sums."""
-    cold, _ = losses(family("llava"), data, tmp_path, cache=on(tmp_path, dtype=dtype))
-    warm, _ = losses(family("llava"), data, tmp_path, cache=on(tmp_path, dtype=dtype))
+    cold, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path, dtype=dtype))
+    warm, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path, dtype=dtype))
     assert warm == pytest.approx(cold, rel=1e-5 if dtype == "float32" else 2e-3)
-    plain, _ = losses(family("llava"), data, tmp_path)
+    plain, _ = train_losses(family("llava"), data, tmp_path)
     assert cold == pytest.approx(plain, rel={"float32": 1e-5, "bfloat16": 1e-2, "int8": 3e-2}[dtype])
 
 
@@ -75,9 +60,9 @@ def test_it_makes_no_difference_whether_a_row_is_known(dtype: Any, family: Famil
 )
 def test_any_policy_with_a_frozen_prefix(tuning: TuningPolicy, family: Family, data: Data, tmp_path: Path) -> None:
     """From what enters the first block on, where that one trains."""
-    plain, _ = losses(family("llava"), data, tmp_path, tuning=tuning, max_steps=8)
+    plain, _ = train_losses(family("llava"), data, tmp_path, tuning=tuning, max_steps=8)
     for _ in range(2):
-        kept, _ = losses(family("llava"), data, tmp_path, tuning=tuning, max_steps=8, cache=on(tmp_path))
+        kept, _ = train_losses(family("llava"), data, tmp_path, tuning=tuning, max_steps=8, cache=cache_on(tmp_path))
         assert kept == pytest.approx(plain, rel=1e-5)
 
 
@@ -92,10 +77,10 @@ def test_known_rows_are_not_decoded_again(
         return real(path, *args)
 
     monkeypatch.setattr(images, "load", load)
-    losses(family("llava"), data, tmp_path, cache=on(tmp_path), max_steps=6)
+    train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), max_steps=6)
     assert len(opened) >= 12
     opened.clear()
-    losses(family("llava"), data, tmp_path, cache=on(tmp_path), max_steps=12)
+    train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), max_steps=12)
     assert len(opened) == 1, "the row that the halves are verified with"
 
 
@@ -103,49 +88,59 @@ def test_the_tower_runs_once_per_row(family: Family, data: Data, tmp_path: Path)
     seen: list[int] = []
 
     def count(module: MMModule) -> None:
-        mlp = module.model.get_submodule(str(module.anatomy.blocks[1].mlp))
+        mlp = module.model.get_submodule(str(module.mm.layout.blocks[1].mlp))
         mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     unpacked = Compute(packing=False)
-    losses(family("llava"), data, tmp_path, cache=on(tmp_path), compute=unpacked, max_steps=12, on_start=count)
+    train_losses(
+        family("llava"), data, tmp_path, cache=cache_on(tmp_path), compute=unpacked, max_steps=12, on_start=count
+    )
     assert sum(seen) == 12, "two epochs of 12 rows, of which only the first runs what is below block 2"
 
 
 def test_a_full_cache_trains_on_half_of_the_rows_known(family: Family, data: Data, tmp_path: Path) -> None:
-    plain, _ = losses(family("llava"), data, tmp_path)
+    plain, _ = train_losses(family("llava"), data, tmp_path)
     size = sum(f.stat().st_size for f in _filled(family, data, tmp_path / "whole"))
     limit = 0.6 * size / 2**30
     for _ in range(2):
-        kept, _ = losses(family("llava"), data, tmp_path, cache=on(tmp_path, limit=limit))
+        kept, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path, limit=limit))
         assert kept == pytest.approx(plain, rel=1e-5)
     held = sum(f.stat().st_size for f in (tmp_path / "kept").rglob("*") if f.is_file() and f.suffix != ".json")
     assert 0 < held <= limit * 2**30
 
 
 def _filled(family: Family, data: Data, folder: Path) -> list[Path]:
-    losses(family("llava"), data, folder, cache=on(folder), max_steps=6)
+    train_losses(family("llava"), data, folder, cache=cache_on(folder), max_steps=6)
     return [f for f in (folder / "kept").rglob("*") if f.is_file() and f.suffix != ".json"]
 
 
 def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp_path: Path) -> None:
     """Bit for bit, in the middle of the epoch that fills the cache."""
     model, folder = family("llava"), tmp_path
-    whole, weights = losses(model, data, folder, tuning=DROPOUT, cache=on(folder / "a"))
+    whole, weights = train_losses(model, data, folder, tuning=DROPOUT, cache=cache_on(folder / "a"))
     checkpoint = folder / "killed.ckpt"
     with pytest.raises(SystemExit):
         train(
-            model, data, folder, tuning=DROPOUT, callbacks=[SaveAt(4, checkpoint)], max_steps=12, cache=on(folder / "b")
+            model,
+            data,
+            folder,
+            tuning=DROPOUT,
+            callbacks=[SaveAt(4, checkpoint)],
+            max_steps=12,
+            cache=cache_on(folder / "b"),
         )
-    rest, resumed = losses(model, data, folder, tuning=DROPOUT, cache=on(folder / "b"), ckpt_path=checkpoint)
+    rest, resumed = train_losses(
+        model, data, folder, tuning=DROPOUT, cache=cache_on(folder / "b"), ckpt_path=checkpoint
+    )
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
     assert rest == {step: loss for step, loss in whole.items() if step > 4}
 
 
 def test_workers_read_what_is_kept(family: Family, data: Data, tmp_path: Path) -> None:
-    plain, _ = losses(family("llava"), data, tmp_path)
+    plain, _ = train_losses(family("llava"), data, tmp_path)
     for _ in range(2):
-        kept, _ = losses(family("llava"), data, tmp_path, cache=on(tmp_path), num_workers=2)
+        kept, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), num_workers=2)
         assert kept == pytest.approx(plain, rel=1e-5)
 
 
@@ -160,11 +155,11 @@ def test_where_it_would_be_wrong_it_is_refused(
     name: str, tuning: TuningPolicy, why: str, family: Family, data: Data, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=why):
-        losses(family(name), data, tmp_path, tuning=tuning, cache=on(tmp_path))
-    plain, _ = losses(family(name), data, tmp_path, tuning=tuning, max_steps=8)
-    auto, _ = losses(family(name), data, tmp_path, tuning=tuning, max_steps=8, cache=CacheSettings())
+        train_losses(family(name), data, tmp_path, tuning=tuning, cache=cache_on(tmp_path))
+    plain, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=8)
+    auto, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=8, cache=CacheSettings())
     assert auto == plain
-    assert any(each.name == "model.cache" and each.value == "off" and why in each.reason for each in decide)
+    assert any(each.name == "model.cache" and each.value == "off" and why in each.reason for each in decision_log())
 
 
 def test_other_weights_are_another_prefix(family: Family, data: Data, tmp_path: Path) -> None:
@@ -176,8 +171,8 @@ def test_other_weights_are_another_prefix(family: Family, data: Data, tmp_path: 
         name = next(n for n in weights if f"layers.{layer}.mlp.down" in n)
         weights[name][0, 0] += 1.0
         save_file(weights, model / "model.safetensors", {"format": "pt"})
-        losses(model, data, tmp_path, cache=on(tmp_path), max_steps=2)
-    losses(family("llava"), data, tmp_path, cache=on(tmp_path), max_steps=2)
+        train_losses(model, data, tmp_path, cache=cache_on(tmp_path), max_steps=2)
+    train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), max_steps=2)
     assert len(list((tmp_path / "kept").glob("*/identity.json"))) == 2
 
 
@@ -188,8 +183,8 @@ def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: D
         shutil.copytree(family("llava"), model)
         config = json.loads((model / "config.json").read_text())
         (model / "config.json").write_text(json.dumps({**config, "vision_feature_layer": layer}))
-        plain, _ = losses(model, data, tmp_path, max_steps=3)
-        kept, _ = losses(model, data, tmp_path, cache=on(tmp_path), max_steps=3)
+        plain, _ = train_losses(model, data, tmp_path, max_steps=3)
+        kept, _ = train_losses(model, data, tmp_path, cache=cache_on(tmp_path), max_steps=3)
         assert kept == pytest.approx(plain, rel=1e-5)
     assert len(list((tmp_path / "kept").glob("*/identity.json"))) == 2
 
@@ -198,20 +193,20 @@ def test_what_is_read_of_the_tower_is_part_of_the_prefix(family: Family, data: D
 def test_states_are_used_as_they_come_back(dtype: Any, family: Family, tmp_path: Path) -> None:
     """Bit for bit, and what was told of a row when it was new is told again."""
     model, processing = load_model(Backbone(path=str(family("llava")))), load_processing(str(family("llava")))
-    anatomy, samples = Anatomy.of(model.eval()), read(uneven(tmp_path)).samples
+    layout, samples = ModelLayout.of(model.eval()), read_conversations(make_uneven_rows(tmp_path)).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype=dtype)
-    cache = PrefixCache(FrozenPrefix(model, anatomy, 2), store, dtype, torch.float32)
+    cache = PrefixCache(FrozenPrefix(MultimodalModel(model, layout), 2), store, dtype, torch.float32)
     collator = cache.collator(Collator(processing, max_length=64), width_of(model))
     new = collator(samples)
-    assert new.kept is not None
-    assert new.kept.fresh is not None
-    used = cache.states(new.kept)
+    assert new.cached is not None
+    assert new.cached.uncached is not None
+    used = cache.states(new.cached)
     known = collator(samples)
-    assert known.kept is not None
-    assert known.kept.fresh is None
+    assert known.cached is not None
+    assert known.cached.uncached is None
     for b in range(len(samples)):
         tokens = int((new.regions[b] != 0).sum())
-        assert torch.equal(used[b, :tokens], known.kept.states[b, :tokens])
+        assert torch.equal(used[b, :tokens], known.cached.states[b, :tokens])
     assert [each.reason for each in new.rejected] == [each.reason for each in known.rejected]
     assert any(each.kind == "cut" for each in known.rejected)
 
@@ -222,9 +217,9 @@ def width_of(model: Any) -> int:
 
 def test_one_epoch_keeps_nothing_unless_asked(family: Family, data: Data, tmp_path: Path) -> None:
     auto = CacheSettings(folder=str(tmp_path / "kept"))
-    losses(family("llava"), data, tmp_path, cache=auto, max_steps=6)
+    train_losses(family("llava"), data, tmp_path, cache=auto, max_steps=6)
     assert not list((tmp_path / "kept").rglob("*.shard"))
-    assert any("seen 1.0 times" in each.reason for each in decide)
+    assert any("seen 1.0 times" in each.reason for each in decision_log())
 
 
 def test_ranges_are_checked() -> None:

@@ -9,11 +9,11 @@ import torch
 
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution.cache.collators import Inseparable, cut, is_pixels, joined
 from lightning_mm.models.processor import Processing
 from lightning_mm.testing.tiny import FAMILIES
-from tests.helpers.rows import uneven
+from tests.helpers.data import make_uneven_rows
 
 
 def same(found: Batch, expected: Batch) -> None:
@@ -34,7 +34,7 @@ def test_rows_of_two_batches_make_the_batch_of_all(
     name: str, processing: Callable[[str], Processing], tmp_path: Path
 ) -> None:
     collator = Collator(processing(name))
-    samples = read(uneven(tmp_path)).samples
+    samples = read_conversations(make_uneven_rows(tmp_path)).samples
     first, second = collator(samples[:3]), collator(samples[3:])
     pad = collator.processing.processor.tokenizer.pad_token_id
     same(joined([*cut(first), *cut(second)], samples, pad), collator(samples))
@@ -45,7 +45,7 @@ def test_rows_without_a_picture_stand_beside_others(
     name: str, processing: Callable[[str], Processing], tmp_path: Path
 ) -> None:
     collator = Collator(processing(name))
-    samples = read(uneven(tmp_path, text_only=True)).samples
+    samples = read_conversations(make_uneven_rows(tmp_path, text_only=True)).samples
     pad = collator.processing.processor.tokenizer.pad_token_id
     rows = [cut(collator([sample]))[0] for sample in samples]
     same(joined(rows, samples, pad), collator(samples))
@@ -54,7 +54,7 @@ def test_rows_without_a_picture_stand_beside_others(
 def test_rows_that_cannot_be_told_apart_are_refused(processing: Callable[[str], Processing], tmp_path: Path) -> None:
     """Two rows, two pictures, both of the first row: a tensor of two may be by row or by picture."""
     collator = Collator(processing("qwen2_5_vl"))
-    samples = read(uneven(tmp_path)).samples[:2]
+    samples = read_conversations(make_uneven_rows(tmp_path)).samples[:2]
     batch = collator(samples)
     moved = (
         dataclasses.replace(samples[0], images=samples[0].images + samples[1].images),

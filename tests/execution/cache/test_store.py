@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.execution.cache.store import Kept, RecordStore
+from lightning_mm.execution.cache.store import RecordStore, StorageDtype
 from lightning_mm.execution.cache.store import store as module
 
 PLENTY = 10**9
@@ -43,7 +43,9 @@ def opened(tmp_path: Path) -> Iterator[Open]:
     """Opens stores in one folder; all are closed at the end."""
     stores: list[RecordStore] = []
 
-    def open_one(identity: Any = IDENTITY, limit: int = PLENTY, dtype: Kept = "float32", **more: Any) -> RecordStore:
+    def open_one(
+        identity: Any = IDENTITY, limit: int = PLENTY, dtype: StorageDtype = "float32", **more: Any
+    ) -> RecordStore:
         stores.append(RecordStore.open(tmp_path, {"it": identity}, limit_bytes=limit, dtype=dtype, **more))
         return stores[-1]
 
@@ -100,7 +102,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
     kept=st.sampled_from(["float32", "bfloat16", "int8"]),
     flushed=st.booleans(),
 )
-def test_round_trip(record: dict[str, Tensor], kept: Kept, flushed: bool) -> None:
+def test_round_trip(record: dict[str, Tensor], kept: StorageDtype, flushed: bool) -> None:
     with (
         tempfile.TemporaryDirectory() as folder,
         RecordStore.open(folder, {}, limit_bytes=PLENTY, dtype=kept, lossy=("nothing of it",)) as store,
@@ -161,9 +163,9 @@ def test_int8_error_is_told(opened: Open, caplog: pytest.LogCaptureFixture) -> N
     assert 0.003 < true < 0.01
     assert writer.stats.relative_error == pytest.approx(true, rel=1e-4)
     assert reader.stats.relative_error == pytest.approx(true, rel=1e-4)
-    before = writer.stats.distance
+    before = writer.stats.rounding
     assert [writer.get(str(i)) is not None for i in range(20)] == [True] * 20
-    assert writer.stats.distance == before, "what is read back is not counted again"
+    assert writer.stats.rounding == before, "what is read back is not counted again"
     assert writer.bytes < 20 * (50 * 64 + 50 * 4 + 400)
     with caplog.at_level(logging.INFO, "lightning_mm"):
         writer.close()
@@ -172,7 +174,7 @@ def test_int8_error_is_told(opened: Open, caplog: pytest.LogCaptureFixture) -> N
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("kept", ["bfloat16", "int8"])
-def test_what_is_not_finite_is_kept_as_it_is(opened: Open, kept: Kept, bad: float) -> None:
+def test_what_is_not_finite_is_kept_as_it_is(opened: Open, kept: StorageDtype, bad: float) -> None:
     hidden = torch.randn(3, 4)
     hidden[1, 2] = bad
     store = opened(dtype=kept)
@@ -183,7 +185,7 @@ def test_what_is_not_finite_is_kept_as_it_is(opened: Open, kept: Kept, bad: floa
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("kept", ["float32", "bfloat16", "int8"])
-def test_tensors_on_a_device_are_kept_as_on_the_host(opened: Open, kept: Kept) -> None:
+def test_tensors_on_a_device_are_kept_as_on_the_host(opened: Open, kept: StorageDtype) -> None:
     record = record_of(0)
     store = opened(dtype=kept)
     store.put("host", record)
@@ -242,13 +244,13 @@ def test_shards_are_closed_when_long_enough(opened: Open, monkeypatch: pytest.Mo
 
 def test_a_reader_sees_what_others_write(opened: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     writer, reader = opened(), opened()
-    monkeypatch.setattr("lightning_mm.execution.cache.store.catalogue._SHARE_OF_TIME", math.inf)
+    monkeypatch.setattr("lightning_mm.execution.cache.store.shards.REFRESH_TIME_SHARE", math.inf)
     for i in range(3):
         writer.put(str(i), record_of(i))
         assert reader.get(str(i)) is None
         writer.flush()
         assert same(reader.get(str(i)), record_of(i)), "a miss looks again"
-    monkeypatch.setattr("lightning_mm.execution.cache.store.catalogue._SHARE_OF_TIME", 0)
+    monkeypatch.setattr("lightning_mm.execution.cache.store.shards.REFRESH_TIME_SHARE", 0)
     writer.put("3", record_of(3))
     writer.flush()
     assert reader.get("3") is None
@@ -475,7 +477,7 @@ def test_writing_stops_where_only_this_identity_is_left(
     if bound == "limit":
         store = opened(limit=10_000)
     else:
-        monkeypatch.setattr("lightning_mm.execution.cache.store.room.disk_usage", usage)
+        monkeypatch.setattr("lightning_mm.execution.cache.store.disk_limit.disk_usage", usage)
         store = opened(free_share=0.5)
     for i in range(100):
         store.put(str(i), record_of(i))

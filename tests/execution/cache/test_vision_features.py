@@ -1,7 +1,7 @@
 """Training on kept vision features is training: equal losses and weights, and refused where it would not be."""
 
 import json
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,34 +9,30 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
-from lightning_mm.data.batch import KeptFeatures
+from lightning_mm.data.batch import CachedFeatures
 from lightning_mm.data.collator import Collator
-from lightning_mm.data.readers.conversations import read
+from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.execution import step
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.cache.collators import FeatureCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.cache.vision_features import FrozenTower
-from lightning_mm.execution.vision_truncation import cut_tower
+from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
 from lightning_mm.models.processor import load_processing
+from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.planning.plan import Blueprint, Setting, forecast
-from lightning_mm.training.callbacks.step_cost import Work
+from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import prepare
-from tests.execution.cache.test_frozen_prefix import losses, on
-from tests.helpers.training import train
-from tests.training.test_resume import SaveAt
-
-Family = Callable[[str], Path]
-Data = dict[str, Path]
+from lightning_mm.tuning.apply import prepare_model
+from tests.helpers.data import Data, Family
+from tests.helpers.training import SaveAt, cache_on, train, train_losses
 
 FAMILIES = (
     "llava",
@@ -59,9 +55,9 @@ def test_losses_are_those_without_a_cache(name: str, family: Family, data: Data,
 
     1e-5: float32 sums in another order, since rows stand alone when their features are computed.
     """
-    plain, weights = losses(family(name), data, tmp_path, tuning=CONNECTOR)
+    plain, weights = train_losses(family(name), data, tmp_path, tuning=CONNECTOR)
     for _ in range(2):
-        kept, learned = losses(family(name), data, tmp_path, tuning=CONNECTOR, cache=on(tmp_path))
+        kept, learned = train_losses(family(name), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path))
         assert kept == pytest.approx(plain, rel=1e-5)
         for key, value in weights.items():
             torch.testing.assert_close(learned[key], value, rtol=1e-3, atol=1e-4)
@@ -73,9 +69,11 @@ def test_losses_are_those_without_a_cache(name: str, family: Family, data: Data,
     ids=["middle", "full", "lora"],
 )
 def test_any_policy_with_a_frozen_tower(tuning: TuningPolicy, family: Family, data: Data, tmp_path: Path) -> None:
-    plain, _ = losses(family("qwen2_5_vl"), data, tmp_path, tuning=tuning, max_steps=8)
+    plain, _ = train_losses(family("qwen2_5_vl"), data, tmp_path, tuning=tuning, max_steps=8)
     for _ in range(2):
-        kept, _ = losses(family("qwen2_5_vl"), data, tmp_path, tuning=tuning, max_steps=8, cache=on(tmp_path))
+        kept, _ = train_losses(
+            family("qwen2_5_vl"), data, tmp_path, tuning=tuning, max_steps=8, cache=cache_on(tmp_path)
+        )
         assert kept == pytest.approx(plain, rel=1e-5)
     assert len(list((tmp_path / "kept").glob("*/identity.json"))) == 1, "both runs read one tower"
 
@@ -83,8 +81,8 @@ def test_any_policy_with_a_frozen_tower(tuning: TuningPolicy, family: Family, da
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_it_makes_no_difference_whether_a_row_is_known(dtype: Any, family: Family, data: Data, tmp_path: Path) -> None:
     """Bit for bit: rows are rounded before they are used for the first time, and alone whenever they are computed."""
-    cold, _ = losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=on(tmp_path, dtype=dtype))
-    warm, _ = losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=on(tmp_path, dtype=dtype))
+    cold, _ = train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path, dtype=dtype))
+    warm, _ = train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path, dtype=dtype))
     assert warm == cold
 
 
@@ -96,18 +94,18 @@ def test_the_tower_runs_once_per_row_and_known_pictures_are_not_decoded(
     load = images.load
 
     def count(module: MMModule) -> None:
-        block = module.model.get_submodule(module.anatomy.vision_blocks[0])
+        block = module.model.get_submodule(module.mm.layout.vision_blocks[0])
         block.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     def counted(path: Path, *args: Any) -> Any:
         decoded.append(path)
         return load(path, *args)
 
-    losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=on(tmp_path), on_start=count)
+    train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path), on_start=count)
     assert sum(seen) == 12, "two epochs of 12 rows, of which only the first one is looked at"
     monkeypatch.setattr(images, "load", counted)
     seen.clear()
-    losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=on(tmp_path), on_start=count)
+    train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path), on_start=count)
     assert not seen
     assert len(decoded) == 2 + 2 * 3, "what is never read is found with one, and the halves verified with three"
 
@@ -115,7 +113,7 @@ def test_the_tower_runs_once_per_row_and_known_pictures_are_not_decoded(
 def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp_path: Path) -> None:
     """Bit for bit, in the middle of the epoch that fills the cache."""
     model, folder = family("llava"), tmp_path
-    whole, weights = losses(model, data, folder, tuning=WITH_CONNECTOR, cache=on(folder / "a"))
+    whole, weights = train_losses(model, data, folder, tuning=WITH_CONNECTOR, cache=cache_on(folder / "a"))
     checkpoint = folder / "killed.ckpt"
     with pytest.raises(SystemExit):
         train(
@@ -125,10 +123,10 @@ def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp
             tuning=WITH_CONNECTOR,
             callbacks=[SaveAt(4, checkpoint)],
             max_steps=12,
-            cache=on(folder / "b"),
+            cache=cache_on(folder / "b"),
         )
-    rest, resumed = losses(
-        model, data, folder, tuning=WITH_CONNECTOR, cache=on(folder / "b"), ckpt_path=checkpoint, num_workers=2
+    rest, resumed = train_losses(
+        model, data, folder, tuning=WITH_CONNECTOR, cache=cache_on(folder / "b"), ckpt_path=checkpoint, num_workers=2
     )
     for name, value in weights.items():
         assert torch.equal(resumed[name], value), name
@@ -147,29 +145,29 @@ def test_where_it_would_be_wrong_it_is_refused(
     name: str, tuning: TuningPolicy, why: str, family: Family, data: Data, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=why):
-        losses(family(name), data, tmp_path, tuning=tuning, cache=on(tmp_path))
-    plain, _ = losses(family(name), data, tmp_path, tuning=tuning, max_steps=4)
-    auto, _ = losses(family(name), data, tmp_path, tuning=tuning, max_steps=4, cache=CacheSettings())
+        train_losses(family(name), data, tmp_path, tuning=tuning, cache=cache_on(tmp_path))
+    plain, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=4)
+    auto, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=4, cache=CacheSettings())
     assert auto == plain
 
 
 def test_only_the_tower_tells_towers_apart(family: Family) -> None:
     """What trains is no part of the name, adapters neither; every weight of the tower is."""
     backbone = Backbone(path=str(family("llava")))
-    model, anatomy, _ = prepare(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
-    first = tower_digest(model, anatomy)
-    plain, its, _ = prepare(backbone, Full(vision="frozen"))
-    assert tower_digest(plain, its) == first
+    adapted, _ = prepare_model(backbone, LoRAOnMiddle(layers="1-2", lora=LoRA(r=2), connector="lora"))
+    first = tower_digest(adapted)
+    plain, _ = prepare_model(backbone, Full(vision="frozen"))
+    assert tower_digest(plain) == first
     with torch.no_grad():
-        for name in its.places:
+        for name in plain.layout.locations:
             if "vision_tower" not in name:
-                plain.get_parameter(name).add_(1.0)
-        assert tower_digest(plain, its) == first
-        for name in its.places:
+                plain.model.get_parameter(name).add_(1.0)
+        assert tower_digest(plain) == first
+        for name in plain.layout.locations:
             if "vision_tower" in name:
-                before = tower_digest(plain, its)
-                plain.get_parameter(name).view(-1)[0] += 1.0
-                assert tower_digest(plain, its) != before, name
+                before = tower_digest(plain)
+                plain.model.get_parameter(name).view(-1)[0] += 1.0
+                assert tower_digest(plain) != before, name
 
 
 def test_a_small_tower_is_kept_on_request_only(
@@ -177,12 +175,12 @@ def test_a_small_tower_is_kept_on_request_only(
 ) -> None:
     """That of the tiny LLaVA is; a limit below it makes it a large one."""
     auto = CacheSettings(folder=str(tmp_path / "kept"))
-    losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
-    assert any(each.value == "off" and "of a forward pass" in each.reason for each in decide)
+    train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
+    assert any(each.value == "off" and "of a forward pass" in each.reason for each in decision_log())
     assert not (tmp_path / "kept").exists()
     monkeypatch.setattr(step, "_TOWER_SHARE", 0.01)
-    losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
-    assert any(each.name == "model.cache" and each.value.startswith("vision features") for each in decide)
+    train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
+    assert any(each.name == "model.cache" and each.value.startswith("vision features") for each in decision_log())
     assert list((tmp_path / "kept").rglob("*.shard"))
 
 
@@ -191,13 +189,14 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     """Bytes of the features as they are made, and the tower's FLOPs, from the plan that runs nothing."""
     processing = load_processing(str(family(name)))
     collator = Collator(processing)
-    batch = collator([s for s in read(data["train"]).samples if s.images][:2])
-    model, anatomy, _ = prepare(Backbone(path=str(family(name))), CONNECTOR)
-    tower = FrozenTower(model, anatomy, cut_tower(model.eval(), anatomy, batch))
+    batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
+    mm, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
+    mm.model.eval()
+    tower = FrozenTower(mm, truncate_tower(mm, batch, ExitStack()))
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
-    blueprint = Blueprint(Backbone(path=str(family(name))), batch)
-    told = forecast(blueprint, CONNECTOR, [batch], Setting(), DEVICES["h200"])
+    blueprint = MetaModel(Backbone(path=str(family(name))), batch)
+    told = estimate_cost(blueprint, CONNECTOR, [batch], RunSettings(), DEVICES["h200"])
     assert told.record == sum(made) / len(batch)
     assert told.cached is not None
     assert told.run - told.cached == pytest.approx(told.flops.region(Region.VISION).total)
@@ -205,16 +204,16 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
 
 def test_under_autocast_sums_are_coarser(family: Family, data: Data, tmp_path: Path) -> None:
     """1e-2: features are rounded to bfloat16 once more, where they are kept."""
-    plain, _ = losses(family("internvl"), data, tmp_path, tuning=CONNECTOR, precision="bf16-mixed", max_steps=8)
+    plain, _ = train_losses(family("internvl"), data, tmp_path, tuning=CONNECTOR, precision="bf16-mixed", max_steps=8)
     for _ in range(2):
-        kept, _ = losses(
+        kept, _ = train_losses(
             family("internvl"),
             data,
             tmp_path,
             tuning=CONNECTOR,
             precision="bf16-mixed",
             max_steps=8,
-            cache=on(tmp_path),
+            cache=cache_on(tmp_path),
         )
         assert kept == pytest.approx(plain, rel=1e-2)
 
@@ -222,8 +221,8 @@ def test_under_autocast_sums_are_coarser(family: Family, data: Data, tmp_path: P
 def test_what_trains_may_draw(family: Family, data: Data, tmp_path: Path) -> None:
     """Bit for bit, with dropout behind the tower: new rows leave no trace in the generators."""
     tuning = LoRAOnMiddle(layers="1-2", lora=LoRA(r=2, dropout=0.3), connector="lora")
-    cold, _ = losses(family("llava"), data, tmp_path, tuning=tuning, cache=on(tmp_path))
-    warm, _ = losses(family("llava"), data, tmp_path, tuning=tuning, cache=on(tmp_path))
+    cold, _ = train_losses(family("llava"), data, tmp_path, tuning=tuning, cache=cache_on(tmp_path))
+    warm, _ = train_losses(family("llava"), data, tmp_path, tuning=tuning, cache=cache_on(tmp_path))
     assert warm == cold
 
 
@@ -236,9 +235,9 @@ def test_rows_without_pictures_and_twins(family: Family, rows: Any, tmp_path: Pa
     mixed = {"train": file}
     for name in ("llava", "qwen2_5_vl"):
         options: dict[str, Any] = {"tuning": CONNECTOR, "max_steps": 12, "batch_size": 2}
-        plain, _ = losses(family(name), mixed, tmp_path, **options)
+        plain, _ = train_losses(family(name), mixed, tmp_path, **options)
         for _ in range(2):
-            kept, _ = losses(family(name), mixed, tmp_path, **options, cache=on(tmp_path))
+            kept, _ = train_losses(family(name), mixed, tmp_path, **options, cache=cache_on(tmp_path))
             assert kept == pytest.approx(plain, rel=1e-5)
 
 
@@ -250,13 +249,13 @@ def test_nothing_falls_out_silently(known: bool, family: Family, rows: Any, tmp_
     made[2]["conversations"][1]["value"] = "very " * 200
     file = tmp_path / "rows.json"
     file.write_text(json.dumps([*made, made[2]]))
-    samples = read(file).samples
+    samples = read_conversations(file).samples
     store = RecordStore.open(tmp_path / "kept", {}, limit_bytes=2**30, dtype="float32")
     plain = Collator(load_processing(str(family("llava"))), max_length=80)
     collator = FeatureCollator(plain, store, torch.float32)
     if known:
-        first = collator(samples).kept
-        assert isinstance(first, KeptFeatures)
+        first = collator(samples).cached
+        assert isinstance(first, CachedFeatures)
         for key, record in zip(first.keys, first.records, strict=True):
             store.put(key, {**record, "hidden": torch.zeros(1, 2, 3)})
     batch = collator(samples)
@@ -282,17 +281,19 @@ def test_one_row_does_not_show_how_rows_stand_side_by_side(family: Family, rows:
     made = [*rows(folder, 1), *rows(folder, 3, seed=1, text_only=True)]
     file.write_text(json.dumps(made))
     with pytest.raises(UserError, match="One row with pictures"):
-        losses(family("llava"), {"train": file}, tmp_path, tuning=CONNECTOR, cache=on(tmp_path), max_steps=2)
+        train_losses(
+            family("llava"), {"train": file}, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path), max_steps=2
+        )
 
 
 def test_the_tower_counts_for_new_rows_only(family: Family, data: Data, tmp_path: Path) -> None:
     collator = Collator(load_processing(str(family("llava"))))
-    samples = read(data["train"]).samples[:2]
+    samples = read_conversations(data["train"]).samples[:2]
     whole, rows = collator(samples), [collator([sample]) for sample in samples]
     done = []
-    for kept in (None, KeptFeatures((None, None), (0, 1), tuple(rows)), KeptFeatures((torch.zeros(1),) * 2)):
-        work = Work()
-        work.add(replace(whole, kept=kept))
+    for kept in (None, CachedFeatures((None, None), (0, 1), tuple(rows)), CachedFeatures((torch.zeros(1),) * 2)):
+        work = BatchCounter()
+        work.add(replace(whole, cached=kept))
         done.append(work.take())
     plain, new, known = done
     assert new == plain

@@ -6,9 +6,8 @@ import torch
 
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.eval_context import looking
-from tests.helpers.training import train
-from tests.training.test_resume import DROPOUT, Losses
-from tests.tuning.test_policies import Family
+from tests.helpers.data import Family
+from tests.helpers.training import DROPOUT, Losses, train
 
 
 class Watched(HeldOutEvaluation):

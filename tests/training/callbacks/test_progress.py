@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_mm.core.csv_logger import MetricsFile
+from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.report.tables.curves import read_curves
 from lightning_mm.training.callbacks import progress
 from lightning_mm.training.callbacks.progress import ProgressBar, describe
@@ -131,7 +131,7 @@ def test_metrics_are_appended_at_once_and_columns_may_come_late(tmp_path):
     path = tmp_path / "run" / "metrics.csv"
     model = Linear()
     model.late = True
-    fit = trainer(tmp_path, [], MetricsFile(path, ["train/loss"]), max_epochs=1, enable_progress_bar=False)
+    fit = trainer(tmp_path, [], ResumableCSVLogger(path, ["train/loss"]), max_epochs=1, enable_progress_bar=False)
     fit.fit(model, loader(), loader(8))
     curves = read_curves(path)
     assert [step for step, _ in curves["train/loss"]] == [1, 3, 5]
@@ -141,11 +141,11 @@ def test_metrics_are_appended_at_once_and_columns_may_come_late(tmp_path):
 
 def test_a_second_start_keeps_what_the_first_wrote(tmp_path):
     path = tmp_path / "metrics.csv"
-    first = MetricsFile(path)
+    first = ResumableCSVLogger(path)
     for step in range(4):
         first.log_metrics({"train/loss": 1.0 + step}, step)
     path.write_text(path.read_text() + "4,,0.1")  # killed in the middle of a line
-    second = MetricsFile(path)
+    second = ResumableCSVLogger(path)
     second.log_metrics({"train/loss": torch.tensor(9.0)}, 3)
     second.log_metrics({"val/loss": float("nan")}, 4)
     curves = read_curves(path)
@@ -156,7 +156,7 @@ def test_a_second_start_keeps_what_the_first_wrote(tmp_path):
 
 def test_values_keep_the_precision_of_float32(tmp_path):
     value = torch.tensor(1 / 3)
-    log = MetricsFile(tmp_path / "metrics.csv")
+    log = ResumableCSVLogger(tmp_path / "metrics.csv")
     log.log_metrics({"train/loss": value}, 0)
     ((_, read),) = read_curves(tmp_path / "metrics.csv")["train/loss"]
     assert torch.tensor(read) == value  # nine digits determine a float32

@@ -17,26 +17,25 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
-from lightning_mm.data.batch import Batch, Kept, TokenRegion
+from lightning_mm.core.decisions import decision_log
+from lightning_mm.data.batch import Batch, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.planning.devices import compute_dtype, matmul_peak
+from lightning_mm.planning.devices import benchmark_matmul, compute_dtype
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.report.sections.run import charts
 from lightning_mm.training.callbacks import throughput
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
-from lightning_mm.training.callbacks.step_cost import Work
+from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.callbacks.throughput import Interval, Spent, Throughput, rates
 from lightning_mm.tuning import IntermediateOnly
+from tests.helpers.cli import ROOT
+from tests.helpers.data import Data, Family
 from tests.helpers.training import train
-from tests.tuning.test_policies import Family
 
-Data = dict[str, Path]
 MIDDLE = IntermediateOnly(layers="1-2")
 PEAK = 1e12
-ROOT = Path(__file__).parents[1]
 ALL = {
     metric_names.SUPERVISED_TOKENS_PER_SECOND,
     metric_names.TOKENS_PER_SECOND,
@@ -74,7 +73,7 @@ class Watched(Throughput):
 
 @pytest.fixture(autouse=True)
 def _a_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "matmul_peak", lambda *_: PEAK)
+    monkeypatch.setattr(throughput, "benchmark_matmul", lambda *_: PEAK)
 
 
 def interval(**given: float) -> Interval:
@@ -161,7 +160,7 @@ def test_what_is_logged_is_what_was_done(
     )
     assert [len(batches) for batches in watched.batches] == [2 * accumulate, 2 * accumulate, 0]
     example = trainer.datamodule.example_batch()  # type: ignore[attr-defined]
-    cost = StepCost.of(module.model, module.anatomy, module.plan, example)
+    cost = StepCost.of(module.mm, module.plan, example)
     for logged, batches, spent in zip(watched.logged, watched.batches, watched.spent, strict=False):
         seconds = spent.training
         assert logged.keys() == ALL
@@ -178,15 +177,15 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
     """Of a cached row remain what comes from the lowest trainable block on, and nothing of its picture."""
     module, trainer = train(family("llava"), data, tmp_path, tuning=MIDDLE, max_steps=1)
     batches = trainer.datamodule.sample_batches(2, 3)  # type: ignore[attr-defined]
-    cost = StepCost.of(module.model, module.anatomy, module.plan, trainer.datamodule.example_batch())  # type: ignore[attr-defined]
+    cost = StepCost.of(module.mm, module.plan, trainer.datamodule.example_batch())  # type: ignore[attr-defined]
 
     def cached(batch: Batch, fresh: Batch | None) -> Batch:
         inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
-        kept = Kept(torch.zeros(0), torch.zeros(0), fresh)
-        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, kept=kept)
+        kept = CachedStates(torch.zeros(0), torch.zeros(0), fresh)
+        return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, cached=kept)
 
     def counted(batch: Batch) -> float:
-        work = Work()
+        work = BatchCounter()
         work.add(batch)
         return work.take().flops(cost, module.plan)
 
@@ -225,7 +224,7 @@ def test_counting_does_not_wait_for_the_device(family: Family, data: Data, tmp_p
             called.add(func.overloadpacket.__name__)
             return func(*args, **(kwargs or {}))
 
-    work = Work()
+    work = BatchCounter()
     with Watch():
         for batch in batches:
             work.add(batch)
@@ -314,7 +313,7 @@ def test_measuring_leaves_training_as_it_is(
     family: Family, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit, the real measurement included."""
-    monkeypatch.setattr(throughput, "matmul_peak", lambda device, dtype: matmul_peak(device, dtype, 0.01))
+    monkeypatch.setattr(throughput, "benchmark_matmul", lambda device, dtype: benchmark_matmul(device, dtype, 0.01))
     weights = []
     for callbacks in ([], [Throughput()]):
         options: dict[str, Any] = {"callbacks": callbacks, "max_steps": 3, "log_every_n_steps": 1}
@@ -322,7 +321,7 @@ def test_measuring_leaves_training_as_it_is(
         weights.append({name: parameter.detach().clone() for name, parameter in module.trainable.items()})
         assert not any("cpu" in str(p.device) and p.is_meta for p in module.parameters())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert any(decision.name == "throughput.peak" for decision in decide)
+    assert any(decision.name == "throughput.peak" for decision in decision_log())
 
 
 def test_a_model_that_cannot_be_counted_trains_all_the_same(
@@ -332,22 +331,22 @@ def test_a_model_that_cannot_be_counted_trains_all_the_same(
         raise RuntimeError("branches on its weights")
 
     monkeypatch.setattr(StepCost, "of", refused)
-    decide.clear()
+    decision_log().clear()
     watched = timed(family, data, tmp_path)
     assert watched.logged[-1].keys() == ALL - {metric_names.TFLOPS, metric_names.MFU}
-    assert any("branches on its weights" in decision.reason for decision in decide)
+    assert any("branches on its weights" in decision.reason for decision in decision_log())
 
 
 def test_a_run_that_logs_nothing_measures_nothing(family: Family, data: Data, tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     train(family("llava"), data, tmp_path, tuning=MIDDLE, callbacks=[Throughput()], max_steps=2, log_every_n_steps=5)
-    assert not any(decision.name.startswith("throughput") for decision in decide)
+    assert not any(decision.name.startswith("throughput") for decision in decision_log())
 
 
 def test_the_peak_is_that_of_this_machine() -> None:
     """Against a product timed here: within a factor, since other processes share the cores."""
     before = torch.random.get_rng_state()
-    peak = matmul_peak(torch.device("cpu"), torch.float32, 0.2)
+    peak = benchmark_matmul(torch.device("cpu"), torch.float32, 0.2)
     assert torch.equal(before, torch.random.get_rng_state())
     a = torch.randn(1024, 1024)
     torch.mm(a, a)
@@ -366,7 +365,7 @@ def test_the_peak_is_measured_in_what_the_run_computes_in() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_is_waited_for_once_per_interval(family: Family, data: Data, tmp_path: Path) -> None:
-    peak = matmul_peak(torch.device("cuda", 0), torch.bfloat16)
+    peak = benchmark_matmul(torch.device("cuda", 0), torch.bfloat16)
     assert 1e13 < peak < 1e16
     watched = timed(family, data, tmp_path, accelerator="gpu", devices=1, precision="bf16-mixed")
     assert watched.logged[-1].keys() == ALL
@@ -378,7 +377,7 @@ def test_two_ranks_are_added_up(family: Family, data: Data, tmp_path: Path) -> N
     module, trainer = train(family("llava"), data, tmp_path, tuning=MIDDLE, max_steps=1)
     batches = trainer.datamodule.sample_batches(6, 2)  # type: ignore[attr-defined]
     done = by_hand(batches)
-    cost = StepCost.of(module.model, module.anatomy, module.plan, batches[0])
+    cost = StepCost.of(module.mm, module.plan, batches[0])
     flops = sum(cost.at(StepShape.of(batch)).floor for batch in batches)
     arguments = [
         *("--model.backbone.path", str(family("llava")), "--data.train", str(data["train"])),

@@ -1,21 +1,20 @@
-"""Probe sets, drawn from any file that tells something about pictures.
+"""Builds probe sets from any file with annotated images.
 
-Data flow: file -> ``reading`` (with ``scenes``, ``descriptions``, ``coco``) -> ``choosing`` (with ``boxes``) ->
-``entailment`` (with ``partners``, ``wording``) and ``objects`` -> ``drawing`` -> ``ProbeSet``. ``reading`` says which
-forms files have. ``grids`` is for the collator: which image tokens show a part of a picture.
+Data flow: file -> ``coco`` (all formats; with ``scenes``) -> ``sampling.select_images`` (with ``patch_grids`` for
+boxes) -> ``entailment`` (with ``false_captions``) and ``objects`` -> ``sampling.build_probe_rows`` -> ``ProbeSet``.
 """
 
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
-from lightning_mm.data.probe_sets.build.coco import Scenes, read_scenes
-from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, choose, draw
+from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
+from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, build_probe_rows, select_images
 from lightning_mm.data.probe_sets.files import is_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.rejected_samples import Ledger
+from lightning_mm.data.rejected_samples import RejectedSamples
 
 __all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
 
@@ -23,7 +22,7 @@ __all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
 def open_probe_set(
     path: Path | str,
     image_root: Path | str | None,
-    ledger: Ledger,
+    rejected: RejectedSamples,
     *,
     max_pictures: int,
     prompt: str = ENTAILMENT_PROMPT,
@@ -33,13 +32,13 @@ def open_probe_set(
     """A saved probe set, or one drawn from a file.
 
     Args:
-        path: What ``ProbeSet.save`` wrote, or a file in one of the forms of ``reading``.
-        image_root: The folder that image paths are relative to; the file's own folder if None. A saved set has its own.
-        ledger: Takes what cannot be used.
-        max_pictures: At most so many.
-        prompt: Of entailment rows, with ``{caption}`` in it. A saved set has its own.
-        seed: Of the draw.
-        max_megapixels: Largest picture that is decoded.
+        path: A file of ``ProbeSet.save``, or one in a format of ``coco``.
+        image_root: Folder that image paths are relative to; None takes the file's own folder. A saved set has its own.
+        rejected: Takes rows that cannot be used.
+        max_pictures: Largest number of images.
+        prompt: Prompt of entailment rows, with ``{caption}`` in it. A saved set has its own.
+        seed: Random seed of the draw.
+        max_megapixels: Limit on the size of an image, in megapixels.
 
     Raises:
         UserError: The file cannot be read, or nothing in it can be probed.
@@ -51,15 +50,15 @@ def open_probe_set(
                 return ProbeSet.load(path).subset(max_pictures)
     read = read_scenes(path, image_root)
     _check_any(path, read)
-    shown, bad_pictures = choose(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
-    drawn = draw(shown, source=str(path), prompt=prompt, seed=seed)
-    ledger.num_rows += read.num_rows
-    ledger.add([*read.rejections, *bad_pictures, *drawn.rejections])
-    ledger.check()
-    return drawn.probe_set
+    selected, bad_pictures = select_images(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
+    sampled = build_probe_rows(selected, source=str(path), prompt=prompt, seed=seed)
+    rejected.num_rows += read.num_rows
+    rejected.add([*read.rejections, *bad_pictures, *sampled.rejections])
+    rejected.check()
+    return sampled.probe_set
 
 
-def _check_any(path: Path, read: Scenes) -> None:
+def _check_any(path: Path, read: SceneFile) -> None:
     if read.rejections and not read.scenes:
         first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejections[:5])
         raise UserError(
@@ -70,17 +69,17 @@ def _check_any(path: Path, read: Scenes) -> None:
 
 
 def file_for_probes(paths: Mapping[str, str | None]) -> str:
-    """The file that probes are drawn from where none is named: one that is not trained on.
+    """The file that probes are drawn from where none is given: val, or else test, never train.
 
     Args:
-        paths: Split -> its file.
+        paths: Split -> its file, or None.
 
     Raises:
-        UserError: There is none.
+        UserError: There is neither.
     """
     for split in ("val", "test"):
         if (path := paths[split]) is not None:
-            decide("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
+            log_decision("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
             return path
     raise UserError(
         "There is nothing to look inside the model with.",

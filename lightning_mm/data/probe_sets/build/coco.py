@@ -1,16 +1,6 @@
-"""COCO's annotation files as rows of our own format: captions and things of each picture, put together.
+"""Reads any file with annotated images into Scenes: our own rows, LLaVA's, or COCO's annotation files.
 
-Data flow: ``captions_*.json`` and ``instances_*.json``, either of which leads to the other -> rows -> ``reading``. What
-an annotation holds counts, and not what its file is called: a caption, a thing, or both at once (RefCOCO's).
-
-A box of COCO is x, y, width, height; ours are edges. A crowd region (``iscrowd``) tells that its category is there, but
-neither where each one is nor how many there are. The category's ``supercategory`` is the coarser class.
-
-Any file that tells something about pictures, into Scenes; what cannot be so becomes a ledger entry with its line.
-
-Data flow: file -> rows (``sources``, ``coco``) -> checked Samples (``rows``) -> ``scenes`` -> ``drawing``.
-
-One row per picture, in a JSON list or one per line (JSONL):
+Our rows, one per image, in a JSON list or one per line (JSONL):
 
     {"id": "7", "image": "a.jpg",
      "caption": "a cat on a chair",
@@ -18,17 +8,23 @@ One row per picture, in a JSON list or one per line (JSONL):
      "objects": [{"name": "cat", "category": "animal", "box": [10, 20, 80, 90]}, {"name": "chair"}],
      "group": "12"}
 
-    image           relative to the image root, which it may not leave; the only key that must be there
-    caption         true of the picture; a text, or a list of several of which one is used
-    false_captions  nearly true: what a hard wrong caption is; made from other pictures' captions where it is missing
-    objects         everything there is: what is not listed counts as absent; ``box`` is [x0, y0, x1, y1] in pixels of
-                    the picture as stored, or missing if not known; ``category`` (and ``group``) are coarser names
-    group           of rows that depend on one another (frames of one video, pictures that trade captions): no split
-                    tears them apart, and they trade captions among themselves, or all with those of one other group
+    image           path relative to the image root, which it may not leave; the only required key
+    caption         true of the image; a text, or a list of several of which one is used
+    false_captions  nearly true captions; made from other images' captions where missing
+    objects         all objects: what is not listed counts as absent; ``box`` is [x0, y0, x1, y1] in pixels of the image
+                    as stored, or missing if not known; ``category`` (and ``group``) are coarser names
+    group           rows that depend on one another (frames of one video, images that exchange captions): no split
+                    divides them, and they exchange captions among themselves, or all with those of one other group
 
-The nano data's rows (``boxes``, ``caption_swapped``) and LLaVA's may hold the same keys beside a conversation; where
-one has no ``caption``, its answer may be one by the rule of ``descriptions``. COCO's annotation files are read by
-``coco``.
+Conversations (the nano data, LLaVA's) may have the same keys (or ``boxes``, ``caption_swapped``); without a
+``caption``, an answer may be one by the rule of ``scenes.caption_from_answer``.
+
+COCO: ``captions_*.json`` and ``instances_*.json``, either of which leads to the other. The content of an annotation
+counts, not the name of its file: a caption, an object, or both (RefCOCO). COCO's boxes are x, y, width, height. A crowd
+region (``iscrowd``) says that its category is present, not where or how many. ``supercategory`` is the coarser class.
+
+Data flow: file -> ``coco_rows`` or ``iter_json_rows`` -> checked Samples (``RowReader``) -> ``scene_of_sample`` ->
+``SceneFile`` -> ``sampling``.
 """
 
 import json
@@ -40,24 +36,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.probe_sets.build.sampling import not_whole
-from lightning_mm.data.probe_sets.build.scenes import RULE, Scene, Unused, scene
+from lightning_mm.data.probe_sets.build.sampling import incomplete_group
+from lightning_mm.data.probe_sets.build.scenes import RULE, NotProbeable, Scene, scene_of_sample
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import BadRow, RowReader
+from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
 
-_BETWEEN = re.compile(r"[\s,:]*")
+_SEPARATORS = re.compile(r"[\s,:]*")
 _LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
 _LISTS = ("images", "annotations", "categories", "licenses")
 _KEYS_OF_ROWS = ("image", "conversations", "messages")
-File = Mapping[str, Any]
-ByPicture = Mapping[int, list[Any]]
+AnnotationFile = Mapping[str, Any]
+ByImage = Mapping[int, list[Any]]
 
 
 def is_coco(head: str) -> bool:
-    """Whether a file that begins so is one of COCO's: one object of lists of objects, and not a row, or many of them.
+    """Whether a file with this beginning is one of COCO's: a single object with lists of objects.
 
     Example:
         >>> is_coco('{"info": {"year": 2017}, "images": [{"id": 5, "file_')
@@ -65,51 +61,50 @@ def is_coco(head: str) -> bool:
         >>> is_coco('{"info": {"year": 2017}, "image": "a.jpg", "caption": "a cat"}')
         False
     """
-    told = _beginnings(head)
-    lists = {key: bool(_LIST_OF_OBJECTS.match(value)) for key, value in told.items() if key in _LISTS}
-    if any(key in told for key in _KEYS_OF_ROWS) or not lists.get("images", True):
+    prefixes = _value_prefixes(head)
+    lists = {key: bool(_LIST_OF_OBJECTS.match(value)) for key, value in prefixes.items() if key in _LISTS}
+    if any(key in prefixes for key in _KEYS_OF_ROWS) or not lists.get("images", True):
         return False
-    return any(lists.values()) or told.get("info", "").startswith("{")
+    return any(lists.values()) or prefixes.get("info", "").startswith("{")
 
 
-def _beginnings(head: str) -> dict[str, str]:
-    """How the value of each key begins, as far as the text goes."""
-    decoder, told = json.JSONDecoder(), dict[str, str]()
+def _value_prefixes(head: str) -> dict[str, str]:
+    """Key -> beginning of its value, as far as the text goes."""
+    decoder, prefixes = json.JSONDecoder(), dict[str, str]()
     if not head.lstrip().startswith("{"):
-        return told
+        return prefixes
     at = head.index("{") + 1
     try:
         while head[at : at + 1] != "}":
-            key, at = decoder.raw_decode(head, _after(head, at))
-            at = _after(head, at)
-            told[str(key)] = head[at : at + 64]
+            key, at = decoder.raw_decode(head, _skip_separators(head, at))
+            at = _skip_separators(head, at)
+            prefixes[str(key)] = head[at : at + 64]
             _, at = decoder.raw_decode(head, at)
-    except (ValueError, RecursionError):  # the text ends here, or is no JSON
+    except (ValueError, RecursionError):  # the text ends here, or is not JSON
         pass
-    return told
+    return prefixes
 
 
-def _after(text: str, at: int) -> int:
-    between = _BETWEEN.match(text, at)
+def _skip_separators(text: str, at: int) -> int:
+    between = _SEPARATORS.match(text, at)
     assert between is not None
     return between.end()
 
 
 def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Rows in the order of the picture ids, each with its origin.
+    """Rows in the order of the image ids, each with its origin.
 
     Args:
-        path: An annotation file. Of ``captions_<split>.json`` and ``instances_<split>.json`` the other is read too if
-            it lies beside it.
+        path: An annotation file; ``captions_<split>.json`` and ``instances_<split>.json`` beside it are read together.
 
     Raises:
-        UserError: It is no annotation file of this kind.
+        UserError: It is not such a file.
     """
-    paths = [path, *_beside(path)]
-    files = [_file(each) for each in paths]
+    paths = [path, *_companion_file(path)]
+    files = [_load_annotations(each) for each in paths]
     pictures = {image["id"]: image["file_name"] for file in reversed(files) for image in file["images"]}
-    captions, things = _captions(files), _things(files)
-    decide(
+    captions, things = _captions(files), _objects(files)
+    log_decision(
         "data.probes",
         f"{len(captions)} pictures with captions, {len(things)} with known things",
         f"COCO's annotations in {' and '.join(each.name for each in paths)}",
@@ -123,8 +118,8 @@ def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path.name}:image {number}", row
 
 
-def _beside(path: Path) -> list[Path]:
-    """The file of the other kind with the same ending of its name, if there is one."""
+def _companion_file(path: Path) -> list[Path]:
+    """The file of the other kind with the same suffix, if there is one."""
     for own, other in (("captions", "instances"), ("instances", "captions")):
         found = path.with_name(other + path.name.removeprefix(own))
         if path.name.startswith(own) and found.is_file():
@@ -132,34 +127,34 @@ def _beside(path: Path) -> list[Path]:
     return []
 
 
-def _file(path: Path) -> File:
+def _load_annotations(path: Path) -> AnnotationFile:
     try:
-        told = json.loads(path.read_text(encoding="utf-8-sig"))
-        _check(told)
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        _check(content)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not one of COCO's annotation files.",
             f"{type(error).__name__}: {error}.",
             "Name captions_*.json or instances_*.json; panoptic files are of another kind.",
         ) from error
-    assert isinstance(told, dict)
-    return told
+    assert isinstance(content, dict)
+    return content
 
 
-def _check(told: Any) -> None:
-    """Raise what ``_file`` explains where something that is read later is not there or of another type."""
-    for image in told["images"]:
+def _check(content: Any) -> None:
+    """Raise where something that is read later is missing or of another type."""
+    for image in content["images"]:
         if not isinstance(image["id"], int) or not isinstance(image["file_name"], str):
             raise TypeError(f"a picture is {image!r:.80}")
-    known = {each["id"] for each in told.get("categories", ()) if isinstance(each["name"], str)}
-    for each in told["annotations"]:
+    known = {each["id"] for each in content.get("categories", ()) if isinstance(each["name"], str)}
+    for each in content["annotations"]:
         is_caption = isinstance(each.get("caption"), str)
         if not isinstance(each["image_id"], int) or not (is_caption or each.get("category_id") in known):
             raise TypeError(f"an annotation is {each!r:.80}")
 
 
-def _captions(files: list[File]) -> ByPicture:
-    """Captions by picture, without their full stops; blank ones, which COCO has, left out."""
+def _captions(files: list[AnnotationFile]) -> ByImage:
+    """Captions by image, without full stops; blank ones, which COCO has, left out."""
     found: dict[int, list[Any]] = defaultdict(list)
     for each in (each for file in files for each in file["annotations"]):
         caption = each.get("caption")
@@ -168,29 +163,31 @@ def _captions(files: list[File]) -> ByPicture:
     return dict(found)
 
 
-def _things(files: list[File]) -> ByPicture:
-    """Things by picture, for the pictures that a file of things lists: where it knows of none, none is there."""
+def _objects(files: list[AnnotationFile]) -> ByImage:
+    """Objects by image, for the images listed by a file with objects: an image without any has none."""
     found: dict[int, list[Any]] = {}
     for file in files:
         categories = {each["id"]: each for each in file.get("categories", ())}
-        told = [each for each in file["annotations"] if each.get("category_id") in categories]
-        for image in file["images"] if told else ():
+        annotations = [each for each in file["annotations"] if each.get("category_id") in categories]
+        for image in file["images"] if annotations else ():
             found.setdefault(image["id"], [])
-        for each in told:
+        for each in annotations:
             things = found.setdefault(each["image_id"], [])
-            if (thing := _thing(each, categories)) not in things:  # one thing may be told of in several captions
+            if (
+                thing := _object(each, categories)
+            ) not in things:  # one thing may be annotations of in several captions
                 things.append(thing)
     return found
 
 
-def _thing(told: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
-    category = categories[told["category_id"]]
-    box = None if told.get("iscrowd") else _edges(told.get("bbox"))
+def _object(annotation: Mapping[str, Any], categories: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    category = categories[annotation["category_id"]]
+    box = None if annotation.get("iscrowd") else _box_edges(annotation.get("bbox"))
     return {"name": category["name"], "category": category.get("supercategory"), "box": box}
 
 
-def _edges(box: object) -> list[float] | None:
-    """x0, y0, x1, y1; None where the box is of no area, as some of COCO's are, or of less than the first pixel."""
+def _box_edges(box: object) -> list[float] | None:
+    """x0, y0, x1, y1; None for a box without area, as some of COCO's, or within the first pixel."""
     sides = box if isinstance(box, list) else []
     if len(sides) != 4 or not all(isinstance(side, int | float) and math.isfinite(side) for side in sides):
         return None
@@ -198,18 +195,18 @@ def _edges(box: object) -> list[float] | None:
     return [x, y, x + width, y + height] if width > 0 and height > 0 and max(x + width, y + height) > 1 else None
 
 
-_ASKED = {"conversations": [{"from": "human", "value": "What is in the picture?"}]}
-"""For rows that only tell about a picture: the reader of conversations then checks their picture's path."""
+_DUMMY_CONVERSATION = {"conversations": [{"from": "human", "value": "What is in the picture?"}]}
+"""Added to rows without a conversation, so that ``RowReader`` checks the path of their image."""
 
 
 @dataclass(frozen=True)
-class Scenes:
-    """A file, read.
+class SceneFile:
+    """The content of a file.
 
     Args:
-        scenes: One per picture, in file order.
-        rejections: Rows that are wrong.
-        num_rows: All rows, also those that tell nothing that can be asked.
+        scenes: One per image, in file order.
+        rejections: Rows that are invalid.
+        num_rows: Number of all rows, also of those without annotations.
     """
 
     scenes: tuple[Scene, ...]
@@ -217,15 +214,15 @@ class Scenes:
     num_rows: int
 
 
-def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scenes:
-    """Read a file of pictures with captions or objects.
+def read_scenes(path: Path | str, image_root: Path | str | None = None) -> SceneFile:
+    """The scenes of a file with annotated images.
 
     Args:
-        path: Rows in one of the forms above, or a COCO annotation file.
-        image_root: The folder that image paths are relative to; the file's own folder if None.
+        path: A file in one of the formats above.
+        image_root: Folder that image paths are relative to; None takes the file's own folder.
 
     Raises:
-        UserError: No such file, or not one that can be read.
+        UserError: There is no such file, or it cannot be read.
     """
     path = Path(path)
     if not path.is_file():
@@ -241,10 +238,10 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
         num_rows += 1
         try:
             found = _scene(reader, row, origin)
-        except BadRow as error:
+        except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
             torn.add(str(row.get("group", "")) if isinstance(row, dict) else "")
-        except Unused as why:
+        except NotProbeable as why:
             unused[str(why)] += 1
         else:
             known = scenes.get(found.image)
@@ -252,32 +249,32 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
             if known is None or found.richness > known.richness:
                 scenes[found.image] = found
     torn &= {each.group for each in scenes.values() if each.group and each.false_captions}
-    rejections += [not_whole(each) for each in scenes.values() if each.group in torn]
+    rejections += [incomplete_group(each) for each in scenes.values() if each.group in torn]
     whole = [each for each in scenes.values() if each.group not in torn]
-    _say(path, len(whole), num_rows, unused)
-    return Scenes(_with_unique_ids(whole), tuple(rejections), num_rows)
+    _log_scenes(path, len(whole), num_rows, unused)
+    return SceneFile(_with_unique_ids(whole), tuple(rejections), num_rows)
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open("rb") as file:
         head = file.read(65536).decode("utf-8-sig", errors="replace")
-    return coco_rows(path) if is_coco(head) else conversations.raw_rows(path)
+    return coco_rows(path) if is_coco(head) else conversations.iter_json_rows(path)
 
 
 def _scene(reader: RowReader, row: Any, origin: str) -> Scene:
     if isinstance(row, dict) and "conversations" not in row and "messages" not in row:
         if row.get("image") is None:
-            raise BadRow("no picture: the row has no 'image'")
-        return scene(reader.sample({**row, **_ASKED}, origin))
+            raise InvalidRow("no picture: the row has no 'image'")
+        return scene_of_sample(reader.sample({**row, **_DUMMY_CONVERSATION}, origin))
     sample = reader.sample(row, origin)
     try:
-        return scene(sample)
-    except BadRow as error:  # a conversation may hold such keys with a meaning of its own
-        raise Unused(f"conversations whose keys say something else ({str(error).partition(':')[0]})") from error
+        return scene_of_sample(sample)
+    except InvalidRow as error:  # a conversation may have such keys with another meaning
+        raise NotProbeable(f"conversations whose keys say something else ({str(error).partition(':')[0]})") from error
 
 
 def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
-    """Ids are for people to find rows by; where a file uses one twice, the later ones get the line they are from."""
+    """The scenes with unique ids; a repeated id gets the line it is from."""
     made: dict[str, Scene] = {}
     for each in scenes:
         name = each.id if each.id not in made else f"{each.id} ({each.origin})"
@@ -285,9 +282,9 @@ def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
     return tuple(made.values())
 
 
-def _say(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
+def _log_scenes(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
     left_out = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
-    decide(
+    log_decision(
         "data.probes.captions",
         f"{num_scenes} pictures of {num_rows} rows in {path.name}",
         RULE + (f"; not used: {left_out}" if left_out else ""),

@@ -1,17 +1,16 @@
-"""Wrong captions for each picture, so chosen that words alone do not give them away.
+"""False captions for each image, balanced so that words alone do not predict the label.
 
-Data flow: Scenes with captions -> ``partners`` (who trades with whom) -> ``wrong_captions`` -> ``drawing``, which
-writes the rows.
+A caption that is only ever false, or a noun that is false more often than true, could be detected without the image.
+So images exchange captions: where one gets another's caption, or one of its nouns, the other gets its own. Over both
+images every text (random false captions) and every word (swapped nouns) is true as often as false. Images that exchange
+captions form a group that no split may divide: the half in training would teach the opposite of the half in the test.
+Groups given by the file exchange within, or all with those of one other group: if frames of one video exchanged with
+many videos, everything would be one group.
 
-A caption that is only ever wrong, or a noun that is oftener wrong than right, can be told without looking. So pictures
-trade: where one has another's caption, or one of its nouns, the other has its own. Over both pictures every text (for
-random wrong captions) and every word (for traded nouns) is as often true as false. Pictures that trade form a group
-that no split may tear apart: the half in training would teach the opposite of the half in the test. Groups of the file
-trade within, or all with those of one other group: were every frame of a video to trade with another video, all of them
-would hang together, and nothing could be split.
+Hard false captions are, in this order: given by the row; one noun swapped with an image that has no such object; the
+caption with the most words in common. Random ones are another image's caption.
 
-Hard wrong captions are, in this order: what the row itself gives; one noun traded with a picture that has no such
-thing; the caption that shares the most words. Random ones are another picture's caption as it is.
+Data flow: Scenes with captions -> ``false_captions`` (pairs, swaps) -> ``make_false_captions`` -> ``sampling``.
 """
 
 import random
@@ -22,13 +21,13 @@ from typing import Literal
 
 from lightning_mm.data.probe_sets.build.false_captions import (
     Pair,
-    are_strangers,
-    matched,
+    is_false_caption,
+    match_pairs,
+    mutually_false,
     nearest_pairs,
-    nouns,
-    surely_wrong,
-    trade,
-    traded,
+    nouns_to_swap,
+    swap_fitness,
+    swap_nouns,
 )
 from lightning_mm.data.probe_sets.build.scenes import Scene
 
@@ -36,14 +35,14 @@ Kind = Literal["given", "traded", "nearest"]
 
 
 @dataclass(frozen=True)
-class Wrong:
-    """The wrong captions of one picture.
+class FalseCaptions:
+    """The false captions of one image.
 
     Args:
-        random: Another picture's caption; None where there is none that is surely wrong.
-        hard: A nearly true one.
-        group: Of the pictures that trade, and of those that hang together with them.
-        kind: How ``hard`` was made.
+        random: Another image's caption; None where none is certainly false.
+        hard: A nearly true caption.
+        group: Name of the group of images that exchange captions.
+        kind: How ``hard`` was made: ``given``, ``traded`` (noun swapped) or ``nearest``.
     """
 
     random: str | None
@@ -52,40 +51,40 @@ class Wrong:
     kind: Kind
 
 
-def wrong_captions(scenes: Sequence[Scene], seed: int) -> dict[str, Wrong]:
-    """Wrong captions by the id of the scene; a scene that finds no partner has none.
+def make_false_captions(scenes: Sequence[Scene], seed: int) -> dict[str, FalseCaptions]:
+    """Id of a scene -> its false captions; a scene without a partner is left out.
 
     Args:
-        scenes: Those with a caption.
-        seed: Of the pairing.
+        scenes: Scenes with a caption.
+        seed: Random seed of the pairing.
     """
     order = sorted(scenes, key=lambda scene: scene.id)
     random.Random(f"{seed}:entailment").shuffle(order)
-    found: dict[str, Wrong] = {}
+    found: dict[str, FalseCaptions] = {}
     families = _families(order)
     singles = [family[0] for family in families if len(family) == 1]
     waiting: list[list[Scene]] = []
     for family in (family for family in families if len(family) > 1):
-        within = _within(family)
+        within = _match_within(family)
         if len(within) >= len(family) - 1:
-            found.update(_as_one(family, within))
+            found.update(_with_common_group(family, within))
         else:
             waiting.append(family)
-    for party in _parties(waiting, singles):
-        found.update(_as_one(party, _within(party)))
-    return found | _within(singles)
+    for party in _pair_groups(waiting, singles):
+        found.update(_with_common_group(party, _match_within(party)))
+    return found | _match_within(singles)
 
 
 def _families(scenes: Sequence[Scene]) -> list[list[Scene]]:
-    """What the file holds together; scenes of no group alone."""
+    """Scenes by the groups of the file; scenes without a group alone."""
     by_family: dict[str, list[Scene]] = {}
     for scene in scenes:
         by_family.setdefault(scene.family, []).append(scene)
     return list(by_family.values())
 
 
-def _parties(families: Sequence[list[Scene]], singles: list[Scene]) -> list[list[Scene]]:
-    """Groups of like size in twos; one left over takes as many of the single scenes, out of their list, if any."""
+def _pair_groups(families: Sequence[list[Scene]], singles: list[Scene]) -> list[list[Scene]]:
+    """Groups of similar size in pairs; one left over takes as many single scenes, out of their list, if any."""
     by_size = sorted(families, key=len, reverse=True)
     parties = [[one, other] for one, other in zip(by_size[::2], by_size[1::2], strict=False)]
     if len(by_size) % 2:
@@ -98,71 +97,73 @@ def _parties(families: Sequence[list[Scene]], singles: list[Scene]) -> list[list
     return [[scene for dealt in zip_longest(*party) for scene in dealt if scene] for party in parties]
 
 
-def _as_one(scenes: Sequence[Scene], found: Mapping[str, Wrong]) -> dict[str, Wrong]:
-    group = _group(scenes)
-    return {name: replace(wrong, group=group) for name, wrong in found.items()}
+def _with_common_group(scenes: Sequence[Scene], found: Mapping[str, FalseCaptions]) -> dict[str, FalseCaptions]:
+    group = _group_name(scenes)
+    return {name: replace(captions, group=group) for name, captions in found.items()}
 
 
-def _within(scenes: Sequence[Scene]) -> dict[str, Wrong]:
-    """Wrong captions from among these scenes."""
-    found: dict[str, Wrong] = {}
-    given, alone = _givers([scene for scene in scenes if scene.false_captions])
+def _match_within(scenes: Sequence[Scene]) -> dict[str, FalseCaptions]:
+    """False captions from among these scenes."""
+    found: dict[str, FalseCaptions] = {}
+    given, alone = _split_given([scene for scene in scenes if scene.false_captions])
     for family in given:
         found.update(_given(family))
-    pairs, rest = matched([scene for scene in scenes if not scene.false_captions], trade, enough=2.0)
+    pairs, rest = match_pairs([scene for scene in scenes if not scene.false_captions], swap_fitness, enough=2.0)
     for pair in pairs:
         found.update(_traded(pair))
-    for block in _blocks(nearest_pairs(rest + alone)):
+    for block in _pair_blocks(nearest_pairs(rest + alone)):
         found.update(_nearest(block))
     return found
 
 
-def _givers(scenes: Sequence[Scene]) -> tuple[list[list[Scene]], list[Scene]]:
-    """Scenes whose rows give wrong captions: groups as the rows say, the others in twos."""
+def _split_given(scenes: Sequence[Scene]) -> tuple[list[list[Scene]], list[Scene]]:
+    """Scenes whose rows give false captions, by group or in pairs, and those without a partner."""
     families = _families(scenes)
-    pairs, left = matched([family[0] for family in families if len(family) == 1], are_strangers, enough=1.0)
+    pairs, left = match_pairs([family[0] for family in families if len(family) == 1], mutually_false, enough=1.0)
     return [family for family in families if len(family) > 1] + [list(pair) for pair in pairs], left
 
 
-def _given(family: Sequence[Scene]) -> dict[str, Wrong]:
-    group, others = _group(family), _others([[scene] for scene in family])
-    return {scene.id: Wrong(others.get(scene.id), scene.false_captions[0], group, "given") for scene in family}
+def _given(family: Sequence[Scene]) -> dict[str, FalseCaptions]:
+    group, others = _group_name(family), _rotate_captions([[scene] for scene in family])
+    return {scene.id: FalseCaptions(others.get(scene.id), scene.false_captions[0], group, "given") for scene in family}
 
 
-def _traded(pair: Pair) -> dict[str, Wrong]:
+def _traded(pair: Pair) -> dict[str, FalseCaptions]:
     one, other = pair
-    a, b = nouns(one, other)
-    hard = traded(one.caption, a, other.caption, b)
-    group = _group(pair)
+    a, b = nouns_to_swap(one, other)
+    hard = swap_nouns(one.caption, a, other.caption, b)
+    group = _group_name(pair)
     return {
-        one.id: Wrong(other.caption, hard[0], group, "traded"),
-        other.id: Wrong(one.caption, hard[1], group, "traded"),
+        one.id: FalseCaptions(other.caption, hard[0], group, "traded"),
+        other.id: FalseCaptions(one.caption, hard[1], group, "traded"),
     }
 
 
-def _nearest(block: Sequence[Pair]) -> dict[str, Wrong]:
-    """Within a pair captions are near; the next pair of the block gives the random ones."""
-    group, others = _group([scene for pair in block for scene in pair]), _others(block)
+def _nearest(block: Sequence[Pair]) -> dict[str, FalseCaptions]:
+    """False captions of a block of pairs: hard ones within a pair, random ones from the next pair."""
+    group, others = _group_name([scene for pair in block for scene in pair]), _rotate_captions(block)
     return {
-        scene.id: Wrong(others.get(scene.id), near.caption, group, "nearest")
+        scene.id: FalseCaptions(others.get(scene.id), near.caption, group, "nearest")
         for pair in block
         for scene, near in zip(pair, reversed(pair), strict=True)
     }
 
 
-def _others(units: Sequence[Sequence[Scene]]) -> dict[str, str]:
-    """For each scene the caption of its like in another unit, handed round so that each is used once; nothing at all
-    where it cannot be done with captions that are surely wrong: half of a trade would leave a cue."""
+def _rotate_captions(units: Sequence[Sequence[Scene]]) -> dict[str, str]:
+    """Scene id -> caption of the corresponding scene of another unit, each caption used once.
+
+    Empty where that is not possible with captions that are certainly false: an incomplete exchange would be a cue.
+    """
     for shift in range(1, len(units)):
         givers = [*units[shift:], *units[:shift]]
         pairs = [pair for unit, giver in zip(units, givers, strict=True) for pair in zip(unit, giver, strict=True)]
-        if all(surely_wrong(giver, scene) for scene, giver in pairs):
+        if all(is_false_caption(giver, scene) for scene, giver in pairs):
             return {scene.id: giver.caption for scene, giver in pairs}
     return {}
 
 
-def _blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
-    """Two pairs each, the last of three where their number is odd."""
+def _pair_blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """Blocks of two pairs, the last of three where their number is odd."""
     blocks = [list(pairs[i : i + 2]) for i in range(0, len(pairs), 2)]
     if len(blocks) > 1 and len(blocks[-1]) == 1:
         odd = blocks.pop()
@@ -170,5 +171,5 @@ def _blocks(pairs: Sequence[Pair]) -> list[list[Pair]]:
     return blocks
 
 
-def _group(scenes: Sequence[Scene]) -> str:
+def _group_name(scenes: Sequence[Scene]) -> str:
     return "+".join(sorted({scene.family for scene in scenes}))

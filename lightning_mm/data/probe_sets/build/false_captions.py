@@ -1,11 +1,12 @@
-"""Which pictures may trade captions, or a noun of them: what each gets must be false of it, as far as anybody knows.
+"""Pairs of images that may exchange captions or nouns, and the exchange itself.
 
-Data flow: Scenes with captions -> ``matched``, ``nearest_pairs`` -> ``entailment``.
+What an image gets must be false of it, as far as its annotations and captions tell. Nouns are found in captions by the
+names of annotated objects.
+
+Data flow: Scenes with captions -> ``match_pairs``, ``nearest_pairs`` -> pairs; ``find_mentions`` -> ``swap_nouns`` ->
+captions with one noun exchanged -> ``entailment``.
+
 Shapes: N scenes, V different words.
-
-Nouns of captions: where a thing is named, and two captions with one noun traded.
-
-Data flow: captions and the names of what is in the pictures -> ``mentions``, ``traded`` -> ``entailment``.
 """
 
 import re
@@ -25,19 +26,19 @@ _STOP_WORDS = frozenset(
      "are", "was", "were", "be", "been", "being", "there", "this", "that", "these", "those", "it", "its", "his", "her",
      "their", "some")
 )  # fmt: skip
-"""Words that two captions share whatever they say."""
+"""Words that are ignored when captions are compared."""
 
 
 @dataclass(frozen=True)
-class Mention:
-    """A thing named in a caption.
+class NounMention:
+    """An object named in a caption.
 
     Args:
-        name: Of the thing, in the singular.
-        is_plural: Whether the caption speaks of several, as "sheep" without an article is taken to.
-        article: "a" or "an" where it stands before it, in lower case; else nothing.
+        name: Name of the object, singular.
+        is_plural: Whether the caption uses the plural ("sheep" without an article counts as one).
+        article: "a" or "an" if it precedes the noun, in lower case; else empty.
         start: First character.
-        end: One past the last.
+        end: One past the last character.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Mention:
 
 @lru_cache(maxsize=8192)
 def words(caption: str) -> tuple[str, ...]:
-    """Its words in lower case.
+    """Words of a caption in lower case.
 
     Example:
         >>> words("A dog's ball, on-line.")
@@ -59,25 +60,25 @@ def words(caption: str) -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=8192)
-def content(caption: str) -> frozenset[str]:
-    """Its words without those that say little; all of them where none else is left.
+def content_words(caption: str) -> frozenset[str]:
+    """Words of a caption without stop words; all of them where it has no others.
 
     Example:
         >>> sorted(content("A cat on the mat")), sorted(content("This is it"))
         (['cat', 'mat'], ['is', 'it', 'this'])
     """
-    said = frozenset(words(caption))
-    return said - _STOP_WORDS or said
+    found = frozenset(words(caption))
+    return found - _STOP_WORDS or found
 
 
-def likeness(one: str, other: str) -> float:
-    """What share of all their content words two captions have in common (Jaccard), 0 to 1.
+def jaccard(one: str, other: str) -> float:
+    """Jaccard similarity of the content words of two captions, 0 to 1.
 
     Example:
         >>> likeness("A cat on a mat", "the cat is on the mat"), likeness("a red cat", "a blue cat")
         (1.0, 0.3333333333333333)
     """
-    a, b = content(one), content(other)
+    a, b = content_words(one), content_words(other)
     return len(a & b) / max(1, len(a | b))
 
 
@@ -89,76 +90,84 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 @lru_cache(maxsize=8192)
-def mentions(caption: str, names: frozenset[str]) -> tuple[Mention, ...]:
-    """The things of these names that a caption names once; of two that overlap ("dog", "hot dog") the longer one."""
-    found: list[Mention] = []
+def find_mentions(caption: str, names: frozenset[str]) -> tuple[NounMention, ...]:
+    """Objects of these names that a caption names once; of overlapping ones ("dog", "hot dog") the longer."""
+    found: list[NounMention] = []
     for name in sorted(names, key=lambda name: (-len(name), name)):
         hits = [hit for hit in _pattern(name).finditer(caption) if not any(_overlap(hit.span(), m) for m in found)]
         if len(hits) == 1:
             article = _ARTICLE.search(caption[: hits[0].start()])
             is_plural = hits[0].groupdict().get("many") is not None or (not article and plural(name) == name)
-            found.append(Mention(name, is_plural, article[1].lower() if article else "", *hits[0].span()))
+            found.append(NounMention(name, is_plural, article[1].lower() if article else "", *hits[0].span()))
     return tuple(found)
 
 
-def speaks_of(caption: str, name: str) -> bool:
-    """Whether a caption names a thing, once or several times."""
+def mentions_name(caption: str, name: str) -> bool:
+    """Whether a caption names an object, once or more."""
     return bool(_pattern(name).search(caption))
 
 
-def _overlap(span: tuple[int, int], mention: Mention) -> bool:
+def _overlap(span: tuple[int, int], mention: NounMention) -> bool:
     return span[0] < mention.end and mention.start < span[1]
 
 
-def traded(one: str, a: Mention, other: str, b: Mention) -> tuple[str, str]:
-    """Both captions, each with the other's noun in the place of its own.
+def swap_nouns(one: str, a: NounMention, other: str, b: NounMention) -> tuple[str, str]:
+    """Both captions, each with the other's noun in place of its own.
 
-    What a noun brings along is its article as its own caption has it ("a unicorn", "an owl"); what stays with the place
-    is its capital. So nothing is to be seen in false captions alone.
+    A noun takes its article along ("a unicorn", "an owl"); the capital letter belongs to the position. So false
+    captions have no grammatical cue.
 
     Example:
         >>> one, other = "An owl on a branch", "two men and a dog"
         >>> traded(one, *mentions(one, frozenset(["owl"])), other, *mentions(other, frozenset(["dog"])))
         ('A dog on a branch', 'two men and an owl')
     """
-    return _replaced(one, a, _noun(other, b), b.article), _replaced(other, b, _noun(one, a), a.article)
+    return _replace_noun(one, a, _lowercase_noun(other, b), b.article), _replace_noun(
+        other, b, _lowercase_noun(one, a), a.article
+    )
 
 
-def _has_capital(caption: str, mention: Mention) -> bool:
-    """Whether the noun has a capital for where it stands (a sentence, a title) and not for what it is (a TV)."""
+def _has_capital(caption: str, mention: NounMention) -> bool:
+    """Whether the noun is capitalized for its position (a sentence, a title) and not by itself (a TV)."""
     noun = caption[mention.start : mention.end]
     return noun[0].isupper() and noun[1:] == noun[1:].lower() and (mention.start == 0 or mention.name[0].islower())
 
 
-def _noun(caption: str, mention: Mention) -> str:
+def _lowercase_noun(caption: str, mention: NounMention) -> str:
     noun = caption[mention.start : mention.end]
     return noun[0].lower() + noun[1:] if _has_capital(caption, mention) else noun
 
 
-def _replaced(caption: str, mention: Mention, noun: str, article: str) -> str:
+def _replace_noun(caption: str, mention: NounMention, noun: str, article: str) -> str:
     before, after = caption[: mention.start], caption[mention.end :]
     if own := _ARTICLE.search(before):
         before = before[: own.start()] + own[1][0] + article[1:] + own[2]
-    begins_so = not before and caption[0].isupper()
-    return before + (noun[0].upper() + noun[1:] if begins_so or _has_capital(caption, mention) else noun) + after
+    starts_caption = not before and caption[0].isupper()
+    return before + (noun[0].upper() + noun[1:] if starts_caption or _has_capital(caption, mention) else noun) + after
 
 
-_LOOK_AHEAD = 200
-"""How many scenes are looked at for a partner before the best of them is taken: more would take minutes."""
-_TOO_ALIKE = 0.7
-"""Captions that share so much of their content say the same, as far as anybody knows who does not know the things."""
+_MAX_CANDIDATES = 200
+"""Number of candidates compared for a partner; more would take minutes."""
+_MAX_SIMILARITY = 0.7
+"""Captions with a higher Jaccard similarity count as equivalent where objects are not annotated."""
 
 Pair = tuple[Scene, Scene]
 
 
-def matched(
+def match_pairs(
     scenes: Sequence[Scene], fitness: Callable[[Scene, Scene], float], *, enough: float
 ) -> tuple[list[Pair], list[Scene]]:
-    """Each scene in turn with the fittest of the next ones, or the first that is fit enough; alone if none is fit."""
+    """Pairs of scenes, and scenes without a partner; each in turn takes the best of the next candidates.
+
+    Args:
+        scenes: Scenes in order.
+        fitness: Score of a pair; 0 excludes it.
+        enough: Score at which the search for a partner stops.
+    """
     pairs, left, waiting = [], [], list(scenes)
     while waiting:
         scene, best, at = waiting.pop(0), 0.0, -1
-        for i, other in enumerate(waiting[:_LOOK_AHEAD]):
+        for i, other in enumerate(waiting[:_MAX_CANDIDATES]):
             if (fit := fitness(scene, other)) > best:
                 best, at = fit, i
             if best >= enough:
@@ -170,20 +179,20 @@ def matched(
     return pairs, left
 
 
-def are_strangers(one: Scene, other: Scene) -> float:
-    """1 where each one's caption is surely wrong about the other, else 0."""
-    return float(surely_wrong(one, other) and surely_wrong(other, one))
+def mutually_false(one: Scene, other: Scene) -> float:
+    """1 where each scene's caption is certainly false for the other, else 0."""
+    return float(is_false_caption(one, other) and is_false_caption(other, one))
 
 
-def trade(one: Scene, other: Scene) -> float:
-    """2 where a noun can be traded for one of the same category, 1 where for another, 0 where none can."""
-    if one.objects is None or other.objects is None or not are_strangers(one, other):
+def swap_fitness(one: Scene, other: Scene) -> float:
+    """2 where nouns of one category can be swapped, 1 where only others can, 0 where none can."""
+    if one.objects is None or other.objects is None or not mutually_false(one, other):
         return 0.0
-    return max((1.0 + alike for _, _, alike in _tradable(one, other)), default=0.0)
+    return max((1.0 + alike for _, _, alike in _swappable(one, other)), default=0.0)
 
 
 def nearest_pairs(scenes: Sequence[Scene]) -> list[Pair]:
-    """Each scene in turn with the one left that shares the most of its words (Jaccard); nobody with its equal."""
+    """Each scene in turn with the remaining one whose caption has the most words in common (Jaccard)."""
     vocabulary = {word: i for i, word in enumerate(sorted({word for s in scenes for word in words(s.caption)}))}
     holds_NV = np.zeros((len(scenes), len(vocabulary)), dtype=np.float32)
     for row, scene in zip(holds_NV, scenes, strict=True):
@@ -194,62 +203,62 @@ def nearest_pairs(scenes: Sequence[Scene]) -> list[Pair]:
     for i, scene in enumerate(scenes):
         order = np.argsort(-near_NN[i], kind="stable") if is_left[i] else ()
         is_left[i] = False
-        for j in (j for j in order if is_left[j] and are_strangers(scene, scenes[j])):
+        for j in (j for j in order if is_left[j] and mutually_false(scene, scenes[j])):
             pairs.append((scene, scenes[j]))
             is_left[j] = False
             break
     return pairs
 
 
-def surely_wrong(told: Scene, shown: Scene) -> bool:
-    """Whether the caption of one picture says something else than the other's."""
-    named = mentions(told.caption, _names(told))
-    if not named or shown.objects is None:
-        return all(likeness(told.caption, caption) <= _TOO_ALIKE for caption in shown.captions)
-    there = _names(shown)
-    return any(each.name not in there and not _speaks_of(shown, each.name) for each in named)
+def is_false_caption(source: Scene, target: Scene) -> bool:
+    """Whether the caption of ``source`` is certainly false for ``target``."""
+    named = find_mentions(source.caption, _object_names(source))
+    if not named or target.objects is None:
+        return all(jaccard(source.caption, caption) <= _MAX_SIMILARITY for caption in target.captions)
+    there = _object_names(target)
+    return any(each.name not in there and not _any_caption_mentions(target, each.name) for each in named)
 
 
-def _speaks_of(scene: Scene, name: str) -> bool:
-    """Whether any of the captions does, also those that are not used."""
-    return any(speaks_of(caption, name) for caption in scene.captions)
+def _any_caption_mentions(scene: Scene, name: str) -> bool:
+    """Whether any caption of a scene names it, unused ones included."""
+    return any(mentions_name(caption, name) for caption in scene.captions)
 
 
-def _names(scene: Scene) -> frozenset[str]:
+def _object_names(scene: Scene) -> frozenset[str]:
     return frozenset(each.name for each in scene.objects or ())
 
 
-def _tradable(one: Scene, other: Scene) -> list[tuple[Mention, Mention, bool]]:
-    """Pairs of nouns that may be traded and fit in each other's place, and whether they are of one category."""
+def _swappable(one: Scene, other: Scene) -> list[tuple[NounMention, NounMention, bool]]:
+    """Pairs of nouns that may be swapped and fit each other's place, and whether they are of one category."""
     return [
         (a, b, _category(one, a) == _category(other, b))
-        for a in _strangers(one, other)
-        for b in _strangers(other, one)
+        for a in _absent_mentions(one, other)
+        for b in _absent_mentions(other, one)
         if (a.is_plural, bool(a.article)) == (b.is_plural, bool(b.article))
     ]
 
 
-def nouns(one: Scene, other: Scene) -> tuple[Mention, Mention]:
-    """The nouns that two scenes trade; ``trade`` says whether there are any."""
-    a, b, _ = max(_tradable(one, other), key=lambda trade: trade[2])
+def nouns_to_swap(one: Scene, other: Scene) -> tuple[NounMention, NounMention]:
+    """The nouns that two scenes swap; ``swap_fitness`` must be positive."""
+    a, b, _ = max(_swappable(one, other), key=lambda trade: trade[2])
     return a, b
 
 
-def _strangers(one: Scene, other: Scene) -> list[Mention]:
-    """What the first caption names that the second picture neither holds nor speaks of, nor anything like it."""
-    there = {kind for each in other.objects or () for kind in _fine(each)}
-    near = {each.name: _fine(each) & there for each in one.objects or ()}
+def _absent_mentions(one: Scene, other: Scene) -> list[NounMention]:
+    """What the first caption names and the second scene neither contains nor mentions, nor anything similar."""
+    there = {kind for each in other.objects or () for kind in _fine_kinds(each)}
+    near = {each.name: _fine_kinds(each) & there for each in one.objects or ()}
     return [
         mention
-        for mention in mentions(one.caption, _names(one))
-        if not near[mention.name] and not _speaks_of(other, mention.name)
+        for mention in find_mentions(one.caption, _object_names(one))
+        if not near[mention.name] and not _any_caption_mentions(other, mention.name)
     ]
 
 
-def _fine(each: SceneObject) -> set[str]:
+def _fine_kinds(each: SceneObject) -> set[str]:
     return {kind for level, kind in each.kinds.items() if level != "category"}
 
 
-def _category(scene: Scene, mention: Mention) -> str:
+def _category(scene: Scene, mention: NounMention) -> str:
     kinds = next(each.kinds for each in scene.objects or () if each.name == mention.name)
     return kinds.get("category", kinds["name"])

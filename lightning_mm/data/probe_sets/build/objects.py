@@ -1,9 +1,9 @@
-"""What can be asked about the things in a picture: which are there, how many, and where the only one is.
+"""Probe labels about the objects of an image: which are present, how many, and on which side the only one is.
 
-Data flow: Scenes with objects -> ``Questions.of`` (which classes there are enough of) -> labels of each picture row.
+A class must be present in at least ``MIN_PICTURES`` images, and ``MIN_SHARE`` of them, and absent in as many. Of the
+levels of object names (name, group, category) the finest is used whose frequent classes cover half of all objects.
 
-A class must be there in at least ``MIN_PICTURES`` pictures, and ``MIN_SHARE`` of them, and missing in as many. Of the
-levels at which things have names (name, group, category) the finest is taken whose classes hold half of all things.
+Data flow: Scenes with objects -> ``ObjectProbes.of`` (classes that are frequent enough) -> labels of ``picture`` rows.
 """
 
 import math
@@ -11,29 +11,29 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_mm.core.decisions import decide
-from lightning_mm.data.probe_sets.build.patch_grids import clipped
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.data.probe_sets.build.patch_grids import clip_box
 from lightning_mm.data.probe_sets.build.scenes import LEVELS, Box, Scene, SceneObject
 from lightning_mm.data.probe_sets.files import Label, ObjectBox
 
 MIN_PICTURES = 8
 MIN_SHARE = 0.02
 MAX_BOXES = 8
-"""Things per picture that get a site of their own: the largest."""
-OFF_CENTRE = 0.1
-"""How far from the middle, as a share of the width, a thing's centre must be to be called left or right."""
+"""Largest number of objects per image with a site of their own."""
+OFF_CENTER = 0.1
+"""Minimum horizontal distance of a box center from the image center, as a share of the width."""
 SIDES = ("left", "right")
 
 
 @dataclass(frozen=True)
-class Questions:
-    """What is asked, decided for a whole set.
+class ObjectProbes:
+    """Classes of the object probes, determined for a whole set.
 
     Args:
-        level: One of ``LEVELS``: at which a thing's class is read.
-        classes: Names of the classes of things; none if nothing is frequent enough.
-        counts: Numbers of things that occur often enough.
-        has_sides: Whether enough pictures show one thing off the centre.
+        level: One of ``LEVELS``: the name that is an object's class.
+        classes: Names of the object classes; empty if nothing is frequent enough.
+        counts: Numbers of objects that are frequent enough.
+        has_sides: Whether enough images show a single object off the center.
     """
 
     level: str
@@ -42,33 +42,33 @@ class Questions:
     has_sides: bool
 
     @classmethod
-    def of(cls, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> "Questions":
-        """Decide, and say so.
+    def of(cls, scenes: Sequence[Scene], sizes: Sequence[tuple[int, int]]) -> "ObjectProbes":
+        """The classes for a set of scenes; they are logged.
 
         Args:
-            scenes: The pictures of the set.
-            sizes: Width and height of each.
+            scenes: Scenes of the set.
+            sizes: Width and height in pixels of each image.
         """
         known = [scene for scene in scenes if scene.objects is not None]
         if not known:
             return cls("name", (), (), False)
         least = max(MIN_PICTURES, math.ceil(MIN_SHARE * len(known)))
-        level, classes = _level(known, least)
+        level, classes = _finest_level(known, least)
         how = f"those in {least} pictures or more, and missing in as many, of {len(known)}; by {level}"
-        decide("data.probes.objects", f"{len(classes)} classes: {', '.join(classes) or 'none'}", how)
-        counts = _at_least(least, [_count(scene) for scene in known])
-        decide(
+        log_decision("data.probes.objects", f"{len(classes)} classes: {', '.join(classes) or 'none'}", how)
+        counts = _frequent_values(least, [_count(scene) for scene in known])
+        log_decision(
             "data.probes.count",
             ", ".join(map(str, counts)) or "not asked",
             f"numbers of things in {least} pictures or more",
         )
         sides = [_side(scene, size) for scene, size in zip(scenes, sizes, strict=True)]
-        has_sides = set(_at_least(least, sides)) == set(range(len(SIDES)))
-        told = Counter(SIDES[side] for side in sides if side is not None)
-        decide(
+        has_sides = set(_frequent_values(least, sides)) == set(range(len(SIDES)))
+        per_side = Counter(SIDES[side] for side in sides if side is not None)
+        log_decision(
             "data.probes.position",
-            f"{told['left']} left, {told['right']} right" if has_sides else "not asked",
-            f"pictures of one thing whose centre is {OFF_CENTRE:.0%} of the width or more off the middle, "
+            f"{per_side['left']} left, {per_side['right']} right" if has_sides else "not asked",
+            f"pictures of one thing whose centre is {OFF_CENTER:.0%} of the width or more off the middle, "
             f"{least} or more of each side",
         )
         return cls(level, classes, counts, has_sides)
@@ -85,7 +85,7 @@ class Questions:
         return {probe: classes for probe, classes in named.items() if classes}
 
     def labels(self, scene: Scene, size: tuple[int, int]) -> tuple[dict[str, Label], tuple[ObjectBox, ...]]:
-        """What is true of one picture, and the things whose patches are read."""
+        """Labels of one image, and the objects whose patches are read."""
         if scene.objects is None:
             return {}, ()
         labels: dict[str, Label] = {}
@@ -103,14 +103,14 @@ class Questions:
         return labels, tuple(ObjectBox(each.name, box) for each, box in placed)
 
     def _placed(self, objects: Sequence[SceneObject], size: tuple[int, int]) -> list[tuple[SceneObject, Box]]:
-        """The largest things of a class, with what of their boxes is inside the picture."""
-        inside = [(each, box) for each in objects if each.box and (box := clipped(each.box, size))]
+        """The largest objects of a class, with their boxes clipped to the image."""
+        inside = [(each, box) for each in objects if each.box and (box := clip_box(each.box, size))]
         classed = [(each, box) for each, box in inside if each.kinds.get(self.level) in self.classes]
         return sorted(classed, key=lambda placed: -_area(placed[1]))[:MAX_BOXES]
 
 
-def _level(scenes: Sequence[Scene], least: int) -> tuple[str, tuple[str, ...]]:
-    """The finest level whose frequent classes hold half of all things; else the one that holds the most."""
+def _finest_level(scenes: Sequence[Scene], least: int) -> tuple[str, tuple[str, ...]]:
+    """The finest level whose frequent classes cover half of all objects, else the one with most; and its classes."""
     held: dict[str, tuple[float, tuple[str, ...]]] = {}
     for level in LEVELS:
         pictures = Counter(kind for scene in scenes for kind in _kinds(scene, level))
@@ -128,25 +128,25 @@ def _kinds(scene: Scene, level: str) -> set[str]:
 
 
 def _count(scene: Scene) -> int | None:
-    """How many things there are; None where some are not told one by one."""
+    """Number of objects; None where some are not listed one by one."""
     if scene.objects is None or any(each.box is None for each in scene.objects):
         return None
     return len(scene.objects)
 
 
 def _side(scene: Scene, size: tuple[int, int]) -> int | None:
-    """Index into ``SIDES`` for a picture of one thing that is clearly off its middle."""
+    """Index into ``SIDES`` for an image of a single object that is clearly off the center."""
     if _count(scene) != 1:
         return None
     assert scene.objects is not None
     box = scene.objects[0].box
     assert box is not None
     off = (box[0] + box[2]) / 2 / size[0] - 0.5
-    return None if abs(off) < OFF_CENTRE else int(off > 0)
+    return None if abs(off) < OFF_CENTER else int(off > 0)
 
 
-def _at_least(least: int, values: Sequence[int | None]) -> tuple[int, ...]:
-    """The values that occur so often; none if but one does, since then there is nothing to tell apart."""
+def _frequent_values(least: int, values: Sequence[int | None]) -> tuple[int, ...]:
+    """Values that occur at least ``least`` times; empty if only one does."""
     counts = Counter(value for value in values if value is not None)
     frequent = tuple(sorted(value for value, n in counts.items() if n >= least))
     return frequent if len(frequent) > 1 else ()

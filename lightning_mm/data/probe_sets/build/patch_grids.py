@@ -1,22 +1,15 @@
-"""Which image tokens show a part of a picture.
+"""Which image tokens cover a box, and checks of boxes against the size of their image.
 
-Data flow: a picture's size, the number of its tokens and what the processor says of their grid -> ``Grids.weights`` of
-a box -> ``probe_collator``.
+Two kinds of models are supported. Where the processor declares a grid (``image_grid_thw``, as Qwen-VL's), the whole
+image is resized to it, and tokens are in row order, each of ``merge_size`` x ``merge_size`` patches. Elsewhere the
+processor must produce one square of pixels per image, whose tokens are its patches, or equal blocks of them, in row
+order, with or without a class token in front. Which region of the image the square shows (resized, cropped, padded) is
+measured, not read from the processor's options: an image whose colors are its coordinates is sent through it.
 
-Two kinds of models are understood. Where the processor tells a grid (``image_grid_thw``, as Qwen-VL's do), the whole
-picture is resized onto it, and tokens come row by row, each of ``merge_size`` x ``merge_size`` patches. Elsewhere one
-square of pixels must come out per picture, whose tokens are its patches, or equal blocks of them, row by row, with or
-without one class token in front. Which part of the picture that square shows (resized? cropped? padded?) is not read
-off the processor's options but found out: a picture whose colours are its coordinates is sent through it.
+Data flow: image size, number of tokens and the processor's grid -> ``PatchGrids.weights`` of a box ->
+``probe_sets.collator``; Scene and image size -> ``drop_outside_boxes``, ``check_box_format`` -> ``sampling``.
 
-Shapes: T image tokens of one picture; C colours, H and W of the square of pixels.
-
-Boxes against the size of their picture, which no row tells.
-
-Data flow: ``choosing`` (a Scene and the size of its picture) -> ``in_picture`` -> the Scene without what is not in it;
-``say_what_they_look_like`` -> a decision where all boxes together look like those of another format.
-
-Shapes: a box is x0, y0, x1, y1 in pixels.
+Shapes: T image tokens of one image; C channels, H and W of the square of pixels; a box is x0, y0, x1, y1 in pixels.
 """
 
 import math
@@ -30,12 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.probe_sets.build.scenes import Box, Scene
 from lightning_mm.data.sample import Rejection
 
 Encode = Callable[[Image.Image], Mapping[str, Tensor]]
-"""A picture through the model's processor: what its forward would take."""
+"""The model's processor: an image -> arguments of the forward."""
 
 NO_OBJECT_SITES = "no object sites"
 _TILES = f"{NO_OBJECT_SITES}: the picture is cut into tiles"
@@ -46,9 +39,17 @@ _QUERY_KEYS = re.compile("perceiver|q_?former|resampler|num_quer|latents")
 
 
 @dataclass(frozen=True)
-class Window:
-    """What the vision tower sees: edges in the picture's pixels, beyond it where it is padded; and of what comes out,
-    height and width in pixels."""
+class VisibleRegion:
+    """Region of an image that the vision tower gets.
+
+    Args:
+        left: Left edge in pixels of the image; negative where padded, as for the others.
+        top: Top edge.
+        right: Right edge.
+        bottom: Bottom edge.
+        height: Height in pixels of the tower's input.
+        width: Width in pixels of the tower's input.
+    """
 
     left: float
     top: float
@@ -57,31 +58,31 @@ class Window:
     height: int
     width: int
 
-    def cut(self, height: int, width: int) -> "Window":
-        """Its upper left part of so many pixels."""
+    def cut(self, height: int, width: int) -> "VisibleRegion":
+        """The region of the upper left ``height`` x ``width`` pixels of the input."""
         right = self.left + (self.right - self.left) * width / self.width
         bottom = self.top + (self.bottom - self.top) * height / self.height
-        return Window(self.left, self.top, right, bottom, height, width)
+        return VisibleRegion(self.left, self.top, right, bottom, height, width)
 
 
-class Grids:
-    """The grids of one model.
+class PatchGrids:
+    """Token grids of one model.
 
     Args:
-        encode: The model's processor.
-        config: The model's config, as a dictionary.
-        merge_size: Patches per token and direction, for processors that tell their grid in patches.
+        encode: The model's processor: an image -> arguments of the forward.
+        config: The model's config as a dictionary.
+        merge_size: Patches per token and direction, for processors that declare their grid in patches.
     """
 
     def __init__(self, encode: Encode, config: Mapping[str, Any], merge_size: int = 1) -> None:
         self._encode, self._merge_size = encode, merge_size
         self._has_queries = any(_QUERY_KEYS.search(key) for key in config)
         self._patch = _patch_size(config)
-        self._windows: dict[tuple[int, int], Window | str] = {}
+        self._windows: dict[tuple[int, int], VisibleRegion | str] = {}
         self._black_white: tuple[Tensor, Tensor] | None = None
 
     def weights(self, box: Box, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> Tensor | str:
-        """How much of a box each image token shows, or why that is not known.
+        """(T,) overlap of a box with each image token, or why it is not known.
 
         Args:
             box: In the picture's pixels.
@@ -98,28 +99,37 @@ class Grids:
         window, rows, columns = layout
         across = _overlaps(box[0], box[2], window.left, window.right, columns)
         down = _overlaps(box[1], box[3], window.top, window.bottom, rows)
-        shown = torch.outer(down, across).flatten()
-        return torch.cat([torch.zeros(num_tokens - len(shown)), shown])
+        coverage = torch.outer(down, across).flatten()
+        return torch.cat([torch.zeros(num_tokens - len(coverage)), coverage])
 
-    def layout(self, size: tuple[int, int], num_tokens: int, thw: Tensor | None) -> tuple[Window, int, int] | str:
-        """What the grid shows of the picture, its rows and its columns; or why there is none. Arguments as ``weights``.
+    def layout(
+        self, size: tuple[int, int], num_tokens: int, thw: Tensor | None
+    ) -> tuple[VisibleRegion, int, int] | str:
+        """Region, rows and columns of the grid, or why there is none. Tokens beyond rows x columns precede the grid.
 
-        Tokens that are more than the grid has come before it.
+        Args:
+            size: Width and height of the image in pixels.
+            num_tokens: T.
+            thw: (3,) grid in patches, if the processor declares it.
         """
-        return self._told(size, num_tokens, thw) if thw is not None else self._found(size, num_tokens)
+        return (
+            self._declared_layout(size, num_tokens, thw) if thw is not None else self._inferred_layout(size, num_tokens)
+        )
 
-    def _told(self, size: tuple[int, int], num_tokens: int, thw: Tensor) -> tuple[Window, int, int] | str:
+    def _declared_layout(
+        self, size: tuple[int, int], num_tokens: int, thw: Tensor
+    ) -> tuple[VisibleRegion, int, int] | str:
         frames, rows, columns = (int(n) for n in thw)
         rows, columns = rows // self._merge_size, columns // self._merge_size
         if frames != 1 or rows * columns != num_tokens:
             return NO_GRID
-        return Window(0, 0, size[0], size[1], rows, columns), rows, columns
+        return VisibleRegion(0, 0, size[0], size[1], rows, columns), rows, columns
 
-    def _found(self, size: tuple[int, int], num_tokens: int) -> tuple[Window, int, int] | str:
+    def _inferred_layout(self, size: tuple[int, int], num_tokens: int) -> tuple[VisibleRegion, int, int] | str:
         if self._has_queries:
             return _QUERIES
         if size not in self._windows:
-            self._windows[size] = self._seen(size)
+            self._windows[size] = self._measure_region(size)
         window = self._windows[size]
         if isinstance(window, str) or self._patch is None:
             return window if isinstance(window, str) else NO_GRID
@@ -132,10 +142,10 @@ class Grids:
                     return window.cut(down * self._patch, across * self._patch), rows, columns
         return NO_GRID
 
-    def _seen(self, size: tuple[int, int]) -> Window | str:
-        """Send a picture through whose red is x, whose green is y and whose blue is full."""
+    def _measure_region(self, size: tuple[int, int]) -> VisibleRegion | str:
+        """The visible region, by an image with red = x, green = y and full blue."""
         if self._black_white is None:
-            black, white = (self._pixels(Image.new("RGB", size, colour)) for colour in ("black", "white"))
+            black, white = (self._pixels(Image.new("RGB", size, color)) for color in ("black", "white"))
             if isinstance(black, str) or isinstance(white, str):
                 return black if isinstance(black, str) else str(white)
             inside = (white - black).abs().sum(0).flatten().argmax()
@@ -148,13 +158,13 @@ class Grids:
             return pixels_CHW
         black, white = (value_C[:, None, None] for value_C in self._black_white)
         red_HW, green_HW, blue_HW = (pixels_CHW - black) / (white - black)
-        across, down = _edges(red_HW, blue_HW, size[0]), _edges(green_HW.T, blue_HW.T, size[1])
+        across, down = _fit_edges(red_HW, blue_HW, size[0]), _fit_edges(green_HW.T, blue_HW.T, size[1])
         if across is None or down is None:
             return _WARPED
-        return Window(across[0], down[0], across[1], down[1], *red_HW.shape)
+        return VisibleRegion(across[0], down[0], across[1], down[1], *red_HW.shape)
 
     def _pixels(self, image: Image.Image) -> Tensor | str:
-        """(3, height, width) of a picture that comes out as one square."""
+        """(3, height, width) pixels of an image that the processor turns into one square."""
         pixels = self._encode(image).get("pixel_values")
         if pixels is None or pixels.dim() < 4 or pixels.shape[-3] != 3:
             return NO_GRID
@@ -163,14 +173,16 @@ class Grids:
 
 
 def _overlaps(start: float, end: float, left: float, right: float, number: int) -> Tensor:
-    """Lengths that [start, end] shares with each of so many equal parts of [left, right]."""
+    """(number,) lengths of [start, end] within each of ``number`` equal parts of [left, right]."""
     edges = torch.linspace(left, right, number + 1, dtype=torch.float64)
     return (edges[1:].clamp(max=end) - edges[:-1].clamp(min=start)).clamp(min=0).float()
 
 
-def _edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, float] | None:
-    """Where the first and the last column lie in a picture of this length, by a straight line through one row's shares
-    of the ramp; None if they lie on no line. The ends of the ramp, which resizing bends, are left out."""
+def _fit_edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, float] | None:
+    """Position of the first and the last column in an image of this length; None where they are not on a line.
+
+    A straight line is fitted to one row of the ramp; its ends, which resizing distorts, are left out.
+    """
     is_inside_HW = (inside_HW - 1).abs() < 0.1
     row = int(is_inside_HW.sum(1).argmax())
     shares = ramp_HW[row]
@@ -187,7 +199,7 @@ def _edges(ramp_HW: Tensor, inside_HW: Tensor, length: int) -> tuple[float, floa
 
 
 def _patch_size(config: Mapping[str, Any]) -> int | None:
-    """The side of a patch in pixels; None if the vision tower's config does not tell it, or patches are not square."""
+    """Side of a patch in pixels; None if the vision tower's config does not say, or patches are not square."""
     size = (config.get("vision_config") or {}).get("patch_size")
     sides = set(size) if isinstance(size, list | tuple) else {size}
     side = sides.pop() if len(sides) == 1 else None
@@ -195,58 +207,58 @@ def _patch_size(config: Mapping[str, Any]) -> int | None:
 
 
 Size = tuple[int, int]
-_SLACK = 1.02
-"""Annotators draw boxes a little beyond the edge."""
-_FEWEST = 8
-"""Boxes that say something about all of a file."""
+_BOX_TOLERANCE = 1.02
+"""Annotated boxes may exceed the image slightly."""
+_MIN_BOXES = 8
+"""Minimum number of boxes for a statement about a file."""
 
 
-def in_picture(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
-    """The scene without the things whose boxes lie outside its picture, each with an entry.
+def drop_outside_boxes(scene: Scene, size: Size) -> tuple[Scene, list[Rejection]]:
+    """The scene without objects whose boxes are outside its image, and a rejection for each.
 
     Args:
-        scene: What its row tells.
-        size: Width and height of its picture, as stored.
+        scene: Annotations of the image.
+        size: Width and height of the image in pixels, as stored.
     """
     kept, outside = [], []
     for each in scene.objects or ():
-        if each.box is None or clipped(each.box, size):
+        if each.box is None or clip_box(each.box, size):
             kept.append(each)
         else:
-            told = f"box outside the picture: {each.name!r} at {list(each.box)}, the picture is {size[0]} x {size[1]}"
-            outside.append(Rejection(scene.origin, told, "cut"))
+            reason = f"box outside the picture: {each.name!r} at {list(each.box)}, the picture is {size[0]} x {size[1]}"
+            outside.append(Rejection(scene.origin, reason, "cut"))
     return (replace(scene, objects=tuple(kept)) if outside else scene), outside
 
 
-def clipped(box: Box, size: Size) -> Box | None:
-    """What of a box is inside a picture of this width and height; None where nothing is."""
+def clip_box(box: Box, size: Size) -> Box | None:
+    """The part of a box inside an image of this width and height; None where there is none."""
     left, top, right, bottom = max(0.0, box[0]), max(0.0, box[1]), min(box[2], size[0]), min(box[3], size[1])
     return (left, top, right, bottom) if left < right and top < bottom else None
 
 
-def say_what_they_look_like(placed: Iterable[tuple[Box, Size]]) -> None:
-    """Say so where boxes look as if they were of another format; they are read as x0, y0, x1, y1 in pixels.
+def check_box_format(placed: Iterable[tuple[Box, Size]]) -> None:
+    """Log it where boxes look like another format; they are read as x0, y0, x1, y1 in pixels.
 
-    Width and height, taken for the far corner, never reach beyond the picture; but then no box at all has its centre
-    right of the middle, or below it.
+    Width and height, taken for the far corner, never reach beyond the image; but then no box has its center right of
+    the middle, or below it.
 
     Args:
-        placed: Every box, and the size of its picture.
+        placed: Every box, and the size of its image.
     """
     found = list(placed)
-    if len(found) < _FEWEST:
+    if len(found) < _MIN_BOXES:
         return
-    over = sum(box[2] > _SLACK * size[0] or box[3] > _SLACK * size[1] for box, size in found)
+    over = sum(box[2] > _BOX_TOLERANCE * size[0] or box[3] > _BOX_TOLERANCE * size[1] for box, size in found)
     partial = [(box, size) for box, size in found if box[2] - box[0] < size[0] or box[3] - box[1] < size[1]]
     if over > 0.1 * len(found):
         reason = (
             f"{over} of {len(found)} reach beyond their picture: looks like pixels of another size of the pictures, "
             "or a scale to 1000; scale them to the files"
         )
-    elif len(partial) >= _FEWEST and all(box[0] + box[2] <= w and box[1] + box[3] <= h for box, (w, h) in partial):
+    elif len(partial) >= _MIN_BOXES and all(box[0] + box[2] <= w and box[1] + box[3] <= h for box, (w, h) in partial):
         reason = (
             f"all of the {len(partial)} lie to the upper left: looks like x, y, w, h; if so, give [x, y, x + w, y + h]"
         )
     else:
         return
-    decide("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)
+    log_decision("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)

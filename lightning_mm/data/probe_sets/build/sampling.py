@@ -1,15 +1,13 @@
-"""A probe set, drawn once: which pictures, and every row that is asked about them.
+"""Selects the images of a probe set and builds its rows.
 
-Data flow: ``choosing`` (pictures) -> ``entailment`` (wrong captions), ``objects`` (classes) -> rows -> ``ProbeSet``.
+Image files are decoded at selection, so that none is missing later and leaves its counterpart alone. Roles of rows:
+``entailment``: does the caption describe the image (the global question of arXiv:2402.17304), with the true caption, a
+random false one and a hard one. ``picture``: the image and a question, to probe for its objects (the local question of
+arXiv:2402.17304). ``text``: the caption in place of the image and the same question; with ``picture`` a pair of equal
+meaning (arXiv:2606.03871).
 
-Three roles of rows. ``entailment``: does the caption belong to the picture (2402.17304's global question)? With the
-true caption, a random wrong one and a hard one. ``picture``: the picture and a question, for what things it shows
-(2402.17304's local question). ``text``: the caption in the picture's place and the same question; with ``picture`` it
-is a pair of equal meaning (2606.03871).
-
-Which pictures a probe set is about, their files decoded once, so that none falls out later and leaves its partner.
-
-Data flow: Scenes of a file -> ``choose`` -> Shown pictures -> ``drawing``.
+Data flow: Scenes -> ``select_images`` -> ``SelectedImage`` -> ``entailment`` (false captions), ``objects`` (classes)
+-> ``build_probe_rows`` -> ``ProbeSet``.
 """
 
 import random
@@ -18,12 +16,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.images import BadImage, Picture
-from lightning_mm.data.probe_sets.build.entailment import Kind, Wrong, wrong_captions
-from lightning_mm.data.probe_sets.build.objects import Questions
-from lightning_mm.data.probe_sets.build.patch_grids import in_picture, say_what_they_look_like
+from lightning_mm.data.images import BadImage, DecodedImage
+from lightning_mm.data.probe_sets.build.entailment import FalseCaptions, Kind, make_false_captions
+from lightning_mm.data.probe_sets.build.objects import ObjectProbes
+from lightning_mm.data.probe_sets.build.patch_grids import check_box_format, drop_outside_boxes
 from lightning_mm.data.probe_sets.build.scenes import Box, Scene
 from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -31,62 +29,62 @@ from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 
 
 @dataclass(frozen=True)
-class Shown:
-    """A chosen picture.
+class SelectedImage:
+    """An image of a probe set.
 
     Args:
-        scene: What is known of it.
-        size: Width and height in pixels; as stored, where its things have boxes.
+        scene: Its annotations.
+        size: Width and height in pixels; as stored, where its objects have boxes.
     """
 
     scene: Scene
     size: tuple[int, int]
 
 
-def choose(
-    scenes: Iterable[Scene], max_pictures: int, load: Callable[[Path], Picture], seed: int
-) -> tuple[list[Shown], list[Rejection]]:
-    """Choose at most so many pictures: by lot, those that most is known of before the others, groups as a whole.
+def select_images(
+    scenes: Iterable[Scene], max_pictures: int, load: Callable[[Path], DecodedImage], seed: int
+) -> tuple[list[SelectedImage], list[Rejection]]:
+    """Random images for a probe set, those with more annotations first, groups as a whole.
 
     Args:
-        scenes: To choose from.
-        max_pictures: At most so many. Of a group of more, some are drawn.
-        load: Decodes a picture file; it raises BadImage where the file cannot be used.
-        seed: Of the lot.
+        scenes: Candidates.
+        max_pictures: Largest number of images. Of a larger group, some are drawn.
+        load: Decodes an image file; raises ``BadImage`` where it cannot be used.
+        seed: Random seed of the selection.
 
     Returns:
-        The chosen pictures in the order of their ids, and what was met and cannot be used.
+        The selected images in the order of their ids, and rejections of those that were tried.
     """
-    chosen: list[Shown] = []
+    chosen: list[SelectedImage] = []
     rejections: list[Rejection] = []
     boxes: list[tuple[Box, tuple[int, int]]] = []
-    for unit in _sampled(_units(scenes, seed), max_pictures, seed):
+    for unit in _subsample_large_groups(_sampling_units(scenes, seed), max_pictures, seed):
         if len(chosen) == max_pictures:
             break
         if len(chosen) + len(unit) <= max_pictures:
-            shown, faults = _shown(unit, load, boxes)
-            chosen += shown
+            selected, faults = _load_unit(unit, load, boxes)
+            chosen += selected
             rejections += faults
-    say_what_they_look_like(boxes)
-    return sorted(chosen, key=lambda shown: shown.scene.id), rejections
+    check_box_format(boxes)
+    return sorted(chosen, key=lambda selected: selected.scene.id), rejections
 
 
-def _units(scenes: Iterable[Scene], seed: int) -> list[list[Scene]]:
-    """Groups, and scenes of no group, shuffled; the richer ones first."""
+def _sampling_units(scenes: Iterable[Scene], seed: int) -> list[list[Scene]]:
+    """Groups, and scenes without a group, shuffled; those with more annotations first."""
     by_family: dict[tuple[bool, str], list[Scene]] = {}
     for scene in sorted(scenes, key=lambda scene: scene.id):
         by_family.setdefault((not scene.group, scene.family), []).append(scene)
     units = list(by_family.values())
     random.Random(f"{seed}:pictures").shuffle(units)
-    return sorted(units, key=_poverty)
+    return sorted(units, key=_negative_richness)
 
 
-def _sampled(units: list[list[Scene]], max_pictures: int, seed: int) -> list[list[Scene]]:
-    """The units, of those that would never fit an even share."""
+def _subsample_large_groups(units: list[list[Scene]], max_pictures: int, seed: int) -> list[list[Scene]]:
+    """The units; a group larger than ``max_pictures`` is reduced to an even share."""
     share = max(2, max_pictures // max(1, len(units)))
     too_large = [unit for unit in units if len(unit) > max_pictures]
     if too_large:
-        decide(
+        log_decision(
             "data.probes.groups",
             f"{share} pictures of each group of more than {max_pictures}",
             f"{len(too_large)} groups, the largest of {max(map(len, too_large))} pictures",
@@ -95,18 +93,18 @@ def _sampled(units: list[list[Scene]], max_pictures: int, seed: int) -> list[lis
     return [lot.sample(unit, share) if len(unit) > max_pictures else unit for unit in units]
 
 
-def _poverty(unit: Sequence[Scene]) -> float:
+def _negative_richness(unit: Sequence[Scene]) -> float:
     return -sum(scene.richness for scene in unit) / len(unit)
 
 
-def _shown(
-    unit: Sequence[Scene], load: Callable[[Path], Picture], boxes: list[tuple[Box, tuple[int, int]]]
-) -> tuple[list[Shown], list[Rejection]]:
-    """Those whose files can be used; none of a group that gives wrong captions of its own and is not whole.
+def _load_unit(
+    unit: Sequence[Scene], load: Callable[[Path], DecodedImage], boxes: list[tuple[Box, tuple[int, int]]]
+) -> tuple[list[SelectedImage], list[Rejection]]:
+    """The scenes of a unit whose files can be used; none of an incomplete group with false captions of its own.
 
-    All boxes that are met, and the sizes of their pictures, are added to ``boxes``.
+    All boxes and the sizes of their images are added to ``boxes``.
     """
-    shown: list[Shown] = []
+    selected: list[SelectedImage] = []
     rejections: list[Rejection] = []
     for scene in unit:
         try:
@@ -117,22 +115,22 @@ def _shown(
         size = picture.image.size
         if not picture.is_turned:
             boxes += [(each.box, size) for each in scene.objects or () if each.box]
-        scene, cut = _upright(scene) if picture.is_turned else in_picture(scene, size)
-        shown.append(Shown(scene, size))
+        scene, cut = _without_boxes(scene) if picture.is_turned else drop_outside_boxes(scene, size)
+        selected.append(SelectedImage(scene, size))
         rejections += cut
-    if len(shown) < len(unit) and any(scene.false_captions for scene in unit):
-        rejections += [not_whole(each.scene) for each in shown]
-        shown = []
-    return shown, rejections
+    if len(selected) < len(unit) and any(scene.false_captions for scene in unit):
+        rejections += [incomplete_group(each.scene) for each in selected]
+        selected = []
+    return selected, rejections
 
 
-def not_whole(scene: Scene) -> Rejection:
-    """Why a sound row is not used: what is false in it is true in one that fell out, so its words would tell."""
+def incomplete_group(scene: Scene) -> Rejection:
+    """Rejection of a row whose group lost another row: the balance of true and false captions is broken."""
     return Rejection(scene.origin, f"group not whole: another row of group {scene.group!r} cannot be used", "probe")
 
 
-def _upright(scene: Scene) -> tuple[Scene, list[Rejection]]:
-    """Without boxes, since they speak of the picture as stored, and it is turned before it is shown."""
+def _without_boxes(scene: Scene) -> tuple[Scene, list[Rejection]]:
+    """The scene without boxes: they refer to the stored image, which EXIF rotates."""
     if not any(each.box for each in scene.objects or ()):
         return scene, []
     bare = replace(scene, objects=tuple(replace(each, box=None) for each in scene.objects or ()))
@@ -140,40 +138,44 @@ def _upright(scene: Scene) -> tuple[Scene, list[Rejection]]:
 
 
 ENTAILMENT_PROMPT = 'This image describes "{caption}". Is it right? Answer:'
-"""As in 2402.17304."""
+"""Prompt of arXiv:2402.17304."""
 PICTURE_QUESTION = "Which things are in this picture?"
 TRUTH = ("false", "true")
-_PLACE = "{caption}"
+_CAPTION_FIELD = "{caption}"
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """A probe set, and what could not be put into it."""
+class SampledProbeSet:
+    """A probe set, and rejections of what could not be put into it."""
 
     probe_set: ProbeSet
     rejections: tuple[Rejection, ...]
 
 
-def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT, seed: int = 0) -> Drawn:
-    """Write every row that can be asked about these pictures.
+def build_probe_rows(
+    selected: Sequence[SelectedImage], *, source: str, prompt: str = ENTAILMENT_PROMPT, seed: int = 0
+) -> SampledProbeSet:
+    """The probe set with every row that can be built from the selected images.
 
     Args:
-        shown: The chosen pictures.
-        source: Where they are from, for the record.
-        prompt: Of entailment rows, with ``{caption}`` where the caption goes.
-        seed: Of the pairing.
+        selected: The images.
+        source: File that they are from, for the record.
+        prompt: Prompt of entailment rows, with ``{caption}`` where the caption goes.
+        seed: Random seed of the pairing.
 
     Raises:
-        UserError: The prompt has no place for a caption, or nothing can be asked.
+        UserError: The prompt has no place for a caption, or no row can be built.
     """
     _check_prompt(prompt)
-    scenes = [each.scene for each in shown]
-    wrong = wrong_captions([scene for scene in scenes if scene.captions], seed)
-    _say_kinds(scenes, wrong)
-    questions = Questions.of(scenes, [each.size for each in shown])
+    scenes = [each.scene for each in selected]
+    false_captions = make_false_captions([scene for scene in scenes if scene.captions], seed)
+    _log_false_captions(scenes, false_captions)
+    object_probes = ObjectProbes.of(scenes, [each.size for each in selected])
     rows: list[ProbeRow] = []
     rejections: list[Rejection] = []
-    drafts = [made for each in shown for made in _rows(each, wrong.get(each.scene.id), questions, prompt)]
+    drafts = [
+        made for each in selected for made in _rows(each, false_captions.get(each.scene.id), object_probes, prompt)
+    ]
     torn = {made.group for made in drafts if made.role == "entailment" and not made.is_clear}
     for made in drafts:
         if not made.is_clear:
@@ -184,14 +186,14 @@ def draw(shown: Sequence[Shown], *, source: str, prompt: str = ENTAILMENT_PROMPT
             rows.append(made.row())
     probes = {probe for row in rows for probe in row.labels}
     _check_any(source, rows, probes)
-    named = {**dict.fromkeys(("entailment/random", "entailment/hard"), TRUTH), **questions.names}
+    named = {**dict.fromkeys(("entailment/random", "entailment/hard"), TRUTH), **object_probes.names}
     classes = {probe: names for probe, names in named.items() if probe in probes}
-    return Drawn(ProbeSet(tuple(rows), classes, seed, source), tuple(rejections))
+    return SampledProbeSet(ProbeSet(tuple(rows), classes, seed, source), tuple(rejections))
 
 
 @dataclass(frozen=True)
-class _Draft:
-    """A row before it is known that its span can be found in its text."""
+class _RowDraft:
+    """A row before it is known that its span occurs once in its text."""
 
     id: str
     group: str
@@ -212,14 +214,16 @@ class _Draft:
         return ProbeRow(self.id, self.group, self.role, sample, self.span, self.labels, self.boxes)
 
 
-def _rows(shown: Shown, wrong: Wrong | None, questions: Questions, prompt: str) -> Iterator[_Draft]:
-    scene = shown.scene
-    if wrong:
-        yield from _entailment(scene, wrong, prompt)
-    labels, boxes = questions.labels(scene, shown.size)
+def _rows(
+    selected: SelectedImage, false_captions: FalseCaptions | None, probes: ObjectProbes, prompt: str
+) -> Iterator[_RowDraft]:
+    scene = selected.scene
+    if false_captions:
+        yield from _entailment(scene, false_captions, prompt)
+    labels, boxes = probes.labels(scene, selected.size)
     if labels or scene.captions:
         text = f"{IMAGE_MARK}\n{PICTURE_QUESTION}"
-        yield _Draft(
+        yield _RowDraft(
             f"{scene.id}:picture",
             scene.family,
             "picture",
@@ -232,30 +236,32 @@ def _rows(shown: Shown, wrong: Wrong | None, questions: Questions, prompt: str) 
         )
     if scene.captions:
         text = f"{scene.caption}\n{PICTURE_QUESTION}"
-        yield _Draft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
+        yield _RowDraft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
 
 
-def _entailment(scene: Scene, wrong: Wrong, prompt: str) -> Iterator[_Draft]:
-    """The true caption serves both probes: the wrong ones are as many in each."""
+def _entailment(scene: Scene, false_captions: FalseCaptions, prompt: str) -> Iterator[_RowDraft]:
+    """Rows of both entailment probes; the true caption is shared, since each probe has as many false ones."""
     said: dict[str, tuple[str, Mapping[str, Label]]] = {
         "true": (scene.caption, {"entailment/random": 1, "entailment/hard": 1}),
-        "hard": (wrong.hard, {"entailment/hard": 0}),
+        "hard": (false_captions.hard, {"entailment/hard": 0}),
     }
-    if wrong.random is None:
+    if false_captions.random is None:
         said["true"] = (scene.caption, {"entailment/hard": 1})
     else:
-        said["random"] = (wrong.random, {"entailment/random": 0})
+        said["random"] = (false_captions.random, {"entailment/random": 0})
     head = "" if IMAGE_MARK in prompt else f"{IMAGE_MARK}\n"
     for name, (caption, labels) in said.items():
-        text = head + prompt.replace(_PLACE, caption)
-        yield _Draft(f"{scene.id}:{name}", wrong.group, "entailment", text, caption, scene.image, labels, scene.origin)
+        text = head + prompt.replace(_CAPTION_FIELD, caption)
+        yield _RowDraft(
+            f"{scene.id}:{name}", false_captions.group, "entailment", text, caption, scene.image, labels, scene.origin
+        )
 
 
 def _check_prompt(prompt: str) -> None:
-    if prompt.count(_PLACE) != 1 or prompt.count(IMAGE_MARK) > 1:
+    if prompt.count(_CAPTION_FIELD) != 1 or prompt.count(IMAGE_MARK) > 1:
         raise UserError(
             f"data.probe_prompt cannot be used: {prompt!r}.",
-            f"It asks whether a caption is right, so it holds {_PLACE} once, and {IMAGE_MARK} once or not at all.",
+            f"It asks whether a caption is right: it holds {_CAPTION_FIELD} once, and {IMAGE_MARK} once or not at all.",
             f"Write it like {ENTAILMENT_PROMPT!r}.",
         )
 
@@ -271,19 +277,19 @@ def _check_any(source: str, rows: Sequence[ProbeRow], probes: set[str]) -> None:
     )
 
 
-def _say_kinds(scenes: Sequence[Scene], wrong: Mapping[str, Wrong]) -> None:
+def _log_false_captions(scenes: Sequence[Scene], false_captions: Mapping[str, FalseCaptions]) -> None:
     captioned = sum(bool(scene.captions) for scene in scenes)
-    kinds = Counter(each.kind for each in wrong.values())
+    kinds = Counter(each.kind for each in false_captions.values())
     names: dict[Kind, str] = {
         "given": "given by their rows",
         "traded": "one noun traded",
         "nearest": "the nearest other",
     }
-    told = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
-    alone = captioned - len(wrong)
-    decide(
+    counts = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
+    alone = captioned - len(false_captions)
+    log_decision(
         "data.probes.entailment",
-        f"hard wrong captions: {told or 'none'}",
+        f"hard wrong captions: {counts or 'none'}",
         f"{captioned} of {len(scenes)} pictures have a caption"
         + (f", {alone} of them find no partner" if alone else ""),
     )

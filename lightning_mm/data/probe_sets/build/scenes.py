@@ -1,14 +1,11 @@
-"""What is known about one picture: a caption, captions that are wrong about it, the things in it and where they are.
+"""Annotations of one image: captions, false captions, objects and boxes.
 
-Data flow: a checked ``Sample`` with the keys that its row held beside the conversation -> ``scene`` -> ``drawing``.
+An answer of a conversation is a caption if there is one question and one answer; the question mentions the image and
+asks for a description (a word of ``_ASKS``, not in a sentence such as "Is there a caption?") or is of type ``caption``;
+and the answer has two words or more and is not yes or no. Its first sentence is the caption.
 
-Which answers of a conversation are captions.
-
-Data flow: a Sample without a caption of its own -> ``description`` -> ``scenes``.
-
-The rule: one question, one answer; the question speaks of the picture and asks to describe it (a word of ``_ASKS``, and
-not in a sentence such as "Is there a caption?"), or is of the type ``caption``; the answer has two words or more and is
-no yes or no. Its first sentence is the caption.
+Data flow: ``Sample`` with further keys of its row -> ``scene_of_sample`` (with ``caption_from_answer``) -> ``Scene`` ->
+``sampling``.
 """
 
 import math
@@ -18,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.data.readers.conversations import BadRow
+from lightning_mm.data.readers.conversations import InvalidRow
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 
 RULE = (
@@ -39,8 +36,8 @@ _SENTENCE = re.compile(r"[^.!?\n]+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'])")
 
 
-def description(sample: Sample) -> tuple[str, ...]:
-    """The caption that an answer is, without its full stop; nothing where no answer is one.
+def caption_from_answer(sample: Sample) -> tuple[str, ...]:
+    """The answer as a caption without its full stop, in a tuple; empty where the answer is not a caption.
 
     Example:
         >>> from lightning_mm.data.sample import Turn
@@ -63,16 +60,16 @@ def description(sample: Sample) -> tuple[str, ...]:
 
 Box = tuple[float, float, float, float]
 LEVELS = ("name", "group", "category")
-"""What a thing is called, from the finest to the coarsest: any of them may serve as its class."""
+"""Levels of an object's name, from the finest to the coarsest; any may be used as class."""
 
 
 @dataclass(frozen=True)
 class SceneObject:
-    """A thing in a picture.
+    """An object in an image.
 
     Args:
-        kinds: Some of ``LEVELS``, always ``name`` -> what it is called there.
-        box: x0, y0, x1, y1 in pixels; None where it is known to be there, but not where, or not how often.
+        kinds: Level of ``LEVELS`` (always ``name``) -> the object's name at that level.
+        box: x0, y0, x1, y1 in pixels; None where the position or the number is not known.
     """
 
     kinds: Mapping[str, str]
@@ -85,16 +82,16 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is true and false of it.
+    """Annotations of an image.
 
     Args:
-        id: Of its row.
-        image: The file.
+        id: Id of the row.
+        image: Path of the image.
         origin: ``file:line`` for messages.
-        captions: True ones; none if not known.
-        false_captions: Nearly true ones.
-        objects: Everything in it; None if not known.
-        group: Of pictures that depend on one another, if the row says so: they are never torn apart.
+        captions: True captions; empty if not known.
+        false_captions: Nearly true captions.
+        objects: All objects in the image; None if not known.
+        group: Group of images that depend on one another and must not be divided; empty if the row gives none.
     """
 
     id: str
@@ -107,45 +104,48 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        """The one that is used: the first that names a thing that is known to be there, else the first."""
+        """The caption that is used: the first that names an annotated object, else the first."""
         names = {each.name.casefold() for each in self.objects or ()}
         telling = (caption for caption in self.captions if any(name in caption.casefold() for name in names))
         return next(telling, self.captions[0] if self.captions else "")
 
     @property
     def family(self) -> str:
-        """What no split may tear apart: its group, or it alone."""
+        """What no split may divide: the group, or the image alone."""
         return f"group {self.group}" if self.group else self.id
 
     @property
     def richness(self) -> int:
-        """How much there is to ask about."""
+        """Amount of annotation, to prefer well annotated images."""
         return 2 * bool(self.captions) + (self.objects is not None)
 
 
-class Unused(ValueError):
-    """Why a sound row says nothing that a probe could ask."""
+class NotProbeable(ValueError):
+    """Why a valid row has nothing that could be probed."""
 
 
-def scene(sample: Sample) -> Scene:
-    """What a row knows about its picture.
+def scene_of_sample(sample: Sample) -> Scene:
+    """Annotations of a sample's image.
+
+    Args:
+        sample: A row with exactly one image.
 
     Raises:
-        BadRow: What it says cannot be so.
-        Unused: It is a conversation that tells nothing that can be asked.
+        InvalidRow: An annotation is invalid.
+        NotProbeable: There is nothing to probe.
     """
     if len(sample.images) != 1:
-        raise Unused("rows without exactly one picture")
-    told = sample.extra
-    captions = _captions(told.get("caption"), "caption")
-    false_captions = _captions(told.get("false_captions", told.get("caption_swapped")), "false_captions")
-    objects = _objects(told.get("objects", told.get("boxes")))
-    captions = captions or description(sample)
+        raise NotProbeable("rows without exactly one picture")
+    extra = sample.extra
+    captions = _captions(extra.get("caption"), "caption")
+    false_captions = _captions(extra.get("false_captions", extra.get("caption_swapped")), "false_captions")
+    objects = _objects(extra.get("objects", extra.get("boxes")))
+    captions = captions or caption_from_answer(sample)
     if not captions and objects is None:
-        raise Unused("rows with neither caption nor objects")
+        raise NotProbeable("rows with neither caption nor objects")
     if set(map(str.casefold, captions)) & set(map(str.casefold, false_captions)):
-        raise BadRow("false caption is the true one: the same text is in 'caption' and in 'false_captions'")
-    group = told.get("group")
+        raise InvalidRow("false caption is the true one: the same text is in 'caption' and in 'false_captions'")
+    group = extra.get("group")
     return Scene(
         sample.id,
         sample.images[0],
@@ -157,46 +157,46 @@ def scene(sample: Sample) -> Scene:
     )
 
 
-def _captions(told: object, key: str) -> tuple[str, ...]:
+def _captions(value: object, key: str) -> tuple[str, ...]:
     captions = []
-    for text in told if isinstance(told, list) else [] if told is None else [told]:
+    for text in value if isinstance(value, list) else [] if value is None else [value]:
         if not isinstance(text, str) or not text.strip():
-            raise BadRow(f"wrong type: {key!r} is {text!r:.40}, not text")
+            raise InvalidRow(f"wrong type: {key!r} is {text!r:.40}, not text")
         if IMAGE_MARK in text:
-            raise BadRow(f"misplaced image mark: {IMAGE_MARK} in {key!r}")
+            raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in {key!r}")
         captions.append(" ".join(text.split()))
     return tuple(captions)
 
 
-def _objects(told: object) -> tuple[SceneObject, ...] | None:
-    if told is None:
+def _objects(value: object) -> tuple[SceneObject, ...] | None:
+    if value is None:
         return None
-    if not isinstance(told, list) or not all(isinstance(each, dict) for each in told):
-        raise BadRow(f"wrong type: objects are {told!r:.40}, not a list of objects")
-    return tuple(_object(each) for each in told)
+    if not isinstance(value, list) or not all(isinstance(each, dict) for each in value):
+        raise InvalidRow(f"wrong type: objects are {value!r:.40}, not a list of objects")
+    return tuple(_object(each) for each in value)
 
 
-def _object(told: Mapping[str, Any]) -> SceneObject:
-    named = ((level, told.get(level)) for level in LEVELS)
+def _object(value: Mapping[str, Any]) -> SceneObject:
+    named = ((level, value.get(level)) for level in LEVELS)
     kinds = {level: " ".join(name.split()) for level, name in named if isinstance(name, str) and name.strip()}
     if "name" not in kinds:
-        raise BadRow(f"object without a name: {dict(told)!r:.80}")
-    return SceneObject(kinds, None if told.get("box") is None else _box(told["box"]))
+        raise InvalidRow(f"object without a name: {dict(value)!r:.80}")
+    return SceneObject(kinds, None if value.get("box") is None else _box(value["box"]))
 
 
-def _box(told: object) -> Box:
-    edges = told if isinstance(told, list | tuple) else ()
+def _box(value: object) -> Box:
+    edges = value if isinstance(value, list | tuple) else ()
     if len(edges) != 4 or not all(isinstance(e, int | float) and math.isfinite(e) for e in edges):
-        raise BadRow(f"impossible box: {told!r:.60} is not [x0, y0, x1, y1] in pixels")
+        raise InvalidRow(f"impossible box: {value!r:.60} is not [x0, y0, x1, y1] in pixels")
     left, top, right, bottom = map(float, edges)
     if max(edges) <= 1:
-        raise BadRow(
-            f"normalised box: {told!r:.60} ends within the first pixel; it is [x0, y0, x1, y1] in pixels: "
+        raise InvalidRow(
+            f"normalised box: {value!r:.60} ends within the first pixel; it is [x0, y0, x1, y1] in pixels: "
             "multiply by the picture's width and height"
         )
     if not (left < right and top < bottom):
-        raise BadRow(
-            f"impossible box: {told!r:.60} has no area as [x0, y0, x1, y1]; if it is [x, y, width, height], "
+        raise InvalidRow(
+            f"impossible box: {value!r:.60} has no area as [x0, y0, x1, y1]; if it is [x, y, width, height], "
             "give [x, y, x + width, y + height]"
         )
     return left, top, right, bottom

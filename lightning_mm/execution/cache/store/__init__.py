@@ -1,10 +1,10 @@
-"""Records of tensors kept on disk by key: shared by epochs, ranks and runs, bounded, and never in the way of a run.
+"""A cache of tensors on disk by key: shared by epochs, ranks and runs, bounded, and never a reason for a run to stop.
 
-Data flow: tensors -> ``records`` (bytes) -> ``shards`` (files) -> ``catalogue`` (where they lie) -> tensors, joined by
-``store``; ``identity`` says in which folder, ``room`` how much may be written.
+Data flow: tensors -> ``encoding`` (bytes) -> ``shards`` (files, and the index of what lies in them) -> tensors, joined
+by ``store``; ``disk_limit`` says how much may be written, and removes what no process uses.
 """
 
-from lightning_mm.execution.cache.store.records import Kept
+from lightning_mm.execution.cache.store.encoding import StorageDtype
 from lightning_mm.execution.cache.store.store import RecordStore, StoreStats
 
-__all__ = ["Kept", "RecordStore", "StoreStats"]
+__all__ = ["RecordStore", "StorageDtype", "StoreStats"]

@@ -1,6 +1,9 @@
-"""Files that many processes append records to and read from at the same time, each process to files of its own.
+"""Files that many processes append records to and read from at the same time, and the index of what lies in them.
 
-Data flow: ``store`` -> ``ShardWriter`` -> ``*.shard`` -> ``scan`` -> places of records -> ``read`` -> bytes.
+Data flow: ``ShardWriter.append`` -> ``*.shard`` -> ``scan_shard`` -> ``RecordIndex`` -> location -> ``read_record``.
+
+Each process appends to shards of its own: none waits for another, and a file system without locks will do. A database
+of all records, such as sqlite, needs locks, and a query per record: 20 % and more of the time of reading a small one.
 
 A shard is a run of blocks: head (magic, number of records, bytes of the block) | one entry per record (digest of its
 key, length, checksum) | checksum of all before | zeros up to a multiple of 64 bytes | records, each a multiple of 64
@@ -14,9 +17,10 @@ import mmap
 import os
 import secrets
 import struct
+import time
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -25,6 +29,9 @@ import torch
 from torch import Tensor
 
 SHARD_BYTES = 64 * 2**20
+"""A shard that is so long gets no more blocks; shards are also what is removed to make room."""
+REFRESH_TIME_SHARE = 0.05
+"""A miss looks for new records where looking has so far taken less than this share of the time."""
 _MAGIC = b"LMMblk1\n"
 _HEAD = struct.Struct("<8sI4xQ")
 _ENTRY = struct.Struct("<16sQI4x")
@@ -32,8 +39,16 @@ _SUM = struct.Struct("<I")
 _ALIGN = 64
 
 
-class Place(NamedTuple):
-    """Where a record lies.
+class ShardFile(NamedTuple):
+    """A shard on disk: when it was last read or written (seconds since the epoch), its bytes, where it is."""
+
+    used: float
+    size: int
+    path: Path
+
+
+class RecordLocation(NamedTuple):
+    """Where the bytes of a record lie.
 
     Args:
         shard: The file's name.
@@ -49,18 +64,27 @@ class Place(NamedTuple):
 
 
 @dataclass
-class Scan:
+class ShardScan:
     """What was found in a shard.
 
     Args:
-        places: By the digest of the key.
+        records: (digest of the key, location) of each record.
         end: The first byte that was not understood: the next scan begins there.
         fault: Why the rest of the shard will never be understood; empty where it may grow.
     """
 
-    places: list[tuple[bytes, Place]] = field(default_factory=list)
+    records: list[tuple[bytes, RecordLocation]] = field(default_factory=list)
     end: int = 0
     fault: str = ""
+
+
+def list_shards(folder: Path) -> Iterator[ShardFile]:
+    """The shards in ``folder``; none where it is gone."""
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(FileNotFoundError):
+                if entry.name.endswith(".shard"):
+                    yield ShardFile(entry.stat().st_mtime, entry.stat().st_size, Path(entry.path))
 
 
 def block_bytes(lengths: Sequence[int]) -> int:
@@ -68,71 +92,52 @@ def block_bytes(lengths: Sequence[int]) -> int:
     return _head_bytes(len(lengths)) + sum(lengths)
 
 
-def scan(path: Path, start: int) -> Scan:
+def scan_shard(path: Path, start: int) -> ShardScan:
     """The records of a shard from byte ``start`` on, without reading them.
 
     Raises:
         OSError: The file is gone or cannot be read.
     """
     with path.open("rb") as file:
-        alive = True
-        found = Scan(end=start)
+        has_writer = True
+        found = ShardScan(end=start)
         while True:
             size = os.fstat(file.fileno()).st_size
-            while found.end < size and not found.fault and _read_block(file, size, alive, found):
+            while found.end < size and not found.fault and _scan_block(file, size, has_writer, found):
                 pass
-            if found.end == size or found.fault or not alive:
+            if found.end == size or found.fault or not has_writer:
                 return found
-            alive = _locked_elsewhere(file.fileno())
-            if alive:
+            # The writer may have ended the block since: once more, now that it is known whether it lives. Where there
+            # are no locks, it does.
+            has_writer = not lock(file.fileno(), shared=True, wait=False)
+            if has_writer:
                 return found
 
 
-def _read_block(file: BinaryIO, size: int, alive: bool, found: Scan) -> bool:
-    """Add one block's records to ``found``; whether there was a whole one."""
-    file.seek(found.end)
-    head = file.read(_HEAD.size)
-    if len(head) < _HEAD.size:
-        found.fault = "" if alive else "its writer was killed"
-        return False
-    magic, count, length = _HEAD.unpack(head)
-    sound = magic == _MAGIC and 0 < count * _ENTRY.size < length
-    entries = file.read(min(count * _ENTRY.size, size)) if sound else b""
-    checksum = file.read(_SUM.size) if sound else b""
-    if sound and len(checksum) < _SUM.size:
-        found.fault = "" if alive else "its writer was killed"
-        return False
-    if not sound or _SUM.unpack(checksum)[0] != zlib.crc32(entries, zlib.crc32(head)):
-        found.fault = "a block's head is damaged"
-        return False
-    if found.end + length > size and alive:
-        return False
-    at = found.end + _head_bytes(count)
-    for digest, bytes_of, crc in _ENTRY.iter_unpack(entries):
-        if at + bytes_of > size:
-            found.fault = "its writer was killed"
-            return False
-        found.places.append((digest, Place(file.name.rpartition("/")[2], at, bytes_of, crc)))
-        at += bytes_of
-    found.end = at
-    return True
-
-
-def read(path: Path, place: Place) -> Tensor | None:
+def read_record(path: Path, location: RecordLocation) -> Tensor | None:
     """The (bytes,) uint8 of a record, mapped for as long as the tensor lives; None where it is damaged.
 
     Raises:
         OSError: The file is gone or cannot be read.
     """
-    end, first = place.start + place.length, place.start - place.start % mmap.ALLOCATIONGRANULARITY
+    end, first = location.start + location.length, location.start - location.start % mmap.ALLOCATIONGRANULARITY
     with path.open("rb", buffering=0) as file:
         if os.fstat(file.fileno()).st_size < end:
             return None
         pages = mmap.mmap(file.fileno(), end - first, access=mmap.ACCESS_COPY, offset=first)
     pages.madvise(mmap.MADV_WILLNEED)
-    data = torch.frombuffer(pages, dtype=torch.uint8)[place.start - first :]
-    sound = place.checksum is None or zlib.crc32(data.numpy().data) == place.checksum
-    return data if sound else None
+    data = torch.frombuffer(pages, dtype=torch.uint8)[location.start - first :]
+    is_sound = location.checksum is None or zlib.crc32(data.numpy().data) == location.checksum
+    return data if is_sound else None
+
+
+def lock(fd: int, *, shared: bool, wait: bool) -> bool:
+    """Lock an open file until it is closed; False where others hold it, or the file system has no locks."""
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
 
 
 class ShardWriter:
@@ -149,45 +154,46 @@ class ShardWriter:
         self.names: list[str] = []
         self._end = 0
         self._fd: int | None = None
-        self._close: Callable[[], object] = _no_file
+        self._close: Callable[[], object] = lambda: None
 
-    def write(self, records: Sequence[tuple[bytes, Tensor]]) -> tuple[list[tuple[bytes, Place]], int]:
-        """Append one block of (digest, record).
+    def append(self, records: Sequence[tuple[bytes, Tensor]]) -> tuple[list[tuple[bytes, RecordLocation]], int]:
+        """Append one block of (digest of the key, bytes of the record).
 
         Returns:
-            Where the records are, and the first byte behind them.
+            Where the records are, and the end of the block.
 
         Raises:
             OSError: It could not be written; nothing of it is left in the shard.
         """
-        fd = self._opened()
+        fd = self._open()
         parts = [memoryview(data.numpy().data) for _, data in records]
+        checksums = [zlib.crc32(part) for part in parts]
         head = bytearray(_HEAD.pack(_MAGIC, len(records), block_bytes([len(part) for part in parts])))
-        sums = [zlib.crc32(part) for part in parts]
-        for (digest, _), part, crc in zip(records, parts, sums, strict=True):
-            head += _ENTRY.pack(digest, len(part), crc)
+        for (digest, _), part, checksum in zip(records, parts, checksums, strict=True):
+            head += _ENTRY.pack(digest, len(part), checksum)
         head += _SUM.pack(zlib.crc32(head))
         head += bytes(-len(head) % _ALIGN)
-        places, end = [], self._end + len(head)
-        for (digest, _), part, crc in zip(records, parts, sums, strict=True):
-            places.append((digest, Place(self.names[-1], end, len(part), crc)))
+        locations, end = [], self._end + len(head)
+        for (digest, _), part, checksum in zip(records, parts, checksums, strict=True):
+            locations.append((digest, RecordLocation(self.names[-1], end, len(part), checksum)))
             end += len(part)
         try:
             for part in (memoryview(head), *parts):
-                _append(fd, part)
+                while part:
+                    part = part[os.write(fd, part) :]
         except OSError:
             with contextlib.suppress(OSError):
                 os.ftruncate(fd, self._end)
             raise
         self._end = end
-        return places, end
+        return locations, end
 
     def close(self) -> None:
         """End the shard that is being written."""
         self._close()
         self._fd = None
 
-    def _opened(self) -> int:
+    def _open(self) -> int:
         """The shard to append to: a new one at first, when the old one is long enough, and when somebody removed it."""
         if self._fd is not None and self._end < SHARD_BYTES and os.fstat(self._fd).st_nlink:
             return self._fd
@@ -201,29 +207,111 @@ class ShardWriter:
         return self._fd
 
 
-def _append(fd: int, part: memoryview) -> None:
-    while part:
-        part = part[os.write(fd, part) :]
+class RecordIndex:
+    """Where each record of one folder lies, kept up with what other processes write and remove.
+
+    Args:
+        folder: Holds the shards.
+        on_damage: Called with what can never be read, in words.
+    """
+
+    def __init__(self, folder: Path, on_damage: Callable[[str], None]) -> None:
+        self._folder, self._on_damage = folder, on_damage
+        self._locations: dict[bytes, RecordLocation] = {}
+        self._duplicates: dict[bytes, list[RecordLocation]] = {}
+        self._ends: dict[str, int] = {}
+        self._refreshed = self._took = 0.0
+
+    def __len__(self) -> int:
+        return len(self._locations)
+
+    def __contains__(self, digest: bytes) -> bool:
+        return digest in self._locations
+
+    @property
+    def num_bytes(self) -> int:
+        """What the shards take, as far as was seen."""
+        return sum(self._ends.values())
+
+    def find(self, digest: bytes, own_shard: str) -> RecordLocation | None:
+        """Where the record lies; where that is not known, and looking is cheap, the folder is looked at again."""
+        since = time.monotonic() - self._refreshed
+        if digest not in self._locations and self._took <= REFRESH_TIME_SHARE * since:
+            self.refresh(own_shard)
+        return self._locations.get(digest)
+
+    def add(self, records: Iterable[tuple[bytes, RecordLocation]], shard: str, end: int) -> None:
+        """Add records; ``end`` is the first byte of the shard that was not looked at."""
+        for digest, location in records:
+            if self._locations.setdefault(digest, location) != location:
+                self._duplicates.setdefault(digest, []).append(location)
+        self._ends[shard] = end
+
+    def set_verified(self, digest: bytes) -> None:
+        """Do not compare the record's checksum again: it has it."""
+        self._locations[digest] = self._locations[digest]._replace(checksum=None)
+
+    def drop(self, digest: bytes) -> None:
+        """Forget a location; another one of the same record, written by another process, takes over."""
+        del self._locations[digest]
+        if duplicates := self._duplicates.get(digest):
+            self._locations[digest] = duplicates.pop()
+
+    def refresh(self, own_shard: str) -> None:
+        """See what other processes have written and removed; ``own_shard`` is being written by this one."""
+        begun = time.monotonic()
+        sizes = {shard.path.name: shard.size for shard in list_shards(self._folder)}
+        if gone := self._ends.keys() - sizes.keys():
+            self._ends = {shard: end for shard, end in self._ends.items() if shard not in gone}
+            for digest in [digest for digest, location in self._locations.items() if location.shard in gone]:
+                self.drop(digest)
+        for shard, size in sizes.items():
+            if size > self._ends.get(shard, 0) and shard != own_shard:
+                self._scan(shard, size)
+        self._refreshed = time.monotonic()
+        self._took = self._refreshed - begun
+
+    def _scan(self, shard: str, size: int) -> None:
+        try:
+            found = scan_shard(self._folder / shard, self._ends.get(shard, 0))
+        except OSError:
+            return
+        self.add(found.records, shard, max(found.end, size) if found.fault else found.end)
+        if found.fault:
+            self._on_damage(f"the end of {shard} is lost: {found.fault}")
 
 
-def lock(fd: int, *, shared: bool, wait: bool) -> bool:
-    """Lock an open file until it is closed; whether that worked. Held by others, or a file system without locks: no."""
-    try:
-        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+def _scan_block(file: BinaryIO, size: int, has_writer: bool, found: ShardScan) -> bool:
+    """Add one block's records to ``found``; whether there was a whole one."""
+    torn = "" if has_writer else "its writer was killed"
+    file.seek(found.end)
+    head = file.read(_HEAD.size)
+    if len(head) < _HEAD.size:
+        found.fault = torn
         return False
+    magic, count, length = _HEAD.unpack(head)
+    is_sound = magic == _MAGIC and 0 < count * _ENTRY.size < length
+    entries = file.read(min(count * _ENTRY.size, size)) if is_sound else b""
+    checksum = file.read(_SUM.size) if is_sound else b""
+    if is_sound and len(checksum) < _SUM.size:
+        found.fault = torn
+        return False
+    if not is_sound or _SUM.unpack(checksum)[0] != zlib.crc32(entries, zlib.crc32(head)):
+        found.fault = "a block's head is damaged"
+        return False
+    if found.end + length > size and has_writer:
+        return False
+    start = found.end + _head_bytes(count)
+    for digest, num_bytes, crc in _ENTRY.iter_unpack(entries):
+        if start + num_bytes > size:
+            found.fault = torn
+            return False
+        found.records.append((digest, RecordLocation(Path(file.name).name, start, num_bytes, crc)))
+        start += num_bytes
+    found.end = start
     return True
 
 
-def _locked_elsewhere(fd: int) -> bool:
-    """Whether a writer lives, as far as can be told: where there are no locks, yes."""
-    return not lock(fd, shared=True, wait=False)
-
-
-def _no_file() -> None:
-    """Nothing to close."""
-
-
-def _head_bytes(count: int) -> int:
-    length = _HEAD.size + count * _ENTRY.size + _SUM.size
+def _head_bytes(num_records: int) -> int:
+    length = _HEAD.size + num_records * _ENTRY.size + _SUM.size
     return length + -length % _ALIGN

@@ -7,6 +7,7 @@ identity. To lose a record is never a fault: what is missing, damaged, removed o
 import contextlib
 import errno
 import hashlib
+import json
 import logging
 import os
 import time
@@ -19,11 +20,16 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.execution.cache.store.catalogue import Catalogue
-from lightning_mm.execution.cache.store.identity import folder_of, make
-from lightning_mm.execution.cache.store.records import Distance, Kept, decode, encode
-from lightning_mm.execution.cache.store.room import Room, Use
-from lightning_mm.execution.cache.store.shards import Place, ShardWriter, block_bytes, read
+from lightning_mm.core.io import write_atomically
+from lightning_mm.execution.cache.store.disk_limit import DiskLimit, FolderInUse
+from lightning_mm.execution.cache.store.encoding import RoundingError, StorageDtype, decode_record, encode_record
+from lightning_mm.execution.cache.store.shards import (
+    RecordIndex,
+    RecordLocation,
+    ShardWriter,
+    block_bytes,
+    read_record,
+)
 
 BLOCK_BYTES = 4 * 2**20
 BLOCK_SECONDS = 5.0
@@ -44,7 +50,7 @@ class StoreStats:
         written: Records that this process put on disk.
         evicted: Shards of other identities that this process removed to make room.
         corrupt: Records, or ends of shards, that are damaged.
-        distance: How far lossy tensors are from what was given, over all records put or read here, each once.
+        rounding: How far lossy tensors are from what was given, over all records put or read here, each once.
     """
 
     hits: int = 0
@@ -52,12 +58,12 @@ class StoreStats:
     written: int = 0
     evicted: int = 0
     corrupt: int = 0
-    distance: Distance = field(default_factory=Distance)
+    rounding: RoundingError = field(default_factory=RoundingError)
 
     @property
     def relative_error(self) -> float:
-        """Root mean square error of what is kept, over the root mean square of what was given."""
-        return self.distance.relative
+        """Root mean square error of what is stored, over the root mean square of what was given."""
+        return self.rounding.relative
 
 
 class RecordStore:
@@ -68,21 +74,21 @@ class RecordStore:
 
     Args:
         folder: Holds the shards of the identity.
-        room: The bounds of the folder above it.
-        kept: How lossy tensors are kept.
+        limit: The bounds of the folder above it.
+        dtype: How lossy tensors are stored.
         lossy: Their names.
     """
 
-    def __init__(self, folder: Path, room: Room, kept: Kept, lossy: Collection[str]) -> None:
+    def __init__(self, folder: Path, limit: DiskLimit, dtype: StorageDtype, lossy: Collection[str]) -> None:
         self.folder = folder
         self.stats = StoreStats()
         self.stopped = ""
         """Why nothing more is written; empty while records are taken."""
-        self._room, self._kept, self._lossy = room, kept, lossy
+        self._limit, self._dtype, self._lossy = limit, dtype, lossy
         self._pid: int | None = os.getpid()
-        self._use = Use(folder)
+        self._in_use = FolderInUse(folder)
         self._writer = ShardWriter(folder)
-        self._catalogue = Catalogue(folder, self._damaged)
+        self._index = RecordIndex(folder, self._damaged)
         self._pending: dict[bytes, Tensor] = {}
         self._pending_bytes = 0
         self._pending_since = 0.0
@@ -95,7 +101,7 @@ class RecordStore:
         identity: Mapping[str, Any],
         *,
         limit_bytes: int,
-        dtype: Kept,
+        dtype: StorageDtype,
         free_share: float = 0.5,
         lossy: Collection[str] = ("hidden",),
     ) -> "RecordStore":
@@ -103,9 +109,9 @@ class RecordStore:
 
         Args:
             folder: Holds a folder for each identity.
-            identity: All that the records depend on besides their key, as JSON values; how they are kept is added.
+            identity: All that the records depend on besides their key, as JSON values; how they are stored is added.
             limit_bytes: The most that all identities in ``folder`` may take.
-            dtype: How floating tensors named in ``lossy`` are kept; all others are kept exactly.
+            dtype: How floating tensors named in ``lossy`` are stored; all others are stored exactly.
             free_share: The most that they may take of what the disk would have free without them.
             lossy: Names of tensors.
 
@@ -113,32 +119,35 @@ class RecordStore:
             UserError: The folder cannot be made.
         """
         whole = {"identity": dict(identity), "dtype": dtype, "lossy": sorted(lossy), "format": _FORMAT}
+        canonical = json.dumps(whole, sort_keys=True, allow_nan=False, separators=(",", ":"))
         root = Path(folder).absolute()
-        own = folder_of(root, whole)
+        own = root / hashlib.sha256(canonical.encode()).hexdigest()[:32]
         why = ""
         try:
-            make(own, whole)
+            own.mkdir(parents=True, exist_ok=True)
+            if not (own / "identity.json").exists():
+                write_atomically(own / "identity.json", json.dumps(whole, indent=2, sort_keys=True))
         except OSError as error:
             why = error.strerror or str(error)
             if error.errno not in _NO_ROOM:
                 raise UserError(f"The cache folder {root} cannot be used.", why, "Name another folder.") from error
-        store = cls(own, Room(root, limit_bytes, free_share), dtype, lossy)
+        store = cls(own, DiskLimit(root, limit_bytes, free_share), dtype, lossy)
         if why:
             store._stop(why)
         store.refresh()
         return store
 
     def __len__(self) -> int:
-        return len(self._catalogue) + len(self._pending)
+        return len(self._index) + len(self._pending)
 
     def __contains__(self, key: str) -> bool:
         digest = _digest(key)
-        return digest in self._pending or self._catalogue.find(digest, self._writing) is not None
+        return digest in self._pending or self._index.find(digest, self._own_shard) is not None
 
     @property
     def bytes(self) -> int:
         """What the identity takes on disk, as far as this process has seen."""
-        return self._catalogue.num_bytes
+        return self._index.num_bytes
 
     def get(self, key: str, dtype: torch.dtype = torch.float32) -> dict[str, Tensor] | None:
         """The record, in memory of its own; None where it is not there.
@@ -150,17 +159,17 @@ class RecordStore:
         digest = _digest(key)
         if digest in self._pending:
             self.stats.hits += 1
-            return decode(self._pending[digest], dtype)[0]
-        while (place := self._catalogue.find(digest, self._writing)) is not None:
-            data = self._read(place)
+            return decode_record(self._pending[digest], dtype)[0]
+        while (location := self._index.find(digest, self._own_shard)) is not None:
+            data = self._read(location)
             if data is None:
-                self._catalogue.drop(digest)
+                self._index.drop(digest)
                 continue
-            record, distance = decode(data, dtype)
-            if place.checksum is not None:
-                self._catalogue.trust(digest)
-                counted = place.shard in self._writer.names
-                self.stats.distance = self.stats.distance.plus(Distance() if counted else distance)
+            record, rounding = decode_record(data, dtype)
+            if location.checksum is not None:
+                self._index.set_verified(digest)
+                if location.shard not in self._writer.names:  # what this process has put was counted then
+                    self.stats.rounding = self.stats.rounding.plus(rounding)
             self.stats.hits += 1
             return record
         self.stats.misses += 1
@@ -170,12 +179,12 @@ class RecordStore:
         """Keep a record, on disk with the next block; whether it was taken. One that is there is not taken again."""
         assert self._pid == os.getpid(), "copies of a store only read"
         digest = _digest(key)
-        if self.stopped or digest in self._pending or digest in self._catalogue:
+        if self.stopped or digest in self._pending or digest in self._index:
             return False
         if not self._pending:
             self._pending_since = time.monotonic()
-        data, distance = encode(record, self._kept, self._lossy)
-        self.stats.distance = self.stats.distance.plus(distance)
+        data, rounding = encode_record(record, self._dtype, self._lossy)
+        self.stats.rounding = self.stats.rounding.plus(rounding)
         self._pending[digest] = data
         self._pending_bytes += len(data)
         if self._pending_bytes >= BLOCK_BYTES or time.monotonic() - self._pending_since > BLOCK_SECONDS:
@@ -188,36 +197,36 @@ class RecordStore:
             return
         records = list(self._pending.items())
         try:
-            with self._room.alone():
-                claim = self._room.claim(block_bytes([len(data) for _, data in records]), self.folder)
-                while records and block_bytes([len(data) for _, data in records]) > claim.room:
+            with self._limit.exclusive():
+                reservation = self._limit.reserve(block_bytes([len(data) for _, data in records]), self.folder)
+                while records and block_bytes([len(data) for _, data in records]) > reservation.num_bytes:
                     records.pop()
                 if records:
-                    places, end = self._writer.write(records)
+                    locations, end = self._writer.append(records)
         except OSError as error:
             self._stop(error.strerror or str(error))
             return
-        self.stats.evicted += claim.removed
+        self.stats.evicted += reservation.num_evicted
         self.stats.written += len(records)
         if records:
-            self._catalogue.add(places, self._writing, end)
+            self._index.add(locations, self._own_shard, end)
         if len(records) < len(self._pending):
-            self._stop(claim.bound)
+            self._stop(reservation.bound)
         self._forget_pending()
 
     def refresh(self) -> None:
         """See what other processes have written and removed."""
-        self._catalogue.refresh(self._writing)
+        self._index.refresh(self._own_shard)
 
     def close(self) -> None:
         """Write what waits, tell what rounding has lost, and let others make room; ``get`` still works."""
         self.flush()
         self.stopped = self.stopped or "the store is closed"
         self._writer.close()
-        self._use.end()
+        self._in_use.end()
         if self.stats.written and self._pid == os.getpid():
             error = self.stats.relative_error
-            what = f"{self.stats.written} records written in {self._kept}, {error:.2%} RMS from what was given"
+            what = f"{self.stats.written} records written in {self._dtype}, {error:.2%} RMS from what was given"
             log.info("%s: %s", self.folder, what)
 
     def __enter__(self) -> Self:
@@ -227,27 +236,27 @@ class RecordStore:
         self.close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "room": self._room, "kept": self._kept, "lossy": self._lossy}
+        return {"folder": self.folder, "limit": self._limit, "dtype": self._dtype, "lossy": self._lossy}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
         self._pid = None
 
     @property
-    def _writing(self) -> str:
+    def _own_shard(self) -> str:
         """The shard that this process writes; in a copy, none."""
         return self._writer.names[-1] if self._writer.names and self._pid == os.getpid() else ""
 
-    def _read(self, place: Place) -> Tensor | None:
-        path = self.folder / place.shard
+    def _read(self, location: RecordLocation) -> Tensor | None:
+        path = self.folder / location.shard
         try:
-            data = read(path, place)
+            data = read_record(path, location)
         except OSError:
             return None
         if data is None:
-            self._damaged(f"a record of {place.shard} does not have its checksum; it counts as missing")
-        elif time.monotonic() - self._touched.get(place.shard, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
-            self._touched[place.shard] = time.monotonic()
+            self._damaged(f"a record of {location.shard} does not have its checksum; it counts as missing")
+        elif time.monotonic() - self._touched.get(location.shard, -_TOUCH_SECONDS) >= _TOUCH_SECONDS:
+            self._touched[location.shard] = time.monotonic()
             with contextlib.suppress(OSError):
                 os.utime(path)
         return data

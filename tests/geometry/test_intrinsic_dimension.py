@@ -9,19 +9,26 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.geometry.calibration import curve, noise_dimension
-from lightning_mm.geometry.dimension import calibrated_dimension, gride, log_ratios, two_nn
-from lightning_mm.geometry.gride import Gride, TwoNN
-from lightning_mm.geometry.neighbors import Neighbours
-from lightning_mm.geometry.representations import Bank
+from lightning_mm.geometry.intrinsic_dimension import (
+    Gride,
+    TwoNN,
+    calibrated_dimension,
+    calibration_curve,
+    gride,
+    log_ratios,
+    noise_dimension,
+    two_nn,
+)
+from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.representations import Representations
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def near(features: Tensor, k: int = 32) -> Neighbours:
-    return Neighbours.of(Bank.of(features), k)
+def near(features: Tensor, k: int = 32) -> Neighbors:
+    return Neighbors.of(Representations.of(features), k)
 
 
 @pytest.mark.parametrize("dimension", [1.0, 12.0, 300.0])
@@ -148,10 +155,10 @@ def test_calibration_undoes_the_bias(estimator: TwoNN | Gride) -> None:
     fixed = calibrated_dimension(raw, estimator)[0]
     assert fixed.value == pytest.approx(40, abs=9)
     assert fixed.low < 40 < fixed.high
-    points = curve(500, estimator)
+    points = calibration_curve(500, estimator)
     assert points[0] == (0.0, 0.0)
     assert all(low < high for (_, low), (_, high) in pairwise(points))
-    far = calibrated_dimension([Estimate(1e4, 500)], estimator)[0]
+    far = calibrated_dimension([Estimate(1e4, n=500)], estimator)[0]
     assert far.undefined.startswith("beyond the calibration curve")
 
 
@@ -169,13 +176,13 @@ def test_one_group_gives_no_interval(measure) -> None:  # type: ignore[no-untype
 
 
 def test_the_null_is_computed_where_the_samples_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    """N^2 D products of a large bank are not for the CPU; the meta device stands for a GPU and has no numbers."""
+    """N^2 D products of a large reps are not for the CPU; the meta device stands for a GPU and has no numbers."""
     asked = []
 
     def null(n: int, width: int, estimator: TwoNN | Gride, device: torch.device) -> float:
         asked.append(device)
         return 1.0
 
-    monkeypatch.setattr("lightning_mm.geometry.dimension.noise_dimension", null)
+    monkeypatch.setattr("lightning_mm.geometry.intrinsic_dimension.noise_dimension", null)
     two_nn(near(noise(1, 60, 5)))
     assert asked == [torch.device("cpu")]

@@ -1,0 +1,61 @@
+"""Loads the trained model of a run from its folder.
+
+Data flow: ``runs/<name>`` (config.yaml, a checkpoint) -> module with the checkpoint's weights, and its data module.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+
+from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.errors import UserError
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.training import checkpoint as state
+from lightning_mm.training.module import MMModule
+
+
+def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tuple[MMModule, MMDataModule]:
+    """The module of a run with a checkpoint's weights, in eval mode, and its data module.
+
+    Args:
+        run: The run's folder.
+        checkpoint: A checkpoint file of the run.
+        quantized: Whether frozen weights that were quantized in training stay so; False: they are loaded in full.
+
+    Raises:
+        UserError: The run has no usable config or checkpoint, or they do not belong together.
+    """
+    config = _config(run)
+    saved = state.read_checkpoint(checkpoint)
+    module: MMModule = config.model
+    module.resume_from(saved)
+    if not quantized and module.backbone.quantization != "none":
+        held = module.backbone.quantization
+        module.backbone = replace(module.backbone, quantization="none")
+        log_decision(
+            "export", "frozen weights in full", f"trained over {held}; a folder holds the weights they came from"
+        )
+        module.configure_model()
+        state.check(saved, module.census, None, set(module.trainable))
+    else:
+        module.configure_model()
+        state.check(saved, module.census, module.base, set(module.trainable))
+    module.load_state_dict(saved["state_dict"], strict=False)
+    module.eval()
+    return module, config.data
+
+
+def _config(run: RunDirectory) -> Namespace:
+    if not run.config.is_file():
+        raise UserError(f"{run.path} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
+    refuse_foreign_classes([str(run.config)])
+    saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    parser = Parser(exit_on_error=True)
+    parser.add_class_arguments(MMModule, "model")
+    parser.add_class_arguments(MMDataModule, "data")
+    data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}
+    return parser.instantiate_classes(parser.parse_object({"model": saved["model"], "data": data}))
