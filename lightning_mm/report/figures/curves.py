@@ -105,8 +105,9 @@ def line_chart(
 def _value_scale(values: Sequence[float], *, zero: bool) -> dict[str, Any]:
     """A vertical scale that ends at round values; values that are all alike stand inside it."""
     low, high = min([*values, *([0.0] if zero else [])]), max([*values, *([0.0] if zero else [])])
-    if high - low <= 1e-12 * max(abs(low), abs(high)):
-        room = 0.1 * abs(low) or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= max(1e-12 * size, 1e-100):  # d3 finds no ticks between numbers next to zero
+        room = 0.1 * size if size > 1e-100 else 1.0
         low, high = low - room, high + room
     return {"domain": [low, high], "nice": 4}
 
