@@ -1,11 +1,7 @@
-"""plan: what a run will cost, before it and without weights, beside what every other policy would cost.
+"""The verb plan: what a run will cost, before it starts and without weights, compared with every other policy.
 
-Data flow: the arguments of ``fit`` -> model and data as configured, nothing loaded -> a few real batches (or one of
-given lengths) -> ``estimate_cost`` for each policy -> tables, and a JSON file.
-
-The tables that ``plan`` prints.
-
-Data flow: one ``CostEstimate`` per policy, the run's own first -> rich tables.
+Data flow: the options of ``fit`` -> model and data as configured, nothing loaded -> a few real batches (or one of given
+lengths) -> a ``CostEstimate`` for each policy -> tables, and a JSON file.
 """
 
 import json
@@ -58,15 +54,15 @@ def print_plan(
     steps: int,
     samples: int,
 ) -> None:
-    """Print everything.
+    """Print all tables.
 
     Args:
-        console: Where to.
-        found: The run's own policy first.
-        lengths: Means per row.
-        on: The device that seconds are predicted for.
-        steps: Micro-batches of the run; 0 if not known.
-        samples: Training samples; 0 if not known.
+        console: Console to print to.
+        found: Estimates, that of the run's own policy first.
+        lengths: Mean lengths per row, as ``_lengths`` returns them.
+        on: Device that seconds are predicted for.
+        steps: Number of micro-batches of the run; 0: not known.
+        samples: Number of training samples; 0: not known.
     """
     console.print(
         f"A step: {lengths['rows']:.3g} rows of {lengths['image_tokens']:.0f} image and"
@@ -88,7 +84,7 @@ def print_plan(
 
 
 def _speed(found: Sequence[CostEstimate]) -> Table:
-    """All policies side by side: operations and time."""
+    """Operations and time of all policies."""
     full = next((one for one in found if one.plan.policy.startswith("Full(")), found[0])
     columns = ("trained", "FLOPs", "of full", "floor", "step", "cached")
     table = _table("A step of the run, and of other policies", "policy", columns)
@@ -107,7 +103,7 @@ def _speed(found: Sequence[CostEstimate]) -> Table:
 
 
 def _bytes(found: Sequence[CostEstimate], samples: int) -> Table:
-    """All policies side by side: memory, disk and network."""
+    """Memory, disk and network traffic of all policies."""
     columns = ("memory", "checkpoint", "sent a step", "cache" if samples else "cache of a row")
     table = _table("Bytes", "policy", columns)
     for one in found:
@@ -130,7 +126,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 
 
 def _parts(one: CostEstimate) -> Table:
-    """Where the floor of the run's own policy comes from."""
+    """Least FLOPs of the run's own policy, by part of the model."""
     columns = ("forward", "input gradients", "weight gradients", "share")
     table = _table(f"Least FLOPs of a step: {one.plan.policy}", "part", columns)
     for name, part in one.flops.parts(one.plan).items():
@@ -153,7 +149,7 @@ def _memory(one: CostEstimate, on: Device) -> Table:
 
 
 def size(count: float) -> str:
-    """Bytes for people.
+    """A number of bytes with its unit.
 
     Example:
         >>> size(3 * 2**20), size(1.5 * 2**30)
@@ -232,7 +228,7 @@ def plan(arguments: list[str]) -> int:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Without torch's compiler, which bitsandbytes would wake for a second when PEFT imports it."""
+    """Context without torch's compiler, which bitsandbytes would start when PEFT imports it (about a second)."""
     held = os.environ.get("TORCHDYNAMO_DISABLE")
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
@@ -242,7 +238,7 @@ def _uncompiled() -> Iterator[None]:
 
 
 class PlanningCLI(TrainingCLI):
-    """The parser of ``fit`` with a few options more; no trainer is made, nothing is run."""
+    """The command line of ``fit`` with the options of ``plan``; no trainer is made and nothing is run."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         super().add_arguments_to_parser(parser)
@@ -256,7 +252,7 @@ class PlanningCLI(TrainingCLI):
         parser.add_argument("--batch_size", type=int | None, default=None, help="In place of data.batch_size.")
 
     def before_instantiate_classes(self) -> None:
-        """No run directory is made."""
+        """Do nothing: no run directory is made."""
 
     def instantiate_classes(self) -> None:
         parts = Namespace(model=self.config.model, data=self.config.data)
@@ -265,7 +261,7 @@ class PlanningCLI(TrainingCLI):
 
 @contextmanager
 def batches_of(config: Namespace, module: MMModule, data: MMDataModule) -> Iterator[list[Batch]]:
-    """Micro-batches as the run will see them, or one of the lengths that were given."""
+    """Context with the run's first micro-batches, or with one of the given lengths."""
     data.num_workers = 0
     if config.batch_size is not None:
         data.batch_size = config.batch_size
@@ -286,19 +282,19 @@ def batches_of(config: Namespace, module: MMModule, data: MMDataModule) -> Itera
 
 
 class _Rows:
-    """Batches of rows of given lengths, through the model's own processor.
+    """Makes batches of rows of given lengths with the model's own processor.
 
     Args:
-        module: Names the model.
-        rows: How many alike.
-        folder: Where they are written.
+        module: Module whose backbone names the model.
+        rows: Number of equal rows in a batch.
+        folder: Folder that the rows are written to.
     """
 
     def __init__(self, module: MMModule, rows: int, folder: Path) -> None:
         self.module, self.rows, self.folder = module, rows, folder
 
     def of(self, image_tokens: int | None, text_tokens: int, supervised: int) -> Batch:
-        """One batch; pictures of models that take one size only have the tokens that they have."""
+        """A batch of these lengths in tokens; models with a fixed image size keep their number of image tokens."""
         side, words, answer = 336, 8, 1
         for _ in range(3):
             batch = self._made(0 if image_tokens == 0 else side, words, answer)
@@ -347,7 +343,7 @@ def _in_bf16(config: Namespace, module: MMModule) -> bool:
 
 
 def _fixed(policy: TuningPolicy, num_layers: int) -> TuningPolicy:
-    """``layers: auto`` is answered by reading the model; the default range stands in for it."""
+    """The policy with ``layers: auto`` replaced by the default range: choosing layers needs weights."""
     if not auto_layers_option(policy):
         return policy
     count = count_layers("25%-50%", num_layers)
@@ -357,7 +353,7 @@ def _fixed(policy: TuningPolicy, num_layers: int) -> TuningPolicy:
 
 
 def _lengths(batches: list[Batch]) -> dict[str, float]:
-    """Means per row, and rows per micro-batch."""
+    """Mean tokens per row by region, rows per micro-batch, and fraction of padding."""
     rows = sum(len(batch) for batch in batches)
     image = sum(int((batch.regions == TokenRegion.IMAGE).sum()) for batch in batches)
     tokens = sum(len(batch.real) for batch in batches)

@@ -109,9 +109,9 @@ def forward_criteria(
 def drift_criterion(
     before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much of each layer's neighborhoods of pictures a pilot run has changed (arXiv:2606.03871).
+    """How much a pilot run has changed each layer's picture neighborhoods; None, and logged, if no picture was read.
 
-    None, and logged, where no picture was read.
+    After Palacios et al. 2026, arXiv:2606.03871.
 
     Args:
         before: Hidden states of the untuned model.

@@ -35,7 +35,7 @@ from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers,
 from lightning_mm.tuning.policy import TuningPolicy
 
 FALLBACK = "25%-50%"
-"""What trains where nothing is significant: the middle of LLaVA-7B (arXiv:2606.03871)."""
+"""What trains where nothing is significant: the middle of LLaVA-7B (Palacios et al. 2026, arXiv:2606.03871)."""
 FAMILIES = ("meaning", "shape", "gradients")
 _AUTO = re.compile(r"auto(?::(\d+%?))?")
 

@@ -132,7 +132,7 @@ def read_out(mm: MultimodalModel, hidden: Tensor, tuples: Mapping[int, bool], ch
     Args:
         mm: The plain model.
         hidden: (N, D) before the final norm.
-        tuples: Which blocks return tuples, as a ``Recording`` knows.
+        tuples: Which blocks return tuples, as an ``ActivationCache`` knows.
         chunk: Hidden states at a time; the vocabulary is large.
 
     Returns:

@@ -116,11 +116,13 @@ class MMModule(Evaluating):
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
         self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.wrap_collator = self._keeping
 
-    def _keeping(self, collator: Collator) -> Collate:
-        """What the loader of a split makes batches with, once the model is on its device."""
+    def on_fit_start(self) -> None:
+        """Open the cache of frozen activations, once the model is on its device."""
+        if getattr(self.trainer, "datamodule", None) is not None:
+            self._open_cache()
+
+    def _open_cache(self) -> None:
         data, trainer = self._data, self.trainer
         seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
         epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
@@ -137,7 +139,14 @@ class MMModule(Evaluating):
             return data.example_batch(count).to(trainer.strategy.root_device)
 
         with trainer.precision_plugin.forward_context():
-            return self.step.keep(self.cache, collator, example, epochs, facts)
+            self.step.open_cache(self.cache, data.collator(), example, epochs, facts)
+
+    def wrap_collator(self, collator: Collator) -> Collate:
+        """The collate function of conversation batches, which the data module asks for when it makes a loader.
+
+        Where the cache is open, it leaves out the images of rows whose activations are cached.
+        """
+        return self.step.collate_function(collator)
 
     def on_fit_end(self) -> None:
         self.step.close_cache()

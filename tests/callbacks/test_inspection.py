@@ -56,13 +56,13 @@ def test_all_that_are_due_share_one_forward(
     family: Family, probed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    true_read = reader.read
+    true_read = reader.extract_hidden_states
 
     def counted(*args, **options):  # type: ignore[no-untyped-def]
         seen.append(options["step"])
         return true_read(*args, **options)
 
-    monkeypatch.setattr(reader, "read", counted)
+    monkeypatch.setattr(reader, "extract_hidden_states", counted)
     callbacks = [ProbingCallback(EVERY, text_only=False), GeometryCallback(EVERY), DriftCallback(Schedule(every=2))]
     train(family("llava"), probed, tmp_path, callbacks=callbacks, tuning=MIDDLE, max_steps=3)
     assert seen == [0, 1, 2, 3]
@@ -144,7 +144,7 @@ def test_a_failing_forward_is_reported_and_training_goes_on(
     def broken(*args: object, **options: object) -> HiddenStates:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "extract_hidden_states", broken)
     _, trainer = train(family("llava"), probed, tmp_path, callbacks=lookers(), tuning=MIDDLE, max_steps=2)
     assert trainer.global_step == 2
     assert "nothing was read at step 2: RuntimeError: CUDA out of memory" in caplog.text

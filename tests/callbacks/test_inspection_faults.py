@@ -65,15 +65,15 @@ def test_probes_without_captions_are_looked_into(family: Family, data: Data, pro
 def test_a_baseline_that_fails_costs_the_baseline_only(
     family: Family, probed: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_read = reader.read
+    true_read = reader.extract_hidden_states
 
-    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
+    def broken(mm: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
         held = list(batches)
         if held[0].rows[0].blank:
             raise RuntimeError("grey")
-        return true_read(model, layout, held, *args, **options)
+        return true_read(mm, held, *args, **options)
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "extract_hidden_states", broken)
     train(family("llava"), probed, tmp_path, callbacks=[ProbingCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert {row.step for row in rows_of(tmp_path)} == {0, 1}
     assert [p for p in problems_of(tmp_path) if "without pictures" in p and "RuntimeError: grey" in p]

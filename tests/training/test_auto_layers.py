@@ -42,7 +42,7 @@ def test_auto_fails_on_all_ranks_alike(
         raise error
 
     told: list[Any] = []
-    monkeypatch.setattr(auto_layers, "read", broken)
+    monkeypatch.setattr(auto_layers, "extract_hidden_states", broken)
     for module in (distributed, auto_layers):
         monkeypatch.setattr(module, "all_gather_object", lambda mine: [told.append(mine) or mine])
     with pytest.raises(UserError, match="cut off") as caught:
