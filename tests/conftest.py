@@ -6,6 +6,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch._inductor.config as inductor
 import torch.distributed as dist
 
 from lightning_mm.models.processor import ModelProcessor, load_processor
+from lightning_mm.testing.tiny import build_tiny
 from tests.helpers.data import Data, Family, make_probe_rows, make_rows
 from tests.helpers.slow import SLOW_TESTS
 
@@ -26,6 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.nodeid.partition("[")[0] in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The folder of a tiny model, by the name of its family."""
+    return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
 
 
 @pytest.fixture(scope="session")
