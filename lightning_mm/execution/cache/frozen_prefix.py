@@ -1,8 +1,8 @@
 """The frozen prefix: everything below the lowest block that trains, run separately from the rest of the model.
 
 Data flow: Batch -> ``FrozenPrefix.states`` (tower, connector, embeddings and the blocks below, outside autograd) ->
-input of the lowest trainable block -> ``FrozenPrefix.starting_from``: the model from that block on. In between the states
-can be cached, since no training step changes them.
+input of the lowest trainable block -> ``FrozenPrefix.starting_from``: the model from that block on. In between the
+states can be cached, since no training step changes them.
 
 Both halves are the model's own forward pass with some blocks skipped, so that positions, masks and everything after
 the blocks are computed by the model's own code.
