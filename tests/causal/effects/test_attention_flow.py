@@ -117,7 +117,7 @@ def test_key_heads_in_a_wrong_order_are_noticed(
     encoded = one.encode()
     run = cache_activations(one.mm, encoded.inputs)
     assert run.attention_calls[0].key.shape[1] < run.attention_calls[0].query.shape[1], "heads share keys"
-    monkeypatch.setattr(attention_flow, "repeated", lambda heads, like: heads.repeat(1, 2, 1, 1))
+    monkeypatch.setattr(attention_flow, "repeat_kv", lambda heads, like: heads.repeat(1, 2, 1, 1))
     with pytest.raises(UserError, match="cannot be split"):
         contributions(one.mm, run, 0, torch.tensor([5]))
 
