@@ -98,7 +98,9 @@ class LoadedCheckpoint(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only)
 
 
-def record(census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]) -> dict[str, Any]:
+def checkpoint_metadata(
+    census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]
+) -> dict[str, Any]:
     """What goes under ``lightning_mm`` in a checkpoint; a collective, since it holds every rank's generators."""
     return {
         "version": 1,
@@ -112,13 +114,13 @@ def record(census: Census, base: str, settings: Mapping[str, Any], unread: Itera
     }
 
 
-def keep_trainable(checkpoint: dict[str, Any], trainable: set[str]) -> None:
+def drop_frozen_weights(checkpoint: dict[str, Any], trainable: set[str]) -> None:
     """Drop every tensor that does not train from a checkpoint's state dict, in place."""
     weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if name in trainable}
 
 
-def check(
+def validate_checkpoint(
     checkpoint: Mapping[str, Any], census: Census, base: str | None, trainable: set[str], optimizer: str | None = None
 ) -> None:
     """Refuse a checkpoint of another policy, another base model, or with other tensors than this run trains.
@@ -158,7 +160,7 @@ def check(
         raise UserError("The checkpoint is incomplete.", "It lacks tensors that train.", "Use an earlier checkpoint.")
 
 
-def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def log_setting_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say every setting that differs from the checkpoint's: the command line counts."""
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
@@ -167,7 +169,7 @@ def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def restore_rank(saved: Mapping[str, Any]) -> None:
+def restore_rank_rng(saved: Mapping[str, Any]) -> None:
     """This rank's generators, or a word that the resumed run is not bit-exact."""
     rank, ranks = rank_and_world_size()
     states = saved["rng"]

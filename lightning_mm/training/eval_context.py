@@ -1,6 +1,6 @@
 """What a callback may know of the live module, and how it looks at it without leaving a trace.
 
-Data flow: trainer + module -> ``looking`` (eval mode, no gradients, own randomness) -> whatever the callback reads.
+Data flow: trainer + module -> ``evaluation_mode`` (eval mode, no gradients, own randomness) -> whatever the callback reads.
 """
 
 from collections.abc import Iterator
@@ -46,7 +46,7 @@ def data_of(trainer: L.Trainer) -> MMDataModule:
 
 
 @contextmanager
-def looking(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+def evaluation_mode(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     """Read the model as it is now: all of it in eval mode, without gradients, in the run's precision.
 
     Modes and every random generator are as before when it ends, so a run that is looked at is bit-identical to one

@@ -82,7 +82,7 @@ class MMModule(Evaluating):
                 "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
             )
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
-        # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
+        # A checkpoint holds what trains and nothing else; ``state.validate_checkpoint`` is stricter than Lightning's own test.
         self.strict_loading = False
         self._window = Window()
         self._resumed: Mapping[str, Any] | None = None
@@ -279,22 +279,22 @@ class MMModule(Evaluating):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step.flush()
-        state.keep_trainable(checkpoint, set(self.trainable))
-        checkpoint[state.KEY] = state.record(self.census, self.base, self.settings(), self.unread or ())
+        state.drop_frozen_weights(checkpoint, set(self.trainable))
+        checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state.check(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
+        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
         self._resumed = checkpoint[state.KEY]
 
     def on_train_start(self) -> None:
         """After everything is restored: this run's rates count, and every difference is said."""
         if self._resumed is not None:
-            state.narrate_changes(self._resumed["settings"], self.settings())
+            state.log_setting_changes(self._resumed["settings"], self.settings())
             optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
             restore_learning_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """The last moment before randomness is drawn: put a resumed run's generators back."""
         if self._resumed is not None:
-            state.restore_rank(self._resumed)
+            state.restore_rank_rng(self._resumed)
             self._resumed = None

@@ -24,7 +24,7 @@ class Preempted(Exception):
     """SIGTERM came, and the run is saved."""
 
 
-def window_closed(trainer: L.Trainer) -> bool:
+def is_accumulation_complete(trainer: L.Trainer) -> bool:
     """Whether no micro-batch waits for its optimizer step: its gradient would be lost with a checkpoint."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
@@ -63,7 +63,7 @@ class LastCheckpoint(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not window_closed(trainer):
+        if not is_accumulation_complete(trainer):
             return
         stop = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
         due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
@@ -100,7 +100,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if window_closed(trainer):
+        if is_accumulation_complete(trainer):
             super().on_validation_end(trainer, pl_module)
         else:
             log_decision("best.ckpt", "not written", "validation fell inside an accumulation window")

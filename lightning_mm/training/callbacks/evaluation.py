@@ -19,11 +19,11 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
-from lightning_mm.training.eval_context import data_of, live, looking
+from lightning_mm.training.eval_context import data_of, evaluation_mode, live
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnsweredQuestion:
     """One held-out question and an answer to it."""
 
     key: str
@@ -83,7 +83,7 @@ class HeldOutEvaluation(Callback):
         if not data_of(trainer).samples(split):
             log_decision("evaluation", "skipped", "neither data.test nor data.val is given")
             return
-        asked: list[Asked] = []
+        asked: list[AnsweredQuestion] = []
         for moment in moments:
             asked = self._ask(trainer, pl_module, split, blank=moment == "no_image")
             self._answers[moment] = {question.key: question.answer for question in asked}
@@ -92,11 +92,11 @@ class HeldOutEvaluation(Callback):
             write_json(self.run.evaluation, {"split": split, "rows": self._rows(asked, majority)})
             write_json(self.run.samples, [self._sample(i, q) for i, q in enumerate(_spread(asked, self.shown))])
 
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool) -> list[Asked]:
+    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool) -> list[AnsweredQuestion]:
         data = data_of(trainer)
         loader = data.question_loader(split, blank_images=blank, limit=self.max_questions)
-        asked: list[Asked] = []
-        with looking(trainer, pl_module):
+        asked: list[AnsweredQuestion] = []
+        with evaluation_mode(trainer, pl_module):
             for batch in loader:
                 data.rejected_samples.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
@@ -106,7 +106,7 @@ class HeldOutEvaluation(Callback):
         keys = [_key(sample, turn) for sample, turn in data.questions(split, self.max_questions)]
         return [found[key] for key in keys if key in found]
 
-    def _rows(self, asked: Sequence[Asked], majority: dict[str, str]) -> list[dict[str, Any]]:
+    def _rows(self, asked: Sequence[AnsweredQuestion], majority: dict[str, str]) -> list[dict[str, Any]]:
         types = [*sorted({question.question_type for question in asked}), ALL]
         rows = []
         for kind in types:
@@ -116,13 +116,13 @@ class HeldOutEvaluation(Callback):
             rows.append({"type": kind, "n": len(chosen), "majority": _mean(guesses), **measured})
         return rows
 
-    def _accuracy(self, moment: str, asked: Sequence[Asked]) -> float | None:
+    def _accuracy(self, moment: str, asked: Sequence[AnsweredQuestion]) -> float | None:
         answers = self._answers.get(moment)
         if answers is None:
             return None
         return _mean([is_correct(answers[q.key], q.truth) for q in asked if q.key in answers])
 
-    def _sample(self, index: int, question: Asked) -> dict[str, Any]:
+    def _sample(self, index: int, question: AnsweredQuestion) -> dict[str, Any]:
         assert self.run is not None
         self.run.pictures.mkdir(exist_ok=True)
         kept = []
@@ -144,18 +144,18 @@ class HeldOutEvaluation(Callback):
         return row
 
 
-def _pair(batch: PromptBatch, answers: list[str]) -> list[Asked]:
+def _pair(batch: PromptBatch, answers: list[str]) -> list[AnsweredQuestion]:
     rows = zip(batch.samples, batch.turns, answers, strict=True)
-    return [Asked(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
+    return [AnsweredQuestion(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
 
 
 def _key(sample: Sample, turn: int) -> str:
     return f"{sample.origin}#{turn}"
 
 
-def _spread(asked: Sequence[Asked], count: int) -> list[Asked]:
+def _spread(asked: Sequence[AnsweredQuestion], count: int) -> list[AnsweredQuestion]:
     """The first questions of every type in turn, so that each type is seen."""
-    by_type: dict[str, list[Asked]] = {}
+    by_type: dict[str, list[AnsweredQuestion]] = {}
     for question in asked:
         by_type.setdefault(question.question_type, []).append(question)
     ranked = sorted((rank, kind, q.key) for kind, qs in by_type.items() for rank, q in enumerate(qs))

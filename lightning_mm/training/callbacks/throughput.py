@@ -1,7 +1,7 @@
 """How fast training goes, and what holds it up: tokens, samples and arithmetic per second, and the share of each loss.
 
 Data flow: Batches -> ``work`` and the clock -> at the trainer's own logging interval one wait for the device and one
-exchange between the ranks -> ``rates``, logged.
+exchange between the ranks -> ``throughput_metrics``, logged.
 
 Where the time of a run goes: training (waiting for data as a part of it), validation, looks inside, checkpoints.
 
@@ -9,7 +9,7 @@ Data flow: the loader, the callbacks that know what they cost, and the wall cloc
 
 How fast the ranks were in an interval, all of them together.
 
-Data flow: one ``Interval`` of each rank -> ``rates``, by the keys of ``names``.
+Data flow: one ``IntervalTotals`` of each rank -> ``throughput_metrics``, by the keys of ``names``.
 """
 
 import math
@@ -37,7 +37,7 @@ from lightning_mm.training.eval_context import data_of, live
 
 
 @dataclass(frozen=True)
-class Spent:
+class ElapsedTime:
     """Seconds up to some moment; only differences mean anything.
 
     Args:
@@ -59,10 +59,10 @@ class Spent:
         """What is left for training."""
         return self.wall - self.validation - self.looks - self.checkpoints
 
-    def since(self, earlier: "Spent") -> "Spent":
+    def since(self, earlier: "ElapsedTime") -> "ElapsedTime":
         """What was spent in between."""
         pairs = zip(astuple(self), astuple(earlier), strict=True)
-        return Spent(*(max(0.0, late - early) for late, early in pairs))
+        return ElapsedTime(*(max(0.0, late - early) for late, early in pairs))
 
     def __str__(self) -> str:
         parts = {"validation": self.validation, "looks inside": self.looks, "checkpoints": self.checkpoints}
@@ -71,13 +71,13 @@ class Spent:
 
 
 @runtime_checkable
-class Inspects(Protocol):
+class HasInspectionTime(Protocol):
     """A callback that spends time on looking inside the model; that time is no training."""
 
     inspection_seconds: float
 
 
-class Clock:
+class TrainingClock:
     """Reads what was spent; between ``leave`` and ``back`` all but waiting for data counts as validation."""
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -85,13 +85,13 @@ class Clock:
         self._validation = 0.0
         self._left: tuple[float, float] | None = None
 
-    def spent(self) -> Spent:
+    def spent(self) -> ElapsedTime:
         """What was spent so far, once the device has done what it was told to."""
         synchronize(self._module.device)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-        looks = sum(callback.inspection_seconds for callback in callbacks if isinstance(callback, Inspects))
+        looks = sum(callback.inspection_seconds for callback in callbacks if isinstance(callback, HasInspectionTime))
         saves = sum(callback.seconds for callback in callbacks if isinstance(callback, LastCheckpoint))
-        return Spent(time.perf_counter(), self._waited(), self._validation, looks, saves)
+        return ElapsedTime(time.perf_counter(), self._waited(), self._validation, looks, saves)
 
     def leave(self) -> None:
         """What comes now is not training."""
@@ -111,7 +111,7 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Interval:
+class IntervalTotals:
     """What one rank did between two readings.
 
     Args:
@@ -139,7 +139,7 @@ class Interval:
     memory: float
 
 
-def rates(ranks: Sequence[Interval]) -> dict[str, float]:
+def throughput_metrics(ranks: Sequence[IntervalTotals]) -> dict[str, float]:
     """Rates of all ranks together; what is not known is left out.
 
     Ranks wait for each other, so they took equally long; the one that knows of most time that was no training (rank 0
@@ -172,15 +172,15 @@ class Throughput(Callback):
 
     def __init__(self) -> None:
         self._work = BatchCounter()
-        self._clock: Clock | None = None
-        self._begun: Spent | None = None
-        self._read: Spent | None = None
+        self._clock: TrainingClock | None = None
+        self._begun: ElapsedTime | None = None
+        self._read: ElapsedTime | None = None
         self._said = -1
         self._cost: StepCost | None = None
         self._peak = math.nan
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._clock, self._begun, self._work = Clock(trainer, pl_module), None, BatchCounter()
+        self._clock, self._begun, self._work = TrainingClock(trainer, pl_module), None, BatchCounter()
         every, total = _every(trainer), int(trainer.estimated_stepping_batches)
         if total // every > trainer.global_step // every:
             self._cost = _cost(trainer, pl_module)
@@ -212,7 +212,7 @@ class Throughput(Callback):
         assert self._read is not None
         now = self._clock.spent()
         mine = self._interval(now.since(self._read), pl_module)
-        for name, value in rates(_of_all_ranks(mine, trainer, pl_module)).items():
+        for name, value in throughput_metrics(_of_all_ranks(mine, trainer, pl_module)).items():
             pl_module.log(name, value, prog_bar=name == metric_names.SUPERVISED_TOKENS_PER_SECOND)
         self._read, self._said = now, step
 
@@ -222,9 +222,9 @@ class Throughput(Callback):
             if trainer.is_global_zero:
                 log.info("time: %s", self._clock.spent().since(self._begun))
 
-    def _interval(self, spent: Spent, module: L.LightningModule) -> Interval:
+    def _interval(self, spent: ElapsedTime, module: L.LightningModule) -> IntervalTotals:
         done = self._work.take()
-        return Interval(
+        return IntervalTotals(
             samples=done.samples,
             supervised=done.shape.supervised,
             tokens=done.shape.tokens,
@@ -243,13 +243,13 @@ def _every(trainer: L.Trainer) -> int:
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
 
 
-def _of_all_ranks(mine: Interval, trainer: L.Trainer, module: L.LightningModule) -> list[Interval]:
+def _of_all_ranks(mine: IntervalTotals, trainer: L.Trainer, module: L.LightningModule) -> list[IntervalTotals]:
     if trainer.world_size == 1:
         return [mine]
     row = torch.tensor(astuple(mine), dtype=torch.float64, device=module.device)
     gathered = trainer.strategy.all_gather(row)
     assert isinstance(gathered, Tensor)
-    return [Interval(*values) for values in gathered.reshape(-1, len(row)).tolist()]
+    return [IntervalTotals(*values) for values in gathered.reshape(-1, len(row)).tolist()]
 
 
 def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
