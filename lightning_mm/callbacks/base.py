@@ -38,16 +38,16 @@ class InspectionCallback(Callback):
         """Measurements on one inspection's hidden states; called on rank 0 only."""
 
     def wants_text_only(self, outermost: bool) -> bool:
-        """Whether the rows are also read without their pictures; ``outermost`` is True at the first and last inspection."""
+        """Whether to read the rows without pictures too; ``outermost``: this is the first or last inspection."""
         return False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Draw the probe set before the model is loaded, so that errors in it are raised early."""
-        if stage == "fit" and self._leads(trainer):
+        if stage == "fit" and self._runs_inspections(trainer):
             data_of(trainer).probe_set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._leads(trainer):
+        if self._runs_inspections(trainer):
             run = self.run or RunDirectory(Path(trainer.default_root_dir))
             self.inspection = Inspection(trainer, pl_module, _inspectors(trainer), run, self._budget)
             self.inspection.at_start()
@@ -85,7 +85,7 @@ class InspectionCallback(Callback):
         """Seconds of all inspections so far; zero for all callbacks but the one that runs them."""
         return self._budget.spent
 
-    def _leads(self, trainer: L.Trainer) -> bool:
+    def _runs_inspections(self, trainer: L.Trainer) -> bool:
         return _inspectors(trainer)[0] is self
 
 

@@ -1,8 +1,8 @@
 """Callbacks that measure each layer's hidden states while the model trains: linear probes, geometry and drift.
 
 Data flow: ``InspectionInput`` (hidden states of every layer) -> ``analysis.probing``, ``analysis.geometry`` or
-``analysis.drift`` -> ``Findings``, one row per layer and measure. Probes after Tao et al. 2024, arXiv:2402.17304; geometry after Palacios et
-al. 2026, arXiv:2606.03871.
+``analysis.drift`` -> ``Findings``, one row per layer and measure. Probes after Tao et al. 2024, arXiv:2402.17304;
+geometry after Palacios et al. 2026, arXiv:2606.03871.
 """
 
 from collections.abc import Sequence

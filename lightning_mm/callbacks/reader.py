@@ -96,7 +96,7 @@ class Reader:
         return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
 
     def _encoded(self, probe_set: ProbeSet, name: str) -> Iterator[ProbeBatch]:
-        """This rank's batches; kept in memory while they are small, since encoding costs as much as the forward pass."""
+        """This rank's batches; cached while small, since encoding costs as much as the forward pass."""
         if held := self._held.get(name):
             yield from held
             return

@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.backbone.revision", "data.revision")
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: a checkpoint's hyperparameters do not override options; ``state.validate_checkpoint`` compares them instead."""
+        """Do nothing: options override a checkpoint's hyperparameters; ``validate_checkpoint`` compares them."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]

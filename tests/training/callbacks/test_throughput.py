@@ -66,9 +66,9 @@ class Watched(Throughput):
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k in ALL})
             self.batches.append([])
 
-    def _interval(self, spent: ElapsedTime, module: L.LightningModule) -> IntervalTotals:
-        self.spent.append(spent)
-        return super()._interval(spent, module)
+    def _interval(self, elapsed: ElapsedTime, module: L.LightningModule) -> IntervalTotals:
+        self.spent.append(elapsed)
+        return super()._interval(elapsed, module)
 
 
 @pytest.fixture(autouse=True)
@@ -303,7 +303,7 @@ def test_validation_and_checkpoints_are_no_training(
 
 
 def test_the_parts_of_the_time() -> None:
-    spent = ElapsedTime(wall=10.0, waiting=1.0, validation=2.0, looks=0.0, checkpoints=0.5).since(
+    spent = ElapsedTime(wall=10.0, waiting=1.0, validation=2.0, inspection=0.0, checkpoints=0.5).since(
         ElapsedTime(0, 0, 0, 0, 0)
     )
     assert spent.training == 7.5
