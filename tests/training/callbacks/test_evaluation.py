@@ -17,7 +17,7 @@ class Watched(HeldOutEvaluation):
         with evaluation_mode(trainer, pl_module):
             assert not any(part.training for part in pl_module.modules())
             torch.rand(5)
-        self._ask_and_write(trainer, pl_module, ["after"])
+        self._evaluate(trainer, pl_module, ["after"])
 
 
 def test_a_run_that_is_looked_at_is_the_same(family: Family, data: dict[str, Path], tmp_path: Path) -> None:
