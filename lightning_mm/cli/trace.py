@@ -33,7 +33,6 @@ from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
-from lightning_mm.report.figures.trace_maps import save_trace
 from lightning_mm.report.html import write_report
 
 HEADLINES = ("trace", "flow", "knockout", "ablation", "transplant")
@@ -161,6 +160,8 @@ def _write(
     run: RunDirectory, result: StudyResult, answers: Sequence[Answer], title: dict[str, str], model: InspectedModel
 ) -> None:
     """Write traces.json with its maps, pictures.json, causal.json, and which layers were trained."""
+    from lightning_mm.report.figures.trace_maps import save_trace  # late: altair takes half a second to import
+
     write_json(run.path / "traces.json", result.maps)
     write_json(run.path / "pictures.json", result.pictures)
     (run.path / "maps").mkdir(exist_ok=True)

@@ -109,9 +109,9 @@ def forward_criteria(
 def drift_criterion(
     before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much a pilot run has changed each layer's picture neighborhoods; None, and logged, if no picture was read.
+    """Share of neighbors among pictures that a pilot run has changed (Palacios et al. 2026, arXiv:2606.03871).
 
-    After Palacios et al. 2026, arXiv:2606.03871.
+    None, and logged, where no picture was read.
 
     Args:
         before: Hidden states of the untuned model.

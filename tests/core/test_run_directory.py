@@ -83,7 +83,7 @@ def test_files_lie_where_the_contract_says(tmp_path):
 def test_the_report_is_imported_without_torch_and_wandb():
     code = (
         "import sys, lightning_mm.report.html;"
-        "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib', 'altair') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"

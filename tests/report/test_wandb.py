@@ -174,7 +174,7 @@ def test_a_server_that_never_answers_costs_seconds(tmp_path, monkeypatch, caplog
 
 
 def test_other_ranks_do_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(wandb_logger.rank_zero_only, "rank", 1)
     logger = OnlineLogger(tmp_path, mode="offline")
     logger.log_metrics({"train/loss": 1.0}, 0)
     logger.close()

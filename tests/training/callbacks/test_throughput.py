@@ -119,7 +119,8 @@ def test_every_rate_has_its_unit() -> None:
 
 
 def test_the_report_draws_what_is_logged() -> None:
-    drawn = {chart.title: [key.label for key in chart.keys] for chart in charts({name: [(1, 0.5)] for name in ALL})}
+    shown = charts({name: [(1, 0.5)] for name in ALL})
+    drawn = {chart.title: [entry.label for entry in chart.legend] for chart in shown}
     assert drawn == {
         "Throughput": ["training"],
         "Tokens": ["all", "of pictures"],
