@@ -1,6 +1,6 @@
-"""What all callbacks that look inside share: when they are due, and that one of them does the reading for all.
+"""Base class of the callbacks that analyze hidden states: a schedule, and one forward pass shared by all of them.
 
-Data flow: the trainer's hooks -> the first inspecting callback -> ``Inspection`` -> every one that is due.
+Data flow: the trainer's hooks -> the first inspection callback -> ``Inspection`` -> ``analyze`` of each callback due.
 """
 
 from abc import abstractmethod
@@ -11,16 +11,17 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.callbacks.runner import Inspection, Look, restored_budget
+from lightning_mm.callbacks.runner import Inspection, InspectionInput, restored_budget
 from lightning_mm.callbacks.schedule import Budget, Schedule
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.training.eval_context import data_of
 
 
-class InspectingCallback(Callback):
-    """Reads every layer at times; subclasses say what they make of it.
+class InspectionCallback(Callback):
+    """Analyzes the hidden states of every layer on a schedule; subclasses implement ``analyze``.
 
-    All that are due at a step share one forward pass over the data module's probe set.
+    All callbacks due at a step share one forward pass over the data module's probe set. The first one in the
+    trainer's list runs it and holds the time budget.
 
     Args:
         schedule: When to look, and how much time that may take.
@@ -33,22 +34,22 @@ class InspectingCallback(Callback):
         self._budget = Budget()
 
     @abstractmethod
-    def analyse(self, look: Look) -> Findings:
-        """What a reading says; called on rank 0 only."""
+    def analyze(self, data: InspectionInput) -> Findings:
+        """Measurements on one inspection's hidden states; called on rank 0 only."""
 
     def wants_text_only(self, outermost: bool) -> bool:
-        """Whether the rows without pictures are to be read too; ``outermost`` is the first look due, and the last."""
+        """Whether to read the rows without pictures too; ``outermost``: this is the first or last inspection."""
         return False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Draw the probe set before the model is loaded, so that mistakes in it show first."""
-        if stage == "fit" and self._leads(trainer):
+        """Draw the probe set before the model is loaded, so that errors in it are raised early."""
+        if stage == "fit" and self._runs_inspections(trainer):
             data_of(trainer).probe_set()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._leads(trainer):
+        if self._runs_inspections(trainer):
             run = self.run or RunDirectory(Path(trainer.default_root_dir))
-            self.inspection = Inspection(trainer, pl_module, _lookers(trainer), run, self._budget)
+            self.inspection = Inspection(trainer, pl_module, _inspectors(trainer), run, self._budget)
             self.inspection.at_start()
 
     def on_train_batch_start(
@@ -81,13 +82,13 @@ class InspectingCallback(Callback):
 
     @property
     def inspection_seconds(self) -> float:
-        """What looks have cost so far; zero for all but the one that looks for all."""
+        """Seconds of all inspections so far; zero for all callbacks but the one that runs them."""
         return self._budget.spent
 
-    def _leads(self, trainer: L.Trainer) -> bool:
-        return _lookers(trainer)[0] is self
+    def _runs_inspections(self, trainer: L.Trainer) -> bool:
+        return _inspectors(trainer)[0] is self
 
 
-def _lookers(trainer: L.Trainer) -> list[InspectingCallback]:
+def _inspectors(trainer: L.Trainer) -> list[InspectionCallback]:
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
-    return [callback for callback in callbacks if isinstance(callback, InspectingCallback)]
+    return [callback for callback in callbacks if isinstance(callback, InspectionCallback)]

@@ -1,10 +1,10 @@
-"""CausalCallback: what causes the answers, while the model trains: ablation, knockout and transplant curves.
+"""CausalCallback: causal effect of each layer on the answers during training: ablation, knockout, transplant curves.
 
-Data flow: a few questions of the validation data (or of a file) -> asked as the model is now -> ``causal.study`` and
-``causal.transplant`` -> rows of layers.csv. Training is as if nothing had happened.
+Data flow: a few questions of the validation data (or of a file) -> answered by the current model -> ``causal.study``
+and ``causal.effects.layer_transplant`` -> rows of layers.csv. Training is unaffected.
 
-What is followed is the probability of the right answer's first token, also where the model would say another: early in
-training it says little that is right. Rank 0 does it alone, on the plain model; the other ranks wait for it.
+The effect is on the probability of the right answer's first token, even where the model would answer differently:
+early in training few answers are right. Only rank 0 computes, on the unwrapped model; the other ranks wait.
 """
 
 from collections.abc import Sequence
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from lightning_mm.analysis.findings import Findings
-from lightning_mm.callbacks.base import InspectingCallback
-from lightning_mm.callbacks.runner import Look
+from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.callbacks.schedule import Schedule
 from lightning_mm.causal.effects.layer_transplant import (
     combine_hybrids,
@@ -38,15 +38,15 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
-from lightning_mm.training.eval_context import data_of, live, looking
+from lightning_mm.training.eval_context import data_of, evaluation_mode, live
 
 PARTS = ("ablation", "knockout", "flow", "trace")
 DEFAULT = ("ablation", "knockout")
-LEAST = 1e-4
-"""A right answer that is less probable has nothing to lose: its relative changes would be noise."""
+MIN_PROBABILITY = 1e-4
+"""Right answers below this probability are left out: their relative changes would be noise."""
 
 
-class CausalCallback(InspectingCallback):
+class CausalCallback(InspectionCallback):
     """Layer ablation, attention knockout and transplantation of what was trained, on a small set.
 
     Args:
@@ -82,7 +82,7 @@ class CausalCallback(InspectingCallback):
         self.transplant, self.batches = transplant, batches
         self._trainer: L.Trainer | None = None
         self._module: L.LightningModule | None = None
-        self._asked: list[EncodedQuestion] | None = None
+        self._encoded: list[EncodedQuestion] | None = None
         self._batches: list[Batch] = []
         self._start: dict[str, Tensor] = {}
 
@@ -92,40 +92,42 @@ class CausalCallback(InspectingCallback):
             self._keep_start()
         super().on_train_start(trainer, pl_module)
 
-    def analyse(self, look: Look) -> Findings:
+    def analyze(self, data: InspectionInput) -> Findings:
         assert self._trainer is not None
         assert self._module is not None
-        with looking(self._trainer, self._module):
-            return self._found(look)
+        with evaluation_mode(self._trainer, self._module):
+            return self._run_study(data)
 
-    def _found(self, look: Look) -> Findings:
+    def _run_study(self, data: InspectionInput) -> Findings:
         assert self._module is not None
         module = live(self._module)
         mm = replace(module.mm, model=unwrap_model(module.mm.model), processor=self._data.processing)
         encoder = QuestionEncoder(self._data.processing)
-        if self._asked is None:
-            self._asked = self._draw(encoder)
-        answers, rejected = answer_questions(mm, encoder, self._asked, look.device)
-        known = [replace(each, right=True) for each in answers if each.probability >= LEAST]
+        if self._encoded is None:
+            self._encoded = self._draw(encoder)
+        answers, rejected = answer_questions(mm, encoder, self._encoded, data.device)
+        known = [replace(each, right=True) for each in answers if each.probability >= MIN_PROBABILITY]
         options = StudyConfig(parts=self.parts, num_ablated=self.count, ablations=("skip", "mean/image"), num_shown=0)
-        found = run_study(mm, known, options, {}, look.step)
-        told = found.findings
-        lost = [f"{each.origin}: {each.reason}" for each in (*rejected, *found.rejected)]
+        study = run_study(mm, known, options, {}, data.step)
+        findings = study.findings
+        lost = [f"{each.origin}: {each.reason}" for each in (*rejected, *study.rejected)]
         if len(known) < len(answers):
-            lost.append(f"{len(answers) - len(known)} of {len(answers)} right answers have less than {LEAST:.2%} yet")
-        told.problems += [f"CausalCallback: {each}" for each in lost]
-        if look.step and self.transplant:
+            lost.append(
+                f"{len(answers) - len(known)} of {len(answers)} right answers have less than {MIN_PROBABILITY:.2%} yet"
+            )
+        findings.problems += [f"CausalCallback: {each}" for each in lost]
+        if data.step and self.transplant:
             try:
-                self._transplanted(told, mm, look.device)
-            except (UserError, RuntimeError, LookupError) as error:  # what else was found is kept
-                told.problems.append(f"CausalCallback: no transplant curve: {error}")
-        return told
+                self._add_transplant_curve(findings, mm, data.device)
+            except (UserError, RuntimeError, LookupError) as error:  # the other findings are kept
+                findings.problems.append(f"CausalCallback: no transplant curve: {error}")
+        return findings
 
     def _draw(self, encoder: QuestionEncoder) -> list[EncodedQuestion]:
-        """The questions, asked once and kept.
+        """The encoded questions; the same at every inspection.
 
         Raises:
-            UserError: None can be asked.
+            UserError: No question can be encoded.
         """
         if self.questions is not None:
             source, drawn = self.questions, read_questions(self.questions, self._data.image_root).questions
@@ -149,7 +151,7 @@ class CausalCallback(InspectingCallback):
         return found
 
     def _keep_start(self) -> None:
-        """What is trained as it was before the first step; adapters need no copy."""
+        """Copy the trained weights to the CPU before the first step; adapters need no copy."""
         assert self._module is not None
         self._start = {
             name: parameter.detach().to("cpu", copy=True)
@@ -162,7 +164,7 @@ class CausalCallback(InspectingCallback):
                 "causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step"
             )
 
-    def _transplanted(self, found: Findings, mm: MultimodalModel, device: torch.device) -> None:
+    def _add_transplant_curve(self, found: Findings, mm: MultimodalModel, device: torch.device) -> None:
         assert self._module is not None
         module = live(self._module)
         trained, adapted = module.plan.layers, module.plan.lora is not None

@@ -1,4 +1,4 @@
-"""One forward pass over the probe set on every rank, gathered on the first; a failure of one rank is known to all.
+"""One forward pass over the probe set on every rank, gathered on rank 0; a failure on one rank is seen by all.
 
 Data flow: probe set -> encoded batches, cached while they are small -> ``extract_hidden_states`` ->
 ``gather_hidden_states`` -> rank 0.
@@ -17,18 +17,18 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import is_pixels
-from lightning_mm.training.eval_context import data_of, live, looking
+from lightning_mm.training.eval_context import data_of, evaluation_mode, live
 
 _HELD_BYTES = 512 * 2**20
-"""Encoded probe rows up to this size in all stay in memory; what goes beyond is encoded anew at every look."""
+"""Total bytes of encoded probe rows kept in memory; beyond it, rows are encoded again at every inspection."""
 
 
 class Reader:
-    """Reads the live model for all who look.
+    """Extracts hidden states of the module in training, for all inspection callbacks.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
+        trainer: The trainer; its data module loads the probe set.
+        module: The LightningModule in training.
         probe_set: The rows to read.
     """
 
@@ -41,23 +41,23 @@ class Reader:
         self._bytes = 0
 
     def read(self) -> tuple[HiddenStates | None, str]:
-        """Every row: the reading (on rank 0 only), and why there is none, the same on every rank."""
+        """Hidden states of every row (rank 0 only, else None), and the failure reason, the same on every rank."""
         unchanged = unchanged_slices(live(self.module).plan)
         mine, failure = run_on_all_ranks(lambda: self._read(self.probe_set, "probes", self._before, unchanged))
         if mine is not None and unchanged and self._before is None:
             self._before = mine
-        return self._gathered(mine, failure, self.probe_set)
+        return self._gather(mine, failure, self.probe_set)
 
     def read_without_pictures(self) -> tuple[HiddenStates | None, str]:
-        """The entailment rows with grey pictures; nothing where there are none."""
+        """``read`` of the entailment rows with grey pictures; ``(None, "")`` where there are no such rows."""
         if not len(self.blank):
             return None, ""
         mine, failure = run_on_all_ranks(lambda: self._read(self.blank, "without pictures", None, 0))
-        return self._gathered(mine, failure, self.blank)
+        return self._gather(mine, failure, self.blank)
 
     def _read(self, probe_set: ProbeSet, name: str, before: HiddenStates | None, unchanged: int) -> HiddenStates:
         module = live(self.module)
-        with looking(self.trainer, self.module):
+        with evaluation_mode(self.trainer, self.module):
             return extract_hidden_states(
                 module.mm,
                 self._encoded(probe_set, name),
@@ -65,12 +65,12 @@ class Reader:
                 step=self.trainer.global_step,
                 before=before,
                 unchanged=unchanged,
-                begin=self._begun if name == "probes" and module.step.prefix is not None else None,
+                begin=self._from_trainable_block if name == "probes" and module.step.prefix is not None else None,
             )
 
     @contextmanager
-    def _begun(self, batch: ProbeBatch) -> Iterator[ProbeBatch]:
-        """The first look keeps what enters the lowest trainable block, and the others begin there."""
+    def _from_trainable_block(self, batch: ProbeBatch) -> Iterator[ProbeBatch]:
+        """Cache the input of the lowest trainable block at the first inspection; later ones start from it."""
         prefix, device = live(self.module).step.prefix, self.module.device
         assert prefix is not None
         if id(batch) in self._states and self._held.get("probes"):  # held, so that the id is still this batch's
@@ -85,7 +85,7 @@ class Reader:
             self._states[id(batch)] = states[0].cpu()
             self._bytes += states[0].nbytes
 
-    def _gathered(
+    def _gather(
         self, mine: HiddenStates | None, failure: UserError | str, probe_set: ProbeSet
     ) -> tuple[HiddenStates | None, str]:
         whole = None
@@ -96,7 +96,7 @@ class Reader:
         return whole, f"{failure.what} {failure.why}" if isinstance(failure, UserError) else failure
 
     def _encoded(self, probe_set: ProbeSet, name: str) -> Iterator[ProbeBatch]:
-        """This rank's batches; kept in memory while they are small, since encoding costs as much as reading."""
+        """This rank's batches; cached while small, since encoding costs as much as the forward pass."""
         if held := self._held.get(name):
             yield from held
             return

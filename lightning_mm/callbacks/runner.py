@@ -1,7 +1,7 @@
-"""One look inside the model for all callbacks that are due: one forward pass, one clock, one place to write to.
+"""Runs inspections for all callbacks that are due: one forward pass, one time budget, one writer.
 
 Data flow: due step -> ``reader`` on every rank -> rank 0: each due callback's analysis -> layers.csv, matrices.json,
-inspections.json, the loggers. Training is as if nothing had happened, also where any of it fails.
+inspections.json, the loggers. Training is unaffected, also where any of it fails.
 """
 
 import time
@@ -28,20 +28,20 @@ from lightning_mm.geometry.representations import one_thread
 from lightning_mm.report.wandb import OnlineLogger
 from lightning_mm.training.eval_context import data_of, live
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
-class Look:
-    """What an analysis is given.
+class InspectionInput:
+    """Hidden states and context of one inspection, the input of ``InspectionCallback.analyze``.
 
     Args:
         step: Optimizer steps done.
         probe_set: The rows that were read.
-        reading: Every layer now.
-        start: Every layer before the first step; None where it was not read.
-        text_only: The entailment rows without their pictures, where some callback asked for them.
-        device: Where to compute.
+        reading: Hidden states of every layer now.
+        start: Hidden states of every layer before the first step; None where they were not read.
+        text_only: Hidden states of the entailment rows without their pictures; None where no callback asked for them.
+        device: Device of the analyses.
     """
 
     step: int
@@ -52,103 +52,107 @@ class Look:
     device: torch.device
 
 
-class Looker(Protocol):
-    """A callback that looks inside."""
+class Inspector(Protocol):
+    """What ``Inspection`` needs of a callback; see ``InspectionCallback``."""
 
     schedule: Schedule
 
-    def analyse(self, look: Look) -> Findings: ...
+    def analyze(self, data: InspectionInput) -> Findings: ...
 
     def wants_text_only(self, outermost: bool) -> bool: ...
 
 
 class Inspection:
-    """The looks of one fit.
+    """The inspections of one fit.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        lookers: Every callback that looks inside.
-        run: Where findings are written.
-        budget: What looks have cost so far.
+        trainer: The trainer of the fit.
+        module: The LightningModule in training.
+        inspectors: All inspection callbacks, in the trainer's order.
+        run: Run directory that findings are written to.
+        budget: Seconds spent on inspections so far; updated in place.
     """
 
     def __init__(
         self,
         trainer: L.Trainer,
         module: L.LightningModule,
-        lookers: Sequence[Looker],
+        inspectors: Sequence[Inspector],
         run: RunDirectory,
         budget: Budget,
     ) -> None:
-        self.trainer, self.module, self.lookers, self.budget = trainer, module, lookers, budget
+        self.trainer, self.module, self.inspectors, self.budget = trainer, module, inspectors, budget
         self.recorder = FindingsWriter(run)
         self.probe_set = data_of(trainer).probe_set()
         self.reader = Reader(trainer, module, self.probe_set)
         self.total = int(trainer.estimated_stepping_batches)
-        self.due = {looker: looker.schedule.steps(self.total) for looker in lookers}
+        self.due = {inspector: inspector.schedule.steps(self.total) for inspector in inspectors}
         self.start: HiddenStates | None = None
         self._seen = trainer.global_step
         self._running_since: float | None = None
 
     def at_start(self) -> None:
-        """Before the first step of a new run; a resumed one is told where it came from."""
+        """Inspect before the first step of a new run; a resumed run loads that inspection's hidden states instead."""
         step = self.trainer.global_step
         if self.trainer.is_global_zero:
-            attempted(lambda: self.recorder.write_probe_set(self.probe_set), "writing down the probe set", step, [])
+            call_or_report(
+                lambda: self.recorder.write_probe_set(self.probe_set), "writing down the probe set", step, []
+            )
             if step:
                 earlier = partial(self.recorder.load_start, self.probe_set)
-                self.start = attempted(earlier, "taking up the first reading", step, [])
+                self.start = call_or_report(earlier, "taking up the first reading", step, [])
         if not step:
-            self._look([looker for looker, due in self.due.items() if 0 in due], last=False)
+            self._inspect([inspector for inspector, due in self.due.items() if 0 in due], last=False)
 
     @property
     def training_seconds(self) -> float:
-        """So far, the stretch that runs included."""
+        """Seconds of training so far, including the stretch that is running."""
         running = 0.0 if self._running_since is None else time.perf_counter() - self._running_since
         return self.budget.training + running
 
     def resume_clock(self) -> None:
-        """Training goes on."""
+        """Start counting training time; no effect if it is counted already."""
         if self._running_since is None:
             self._running_since = time.perf_counter()
 
     def pause_clock(self) -> None:
-        """What comes now is not training."""
+        """Stop counting training time."""
         self.budget.training, self._running_since = self.training_seconds, None
 
     def after_batch(self) -> None:
-        """Look, if the optimizer has just made a step after which somebody is due, and time allows."""
+        """Inspect if the optimizer has just made a step after which a callback is due and the budget allows it."""
         step = self.trainer.global_step
         if step == self._seen or step >= self.total:
             return
         self._seen = step
-        self._look(self._affordable([looker for looker, due in self.due.items() if step in due], step), last=False)
+        self._inspect(
+            self._affordable([inspector for inspector, due in self.due.items() if step in due], step), last=False
+        )
 
     def at_end(self) -> None:
-        """After the last step, whichever that was."""
-        self._look([looker for looker in self.lookers if looker.schedule.end], last=True)
+        """Inspect after the last step, and log the total time of all inspections."""
+        self._inspect([inspector for inspector in self.inspectors if inspector.schedule.end], last=True)
         if self.budget.count:
             spent, share = f"{self.budget.spent:.1f} s in {self.budget.count} looks", self.budget.share()
             log.info("inspection: %s, %.1f%% of %.0f s of training", spent, 100 * share, self.budget.training)
 
-    def _affordable(self, due: list[Looker], step: int) -> list[Looker]:
-        """Those whose own budget allows it. Rank 0's clock counts: all ranks look, or none."""
+    def _affordable(self, due: list[Inspector], step: int) -> list[Inspector]:
+        """The callbacks whose budget allows an inspection now, by rank 0's clock, so that all ranks agree."""
         if not due:
             return due
         self.pause_clock()
-        kept = int(any(looker.schedule.end for looker in self.lookers))
-        fits = [self.budget.affords(looker.schedule.budget, step, self.total, kept) for looker in due]
+        kept = int(any(inspector.schedule.end for inspector in self.inspectors))
+        fits = [self.budget.affords(inspector.schedule.budget, step, self.total, kept) for inspector in due]
         fits = all_gather_object(fits)[0]
-        if left := [looker for looker, fit in zip(due, fits, strict=True) if not fit]:
-            who = f" of {', '.join(type(looker).__name__ for looker in left)}" if any(fits) else ""
-            share = " or ".join(sorted({f"{looker.schedule.budget:.0%}" for looker in left}))
+        if left := [inspector for inspector, fit in zip(due, fits, strict=True) if not fit]:
+            who = f" of {', '.join(type(inspector).__name__ for inspector in left)}" if any(fits) else ""
+            share = " or ".join(sorted({f"{inspector.schedule.budget:.0%}" for inspector in left}))
             cost = f"one takes {self.budget.spent / self.budget.count:.1f} s"
             reason = f"{cost}, and all may take {share} of the training time (schedule.budget)"
             log_decision("inspection.schedule", f"no look{who} at step {step}", reason)
-        return [looker for looker, fit in zip(due, fits, strict=True) if fit]
+        return [inspector for inspector, fit in zip(due, fits, strict=True) if fit]
 
-    def _look(self, due: Sequence[Looker], last: bool) -> None:
+    def _inspect(self, due: Sequence[Inspector], last: bool) -> None:
         if not due:
             return
         self.pause_clock()
@@ -158,63 +162,74 @@ class Inspection:
         reading, problem = self.reader.read()
         problems = [f"nothing was read at step {step}: {problem}"] if problem else []
         text_only = None
-        if not problem and any(looker.wants_text_only(last or step == min(self.due[looker])) for looker in due):
+        if not problem and any(
+            inspector.wants_text_only(last or step == min(self.due[inspector])) for inspector in due
+        ):
             text_only, alone = self.reader.read_without_pictures()
             problems += [f"nothing was read without pictures at step {step}: {alone}"] if alone else []
         forward = time.perf_counter() - began
-        for told in problems:
-            log.warning("inspection: %s; training goes on", told)
+        for problem in problems:
+            log.warning("inspection: %s; training goes on", problem)
         if self.trainer.is_global_zero:
             found = Findings(step, problems=problems)
-            tell = partial(self._tell, found, due, reading, text_only, forward, began)
-            attempted(tell, "looking inside", step, problems)
+            analysis = partial(self._analyze_and_write, found, due, reading, text_only, forward, began)
+            call_or_report(analysis, "looking inside", step, problems)
         self.budget.spent += time.perf_counter() - began
         self.budget.count += 1
 
-    def _tell(
+    def _analyze_and_write(
         self,
         found: Findings,
-        due: Sequence[Looker],
+        due: Sequence[Inspector],
         reading: HiddenStates | None,
         text_only: HiddenStates | None,
         forward: float,
         began: float,
     ) -> None:
-        """Rank 0: analyse, write down, log; each attempted by itself, so that what can be had is had."""
+        """Analyze, log and write on rank 0; a failure of one part does not keep the others from running."""
         if reading is not None:
-            self._analyse(found, due, reading, text_only)
+            self._analyze(found, due, reading, text_only)
         seconds = time.perf_counter() - began
         share = self.budget.share(seconds)
         summary = partial(summary_metrics, found, live(self.module).plan.layers)
-        values = attempted(summary, "summing up", found.step, found.problems) or {}
+        values = call_or_report(summary, "summing up", found.step, found.problems) or {}
         values |= {metric_names.INSPECTION_SECONDS: seconds}
         if self.budget.training:
             values |= {metric_names.INSPECTION_SHARE: share}
         for logger in self.trainer.loggers:
-            attempted(partial(_log, logger, values, found), type(logger).__name__, found.step, found.problems)
+            call_or_report(partial(_log, logger, values, found), type(logger).__name__, found.step, found.problems)
         writing = partial(self.recorder.write, found, forward, seconds - forward, share)
-        attempted(writing, "writing down what was found", found.step, found.problems)
+        call_or_report(writing, "writing down what was found", found.step, found.problems)
 
-    def _analyse(
-        self, found: Findings, due: Sequence[Looker], reading: HiddenStates, text_only: HiddenStates | None
+    def _analyze(
+        self, found: Findings, due: Sequence[Inspector], reading: HiddenStates, text_only: HiddenStates | None
     ) -> None:
         found.problems += [*reading.problems, *(text_only.problems if text_only else ())]
         if found.step == 0:
             self.start = reading
             keep = partial(self.recorder.save_start, reading, self.probe_set)
-            attempted(keep, "keeping the first reading", 0, found.problems)
-        look = Look(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
-        for looker in due:
+            call_or_report(keep, "keeping the first reading", 0, found.problems)
+        data = InspectionInput(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
+        for inspector in due:
             with one_thread():  # data workers hold the other cores, and threads that wait for one spin
-                part = attempted(partial(looker.analyse, look), type(looker).__name__, look.step, found.problems)
+                part = call_or_report(
+                    partial(inspector.analyze, data), type(inspector).__name__, data.step, found.problems
+                )
             if part is not None:
                 found.extend(part)
 
 
-def attempted(attempt: Callable[[], Made], what: str, step: int, problems: list[str]) -> Made | None:
-    """What is made, or None and one problem more: a fault in looking never stops what is looked at."""
+def call_or_report(function: Callable[[], Result], what: str, step: int, problems: list[str]) -> Result | None:
+    """The result of ``function``, or None if it raises: a failed inspection never stops training.
+
+    Args:
+        function: What is called, without arguments.
+        what: Name of the call in the message.
+        step: Optimizer steps done.
+        problems: The message is appended here, and logged as a warning.
+    """
     try:
-        return attempt()
+        return function()
     except Exception as error:
         problems.append(f"{what} failed at step {step}: {type(error).__name__}: {error}")
         log.warning("%s; training goes on", problems[-1])
@@ -228,5 +243,5 @@ def _log(logger: Logger, values: dict[str, float], found: Findings) -> None:
 
 
 def restored_budget(saved: dict[str, Any]) -> Budget:
-    """The budget of a resumed run."""
+    """The budget of a resumed run, from ``InspectionCallback.state_dict``."""
     return Budget(float(saved["spent"]), int(saved["count"]), float(saved["training"]))

@@ -1,6 +1,6 @@
-"""When to look inside a run, and how much time looking may take.
+"""Schedule of inspections during a run, and the share of the training time that they may take.
 
-Data flow: options from the config + the run's number of steps -> the set of due steps; ``Budget`` thins it as it goes.
+Data flow: options from the config + the run's number of steps -> due steps; ``Budget`` skips those that cost too much.
 """
 
 import math
@@ -45,11 +45,11 @@ class Schedule:
             )
 
     def beginning(self) -> "Schedule":
-        """The same with a look before the first step."""
+        """A copy with an inspection before the first step."""
         return replace(self, start=True)
 
     def steps(self, total: int) -> tuple[int, ...]:
-        """The due steps of a run of ``total`` steps: 0 stands for before the first.
+        """The due steps of a run of ``total`` steps; 0 means before the first step.
 
         Example:
             >>> Schedule(times=3).steps(100)
@@ -69,7 +69,7 @@ class Schedule:
 
 @dataclass
 class Budget:
-    """What inspections have cost so far, and whether one more is affordable.
+    """Time of inspections and of training so far, and whether one more inspection is affordable.
 
     Args:
         spent: Seconds of inspections.
@@ -82,13 +82,13 @@ class Budget:
     training: float = 0.0
 
     def affords(self, share: float | None, step: int, total: int, more_to_keep: int) -> bool:
-        """Whether an inspection in between fits, with those that are kept in any case still to come.
+        """Whether one more inspection and those that are always made still fit into the budget.
 
         Args:
-            share: Of the training time.
-            step: Steps done.
-            total: Steps of the run.
-            more_to_keep: Inspections that will be made whatever they cost.
+            share: Largest share of the training time; None sets no limit.
+            step: Optimizer steps done.
+            total: Optimizer steps of the run.
+            more_to_keep: Inspections still to come that are made whatever they cost.
         """
         if share is None or not self.count:
             return True
@@ -96,5 +96,9 @@ class Budget:
         return self.spent + (1 + more_to_keep) * self.spent / self.count <= share * expected
 
     def share(self, more: float = 0.0) -> float:
-        """Seconds of inspections, and ``more`` of one that is not counted yet, per second of everything else."""
+        """Seconds of inspections per second of everything else; nan before training.
+
+        Args:
+            more: Seconds of an inspection that is not counted yet; default 0.
+        """
         return (self.spent + more) / self.training if self.training else math.nan

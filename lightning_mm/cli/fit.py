@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.analysis.findings import copy_earlier_findings
-from lightning_mm.callbacks.base import InspectingCallback
+from lightning_mm.callbacks.base import InspectionCallback
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import decision_log, log, log_decision
@@ -94,7 +94,7 @@ class TrainingCLI(LightningCLI):
         parser.link_arguments("model.backbone.revision", "data.revision")
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: a checkpoint's hyperparameters do not override options; ``state.check`` compares them instead."""
+        """Do nothing: options override a checkpoint's hyperparameters; ``validate_checkpoint`` compares them."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -144,7 +144,7 @@ class TrainingCLI(LightningCLI):
     def _callbacks(self, config: Namespace) -> list[Callback]:
         callbacks: list[Callback] = [ProgressBar(), Throughput()]
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        inspecting = [callback for callback in given if isinstance(callback, InspectingCallback)]
+        inspecting = [callback for callback in given if isinstance(callback, InspectionCallback)]
         _refuse_duplicates(inspecting)
         for callback in inspecting:
             callback.run = self.run
@@ -205,7 +205,7 @@ def _reusable_config(config: Namespace) -> Namespace:
     return kept
 
 
-def _refuse_duplicates(callbacks: Sequence[InspectingCallback]) -> None:
+def _refuse_duplicates(callbacks: Sequence[InspectionCallback]) -> None:
     """Refuse two callbacks of one class: Lightning keeps callback states by class."""
     kinds = [type(callback).__name__ for callback in callbacks]
     for kind in kinds:

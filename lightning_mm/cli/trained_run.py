@@ -40,10 +40,10 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
             "export", "frozen weights in full", f"trained over {held}; a folder holds the weights they came from"
         )
         module.configure_model()
-        state.check(saved, module.census, None, set(module.trainable))
+        state.validate_checkpoint(saved, module.census, None, set(module.trainable))
     else:
         module.configure_model()
-        state.check(saved, module.census, module.base, set(module.trainable))
+        state.validate_checkpoint(saved, module.census, module.base, set(module.trainable))
     module.load_state_dict(saved["state_dict"], strict=False)
     module.eval()
     return module, config.data

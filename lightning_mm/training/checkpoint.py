@@ -1,7 +1,7 @@
-"""What a checkpoint of a partial run holds beside the optimizer, and how it is held against the run that loads it.
+"""Contents of a partial fine-tuning checkpoint, and the checks of the run that loads it.
 
-Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> checked and restored. Frozen weights
-stay out: the base they come from is known by its fingerprint. Every checkpoint loads with ``weights_only=True``.
+Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> validated and restored. Frozen weights
+are left out: the base model is identified by its fingerprint. Every checkpoint loads with ``weights_only=True``.
 """
 
 import pickle
@@ -23,7 +23,7 @@ KEY = "lightning_mm"
 
 
 def rng_state() -> dict[str, Any]:
-    """States of all generators of this rank, as tensors and numbers."""
+    """States of this rank's random generators (Python, NumPy, torch, CUDA), as tensors and numbers."""
     version, words, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
@@ -37,7 +37,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: Mapping[str, Any]) -> None:
-    """Put this rank's generators back where ``rng_state`` found them."""
+    """Set this rank's random generators to a state returned by ``rng_state``."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -48,15 +48,15 @@ def restore_rng(state: Mapping[str, Any]) -> None:
 
 
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
-    """A checkpoint, without running anything that it may hold.
+    """The content of a checkpoint, read on the CPU with ``weights_only=True``.
 
     Args:
-        path: The file.
-        mapped: Leave the tensors on disk until they are used. A run that resumes needs them in memory: its own saving
-            may replace the file.
+        path: The checkpoint file.
+        mapped: Memory-map the tensors; default True. A run that resumes needs False: its own saving may replace the
+            file.
 
     Raises:
-        UserError: There is none, it is damaged, it wants to run code, or it is not one of ours.
+        UserError: The file is missing, damaged, contains code, or was not written by lightning_mm.
     """
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.ckpt"))
@@ -77,11 +77,11 @@ def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
 
 
 class LoadedCheckpoint(TorchCheckpointIO):
-    """Lightning's checkpoint reader, which hands out a checkpoint that was read already instead of reading it again.
+    """Checkpoint IO that returns an already loaded checkpoint instead of reading it again.
 
     Args:
         path: Where the checkpoint was read from; other paths are read as usual.
-        checkpoint: Its content; held until the trainer has taken it.
+        checkpoint: Its content; released once the trainer has loaded it.
     """
 
     def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
@@ -98,8 +98,17 @@ class LoadedCheckpoint(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location, weights_only)
 
 
-def record(census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]) -> dict[str, Any]:
-    """What goes under ``lightning_mm`` in a checkpoint; a collective, since it holds every rank's generators."""
+def checkpoint_metadata(
+    census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]
+) -> dict[str, Any]:
+    """The ``lightning_mm`` entry of a checkpoint; a collective call, since it holds every rank's random generators.
+
+    Args:
+        census: Census of the model: policy, layers and their digest.
+        base: Fingerprint of the frozen weights.
+        settings: Settings that a resumed run compares with its own.
+        unread: Names of parameters that the policy names but the forward pass never uses.
+    """
     return {
         "version": 1,
         "policy": census.policy,
@@ -112,26 +121,26 @@ def record(census: Census, base: str, settings: Mapping[str, Any], unread: Itera
     }
 
 
-def keep_trainable(checkpoint: dict[str, Any], trainable: set[str]) -> None:
-    """Drop every tensor that does not train from a checkpoint's state dict, in place."""
+def drop_frozen_weights(checkpoint: dict[str, Any], trainable: set[str]) -> None:
+    """Remove all tensors but the trainable ones from a checkpoint's state dict, in place."""
     weights = checkpoint["state_dict"]
     checkpoint["state_dict"] = {name: tensor for name, tensor in weights.items() if name in trainable}
 
 
-def check(
+def validate_checkpoint(
     checkpoint: Mapping[str, Any], census: Census, base: str | None, trainable: set[str], optimizer: str | None = None
 ) -> None:
     """Refuse a checkpoint of another policy, another base model, or with other tensors than this run trains.
 
     Args:
-        checkpoint: As loaded.
-        census: Of this run.
-        base: Fingerprint of this run's frozen weights; None where they are knowingly held in another form.
-        trainable: Names of what trains in this run.
-        optimizer: Name of this run's optimizer, if it goes on from the checkpoint's state.
+        checkpoint: The loaded checkpoint.
+        census: Census of this run's model.
+        base: Fingerprint of this run's frozen weights; None skips the comparison, for weights held in another form.
+        trainable: Names of this run's trainable parameters.
+        optimizer: Name of this run's optimizer; None (default) where the optimizer state is not resumed.
 
     Raises:
-        UserError: Naming both sides.
+        UserError: Checkpoint and run differ; the message states both values.
     """
     saved = checkpoint[KEY]
     if saved["census_digest"] != census.digest:
@@ -158,8 +167,8 @@ def check(
         raise UserError("The checkpoint is incomplete.", "It lacks tensors that train.", "Use an earlier checkpoint.")
 
 
-def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Say every setting that differs from the checkpoint's: the command line counts."""
+def log_setting_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Log every setting that differs from the checkpoint's; this run's value is used."""
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
             log_decision(
@@ -167,8 +176,8 @@ def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             )
 
 
-def restore_rank(saved: Mapping[str, Any]) -> None:
-    """This rank's generators, or a word that the resumed run is not bit-exact."""
+def restore_rank_rng(saved: Mapping[str, Any]) -> None:
+    """Restore this rank's random generators; log that the run is not bit-exact if the number of ranks differs."""
     rank, ranks = rank_and_world_size()
     states = saved["rng"]
     if len(states) != ranks:

@@ -1,6 +1,7 @@
-"""What a callback may know of the live module, and how it looks at it without leaving a trace.
+"""Access to the module in training for callbacks, and an evaluation mode that leaves training unaffected.
 
-Data flow: trainer + module -> ``looking`` (eval mode, no gradients, own randomness) -> whatever the callback reads.
+Data flow: trainer + module -> ``evaluation_mode`` (eval mode, no gradients, saved random state) -> the callback's
+forward passes.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from lightning_mm.tuning.policy import TuningPlan
 
 
 class LiveModule(Protocol):
-    """The part of ``MMModule`` that callbacks use."""
+    """The attributes and methods of ``MMModule`` that callbacks use."""
 
     mm: MultimodalModel
     plan: TuningPlan
@@ -36,21 +37,21 @@ class LiveModule(Protocol):
 
 
 def live(module: L.LightningModule) -> LiveModule:
-    """The module as callbacks see it."""
+    """The module, typed as ``LiveModule``."""
     return cast(LiveModule, module)
 
 
 def data_of(trainer: L.Trainer) -> MMDataModule:
-    """The run's data module."""
+    """The trainer's data module."""
     return cast(MMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
 
 
 @contextmanager
-def looking(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
-    """Read the model as it is now: all of it in eval mode, without gradients, in the run's precision.
+def evaluation_mode(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """Context with the module in eval mode, without gradients, in the run's precision.
 
-    Modes and every random generator are as before when it ends, so a run that is looked at is bit-identical to one
-    that is not.
+    On exit the train/eval mode of each submodule and all random generators are restored, so that a run with
+    evaluations is bit-identical to one without.
     """
     modes = {part: part.training for part in module.modules()}
     generators = checkpoint.rng_state()

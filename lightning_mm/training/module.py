@@ -1,13 +1,14 @@
 """The LightningModule: a backbone, a tuning policy, an objective and an optimizer.
 
 Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by the global number of supervised tokens
--> optimizer. Validation, test and prediction are in ``evaluating``.
+-> optimizer. Validation and test: Batch -> loss and token accuracy; PromptBatch -> ``answer`` -> exact match.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any, cast
 
+import lightning as L
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -16,21 +17,24 @@ from torch import Tensor, nn
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch
+from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
+from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients, supervised_nll
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
+from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.models.processor import load_processor
 from lightning_mm.training import checkpoint as state
+from lightning_mm.training.answer_metrics import SplitScores
 from lightning_mm.training.auto_layers import choose_layers
-from lightning_mm.training.evaluating import Evaluating
+from lightning_mm.training.eval_context import data_of
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
@@ -44,7 +48,7 @@ from lightning_mm.tuning.optimizer import (
 from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
-class MMModule(Evaluating):
+class MMModule(L.LightningModule):
     """Partial fine-tuning of a multimodal LLM.
 
     Args:
@@ -59,6 +63,7 @@ class MMModule(Evaluating):
     """
 
     model: Any  # a transformers model; its class is known at run time only
+    processor: Any  # its transformers processor
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
@@ -82,7 +87,7 @@ class MMModule(Evaluating):
                 "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
             )
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
-        # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
+        # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
         self._window = LossAccumulator()
         self._resumed: Mapping[str, Any] | None = None
@@ -90,6 +95,10 @@ class MMModule(Evaluating):
         self.auto, self.compute, self.cache = auto, compute, cache
         self.selection: Selection | None = None
         self._layers: tuple[int, ...] | None = None
+
+    @property
+    def _data(self) -> MMDataModule:
+        return data_of(self.trainer)
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
@@ -101,14 +110,14 @@ class MMModule(Evaluating):
             )
 
     def configure_model(self) -> None:
-        """Load, plan, freeze, verify, once; prepare the model for this stage's steps."""
+        """Load the model and apply the tuning policy, once; prepare the model for this stage's steps."""
         if hasattr(self, "census"):
             self.step.open()
             return
         self.processing = load_processor(self.backbone.path, self.backbone.revision)
         self.processor = self.processing.processor
         if auto_layers_option(self.tuning):
-            self.tuning, self.selection = self._chosen()
+            self.tuning, self.selection = self._resolve_auto_layers()
         mm, self.plan = prepare_model(self.backbone, self.tuning)
         self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
@@ -152,12 +161,12 @@ class MMModule(Evaluating):
         self.step.close_cache()
 
     def teardown(self, stage: str) -> None:
-        """Take off the model what preparing it has put on: another user of it runs the family's own code."""
+        """Undo the preparation, so that other users of the model run its original code."""
         if hasattr(self, "step"):
             self.step.close()
 
-    def _chosen(self) -> tuple[TuningPolicy, Selection | None]:
-        """``layers: auto`` written out: as the checkpoint has it, else by reading the untuned model."""
+    def _resolve_auto_layers(self) -> tuple[TuningPolicy, Selection | None]:
+        """The policy with ``layers: auto`` resolved, from the checkpoint or by analyzing the untuned model."""
         if self._layers is not None:
             return with_layers(self.tuning, self._layers), None
         if self._trainer is None or getattr(self.trainer, "datamodule", None) is None:
@@ -166,12 +175,12 @@ class MMModule(Evaluating):
         return with_layers(self.tuning, selection.chosen.layers), selection
 
     def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
-        """Take over what the run that wrote a checkpoint had found out about its model."""
+        """Take the unused parameters and the layers from a checkpoint instead of finding them again."""
         saved = checkpoint[state.KEY]
         self.unread, self._layers = tuple(saved["unread"]), tuple(saved["layers"])
 
     def _drop_unread(self) -> None:
-        """Freeze what the policy names and the model never reads (the top of LLaVA's tower, say)."""
+        """Freeze parameters that the policy names but the forward pass never uses (e.g. the top of LLaVA's tower)."""
         if self.unread is None:
             self.unread = self._find_unread()
         if not self.unread:
@@ -183,7 +192,7 @@ class MMModule(Evaluating):
         )
 
     def _find_unread(self) -> tuple[str, ...]:
-        """Only a fit asks; every other verb, and a resumed fit, is told by the checkpoint."""
+        """Names of trainable parameters that the forward pass never uses; empty outside a fit."""
         data = getattr(self._trainer, "datamodule", None)
         if data is None or self.trainer.state.fn != TrainerFn.FITTING:
             return ()
@@ -201,7 +210,7 @@ class MMModule(Evaluating):
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What trains, by name in the state dict."""
+        """Trainable parameters, by name in the state dict."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def objective(self, batch: Batch) -> LossOutput:
@@ -209,7 +218,7 @@ class MMModule(Evaluating):
         return self.step.objective(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Summed NLL; the division comes once, over all ranks and micro-batches, before the optimizer step."""
+        """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
         self._window.add(objective)
         if batch.has_images and batch.num_supervised:
@@ -236,7 +245,7 @@ class MMModule(Evaluating):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip here: Lightning refuses fused optimizers in mixed precision, also where no loss scaler is involved."""
+        """Clip gradients; Lightning's own method refuses fused optimizers in bf16-mixed, which has no loss scaler."""
         if not gradient_clip_val:
             return
         if gradient_clip_algorithm == "value":
@@ -245,7 +254,7 @@ class MMModule(Evaluating):
             torch.nn.utils.clip_grad_norm_(self.trainable.values(), gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over what trains, and its schedule by optimizer step."""
+        """AdamW over the trainable parameters, and its learning-rate schedule by optimizer step."""
         optimizer = build_optimizer(self._groups(), self.optimizer)
         factor = schedule_factor(self.optimizer, self._total_steps())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
@@ -264,8 +273,61 @@ class MMModule(Evaluating):
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.mm, self.plan, self.optimizer)
 
+    def answer(self, batch: PromptBatch) -> list[str]:
+        """Greedy answers, one per question; an empty list for a batch whose questions were all rejected."""
+        if not len(batch):
+            return []
+        return greedy_answers(self.model, self.processor, batch.inputs, self.max_new_tokens)
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_scores("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_scores("test")
+
+    def _begin_scores(self, split: metric_names.Stage) -> None:
+        types = self._data.question_types(split)
+        self.scores = SplitScores(types).to(self.device)
+
+    def validation_step(
+        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, list[str]] | None:
+        """Update the scores: loss and token accuracy of teacher-forced batches, exact match of generated answers.
+
+        Returns:
+            The generated answers; None for teacher-forced batches.
+        """
+        if isinstance(batch, Batch):
+            objective = self.objective(batch)
+            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
+            return None
+        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
+        answers = self.answer(batch)
+        scores.update(answers, batch.references, batch.question_types)
+        return {"answers": answers}
+
+    test_step = validation_step
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_scores("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_scores("test")
+
+    def _log_scores(self, split: metric_names.Stage) -> None:
+        for name, value in self.scores.compute(split).items():
+            self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
+        """One row per question: id, origin, turn, generated answer and reference answer."""
+        rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
+        return [
+            {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
+            for s, turn, answer in rows
+        ]
+
     def settings(self) -> dict[str, Any]:
-        """What a resumed run compares with its checkpoint, and says if it differs."""
+        """Settings stored in the checkpoint; a resumed run logs those that differ."""
         trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
         settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
         learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
@@ -279,22 +341,22 @@ class MMModule(Evaluating):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step.flush()
-        state.keep_trainable(checkpoint, set(self.trainable))
-        checkpoint[state.KEY] = state.record(self.census, self.base, self.settings(), self.unread or ())
+        state.drop_frozen_weights(checkpoint, set(self.trainable))
+        checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state.check(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
+        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
         self._resumed = checkpoint[state.KEY]
 
     def on_train_start(self) -> None:
-        """After everything is restored: this run's rates count, and every difference is said."""
+        """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
         if self._resumed is not None:
-            state.narrate_changes(self._resumed["settings"], self.settings())
+            state.log_setting_changes(self._resumed["settings"], self.settings())
             optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
             restore_learning_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """The last moment before randomness is drawn: put a resumed run's generators back."""
+        """Restore a resumed run's random generators, right before the first random number is drawn."""
         if self._resumed is not None:
-            state.restore_rank(self._resumed)
+            state.restore_rank_rng(self._resumed)
             self._resumed = None

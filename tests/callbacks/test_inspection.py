@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader
-from lightning_mm.callbacks.base import InspectingCallback
-from lightning_mm.callbacks.runner import Look
+from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
@@ -30,8 +30,8 @@ def lookers(schedule: Schedule = EVERY) -> list[Callback]:
     return [ProbingCallback(schedule), GeometryCallback(schedule), DriftCallback(schedule)]
 
 
-class Failing(InspectingCallback):
-    def analyse(self, look: Look) -> Findings:
+class Failing(InspectionCallback):
+    def analyze(self, data: InspectionInput) -> Findings:
         raise ArithmeticError("singular")
 
 
@@ -200,9 +200,9 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
 
 def test_two_hundred_looks_leave_nothing(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
     class Watch(RecordingCallback):
-        def analyse(self, look: Look) -> Findings:
-            self.refs.append(weakref.ref(look.reading))
-            return Findings(look.step)
+        def analyze(self, data: InspectionInput) -> Findings:
+            self.refs.append(weakref.ref(data.reading))
+            return Findings(data.step)
 
         def __init__(self) -> None:
             super().__init__()

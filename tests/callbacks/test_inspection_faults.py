@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.callbacks import GeometryCallback, ProbingCallback, Schedule, reader, runner
-from lightning_mm.callbacks.runner import Look
+from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decision_log
@@ -35,9 +35,9 @@ class Other(RecordingCallback):
 
 
 class Slow(RecordingCallback):
-    def analyse(self, look: Look) -> Findings:
+    def analyze(self, data: InspectionInput) -> Findings:
         time.sleep(1)
-        return super().analyse(look)
+        return super().analyze(data)
 
 
 def problems_of(folder: Path) -> list[str]:

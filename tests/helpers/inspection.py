@@ -4,24 +4,24 @@ from pathlib import Path
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.callbacks import Schedule
-from lightning_mm.callbacks.base import InspectingCallback
-from lightning_mm.callbacks.runner import Look
+from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.core.layer_table import LayerRow, read_layers
 
 EVERY = Schedule(every=1, budget=None)
 """At every step, whatever it costs."""
 
 
-class RecordingCallback(InspectingCallback):
+class RecordingCallback(InspectionCallback):
     """Keeps every reading."""
 
     def __init__(self, schedule: Schedule = EVERY) -> None:
         super().__init__(schedule)
-        self.looks: list[Look] = []
+        self.looks: list[InspectionInput] = []
 
-    def analyse(self, look: Look) -> Findings:
-        self.looks.append(look)
-        return Findings(look.step)
+    def analyze(self, data: InspectionInput) -> Findings:
+        self.looks.append(data)
+        return Findings(data.step)
 
 
 def rows_of(folder: Path) -> list[LayerRow]:

@@ -1,6 +1,6 @@
-"""When checkpoints are written: at optimizer steps, never inside one, so that every file resumes exactly.
+"""Checkpoint callbacks: they save only after complete optimizer steps, so that every file resumes exactly.
 
-Data flow: end of a batch -> is the accumulation window closed? -> ``last.ckpt`` every n steps, at the last step, and on
+Data flow: end of a batch -> ``is_accumulation_complete`` -> ``last.ckpt`` every n steps, at the last step, and on
 SIGTERM (a flag is all that the signal handler sets); ``best.ckpt`` after a validation.
 """
 
@@ -17,55 +17,55 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.planning.devices import synchronize
 
 EXIT_CODE = 143
-"""What a process that ended on SIGTERM returns."""
+"""Exit code of a process that ended on SIGTERM."""
 
 
 class Preempted(Exception):
-    """SIGTERM came, and the run is saved."""
+    """Raised after SIGTERM, once the checkpoint is saved."""
 
 
-def window_closed(trainer: L.Trainer) -> bool:
-    """Whether no micro-batch waits for its optimizer step: its gradient would be lost with a checkpoint."""
+def is_accumulation_complete(trainer: L.Trainer) -> bool:
+    """Whether no micro-batch waits for its optimizer step; a checkpoint would lose its gradient."""
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
 class LastCheckpoint(Callback):
-    """Keeps ``last.ckpt``.
+    """Saves ``last.ckpt`` every n steps, at the last step and on SIGTERM.
 
     Args:
-        path: Where to save.
-        every: Steps between saves.
+        path: The checkpoint file.
+        every: Optimizer steps between saves.
 
     Attributes:
-        seconds: What saving has cost so far.
+        seconds: Seconds spent on saving so far.
     """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
         self.seconds = 0.0
         self._saved_at = -1
-        self._asked = False
+        self._stop_requested = False
         self._previous: Any = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step
         try:
-            self._previous = signal.signal(signal.SIGTERM, self._ask)
+            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
         except ValueError:
             log_decision("preemption", "off", "signals reach the main thread only, and training runs in another")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore()
+        self._restore_signal_handler()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self._restore_signal_handler()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not window_closed(trainer):
+        if not is_accumulation_complete(trainer):
             return
-        stop = trainer.strategy.reduce_boolean_decision(self._asked, all=False)
+        stop = trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False)
         due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
         if (due or stop) and trainer.global_step != self._saved_at:
             synchronize(pl_module.device)
@@ -77,17 +77,17 @@ class LastCheckpoint(Callback):
             log_decision("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {self.path}")
             raise Preempted
 
-    def _ask(self, signum: int, frame: FrameType | None) -> None:
-        self._asked = True
+    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
+        self._stop_requested = True
 
-    def _restore(self) -> None:
+    def _restore_signal_handler(self) -> None:
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Keeps ``best.ckpt``, by validation loss; a validation inside an accumulation window writes none."""
+    """Saves ``best.ckpt`` by validation loss; a validation inside an accumulation window saves nothing."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(
@@ -100,7 +100,7 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if window_closed(trainer):
+        if is_accumulation_complete(trainer):
             super().on_validation_end(trainer, pl_module)
         else:
             log_decision("best.ckpt", "not written", "validation fell inside an accumulation window")

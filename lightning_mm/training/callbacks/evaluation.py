@@ -1,7 +1,7 @@
-"""Ask the model held-out questions before and after training, beside what chance and language alone would give.
+"""Accuracy on held-out questions before and after training, with majority-answer and no-image baselines.
 
-Data flow: PromptBatches of the held-out split -> answers -> accuracy by question type, beside the majority answer of
-the training data and the same model without its picture -> ``evaluation.json``, ``samples.json``.
+Data flow: PromptBatches of the held-out split -> generated answers -> accuracy by question type, of the model, the
+majority answer of the training data and the model with blank images -> ``evaluation.json``, ``samples.json``.
 """
 
 import shutil
@@ -19,12 +19,19 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
-from lightning_mm.training.eval_context import data_of, live, looking
+from lightning_mm.training.eval_context import data_of, evaluation_mode, live
 
 
 @dataclass(frozen=True)
-class Asked:
-    """One held-out question and an answer to it."""
+class AnsweredQuestion:
+    """One held-out question and the model's answer.
+
+    Args:
+        key: Unique key of the question: the sample's origin and the turn.
+        sample: Sample that holds the question.
+        turn: Index of the reference answer among the sample's turns.
+        answer: Generated answer.
+    """
 
     key: str
     sample: Sample
@@ -72,57 +79,61 @@ class HeldOutEvaluation(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.before and "before" not in self._answers and trainer.global_step == 0:
-            self._ask_and_write(trainer, pl_module, ["before"])
+            self._evaluate(trainer, pl_module, ["before"])
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.after and not trainer.interrupted:
-            self._ask_and_write(trainer, pl_module, ["after", "no_image"] if self.no_image else ["after"])
+            self._evaluate(trainer, pl_module, ["after", "no_image"] if self.no_image else ["after"])
 
-    def _ask_and_write(self, trainer: L.Trainer, pl_module: L.LightningModule, moments: list[str]) -> None:
+    def _evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule, moments: list[str]) -> None:
         split = "test" if data_of(trainer).samples("test") else "val"
         if not data_of(trainer).samples(split):
             log_decision("evaluation", "skipped", "neither data.test nor data.val is given")
             return
-        asked: list[Asked] = []
+        answered: list[AnsweredQuestion] = []
         for moment in moments:
-            asked = self._ask(trainer, pl_module, split, blank=moment == "no_image")
-            self._answers[moment] = {question.key: question.answer for question in asked}
+            answered = self._generate_answers(trainer, pl_module, split, blank=moment == "no_image")
+            self._answers[moment] = {question.key: question.answer for question in answered}
         if self.run is not None and trainer.is_global_zero:
             majority = data_of(trainer).majority_answers()
-            write_json(self.run.evaluation, {"split": split, "rows": self._rows(asked, majority)})
-            write_json(self.run.samples, [self._sample(i, q) for i, q in enumerate(_spread(asked, self.shown))])
+            write_json(self.run.evaluation, {"split": split, "rows": self._rows(answered, majority)})
+            write_json(
+                self.run.samples, [self._sample(i, q) for i, q in enumerate(_balance_types(answered, self.shown))]
+            )
 
-    def _ask(self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool) -> list[Asked]:
+    def _generate_answers(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, split: str, blank: bool
+    ) -> list[AnsweredQuestion]:
         data = data_of(trainer)
         loader = data.question_loader(split, blank_images=blank, limit=self.max_questions)
-        asked: list[Asked] = []
-        with looking(trainer, pl_module):
+        answered: list[AnsweredQuestion] = []
+        with evaluation_mode(trainer, pl_module):
             for batch in loader:
                 data.rejected_samples.add(batch.rejected)
                 answers = live(pl_module).answer(batch.to(pl_module.device))
-                asked += _pair(batch, answers)
-        found = {question.key: question for part in all_gather_object(asked) for question in part}
-        # In the order of the file, whatever order they were asked in.
+                answered += _answered_questions(batch, answers)
+        found = {question.key: question for part in all_gather_object(answered) for question in part}
+        # File order, independent of how the ranks shared the questions.
         keys = [_key(sample, turn) for sample, turn in data.questions(split, self.max_questions)]
         return [found[key] for key in keys if key in found]
 
-    def _rows(self, asked: Sequence[Asked], majority: dict[str, str]) -> list[dict[str, Any]]:
-        types = [*sorted({question.question_type for question in asked}), ALL]
+    def _rows(self, answered: Sequence[AnsweredQuestion], majority: dict[str, str]) -> list[dict[str, Any]]:
+        types = [*sorted({question.question_type for question in answered}), ALL]
         rows = []
         for kind in types:
-            chosen = [q for q in asked if kind in (ALL, q.question_type)]
+            chosen = [q for q in answered if kind in (ALL, q.question_type)]
             guesses = [is_correct(majority.get(q.question_type, ""), q.truth) for q in chosen]
             measured = {moment: self._accuracy(moment, chosen) for moment in ("before", "after", "no_image")}
             rows.append({"type": kind, "n": len(chosen), "majority": _mean(guesses), **measured})
         return rows
 
-    def _accuracy(self, moment: str, asked: Sequence[Asked]) -> float | None:
+    def _accuracy(self, moment: str, answered: Sequence[AnsweredQuestion]) -> float | None:
         answers = self._answers.get(moment)
         if answers is None:
             return None
-        return _mean([is_correct(answers[q.key], q.truth) for q in asked if q.key in answers])
+        return _mean([is_correct(answers[q.key], q.truth) for q in answered if q.key in answers])
 
-    def _sample(self, index: int, question: Asked) -> dict[str, Any]:
+    def _sample(self, index: int, question: AnsweredQuestion) -> dict[str, Any]:
         assert self.run is not None
         self.run.pictures.mkdir(exist_ok=True)
         kept = []
@@ -144,23 +155,23 @@ class HeldOutEvaluation(Callback):
         return row
 
 
-def _pair(batch: PromptBatch, answers: list[str]) -> list[Asked]:
+def _answered_questions(batch: PromptBatch, answers: list[str]) -> list[AnsweredQuestion]:
     rows = zip(batch.samples, batch.turns, answers, strict=True)
-    return [Asked(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
+    return [AnsweredQuestion(_key(sample, turn), sample, turn, answer) for sample, turn, answer in rows]
 
 
 def _key(sample: Sample, turn: int) -> str:
     return f"{sample.origin}#{turn}"
 
 
-def _spread(asked: Sequence[Asked], count: int) -> list[Asked]:
-    """The first questions of every type in turn, so that each type is seen."""
-    by_type: dict[str, list[Asked]] = {}
-    for question in asked:
+def _balance_types(answered: Sequence[AnsweredQuestion], count: int) -> list[AnsweredQuestion]:
+    """At most ``count`` questions in file order, taken from all question types in turn."""
+    by_type: dict[str, list[AnsweredQuestion]] = {}
+    for question in answered:
         by_type.setdefault(question.question_type, []).append(question)
     ranked = sorted((rank, kind, q.key) for kind, qs in by_type.items() for rank, q in enumerate(qs))
     chosen = {key for _, _, key in ranked[:count]}
-    return [question for question in asked if question.key in chosen]
+    return [question for question in answered if question.key in chosen]
 
 
 def _mean(hits: Iterable[bool]) -> float | None:

@@ -1,15 +1,7 @@
-"""How fast training goes, and what holds it up: tokens, samples and arithmetic per second, and the share of each loss.
+"""Throughput of training over all ranks (tokens, samples, FLOPs per second), and where the wall time of a run goes.
 
-Data flow: Batches -> ``work`` and the clock -> at the trainer's own logging interval one wait for the device and one
-exchange between the ranks -> ``rates``, logged.
-
-Where the time of a run goes: training (waiting for data as a part of it), validation, looks inside, checkpoints.
-
-Data flow: the loader, the callbacks that know what they cost, and the wall clock -> ``Clock.spent`` -> differences.
-
-How fast the ranks were in an interval, all of them together.
-
-Data flow: one ``Interval`` of each rank -> ``rates``, by the keys of ``names``.
+Data flow: Batches -> ``BatchCounter``, wall clock -> ``TrainingClock`` -> at the trainer's logging interval one device
+synchronization and one ``IntervalTotals`` per rank -> all-gather -> ``throughput_metrics``, logged by ``metric_names``.
 """
 
 import math
@@ -37,73 +29,81 @@ from lightning_mm.training.eval_context import data_of, live
 
 
 @dataclass(frozen=True)
-class Spent:
-    """Seconds up to some moment; only differences mean anything.
+class ElapsedTime:
+    """Seconds up to a moment, by activity; only differences are meaningful.
 
     Args:
-        wall: All of them.
-        waiting: Waiting for the next training batch; training time.
-        validation: From its start to the next step, but for waiting: scores, ``best.ckpt`` and the report are in it.
-        looks: Looking inside.
+        wall: Wall time.
+        waiting: Waiting for the next training batch; part of training.
+        validation: From the start of a validation to the next training step without waiting for data; includes
+            scores, ``best.ckpt`` and the report.
+        inspection: Inspection callbacks.
         checkpoints: Writing ``last.ckpt``.
     """
 
     wall: float
     waiting: float
     validation: float
-    looks: float
+    inspection: float
     checkpoints: float
 
     @property
     def training(self) -> float:
-        """What is left for training."""
-        return self.wall - self.validation - self.looks - self.checkpoints
+        """Wall time without validation, inspections and checkpoints."""
+        return self.wall - self.validation - self.inspection - self.checkpoints
 
-    def since(self, earlier: "Spent") -> "Spent":
-        """What was spent in between."""
+    def since(self, earlier: "ElapsedTime") -> "ElapsedTime":
+        """Seconds between ``earlier`` and this moment, by activity; none is negative."""
         pairs = zip(astuple(self), astuple(earlier), strict=True)
-        return Spent(*(max(0.0, late - early) for late, early in pairs))
+        return ElapsedTime(*(max(0.0, late - early) for late, early in pairs))
 
     def __str__(self) -> str:
-        parts = {"validation": self.validation, "looks inside": self.looks, "checkpoints": self.checkpoints}
+        parts = {"validation": self.validation, "looks inside": self.inspection, "checkpoints": self.checkpoints}
         aside = "".join(f", {name} {seconds:.1f} s" for name, seconds in parts.items() if seconds)
         return f"{self.wall:.1f} s: training {self.training:.1f} s (waiting for data {self.waiting:.1f} s){aside}"
 
 
 @runtime_checkable
-class Inspects(Protocol):
-    """A callback that spends time on looking inside the model; that time is no training."""
+class HasInspectionTime(Protocol):
+    """A callback with time that does not count as training (see ``InspectionCallback``)."""
 
     inspection_seconds: float
 
 
-class Clock:
-    """Reads what was spent; between ``leave`` and ``back`` all but waiting for data counts as validation."""
+class TrainingClock:
+    """Measures ``ElapsedTime``; between ``pause`` and ``resume`` all but waiting for data counts as validation.
+
+    Args:
+        trainer: The trainer, with its callbacks and training data loader.
+        module: The LightningModule in training; its device is synchronized before each reading.
+    """
 
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._trainer, self._module = trainer, module
         self._validation = 0.0
-        self._left: tuple[float, float] | None = None
+        self._paused: tuple[float, float] | None = None
 
-    def spent(self) -> Spent:
-        """What was spent so far, once the device has done what it was told to."""
+    def elapsed(self) -> ElapsedTime:
+        """Seconds so far, after a device synchronization."""
         synchronize(self._module.device)
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
-        looks = sum(callback.inspection_seconds for callback in callbacks if isinstance(callback, Inspects))
-        saves = sum(callback.seconds for callback in callbacks if isinstance(callback, LastCheckpoint))
-        return Spent(time.perf_counter(), self._waited(), self._validation, looks, saves)
+        inspection = sum(
+            callback.inspection_seconds for callback in callbacks if isinstance(callback, HasInspectionTime)
+        )
+        checkpoints = sum(callback.seconds for callback in callbacks if isinstance(callback, LastCheckpoint))
+        return ElapsedTime(time.perf_counter(), self._waited(), self._validation, inspection, checkpoints)
 
-    def leave(self) -> None:
-        """What comes now is not training."""
+    def pause(self) -> None:
+        """Stop counting training time."""
         synchronize(self._module.device)
-        self._left = time.perf_counter(), self._waited()
+        self._paused = time.perf_counter(), self._waited()
 
-    def back(self) -> None:
-        """Training goes on; without effect if it was never left."""
-        if self._left is not None:
-            began, waited = self._left
+    def resume(self) -> None:
+        """Count training time again; no effect if it is not paused."""
+        if self._paused is not None:
+            began, waited = self._paused
             self._validation += time.perf_counter() - began - (self._waited() - waited)
-            self._left = None
+            self._paused = None
 
     def _waited(self) -> float:
         loader = self._trainer.train_dataloader
@@ -111,20 +111,20 @@ class Clock:
 
 
 @dataclass(frozen=True)
-class Interval:
-    """What one rank did between two readings.
+class IntervalTotals:
+    """Totals of one rank over one logging interval.
 
     Args:
         samples: Conversations.
-        supervised: Tokens whose prediction was trained.
-        tokens: All tokens but padding.
-        image_tokens: Those that stand for pictures.
-        positions: Tokens and padding.
-        flops: What the policy needs at least for them; nan where it could not be counted.
-        seconds: Of training, waiting for data included.
-        waiting: Of these, waiting for data.
-        peak: FLOP/s of this rank's matrix products; nan where they could not be measured.
-        memory: GiB held at once so far.
+        supervised: Supervised tokens.
+        tokens: Tokens without padding.
+        image_tokens: Image tokens.
+        positions: Tokens with padding.
+        flops: Minimum FLOPs that the policy needs for them; nan where they could not be counted.
+        seconds: Seconds of training, including waiting for data.
+        waiting: Seconds of waiting for data.
+        peak: Measured FLOP/s of matrix products on this rank; nan where they could not be measured.
+        memory: Peak memory so far, GiB.
     """
 
     samples: float
@@ -139,12 +139,15 @@ class Interval:
     memory: float
 
 
-def rates(ranks: Sequence[Interval]) -> dict[str, float]:
-    """Rates of all ranks together; what is not known is left out.
+def throughput_metrics(ranks: Sequence[IntervalTotals]) -> dict[str, float]:
+    """Throughput metrics of all ranks together; undefined metrics (nan) are left out.
 
-    Ranks wait for each other, so they took equally long; the one that knows of most time that was no training (rank 0
-    analyses looks inside while the others wait for it) knows best, and the one that waited longest for data held up
-    all.
+    Ranks wait for each other, so the interval is equally long on all of them. Only rank 0 knows the time of the
+    analyses during which the others wait, so the smallest training time is the right one; the longest wait for data
+    delays all ranks.
+
+    Args:
+        ranks: One ``IntervalTotals`` per rank, of the same interval.
     """
     seconds = max(min(rank.seconds for rank in ranks), 1e-9)
     flops = sum(rank.flops for rank in ranks) / seconds
@@ -163,105 +166,105 @@ def rates(ranks: Sequence[Interval]) -> dict[str, float]:
 
 
 class Throughput(Callback):
-    """Rates over the steps since they were last logged, of all ranks together.
+    """Logs throughput of all ranks over the steps since it was last logged.
 
-    Waiting for data counts, as do the optimizer and what other callbacks do at each step; validation, looks inside and
-    checkpoints do not. FLOPs are those that the policy needs at least (``tuning.flops``): what is computed twice, or
-    for padding, is no use.
+    Waiting for data, the optimizer and per-step callbacks count as training time; validation, inspections and
+    checkpoints do not. FLOPs are the minimum that the policy needs (``planning.flops``): recomputation and padding do
+    not count.
     """
 
     def __init__(self) -> None:
         self._work = BatchCounter()
-        self._clock: Clock | None = None
-        self._begun: Spent | None = None
-        self._read: Spent | None = None
+        self._clock: TrainingClock | None = None
+        self._begun: ElapsedTime | None = None
+        self._read: ElapsedTime | None = None
         self._said = -1
         self._cost: StepCost | None = None
         self._peak = math.nan
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._clock, self._begun, self._work = Clock(trainer, pl_module), None, BatchCounter()
-        every, total = _every(trainer), int(trainer.estimated_stepping_batches)
+        self._clock, self._begun, self._work = TrainingClock(trainer, pl_module), None, BatchCounter()
+        every, total = _log_interval(trainer), int(trainer.estimated_stepping_batches)
         if total // every > trainer.global_step // every:
-            self._cost = _cost(trainer, pl_module)
-            self._peak = _peak(trainer, pl_module)
+            self._cost = _step_cost(trainer, pl_module)
+            self._peak = _peak_flops(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         assert self._clock is not None
-        self._clock.back()
+        self._clock.resume()
         if self._begun is None:
             if pl_module.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(pl_module.device)
-            self._begun = self._read = self._clock.spent()
+            self._begun = self._read = self._clock.elapsed()
             self._said = trainer.global_step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._clock is not None and self._begun is not None:
-            self._clock.leave()
+            self._clock.pause()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         self._work.add(batch)
         step = trainer.global_step
-        if step == self._said or step % _every(trainer):
+        if step == self._said or step % _log_interval(trainer):
             return
         assert self._clock is not None
         assert self._read is not None
-        now = self._clock.spent()
+        now = self._clock.elapsed()
         mine = self._interval(now.since(self._read), pl_module)
-        for name, value in rates(_of_all_ranks(mine, trainer, pl_module)).items():
+        for name, value in throughput_metrics(_gather_ranks(mine, trainer, pl_module)).items():
             pl_module.log(name, value, prog_bar=name == metric_names.SUPERVISED_TOKENS_PER_SECOND)
         self._read, self._said = now, step
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._clock is not None and self._begun is not None:
-            self._clock.back()
+            self._clock.resume()
             if trainer.is_global_zero:
-                log.info("time: %s", self._clock.spent().since(self._begun))
+                log.info("time: %s", self._clock.elapsed().since(self._begun))
 
-    def _interval(self, spent: Spent, module: L.LightningModule) -> Interval:
+    def _interval(self, elapsed: ElapsedTime, module: L.LightningModule) -> IntervalTotals:
         done = self._work.take()
-        return Interval(
+        return IntervalTotals(
             samples=done.samples,
             supervised=done.shape.supervised,
             tokens=done.shape.tokens,
             image_tokens=done.image_tokens,
             positions=done.positions,
             flops=math.nan if self._cost is None else done.flops(self._cost, live(module).plan),
-            seconds=spent.training,
-            waiting=spent.waiting,
+            seconds=elapsed.training,
+            waiting=elapsed.waiting,
             peak=self._peak,
-            memory=_memory(module.device),
+            memory=_peak_memory(module.device),
         )
 
 
-def _every(trainer: L.Trainer) -> int:
-    """Steps between two readings."""
+def _log_interval(trainer: L.Trainer) -> int:
+    """Optimizer steps between two logged values."""
     return max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
 
 
-def _of_all_ranks(mine: Interval, trainer: L.Trainer, module: L.LightningModule) -> list[Interval]:
+def _gather_ranks(mine: IntervalTotals, trainer: L.Trainer, module: L.LightningModule) -> list[IntervalTotals]:
     if trainer.world_size == 1:
         return [mine]
     row = torch.tensor(astuple(mine), dtype=torch.float64, device=module.device)
     gathered = trainer.strategy.all_gather(row)
     assert isinstance(gathered, Tensor)
-    return [Interval(*values) for values in gathered.reshape(-1, len(row)).tolist()]
+    return [IntervalTotals(*values) for values in gathered.reshape(-1, len(row)).tolist()]
 
 
-def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
+def _step_cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
     try:
         return StepCost.of(live(module).mm, live(module).plan, data_of(trainer).example_batch())
-    except Exception as error:  # training does not need it
+    except Exception as error:  # training goes on without it
         log_decision("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
         return None
 
 
-def _peak(trainer: L.Trainer, module: L.LightningModule) -> float:
-    """FLOP/s of matrix products in the run's precision; said, as is where memory is read."""
+def _peak_flops(trainer: L.Trainer, module: L.LightningModule) -> float:
+    """Measured FLOP/s of matrix products in the run's precision; logs it and the source of the memory metric."""
     if module.device.type == "cuda":
         log_decision(
             "throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch"
@@ -276,14 +279,14 @@ def _peak(trainer: L.Trainer, module: L.LightningModule) -> float:
         return math.nan
     finally:
         if module.device.type == "cuda":
-            torch.cuda.empty_cache()  # what was multiplied here is of no use to training
+            torch.cuda.empty_cache()  # release the benchmark's matrices
     reason = f"median of large matrix products in {str(dtype).removeprefix('torch.')} on this {module.device.type}"
     log_decision("throughput.peak", f"{peak / 1e12:.3g} TFLOP/s", f"{reason}; MFU is a share of it")
     return peak
 
 
-def _memory(device: torch.device) -> float:
-    """GiB that were held at once."""
+def _peak_memory(device: torch.device) -> float:
+    """Peak memory in GiB: allocated tensors on CUDA, resident set of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     highest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

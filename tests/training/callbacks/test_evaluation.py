@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
-from lightning_mm.training.eval_context import looking
+from lightning_mm.training.eval_context import evaluation_mode
 from tests.helpers.data import Family
 from tests.helpers.training import DROPOUT, Losses, train
 
@@ -14,10 +14,10 @@ class Watched(HeldOutEvaluation):
     """Evaluates at every step too, and draws random numbers while it looks."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx) -> None:  # type: ignore[no-untyped-def]
-        with looking(trainer, pl_module):
+        with evaluation_mode(trainer, pl_module):
             assert not any(part.training for part in pl_module.modules())
             torch.rand(5)
-        self._ask_and_write(trainer, pl_module, ["after"])
+        self._evaluate(trainer, pl_module, ["after"])
 
 
 def test_a_run_that_is_looked_at_is_the_same(family: Family, data: dict[str, Path], tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from lightning_mm.report.sections.run import charts
 from lightning_mm.training.callbacks import throughput
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
 from lightning_mm.training.callbacks.step_cost import BatchCounter
-from lightning_mm.training.callbacks.throughput import Interval, Spent, Throughput, rates
+from lightning_mm.training.callbacks.throughput import ElapsedTime, IntervalTotals, Throughput, throughput_metrics
 from lightning_mm.tuning import IntermediateOnly
 from tests.helpers.cli import ROOT
 from tests.helpers.data import Data, Family
@@ -56,7 +56,7 @@ class Watched(Throughput):
         super().__init__()
         self.logged: list[dict[str, float]] = []
         self.batches: list[list[Batch]] = [[]]
-        self.spent: list[Spent] = []
+        self.spent: list[ElapsedTime] = []
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         self.batches[-1].append(args[1])
@@ -66,9 +66,9 @@ class Watched(Throughput):
             self.logged.append({k: float(v) for k, v in trainer.callback_metrics.items() if k in ALL})
             self.batches.append([])
 
-    def _interval(self, spent: Spent, module: L.LightningModule) -> Interval:
-        self.spent.append(spent)
-        return super()._interval(spent, module)
+    def _interval(self, elapsed: ElapsedTime, module: L.LightningModule) -> IntervalTotals:
+        self.spent.append(elapsed)
+        return super()._interval(elapsed, module)
 
 
 @pytest.fixture(autouse=True)
@@ -76,9 +76,9 @@ def _a_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "benchmark_matmul", lambda *_: PEAK)
 
 
-def interval(**given: float) -> Interval:
-    plain = dict.fromkeys(Interval.__annotations__, 0.0) | {"seconds": 1.0, "peak": 1.0}
-    return Interval(**(plain | given))
+def interval(**given: float) -> IntervalTotals:
+    plain = dict.fromkeys(IntervalTotals.__annotations__, 0.0) | {"seconds": 1.0, "peak": 1.0}
+    return IntervalTotals(**(plain | given))
 
 
 def test_rates_of_two_ranks_are_their_sums() -> None:
@@ -89,7 +89,7 @@ def test_rates_of_two_ranks_are_their_sums() -> None:
     )
     one = replace(one, flops=3e12)
     two = replace(two, flops=5e12, waiting=0.5, memory=3.0)
-    assert rates([one, two]) == pytest.approx(
+    assert throughput_metrics([one, two]) == pytest.approx(
         {
             metric_names.SUPERVISED_TOKENS_PER_SECOND: 20,
             metric_names.TOKENS_PER_SECOND: 65,
@@ -106,7 +106,7 @@ def test_rates_of_two_ranks_are_their_sums() -> None:
 
 @pytest.mark.parametrize(("given", "missing"), [({"flops": math.nan}, 2), ({"peak": math.nan}, 1)])
 def test_what_is_not_known_is_not_logged(given: dict[str, float], missing: int) -> None:
-    found = rates([interval(), interval(**given)])
+    found = throughput_metrics([interval(), interval(**given)])
     assert len(ALL - set(found)) == missing
     assert all(math.isfinite(value) for value in found.values())
 
@@ -304,7 +304,9 @@ def test_validation_and_checkpoints_are_no_training(
 
 
 def test_the_parts_of_the_time() -> None:
-    spent = Spent(wall=10.0, waiting=1.0, validation=2.0, looks=0.0, checkpoints=0.5).since(Spent(0, 0, 0, 0, 0))
+    spent = ElapsedTime(wall=10.0, waiting=1.0, validation=2.0, inspection=0.0, checkpoints=0.5).since(
+        ElapsedTime(0, 0, 0, 0, 0)
+    )
     assert spent.training == 7.5
     assert str(spent) == "10.0 s: training 7.5 s (waiting for data 1.0 s), validation 2.0 s, checkpoints 0.5 s"
 

@@ -1,0 +1,82 @@
+"""Callbacks that measure each layer's hidden states while the model trains: linear probes, geometry and drift.
+
+Data flow: ``InspectionInput`` (hidden states of every layer) -> ``analysis.probing``, ``analysis.geometry`` or
+``analysis.drift`` -> ``Findings``, one row per layer and measure. Probes after Tao et al. 2024, arXiv:2402.17304;
+geometry after Palacios et al. 2026, arXiv:2606.03871.
+"""
+
+from collections.abc import Sequence
+
+from lightning_mm.analysis.drift import measure_drift
+from lightning_mm.analysis.findings import Findings
+from lightning_mm.analysis.geometry import DEFAULT_MEASURES, measure_geometry, resolve_measures
+from lightning_mm.analysis.probing import ProbingOptions, run_probes
+from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.runner import InspectionInput
+from lightning_mm.callbacks.schedule import Schedule
+
+
+class ProbingCallback(InspectionCallback):
+    """Linear probes of every layer: does the caption belong to the picture (global), which objects are there (local)?
+
+    Args:
+        schedule: When to look, and how much time that may take.
+        options: Which probes, and what is measured beside their accuracy.
+        text_only: Probe the captions without their pictures too, at the first look due and the last: what language
+            alone gives.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        options: ProbingOptions = ProbingOptions(),  # noqa: B008  (frozen)
+        text_only: bool = True,
+    ) -> None:
+        super().__init__(schedule)
+        self.options, self.text_only = options, text_only
+
+    def wants_text_only(self, outermost: bool) -> bool:
+        return self.text_only and outermost
+
+    def analyze(self, data: InspectionInput) -> Findings:
+        return run_probes(data.reading, data.text_only, data.probe_set, self.options, data.device)
+
+
+class GeometryCallback(InspectionCallback):
+    """Intrinsic dimension, spectra, CKA, neighbourhood overlap, modality gap and more, of every layer.
+
+    Args:
+        schedule: When to look, and how much time that may take.
+        measures: Names of measures; one of each kind if not given, ``[all]`` for all.
+        neighbours: k of the neighbourhood measures; fewer where there are fewer than ten times as many pictures.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule = Schedule(),  # noqa: B008  (frozen)
+        measures: Sequence[str] = DEFAULT_MEASURES,
+        neighbours: int = 10,
+    ) -> None:
+        super().__init__(schedule)
+        self.measures, self.neighbours = resolve_measures(measures), neighbours
+
+    def analyze(self, data: InspectionInput) -> Findings:
+        return measure_geometry(data.reading, data.probe_set, self.measures, self.neighbours, data.device)
+
+
+class DriftCallback(InspectionCallback):
+    """Similarity of every layer to itself before the first step.
+
+    Args:
+        schedule: When to look, and how much time that may take; the look before the first step is always made.
+        neighbours: k of the neighbourhood overlap; fewer where there are fewer than ten times as many pictures.
+    """
+
+    def __init__(self, schedule: Schedule = Schedule(), neighbours: int = 10) -> None:  # noqa: B008  (frozen)
+        super().__init__(schedule.beginning())
+        self.neighbours = neighbours
+
+    def analyze(self, data: InspectionInput) -> Findings:
+        if data.start is None or data.start is data.reading:
+            return Findings(data.step)
+        return measure_drift(data.start, data.reading, data.probe_set, self.neighbours, data.device)
