@@ -241,9 +241,8 @@ def collect(folder: Path) -> dict[str, dict[str, str]]:
         section = "help" if path.name.startswith("help") else section
         for leaf, value in leaves(path):
             kind = "reasons" if path.name == "decisions.json" and leaf.endswith("/reason") else section
-            text = value.replace(str(folder), "FOLDER")
-            text = DROPPED.sub("", text) if path.suffix in (".html", ".yaml") else text
-            result.setdefault(kind, {})[key + leaf] = text
+            text = DROPPED.sub("", value) if path.suffix in (".html", ".yaml") else value
+            result.setdefault(kind, {})[key + leaf] = text.replace(str(folder), "FOLDER")
     for export in sorted((folder / "exports").iterdir()):
         result["logits"].update(logits(export, folder / "models" / "llava"))
     return result
