@@ -23,17 +23,17 @@ from tests.helpers.slow import SLOW_TESTS
 os.environ.setdefault("WANDB_MODE", "offline")
 
 
-@pytest.fixture(scope="session")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """The folder of a tiny model, by the name of its family."""
-    return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what slow.txt names, so that ``-m "not slow"`` leaves it out."""
     for item in items:
         if item.nodeid.partition("[")[0] in SLOW_TESTS:
             item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """The folder of a tiny model, by the name of its family."""
+    return cache(lambda name: build_tiny(name, tmp_path_factory.mktemp("tiny") / name))
 
 
 @pytest.fixture(scope="session")

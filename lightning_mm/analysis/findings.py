@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import SITES, HiddenStates
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.io import read_json, read_json_rows, write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, read_layers
@@ -142,7 +142,9 @@ class FindingsWriter:
             sample_index = {position: tuple((row, number) for row, number in ids) for position, ids in samples.items()}
             return HiddenStates(int(metadata["step"]), features, sample_index)
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            decide("inspection.drift", "not measured", f"the reading before the first step is not at hand: {error}")
+            log_decision(
+                "inspection.drift", "not measured", f"the reading before the first step is not at hand: {error}"
+            )
             return None
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import gather_object
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
@@ -181,7 +181,9 @@ def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
         taken[index] = taken[index - 1] if index - 1 in taken else pool(below[0], batch.weights)
     if skipped:
         blocks = ", ".join(str(index - 1) for index in skipped)
-        decide("inspection.blocks", f"{blocks} pass on what they get", "rows without a picture skip cross-attention")
+        log_decision(
+            "inspection.blocks", f"{blocks} pass on what they get", "rows without a picture skip cross-attention"
+        )
     return torch.stack([taken[index] for index in wanted]).cpu()
 
 

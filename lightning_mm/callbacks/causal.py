@@ -32,7 +32,7 @@ from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import answer_questions
 from lightning_mm.causal.study import StudyConfig, run_study
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
@@ -145,7 +145,7 @@ class CausalCallback(InspectingCallback):
         why = f"; {len(lost)} could not be asked, the first: {lost[0].reason}" if lost else ""
         if not found:
             raise UserError(f"There is no question in {source}.", f"It holds {len(drawn)}{why}.", "Give another file.")
-        decide("causal.questions", len(found), f"the first of {source}{why}")
+        log_decision("causal.questions", len(found), f"the first of {source}{why}")
         return found
 
     def _keep_start(self) -> None:
@@ -158,7 +158,9 @@ class CausalCallback(InspectingCallback):
         }
         if self._start:
             held = sum(tensor.nbytes for tensor in self._start.values()) / 2**20
-            decide("causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step")
+            log_decision(
+                "causal.transplant", f"{held:.0f} MiB kept", "what is trained, as it was before the first step"
+            )
 
     def _transplanted(self, found: Findings, mm: MultimodalModel, device: torch.device) -> None:
         assert self._module is not None
@@ -166,7 +168,7 @@ class CausalCallback(InspectingCallback):
         trained, adapted = module.plan.layers, module.plan.lora is not None
         if not trained or not (self._start or adapted):
             why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
-            decide("causal.transplant", "not measured", why)
+            log_decision("causal.transplant", "not measured", why)
             return
         hybrid = hybrid_from_start(mm, self._start)
         hybrid = combine_hybrids(hybrid_from_adapters(mm), hybrid) if adapted else hybrid

@@ -20,7 +20,7 @@ from lightning_mm.analysis.summary import summary_metrics
 from lightning_mm.callbacks.reader import Reader
 from lightning_mm.callbacks.schedule import Budget, Schedule
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -145,7 +145,7 @@ class Inspection:
             share = " or ".join(sorted({f"{looker.schedule.budget:.0%}" for looker in left}))
             cost = f"one takes {self.budget.spent / self.budget.count:.1f} s"
             reason = f"{cost}, and all may take {share} of the training time (schedule.budget)"
-            decide("inspection.schedule", f"no look{who} at step {step}", reason)
+            log_decision("inspection.schedule", f"no look{who} at step {step}", reason)
         return [looker for looker, fit in zip(due, fits, strict=True) if fit]
 
     def _look(self, due: Sequence[Looker], last: bool) -> None:

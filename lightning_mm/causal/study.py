@@ -28,7 +28,7 @@ from lightning_mm.causal.effects.logit_lens import picture_words
 from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.causal.interventions.corruption import CORRUPTIONS, CorruptionKind, corrupt_question
 from lightning_mm.causal.questions.scoring import Answer
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.models.handle import MultimodalModel
@@ -214,7 +214,7 @@ def _add_predictor(result: StudyResult, mm: MultimodalModel, answers: Sequence[A
     """Add the table of the failure predictor; needs questions with a constraint and an answer."""
     usable = [a for a in answers if len(a.encoded.constraint) and a.encoded.question.answer is not None]
     if not usable:
-        decide("causal.predictor", "not made", "no question has both a constraint and a right answer")
+        log_decision("causal.predictor", "not made", "no question has both a constraint and a right answer")
         return
     features = []
     for answer in usable:

@@ -24,7 +24,7 @@ from lightning_mm.causal.questions.question import QuestionEncoder
 from lightning_mm.cli.model_source import ModelSource, model_label
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import staged_folder, write_json
 from lightning_mm.core.run_directory import RunDirectory
@@ -42,7 +42,6 @@ from lightning_mm.report.html import write_report
 def edit(arguments: list[str]) -> int:
     """Give questions new answers by a closed-form change of one weight, and measure what else changed."""
     options = _parser().parse_args(arguments[1:])
-    decide.clear()
     config = EditConfig(**{each.name: getattr(options, each.name) for each in fields(EditConfig)})
     out = None if options.out is None else Path(options.out)
     if out is not None:
@@ -72,7 +71,7 @@ def edit(arguments: list[str]) -> int:
     if out is not None:
         together = next(o for o in outcomes if o.apply == "together" and o.method == "MultEdit")
         _export(mm, together.edits[0], study, out, options.prove)
-    write_json(run.decisions, [asdict(decision) for decision in decide])
+    write_json(run.decisions, [asdict(decision) for decision in decision_log()])
     write_report(run.path)
     for table in results:
         Console().print(_rich_table(table))

@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.trained_run import load_run
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
@@ -77,5 +77,5 @@ def _write(module: MMModule, out: Path, options: Namespace) -> None:
         export_adapter(module.model, out, origin, fully_trained=module.plan.full)
         return
     if options.format == "merged" and not module.plan.adapted:
-        decide("export.format", "model", "this run has no adapters to merge")
+        log_decision("export.format", "model", "this run has no adapters to merge")
     export_full(module.model, module.processor, out, origin)

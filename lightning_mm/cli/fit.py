@@ -20,7 +20,7 @@ from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.csv_logger import ResumableCSVLogger
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import append_jsonl, read_json
@@ -44,7 +44,6 @@ RUN_VARIABLE = "LIGHTNING_MM_RUN"
 
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
-    decide.clear()
     refuse_foreign_classes(arguments)
     try:
         _run(arguments)
@@ -100,7 +99,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         resumed = config.get("ckpt_path")
-        self.checkpoint = state.read_checkpoint(Path(resumed)) if resumed else None
+        self.checkpoint = state.read_checkpoint(Path(resumed), mapped=False) if resumed else None
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
         self.run = _run_directory(config, str(self.subcommand))
         if _RANK.rank == 0:
@@ -108,13 +107,15 @@ class TrainingCLI(LightningCLI):
                 _reusable_config(config), self.run.config, overwrite=True, skip_validation=True
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
-            _continue_metrics(Path(resumed), self.run)
-            copy_earlier_findings(RunDirectory(Path(resumed).parent.parent), self.run, self.checkpoint["global_step"])
+            earlier, step = RunDirectory(Path(resumed).parent.parent), self.checkpoint["global_step"]
+            _continue_metrics(earlier, self.run, step)
+            copy_earlier_findings(earlier, self.run, step)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
         if self.checkpoint is not None:
             self.model.resume_from(self.checkpoint)
+            self.checkpoint = None  # the trainer takes it, and lets go of it
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         config = self.config[self.subcommand]
@@ -124,9 +125,14 @@ class TrainingCLI(LightningCLI):
             loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
         if isinstance(given.get("logger"), (list, tuple)):
             loggers.extend(given["logger"])
+        plugins: list[Any] = []
+        if self.checkpoint is not None:
+            plugins.append(state.LoadedCheckpoint(Path(config.ckpt_path), self.checkpoint))
         if SLURMEnvironment.detect():
             # Lightning would save inside the signal handler, where ranks can deadlock.
-            kwargs["plugins"] = [*(given.get("plugins") or []), SLURMEnvironment(auto_requeue=False)]
+            plugins.append(SLURMEnvironment(auto_requeue=False))
+        if plugins:
+            kwargs["plugins"] = [*(given.get("plugins") or []), *plugins]
         return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.run.path,
@@ -158,7 +164,9 @@ class TrainingCLI(LightningCLI):
     def _close_online(self) -> None:
         for logger in self.trainer.loggers:
             if isinstance(logger, OnlineLogger):
-                logger.summarise(census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decide})
+                logger.summarise(
+                    census=self.model.census.to_dict(), decisions={str(d.name): str(d) for d in decision_log()}
+                )
                 if self.run.samples.is_file() and _RANK.rank == 0:
                     logger.log_samples(read_json(self.run.samples))
                 logger.close()
@@ -209,17 +217,15 @@ def _refuse_duplicates(callbacks: Sequence[InspectingCallback]) -> None:
             )
 
 
-def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
+def _continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
     """Copy the first run's curves up to the step that the run resumes at, each step once.
 
     Training logs a step under the number of steps before it, inspections under the number of steps done.
     """
-    earlier = checkpoint.parent.parent / "metrics.csv"
-    if not earlier.is_file():
+    if not earlier.metrics.is_file():
         return
-    step = state.read_checkpoint(checkpoint)["global_step"]
     with (
-        earlier.open(encoding="utf-8", newline="") as source,
+        earlier.metrics.open(encoding="utf-8", newline="") as source,
         run.metrics.open("w", encoding="utf-8", newline="") as to,
     ):
         reader = csv.DictReader(source)
@@ -231,4 +237,4 @@ def _continue_metrics(checkpoint: Path, run: RunDirectory) -> None:
                 writer.writerow(row)
             elif int(row["step"]) == step and inspected:
                 writer.writerow({"step": row["step"], **inspected})
-    decide("run", f"curves continue those of {earlier.parent.name}", f"resumed at step {step}")
+    log_decision("run", f"curves continue those of {earlier.name}", f"resumed at step {step}")

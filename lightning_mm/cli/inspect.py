@@ -24,7 +24,7 @@ from lightning_mm.analysis.probing import ProbingOptions, run_probes
 from lightning_mm.analysis.summary import MAIN_PROFILES, summarize_profile
 from lightning_mm.cli.model_source import InspectedModel, model_label, open_models
 from lightning_mm.cli.parser import Parser
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
@@ -37,7 +37,6 @@ from lightning_mm.report.html import write_report
 def inspect(arguments: list[str]) -> int:
     """Read every layer of a model: probes, geometry, and which layers are worth training."""
     options = _parser().parse_args(arguments[1:])
-    decide.clear()
     measures, auto = resolve_measures(options.measures or DEFAULT_MEASURES), AutoRange(**vars(options.auto))
     options.probing = ProbingOptions(**vars(options.probing))
     paths = [options.model, *([options.against] if options.against else [])]
@@ -54,7 +53,7 @@ def inspect(arguments: list[str]) -> int:
     if options.select:
         _select(seen, probe_set, run)
     _write_ledger(models, run)
-    write_json(run.decisions, [asdict(decision) for decision in decide])
+    write_json(run.decisions, [asdict(decision) for decision in decision_log()])
     write_report(run.path)
     for path, one in zip(paths, found, strict=True):
         Console().print(peaks_table(path, one))
@@ -153,7 +152,7 @@ def _select(seen: Sequence[tuple[InspectedModel, HiddenStates]], probe_set: Prob
     try:
         selection = model.select(reading, probe_set, seen[1] if len(seen) > 1 else None)
     except UserError as error:
-        decide("select", "no layers are chosen", f"{error.what} {error.why}")
+        log_decision("select", "no layers are chosen", f"{error.what} {error.why}")
         return
     log_selection(selection)
     write_json(run.selection, selection.to_dict())

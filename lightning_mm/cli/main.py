@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
+from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.dataloader import worker_killed_error
 
@@ -35,7 +36,8 @@ def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     _configure_logging()
     try:
-        return _load_verb(arguments[0])(arguments)
+        with DecisionLog().opened():
+            return _load_verb(arguments[0])(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

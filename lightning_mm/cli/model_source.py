@@ -21,7 +21,7 @@ from lightning_mm.analysis.hidden_states import (
     extract_hidden_states,
 )
 from lightning_mm.cli.trained_run import load_run
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
 from lightning_mm.core.run_directory import RunDirectory
@@ -103,7 +103,7 @@ class InspectedModel:
         try:
             return self.conversations.sample_batches(self.auto.batches)
         except UserError as error:
-            decide("auto.batches", "none", f"{error.what} {error.why}")
+            log_decision("auto.batches", "none", f"{error.what} {error.why}")
             return []
 
     def _pilot_criteria(
@@ -131,7 +131,7 @@ class InspectedModel:
         else:
             with self._precision():
                 return transplant_gains(self.mm, tuned.mm.model, batches, self.device)
-        decide("auto.criteria", "without transplant", why)
+        log_decision("auto.criteria", "without transplant", why)
         return None
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from lightning_mm.cli.fit import TrainingCLI
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.datamodule import MMDataModule
@@ -186,8 +186,7 @@ _BATCHES = 8
 
 
 def plan(arguments: list[str]) -> int:
-    """Print what a run will cost; returns the exit status."""
-    decide.clear()
+    """Tell what a run will cost; returns the exit status."""
     refuse_foreign_classes(arguments)
     cli = PlanningCLI(
         MMModule,
@@ -213,7 +212,7 @@ def plan(arguments: list[str]) -> int:
             except UserError as error:
                 if policy is own:
                     raise
-                decide("plan", f"without {policy.describe()}", error.what)
+                log_decision("plan", f"without {policy.describe()}", error.what)
                 continue
             if not any((one.plan.full, one.plan.adapted) == (each.plan.full, each.plan.adapted) for each in found):
                 found.append(one)
@@ -305,7 +304,7 @@ class _Rows:
             answer = max(1, answer + supervised - round(held["supervised"]))
             words = max(1, words + text_tokens - supervised - round(held["text_tokens"] - held["supervised"]))
         if image_tokens and round(held["image_tokens"]) != image_tokens:
-            decide(
+            log_decision(
                 "plan", f"{held['image_tokens']:.0f} image tokens", f"the processor makes no picture of {image_tokens}"
             )
         return self._made(0 if image_tokens == 0 else side, words, answer)
@@ -349,7 +348,7 @@ def _fixed(policy: TuningPolicy, num_layers: int) -> TuningPolicy:
         return policy
     count = count_layers("25%-50%", num_layers)
     first = num_layers // 4
-    decide("model.tuning.layers", "25%-50%", "auto is chosen by reading the model, and plan has no weights")
+    log_decision("model.tuning.layers", "25%-50%", "auto is chosen by reading the model, and plan has no weights")
     return with_layers(policy, tuple(range(first, first + count)))
 
 

@@ -27,13 +27,12 @@ from lightning_mm.causal.questions.scoring import Answer, answer_until
 from lightning_mm.causal.study import PARTS, StudyConfig, StudyResult, run_study
 from lightning_mm.cli.model_source import InspectedModel, ModelSource, check_same_architecture, model_label, open_model
 from lightning_mm.cli.parser import Parser
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
-from lightning_mm.report.figures.trace_maps import save_trace
 from lightning_mm.report.html import write_report
 
 HEADLINES = ("trace", "flow", "knockout", "ablation", "transplant")
@@ -43,7 +42,6 @@ def trace(arguments: list[str]) -> int:
     """Find what causes a model's answers: causal traces, flow, knockout, ablation, lens, transplantation."""
     options = _parser().parse_args(arguments[1:])
     options.images = None
-    decide.clear()
     config = _study_config(options)
     file = read_questions(options.questions, options.image_root)
     paths = [options.model, *([options.against] if options.against else [])]
@@ -72,7 +70,7 @@ def trace(arguments: list[str]) -> int:
     ledger = RejectedSamples()
     ledger.add([*file.rejected, *rejected, *result.rejected])
     ledger.write(run.ledger)
-    write_json(run.decisions, [asdict(decision) for decision in decide])
+    write_json(run.decisions, [asdict(decision) for decision in decision_log()])
     write_report(run.path)
     Console().print(strongest_table(result.findings))
     log.info("report: %s", run.report)
@@ -162,6 +160,8 @@ def _write(
     run: RunDirectory, result: StudyResult, answers: Sequence[Answer], title: dict[str, str], model: InspectedModel
 ) -> None:
     """Write traces.json with its maps, pictures.json, causal.json, and which layers were trained."""
+    from lightning_mm.report.figures.trace_maps import save_trace  # late: altair takes half a second to import
+
     write_json(run.path / "traces.json", result.maps)
     write_json(run.path / "pictures.json", result.pictures)
     (run.path / "maps").mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ import yaml
 from jsonargparse import Namespace
 
 from lightning_mm.cli.parser import Parser, refuse_foreign_classes
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
@@ -36,7 +36,9 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
     if not quantized and module.backbone.quantization != "none":
         held = module.backbone.quantization
         module.backbone = replace(module.backbone, quantization="none")
-        decide("export", "frozen weights in full", f"trained over {held}; a folder holds the weights they came from")
+        log_decision(
+            "export", "frozen weights in full", f"trained over {held}; a folder holds the weights they came from"
+        )
         module.configure_model()
         state.check(saved, module.census, None, set(module.trainable))
     else:

@@ -10,6 +10,7 @@ from datetime import datetime
 from functools import cached_property
 from pathlib import Path
 
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json, write_json
 
@@ -54,11 +55,7 @@ class RunDirectory:
             fix = "Name a folder that you may write to, or free some space."
             raise UserError(f"The run directory {path} cannot be written.", str(error), fix) from error
         if attempt > 1:
-            from lightning_mm.core.decisions import (
-                decide,  # here, for it imports lightning, which the report does without
-            )
-
-            decide("run.name", path.name, f"{wanted} exists already")
+            log_decision("run.name", path.name, f"{wanted} exists already")
         return cls(path)
 
     @classmethod

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.data.dataloader import Collate, EpochSampler, ResumableDataLoader, epoch_seed, loader_options
 from lightning_mm.data.token_lengths import TokenLengths
@@ -202,7 +202,7 @@ def length_batched_loader(
         sampler = LengthGroupedSampler(lengths, batch_size, seed, rank, world_size)
         _log_grouping(sampler)
     if sampler.num_repeated:
-        decide(
+        log_decision(
             "data.train",
             f"{sampler.num_repeated} samples are seen twice in each epoch",
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
@@ -226,14 +226,14 @@ class _BatchDataset(Dataset[list[Any]]):
 def _log_token_budget(sampler: TokenBudgetSampler) -> None:
     tokens, batches = sampler.lengths.tokens, [batch for step in sampler.plan(0) for batch in step]
     size = sampler.num_samples / len(batches)
-    decide(
+    log_decision(
         "data.max_tokens",
         f"{len(sampler)} steps an epoch, {size:.1f} samples each",
         f"{int(tokens.sum()) / (len(batches) * sampler.max_tokens):.0%} of {sampler.max_tokens} tokens are used, "
         f"padding is {padding_share(tokens, batches):.1%} of a batch",
     )
     if over := int((tokens > sampler.max_tokens).sum()):
-        decide("data.max_tokens", f"{over} samples are batches of their own", "they are longer than the budget")
+        log_decision("data.max_tokens", f"{over} samples are batches of their own", "they are longer than the budget")
 
 
 def _log_grouping(sampler: LengthGroupedSampler) -> None:
@@ -241,7 +241,7 @@ def _log_grouping(sampler: LengthGroupedSampler) -> None:
     shuffled = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0)).split(sampler.batch_size)
     before = padding_share(tokens, [batch.tolist() for batch in shuffled])
     after = padding_share(tokens, batches)
-    decide("data.group_by_length", f"padding is {after:.1%} of a batch", f"{before:.1%} in random order")
+    log_decision("data.group_by_length", f"padding is {after:.1%} of a batch", f"{before:.1%} in random order")
 
 
 def padding_share(tokens: Tensor, batches: Sequence[Sequence[int]]) -> float:

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
 from lightning_mm.models.processor import Message, Processing
@@ -224,7 +224,7 @@ class ChatRenderer:
         self._head = max(0, segment.find(_FIRST_ANSWER))
         self._has_stop = self._answer_end(segment, _FIRST_ANSWER)[1]
         if not self._has_stop:
-            decide("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
+            log_decision("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
 
 
 def _any_of(texts: frozenset[str]) -> re.Pattern[str]:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 
@@ -212,7 +212,7 @@ def training_loader(
     """
     rank, world_size = rank_and_world_size()
     if extra := -len(dataset) % world_size:
-        decide(
+        log_decision(
             "data.train",
             f"{extra} samples are seen twice in each epoch",
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
@@ -61,12 +61,7 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         rejected_samples: Rows and parts of rows that are not used, with reasons.
-        wrap_collator: Given a ``Collator``, returns the collate function of conversation batches; None uses the
-            collator itself. A fit sets it to read frozen activations from the cache. It is called when a loader is
-            made, after the model is on its device.
     """
-
-    wrap_collator: Callable[[Collator], Callable[..., Any]] | None = None
 
     def __init__(
         self,
@@ -124,7 +119,7 @@ class MMDataModule(L.LightningDataModule):
             elif split != "val" or stage == "validate":
                 raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
             else:
-                decide("data.val", "no validation during fit", "data.val is not set")
+                log_decision("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> tuple[Sample, ...]:
         """The usable conversations of train, val, test or predict, in file order; empty without a file."""
@@ -244,7 +239,7 @@ class MMDataModule(L.LightningDataModule):
         """
         samples = self.samples("train")
         drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
-        collator = self._collator(samples)
+        collator = self.collator(samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         made = [collator(part) for part in cut]
         self.rejected_samples.add(rejection for batch in made for rejection in batch.rejected)
@@ -262,7 +257,7 @@ class MMDataModule(L.LightningDataModule):
         samples = next((s for split in self.paths if (s := self.samples(split))), ())
         if not samples:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
-        collator = self._collator()
+        collator = self.collator()
         ordered = sorted(samples, key=lambda sample: not sample.images)
         for start in range(0, len(ordered) - count, count):
             try:
@@ -284,11 +279,14 @@ class MMDataModule(L.LightningDataModule):
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
     def _collate_function(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
-        """Makes training or validation batches of ``samples``."""
-        collator = self._collator(samples)
-        return collator if self.wrap_collator is None else self.wrap_collator(collator)
+        """Makes training or validation batches: the collator, or what the module's ``wrap_collator`` returns."""
+        collator = self.collator(samples)
+        module = None if self.trainer is None else self.trainer.lightning_module
+        wrap: Callable[[Collator], Callable[..., Any]] | None = getattr(module, "wrap_collator", None)
+        return collator if wrap is None else wrap(collator)
 
-    def _collator(self, reserve: Sequence[Sample] = ()) -> Collator:
+    def collator(self, reserve: Sequence[Sample] = ()) -> Collator:
+        """Makes training batches of this model; ``reserve`` stands in where all rows of a batch are unusable."""
         return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=reserve)
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:

@@ -20,7 +20,7 @@ from warnings import catch_warnings, simplefilter
 
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection, Sample
 
@@ -208,7 +208,9 @@ class ImageHeaderCheck:
     def _fault(self, path: Path) -> str | None:
         if path not in self._faults:
             if len(self._faults) >= _MAX_HEADERS:
-                decide("data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded")
+                log_decision(
+                    "data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded"
+                )
                 return None
             try:
                 self.sizes[path] = check_header(path, self._max_megapixels)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.data.chat import ChatError, ChatRenderer
 from lightning_mm.data.collator import ENCODE_ERRORS
@@ -90,7 +90,7 @@ def measure_token_lengths(
         whole[number::world_size] = torch.tensor(part, dtype=torch.float64).reshape(-1, 2)
     tokens = whole[:, 0].long().clamp(1, max_length)
     lengths = f"{int(tokens.min())} to {int(tokens.max())} tokens, {tokens.double().mean():.0f} on average"
-    decide("data.lengths", lengths, "by the tokenizer, and a blank picture of each size through the processor")
+    log_decision("data.lengths", lengths, "by the tokenizer, and a blank picture of each size through the processor")
     return TokenLengths(tokens, whole[:, 1].contiguous())
 
 
@@ -163,7 +163,9 @@ def _representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
         cell = (round(math.log(width) / _CELL), round(math.log(height) / _CELL))
         widest, highest = cells.get(cell, (0, 0))
         cells[cell] = (max(width, widest), max(height, highest))
-    decide("data.lengths", f"{len(sizes)} picture sizes measured as {len(cells)}", "sizes within 5 % count as one")
+    log_decision(
+        "data.lengths", f"{len(sizes)} picture sizes measured as {len(cells)}", "sizes within 5 % count as one"
+    )
     return {(w, h): cells[round(math.log(w) / _CELL), round(math.log(h) / _CELL)] for w, h in sizes}
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import replace_forward
@@ -56,7 +56,7 @@ def cast_frozen_weights(
             )
         return 0
     if wanted == "float32":
-        decide("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
+        log_decision("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
         return 0
     held = castable(mm.model, plan)
     saved = sum(parameter.nbytes // 2 for parameter in held)
@@ -69,7 +69,7 @@ def cast_frozen_weights(
         replace_forward(undo, head, lambda _: _copied_once(head))
     if saved:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
-        decide("model.compute.frozen_dtype", "bfloat16", why)
+        log_decision("model.compute.frozen_dtype", "bfloat16", why)
     return saved
 
 

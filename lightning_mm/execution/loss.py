@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.models.hooks import replace_forward
@@ -91,7 +91,7 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
     if chunk == "off" or rows >= whole:
         return whole
     why = f"logits of a whole batch take more than {_LOGIT_BYTES // 2**20} MiB"
-    decide(
+    log_decision(
         "model.compute.loss_chunk", f"{rows} positions at a time" if apart else "off: its head is inside a part", why
     )
     return rows if apart else whole

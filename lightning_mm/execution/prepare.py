@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph, checkpoint_blocks
 from lightning_mm.execution.frozen_dtype import FrozenType, cast_frozen_weights
@@ -89,9 +89,11 @@ def apply_techniques(
     if compute.packing:
         packed = unpad_blocks(mm, undo)
         why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
-        decide("model.compute.packing", f"{len(packed)} of {mm.layout.num_layers} blocks without padding", why)
+        log_decision("model.compute.packing", f"{len(packed)} of {mm.layout.num_layers} blocks without padding", why)
     if checkpointing:
         blocks = blocks_in_graph(mm, plan)[:: compute.checkpoint_every]
         checkpoint_blocks(mm.model, blocks, undo)
-        decide("model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway")
+        log_decision(
+            "model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway"
+        )
     return undo

@@ -1,11 +1,7 @@
-"""How a batch becomes a loss: no padding inside the blocks, from the frozen prefix's states where they are kept.
+"""How a batch becomes a loss: without padding inside the blocks, from cached activations where they are known.
 
-Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``keep`` is asked once, when the loader is made,
-whether the prefix can and shall be kept.
-
-How a step is computed: what saves time or memory and leaves what is learned as it is, up to rounding.
-
-Data flow: ``--model.compute.*`` -> ``Compute`` -> the module prepares the model by it, once, after it is frozen.
+Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``open_cache`` finds out once, when a fit starts, whether
+frozen activations can and shall be cached; ``collate_function`` then leaves out what is cached.
 """
 
 from collections.abc import Callable
@@ -14,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
@@ -80,42 +76,46 @@ class TrainingStep:
         with self._begun(batch), unpadded(self._tokens(batch)):
             return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
 
-    def keep(
+    def open_cache(
         self,
         settings: CacheSettings,
         collator: Collator,
         example: Callable[[int], Batch],
         epochs: float,
         facts: dict[str, Any],
-    ) -> Callable[..., Batch]:
-        """The collator to train with: where what is frozen is kept, one that leaves out what is known.
+    ) -> None:
+        """Find out, once, whether frozen activations can and shall be cached; open their store if so.
 
         Args:
             settings: As configured.
-            collator: Of the model.
-            example: So many rows, on the model's device, to verify with.
+            collator: Makes the model's batches.
+            example: Returns a batch of the given number of rows, on the model's device, to verify with.
             epochs: How often each row is seen.
-            facts: What else the states depend on.
+            facts: What else the activations depend on.
 
         Raises:
-            UserError: The cache is asked for (mode 'on') and cannot be had.
+            UserError: The cache is asked for (mode 'on') and not possible.
         """
-        if not self._asked:
-            self._asked = True
-            batch = example(1)
-            assert self._undo is not None, "the cache is opened while the model is prepared"
-            unread = truncate_tower(self.mm, batch, self._undo)
-            try:
-                if settings.mode == "off":
-                    pass
-                elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
-                    self._keep_features(settings, collator, example(_ROWS), unread, epochs, facts)
-                else:
-                    self._keep_prefix(settings, collator, batch, epochs, facts)
-            except UserError as error:
-                if settings.mode == "on":
-                    raise
-                decide("model.cache", "off", error.why)
+        if self._asked:
+            return
+        self._asked = True
+        assert self._undo is not None, "the cache is opened while the model is prepared"
+        batch = example(1)
+        unread = truncate_tower(self.mm, batch, self._undo)
+        try:
+            if settings.mode == "off":
+                pass
+            elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
+                self._keep_features(settings, collator, example(_ROWS), unread, epochs, facts)
+            else:
+                self._keep_prefix(settings, collator, batch, epochs, facts)
+        except UserError as error:
+            if settings.mode == "on":
+                raise
+            log_decision("model.cache", "off", error.why)
+
+    def collate_function(self, collator: Collator) -> Callable[..., Batch]:
+        """What makes batches: the collator, or where the cache is open, one that leaves out what is cached."""
         if self.cache is None:
             return collator
         if isinstance(self.cache, FeatureCache):
@@ -163,7 +163,7 @@ class TrainingStep:
         tower = verified_tower(self.mm, unread, batch, collator)
         if settings.mode == "auto" and tower.share < _TOWER_SHARE:
             why = f"the tower, all that is frozen below what trains, is {tower.share:.0%} of a forward pass"
-            decide("model.cache", "off", why)
+            log_decision("model.cache", "off", why)
             return
         opened = self._opened(settings, tower, collator, epochs, facts, tower.dtype)
         if opened is not None:
@@ -183,11 +183,13 @@ class TrainingStep:
         kept = ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         store = open_store(settings, part, collator.processing, facts, kept)
         if settings.mode == "auto" and epochs < _WORTH and not len(store):
-            decide("model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run")
+            log_decision(
+                "model.cache", "off", f"each row is seen {epochs:.1f} times, and none is kept from another run"
+            )
             store.close()
             return None
         held = f"{len(store)} rows, {store.bytes / 2**30:.2f} GiB" if len(store) else "empty"
-        decide("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
+        log_decision("model.cache", f"{part}, in {kept}", f"{held}; {store.folder}")
         return store, kept, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:

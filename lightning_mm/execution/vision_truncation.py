@@ -1,72 +1,61 @@
-"""The vision tower cut at the features that are read: blocks above them are computed by the family's code, and dropped.
+"""Skip the vision blocks above the features that the model reads: the family's code computes them and drops them.
 
-Data flow: an example batch -> logits where the tower's last block, the one below, ... puts out what is not a number ->
-the blocks that do not show in them, passed by from then on (LLaVA reads the last but one).
+Data flow: an example batch -> autograd graph of its logits -> vision blocks outside it (``tuning.unused_parameters``)
+-> skipped, if the logits stay the same. LLaVA reads the output of its tower's last block but one.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.cache.frozen_prefix import own_randomness
 from lightning_mm.execution.loss import gathered_before
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import Forward, replace_forward, skip_blocks
+from lightning_mm.models.hooks import skip_blocks
+from lightning_mm.tuning.unused_parameters import (
+    graph_leaves,
+    no_saved_tensors,
+    only_requires_grad,
+    unused_vision_blocks,
+)
 
 
-@torch.no_grad()
 def truncate_tower(mm: MultimodalModel, batch: Batch, undo: ExitStack) -> tuple[str, ...]:
-    """Skip the vision blocks whose output nothing reads; returns their names, top first.
+    """Skip the vision blocks that the logits do not depend on; returns their names, top first.
 
     Args:
         mm: The plain model, on the batch's device.
-        batch: With pictures; without any, nothing is cut.
+        batch: With pictures; without any, nothing is skipped.
         undo: Takes what puts the blocks back.
     """
     if not batch.has_images or not mm.layout.vision_blocks:
         return ()
 
-    def reads() -> bool:
-        """Whether what is not a number reaches the logits; where a closed gate is in between, it does too."""
-        with gathered_before(mm.head, batch.supervised):
-            return not bool(mm.model(**batch.inputs, use_cache=False).logits.isfinite().all())
+    def logits() -> Tensor:
+        with own_randomness(batch.regions.device), gathered_before(mm.head, batch.supervised):
+            output: Tensor = mm.model(**batch.inputs, use_cache=False).logits
+            return output
 
-    cut: list[str] = []
-    in_tuple = False
-    with own_randomness(batch.regions.device):
-        for name in reversed(mm.layout.vision_blocks):
-            with _spoilt(mm.model.get_submodule(name)) as outputs:
-                if reads() or not outputs:
-                    break
-            in_tuple = isinstance(outputs[0], tuple)
-            cut.append(name)
-    if cut:
-        skip_blocks(undo, [mm.model.get_submodule(name) for name in cut], in_tuple)
-        decide("vision tower", f"{len(cut)} of {len(mm.layout.vision_blocks)} blocks left out", "nothing reads them")
-    return tuple(cut)
-
-
-@contextmanager
-def _spoilt(block: nn.Module) -> Iterator[list[Any]]:
-    """While active, what the block computes is listed, and what it returns is not a number. Its forward is replaced,
-    since transformers' own hooks may already have taken the features when one of ours is asked."""
-    outputs: list[Any] = []
-
-    def spoilt(forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            outputs.append(output)
-            if isinstance(output, tuple):
-                return (torch.full_like(output[0], float("nan")), *output[1:])
-            return torch.full_like(output, float("nan"))
-
-        return run
-
-    with ExitStack() as undo:
-        replace_forward(undo, block, spoilt)
-        yield outputs
+    blocks = [mm.model.get_submodule(name) for name in mm.layout.vision_blocks]
+    parameters = [p for block in blocks for p in block.parameters() if p.is_floating_point()]
+    in_tuple: list[bool] = []
+    hook = blocks[-1].register_forward_hook(lambda _, __, output: in_tuple.append(isinstance(output, tuple)))
+    with only_requires_grad(mm.model, parameters), no_saved_tensors(), hook:
+        unused = unused_vision_blocks(mm.model, mm.layout, graph_leaves(logits()))
+    if not unused:
+        return ()
+    # A graph does not show what is read without a gradient, such as a choice of patches: the values decide.
+    with torch.no_grad(), ExitStack() as attempt:
+        expected = logits()  # again, as attention may run another kernel where gradients flow
+        skip_blocks(attempt, blocks[-len(unused) :], any(in_tuple))
+        if not torch.equal(logits(), expected):
+            log_decision(
+                "vision tower", "all blocks computed", "the logits change without those that the graph leaves out"
+            )
+            return ()
+        undo.enter_context(attempt.pop_all())
+    log_decision("vision tower", f"{len(unused)} of {len(blocks)} blocks left out", "nothing reads them")
+    return tuple(reversed(unused))

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_mm.analysis.geometry import gride_scales
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.select_rows import RowFilter, select_rows
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.geometry.block_influence import angular_distance, block_influence
@@ -97,9 +97,11 @@ def forward_criteria(
         family, score = FORWARD_CRITERIA[name]
         scores, resampled = _resampled(score, reading, probe_set, resamples, seed, device)
         if not len(scores):
-            decide("auto.criteria", f"without {name}", "the probe set has no rows for it, or none could be read")
+            log_decision("auto.criteria", f"without {name}", "the probe set has no rows for it, or none could be read")
         elif scores.isnan().all():
-            decide("auto.criteria", f"without {name}", "it is undefined at every block: too few rows, or all alike")
+            log_decision(
+                "auto.criteria", f"without {name}", "it is undefined at every block: too few rows, or all alike"
+            )
         else:
             yield Criterion(name, scores, resampled, family)
 
@@ -107,7 +109,7 @@ def forward_criteria(
 def drift_criterion(
     before: HiddenStates, after: HiddenStates, probe_set: ProbeSet, resamples: int, seed: int, device: torch.device
 ) -> Criterion | None:
-    """How much of each layer's neighborhoods of pictures a pilot run has changed (arXiv:2606.03871).
+    """Share of neighbors among pictures that a pilot run has changed (Palacios et al. 2026, arXiv:2606.03871).
 
     None, and logged, where no picture was read.
 
@@ -130,7 +132,7 @@ def drift_criterion(
 
     scores, resampled = _resampled(changed, before, probe_set, resamples, seed, device)
     if not len(scores) or scores.isnan().all():
-        decide("auto.criteria", "without drift", "no pictures were read, or too few to have neighbours")
+        log_decision("auto.criteria", "without drift", "no pictures were read, or too few to have neighbours")
         return None
     return Criterion("drift", scores, resampled, "meaning")
 

@@ -16,7 +16,7 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.layer_selection.layer_range_search import Criterion
@@ -65,7 +65,7 @@ def try_gradient_scores(
             return gradient_scores(mm, batches, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
             why = f"out of memory: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-    decide("auto.criteria", "without gradients", why)
+    log_decision("auto.criteria", "without gradients", why)
     return None
 
 

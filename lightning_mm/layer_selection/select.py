@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.analysis.hidden_states import HiddenStates
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.forward_criteria import FORWARD_CRITERIA, forward_criteria
@@ -35,7 +35,7 @@ from lightning_mm.tuning.layers import LayerSpec, count_layers, describe_layers,
 from lightning_mm.tuning.policy import TuningPolicy
 
 FALLBACK = "25%-50%"
-"""What trains where nothing is significant: the middle of LLaVA-7B (arXiv:2606.03871)."""
+"""What trains where nothing is significant: the middle of LLaVA-7B (Palacios et al. 2026, arXiv:2606.03871)."""
 FAMILIES = ("meaning", "shape", "gradients")
 _AUTO = re.compile(r"auto(?::(\d+%?))?")
 
@@ -183,8 +183,8 @@ def select_layers(
 
 def log_selection(selection: Selection) -> None:
     """Log the choice with its reasons, and its controls."""
-    decide("model.tuning.layers", selection.expression, "; ".join(selection.why))
-    decide("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
+    log_decision("model.tuning.layers", selection.expression, "; ".join(selection.why))
+    log_decision("model.tuning.controls", selection.controls, "rivals of equal budget: hold every claim against them")
 
 
 def _fallback(num_layers: int, budget: int | None) -> LayerRange:

@@ -76,7 +76,10 @@ class ImageTextPair:
 
 
 def knn_overlap_profile(inputs: SelectionInputs, place: str) -> list[Estimate]:
-    """Mutual kNN overlap of pictures and captions in every slice (arXiv:2606.03871); empty without pairs."""
+    """Mutual kNN overlap of pictures and captions in every slice; empty without pairs.
+
+    After Palacios et al. 2026, arXiv:2606.03871.
+    """
     pair = ImageTextPair.at(inputs, place)
     return [] if pair is None else overlap(*pair.neighbors, pair.num_neighbors, pair.groups)
 

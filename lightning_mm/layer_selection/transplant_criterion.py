@@ -1,7 +1,8 @@
-"""How much of a tuned model's gain each of its blocks carries alone: sliding transplantation (arXiv:2606.03871).
+"""How much of a tuned model's gain each of its blocks carries alone, by sliding transplantation.
 
 Data flow: base model + tuned model + a few batches -> loss of the base with a few neighboring blocks of the tuned model
-in it, position by position -> share of the gain. The base is bit-identical afterwards.
+in it, position by position -> share of the gain. The base is bit-identical afterwards
+(Palacios et al. 2026, arXiv:2606.03871).
 
 Shapes: K batches, L decoder blocks.
 """

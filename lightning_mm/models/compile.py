@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.hooks import Forward, replace_forward
 
@@ -27,7 +27,7 @@ def compile_blocks(model: nn.Module, names: Collection[str], undo: ExitStack) ->
     """
     for name in names:
         replace_forward(undo, model.get_submodule(name), _compiled)
-    decide("model.compute.compile", f"{len(names)} blocks", "asked for; the first steps wait for the compiler")
+    log_decision("model.compute.compile", f"{len(names)} blocks", "asked for; the first steps wait for the compiler")
 
 
 def _compiled(forward: Forward) -> Forward:
@@ -69,7 +69,7 @@ def apply_liger(model: Any) -> None:
             "No module of this model was taken over.",
             "Leave it out.",
         )
-    decide("model.compute.liger", f"{changed} modules", "asked for; norms and gated MLPs run as one kernel each")
+    log_decision("model.compute.liger", f"{changed} modules", "asked for; norms and gated MLPs run as one kernel each")
 
 
 def _is_ligers(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 
 
@@ -60,7 +60,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     config = read_config(backbone)
     dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
     if backbone.dtype == "auto":
-        decide("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
+        log_decision("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
     options: dict[str, Any] = {"dtype": dtype, "revision": backbone.revision, "use_safetensors": True}
     if backbone.attention == "flex_attention" and not torch.cuda.is_available():
         raise _no_kernel(backbone, "It has no backward pass on this machine's processor.")
@@ -81,7 +81,9 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         raise _unsupported(backbone, config, error) from error
     _refuse_missing(backbone, report)
     kernel = getattr(model.config, "_attn_implementation", "eager")
-    decide("model.backbone.attention", kernel, "asked for" if backbone.attention != "auto" else "transformers' choice")
+    log_decision(
+        "model.backbone.attention", kernel, "asked for" if backbone.attention != "auto" else "transformers' choice"
+    )
     return model
 
 
@@ -119,7 +121,7 @@ def read_config(backbone: Backbone) -> PretrainedConfig:
 
 
 def _quantization(backbone: Backbone, dtype: torch.dtype, keep_full: Collection[str]) -> BitsAndBytesConfig:
-    decide(
+    log_decision(
         "model.backbone.quantization",
         backbone.quantization,
         f"frozen linear layers only; {len(keep_full)} modules stay in {str(dtype).removeprefix('torch.')}",
@@ -145,7 +147,7 @@ def _refuse_missing(backbone: Backbone, report: dict[str, Any]) -> None:
             "Use a complete checkpoint of this architecture, or the transformers version that wrote it.",
         )
     if unexpected := sorted(report.get("unexpected_keys", ())):
-        decide("model.backbone.path", f"{len(unexpected)} tensors not used", f"such as {unexpected[0]}")
+        log_decision("model.backbone.path", f"{len(unexpected)} tensors not used", f"such as {unexpected[0]}")
 
 
 def _no_kernel(backbone: Backbone, why: str) -> UserError:

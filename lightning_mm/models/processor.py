@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoProcessor, PretrainedConfig, ProcessorM
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 
 
@@ -125,7 +125,9 @@ class Processing:
         self.image_token_ids = _image_token_ids(processor, config)
         if processor.tokenizer.pad_token is None:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
-            decide("data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out")
+            log_decision(
+                "data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out"
+            )
         self._recording = copy.copy(processor)
         self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
 

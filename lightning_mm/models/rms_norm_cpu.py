@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.models.hooks import Forward, replace_forward
 
 _OFFSETS = (0.0, 1.0)
@@ -81,7 +81,7 @@ def _normed(
     if not (ours and flows):
         return forward(hidden, *args, **options)
     # Told where it is so: a model that is loaded on a processor may be trained elsewhere.
-    decide("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
+    log_decision("norms", "RMS norms have one backward", "fewer passes over the tokens, equal up to rounding")
     return _Norm.apply(hidden, module.weight, eps, offset)
 
 

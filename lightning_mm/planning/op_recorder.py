@@ -4,6 +4,10 @@ Data flow: operations, saved tensors and module calls of a skeleton as they come
 ``MatmulRecord`` and ``SavedTensor``. Equal blocks (same class, shapes, flags and inputs) run once; the others copy the
 record of the first.
 
+``FlopCounterMode`` counts the same FLOPs (``tests/planning/test_flops.py`` compares them), but as totals of one shape:
+what each product grows by, and which of its operands need a gradient, is recorded here with torch's own formulas.
+``MemTracker`` needs inputs that require a gradient in every module, which a frozen prefix does not have.
+
 Shapes: B rows, L tokens after padding.
 """
 

@@ -1,1 +1,1 @@
-"""What a run shows: the HTML report and Weights & Biases. The only room that imports wandb."""
+"""What a run shows: the HTML report and Weights & Biases. The only room that imports wandb and altair."""

@@ -1,6 +1,7 @@
-"""Reading files that may be anything: what was found, or why there is nothing; a report never fails for one bad file.
+"""Reading files of a run that may be missing, half written or not ours: their content, or why there is none.
 
-Data flow: a path and what reads it -> ``Found`` -> the template lays out its content, or says its problem.
+Data flow: a path and a function that reads it -> ``OptionalFile`` -> the template shows its content, or its problem. A
+report never fails for one bad file.
 """
 
 import csv
@@ -11,25 +12,27 @@ from typing import Any
 
 from lightning_mm.core.errors import UserError
 
-BROKEN = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, csv.Error, OSError)
+PARSE_ERRORS = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError, csv.Error, OSError,
+)  # fmt: skip
 """What reading contents of a wrong shape raises."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What became of one section: its content, or why there is none."""
+class OptionalFile:
+    """What was read of a file: its content, or the problem that left none."""
 
     content: Any = None
     problem: str = ""
 
 
-def found(path: Path, read: Callable[[], Any]) -> Found:
-    """The content that ``read`` gives, or the reason why there is none."""
+def read_optional(path: Path, read: Callable[[], Any]) -> OptionalFile:
+    """The content that ``read`` returns, or the reason why there is none."""
     if not path.exists():
-        return Found(problem=f"The run has no {path.name}.")
+        return OptionalFile(problem=f"The run has no {path.name}.")
     try:
-        return Found(read())
+        return OptionalFile(read())
     except UserError as error:
-        return Found(problem=f"{error.what} {error.why}")
-    except BROKEN as error:
-        return Found(problem=f"{path.name} is not as it should be ({type(error).__name__}: {str(error)[:200]}).")
+        return OptionalFile(problem=f"{error.what} {error.why}")
+    except PARSE_ERRORS as error:
+        return OptionalFile(problem=f"{path.name} is not as it should be ({type(error).__name__}: {str(error)[:200]}).")

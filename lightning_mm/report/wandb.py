@@ -1,12 +1,9 @@
 """Weights & Biases, as a guest: it may watch a run, and can neither stop it nor hold it up.
 
-Data flow: the Trainer logs metrics under the keys of ``names``; the command line hands over census, decisions, samples;
-all of it goes to W&B's own process, or to files in ``<run directory>/wandb`` that ``wandb sync`` uploads later.
-The first fault is said once, and from then on every call does nothing: the local report needs none of this.
-
-Whether W&B is online, offline or off on this machine, found without asking anybody.
-
-Data flow: what the user asked for + what is installed, set and logged in -> a mode, each change of it a decision.
+Data flow: the Trainer logs metrics under the keys of ``metric_names``; the command line adds census, decisions and
+samples; all goes to W&B's own process, or to files in ``<run directory>/wandb`` that ``wandb sync`` uploads later.
+Whether W&B is online, offline or off is found without a question at the terminal; each change of what was asked is a
+decision. The first fault is logged once, and from then on every call does nothing: the local report needs none of this.
 """
 
 import logging
@@ -23,11 +20,18 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.layer_table import LayerRow
-from lightning_mm.report import wandb_layers
+
+if TYPE_CHECKING:
+    from lightning.pytorch.loggers import WandbLogger
 
 Mode = Literal["auto", "online", "offline", "off"]
+T = TypeVar("T")
+log = logging.getLogger("lightning_mm")
+
+_STEP = "trainer/global_step"
+_START_SECONDS, _FINISH_SECONDS, _MOST_SAMPLES = 20, 60, 64
 
 
 def resolve(asked: Mode) -> Mode:
@@ -35,17 +39,17 @@ def resolve(asked: Mode) -> Mode:
     if asked == "off":
         return asked
     if find_spec("wandb") is None:
-        decide("wandb.mode", "off", "wandb is not installed")
+        log_decision("wandb.mode", "off", "wandb is not installed")
         return "off"
     standing = {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""))
     if asked == "auto" and standing is not None:
-        decide("wandb.mode", standing, f"WANDB_MODE is {os.environ['WANDB_MODE']}")
+        log_decision("wandb.mode", standing, f"WANDB_MODE is {os.environ['WANDB_MODE']}")
         return "off" if standing == "off" else "offline"
     login = _login() if asked in ("auto", "online") else ""
     if login and asked == "auto":
-        decide("wandb.mode", "online", f"logged in by {login}")
+        log_decision("wandb.mode", "online", f"logged in by {login}")
     if asked != "offline" and not login:
-        decide("wandb.mode", "offline", "not logged in; after `wandb login`, `wandb sync` uploads the run")
+        log_decision("wandb.mode", "offline", "not logged in; after `wandb login`, `wandb sync` uploads the run")
     return "online" if login else "offline"
 
 
@@ -69,16 +73,6 @@ def _login() -> str:
         if any(entries.authenticators(server) for server in servers):
             return str(file)
     return ""
-
-
-if TYPE_CHECKING:
-    from lightning.pytorch.loggers import WandbLogger
-
-T = TypeVar("T")
-log = logging.getLogger("lightning_mm")
-
-_STEP = "trainer/global_step"
-_START_SECONDS, _FINISH_SECONDS, _MOST_SAMPLES = 20, 60, 64
 
 
 class OnlineLogger(Logger):
@@ -164,7 +158,7 @@ class OnlineLogger(Logger):
         Args:
             rows: The rows of this inspection, which ``layers.csv`` may hold already; it tells the earlier ones.
         """
-        self._guarded("log the layers", lambda wandb: self._log_layers(wandb, [*map(wandb_layers.row_of, rows)]))
+        self._guarded("log the layers", lambda wandb: self._log_layers(wandb, rows))
 
     def close(self, failed: bool = False) -> None:
         """End the W&B run: wait a minute at most for the upload; what is left stays on disk for ``wandb sync``."""
@@ -234,10 +228,13 @@ class OnlineLogger(Logger):
             table.add_data(picture, *(row.get(column) for column in columns))
         wandb_logger.experiment.log({"samples": table})
 
-    def _log_layers(self, wandb_logger: "WandbLogger", rows: Sequence[LayerRow]) -> None:
-        if not rows:  # a first look that only keeps what later ones are compared with
+    def _log_layers(self, wandb_logger: "WandbLogger", found: Iterable[LayerRow | Mapping[str, Any]]) -> None:
+        rows = [row if isinstance(row, LayerRow) else LayerRow(**row) for row in found]
+        if not rows:  # the first inspection may only keep what later ones are compared with
             return
         import wandb
+
+        from lightning_mm.report import wandb_layers  # late: altair takes half a second to import
 
         logged: dict[str, Any] = {}
         for key, added in wandb_layers.tables(rows).items():

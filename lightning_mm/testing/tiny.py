@@ -132,6 +132,9 @@ def build_tiny(
 ) -> Path:
     """Write a tiny model with random weights and its processor to a folder; returns the folder.
 
+    Without torchvision, the processors of Qwen-VL, InternVL and LLaVA-OneVision have no video processor; such a folder
+    loads by ``models.processor.load_processing``, or by ``AutoProcessor`` in an ``optional_video_processor`` block.
+
     Args:
         family: One of ``FAMILIES``, named as transformers' model types are.
         folder: Folder to create; it must not exist or be empty.

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 
 from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -93,7 +93,7 @@ def _selected(
     if reading is None:
         return None
     for problem in reading.problems:
-        decide("auto.probes", "not all are read", problem)
+        log_decision("auto.probes", "not all are read", problem)
     device = trainer.strategy.root_device
     batches = data_of(trainer).sample_batches(options.batches) if set(GRADIENT_CRITERIA) & set(options.criteria) else []
     with trainer.precision_plugin.forward_context():

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.tuning.census import Census
@@ -46,8 +47,13 @@ def restore_rng(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
     """A checkpoint, without running anything that it may hold.
+
+    Args:
+        path: The file.
+        mapped: Leave the tensors on disk until they are used. A run that resumes needs them in memory: its own saving
+            may replace the file.
 
     Raises:
         UserError: There is none, it is damaged, it wants to run code, or it is not one of ours.
@@ -58,7 +64,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"There is no checkpoint {path}.", f"Beside it: {', '.join(near) or 'none'}.", "Name one of them."
         )
     try:
-        checkpoint = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        checkpoint = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
     except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The checkpoint {path} cannot be read.",
@@ -68,6 +74,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if not isinstance(checkpoint, dict) or KEY not in checkpoint:
         raise UserError(f"{path} is no checkpoint of lightning_mm.", f"It has no '{KEY}' entry.", "Name another file.")
     return checkpoint
+
+
+class LoadedCheckpoint(TorchCheckpointIO):
+    """Lightning's checkpoint reader, which hands out a checkpoint that was read already instead of reading it again.
+
+    Args:
+        path: Where the checkpoint was read from; other paths are read as usual.
+        checkpoint: Its content; held until the trainer has taken it.
+    """
+
+    def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
+        super().__init__()
+        self._path, self._checkpoint = path.absolute(), checkpoint
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """The checkpoint at ``path``."""
+        if Path(path).absolute() == self._path and self._checkpoint:
+            checkpoint, self._checkpoint = self._checkpoint, {}
+            return checkpoint
+        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def record(census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]) -> dict[str, Any]:
@@ -134,7 +162,9 @@ def narrate_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Say every setting that differs from the checkpoint's: the command line counts."""
     for name in sorted(saved.keys() | now.keys()):
         if saved.get(name) != now.get(name):
-            decide(name, now.get(name), f"the checkpoint was made with {saved.get(name)}; the command line counts")
+            log_decision(
+                name, now.get(name), f"the checkpoint was made with {saved.get(name)}; the command line counts"
+            )
 
 
 def restore_rank(saved: Mapping[str, Any]) -> None:
@@ -142,6 +172,6 @@ def restore_rank(saved: Mapping[str, Any]) -> None:
     rank, ranks = rank_and_world_size()
     states = saved["rng"]
     if len(states) != ranks:
-        decide("resume", "not bit-exact", f"the checkpoint was made by {len(states)} ranks, this run has {ranks}")
+        log_decision("resume", "not bit-exact", f"the checkpoint was made by {len(states)} ranks, this run has {ranks}")
         return
     restore_rng(states[rank])

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
@@ -78,7 +78,9 @@ class MMModule(Evaluating):
         super().__init__()
         self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
         if tuning is None:
-            decide("model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language")
+            log_decision(
+                "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
+            )
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds what trains and nothing else; ``state.check`` is stricter than Lightning's own test.
         self.strict_loading = False
@@ -114,11 +116,13 @@ class MMModule(Evaluating):
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
         self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
-            self._data.wrap_collator = self._keeping
 
-    def _keeping(self, collator: Collator) -> Collate:
-        """What the loader of a split makes batches with, once the model is on its device."""
+    def on_fit_start(self) -> None:
+        """Open the cache of frozen activations, once the model is on its device."""
+        if getattr(self.trainer, "datamodule", None) is not None:
+            self._open_cache()
+
+    def _open_cache(self) -> None:
         data, trainer = self._data, self.trainer
         seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
         epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
@@ -135,7 +139,14 @@ class MMModule(Evaluating):
             return data.example_batch(count).to(trainer.strategy.root_device)
 
         with trainer.precision_plugin.forward_context():
-            return self.step.keep(self.cache, collator, example, epochs, facts)
+            self.step.open_cache(self.cache, data.collator(), example, epochs, facts)
+
+    def wrap_collator(self, collator: Collator) -> Collate:
+        """The collate function of conversation batches, which the data module asks for when it makes a loader.
+
+        Where the cache is open, it leaves out the images of rows whose activations are cached.
+        """
+        return self.step.collate_function(collator)
 
     def on_fit_end(self) -> None:
         self.step.close_cache()
@@ -167,7 +178,9 @@ class MMModule(Evaluating):
             return
         self.plan = drop_parameters(self.plan, self.unread)
         set_requires_grad(self.mm, self.plan)
-        decide("model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ...")
+        log_decision(
+            "model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ..."
+        )
 
     def _find_unread(self) -> tuple[str, ...]:
         """Only a fit asks; every other verb, and a resumed fit, is told by the checkpoint."""

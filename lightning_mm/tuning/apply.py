@@ -7,7 +7,7 @@ Data flow: ``Backbone`` + ``TuningPolicy`` -> layout -> ``TuningPlan`` -> the lo
 from collections.abc import Collection
 from dataclasses import replace
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import remove_input_gradient_hooks
 from lightning_mm.models.layout import ModelLayout, Region
@@ -34,7 +34,7 @@ def prepare_model(backbone: Backbone, policy: TuningPolicy) -> tuple[MultimodalM
         mm = MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path)
     apply_plan(mm, plan)
     if removed := remove_input_gradient_hooks(mm.model):
-        decide("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
+        log_decision("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
     return mm, plan
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import AdamW, Optimizer
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.quantization import adamw_8bit
@@ -85,16 +85,16 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -
     """The AdamW that the settings name, over parameter groups."""
     options: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas, "eps": settings.eps}
     if settings.name == "adamw8bit":
-        decide("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
+        log_decision("model.optimizer", "8-bit AdamW", "asked for; states of tensors below 4096 values stay in 32 bits")
         return adamw_8bit(groups, **options)
     if settings.name == "adamw_sr":
         why = f"asked for; bfloat16 weights keep the mean of small updates, moments are {settings.state_dtype}"
-        decide("model.optimizer", "AdamW, rounded at random", why)
+        log_decision("model.optimizer", "AdamW, rounded at random", why)
         return StochasticAdamW(groups, state_dtype=settings.state_dtype, **options)
     if any(param.dtype == torch.bfloat16 for group in groups for param in group["params"]):
         why = "steps below 1/512 of a bfloat16 weight are lost; model.optimizer.name adamw_sr keeps them"
-        decide("model.optimizer.name", "adamw", why)
-    decide("model.optimizer", "fused AdamW", "one kernel over all tensors; the same arithmetic")
+        log_decision("model.optimizer.name", "adamw", why)
+    log_decision("model.optimizer", "fused AdamW", "one kernel over all tensors; the same arithmetic")
     return AdamW(groups, fused=True, **options)
 
 
@@ -136,7 +136,7 @@ def restore_learning_rates(
         held = {**group, "lr": group["initial_lr"], "betas": tuple(group["betas"])}
         for key in ("lr", "weight_decay", "betas", "eps"):
             if held[key] != wanted[key]:
-                decide(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held[key]}")
+                log_decision(f"model.optimizer.{key}", wanted[key], f"{wanted['name']}; the checkpoint had {held[key]}")
             group[key] = wanted[key]
         scheduler.base_lrs[index] = group["initial_lr"] = wanted["lr"]
         group["lr"] = wanted["lr"] * scheduler.lr_lambdas[index](scheduler.last_epoch)

@@ -21,7 +21,7 @@ _BUCKET = 2**24
 
 
 class StochasticAdamW(Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101) with stochastic rounding of bfloat16 weights and moments.
+    """AdamW (Loshchilov and Hutter 2017, arXiv:1711.05101) with stochastic rounding of bfloat16 weights and moments.
 
     Args:
         params: Parameters or parameter groups.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lightning_mm.analysis.hidden_states import HiddenStates, common_samples, extract_hidden_states, pool
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.sample import Rejection
@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 @torch.no_grad()
 def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -> None:
     """Mllama leaves its cross-attention (block 1) out of batches without pictures; the states are transformers' own."""
-    decide.clear()
+    decision_log().clear()
     model = load_model(Backbone(path=str(family("mllama")))).eval()
     layout = ModelLayout.of(model)
     data = MMDataModule(probes=str(probes), processor=str(family("mllama")), batch_size=8, num_workers=0)
@@ -38,7 +38,7 @@ def test_a_block_that_is_skipped_is_the_identity(family: Family, probes: Path) -
     ends = batches[0].inputs["attention_mask"].sum(1) - 1
     normed = decoder.norm(features[4, : len(ends)])  # type: ignore[operator]
     torch.testing.assert_close(normed, last[torch.arange(len(ends)), ends], atol=1e-6, rtol=1e-5)
-    assert [d.name for d in decide].count("inspection.blocks") == 1
+    assert [d.name for d in decision_log()].count("inspection.blocks") == 1
     for first in (2, 3):  # the slice below the lowest that is read anew is what a skipped block passes on
         again = extract_hidden_states(MultimodalModel(model, layout), batches, CPU, before=reading, unchanged=first)
         assert torch.equal(again.features["text/last"], features)

@@ -16,7 +16,7 @@ from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallb
 from lightning_mm.callbacks.base import InspectingCallback
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Budget
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.training.module import MMModule
@@ -56,13 +56,13 @@ def test_all_that_are_due_share_one_forward(
     family: Family, probed: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    true_read = reader.read
+    true_read = reader.extract_hidden_states
 
     def counted(*args, **options):  # type: ignore[no-untyped-def]
         seen.append(options["step"])
         return true_read(*args, **options)
 
-    monkeypatch.setattr(reader, "read", counted)
+    monkeypatch.setattr(reader, "extract_hidden_states", counted)
     callbacks = [ProbingCallback(EVERY, text_only=False), GeometryCallback(EVERY), DriftCallback(Schedule(every=2))]
     train(family("llava"), probed, tmp_path, callbacks=callbacks, tuning=MIDDLE, max_steps=3)
     assert seen == [0, 1, 2, 3]
@@ -144,18 +144,18 @@ def test_a_failing_forward_is_reported_and_training_goes_on(
     def broken(*args: object, **options: object) -> HiddenStates:
         raise RuntimeError("CUDA out of memory")
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "extract_hidden_states", broken)
     _, trainer = train(family("llava"), probed, tmp_path, callbacks=lookers(), tuning=MIDDLE, max_steps=2)
     assert trainer.global_step == 2
     assert "nothing was read at step 2: RuntimeError: CUDA out of memory" in caplog.text
 
 
 def test_an_expensive_schedule_is_thinned_and_says_so(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     kept = RecordingCallback(Schedule(every=1, budget=1e-6))
     train(family("llava"), probed, tmp_path, callbacks=[kept], tuning=MIDDLE, max_steps=4)
     assert [look.step for look in kept.looks] == [0, 4]
-    told = [d for d in decide if d.name == "inspection.schedule"]
+    told = [d for d in decision_log() if d.name == "inspection.schedule"]
     assert [d.value for d in told] == [f"no look at step {step}" for step in (1, 2, 3)]
 
 
@@ -182,7 +182,7 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
     assert expected
     (half / "layers.csv").unlink()
     trainer.save_checkpoint(half / "at.ckpt")
-    decide.clear()
+    decision_log().clear()
     train(
         family("llava"),
         probed,
@@ -194,7 +194,7 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
     )
     found = rows_of(half)
     assert {row.step for row in found} == {5, 6}
-    assert not [d for d in decide if d.name == "inspection.drift"]
+    assert not [d for d in decision_log() if d.name == "inspection.drift"]
     assert any(row.value is not None and row.value < 1 for row in found if row.measure == "drift_cosine")
 
 

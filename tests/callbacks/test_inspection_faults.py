@@ -18,7 +18,7 @@ from lightning_mm.callbacks import GeometryCallback, ProbingCallback, Schedule, 
 from lightning_mm.callbacks.runner import Look
 from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training.callbacks.throughput import Throughput
 from lightning_mm.tuning import PerRegion
@@ -65,15 +65,15 @@ def test_probes_without_captions_are_looked_into(family: Family, data: Data, pro
 def test_a_baseline_that_fails_costs_the_baseline_only(
     family: Family, probed: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_read = reader.read
+    true_read = reader.extract_hidden_states
 
-    def broken(model: Any, layout: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
+    def broken(mm: Any, batches: Iterable[Any], *args: Any, **options: Any) -> HiddenStates:
         held = list(batches)
         if held[0].rows[0].blank:
             raise RuntimeError("grey")
-        return true_read(model, layout, held, *args, **options)
+        return true_read(mm, held, *args, **options)
 
-    monkeypatch.setattr(reader, "read", broken)
+    monkeypatch.setattr(reader, "extract_hidden_states", broken)
     train(family("llava"), probed, tmp_path, callbacks=[ProbingCallback(EVERY)], tuning=MIDDLE, max_steps=1)
     assert {row.step for row in rows_of(tmp_path)} == {0, 1}
     assert [p for p in problems_of(tmp_path) if "without pictures" in p and "RuntimeError: grey" in p]
@@ -179,12 +179,12 @@ def test_large_probe_sets_are_encoded_anew(
 
 
 def test_a_budget_is_each_callback_s_own(family: Family, probed: Data, tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     free, bound = RecordingCallback(), Other(Schedule(every=1, budget=1e-6))
     train(family("llava"), probed, tmp_path, callbacks=[free, bound], tuning=MIDDLE, max_steps=3)
     assert [look.step for look in free.looks] == [0, 1, 2, 3]
     assert [look.step for look in bound.looks] == [0, 3]
-    told = [d.value for d in decide if d.name == "inspection.schedule"]
+    told = [d.value for d in decision_log() if d.name == "inspection.schedule"]
     assert told == ["no look of Other at step 1", "no look of Other at step 2"]
 
 

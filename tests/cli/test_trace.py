@@ -80,8 +80,8 @@ def test_trace_writes_all_that_was_found(work: Path, data: dict[str, Path], caps
 
 def test_headlines_name_the_largest_share_and_the_farthest_effect() -> None:
     found = Findings(0)
-    found.add("causal", "flow", "image->last", [Estimate(v, 4, null=0.8) for v in (0.1, 0.6, 0.0)], first=0)
-    found.add("causal", "knockout", "image->last/pre", [Estimate(v, 4, null=0.0) for v in (0.1, -0.1, -0.7)], first=0)
+    found.add("causal", "flow", "image->last", [Estimate(v, n=4, null=0.8) for v in (0.1, 0.6, 0.0)], first=0)
+    found.add("causal", "knockout", "image->last/pre", [Estimate(v, n=4, null=0.0) for v in (0.1, -0.1, -0.7)], first=0)
     assert list(strongest_table(found).columns[2].cells) == ["1", "2"]
 
 

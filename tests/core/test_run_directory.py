@@ -9,21 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory
 
 
 @pytest.fixture(autouse=True)
 def _no_earlier_decisions():
-    decide.clear()
+    decision_log().clear()
 
 
 def test_a_taken_name_gets_a_number_and_the_reason_is_said(tmp_path):
     made = [RunDirectory.create(tmp_path, "middle") for _ in range(3)]
     assert [run.name for run in made] == ["middle", "middle-2", "middle-3"]
-    assert [(d.name, d.value) for d in decide] == [("run.name", "middle-2"), ("run.name", "middle-3")]
-    assert all("exists" in d.reason for d in decide)
+    assert [(d.name, d.value) for d in decision_log()] == [("run.name", "middle-2"), ("run.name", "middle-3")]
+    assert all("exists" in d.reason for d in decision_log())
 
 
 def test_without_a_name_the_default_stands(tmp_path):
@@ -83,7 +83,7 @@ def test_files_lie_where_the_contract_says(tmp_path):
 def test_the_report_is_imported_without_torch_and_wandb():
     code = (
         "import sys, lightning_mm.report.html;"
-        "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib') if m in sys.modules])"
+        "print([m for m in ('torch', 'lightning', 'wandb', 'matplotlib', 'altair') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "[]"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch_samplers import (
     EpochBatchSampler,
@@ -198,10 +198,10 @@ def test_another_plan_is_refused_in_the_middle_of_an_epoch_only(monkeypatch: pyt
 
 
 def test_what_is_planned_is_told() -> None:
-    decide.clear()
+    decision_log().clear()
     length_batched_loader(range(5), ids, lengths_of([10, 10, 10, 10, 300]), max_tokens=40)
     loader(max_tokens=None, batch_size=4)
-    told = {(each.name, each.value) for each in decide}
+    told = {(each.name, each.value) for each in decision_log()}
     assert ("data.max_tokens", "2 steps an epoch, 2.5 samples each") in told
     assert ("data.max_tokens", "1 samples are batches of their own") in told
     assert any(name == "data.group_by_length" and value.startswith("padding is") for name, value in told)
@@ -209,10 +209,10 @@ def test_what_is_planned_is_told() -> None:
 
 def test_few_samples_are_repeated_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_mm.data.batch_samplers.rank_and_world_size", lambda: (3, 4))
-    decide.clear()
+    decision_log().clear()
     lone = length_batched_loader(range(3), ids, lengths_of([10, 10, 10]), max_tokens=1000)
     assert [len(batch) for batch in lone] == [1]
-    assert "1 samples are seen twice in each epoch" in {each.value for each in decide}
+    assert "1 samples are seen twice in each epoch" in {each.value for each in decision_log()}
 
 
 @pytest.mark.parametrize("options", KINDS, ids=["budget", "group"])

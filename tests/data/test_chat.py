@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import chat as spans
 from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
@@ -98,10 +98,10 @@ def marked(rendered: Rendered) -> str:
 @pytest.mark.parametrize("style", TRUTH)
 def test_spans_are_as_written_by_hand(make: Make, style: str) -> None:
     template, truth = TRUTH[style]
-    decide.clear()
+    decision_log().clear()
     chat = ChatRenderer(make(template))
     assert marked(chat.render(TURNS)) == truth
-    assert [d.name for d in decide] == (["data.stop_token"] if style == "vicuna" else [])
+    assert [d.name for d in decision_log()] == (["data.stop_token"] if style == "vicuna" else [])
 
 
 @pytest.mark.parametrize("style", TRUTH)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_mm.execution.loss as objective
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import Chunk, Objective, supervised_nll
@@ -98,14 +98,14 @@ def test_logits_of_a_chunk_at_a_time(family: Family, data: Data, monkeypatch: py
         return tensor
 
     monkeypatch.setattr(objective, "_LOGIT_BYTES", 4 * 4 * vocabulary + 1)
-    decide.clear()
+    decision_log().clear()
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         found = module.objective(batch)
     found.nll.backward()
     assert max(seen) == 4
     assert sum(seen) == 2 * batch.num_supervised  # once forward, once again in backward
     assert 4 * vocabulary not in held
-    said = [str(each) for each in decide if each.name == "model.compute.loss_chunk"]
+    said = [str(each) for each in decision_log() if each.name == "model.compute.loss_chunk"]
     assert said == ["model.compute.loss_chunk: 4 positions at a time (logits of a whole batch take more than 0 MiB)"]
 
 
@@ -131,8 +131,8 @@ def test_a_head_inside_a_part_is_not_cut_off(family: Family, data: Data, monkeyp
     head = module.model.get_output_embeddings()
     whole = supervised_nll(module.model, head, batch, "off")
     monkeypatch.setattr(objective, "_LOGIT_BYTES", 1)
-    decide.clear()
+    decision_log().clear()
     assert torch.equal(supervised_nll(Wrapped(module.model), head, batch).nll, whole.nll)
-    assert any("head is inside a part" in str(each) for each in decide)
+    assert any("head is inside a part" in str(each) for each in decision_log())
     with pytest.raises(UserError, match="loss_chunk: 2 cannot be had"):
         supervised_nll(Wrapped(module.model), head, batch, 2)

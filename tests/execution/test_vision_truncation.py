@@ -10,6 +10,7 @@ import torch
 
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.execution import vision_truncation
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
@@ -60,3 +61,23 @@ def test_a_gate_that_is_still_closed_cuts_nothing(family: Callable[[str], Path],
         torch.nn.init.zeros_(gate)
     batch = Collator(load_processing(str(family("mllama"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
     assert truncate_tower(MultimodalModel.of(model), batch, ExitStack()) == ()
+
+
+@pytest.mark.parametrize("undone", [False, True])
+def test_blocks_whose_absence_changes_the_logits_are_computed(
+    undone: bool, family: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph alone does not decide: here it misses a block that is read. And what is skipped can be put back."""
+    mm = MultimodalModel.of(load_model(Backbone(path=str(family("llava")))).eval())
+    batch = Collator(load_processing(str(family("llava"))))(read_conversations(make_uneven_rows(tmp_path)).samples)
+    with torch.no_grad(), ExitStack() as undo:
+        expected = mm.model(**batch.inputs).logits
+        if undone:
+            assert len(truncate_tower(mm, batch, undo)) == 1
+        else:
+            blocks = mm.layout.vision_blocks[-2:]
+            monkeypatch.setattr(vision_truncation, "unused_vision_blocks", lambda *_: blocks)
+            assert truncate_tower(mm, batch, undo) == ()
+            assert torch.equal(mm.model(**batch.inputs).logits, expected)
+    assert torch.equal(mm.model(**batch.inputs).logits, expected)
+    assert all("forward" not in mm.model.get_submodule(name).__dict__ for name in mm.layout.vision_blocks)

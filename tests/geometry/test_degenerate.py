@@ -167,10 +167,14 @@ def test_nothing_global_is_touched(name: str) -> None:
     torch.set_num_threads(3)
     try:
         with torch.inference_mode():
-            first = MEASURES[name](a, b, None)
+            first, again = MEASURES[name](a, b, None), MEASURES[name](a, b, None)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(threads)
+    assert again == first
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.is_grad_enabled()
-    assert MEASURES[name](a, b, None) == first
+    # On some CPUs a matrix product adds in another order with another number of threads: float32's rounding.
+    for one, other in zip(MEASURES[name](a, b, None), first, strict=True):
+        assert one.undefined == other.undefined
+        assert one.value == pytest.approx(other.value, rel=1e-5, abs=1e-7)

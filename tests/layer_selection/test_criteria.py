@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_mm.analysis.drift import measure_drift
 from lightning_mm.analysis.geometry import gride_scales, measure_geometry
 from lightning_mm.analysis.hidden_states import ROLE_SITES, HiddenStates
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -59,12 +59,12 @@ def reading_of(probe_set: ProbeSet, layers: int = 8, seed: int = 0) -> HiddenSta
 
 
 def left_out() -> list[str]:
-    return [d.value for d in decide if d.name == "auto.criteria"]
+    return [d.value for d in decision_log() if d.name == "auto.criteria"]
 
 
 def test_two_captions_are_enough(tmp_path: Path) -> None:
     """Most halves of the pictures hold neither; they say nothing, and nothing breaks."""
-    decide.clear()
+    decision_log().clear()
     probe_set = probe_set_of(tmp_path, captioned=2)
     options = AutoRange(resamples=12)
     selection = select_layers(reading_of(probe_set), probe_set, None, options, CPU)
@@ -85,7 +85,7 @@ def test_a_half_without_rows_is_undefined(tmp_path: Path) -> None:
 
 
 def test_every_criterion_that_is_left_out_is_named(tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     probe_set = probe_set_of(tmp_path, captioned=0)
     selection = select_layers(reading_of(probe_set), probe_set, None, AutoRange(resamples=4), CPU)
     named = {criterion.name for criterion in selection.criteria}
@@ -182,9 +182,9 @@ def test_gradients_that_cannot_be_had_are_said_to_be_missing(
     batches = [batch_of(family("llava"), data, size) for size in (2, 3)]
 
     def said(batches: list[Any]) -> str:
-        decide.clear()
+        decision_log().clear()
         assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("rgn",)) is None
-        (told,) = [d for d in decide if d.name == "auto.criteria"]
+        (told,) = [d for d in decision_log() if d.name == "auto.criteria"]
         return told.reason
 
     assert try_gradient_scores(MultimodalModel(model, layout), batches, CPU, ("overlap",)) is None

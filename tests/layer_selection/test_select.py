@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
@@ -175,7 +175,7 @@ def test_gradient_scores_are_those_of_autograd(family: Family, data: dict[str, P
 
 
 def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path, tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     options = AutoRange(resamples=4, batches=2)
     policy = IntermediateOnly(layers="auto:2")
     module, trainer = train(
@@ -184,7 +184,7 @@ def test_auto_is_written_out(family: Family, data: dict[str, Path], probes: Path
     assert module.selection is not None
     assert module.census.layers == module.selection.chosen.layers
     assert "auto" not in module.census.policy
-    assert "model.tuning.layers" in {d.name for d in decide}
+    assert "model.tuning.layers" in {d.name for d in decision_log()}
     trainer.save_checkpoint(tmp_path / "auto.ckpt")
     resumed, _ = train(
         family("llava"),

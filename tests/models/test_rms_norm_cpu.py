@@ -13,7 +13,7 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models import rms_norm_cpu
 from lightning_mm.models.loading import Backbone, load_model
@@ -102,7 +102,7 @@ def test_a_flag_may_change_what_a_class_computes(first: bool) -> None:
 
 def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: pytest.MonkeyPatch) -> None:
     module = LlamaRMSNorm(8)
-    decide.clear()
+    decision_log().clear()
     use_cpu_norms(module, ExitStack())
     monkeypatch.setattr(rms_norm_cpu, "_Norm", None)
     hidden = drawn(3, 8).requires_grad_()
@@ -111,10 +111,10 @@ def test_without_gradients_or_in_other_types_it_is_the_models_own(monkeypatch: p
     module(hidden.double())
     with torch.no_grad():
         module(hidden)
-    assert not list(decide)
+    assert not list(decision_log())
     with pytest.raises(AttributeError):
         module(hidden)
-    assert [each.name for each in decide] == ["norms"]
+    assert [each.name for each in decision_log()] == ["norms"]
 
 
 def test_asked_for_twice_it_is_done_once_and_a_copy_has_its_own_weight() -> None:

@@ -7,7 +7,7 @@ import random
 import pytest
 import wandb
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix
 from lightning_mm.core.run_directory import RunDirectory
@@ -180,7 +180,7 @@ def nobody_is_logged_in(monkeypatch, tmp_path):
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("WANDB_CONFIG_DIR", str(home))
-    decide.clear()
+    decision_log().clear()
     wandb.teardown()  # W&B keeps the settings it read first
     yield
     wandb.teardown()

@@ -10,13 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_mm.core.layer_table import LayerRow
-from lightning_mm.report.figures import heatmaps
-from lightning_mm.report.figures.heatmaps import Scale
-from lightning_mm.report.figures.layer_axis import LayerAxis
-from lightning_mm.report.tables.panels import StepNames, Trained, panels
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.class_maps import class_maps
+from lightning_mm.report.figures.curves import Series, line_chart
+from lightning_mm.report.figures.figure import Figure
+from lightning_mm.report.figures.heatmap_parts import ColorScale, LayerAxis
+from lightning_mm.report.figures.layers import heat_map, matrix_figure, panel_figure
+from lightning_mm.report.figures.trace_maps import trace_map
+from lightning_mm.report.figures.tracks import Track
+from lightning_mm.report.tables.panels import StepLabels, TrainedLayers, panels
+from lightning_mm.report.tables.traces import Trace
+from tests.helpers import page
+from tests.helpers.causal_files import trace_of, traced_rows
+from tests.helpers.page import boxes, marks, texts
 
-TRAINED = Trained((2, 3), 6)
-TEAL = ("trained-bar", "trained-edge")
+TRAINED = TrainedLayers((2, 3), 6)
 
 
 def panel_of(values, measure="cka", **rest):
@@ -29,39 +37,39 @@ def panel_of(values, measure="cka", **rest):
 
 
 def drawn(panel, trained=TRAINED, labels=None):
-    """The elements of a heat map from 100 to 200."""
+    """A heat map 100 pixels wide."""
     axis = LayerAxis.over(panel.layers, trained)
-    body = heatmaps.heat_map(panel, axis, panel.steps, StepNames(labels or {}), 100, 200, tips=True)
-    return ET.fromstring(f"<svg>{body}</svg>"), axis
+    chart, data = heat_map(panel, axis, panel.steps, StepLabels(labels or {}), tips=True, width=100)
+    return Figure(chart, data, (100, 300), (0, 0), "").svg(), axis
 
 
-def cells(root):
-    """(left, top, level, words) of each cell that says its value."""
-    found = []
-    for path in root.iter("path"):
-        if re.fullmatch(r"q\d+", path.get("class")):
-            left, top = map(float, re.match(r"M([-\d.]+) ([-\d.]+)", path.get("d")).groups())
-            found.append((left, top, int(path.get("class")[1:]), path.find("title").text))
-    return found
+def cells(svg):
+    return page.cells(svg, theme.SEQUENTIAL)
+
+
+def levels_of(panel):
+    """The colors of a panel with one step, from the lowest layer up."""
+    return [level for _, _, level in sorted(cells(drawn(panel)[0]).values(), key=lambda cell: -cell[1])]
 
 
 def test_later_steps_stand_right_and_higher_layers_up():
     panel = panel_of({(s, i): s + i / 10 for s in (0, 5, 50) for i in range(-1, 6)})
-    root, axis = drawn(panel)
-    by_words = {words: (left, top) for left, top, _, words in cells(root)}
+    svg, axis = drawn(panel)
+    by_words = {words: (left, top) for words, (left, top, _) in cells(svg).items()}
     assert len(by_words) == 21
     lefts = [by_words[f"layer 3, step {step}: {step + 0.3:.3g}"][0] for step in (0, 5, 50)]
-    assert lefts == pytest.approx([100, 133.3, 166.7], abs=0.1)
+    assert lefts == pytest.approx([0, 33.3, 66.7], abs=0.1)
     tops = [by_words[f"{'embeddings' if i < 0 else f'layer {i}'}, step 5: {5 + i / 10:.3g}"][1] for i in range(-1, 6)]
     assert tops == sorted(tops, reverse=True)
-    assert tops[-1] == pytest.approx(axis.top)
-    assert tops[0] == pytest.approx(axis.bottom - axis.row, abs=0.1)
+    assert tops[-1] == pytest.approx(0)
+    assert tops[0] == pytest.approx(axis.height - axis.row, abs=0.1)
 
 
+@settings(max_examples=40, deadline=None)  # each example is rendered
 @given(st.lists(st.floats(-1e9, 1e9), min_size=2, max_size=12))
-def test_stronger_colours_are_higher_values(values):
+def test_stronger_colors_are_higher_values(values):
     panel = panel_of({(0, i): value for i, value in enumerate(values)})
-    levels = [level for _, _, level, _ in cells(drawn(panel)[0])]
+    levels = levels_of(panel)
     for a, first in zip(values, levels, strict=True):
         for b, second in zip(values, levels, strict=True):
             assert a > b or first <= second
@@ -69,60 +77,69 @@ def test_stronger_colours_are_higher_values(values):
 
 def test_where_the_lowest_counts_it_has_the_strongest_colour():
     panel = panel_of({(0, 0): 1.0, (0, 1): 0.4}, "drift_overlap")
-    levels = [level for _, _, level, _ in cells(drawn(panel)[0])]
+    levels = levels_of(panel)
     assert levels == [0, 23]
-    texts = [text.text for text in drawn(panel)[0].iter("text")]
-    assert texts[-2:] == ["1", "0.4"]  # the scale's ends, palest first
+    assert texts(drawn(panel)[0], "scale_ends") == ["1", "0.4"]  # palest first
 
 
 def test_noise_within_the_intervals_does_not_look_like_change():
     values = {(0, i): 0.5 + 0.01 * (i % 2) for i in range(6)}
     calm = panel_of(values, low=0.4, high=0.6)
     bold = panel_of(values)
-    spread = [max(x) - min(x) for x in ([c[2] for c in cells(drawn(p)[0])] for p in (calm, bold))]
+    spread = [max(levels) - min(levels) for levels in map(levels_of, (calm, bold))]
     assert spread == [pytest.approx(1, abs=1), 23]
 
 
 def test_chance_is_on_the_scale():
-    scale = Scale.of(panel_of({(0, 0): 0.7, (0, 1): 0.9}, null=0.5), [0])
+    panel = panel_of({(0, 0): 0.7, (0, 1): 0.9}, null=0.5)
+    scale = ColorScale.of(panel, [0])
     assert (scale.low, scale.null, scale.high) == (0.5, 0.5, 0.9)
-    root, _ = drawn(panel_of({(0, 0): 0.7, (0, 1): 0.9}, null=0.5))
-    (mark,) = [path for path in root.iter("path") if path.get("class") == "chance"]
-    assert mark.get("d").startswith("M100.0 ")
+    (mark,) = marks(drawn(panel)[0], "scale_null")
+    assert mark.get("transform").startswith("translate(0,")
     assert mark.find("title").text == "chance: 0.5"
 
 
-def test_undefined_cells_are_hatched_within_their_bounds_and_missing_ones_are_empty():
+def test_undefined_cells_are_hatched_and_missing_ones_are_empty():
     panel = panel_of({(0, 0): 0.1, (0, 1): None, (9, 0): 0.3})
-    root, axis = drawn(panel)
-    assert len(cells(root)) == 2
-    (box,) = [path for path in root.iter("path") if path.get("class") == "none"]
-    assert box.find("title").text.startswith("undefined")
-    (hatch,) = [path for path in root.iter("path") if path.get("class") == "hatch"]
-    points = [tuple(map(float, pair)) for pair in re.findall(r"[ML]([-\d.]+) ([-\d.]+)", hatch.get("d"))]
-    assert len(points) >= 4
-    for x, y in points:  # coordinates are rounded to a tenth
-        assert 99.9 <= x <= 150.1
-        assert axis.y(1) - axis.row / 2 - 0.1 <= y <= axis.y(1) + axis.row / 2 + 0.1
-    for (a, b), (c, d) in zip(points[::2], points[1::2], strict=True):
-        assert abs((a - c) + (b - d)) < 0.21  # each line is a diagonal
+    svg, axis = drawn(panel)
+    assert len(cells(svg)) == 2
+    (cell,) = marks(svg, "undefined")
+    assert cell.find("title").text.startswith("undefined")
+    (box,) = boxes(cell)
+    assert box == pytest.approx((0, axis.y(1) - axis.row / 2, 50, axis.row), abs=0.1)
+    (hatch,) = marks(svg, "hatch")  # a diagonal of the cell
+    x, y = map(float, re.match(r"translate\(([-\d.]+),([-\d.]+)\)", hatch.get("transform")).groups())
+    ends = [(x, y), (x + float(hatch.get("x2")), y + float(hatch.get("y2")))]
+    corners = [(box[0], box[1] + box[3]), (box[0] + box[2], box[1])]
+    assert sorted(ends) == [pytest.approx(corner, abs=0.1) for corner in corners]
 
 
 def test_the_trained_layers_are_marked_where_they_are():
-    axis = LayerAxis.over([-1, 5], Trained((0, 2, 3), 6))
-    bars = ET.fromstring(f"<svg>{axis.bars(10)}</svg>").findall("rect")
-    spans = sorted((float(r.get("y")), float(r.get("y")) + float(r.get("height"))) for r in bars)
+    trained = TrainedLayers((0, 2, 3), 6)
+    svg, axis = drawn(panel_of({(0, i): 0.1 * i for i in range(-1, 6)}), trained)
+    spans = sorted((top, top + height) for bar in marks(svg, "trained_bar") for _, top, _, height in rounded(bar))
     assert spans == [
         (pytest.approx(axis.y(3.5), abs=0.1), pytest.approx(axis.y(1.5), abs=0.1)),
         (pytest.approx(axis.y(0.5), abs=0.1), pytest.approx(axis.y(-0.5), abs=0.1)),
     ]
-    assert {0, 2, 3} <= set(LayerAxis.over([-1, 5], Trained((0, 2, 3), 6)).numbered)
+    assert {0, 2, 3} <= set(axis.numbered)
+    labels = [text for text in ET.fromstring(svg).iter("text") if text.get("fill") == theme.TEAL]
+    assert [(text.text, text.get("font-weight")) for text in labels] == [(str(i), "bold") for i in (0, 2, 3)]
+
+
+def rounded(path):
+    """(left, top, width, height) of a rectangle with rounded corners."""
+    numbers = [float(n) for n in re.findall(r"-?[\d.]+", path.get("d").split("C")[0])]
+    corners = [tuple(map(float, pair)) for pair in re.findall(r"([-\d.]+),([-\d.]+)", path.get("d"))]
+    xs, ys = zip(*corners, strict=True)
+    assert numbers
+    return [(min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))]
 
 
 @pytest.mark.parametrize("total", [1, 2, 6, 30, 80, 300])
 def test_printed_layer_numbers_do_not_touch(total):
-    axis = LayerAxis.over([-1, total - 1], Trained(tuple(range(total // 4, total // 2)), total))
-    assert axis.bottom - axis.top <= 240.001
+    axis = LayerAxis.over([-1, total - 1], TrainedLayers(tuple(range(total // 4, total // 2)), total))
+    assert axis.height <= 240.001
     ys = sorted(axis.y(layer) for layer in axis.numbered)
     assert all(b - a >= 13 for a, b in pairwise(ys))
     assert len(ys) >= 2
@@ -132,31 +149,47 @@ def test_a_matrix_has_its_origin_at_the_lower_left_and_marks_both_axes():
     layers = [-1, 0, 1, 2, 3, 4, 5]
     values = [[1.0 if a == b else 0.1 if a > b else 0.5 for b in layers] for a in layers]
     values[0][6] = None
-    root = ET.fromstring(heatmaps.matrix(layers, values, TRAINED, tips=True))
-    found = {words: (left, top) for left, top, _, words in cells(root)}
+    svg = matrix_figure(layers, values, TRAINED, tips=True).svg()
+    found = {words: (left, top) for words, (left, top, _) in cells(svg).items()}
     assert len(found) == 48
     lower, upper = found["layer 0 and layer 0: 1"], found["layer 5 and layer 5: 1"]
     assert lower[0] < upper[0]
     assert lower[1] > upper[1]
     assert found["layer 5 and embeddings: 0.1"][0] < found["layer 4 and layer 5: 0.5"][0]
-    bars = [r for r in root.iter("rect") if r.get("class") == "trained-bar"]
-    widths = sorted((float(r.get("width")), float(r.get("height"))) for r in bars)
-    assert widths == [(4, pytest.approx(28, abs=0.1)), (pytest.approx(28, abs=0.1), 4)]  # two rows of 14, either way
-    assert [p for p in root.iter("path") if p.get("class") == "hatch"]
+    bars = [*marks(svg, "trained_bar"), *marks(svg, "trained_below")]
+    sizes = sorted((width, height) for bar in bars for _, _, width, height in rounded(bar))
+    assert sizes == [(4, pytest.approx(28, abs=0.1)), (pytest.approx(28, abs=0.1), 4)]  # two rows of 14, either way
+    assert len(marks(svg, "hatch")) == 1
 
 
-def test_without_tips_cells_of_one_colour_are_one_shape():
+def test_without_tips_cells_of_one_color_are_one_shape():
     layers = list(range(-1, 30))
     values = [[math.exp(-abs(a - b) / 9) for b in layers] for a in layers]
-    with_tips, without = (heatmaps.matrix(layers, values, TRAINED, tips=tips) for tips in (True, False))
+    with_tips, without = (matrix_figure(layers, values, TRAINED, tips=tips).svg() for tips in (True, False))
     assert len(without) < len(with_tips) / 3
-    root = ET.fromstring(without)
-    boxes = [path.get("d").count("M") for path in root.iter("path") if path.get("class").startswith("q")]
-    assert sum(boxes) == 961
-    assert len(boxes) <= 24
+    shapes = [len(boxes(path)) for path in marks(without, "cells")]
+    assert sum(shapes) == 961
+    assert len(shapes) <= 24
 
 
-@settings(max_examples=40)
+def others():
+    """A figure of each kind that is not over steps or pairs of layers."""
+    line = line_chart("Loss", "", [Series("a", [(0, 1.0), (1, 2.0)])])
+    track = Track(0, 2, [1]).bars({0: 0.2, 1: None}, {0: 0.1}, 0.0, 0, null=0.1, spread={0: (0.1, 0.3)})
+    traced = trace_map(Trace.of(trace_of()), TRAINED, headed=True)
+    return line.figure, track, Track(0, 2, [1]).membership([1]), traced, class_maps(traced_rows())[0].figure(TRAINED)
+
+
+def test_every_figure_is_valid_vega_lite():
+    """Figures are built without validation, which is slow; here it is made up for."""
+    panel = panel_of({(s, i): None if i < 0 else s + i for s in (0, 5) for i in range(-1, 6)}, low=0, high=9, null=1)
+    square = matrix_figure([0, 1], [[1, 0], [0, None]], TRAINED, tips=True)
+    for figure in (panel_figure(panel, TRAINED, StepLabels({})).figure, square, *others()):
+        spec = figure.chart.to_dict(validate=True)
+        assert spec["$schema"].startswith("https://vega.github.io/schema/vega-lite/v6")
+
+
+@settings(max_examples=40, deadline=None)  # each example is rendered
 @given(
     st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12),
     st.dictionaries(
@@ -168,7 +201,7 @@ def test_without_tips_cells_of_one_colour_are_one_shape():
 )
 def test_any_panel_is_well_formed_and_inside_its_frame(name, values):
     panel = panel_of(values, measure=f"<{name}>&\"'")
-    root, _ = drawn(panel, labels={min(panel.steps): "<script>"})
-    for left, _, level, _ in cells(root):
-        assert 99.9 <= left <= 200
+    svg, _ = drawn(panel, labels={min(panel.steps): "<script>"})
+    for left, _, level in cells(svg).values():
+        assert -0.1 <= left <= 100
         assert 0 <= level < 24

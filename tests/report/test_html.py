@@ -15,8 +15,9 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import append_jsonl, write_json
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.report.html import read_curves, write_report
+from lightning_mm.report.html import write_report
 from lightning_mm.report.sections.samples import thumbnail
+from lightning_mm.report.tables.curves import read_curves
 from tests.helpers.page import Page
 
 CHECKED = ["census.json", "samples.json", "evaluation.json", "decisions.json"]
@@ -41,7 +42,7 @@ def run(tmp_path):
     write_json(made.evaluation, {"split": "test", "rows": rows})
     made.pictures.mkdir()
     Image.new("RGB", (640, 320), "red").save(made.pictures / "1.png")
-    sample = {"id": "1", "images": ["samples/1.png"], "question": "Colour?", "truth": "red", "type": "colour"}
+    sample = {"id": "1", "images": ["samples/1.png"], "question": "Color?", "truth": "red", "type": "color"}
     sample |= {"before": "blue", "after": "red", "correct_before": False, "correct_after": True}
     write_json(made.samples, [sample])
     append_jsonl(made.ledger, [{"origin": f"a:{i}", "reason": "too long", "kind": "cut"} for i in range(3)])
@@ -123,7 +124,7 @@ def _hostile(value):
     return value + HOSTILE if isinstance(value, str) else value
 
 
-def test_right_and_wrong_are_words_not_colours(run):
+def test_right_and_wrong_are_words_not_colors(run):
     words = page_of(run).text
     assert re.search(r"Before ?wrong.*After ?right ?red", words)
 

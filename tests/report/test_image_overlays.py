@@ -6,6 +6,7 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
+from lightning_mm.report.figures import theme
 from lightning_mm.report.sections.image_overlays import READ, SIDE, strips
 from tests.helpers.causal_files import overlay_of
 
@@ -89,7 +90,7 @@ def test_fine_grids_and_signs(root):
     (strip,), _ = strips(root, [overlay_of(grid=(100, 100), weights=weights)])
     drawing = strip.shown[1][1]
     assert len(drawing) < 400_000
-    assert {path.get("class") for path in ET.fromstring(drawing).iter("path")} == {"d0", "d22"}
+    assert {path.get("fill") for path in ET.fromstring(drawing).iter("path")} == {theme.SIGNED[0], theme.SIGNED[-1]}
 
 
 @pytest.mark.parametrize(

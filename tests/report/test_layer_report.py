@@ -71,7 +71,7 @@ def test_a_run_that_was_looked_into_says_where_the_trained_layers_are_and_what_m
     assert page.text.count("constant: all 240 samples coincide") == 1
     figures = page.raw.split('<section id="inside">')[1].split("</section>")[0].split("<figure")[1:]
     assert len(figures) > 25
-    assert all('class="trained-bar"' in figure for figure in figures)
+    assert all("trained_bar_marks" in figure for figure in figures)
     assert len(page.raw) < 3_000_000
 
 

@@ -1,4 +1,4 @@
-"""What the report says of the layers: the right peak, change and place, each reason once, and no word too much."""
+"""What the report says of the layers: the right peak, change and place, each reason and each note once."""
 
 from dataclasses import replace
 
@@ -7,12 +7,14 @@ import pytest
 from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.report.figures import theme
 from lightning_mm.report.sections import selection
-from lightning_mm.report.sections.layers import inside
-from lightning_mm.report.tables.panels import StepNames, Trained
+from lightning_mm.report.sections.layers import layer_section
+from lightning_mm.report.tables.panels import StepLabels, TrainedLayers
+from tests.helpers.page import boxes, marks
 
-TRAINED = Trained((2, 3), 6)
-NAMES = StepNames({})
+TRAINED = TrainedLayers((2, 3), 6)
+NAMES = StepLabels({})
 
 
 def row(step, layer, value, measure="entailment/hard", site="last", **rest):
@@ -21,7 +23,7 @@ def row(step, layer, value, measure="entailment/hard", site="last", **rest):
 
 
 def seen(rows, trained=TRAINED, names=NAMES, bad=0):
-    return inside(rows, bad, trained, names)
+    return layer_section(rows, bad, trained, names)
 
 
 def test_a_headline_says_peak_change_chance_and_place():
@@ -82,7 +84,7 @@ def test_a_change_counts_only_where_the_intervals_are_apart():
 def test_places_are_seen_from_what_trains():
     places = [seen([row(0, layer, 0.9), row(0, 5, 0.1)]).headlines[0].cells["where"] for layer in (-1, 1, 2, 4)]
     assert places == ["3 below", "1 below", "inside", "1 above"]
-    assert seen([row(0, 1, 0.9)], Trained()).headlines[0].cells["where"] == "–"
+    assert seen([row(0, 1, 0.9)], TrainedLayers()).headlines[0].cells["where"] == "–"
 
 
 def test_what_moved_comes_first_and_nothing_moved_is_no_peak():
@@ -94,7 +96,7 @@ def test_what_moved_comes_first_and_nothing_moved_is_no_peak():
 
 
 def test_the_lead_says_where_most_moved(looked):
-    trained = Trained.of(read_json(looked.census))
+    trained = TrainedLayers.of(read_json(looked.census))
     told = seen(read_layers(looked.layers)[0], trained)
     assert told.lead.startswith("Layers 7–14 of 30 train. Read at 6 steps, between step 0 and step 500. ")
     assert (
@@ -104,7 +106,7 @@ def test_the_lead_says_where_most_moved(looked):
 
 
 def test_the_whole_inspection_is_sorted_by_question(looked):
-    told = seen(read_layers(looked.layers)[0], Trained.of(read_json(looked.census)))
+    told = seen(read_layers(looked.layers)[0], TrainedLayers.of(read_json(looked.census)))
     titles = [group.title for group in told.groups]
     assert titles == [
         "Do picture and text agree?",
@@ -123,8 +125,8 @@ def test_the_whole_inspection_is_sorted_by_question(looked):
 
 
 def test_each_reason_and_note_stands_once(looked):
-    told = seen(read_layers(looked.layers)[0], Trained.of(read_json(looked.census)))
-    (gap,) = told.gaps
+    told = seen(read_layers(looked.layers)[0], TrainedLayers.of(read_json(looked.census)))
+    (gap,) = told.undefined
     assert (gap.reason, gap.layers) == ("constant: all 240 samples coincide", "embeddings")
     assert gap.places == "last token; last token, caption; last token, picture"
     assert [note for note, _ in told.notes] == ["3 duplicates were left out"]
@@ -133,20 +135,20 @@ def test_each_reason_and_note_stands_once(looked):
 def test_a_measure_without_any_value_is_a_reason_and_no_card():
     told = seen([row(0, i, None) for i in range(-1, 4)])
     assert told.headlines == told.groups == ()
-    assert [(gap.reason, gap.layers) for gap in told.gaps] == [("constant", "embeddings and layers 0–3")]
+    assert [(gap.reason, gap.layers) for gap in told.undefined] == [("constant", "embeddings and layers 0–3")]
 
 
 def test_reasons_that_differ_in_their_numbers_are_one_with_the_range():
     rows = [
         replace(row(0, 0, None, site=f"s{n}"), undefined=f"constant: all {n} samples coincide") for n in (64, 9, 128)
     ]
-    (gap,) = seen(rows).gaps
+    (gap,) = seen(rows).undefined
     assert gap.reason == "constant: all 9–128 samples coincide"
 
 
 def test_nothing_at_all_is_an_empty_section():
     told = seen([], bad=3)
-    assert told.headlines == told.groups == told.gaps == ()
+    assert told.headlines == told.groups == told.undefined == ()
     assert told.left_out == "3 lines of layers.csv cannot be read"
 
 
@@ -157,14 +159,14 @@ def test_more_panels_than_a_page_holds_are_counted():
 
 
 def test_labels_stand_for_the_steps_of_a_comparison():
-    names = StepNames({0: "runs/a", 1: "runs/b"})
+    names = StepLabels({0: "runs/a", 1: "runs/b"})
     told = seen([row(s, i, 0.5 + s * i / 20) for s in (0, 1) for i in range(6)], names=names)
     assert told.ends == ("runs/a", "runs/b")
     assert "Compared: runs/a and runs/b." in told.lead
 
 
 def test_the_matrices_are_first_and_last_and_the_rest_on_demand(looked):
-    shown, more = selection.matrices(read_json(looked.matrices), Trained.of(read_json(looked.census)), NAMES)
+    shown, more = selection.matrices(read_json(looked.matrices), TrainedLayers.of(read_json(looked.census)), NAMES)
     assert [(card.title, card.place, card.pair) for card in shown] == [("CKA", "last token, picture", False)]
     assert [(card.place, card.pair) for card in more] == [("last token", True)]
     assert [words for words, _ in shown[0].drawings] == ["step 0", "step 500"]
@@ -195,15 +197,20 @@ def test_the_probe_set_and_what_looking_cost(looked):
     assert selection.cost([{"step": 0, "seconds": {}, "share": None, "problems": ["a", "a"]}])["problems"] == ["a"]
 
 
+def members(track):
+    """How many layers of a range are filled."""
+    return sum(len(boxes(path)) for path in marks(track, "layers") if path.get("fill") in (theme.TEAL, theme.SOFT))
+
+
 def test_the_choice_says_window_interval_peaks_and_rivals(chosen):
-    told = selection.chosen(read_json(chosen.selection), Trained())
+    told = selection.chosen(read_json(chosen.selection), TrainedLayers())
     assert (told.expression, told.evidence) == ("7-14", True)
     assert told.words == "95 % interval of its first layer 6 to 8, of its last 13 to 16."
     assert [(score.title, score.peak) for score in told.scores[:2]] == [
         ("all together", "highest at layer 11"),
         ("overlap", "highest at layer 13"),
     ]
-    assert [(line.title, line.track.count('class="in"')) for line in told.ranges] == [
+    assert [(line.title, members(line.track)) for line in told.ranges] == [
         ("chosen", 8),
         ("EarlyLayers", 8),
         ("LateLayers", 8),
@@ -214,8 +221,8 @@ def test_the_choice_says_window_interval_peaks_and_rivals(chosen):
 def test_a_fall_back_is_not_marked_as_chosen(chosen):
     raw = read_json(chosen.selection)
     assert selection.selected(raw).layers == tuple(range(7, 15))
-    assert selection.selected(raw | {"evidence": False}) == Trained((), 30, "chosen")
-    told = selection.chosen(raw | {"evidence": False}, Trained())
+    assert selection.selected(raw | {"evidence": False}) == TrainedLayers((), 30, "chosen")
+    told = selection.chosen(raw | {"evidence": False}, TrainedLayers())
     assert (told.evidence, told.words, told.expression) == (False, "", "7-14")
 
 
@@ -228,7 +235,7 @@ def test_main_measures_stand_in_the_order_of_the_vocabulary_whatever_the_files()
 
 
 def test_a_choice_with_little_in_it_is_still_told():
-    told = selection.chosen({"layers": [1], "criteria": {"a": [None, None]}}, Trained())
+    told = selection.chosen({"layers": [1], "criteria": {"a": [None, None]}}, TrainedLayers())
     assert told.expression == "1"
     assert told.scores[0].peak == "undefined"
 
@@ -238,7 +245,7 @@ def test_a_choice_with_little_in_it_is_still_told():
 )
 def test_a_choice_of_no_layers_is_refused(raw):
     with pytest.raises(ValueError, match="layers"):
-        selection.chosen(raw, Trained())
+        selection.chosen(raw, TrainedLayers())
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import torch
 import wandb
 from PIL import Image
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.report import wandb as wandb_logger
 from lightning_mm.report.wandb import OnlineLogger
 from tests.helpers.wandb_files import history, records, warnings_of
@@ -112,8 +112,8 @@ def test_a_broken_picture_costs_the_table_not_the_run(tmp_path, caplog):
 def test_without_a_login_auto_is_offline_and_says_why(tmp_path):
     assert OnlineLogger(tmp_path).mode == "offline"
     assert OnlineLogger(tmp_path, mode="online").mode == "offline"
-    assert [(d.name, d.value) for d in decide] == [("wandb.mode", "offline")]
-    assert all("wandb login" in d.reason for d in decide)
+    assert [(d.name, d.value) for d in decision_log()] == [("wandb.mode", "offline")]
+    assert all("wandb login" in d.reason for d in decision_log())
 
 
 @pytest.mark.parametrize("where", ["variable", "netrc", "NETRC", "settings"])
@@ -130,7 +130,7 @@ def test_with_a_login_auto_is_online(tmp_path, monkeypatch, where):
         if where == "NETRC":
             monkeypatch.setenv("NETRC", str(path))
     assert OnlineLogger(tmp_path).mode == "online"
-    assert key not in "".join(map(str, decide))
+    assert key not in "".join(map(str, decision_log()))
 
 
 def test_a_login_elsewhere_is_none(tmp_path):
@@ -144,7 +144,7 @@ def test_the_users_standing_setting_is_honoured(tmp_path, monkeypatch, value, mo
     monkeypatch.setenv("WANDB_MODE", value)
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
     assert OnlineLogger(tmp_path).mode == mode
-    assert any(value in d.reason for d in decide)
+    assert any(value in d.reason for d in decision_log())
 
 
 def test_without_wandb_it_is_off_and_said(tmp_path, monkeypatch, caplog):
@@ -152,7 +152,7 @@ def test_without_wandb_it_is_off_and_said(tmp_path, monkeypatch, caplog):
     logger = OnlineLogger(tmp_path)
     logger.log_metrics({"train/loss": 1.0}, 0)
     assert logger.mode == "off"
-    assert [(d.name, d.value, d.reason) for d in decide] == [("wandb.mode", "off", "wandb is not installed")]
+    assert [(d.name, d.value, d.reason) for d in decision_log()] == [("wandb.mode", "off", "wandb is not installed")]
     assert warnings_of(caplog) == []
 
 
@@ -174,7 +174,7 @@ def test_a_server_that_never_answers_costs_seconds(tmp_path, monkeypatch, caplog
 
 
 def test_other_ranks_do_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(wandb.rank_zero_only, "rank", 1)
+    monkeypatch.setattr(wandb_logger.rank_zero_only, "rank", 1)
     logger = OnlineLogger(tmp_path, mode="offline")
     logger.log_metrics({"train/loss": 1.0}, 0)
     logger.close()

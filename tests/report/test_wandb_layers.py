@@ -1,6 +1,7 @@
 """Layers at W&B: few panels whatever is measured, each row sent once, and no fault of theirs reaches the run."""
 
 import json
+import re
 from dataclasses import asdict
 
 import pytest
@@ -10,11 +11,12 @@ from PIL import Image
 from lightning_mm.core.layer_table import append_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report import wandb_layers
-from lightning_mm.report.figures import colors
+from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.class_maps import class_maps
-from lightning_mm.report.tables.panels import Trained
+from lightning_mm.report.tables.panels import TrainedLayers
 from lightning_mm.report.wandb import OnlineLogger
 from tests.helpers.causal_files import effects, traced_rows
+from tests.helpers.page import marks
 from tests.helpers.wandb_files import history, records, warnings_of
 
 pytestmark = pytest.mark.usefixtures("nobody_is_logged_in")
@@ -77,9 +79,9 @@ def test_each_inspection_sends_its_own_rows_only_and_the_map_shows_all(tmp_path,
 
 
 def columns_of(path):
-    """The runs of equal colour along the row of the highest layer: one per step where steps differ."""
+    """The runs of equal color along the row of the highest layer: one per step where steps differ."""
     with Image.open(path) as picture:
-        line = [picture.getpixel((x, 64)) for x in range(92, picture.width - 28 - 32)]
+        line = [picture.getpixel((x, 68)) for x in range(2 * 42 + 2, 2 * (42 + 180) - 2)]
     kinds = [pixel for i, pixel in enumerate(line) if i == 0 or pixel != line[i - 1]]
     return [pixel for pixel in kinds if pixel != (255, 255, 255)]
 
@@ -87,7 +89,7 @@ def columns_of(path):
 def test_what_trains_is_marked_in_teal_where_it_is(tmp_path, rows_of, write_census):
     run = write_census(RunDirectory(tmp_path))
     (picture,) = wandb_layers.pictures(run.path, rows_of(0, [("geometry", "cka", "last")])).values()
-    teal = [y for y in range(picture.height) if picture.getpixel((80, y)) == (13, 111, 115)]
+    teal = [y for y in range(picture.height) if picture.getpixel((68, y)) == (13, 111, 115)]
     row = 240 / 31
     top, bottom = 2 * (30 + (29 - 14) * row), 2 * (30 + (30 - 7) * row)
     assert (teal[0], teal[-1]) == (pytest.approx(top, abs=1), pytest.approx(bottom, abs=2))  # whole pixels
@@ -115,10 +117,12 @@ def test_causes_are_one_panel_per_quantity_and_the_traces_one_picture(tmp_path, 
 def test_the_map_of_traces_shows_the_effect_where_it_is(tmp_path):
     picture = wandb_layers.pictures(tmp_path, traced_rows())["layer_maps/trace"]
     (first, *_) = class_maps(traced_rows())
-    drawing = first.drawing(Trained(), headed=True)
-    ring = next(shape for shape in drawing.shapes if type(shape).__name__ == "Ring")
-    assert picture.getpixel((round(2 * ring.x), round(2 * ring.y))) == colors.SIGNED_LIGHT[-1]
-    assert picture.width == 3 * round(2 * drawing.width)
+    figure = first.figure(TrainedLayers(), headed=True)
+    (ring,) = marks(figure.svg(), "peak")
+    x, y = map(float, re.match(r"translate\(([-\d.]+),([-\d.]+)\)", ring.get("transform")).groups())
+    at = (round(2 * (figure.origin[0] + x)), round(2 * (figure.origin[1] + y)))
+    assert picture.getpixel(at) == theme.SIGNED_LIGHT[-1]
+    assert picture.width == 3 * round(2 * figure.size[0])
 
 
 @pytest.mark.parametrize("broken", ["census.json", "layers.csv", "rows"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lightning_mm.core import distributed
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.distributed import run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.layer_selection import gradient_criteria
@@ -42,7 +42,7 @@ def test_auto_fails_on_all_ranks_alike(
         raise error
 
     told: list[Any] = []
-    monkeypatch.setattr(auto_layers, "read", broken)
+    monkeypatch.setattr(auto_layers, "extract_hidden_states", broken)
     for module in (distributed, auto_layers):
         monkeypatch.setattr(module, "all_gather_object", lambda mine: [told.append(mine) or mine])
     with pytest.raises(UserError, match="cut off") as caught:
@@ -57,7 +57,7 @@ def test_auto_goes_on_without_gradients(
     def full(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    decide.clear()
+    decision_log().clear()
     monkeypatch.setattr(gradient_criteria, "gradient_scores", full)
     options = AutoRange(resamples=2, batches=2, criteria=("influence", "rgn"))
     module, _ = train(
@@ -65,6 +65,6 @@ def test_auto_goes_on_without_gradients(
     )
     assert module.selection is not None
     assert [c.name for c in module.selection.criteria] == ["influence"]
-    assert [(d.value, "out of memory" in d.reason) for d in decide if d.name == "auto.criteria"] == [
+    assert [(d.value, "out of memory" in d.reason) for d in decision_log() if d.name == "auto.criteria"] == [
         ("without gradients", True)
     ]

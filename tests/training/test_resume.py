@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import load_model
 from lightning_mm.training.checkpoint import read_checkpoint
@@ -77,7 +77,7 @@ def test_another_base_model_is_refused(family: Family, data: Data, tmp_path: Pat
 
 def test_the_rate_asked_for_counts_and_is_said(family: Family, data: Data, tmp_path: Path) -> None:
     path = saved(family, data, tmp_path)
-    decide.clear()
+    decision_log().clear()
     settings = OptimizerSettings(lr=5e-4, schedule="constant", warmup=0)
     _, trainer = train(
         family("llava"),
@@ -89,7 +89,7 @@ def test_the_rate_asked_for_counts_and_is_said(family: Family, data: Data, tmp_p
         max_steps=4,
     )
     assert {group["lr"] for group in trainer.optimizers[0].param_groups} == {5e-4}
-    said = [str(decision) for decision in decide]
+    said = [str(decision) for decision in decision_log()]
     assert any("model.optimizer.lr: 0.0005" in line and "0.01" in line for line in said)
 
 

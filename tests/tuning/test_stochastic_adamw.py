@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
@@ -156,9 +156,9 @@ def test_states_in_bfloat16_need_random_rounding() -> None:
 
 def test_losing_small_updates_is_said() -> None:
     weight = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
-    decide.clear()
+    decision_log().clear()
     build_optimizer([{"params": [weight], "name": "layers"}], OptimizerSettings())
-    assert any("adamw_sr keeps them" in str(each) for each in decide)
+    assert any("adamw_sr keeps them" in str(each) for each in decision_log())
 
 
 def test_a_run_in_bfloat16_resumes_bit_for_bit(family: Any, data: dict[str, Path], tmp_path: Path) -> None:

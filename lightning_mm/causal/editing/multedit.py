@@ -26,7 +26,7 @@ from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.causal.interventions.interventions import apply_interventions
 from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import activations_kept
 from lightning_mm.models.handle import MultimodalModel
@@ -285,4 +285,4 @@ def _unreachable(layer: int) -> UserError:
 
 
 def _log_full_forward(error: UserError) -> None:
-    decide("edit.exact", "the whole model is run at every step", error.why)
+    log_decision("edit.exact", "the whole model is run at every step", error.why)

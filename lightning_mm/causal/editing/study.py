@@ -20,7 +20,7 @@ from lightning_mm.causal.editing.multedit import Association, EditConfig, ValueO
 from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.causal.questions.scoring import ForcedAnswer
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 
@@ -160,7 +160,7 @@ class EditStudy:
         # Of equal scores, the layer whose new answers are most probable.
         best = max(scores, key=lambda each: (each.overall, each.log_prob))
         tried = f"{len(scores)} layers tried with {min(num_edits, len(self.cases))} edits"
-        decide("edit.layer", best.layer, f"best of {tried}: {best.overall:.2f}")
+        log_decision("edit.layer", best.layer, f"best of {tried}: {best.overall:.2f}")
         return best.layer, scores
 
     def run(self, method: Method, apply: Apply, layer: int, config: EditConfig) -> EditOutcome:

@@ -24,7 +24,7 @@ from lightning_mm.causal.effects.aggregate import group_ids
 from lightning_mm.causal.effects.attention_flow import contribution_norms
 from lightning_mm.causal.interventions.activation_cache import ActivationCache
 from lightning_mm.causal.questions.question import EncodedQuestion, Question
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.handle import MultimodalModel
@@ -58,7 +58,7 @@ def l1_strength(num_questions: int, num_features: int) -> float:
     """
     c = max(C, 4 / math.sqrt(2 * num_questions * math.log(max(num_features, 2))))
     if c > C:
-        decide("causal.predictor.c", f"{c:.2g}", f"{num_questions} questions are too few for {C}")
+        log_decision("causal.predictor.c", f"{c:.2g}", f"{num_questions} questions are too few for {C}")
     return c
 
 

@@ -18,7 +18,7 @@ from lightning_mm.causal.effects.attention_knockout import attention_edge
 from lightning_mm.causal.interventions.activation_cache import ActivationCache
 from lightning_mm.causal.questions.image_regions import patch_grids
 from lightning_mm.causal.questions.question import EncodedQuestion
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.probe_sets.build.patch_grids import NO_GRID, NO_OBJECT_SITES
@@ -80,7 +80,9 @@ class PictureGrids:
         side = math.isqrt(number)
         if layout != NO_GRID or thw is not None or side * side != number or side == 1:
             raise _no_map(encoded, layout.removeprefix(f"{NO_OBJECT_SITES}: "))
-        decide("causal.picture_grid", f"{side} x {side}", "the processor tells no grid; this is the number of tokens")
+        log_decision(
+            "causal.picture_grid", f"{side} x {side}", "the processor tells no grid; this is the number of tokens"
+        )
         return PictureGrid(side, side, 0, None)
 
 

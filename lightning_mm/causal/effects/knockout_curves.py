@@ -28,7 +28,7 @@ from lightning_mm.causal.interventions.interventions import layer_window
 from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.question import last_logits
 from lightning_mm.causal.questions.scoring import Answer
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.models.handle import MultimodalModel
@@ -124,7 +124,7 @@ def _partial_forward(mm: MultimodalModel, clean: ActivationCache) -> PartialForw
     try:
         return PartialForward(mm, clean)
     except UserError as error:
-        decide("causal.knockout", "whole runs, slow", error.why)
+        log_decision("causal.knockout", "whole runs, slow", error.why)
         return None
 
 

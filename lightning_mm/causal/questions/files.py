@@ -42,7 +42,7 @@ from urllib.parse import unquote, urlsplit
 from lightning_mm.causal.questions import constraint_matching
 from lightning_mm.causal.questions.constraint_matching import Span
 from lightning_mm.causal.questions.question import Question
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
@@ -260,7 +260,7 @@ def _log_questions(path: Path, read: QuestionFile) -> None:
     reasons = Counter(each.reason.partition(":")[0] for each in read.rejected).most_common()
     found = ", ".join(f"{count} {rule}" for rule, count in rules)
     left_out = ", ".join(f"{count} {reason}" for reason, count in reasons)
-    decide(
+    log_decision(
         "causal.constraints",
         f"{len(read.questions)} questions of {read.num_rows} rows in {path.name}",
         f"how constraints were found: {found}" + (f"; not used: {left_out}" if left_out else ""),

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder, last_logits
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.chat import ChatError
 from lightning_mm.data.sample import Rejection
@@ -185,13 +185,13 @@ def answer_until(
         if sum(answer.right for answer in answers) >= num_correct:
             break
     correct = [answer for answer in answers if answer.right]
-    decide(
+    log_decision(
         "causal.questions",
         f"{len(correct)} of {len(answers)} answered right",
         "only what a model knows can be traced",
     )
     if num_long := sum(answer.length > 1 for answer in correct):
-        decide("causal.answers", "the first token is followed", f"{num_long} of the right answers have several")
+        log_decision("causal.answers", "the first token is followed", f"{num_long} of the right answers have several")
     if not correct:
         first = rejected[0].reason if rejected else "none of the greedy answers is the given one"
         raise UserError(

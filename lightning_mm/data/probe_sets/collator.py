@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.data import chat
 from lightning_mm.data import images as pictures
@@ -74,7 +74,7 @@ class ProbeCollator:
         for row in [row for row in rows if row.boxes][:1]:
             for reason in dict.fromkeys(each.reason for each in self([row]).rejected):
                 if reason.startswith(NO_OBJECT_SITES):
-                    decide("data.probes.object_at_patches", "not read", reason)
+                    log_decision("data.probes.object_at_patches", "not read", reason)
 
     def _render(self, row: ProbeRow, rejected: list[Rejection]) -> RenderedSample | None:
         try:
@@ -180,7 +180,7 @@ def probe_loader(
     collator.log_missing_object_sites(rows)
     size = max(1, min(batch_size, len(rows) // rank_and_world_size()[1]))
     if size < batch_size:
-        decide("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {rank_and_world_size()[1]} ranks")
+        log_decision("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {rank_and_world_size()[1]} ranks")
     batches = [rows[start : start + size] for start in range(0, len(rows), size)]
     return evaluation_loader(batches, _UnwrapBatch(collator), batch_size=1, num_workers=num_workers)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Role, Sample, Turn
 
@@ -228,7 +228,7 @@ def read_conversations(
             rejections.append(Rejection(origin, str(error)))
     _check_any(path, samples, rejections)
     if reader.num_marked:
-        decide(
+        log_decision(
             "data.image_marks",
             "put in front of the first question",
             f"{reader.num_marked} rows of {path.name} name images but hold no <image> mark",

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.models.attention.dispatch import AttentionFunction, attention_modules, change_attention
 
 
@@ -266,7 +266,7 @@ def _narrow(query: Tensor) -> bool:
     """Whether the kernel would run in bfloat16. Rotary positions make float32 of queries; autocast narrows them."""
     narrow = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
     if narrow:
-        decide("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
+        log_decision("attention", "float32 where gradients flow", "its bfloat16 backward is slower on this processor")
     return narrow
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.dispatch import (
     AttentionFunction,
@@ -66,7 +66,9 @@ class AttentionCall:
         kernel = self.kernel
         if kernel not in _MASKED:
             kernel = "eager" if any(self.options.get(name) is not None for name in _ONLY_EAGER) else "sdpa"
-            decide("causal.attention", kernel, f"{self.kernel} takes no written-out mask; this one computes the same")
+            log_decision(
+                "causal.attention", kernel, f"{self.kernel} takes no written-out mask; this one computes the same"
+            )
         return self.lookup(kernel, _eager_of(self.module))(
             self.module, self.query, self.key, self.value, self.mask, **self.options
         )

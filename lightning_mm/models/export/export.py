@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.models.lora import ADAPTER, adapted_modules
@@ -176,7 +176,7 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     for name, layer in adapted.items():
         state |= {f"{name}.{key}": tensor for key, tensor in _merged(name, layer).state_dict().items()}
     if adapted:
-        decide("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
+        log_decision("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
     return state
 
 
@@ -198,7 +198,9 @@ def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
     config = copy.deepcopy(model.config)
     if _tied(model) and not _tied_in(model, state):
         config.tie_word_embeddings = config.get_text_config(decoder=True).tie_word_embeddings = False
-        decide("export", "head untied from embedding", "they were one tensor; an adapter changed only one of the two")
+        log_decision(
+            "export", "head untied from embedding", "they were one tensor; an adapter changed only one of the two"
+        )
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(state, strict=True, assign=True)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.export import verify_subprocess
 
@@ -131,7 +131,9 @@ def prove(claim: Claim) -> Verdict:
             f"In a fresh process its logits, of up to {verdict.scale:.3g}, differ by {verdict.difference:.3g}{wrong}.",
             "Do not use the folder. Check that the base model is the one trained on, and report the model's type.",
         )
-    decide("export.proof", f"largest logit difference {verdict.difference:.2g}", "loaded by a fresh process without us")
+    log_decision(
+        "export.proof", f"largest logit difference {verdict.difference:.2g}", "loaded by a fresh process without us"
+    )
     return verdict
 
 

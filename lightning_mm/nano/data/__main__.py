@@ -9,7 +9,7 @@ import logging
 import sys
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.nano.data import SMALL, build_nano_data
 from lightning_mm.nano.data.tuxpaint import DEFAULT_FOLDER
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     stamps = options.stamps
     if stamps is None and DEFAULT_FOLDER.is_dir():
         stamps = DEFAULT_FOLDER
-        decide("nano_data.stamps", stamps, "installed on this machine")
+        log_decision("nano_data.stamps", stamps, "installed on this machine")
     try:
         sizes = SMALL if options.small else None
         out = build_nano_data(options.out, seed=options.seed, image_size=options.image_size, sizes=sizes, stamps=stamps)

@@ -18,7 +18,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.data.sample import Rejection
@@ -165,7 +165,7 @@ def build_nano_data(
         "stamps": stamps_digest(stamps) if stamps else None,
     }
     if _is_built(out, recipe):
-        decide("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
+        log_decision("nano_data", out, "kept: the same recipe, seed and packages, and the files are whole")
         return out
     with staged_folder(out, overwrite=True) as staged:
         _write(staged, recipe, stamps, sizes)
@@ -199,7 +199,7 @@ def _split_content(seed: int, stamps: Path | None) -> tuple[dict[Split, SplitCon
     flags_by_split = split_things([flag for flag, _ in flags], seed)
     rejected = [*rejected, *no_stamps]
     if rejected:
-        decide("nano_data.left_out", len(rejected), "; ".join(sorted({each.reason for each in rejected})))
+        log_decision("nano_data.left_out", len(rejected), "; ".join(sorted({each.reason for each in rejected})))
     contents = {split: SplitContent(by_split[split], flags_by_split[split], facts) for split in by_split}
     return contents, rejected
 

@@ -7,12 +7,12 @@ Data flow: ``parts`` (data files -> tensors, tokenizer) -> ``join`` (model, proc
 """
 
 import json
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import is_absent_or_empty, staged_folder
 from lightning_mm.nano.model.join import PATCH, Dtype, Recipe, assemble
 from lightning_mm.nano.model.parts import DINOV2, SMOLLM2, locate
 
@@ -50,7 +50,7 @@ def build_nano_model(
     recipe = Recipe(image_size, vision_feature_layer, seed, dtype)
     _check_options(recipe)
     if _is_complete(out, recipe):
-        decide("nano", out, "this model is already there")
+        log_decision("nano", out, "this model is already there")
         return out
     _refuse_to_overwrite(out)
     _build(out, recipe, Path(llm) if llm else None, Path(vision) if vision else None)
@@ -58,21 +58,13 @@ def build_nano_model(
 
 
 def _build(out: Path, recipe: Recipe, llm: Path | None, vision: Path | None) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as name:
-        scratch, made = Path(name), Path(name) / "model"
-        assemble(made, recipe, locate(SMOLLM2, llm, scratch), locate(DINOV2, vision, scratch))
-        (made / MANIFEST).write_text(json.dumps({"recipe": asdict(recipe), "bytes": _sizes(made)}, indent=1))
-        _replace_folder(made, out, recipe)
-
-
-def _replace_folder(made: Path, out: Path, recipe: Recipe) -> None:
-    """Rename ``made`` to ``out``, unless another process has put the same model there meanwhile."""
     try:
-        if out.exists():
-            out.rename(made.with_name("old"))
-        made.rename(out)
+        with staged_folder(out, overwrite=True) as staged:
+            scratch = staged.parent  # the hidden folder around it, which is removed
+            assemble(staged, recipe, locate(SMOLLM2, llm, scratch), locate(DINOV2, vision, scratch))
+            (staged / MANIFEST).write_text(json.dumps({"recipe": asdict(recipe), "bytes": _sizes(staged)}, indent=1))
     except OSError:
+        # Another process may have put the same model there meanwhile.
         if not _is_complete(out, recipe):
             raise
 
@@ -104,7 +96,7 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if is_absent_or_empty(out):
         return
     if not (out / MANIFEST).is_file():
         raise UserError(
@@ -112,4 +104,4 @@ def _refuse_to_overwrite(out: Path) -> None:
             f"It has no {MANIFEST}, so it is not a nano model.",
             "Name another folder, or remove it.",
         )
-    decide("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")
+    log_decision("nano", f"{out} is rebuilt", "it was made by another recipe, or has been altered since")

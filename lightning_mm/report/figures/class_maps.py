@@ -1,23 +1,33 @@
-"""What comes back by kind of token, averaged over questions: layers upwards, kinds to the right, one map per site.
+"""What an intervention restores by kind of token, mean over questions: layers upwards, kinds to the right.
 
-Data flow: rows of layers.csv, measure ``trace``, sites ``<site>/<class>`` -> ``Drawing`` -> report.html and W&B.
+Data flow: rows of layers.csv, measure ``trace``, sites ``<site>/<class>`` -> ``ClassMap`` -> ``Figure`` of the report.
 
-Shapes: L layers x K kinds of tokens; cells whose interval holds no effect are pale.
+Shapes: L layers x K kinds of tokens; cells whose interval includes no effect are pale.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
 
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import MODULE_SITES, TOKEN_CLASSES
-from lightning_mm.report.figures import colors
-from lightning_mm.report.figures.drawing import Box, Drawing, Ring, Shape, Words, hatched
-from lightning_mm.report.figures.layer_axis import LayerAxis
-from lightning_mm.report.figures.trace_maps import edges, legend, side
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.figure import Figure, layered, printable, tip, without_validation
+from lightning_mm.report.figures.heatmap_parts import (
+    ColorScale,
+    Columns,
+    LayerAxis,
+    cells,
+    color_legend,
+    ring,
+    text,
+)
 from lightning_mm.report.tables.numbers import percent
-from lightning_mm.report.tables.panels import Trained, spoken
+from lightning_mm.report.tables.panels import TrainedLayers, layer_name
 
-_LEFT, _COLUMN, _TOP = 42.0, 54.0, 10.0
+_LEFT, _RIGHT, _COLUMN, _TOP, _HEADING, _LEGEND = 42.0, 12.0, 54.0, 10.0, 20.0, 176.0
 _MOST_SITES, _MOST_CLASSES = 6, 12
 
 
@@ -26,10 +36,10 @@ class ClassMap:
     """One site at one step.
 
     Args:
-        site: What is put back.
+        site: What is patched.
         classes: (K,) the kinds of tokens, in reading order.
         rows: By (layer, kind).
-        reach: The value of the strongest colour.
+        reach: The value of the strongest color.
     """
 
     site: str
@@ -43,65 +53,68 @@ class ClassMap:
 
     @property
     def best(self) -> LayerRow | None:
-        """Where most comes back, of what its interval tells from no effect."""
-        clear = [row for row in self.rows.values() if row.value is not None and row.value > 0 and not is_pale(row)]
+        """Where most is restored, of what its interval separates from no effect."""
+        clear = [r for r in self.rows.values() if r.value is not None and r.value > 0 and not includes_no_effect(r)]
         return max(clear, key=lambda row: row.value or 0.0, default=None)
 
     @property
-    def said(self) -> str:
+    def summary(self) -> str:
         best = self.best
         if best is None:
             return "nothing that its interval tells from no effect"
-        return f"most at {spoken(best.layer)}, {class_words(best)}"
+        return f"most at {layer_name(best.layer)}, {class_name(best)}"
 
-    def drawing(self, trained: Trained, *, headed: bool = False) -> Drawing:
-        """As a drawing; ``headed`` with its title above it."""
-        layers = [layer for layer, _ in self.rows]
-        axis = LayerAxis(min(0, *layers), max(trained.total - 1, *layers), trained, _TOP + 20 * headed)
-        right = _LEFT + _COLUMN * len(self.classes)
-        shapes: list[Shape] = [
-            *self._cells(axis),
-            *side(axis, _LEFT),
-            *edges(axis, _LEFT, right),
-            *self._below(axis.bottom + 14),
-            *legend(_LEFT, axis.bottom + 38, self.reach),
-        ]
-        best = self.best
-        if best is not None:
-            kind = best.site.partition("/")[2]
-            x = _LEFT + _COLUMN * (self.classes.index(kind) + 0.5)
-            shapes.append(Ring(x, axis.y(best.layer), max(5.0, axis.row / 2 + 2)))
-        if headed:
-            shapes.append(Words(_LEFT, 18, self.title, "strong"))
-        width = max(right + 12, _LEFT + 200)
-        return Drawing(width, axis.bottom + 66, f"{self.title}: {self.said}", tuple(shapes))
-
-    def _cells(self, axis: LayerAxis) -> Iterator[Shape]:
-        void = []
+    @without_validation
+    def figure(self, trained: TrainedLayers, *, headed: bool = False) -> Figure:
+        """The map, with the layers that train marked; ``headed`` with its title above it."""
+        axis = LayerAxis.over([layer for layer, _ in self.rows], trained, first=0)
+        columns = Columns(0, len(self.classes), _COLUMN * len(self.classes))
+        scale, best = ColorScale.symmetric(self.reach), self.best
+        known: list[dict[str, Any]] = []
+        undefined: list[dict[str, Any]] = []
         for (layer, kind), row in self.rows.items():
-            x, y = _LEFT + _COLUMN * self.classes.index(kind), axis.y(layer) - axis.row / 2
-            if row.value is None:
-                void.append(Box(x, y, _COLUMN, axis.row, "none", _tip(row)))
-                continue
-            look = f"d{colors.signed_level(row.value / self.reach)}"
-            yield Box(x, y, _COLUMN, axis.row, look, _tip(row), is_pale(row))
-        if void:
-            yield from void
-            yield hatched(void)
+            left, opacity = self.classes.index(kind), theme.PALE if includes_no_effect(row) else 1.0
+            place = {"left": left, "right": left + 1, "low": layer - 0.5, "high": layer + 0.5}
+            cell = {"layer": layer, "kind": kind, **place, "value": row.value, "tip": printable(_tip(row))}
+            (undefined if row.value is None else known).append(cell | {"opacity": opacity})
+        peak = (
+            [] if best is None else [{"x": self.classes.index(best.site.partition("/")[2]) + 0.5, "layer": best.layer}]
+        )
+        legend, legend_data = color_legend(scale, columns, axis.height + 38, percent, _LEGEND)
+        data: dict[str, list[dict[str, Any]]] = {
+            "trained": axis.trained_runs,
+            "cells": known,
+            "undefined": undefined,
+            "peak": peak,
+            "kinds": list(self._kind_labels()),
+            "heading": [{"text": printable(self.title), "align": "left", "strong": True}] if headed else [],
+        }
+        pale = {"fillOpacity": alt.FillOpacity(field="opacity", type="nominal", scale=None)}
+        below, above = axis.height + 14, 8 - _HEADING
+        views = [
+            axis.trained_bar(),
+            *cells(axis, columns, scale, description=tip(), **pale),
+            *axis.trained_edges(columns.width),
+            text("kinds", "kinds", columns.at("x"), below, lineHeight=12, fontWeight="normal"),
+            *legend,
+            *ring(columns.at("x"), axis.at("layer"), max(5.0, axis.row / 2 + 2)),
+            text("heading", "heading", 0, above),
+        ]
+        chart = layered(data | legend_data, views, columns.width, axis.height)
+        top = _TOP + _HEADING * headed
+        size = (max(_LEFT + columns.width + _RIGHT, _LEFT + 200), top + axis.height + 66)
+        return Figure(chart, data | legend_data, size, (_LEFT, top), f"{self.title}: {self.summary}")
 
-    def _below(self, y: float) -> Iterator[Shape]:
+    def _kind_labels(self) -> Iterator[dict[str, Any]]:
         """The kinds of tokens, in two lines where they have two words."""
         for number, kind in enumerate(self.classes):
-            look = "ink" if kind == "constraint" else ""
-            first, _, rest = (
-                TOKEN_CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ").partition(" ")
-            )
-            for line, words in enumerate(filter(None, (first.replace("_", " "), rest))):
-                yield Words(_LEFT + _COLUMN * (number + 0.5), y + 12 * line, words, look, "middle")
+            name = TOKEN_CLASSES.get(kind, kind[:9]).replace(",", "").replace("rest of ", "rest_of ")
+            lines = [printable(line.replace("_", " ")) for line in name.partition(" ")[::2] if line]
+            yield {"x": number + 0.5, "text": lines, "strong": kind == "constraint"}
 
 
 def class_maps(rows: Sequence[LayerRow]) -> list[ClassMap]:
-    """One map per site, of the last step; parts of a layer share their colours, the residual stream has its own."""
+    """One map per site, of the last step; parts of a layer share one color scale, the residual stream has its own."""
     traced = [row for row in rows if row.measure == "trace" and "/" in row.site]
     last = max((row.step for row in traced), default=0)
     by_site: dict[str, dict[tuple[int, str], LayerRow]] = {}
@@ -118,13 +131,13 @@ def class_maps(rows: Sequence[LayerRow]) -> list[ClassMap]:
     ]
 
 
-def is_pale(row: LayerRow) -> bool:
-    """Whether no effect lies within the interval."""
+def includes_no_effect(row: LayerRow) -> bool:
+    """Whether the interval of a row includes the value that stands for no effect."""
     null = row.null or 0.0
     return row.low is not None and row.high is not None and row.low <= null <= row.high
 
 
-def class_words(row: LayerRow) -> str:
+def class_name(row: LayerRow) -> str:
     """The kind of token that a row is about."""
     kind = row.site.partition("/")[2]
     return TOKEN_CLASSES.get(kind, kind[:40])
@@ -150,7 +163,7 @@ def _known(rows: Mapping[tuple[int, str], LayerRow]) -> dict[tuple[int, str], La
 
 
 def _tip(row: LayerRow) -> str:
-    where = f"{spoken(row.layer)}, {class_words(row)}"
+    where = f"{layer_name(row.layer)}, {class_name(row)}"
     if row.value is None:
         return f"{where}: undefined ({row.undefined[:200]})"
     words = f"{where}: {percent(row.value)}"

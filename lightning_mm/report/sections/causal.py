@@ -1,7 +1,7 @@
-"""The report's section "What causes the answer": what interventions found, from one sentence to single questions.
+"""The report's section "What causes the answer": effects of interventions, from one sentence to single questions.
 
-Data flow: causal rows of layers.csv, traces.json, pictures.json, causal.json -> class maps, traces, profiles, pictures
-and tables. Each file costs its own part only; all of it is untrusted.
+Data flow: causal rows of layers.csv, traces.json, pictures.json, causal.json -> maps by kind of token, traces,
+profiles, overlaid images and tables. A damaged file costs its own part only; no content is trusted.
 """
 
 import math
@@ -14,24 +14,24 @@ from lightning_mm.core.io import read_json
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import measure
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.report.figures.class_maps import class_maps, class_words
-from lightning_mm.report.figures.trace_maps import fall, peak_words, trace_map
-from lightning_mm.report.optional_file import Found, found
+from lightning_mm.report.figures.class_maps import class_maps, class_name
+from lightning_mm.report.figures.trace_maps import peak_words, probability_drop, trace_map
+from lightning_mm.report.optional_file import OptionalFile, read_optional
 from lightning_mm.report.sections import image_overlays
-from lightning_mm.report.sections.layers import Card, Group, Inside, inside
+from lightning_mm.report.sections.layers import LayerSection, MeasureFigure, Question, layer_section
 from lightning_mm.report.sections.samples import THUMBNAIL, packed
 from lightning_mm.report.tables.numbers import percent, short
-from lightning_mm.report.tables.panels import StepNames, Trained, panels, spoken
+from lightning_mm.report.tables.panels import StepLabels, TrainedLayers, layer_name, panels
 from lightning_mm.report.tables.traces import Trace, read_traces
 
 FILES = ("causal.json", "traces.json", "pictures.json")
 MOST_TRACES = 12
-"""So many are drawn; the others are counted, and stand in traces.json."""
+"""How many traces are drawn; the others are counted, and stand in traces.json."""
 _OPEN, _MOST_TIPS, _MOST_TABLES, _MOST_ROWS, _MOST_COLUMNS = 2, 4, 12, 60, 12
 
 
 @dataclass(frozen=True)
-class Map:
+class HeatMap:
     """One heat map and the words about it."""
 
     title: str
@@ -41,14 +41,14 @@ class Map:
 
 
 @dataclass(frozen=True)
-class Traced:
+class TracedQuestion:
     """One question with its traces."""
 
     text: str
     constraint: str
-    fall: str
+    drop: str
     picture: str
-    maps: tuple[Map, ...]
+    maps: tuple[HeatMap, ...]
 
 
 @dataclass(frozen=True)
@@ -62,27 +62,29 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Causes:
+class CausalSection:
     """The whole section; each part may be empty."""
 
     lead: str
-    maps: tuple[Map, ...]
-    shown: tuple[Traced, ...]
-    more: tuple[Traced, ...]
-    profiles: Inside | None
-    groups: tuple[Group, ...]
+    maps: tuple[HeatMap, ...]
+    shown: tuple[TracedQuestion, ...]
+    more: tuple[TracedQuestion, ...]
+    profiles: LayerSection | None
+    questions: tuple[Question, ...]
     strips: tuple[image_overlays.Strip, ...]
     tables: tuple[Table, ...]
     problems: tuple[str, ...]
     further: str
 
 
-def is_cause(row: LayerRow) -> bool:
+def is_causal(row: LayerRow) -> bool:
     """Whether a row belongs to this section."""
     return row.analysis == "causal" or measure(row.measure).question == "causal"
 
 
-def causes(run: RunDirectory, rows: Sequence[LayerRow], trained: Trained, names: StepNames) -> Causes | None:
+def causal_section(
+    run: RunDirectory, rows: Sequence[LayerRow], trained: TrainedLayers, names: StepLabels
+) -> CausalSection | None:
     """All that a run and the causal rows of its layers.csv tell of causes; None where nothing was looked for."""
     if not rows and not any((run.path / name).exists() for name in FILES):
         return None
@@ -92,11 +94,11 @@ def causes(run: RunDirectory, rows: Sequence[LayerRow], trained: Trained, names:
     shown, more, further, odd = traces.content or ((), (), "", [])
     strips, lost = overlays.content or ([], [])
     words, tables = told.content or ("", ())
-    profiles = found(run.layers, lambda: inside(rows, 0, trained, names)) if rows else Found()
-    maps = found(run.layers, lambda: tuple(_maps(rows, trained, names))) if rows else Found()
-    lead = found(run.layers, lambda: _lead(rows)) if rows else Found()
+    profiles = read_optional(run.layers, lambda: layer_section(rows, 0, trained, names)) if rows else OptionalFile()
+    maps = read_optional(run.layers, lambda: tuple(_maps(rows, trained, names))) if rows else OptionalFile()
+    lead = read_optional(run.layers, lambda: _lead(rows)) if rows else OptionalFile()
     unread = [f.problem for f in (told, traces, overlays, profiles, maps, lead) if f.problem]
-    return Causes(
+    return CausalSection(
         " ".join(filter(None, (words, lead.content))),
         maps.content or (),
         shown,
@@ -112,15 +114,15 @@ def causes(run: RunDirectory, rows: Sequence[LayerRow], trained: Trained, names:
 
 def title(run: RunDirectory) -> tuple[str, str]:
     """Title and model that causal.json tells; empty where it tells none."""
-    raw = found(run.path / FILES[0], lambda: read_json(run.path / FILES[0])).content
+    raw = read_optional(run.path / FILES[0], lambda: read_json(run.path / FILES[0])).content
     told = raw if isinstance(raw, Mapping) else {}
     return str(told.get("title") or "")[:120], str(told.get("model") or "")[:120]
 
 
-def _read(root: Path, name: str, read: Any) -> Found:
+def _read(root: Path, name: str, read: Any) -> OptionalFile:
     """A file that may well be missing: not every run makes all."""
     path = root / name
-    return found(path, lambda: read(read_json(path))) if path.exists() else Found()
+    return read_optional(path, lambda: read(read_json(path))) if path.exists() else OptionalFile()
 
 
 def _told(raw: Any) -> tuple[str, tuple[Table, ...]]:
@@ -160,17 +162,16 @@ def _cell(value: Any) -> tuple[str, bool]:
     return str(value)[:300], False
 
 
-def _maps(rows: Sequence[LayerRow], trained: Trained, names: StepNames) -> Iterator[Map]:
+def _maps(rows: Sequence[LayerRow], trained: TrainedLayers, names: StepLabels) -> Iterator[HeatMap]:
     steps = {row.step for row in rows if row.measure == "trace"}
     when = names.long(max(steps)) if len(steps) > 1 else ""
     for each in class_maps(rows):
-        yield Map(each.title, "; ".join(filter(None, (each.said, when))), "", each.drawing(trained).svg())
+        yield HeatMap(each.title, "; ".join(filter(None, (each.summary, when))), "", each.figure(trained).svg())
 
 
-_Questions = tuple[Traced, ...]
-
-
-def _traces(root: Path, raw: Any, trained: Trained) -> tuple[_Questions, _Questions, str, list[str]]:
+def _traces(
+    root: Path, raw: Any, trained: TrainedLayers
+) -> tuple[tuple[TracedQuestion, ...], tuple[TracedQuestion, ...], str, list[str]]:
     """Questions with their traces: the first ones, those on demand; how many are not drawn, and what is odd."""
     read, left, problems = read_traces(raw, MOST_TRACES)
     by_question: dict[tuple[str, str, str], list[Trace]] = {}
@@ -184,42 +185,44 @@ def _traces(root: Path, raw: Any, trained: Trained) -> tuple[_Questions, _Questi
     return tuple(drawn[:_OPEN]), tuple(drawn[_OPEN:]), further, problems
 
 
-def _question(root: Path, group: Sequence[Trace], trained: Trained, *, tips: bool) -> Traced:
+def _question(root: Path, group: Sequence[Trace], trained: TrainedLayers, *, tips: bool) -> TracedQuestion:
     maps = []
     for trace in group:
         void = any(value is None for row in trace.values for value in row)
-        said = f"{trace.said}. Hatched: {trace.undefined}" if void else trace.said
-        maps.append(Map(trace.title, f"most: {peak_words(trace)}", said, trace_map(trace, trained, tips=tips).svg()))
+        said = f"{trace.summary}. Hatched: {trace.undefined}" if void else trace.summary
+        maps.append(
+            HeatMap(trace.title, f"most: {peak_words(trace)}", said, trace_map(trace, trained, tips=tips).svg())
+        )
     first = group[0]
     small = image_overlays.named(root, first.image, THUMBNAIL)
     picture = packed(small) if small else ""
     lost = f" The picture {first.image[:80]} cannot be shown." if first.image and not picture else ""
-    return Traced(first.text, first.constraint, f"{fall(first)}.{lost}", picture, tuple(maps))
+    return TracedQuestion(first.text, first.constraint, f"{probability_drop(first)}.{lost}", picture, tuple(maps))
 
 
-def _regrouped(groups: Sequence[Group]) -> Iterator[Group]:
+def _regrouped(groups: Sequence[Question]) -> Iterator[Question]:
     """One group per quantity, its variants with it."""
-    shown = [card for group in groups for card in group.shown]
-    more = [card for group in groups for card in group.more]
-    for name in dict.fromkeys(_family(card) for card in (*shown, *more)):
-        mine, others = ([card for card in cards if _family(card) == name] for cards in (shown, more))
-        named = ", ".join(dict.fromkeys(card.title for card in others))
+    shown = [figure for group in groups for figure in group.shown]
+    more = [figure for group in groups for figure in group.more]
+    for name in dict.fromkeys(_quantity(figure) for figure in (*shown, *more)):
+        mine, others = ([figure for figure in figures if _quantity(figure) == name] for figures in (shown, more))
+        named = ", ".join(dict.fromkeys(figure.title for figure in others))
         meaning = (mine or others)[0].meaning
         lead = f"{meaning[:1].upper()}{meaning[1:]}."
-        placed = [tuple(_by_place(card, name) for card in cards) for cards in (mine, others)]
-        yield Group(name, lead, placed[0], placed[1], named)
+        placed = [tuple(_titled_by_place(figure, name) for figure in figures) for figures in (mine, others)]
+        yield Question(name, lead, placed[0], placed[1], named)
 
 
-def _family(card: Card) -> str:
-    return card.title.partition(",")[0]
+def _quantity(figure: MeasureFigure) -> str:
+    return figure.title.partition(",")[0]
 
 
-def _by_place(card: Card, family: str) -> Card:
-    """A card whose heading says where, since the heading above it says what."""
-    if not card.place:
-        return card
-    told = ("", "") if card.title == family else (card.title, card.meaning)
-    return replace(card, title=f"{card.place[:1].upper()}{card.place[1:]}", place=told[0], meaning=told[1])
+def _titled_by_place(figure: MeasureFigure, quantity: str) -> MeasureFigure:
+    """A figure whose title says where, since the heading above it says what."""
+    if not figure.place:
+        return figure
+    place, meaning = ("", "") if figure.title == quantity else (figure.title, figure.meaning)
+    return replace(figure, title=f"{figure.place[:1].upper()}{figure.place[1:]}", place=place, meaning=meaning)
 
 
 def _lead(rows: Sequence[LayerRow]) -> str:
@@ -229,7 +232,7 @@ def _lead(rows: Sequence[LayerRow]) -> str:
     best = max(((e, row) for e, row in parts if row is not None), key=lambda found: found[1].value or 0.0, default=None)
     if best:
         each, row = best
-        where = f"at {spoken(row.layer)} ({class_words(row)})"
+        where = f"at {layer_name(row.layer)} ({class_name(row)})"
         much = f"{percent(row.value or 0.0)} of the lost probability{_sure(row)}"
         words.append(f"{each.title} {where} brings back most: {much}.")
     cuts = [(panel, panel.peak(panel.measured[-1])) for panel in panels(rows) if panel.measured]
@@ -238,7 +241,7 @@ def _lead(rows: Sequence[LayerRow]) -> str:
     if worst and worst[0] is not None and worst[0] < 0:
         place, row = worst[1].partition(",")[0], worst[2]
         cost = f"the answer's probability changes by {percent(worst[0])}{_sure(row)}"
-        words.append(f"Cutting attention from {place} about {spoken(row.layer)} costs most: {cost}.")
+        words.append(f"Cutting attention from {place} about {layer_name(row.layer)} costs most: {cost}.")
     return " ".join(words)
 
 

@@ -14,8 +14,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_mm.report.figures import colors
-from lightning_mm.report.figures.drawing import printable, wide
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.figure import printable, text_width
 from lightning_mm.report.sections.samples import packed, small
 from lightning_mm.report.tables.numbers import percent, short
 from lightning_mm.report.tables.traces import finite
@@ -153,36 +153,36 @@ def _overlaid(overlay: Overlay, size: tuple[float, float], reach: float, name: s
 
 
 def _levels(overlay: Overlay, reach: float) -> Iterator[tuple[int, int, str, float]]:
-    """(row, column, colour, how much it covers) of each defined cell; where values have signs, so do the colours."""
+    """(row, column, color, how much it covers) of each defined cell; where values have signs, so do the colors."""
     signed = any(v is not None and v < 0 for row in overlay.weights for v in row)
     for i, row in enumerate(overlay.weights):
         for j, value in enumerate(row):
             if value is not None:
                 share = min(abs(value) / reach, 1.0)
-                look = f"d{colors.signed_level(value / reach)}" if signed else "heat"
-                yield i, j, look, round(0.82 * share**0.8, 2)
+                color = theme.signed_color(value / reach) if signed else theme.HEAT
+                yield i, j, color, round(0.82 * share**0.8, 2)
 
 
 def _tipped(overlay: Overlay, width: float, height: float, reach: float) -> Iterator[str]:
-    for i, j, look, cover in _levels(overlay, reach):
+    for i, j, color, cover in _levels(overlay, reach):
         place = f'x="{j * width:.1f}" y="{i * height:.1f}" width="{width:.1f}" height="{height:.1f}"'
         value = overlay.weights[i][j] or 0.0
         said = f"row {i + 1}, column {j + 1}: {short(value)}"
         if overlay.words:
             said = f"“{overlay.words[i][j]}”: {percent(value)}"
         tip = f"<title>{escape(printable(said))}</title>"
-        yield f'<rect class="{look}" fill-opacity="{cover:g}" {place}>{tip}</rect>'
+        yield f'<rect fill="{color}" fill-opacity="{cover:g}" {place}>{tip}</rect>'
 
 
 def _merged(overlay: Overlay, width: float, height: float, reach: float) -> Iterator[str]:
     """Cells of one look as one shape: fine grids have thousands."""
     shapes: dict[tuple[str, float], list[str]] = {}
-    for i, j, look, cover in _levels(overlay, reach):
+    for i, j, color, cover in _levels(overlay, reach):
         box = f"M{j * width:.1f} {i * height:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z"
-        shapes.setdefault((look, round(cover, 1)), []).append(box)
-    for (look, cover), boxes in shapes.items():
+        shapes.setdefault((color, round(cover, 1)), []).append(box)
+    for (color, cover), boxes in shapes.items():
         if cover:
-            yield f'<path class="{look}" fill-opacity="{cover:g}" d="{"".join(boxes)}"/>'
+            yield f'<path fill="{color}" fill-opacity="{cover:g}" d="{"".join(boxes)}"/>'
 
 
 def _texts(overlay: Overlay, width: float, height: float) -> Iterator[str]:
@@ -193,7 +193,7 @@ def _texts(overlay: Overlay, width: float, height: float) -> Iterator[str]:
     for i, row in enumerate(overlay.words):
         for j, word in enumerate(row):
             text, room = printable(word.strip()), int(width / (0.64 * size))
-            while text and wide(text) > room:
+            while text and text_width(text) > room:
                 text = text[:-1]
             place = f'x="{(j + 0.5) * width:.1f}" y="{(i + 0.5) * height + size / 3:.1f}" text-anchor="middle"'
             yield f'<text class="over" style="font-size:{size:.1f}px" {place}>{escape(text)}</text>'

@@ -1,11 +1,8 @@
-"""The report's section "Inside the model": what it says of layers.csv, from the headline to the last detail.
+"""The report's section "Inside the model": what layers.csv says, from the headline to each single reason and note.
 
-Data flow: rows of layers.csv + which layers train -> headlines, cards by question, what is undefined, notes.
-Contents may be half written or not ours: a wrong shape raises LookupError, TypeError or ValueError.
-
-What could not be measured, and what a reader must know of what was: each reason once, with where it holds.
-
-Data flow: panels -> reasons and notes with the layers, places and measures that they concern -> the report.
+Data flow: rows of layers.csv and which layers train -> panels -> headlines, figures by question, undefined values (each
+reason once, with where it holds), notes. Contents may be half written or not ours: a wrong shape raises LookupError,
+TypeError or ValueError.
 """
 
 import re
@@ -14,11 +11,20 @@ from dataclasses import dataclass
 
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import QUESTIONS, rank
-from lightning_mm.report.figures import profiles
+from lightning_mm.report.figures.curves import LegendEntry
+from lightning_mm.report.figures.layers import MOST_COLUMNS, panel_figure
 from lightning_mm.report.figures.tracks import Track, panel_track
 from lightning_mm.report.sections.run import apart, ranges
 from lightning_mm.report.tables.numbers import percent, short
-from lightning_mm.report.tables.panels import EMBEDDINGS, Panel, StepNames, Trained, panels, short_name, spoken
+from lightning_mm.report.tables.panels import (
+    EMBEDDINGS,
+    Panel,
+    StepLabels,
+    TrainedLayers,
+    layer_name,
+    layer_tick,
+    panels,
+)
 
 _MOST, _LONGEST = 12, 240
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
@@ -27,7 +33,7 @@ PEAK_RANGE = re.compile(r"the peak is at layer (-?\d+) to (-?\d+)")
 
 
 @dataclass(frozen=True)
-class Gap:
+class UndefinedValues:
     """One reason why numbers are missing."""
 
     reason: str
@@ -36,7 +42,7 @@ class Gap:
     measures: str
 
 
-def gaps(found: Sequence[Panel]) -> tuple[Gap, ...]:
+def undefined_values(found: Sequence[Panel]) -> tuple[UndefinedValues, ...]:
     """The reasons for undefined values, the most frequent first; those that differ in their numbers only are one."""
     told: dict[str, list[tuple[str, int, Panel]]] = {}
     for panel in found:
@@ -45,7 +51,7 @@ def gaps(found: Sequence[Panel]) -> tuple[Gap, ...]:
                 told.setdefault(_NUMBER.sub("#", row.undefined), []).append((row.undefined, layer, panel))
     ordered = sorted(told.values(), key=lambda where: -len(where))
     listed = [
-        Gap(
+        UndefinedValues(
             spelled([reason for reason, _, _ in where]),
             _layers({layer for _, layer, _ in where}),
             "; ".join(sorted({panel.place for _, _, panel in where if panel.place})),
@@ -54,7 +60,7 @@ def gaps(found: Sequence[Panel]) -> tuple[Gap, ...]:
         for where in ordered[:_MOST]
     ]
     if len(ordered) > _MOST:
-        listed.append(Gap(f"{len(ordered) - _MOST} further reasons stand in layers.csv", "", "", ""))
+        listed.append(UndefinedValues(f"{len(ordered) - _MOST} further reasons stand in layers.csv", "", "", ""))
     return tuple(listed)
 
 
@@ -122,36 +128,38 @@ class Headline:
 
 
 @dataclass(frozen=True)
-class Card:
-    """One panel as it is shown."""
+class MeasureFigure:
+    """The figure of one panel, with its heading, its legend and its note."""
 
     title: str
     place: str
     meaning: str
-    drawing: profiles.Drawing
+    svg: str
+    legend: tuple[LegendEntry, ...]
+    note: str
 
 
 @dataclass(frozen=True)
-class Group:
-    """The cards that answer one question: some shown, the rest on demand."""
+class Question:
+    """The figures that answer one question: some shown, the rest on demand."""
 
     title: str
     lead: str
-    shown: tuple[Card, ...]
-    more: tuple[Card, ...]
+    shown: tuple[MeasureFigure, ...]
+    more: tuple[MeasureFigure, ...]
     titles: str
 
 
 @dataclass(frozen=True)
-class Inside:
+class LayerSection:
     """The whole section."""
 
     lead: str
     strip: str
     numbered: tuple[tuple[float, str], ...]
     headlines: tuple[Headline, ...]
-    groups: tuple[Group, ...]
-    gaps: tuple[Gap, ...]
+    groups: tuple[Question, ...]
+    undefined: tuple[UndefinedValues, ...]
     notes: tuple[tuple[str, str], ...]
     ends: tuple[str, str] | None
     left_out: str
@@ -159,10 +167,10 @@ class Inside:
     @property
     def holds_any(self) -> bool:
         """Whether there is anything to say."""
-        return bool(self.headlines or self.groups or self.gaps or self.left_out)
+        return bool(self.headlines or self.groups or self.undefined or self.left_out)
 
 
-def inside(rows: Sequence[LayerRow], bad: int, trained: Trained, names: StepNames) -> Inside:
+def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, names: StepLabels) -> LayerSection:
     """All that layers.csv tells.
 
     Args:
@@ -179,13 +187,13 @@ def inside(rows: Sequence[LayerRow], bad: int, trained: Trained, names: StepName
     track = Track(EMBEDDINGS, top, trained.layers)
     left_out = [f"{bad} lines of layers.csv cannot be read"] if bad else []
     left_out += [f"{len(measured) - len(drawn)} further panels are not drawn"] if len(drawn) < len(measured) else []
-    return Inside(
+    return LayerSection(
         _lead(main, found, trained, names),
-        track.strip(trained.layers),
+        track.membership(trained.layers).svg(),
         _numbers(track, trained),
         tuple(_headline(panel, track, trained) for panel in sorted(main, key=lambda p: p.measure.question != "moved")),
         _groups(drawn, main, trained, names),
-        gaps(found),
+        undefined_values(found),
         notes(found),
         _ends(main, names),
         "; ".join(left_out),
@@ -214,7 +222,7 @@ def _main(drawn: Sequence[Panel]) -> list[Panel]:
     return kept
 
 
-def _lead(main: Sequence[Panel], found: Sequence[Panel], trained: Trained, names: StepNames) -> str:
+def _lead(main: Sequence[Panel], found: Sequence[Panel], trained: TrainedLayers, names: StepLabels) -> str:
     """Where the trained layers are, how often was looked, and what moved most."""
     steps = sorted({step for panel in found for step in panel.steps})
     verb = {"trained": "train", "chosen": "were chosen to train"}[trained.word]
@@ -230,23 +238,23 @@ def _lead(main: Sequence[Panel], found: Sequence[Panel], trained: Trained, names
     if ends_at:
         value, layer, panel = min(ends_at, key=lambda end: end[0])
         inner = ", which trains" if trained.place(layer) == "inside" else ""
-        words += f"Most moved: {spoken(layer)}{inner}; samples keep {percent(value)} of their neighbours there "
+        words += f"Most moved: {layer_name(layer)}{inner}; samples keep {percent(value)} of their neighbours there "
         words += f"({panel.place}). "
     return words.strip()
 
 
-def _ends(main: Sequence[Panel], names: StepNames) -> tuple[str, str] | None:
+def _ends(main: Sequence[Panel], names: StepLabels) -> tuple[str, str] | None:
     """What is compared in the table: the first and the last step; None where there is one."""
     steps = sorted({step for panel in main for step in panel.measured})
     return (names.long(steps[0]), names.long(steps[-1])) if len(steps) > 1 else None
 
 
-def _numbers(track: Track, trained: Trained) -> tuple[tuple[float, str], ...]:
+def _numbers(track: Track, trained: TrainedLayers) -> tuple[tuple[float, str], ...]:
     shown = apart([*trained.ends, track.last, EMBEDDINGS], max(1, (track.last + 2) // 8))
     return tuple((track.share(layer), "emb" if layer == EMBEDDINGS else str(layer)) for layer in shown)
 
 
-def _headline(panel: Panel, track: Track, trained: Trained) -> Headline:
+def _headline(panel: Panel, track: Track, trained: TrainedLayers) -> Headline:
     """One row: the peak at the last step, what chance gives, and the change of that layer since the first."""
     steps, known = panel.measured, panel.measure
     peak = panel.peak(steps[-1])
@@ -256,9 +264,9 @@ def _headline(panel: Panel, track: Track, trained: Trained) -> Headline:
     change, moved = _change(panel, panel.cells.get((steps[0], row.layer)) if len(steps) > 1 else None, row)
     was = panel.peak(steps[0]) if len(steps) > 1 else None
     cells = {
-        "peak": spoken(row.layer) if peak else "all alike",
+        "peak": layer_name(row.layer) if peak else "all alike",
         "sure": _sure(peak),
-        "was": f"was {spoken(was.layer)}" if was and peak and was.layer != row.layer else "",
+        "was": f"was {layer_name(was.layer)}" if was and peak and was.layer != row.layer else "",
         "value": panel.spell(row.value),
         "interval": f"{panel.spell(row.low or 0.0)} to {panel.spell(row.high or 0.0)}" if sure else "no interval",
         "chance": "–" if row.null is None else panel.spell(row.null),
@@ -267,14 +275,14 @@ def _headline(panel: Panel, track: Track, trained: Trained) -> Headline:
         "where": (trained.place(row.layer) if peak else "") or "–",
     }
     clear = row.null is None or not sure or not _meets(row)
-    bars = panel_track(panel, track)
+    bars = panel_track(panel, track).svg()
     return Headline(known.title, panel.place, known.meaning, bars, cells, clear, moved, cells["where"] == "inside")
 
 
 def _sure(peak: LayerRow | None) -> str:
     """Between which layers the peak lies, where its notes say that."""
     found = PEAK_RANGE.search("; ".join(peak.notes)) if peak else None
-    return f"between {short_name(int(found[1]))} and {short_name(int(found[2]))}" if found else ""
+    return f"between {layer_tick(int(found[1]))} and {layer_tick(int(found[2]))}" if found else ""
 
 
 def _meets(row: LayerRow) -> bool:
@@ -299,7 +307,9 @@ def _change(panel: Panel, first: LayerRow | None, last: LayerRow) -> tuple[str, 
     return f"{sign}{spelled}", last.low > first.high or last.high < first.low  # type: ignore[operator]
 
 
-def _groups(drawn: Sequence[Panel], main: Sequence[Panel], trained: Trained, names: StepNames) -> tuple[Group, ...]:
+def _groups(
+    drawn: Sequence[Panel], main: Sequence[Panel], trained: TrainedLayers, names: StepLabels
+) -> tuple[Question, ...]:
     groups = []
     for question, (title, lead) in QUESTIONS.items():
         mine = [panel for panel in drawn if panel.measure.question == question]
@@ -308,16 +318,19 @@ def _groups(drawn: Sequence[Panel], main: Sequence[Panel], trained: Trained, nam
         if mine:
             titles = list(dict.fromkeys(panel.measure.title for panel in more))
             named = ", ".join(titles[:4]) + (f" and {len(titles) - 4} more" if len(titles) > 4 else "")
-            cards = [_card(panel, drawn, trained, names, profiles.MOST_COLUMNS) for panel in shown]
-            rest = [_card(panel, drawn, trained, names, _FEWER_COLUMNS) for panel in more]
-            groups.append(Group(title, lead, tuple(cards), tuple(rest), named))
+            figures = [_measure_figure(panel, drawn, trained, names, MOST_COLUMNS) for panel in shown]
+            rest = [_measure_figure(panel, drawn, trained, names, _FEWER_COLUMNS) for panel in more]
+            groups.append(Question(title, lead, tuple(figures), tuple(rest), named))
     return tuple(groups)
 
 
-def _card(panel: Panel, drawn: Sequence[Panel], trained: Trained, names: StepNames, columns: int) -> Card:
+def _measure_figure(
+    panel: Panel, drawn: Sequence[Panel], trained: TrainedLayers, names: StepLabels, columns: int
+) -> MeasureFigure:
     without = f"{panel.measure.name}/text_only"
-    blind = next(
+    withheld = next(
         (p for p in drawn if p.measure.name == without and p.site == panel.site and p.profile(p.steps[-1])), None
     )
-    drawing = profiles.draw(panel, trained, names, blind, columns=columns)
-    return Card(panel.measure.title, panel.place, panel.measure.meaning, drawing)
+    shown = panel_figure(panel, trained, names, withheld, columns=columns)
+    known = panel.measure
+    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.svg(), shown.legend, shown.note)

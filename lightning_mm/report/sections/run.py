@@ -1,11 +1,8 @@
-"""What each section of the report says, from the plain contents of the run's files; no HTML is made here.
+"""What the report says of a run: its curves, what trains, its accuracy, its decisions and what it left out.
 
-Data flow: ``local`` reads the files and calls one function per section; the template lays out what they return.
-Contents may be half written or not ours at all: a wrong shape raises KeyError, TypeError, ValueError or AttributeError.
-
-Which curves the report shows, from the values that were logged.
-
-Data flow: metrics.csv -> (step, value) by key -> ``charts`` -> the drawings of the section Curves, in reading order.
+Data flow: ``page`` reads the files of the run directory and calls one function per section; templates lay out what
+they return. Contents may be half written or not ours: a wrong shape raises LookupError, TypeError, ValueError or
+AttributeError.
 """
 
 import math
@@ -16,47 +13,68 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_mm.core import metric_names
-from lightning_mm.report.figures.charts import Chart, Points, Series, line_chart, running_mean
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.curves import ACCENT, RAW, LegendEntry, Points, Series, line_chart, running_mean
+from lightning_mm.report.figures.theme import LineStyle
 from lightning_mm.report.tables.numbers import percent, short
 
 Curves = Mapping[str, Points]
 
 
-def charts(curves: Curves) -> list[Chart]:
-    """The curves that have data, in reading order."""
+@dataclass(frozen=True)
+class Curve:
+    """One chart of the section Curves."""
+
+    title: str
+    unit: str
+    svg: str
+    legend: tuple[LegendEntry, ...]
+    note: str
+
+
+def charts(curves: Curves) -> list[Curve]:
+    """The charts that have data, in reading order."""
+    dotted = LineStyle(theme.INK, dash=theme.DOTTED)
     loss = curves.get(metric_names.TRAIN_LOSS, [])
     smooth = len(loss) > 40
     mean = [Series("train, mean", running_mean(loss, max(5, len(loss) // 25)))] if smooth else []
-    raw = Series("train", loss, "faint" if smooth else "accent")
+    train = Series("train", loss, RAW if smooth else ACCENT)
     groups = sorted(key for key in curves if key.startswith(metric_names.LEARNING_RATE + "/"))
     rates = [
-        Series(g.removeprefix(metric_names.LEARNING_RATE + "/"), curves[g], "accent", i) for i, g in enumerate(groups)
+        Series(
+            group.removeprefix(metric_names.LEARNING_RATE + "/"),
+            curves[group],
+            LineStyle(theme.TEAL, dash=theme.DASHES[i % len(theme.DASHES)]),
+        )
+        for i, group in enumerate(groups)
     ]
 
-    def of(key: str, label: str) -> list[Series]:
-        return [Series(label, curves.get(key, []))]
+    def only(key: str, label: str, style: LineStyle = ACCENT) -> list[Series]:
+        return [Series(label, curves.get(key, []), style)]
 
-    pictures = Series("of pictures", curves.get(metric_names.IMAGE_TOKENS_PER_SECOND, []), "ink", 2)
-    used = [
-        Series("waiting for data", curves.get(metric_names.DATA_WAIT, []), "ink", 2),
-        Series("padding", curves.get(metric_names.PADDING, []), "faint"),
-        *of(metric_names.MFU, "arithmetic (MFU)"),
+    images = only(metric_names.IMAGE_TOKENS_PER_SECOND, "of pictures", dotted)
+    device = [
+        *only(metric_names.DATA_WAIT, "waiting for data", dotted),
+        *only(metric_names.PADDING, "padding", RAW),
+        *only(metric_names.MFU, "arithmetic (MFU)"),
     ]
-    validation = Series("validation", curves.get(metric_names.VAL_LOSS, []), "ink", 2)
+    validation = only(metric_names.VAL_LOSS, "validation", dotted)
+    exact, tokens = (only(key, "validation") for key in (metric_names.VAL_EXACT_MATCH, metric_names.VAL_TOKEN_ACCURACY))
+    speed = only(metric_names.SUPERVISED_TOKENS_PER_SECOND, "training")
+    memory = only(metric_names.PEAK_MEMORY, "largest of the ranks")
+    norm = only(metric_names.GRAD_NORM, "all trained weights")
     drawn = [
-        line_chart("Loss", "nats per token", [raw, *mean, validation]),
-        line_chart("Exact match", "share of answers", of(metric_names.VAL_EXACT_MATCH, "validation"), share=True),
-        line_chart("Token accuracy", "share of tokens", of(metric_names.VAL_TOKEN_ACCURACY, "validation"), share=True),
-        line_chart(
-            "Throughput", "answer tokens/s", of(metric_names.SUPERVISED_TOKENS_PER_SECOND, "training"), zero=True
-        ),
-        line_chart("Tokens", "tokens/s", [*of(metric_names.TOKENS_PER_SECOND, "all"), pictures], zero=True),
-        line_chart("Use of the device", "share", used, share=True),
-        line_chart("Memory", "GiB, highest so far", of(metric_names.PEAK_MEMORY, "largest of the ranks"), zero=True),
-        line_chart("Gradient norm", "before clipping", of(metric_names.GRAD_NORM, "all trained weights"), zero=True),
+        line_chart("Loss", "nats per token", [train, *mean, *validation]),
+        line_chart("Exact match", "share of answers", exact, share=True),
+        line_chart("Token accuracy", "share of tokens", tokens, share=True),
+        line_chart("Throughput", "answer tokens/s", speed, zero=True),
+        line_chart("Tokens", "tokens/s", [*only(metric_names.TOKENS_PER_SECOND, "all"), *images], zero=True),
+        line_chart("Use of the device", "share", device, share=True),
+        line_chart("Memory", "GiB, highest so far", memory, zero=True),
+        line_chart("Gradient norm", "before clipping", norm, zero=True),
         line_chart("Learning rate", "per step", rates, zero=True),
     ]
-    return [chart for chart in drawn if chart]
+    return [Curve(c.title, c.unit, c.figure.svg(), c.legend, c.note) for c in drawn if c]
 
 
 _AFTER_THE_LAYERS = ("norm", "head")
@@ -65,7 +83,7 @@ _MOST_REASONS, _LONGEST_REASON = 50, 160
 
 
 @dataclass(frozen=True)
-class Stretch:
+class ModelPart:
     """One block of the strip: a region, or one decoder layer."""
 
     label: str
@@ -78,9 +96,9 @@ class Census:
     """What trains: the strip of layers, the table, and the totals."""
 
     policy: str
-    before: tuple[Stretch, ...]
-    layers: tuple[Stretch, ...]
-    after: tuple[Stretch, ...]
+    before: tuple[ModelPart, ...]
+    layers: tuple[ModelPart, ...]
+    after: tuple[ModelPart, ...]
     numbered: tuple[int, ...]
     rows: tuple[dict[str, str], ...]
     layer_words: str
@@ -110,9 +128,11 @@ def census(raw: Any) -> Census:
     for row in rows:
         if str(row["region"]).startswith("layer"):
             modes |= {i: str(row["mode"]) for i in _layer_numbers(row["region"]) if i in modes}
-    cells = tuple(Stretch(str(i), modes.get(i, "frozen"), f"layer {i}: {modes.get(i, 'frozen')}") for i in range(total))
+    cells = tuple(
+        ModelPart(str(i), modes.get(i, "frozen"), f"layer {i}: {modes.get(i, 'frozen')}") for i in range(total)
+    )
     others = [row for row in rows if not str(row["region"]).startswith("layer")]
-    blocks = [Stretch(str(r["region"]), str(r["mode"]), f"{r['region']}: {r['mode']}") for r in others]
+    blocks = [ModelPart(str(r["region"]), str(r["mode"]), f"{r['region']}: {r['mode']}") for r in others]
     ends = [i for i in trained if i - 1 not in trained or i + 1 not in trained]
     everything, moving = int(raw["total_parameters"]), int(raw["trainable_parameters"])
     return Census(
@@ -171,14 +191,14 @@ def ledger(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
         key = str(row["kind"]), category[:_LONGEST_REASON]
         found[key] += 1
         example.setdefault(key, f"{row['origin']}:{detail}"[:_LONGEST_REASON] if detail else str(row["origin"]))
-    told = [
+    listed = [
         {"kind": kind, "reason": category, "count": f"{n:,}", "example": example[kind, category]}
         for (kind, category), n in found.most_common(_MOST_REASONS)
     ]
     if rest := found.most_common()[_MOST_REASONS:]:
         count = sum(n for _, n in rest)
-        told.append({"kind": "", "reason": f"{len(rest):,} more reasons", "count": f"{count:,}", "example": ""})
-    return told
+        listed.append({"kind": "", "reason": f"{len(rest):,} more reasons", "count": f"{count:,}", "example": ""})
+    return listed
 
 
 def decisions(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:

@@ -1,6 +1,6 @@
-"""What stands around the measurements: matrices by layer, the probe set, what looking cost, why layers were chosen.
+"""What the report says around the measurements: matrices by layer, the probe set, their cost, why layers were chosen.
 
-Data flow: contents of matrices.json, probes.json, inspections.json, selection.json -> what the report says of each.
+Data flow: contents of matrices.json, probes.json, inspections.json, selection.json -> dataclasses -> templates.
 Contents may be half written or not ours: a wrong shape raises LookupError, TypeError, ValueError or AttributeError.
 """
 
@@ -11,27 +11,28 @@ from typing import Any
 
 from lightning_mm.core.layer_table import MOST_LAYERS
 from lightning_mm.core.measure_catalog import describe_site, measure
-from lightning_mm.report.figures import heatmaps
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.layers import matrix_figure
 from lightning_mm.report.figures.tracks import Track
 from lightning_mm.report.sections.run import apart, ranges
 from lightning_mm.report.tables.numbers import percent
-from lightning_mm.report.tables.panels import EMBEDDINGS, StepNames, Trained
+from lightning_mm.report.tables.panels import EMBEDDINGS, StepLabels, TrainedLayers
 
 _MOST_MATRICES, _OPEN, _MOST_ROWS, _MOST_TIPS = 12, 1, 24, 40
 
 
 @dataclass(frozen=True)
-class MatrixCard:
+class LayerMatrix:
     """One measure over all pairs of layers, first and last."""
 
     title: str
-    describe_site: str
+    place: str
     pair: bool
     drawings: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class Score:
+class SelectionRow:
     """One row of the selection: a criterion, or a range of layers."""
 
     title: str
@@ -40,34 +41,36 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class LayerSelection:
     """Why these layers were chosen."""
 
     expression: str
     evidence: bool
     words: str
     why: tuple[str, ...]
-    scores: tuple[Score, ...]
-    ranges: tuple[Score, ...]
+    scores: tuple[SelectionRow, ...]
+    ranges: tuple[SelectionRow, ...]
     numbered: tuple[tuple[float, str], ...]
 
 
-def matrices(raw: Any, trained: Trained, names: StepNames) -> tuple[tuple[MatrixCard, ...], tuple[MatrixCard, ...]]:
+def matrices(
+    raw: Any, trained: TrainedLayers, names: StepLabels
+) -> tuple[tuple[LayerMatrix, ...], tuple[LayerMatrix, ...]]:
     """The matrices that are shown, and those on demand: the last step of each, beside the first."""
     found: dict[tuple[str, str], dict[int, Mapping[str, Any]]] = {}
     for item in raw:
         found.setdefault((str(item["measure"]), str(item["site"])), {})[int(item["step"])] = item
-    cards: list[MatrixCard] = []
+    cards: list[LayerMatrix] = []
     for (name, site), by_step in list(found.items())[:_MOST_MATRICES]:
         ends = sorted({min(by_step), max(by_step)})
         tips = len(cards) < _OPEN
         drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
         pair = "~" in site or site in ("last", "token")
-        cards.append(MatrixCard(measure(name).title, describe_site(site), pair, drawn))
+        cards.append(LayerMatrix(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 
 
-def _matrix(item: Mapping[str, Any], trained: Trained, tips: bool) -> str:
+def _matrix(item: Mapping[str, Any], trained: TrainedLayers, tips: bool) -> str:
     layers = [int(layer) for layer in item["layers"]]
     values = [[_finite(value) for value in row] for row in item["values"]]
     fits = len(values) == len(layers) and all(len(row) == len(layers) for row in values)
@@ -75,7 +78,7 @@ def _matrix(item: Mapping[str, Any], trained: Trained, tips: bool) -> str:
         raise ValueError("a matrix does not fit its layers")
     if layers[-1] >= MOST_LAYERS:
         raise ValueError(f"layer {layers[-1]}")
-    return heatmaps.matrix(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS)
+    return matrix_figure(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS).svg()
 
 
 def probe_set(raw: Any) -> dict[str, Any]:
@@ -107,16 +110,16 @@ def cost(raw: Any) -> dict[str, Any]:
     return {"words": words + ".", "problems": list(dict.fromkeys(problems))[:_MOST_ROWS]}
 
 
-def selected(raw: Any) -> Trained:
+def selected(raw: Any) -> TrainedLayers:
     """The layers that selection.json names; none where they are a fall-back that nothing speaks for."""
     layers = sorted({int(layer) for layer in raw["layers"]})
     total = len(raw.get("score") or [])
     if not layers or layers[0] < 0 or max(total - 1, layers[-1]) >= MOST_LAYERS:
         raise ValueError("no layers are chosen")
-    return Trained(tuple(layers) if raw.get("evidence", True) else (), total, "chosen")
+    return TrainedLayers(tuple(layers) if raw.get("evidence", True) else (), total, "chosen")
 
 
-def chosen(raw: Any, trained: Trained) -> Chosen:
+def chosen(raw: Any, trained: TrainedLayers) -> LayerSelection:
     """The choice of layers, its score by layer, what it was combined from, and rivals, from selection.json."""
     layers = selected(raw | {"evidence": True}).layers
     criteria = {str(name): _scores(values) for name, values in list(raw.get("criteria", {}).items())[:_MOST_ROWS]}
@@ -129,10 +132,14 @@ def chosen(raw: Any, trained: Trained) -> Chosen:
     )
     scores = [_score(name, values, track, spread if name == "score" else {}) for name, values in criteria.items()]
     rivals = {str(name): str(layers) for name, layers in list(raw.get("controls", {}).items())[:_MOST_ROWS]}
-    rows = [Score("chosen", track.strip(layers), ranges(layers))]
-    rows += [Score(name, track.strip(_members(spec)), spec[:60]) for name, spec in rivals.items()]
-    numbered = apart([*Trained(layers).ends, 0, track.last], max(1, total // 8))
-    return Chosen(
+    plain = Track(track.first, track.last, ())
+    rows = [SelectionRow("chosen", plain.membership(layers).svg(), ranges(layers))]
+    rows += [
+        SelectionRow(name, plain.membership(_members(spec), theme.SOFT).svg(), spec[:60])
+        for name, spec in rivals.items()
+    ]
+    numbered = apart([*TrainedLayers(layers).ends, 0, track.last], max(1, total // 8))
+    return LayerSelection(
         str(raw.get("expression") or ranges(layers)),
         bool(raw.get("evidence", True)),
         _ends(raw) if raw.get("evidence", True) else "",
@@ -152,13 +159,13 @@ def _ends(raw: Mapping[str, Any]) -> str:
     return f"95 % interval of its first layer {low}, of its last {high}."
 
 
-def _score(name: str, values: Sequence[float | None], track: Track, spread: Mapping[int, Any]) -> Score:
+def _score(name: str, values: Sequence[float | None], track: Track, spread: Mapping[int, Any]) -> SelectionRow:
     known = {layer: value for layer, value in enumerate(values) if value is not None}
     best = max(known, key=lambda layer: known[layer], default=None)
     floor = min(known.values(), default=0.0)
-    bars = track.bars(dict(enumerate(values)), {}, floor, best, spread=spread)
+    bars = track.bars(dict(enumerate(values)), {}, floor, best, spread=spread).svg()
     title = {"score": "all together"}.get(name, name)
-    return Score(title[:60], bars, "undefined" if best is None else f"highest at layer {best}")
+    return SelectionRow(title[:60], bars, "undefined" if best is None else f"highest at layer {best}")
 
 
 def _members(spec: str) -> set[int]:

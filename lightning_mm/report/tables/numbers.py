@@ -1,4 +1,7 @@
-"""."""
+"""Numbers as a reader sees them in figures and tables.
+
+Data flow: values of a run's files -> ``short`` or ``percent`` -> text.
+"""
 
 
 def short(value: float) -> str:

@@ -1,6 +1,6 @@
 """Rows of layers.csv, sorted into one panel per measure and site: what a heat map, a profile and a headline read.
 
-Data flow: ``layers_file.read_layers`` -> panels -> ``heatmaps``, ``profiles``, ``tracks``, ``online_layers`` draw them.
+Data flow: ``layer_table.read_layers`` -> panels -> drawn by ``figures.layers``, ``figures.tracks``, ``wandb_layers``.
 
 Shapes: a panel is S steps x L layers; layer -1 is the embeddings, layer i the output of decoder block i.
 """
@@ -17,7 +17,7 @@ EMBEDDINGS = -1
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedLayers:
     """Which decoder layers train; in a report on an untrained model, which were chosen to.
 
     Args:
@@ -31,7 +31,7 @@ class Trained:
     word: Literal["trained", "chosen"] = "trained"
 
     @classmethod
-    def of(cls, census: Any) -> "Trained":
+    def of(cls, census: Any) -> "TrainedLayers":
         """From census.json, or from as much of it as ``lightning-mm inspect`` writes.
 
         Raises:
@@ -46,7 +46,7 @@ class Trained:
         """Where a layer lies, seen from these; empty where there are none.
 
         Example:
-            >>> [Trained((7, 8, 9), 12).place(layer) for layer in (8, 11, 6)]
+            >>> [TrainedLayers((7, 8, 9), 12).place(layer) for layer in (8, 11, 6)]
             ['inside', '2 above', '1 below']
         """
         if not self.layers:
@@ -64,7 +64,7 @@ class Trained:
 
 
 @dataclass(frozen=True)
-class StepNames:
+class StepLabels:
     """What the steps of layers.csv are called: by their number, or by the labels of inspection.json.
 
     Args:
@@ -80,7 +80,7 @@ class StepNames:
         """What fits under a column: the number, or the letter of a label."""
         return chr(ord("A") + sorted(self.labels).index(step) % 26) if step in self.labels else short(step)
 
-    def keyed(self, step: int) -> str:
+    def in_legend(self, step: int) -> str:
         """For a legend, which has room for a few words: labels stand at the head of the report."""
         if step not in self.labels:
             return self.long(step)
@@ -152,21 +152,21 @@ def panels(rows: Iterable[LayerRow]) -> list[Panel]:
     ]
 
 
-def spoken(layer: int) -> str:
+def layer_name(layer: int) -> str:
     """A layer in words."""
     return "embeddings" if layer == EMBEDDINGS else f"layer {layer}"
 
 
-def short_name(layer: int) -> str:
+def layer_tick(layer: int) -> str:
     """A layer on an axis."""
     return "emb" if layer == EMBEDDINGS else str(layer)
 
 
-def thinned(steps: Sequence[int], most: int) -> tuple[int, ...]:
+def subsample_steps(steps: Sequence[int], most: int) -> tuple[int, ...]:
     """At most ``most`` steps, evenly taken, the first and the last among them.
 
     Example:
-        >>> thinned(range(10), 4)
+        >>> subsample_steps(range(10), 4)
         (0, 3, 6, 9)
     """
     if len(steps) <= max(2, most):

@@ -1,6 +1,6 @@
 """Causal traces: traces.json read and checked, one trace at a time, and a trace saved as a picture file of its own.
 
-Data flow: traces.json (``causal.tracing`` writes it) -> ``Trace`` -> ``trace_maps`` draws it -> report.html, or a file.
+Data flow: traces.json (``causal.effects`` writes it) -> ``Trace`` -> ``trace_maps`` draws it -> report.html, or a file.
 Contents may be half written or not ours: what is no trace is counted with its reason, and the others are drawn.
 
 Shapes: L layers, T tokens (one of them may stand for a run of a picture's tokens).
@@ -31,7 +31,7 @@ class Trace:
     Args:
         id: The question's.
         text: The question.
-        constraint: The words that its answer hangs on.
+        constraint: The words that its answer depends on.
         image: File under pictures/; empty where there is none.
         site: What is put back: mlp, attention or residual.
         measure: nie, ie or ie_logit.
@@ -115,8 +115,8 @@ class Trace:
         return f"{MODULE_SITES.get(self.site, self.site[:40])} put back"
 
     @property
-    def said(self) -> str:
-        """What its colours stand for, and which layers are put back together."""
+    def summary(self) -> str:
+        """What its colors stand for, and which layers are put back together."""
         measured = _MEASURES.get(self.measure, self.measure[:40])
         return "; ".join(filter(None, (measured, window_words(self.window))))
 

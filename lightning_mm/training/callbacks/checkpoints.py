@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.planning.devices import synchronize
 
 EXIT_CODE = 143
@@ -52,7 +52,7 @@ class LastCheckpoint(Callback):
         try:
             self._previous = signal.signal(signal.SIGTERM, self._ask)
         except ValueError:
-            decide("preemption", "off", "signals reach the main thread only, and training runs in another")
+            log_decision("preemption", "off", "signals reach the main thread only, and training runs in another")
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore()
@@ -74,7 +74,7 @@ class LastCheckpoint(Callback):
             self.seconds += time.perf_counter() - began
             self._saved_at = trainer.global_step
         if stop:
-            decide("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {self.path}")
+            log_decision("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {self.path}")
             raise Preempted
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
@@ -103,7 +103,7 @@ class BestCheckpoint(ModelCheckpoint):
         if window_closed(trainer):
             super().on_validation_end(trainer, pl_module)
         else:
-            decide("best.ckpt", "not written", "validation fell inside an accumulation window")
+            log_decision("best.ckpt", "not written", "validation fell inside an accumulation window")
 
 
 def _is_last(trainer: L.Trainer) -> bool:

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import RunDirectory
@@ -81,7 +81,7 @@ class HeldOutEvaluation(Callback):
     def _ask_and_write(self, trainer: L.Trainer, pl_module: L.LightningModule, moments: list[str]) -> None:
         split = "test" if data_of(trainer).samples("test") else "val"
         if not data_of(trainer).samples(split):
-            decide("evaluation", "skipped", "neither data.test nor data.val is given")
+            log_decision("evaluation", "skipped", "neither data.test nor data.val is given")
             return
         asked: list[Asked] = []
         for moment in moments:

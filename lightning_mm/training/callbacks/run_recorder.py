@@ -1,8 +1,10 @@
-"""Write down what a run is and what became of it: census, decisions, ledger, report.
+"""Write down what a run is and what became of it: census, decisions, rejected samples, report.
 
-Data flow: module, data module and ``decide`` -> the run directory -> ``dashboards.local.write_report``. Rank 0 writes.
+Data flow: module, data module and the decisions of the run -> the run directory -> ``report.html.write_report``. Rank 0
+writes.
 """
 
+from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import DecisionLog, decision_log, log, run_is_open
 from lightning_mm.core.io import append_jsonl, write_json
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
@@ -33,7 +35,18 @@ class RunRecorder(Callback):
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
+        self.decisions = DecisionLog()
         self._shown = False
+        self._open = ExitStack()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Record this run's decisions apart from those of others, unless the command line does so already."""
+        if not run_is_open():
+            self._open.enter_context(self.decisions.opened())
+            self.decisions.take_pending()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._open.close()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
@@ -91,6 +104,7 @@ class RunRecorder(Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if trainer.is_global_zero and self._shown:
             self._write_files(trainer)
+        self._open.close()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._shown or not trainer.is_global_zero:
@@ -116,7 +130,7 @@ class RunRecorder(Callback):
 
     def _write_files(self, trainer: L.Trainer) -> None:
         data_of(trainer).rejected_samples.write(self.run.ledger)
-        write_json(self.run.decisions, [asdict(decision) for decision in decide])
+        write_json(self.run.decisions, [asdict(decision) for decision in decision_log()])
         for logger in trainer.loggers:
             logger.save()
         write_report(self.run.path)

@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide, log
+from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.dataloader import CheckedDataLoader
 from lightning_mm.planning.devices import benchmark_matmul, compute_dtype, synchronize
@@ -256,27 +256,29 @@ def _cost(trainer: L.Trainer, module: L.LightningModule) -> StepCost | None:
     try:
         return StepCost.of(live(module).mm, live(module).plan, data_of(trainer).example_batch())
     except Exception as error:  # training does not need it
-        decide("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
+        log_decision("throughput.flops", "not counted", f"{type(error).__name__}: {error}")
         return None
 
 
 def _peak(trainer: L.Trainer, module: L.LightningModule) -> float:
     """FLOP/s of matrix products in the run's precision; said, as is where memory is read."""
     if module.device.type == "cuda":
-        decide("throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch")
+        log_decision(
+            "throughput.memory", "tensors on the GPU", "the highest sum of the allocator since the first batch"
+        )
     else:
-        decide("throughput.memory", "resident set of the process", "its highest since it began, loading included")
+        log_decision("throughput.memory", "resident set of the process", "its highest since it began, loading included")
     dtype = compute_dtype(live(module).mm.model, str(trainer.precision))
     try:
         peak = benchmark_matmul(module.device, dtype)
     except RuntimeError as error:  # out of memory, or a type without products on this device
-        decide("throughput.peak", "not measured", f"{type(error).__name__}: {error}")
+        log_decision("throughput.peak", "not measured", f"{type(error).__name__}: {error}")
         return math.nan
     finally:
         if module.device.type == "cuda":
             torch.cuda.empty_cache()  # what was multiplied here is of no use to training
     reason = f"median of large matrix products in {str(dtype).removeprefix('torch.')} on this {module.device.type}"
-    decide("throughput.peak", f"{peak / 1e12:.3g} TFLOP/s", f"{reason}; MFU is a share of it")
+    log_decision("throughput.peak", f"{peak / 1e12:.3g} TFLOP/s", f"{reason}; MFU is a share of it")
     return peak
 
 

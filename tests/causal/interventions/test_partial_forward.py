@@ -21,7 +21,7 @@ from lightning_mm.causal.interventions.interventions import (
 )
 from lightning_mm.causal.interventions.partial_forward import PartialForward
 from lightning_mm.causal.questions.question import last_logits
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import AttentionCall, attention_through
 from lightning_mm.models.hooks import read_out
@@ -181,10 +181,10 @@ def test_kernels_without_masks_are_stood_in_for(name: str, family: Callable[[str
     whole = cache_activations(one.mm, inputs)
     mixer = one.model.get_submodule(str(one.layout.blocks[0].attention))
     mixer.config._attn_implementation_internal = "flash_attention_2"
-    decide.clear()
+    decision_log().clear()
     base = cache_activations(one.mm, inputs)
     torch.testing.assert_close(base.logits, whole.logits, **CLOSE)
-    assert [(each.name, each.value) for each in decide] == [("causal.attention", "sdpa")]
+    assert [(each.name, each.value) for each in decision_log()] == [("causal.attention", "sdpa")]
     assert {call.kernel for call in base.attention_calls.values()} == {"flash_attention_2"}
     assert mixer.config._attn_implementation == "flash_attention_2"
 

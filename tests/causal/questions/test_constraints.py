@@ -17,7 +17,7 @@ from lightning_mm.causal.questions.constraint_matching import RULES, find_constr
 from lightning_mm.causal.questions.files import QuestionFile, read_questions
 from lightning_mm.causal.questions.image_regions import BoxTokens
 from lightning_mm.causal.questions.question import EncodedQuestion, Question, QuestionEncoder
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.models.processor import load_processing
@@ -251,11 +251,11 @@ def test_our_own_rows(root: Path) -> None:
     ],
 )
 def test_rows_that_cannot_be_used_are_counted_with_the_reason(root: Path, row: Any, reason: str) -> None:
-    decide.clear()
+    decision_log().clear()
     found = read_rows(root, {"question": "This?", "constraint": "this"}, row)
     assert [each.origin for each in found.rejected] == ["file.jsonl:2"]
     assert found.rejected[0].reason.startswith(f"{reason}:")
-    (said,) = decide
+    (said,) = decision_log()
     assert said.value == "1 questions of 2 rows in file.jsonl"
     assert said.reason.endswith(f"1 case; not used: 1 {reason}")
 

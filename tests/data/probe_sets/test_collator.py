@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.collator import PromptCollator
 from lightning_mm.data.probe_sets.collator import ProbeCollator
 from lightning_mm.data.probe_sets.probe_set import ObjectBox, ProbeBatch, ProbeRow, Role
@@ -152,12 +152,12 @@ def test_a_question_that_the_template_changes_falls_out(processing: Load) -> Non
 
 
 def test_missing_object_sites_are_said_once(processing: Load, rows: list[ProbeRow]) -> None:
-    decide.clear()
+    decision_log().clear()
     for name, told in (("llava", 0), ("llava_next", 1)):
         collator = ProbeCollator(processing(name))
         collator.log_missing_object_sites(rows)
         collator.log_missing_object_sites(rows)
-        assert len([d for d in decide if d.name == "data.probes.object_at_patches"]) == told
+        assert len([d for d in decision_log() if d.name == "data.probes.object_at_patches"]) == told
     collator.log_missing_object_sites(rows[:2])
 
 

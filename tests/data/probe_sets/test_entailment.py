@@ -14,7 +14,7 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold, cross_val_predict
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.english import plural
 from lightning_mm.data.probe_sets.build.entailment import make_false_captions
 from lightning_mm.data.probe_sets.build.false_captions import find_mentions, is_false_caption, swap_nouns, words
@@ -301,7 +301,7 @@ def test_a_group_that_has_partners_within_stays_alone() -> None:
 
 
 def test_how_many_find_no_partner_is_said() -> None:
-    decide.clear()
+    decision_log().clear()
     drawn(scenes_of_things(41))
-    (reason,) = [each.reason for each in decide if each.name == "data.probes.entailment"]
+    (reason,) = [each.reason for each in decision_log() if each.name == "data.probes.entailment"]
     assert reason == "41 of 41 pictures have a caption, 1 of them find no partner"

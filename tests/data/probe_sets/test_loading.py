@@ -11,7 +11,7 @@ import torch
 from jsonargparse import ArgumentParser
 from PIL import Image
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import dataloader
 from lightning_mm.data.datamodule import MMDataModule
@@ -73,13 +73,13 @@ def test_options_of_the_draw(module: Make) -> None:
 
 
 def test_validation_data_serve_where_no_probes_are_given(module: Make, folder: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     data = module(probes=None, val=str(folder / "val.json"))
     drawn = data.probe_set()
     assert {row.span for row in drawn.rows if row.role == "text"} == {
         f"A {('cat', 'dog', 'owl')[i % 3]} in {i}" for i in range(NUM_PICTURES)
     }
-    assert "data.probes" in {decision.name for decision in decide}
+    assert "data.probes" in {decision.name for decision in decision_log()}
     with pytest.raises(UserError, match="nothing to look inside"):
         module(probes=None).probe_set()
     assert not data.rejected_samples

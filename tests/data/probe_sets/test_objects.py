@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.probe_sets.build.objects import MAX_BOXES, ObjectProbes
 from lightning_mm.data.probe_sets.build.scenes import Scene, SceneObject
 from lightning_mm.data.probe_sets.probe_set import ObjectBox
@@ -96,11 +96,11 @@ def test_the_largest_boxes_are_kept() -> None:
 
 
 def test_decisions_are_said() -> None:
-    decide.clear()
+    decision_log().clear()
     asked(pets(60))
-    said = {decision.name: decision.value for decision in decide}
+    said = {decision.name: decision.value for decision in decision_log()}
     assert said["data.probes.objects"] == "2 classes: cat, dog"
     assert said["data.probes.count"] == "1, 2"
     assert said["data.probes.position"] == "20 left, 20 right"
     asked(pets(6))
-    assert [d.value for d in decide if d.name == "data.probes.objects"][-1] == "0 classes: none"
+    assert [d.value for d in decision_log() if d.name == "data.probes.objects"][-1] == "0 classes: none"

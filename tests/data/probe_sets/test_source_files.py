@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
 from lightning_mm.data.probe_sets.build import file_for_probes, open_probe_set
@@ -41,7 +41,7 @@ def write(tmp_path: Path) -> Write:
 
 def told(name: str) -> str:
     """The reason of the last decision of that name."""
-    return [decision for decision in decide if decision.name == name][-1].reason
+    return [decision for decision in decision_log() if decision.name == name][-1].reason
 
 
 def opened(path: Path, **options: Any) -> ProbeSet:
@@ -346,10 +346,10 @@ def test_boxes_outside_their_picture_are_told_and_not_counted(write: Write) -> N
     ],
 )
 def test_boxes_that_look_like_another_format_are_said(write: Write, boxes: list[list[float]], said: str) -> None:
-    decide.clear()
+    decision_log().clear()
     rows = [things(i, boxes[i % len(boxes)]) for i in range(10)]
     select_images(read_scenes(write(rows)).scenes, 64, load, 0)
-    reasons = [each.reason for each in decide if each.name == "data.probes.boxes"]
+    reasons = [each.reason for each in decision_log() if each.name == "data.probes.boxes"]
     assert len(reasons) == bool(said)
     assert all(said in reason for reason in reasons)
 
@@ -421,7 +421,7 @@ def test_groups_are_chosen_as_a_whole(write: Write, most: int) -> None:
 
 
 def test_of_a_group_that_is_too_large_some_are_drawn(write: Write) -> None:
-    decide.clear()
+    decision_log().clear()
     rows = [{"image": f"{i}.png", "caption": f"thing {i}", "group": i % 5 > 0} for i in range(10)]
     chosen = {int(path.stem) for path in opened(write(rows), max_pictures=6).images}
     assert {0, 5} < chosen

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers.conversations import (
     MAX_ROW_CHARACTERS,
@@ -103,10 +103,10 @@ def test_a_json_list_reads_as_its_lines_do(lines: Lines, tmp_path: Path) -> None
 
 
 def test_missing_marks_go_in_front_and_are_told(lines: Lines) -> None:
-    decide.clear()
+    decision_log().clear()
     (sample,) = lines({"image": ["a.jpg", "b.jpg"], **GOOD}).samples
     assert sample.turns[0].text == "<image>\n<image>\nWhat?"
-    assert [d.name for d in decide] == ["data.image_marks"]
+    assert [d.name for d in decision_log()] == ["data.image_marks"]
 
 
 BAD: dict[str, tuple[object, str]] = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.collator import Collator
@@ -159,7 +159,7 @@ def test_where_it_would_be_wrong_it_is_refused(
     plain, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=8)
     auto, _ = train_losses(family(name), data, tmp_path, tuning=tuning, max_steps=8, cache=CacheSettings())
     assert auto == plain
-    assert any(each.name == "model.cache" and each.value == "off" and why in each.reason for each in decide)
+    assert any(each.name == "model.cache" and each.value == "off" and why in each.reason for each in decision_log())
 
 
 def test_other_weights_are_another_prefix(family: Family, data: Data, tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ def test_one_epoch_keeps_nothing_unless_asked(family: Family, data: Data, tmp_pa
     auto = CacheSettings(folder=str(tmp_path / "kept"))
     train_losses(family("llava"), data, tmp_path, cache=auto, max_steps=6)
     assert not list((tmp_path / "kept").rglob("*.shard"))
-    assert any("seen 1.0 times" in each.reason for each in decide)
+    assert any("seen 1.0 times" in each.reason for each in decision_log())
 
 
 def test_ranges_are_checked() -> None:

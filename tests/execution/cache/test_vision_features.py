@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images
 from lightning_mm.data.batch import CachedFeatures
@@ -176,11 +176,11 @@ def test_a_small_tower_is_kept_on_request_only(
     """That of the tiny LLaVA is; a limit below it makes it a large one."""
     auto = CacheSettings(folder=str(tmp_path / "kept"))
     train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
-    assert any(each.value == "off" and "of a forward pass" in each.reason for each in decide)
+    assert any(each.value == "off" and "of a forward pass" in each.reason for each in decision_log())
     assert not (tmp_path / "kept").exists()
     monkeypatch.setattr(step, "_TOWER_SHARE", 0.01)
     train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=auto)
-    assert any(each.name == "model.cache" and each.value.startswith("vision features") for each in decide)
+    assert any(each.name == "model.cache" and each.value.startswith("vision features") for each in decision_log())
     assert list((tmp_path / "kept").rglob("*.shard"))
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_mm.core.csv_logger import ResumableCSVLogger
-from lightning_mm.report.html import read_curves
+from lightning_mm.report.tables.curves import read_curves
 from lightning_mm.training.callbacks import progress
 from lightning_mm.training.callbacks.progress import ProgressBar, describe
 

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.batch import Batch, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import CacheSettings
@@ -119,7 +119,8 @@ def test_every_rate_has_its_unit() -> None:
 
 
 def test_the_report_draws_what_is_logged() -> None:
-    drawn = {chart.title: [key.label for key in chart.keys] for chart in charts({name: [(1, 0.5)] for name in ALL})}
+    shown = charts({name: [(1, 0.5)] for name in ALL})
+    drawn = {chart.title: [entry.label for entry in chart.legend] for chart in shown}
     assert drawn == {
         "Throughput": ["training"],
         "Tokens": ["all", "of pictures"],
@@ -320,7 +321,7 @@ def test_measuring_leaves_training_as_it_is(
         weights.append({name: parameter.detach().clone() for name, parameter in module.trainable.items()})
         assert not any("cpu" in str(p.device) and p.is_meta for p in module.parameters())
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert any(decision.name == "throughput.peak" for decision in decide)
+    assert any(decision.name == "throughput.peak" for decision in decision_log())
 
 
 def test_a_model_that_cannot_be_counted_trains_all_the_same(
@@ -330,16 +331,16 @@ def test_a_model_that_cannot_be_counted_trains_all_the_same(
         raise RuntimeError("branches on its weights")
 
     monkeypatch.setattr(StepCost, "of", refused)
-    decide.clear()
+    decision_log().clear()
     watched = timed(family, data, tmp_path)
     assert watched.logged[-1].keys() == ALL - {metric_names.TFLOPS, metric_names.MFU}
-    assert any("branches on its weights" in decision.reason for decision in decide)
+    assert any("branches on its weights" in decision.reason for decision in decision_log())
 
 
 def test_a_run_that_logs_nothing_measures_nothing(family: Family, data: Data, tmp_path: Path) -> None:
-    decide.clear()
+    decision_log().clear()
     train(family("llava"), data, tmp_path, tuning=MIDDLE, callbacks=[Throughput()], max_steps=2, log_every_n_steps=5)
-    assert not any(decision.name.startswith("throughput") for decision in decide)
+    assert not any(decision.name.startswith("throughput") for decision in decision_log())
 
 
 def test_the_peak_is_that_of_this_machine() -> None:

@@ -7,7 +7,7 @@ boxes) -> ``entailment`` (with ``false_captions``) and ``objects`` -> ``sampling
 from collections.abc import Mapping
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
 from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
@@ -79,7 +79,7 @@ def file_for_probes(paths: Mapping[str, str | None]) -> str:
     """
     for split in ("val", "test"):
         if (path := paths[split]) is not None:
-            decide("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
+            log_decision("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
             return path
     raise UserError(
         "There is nothing to look inside the model with.",

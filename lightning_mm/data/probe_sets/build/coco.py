@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build.sampling import incomplete_group
 from lightning_mm.data.probe_sets.build.scenes import RULE, NotProbeable, Scene, scene_of_sample
@@ -104,7 +104,7 @@ def coco_rows(path: Path) -> Iterator[tuple[str, Any]]:
     files = [_load_annotations(each) for each in paths]
     pictures = {image["id"]: image["file_name"] for file in reversed(files) for image in file["images"]}
     captions, things = _captions(files), _objects(files)
-    decide(
+    log_decision(
         "data.probes",
         f"{len(captions)} pictures with captions, {len(things)} with known things",
         f"COCO's annotations in {' and '.join(each.name for each in paths)}",
@@ -284,7 +284,7 @@ def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
 
 def _log_scenes(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
     left_out = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
-    decide(
+    log_decision(
         "data.probes.captions",
         f"{num_scenes} pictures of {num_rows} rows in {path.name}",
         RULE + (f"; not used: {left_out}" if left_out else ""),

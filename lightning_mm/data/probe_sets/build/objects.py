@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.probe_sets.build.patch_grids import clip_box
 from lightning_mm.data.probe_sets.build.scenes import LEVELS, Box, Scene, SceneObject
 from lightning_mm.data.probe_sets.files import Label, ObjectBox
@@ -55,9 +55,9 @@ class ObjectProbes:
         least = max(MIN_PICTURES, math.ceil(MIN_SHARE * len(known)))
         level, classes = _finest_level(known, least)
         how = f"those in {least} pictures or more, and missing in as many, of {len(known)}; by {level}"
-        decide("data.probes.objects", f"{len(classes)} classes: {', '.join(classes) or 'none'}", how)
+        log_decision("data.probes.objects", f"{len(classes)} classes: {', '.join(classes) or 'none'}", how)
         counts = _frequent_values(least, [_count(scene) for scene in known])
-        decide(
+        log_decision(
             "data.probes.count",
             ", ".join(map(str, counts)) or "not asked",
             f"numbers of things in {least} pictures or more",
@@ -65,7 +65,7 @@ class ObjectProbes:
         sides = [_side(scene, size) for scene, size in zip(scenes, sizes, strict=True)]
         has_sides = set(_frequent_values(least, sides)) == set(range(len(SIDES)))
         per_side = Counter(SIDES[side] for side in sides if side is not None)
-        decide(
+        log_decision(
             "data.probes.position",
             f"{per_side['left']} left, {per_side['right']} right" if has_sides else "not asked",
             f"pictures of one thing whose centre is {OFF_CENTER:.0%} of the width or more off the middle, "

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.probe_sets.build.scenes import Box, Scene
 from lightning_mm.data.sample import Rejection
 
@@ -261,4 +261,4 @@ def check_box_format(placed: Iterable[tuple[Box, Size]]) -> None:
         )
     else:
         return
-    decide("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)
+    log_decision("data.probes.boxes", "read as x0, y0, x1, y1 in pixels", reason)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lightning_mm.core.decisions import decide
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import BadImage, DecodedImage
 from lightning_mm.data.probe_sets.build.entailment import FalseCaptions, Kind, make_false_captions
@@ -84,7 +84,7 @@ def _subsample_large_groups(units: list[list[Scene]], max_pictures: int, seed: i
     share = max(2, max_pictures // max(1, len(units)))
     too_large = [unit for unit in units if len(unit) > max_pictures]
     if too_large:
-        decide(
+        log_decision(
             "data.probes.groups",
             f"{share} pictures of each group of more than {max_pictures}",
             f"{len(too_large)} groups, the largest of {max(map(len, too_large))} pictures",
@@ -287,7 +287,7 @@ def _log_false_captions(scenes: Sequence[Scene], false_captions: Mapping[str, Fa
     }
     counts = ", ".join(f"{kinds[kind]} {name}" for kind, name in names.items() if kinds[kind])
     alone = captioned - len(false_captions)
-    decide(
+    log_decision(
         "data.probes.entailment",
         f"hard wrong captions: {counts or 'none'}",
         f"{captioned} of {len(scenes)} pictures have a caption"

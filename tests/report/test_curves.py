@@ -9,25 +9,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_mm.report.figures.charts import Series, line_chart, running_mean, thin, ticks
+from lightning_mm.report.figures.curves import Series, line_chart, running_mean, thin
 from lightning_mm.report.tables.numbers import percent, short
+from tests.helpers.page import marks, points
 
 values = st.floats(-1e12, 1e12)
-points = st.lists(st.tuples(st.integers(0, 10**6).map(float), values), min_size=1, max_size=60).map(sorted)
+series = st.lists(st.tuples(st.integers(0, 10**6).map(float), values), min_size=1, max_size=60).map(sorted)
 
 
 def drawn(chart, index=-1):
-    line = ET.fromstring(chart.svg).findall("polyline")[index]
-    return [tuple(map(float, pair.split(","))) for pair in line.attrib["points"].split()]
+    return points(marks(chart.figure.svg(), "lines")[index])
 
 
-@given(points, st.text(max_size=20).map(lambda s: "".join(c for c in s if c.isprintable())))
+def labels(chart):
+    """The numbers of the vertical axis, from the bottom, and where they stand."""
+    axes = [g for g in ET.fromstring(chart.figure.svg()).iter("g") if "role-axis-label" in g.get("class", "")]
+    found = [(text.text, text.get("transform")) for axis in axes for text in axis if text.get("text-anchor") == "end"]
+    return [
+        (text, float(place.rstrip(")").split(",")[1])) for text, place in found if place.startswith("translate(-7,")
+    ]
+
+
+@settings(max_examples=40, deadline=None)  # each example is rendered
+@given(series, st.text(max_size=20).map(lambda s: "".join(c for c in s if c.isprintable())))
 def test_any_series_draws_inside_the_frame_as_well_formed_xml(data, label):
     chart = line_chart(f"<{label}>", "unit", [Series(label + "<&>\"'", data)])
     assert chart is not None
     for x, y in drawn(chart):
-        assert 46 <= x <= 346
-        assert 10 <= y <= 164
+        assert 0 <= x <= 300
+        assert 0 <= y <= 154
 
 
 def test_higher_values_stand_higher_and_later_steps_further_right():
@@ -41,9 +51,9 @@ def test_higher_values_stand_higher_and_later_steps_further_right():
 
 def test_shares_stand_on_a_fixed_axis():
     low, high = (line_chart("x", "", [Series("a", [(0, 0.0), (1, top)])], share=True) for top in (0.5, 1.0))
-    assert drawn(low)[1][1] == pytest.approx(87, abs=0.1)  # halfway between 164 (0 %) and 10 (100 %)
-    assert drawn(high)[1][1] == pytest.approx(10, abs=0.1)
-    assert low.keys[0].last == "50\u00a0%"
+    assert drawn(low)[1][1] == pytest.approx(77, abs=0.1)  # halfway between 154 (0 %) and 0 (100 %)
+    assert drawn(high)[1][1] == pytest.approx(0, abs=0.1)
+    assert low.legend[0].value == "50\u00a0%"
 
 
 def test_values_that_are_not_finite_are_counted_and_not_drawn():
@@ -59,7 +69,7 @@ def test_no_data_is_no_chart():
 
 def test_a_zero_axis_begins_at_zero():
     chart = line_chart("Speed", "", [Series("a", [(0, 600.0), (1, 640.0)])], zero=True)
-    assert "0" in [text.text for text in ET.fromstring(chart.svg).findall("text")][:1]
+    assert labels(chart)[0] == ("0", pytest.approx(154 + 3, abs=1))  # the baseline of a number is below its rule
 
 
 @settings(max_examples=25)  # long lists are slow to draw
@@ -92,14 +102,24 @@ def test_the_running_mean_forgets_a_spike_and_takes_time_as_the_points():
     assert time.process_time() - start < 5, "a sum per point and window would take minutes"
 
 
+@settings(max_examples=40, deadline=None)  # each example is rendered
 @given(values, values)
-def test_ticks_are_round_even_and_enclose(a, b):
-    low, high = min(a, b), max(a, b)
-    marks = ticks(low, high)
-    slack = 1e-6 * max(abs(low), abs(high), 1e-300)
-    assert 2 <= len(marks) <= 8
-    assert marks[0] <= low + slack
-    assert marks[-1] >= high - slack
+def test_the_axis_is_round_even_and_encloses(a, b):
+    chart = line_chart("Loss", "", [Series("a", [(0.0, a), (1.0, b)])])
+    places = [place for _, place in labels(chart)]
+    assert 2 <= len(places) <= 8
+    assert places[0] == pytest.approx(154 + 3, abs=1)  # the lowest number stands at the lower edge, below all values
+    assert places[-1] == pytest.approx(0 + 3, abs=1)
+    np.testing.assert_allclose(np.diff(places), np.diff(places).mean(), atol=0.02)  # hundredths of a pixel
+    assert all(len(text) <= 10 for text, _ in labels(chart))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(2e-4, "2e-4"), (1.5, "1.5"), (12_000, "12k"), (800, "800"), (4e6, "4M"), (2e9, "2e+9")]
+)
+def test_the_axis_writes_short_numbers(value, text):
+    chart = line_chart("Loss", "", [Series("a", [(0.0, 0.0), (1.0, value)])], zero=True)
+    assert text in [label for label, _ in labels(chart)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,256 @@
+"""A Vega-Lite chart with its data and its description, rendered without a browser or network.
+
+Data flow: figure functions build an altair chart over named tables of rows -> ``Figure`` -> ``spec`` (self-contained
+Vega-Lite JSON), ``svg`` (inline in report.html, or a file) or ``png``. Texts in the rows may come from a tokenizer or a
+damaged file: Vega escapes them, ``printable`` removes what XML forbids.
+
+Shapes: sizes are in CSS pixels; the margins around the plot are fixed, so that text has the same size in every figure.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, wraps
+from html import escape
+from typing import Any, ParamSpec, TypeVar
+
+import altair as alt
+import vl_convert
+
+from lightning_mm.report.figures import theme
+
+Rows = Sequence[Mapping[str, Any]]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_CONFIG: dict[str, Any] = {
+    "background": "transparent",
+    "font": theme.FONT,
+    "view": {"stroke": None},
+    "text": {"fontSize": theme.FONT_SIZE, "color": theme.SOFT},
+    "axis": {
+        "domain": False,
+        "ticks": False,
+        "grid": False,
+        "labelColor": theme.SOFT,
+        "labelFontSize": theme.FONT_SIZE,
+    },
+}
+_SHORT_LABEL = (
+    "datum.value == 0 ? '0' : abs(datum.value) < 1e-2 || abs(datum.value) >= 1e9 ? format(datum.value, '.2~e') : "
+    "abs(datum.value) >= 1e4 ? format(datum.value, '.3~s') : format(datum.value, '.3~r')"
+)
+_BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+_ROOT = re.compile(r'^<svg [^>]*><g [^>]*transform="translate\([^)]*\)"[^>]*>')
+_FRAMES = re.compile(r'<path class="(?:background|foreground)"[^>]*/>')
+_TAG = re.compile(r"<[^>]*>")
+_ROLES = re.compile(r' (?:role|aria-roledescription|aria-hidden|pointer-events)="[^"]*"')
+_AXIS_LABEL = re.compile(r'(<g class="mark-group role-axis"[^>]*) aria-label="[^"]*"')
+_TIPPED = re.compile(r'<(path|line) aria-label="([^"]*)"([^>]*)/>')
+_TIPPED_TEXT = re.compile(r'<text aria-label="([^"]*)"([^>]*)>([^<]*)</text>')
+_PATH_RUN = re.compile(r'(?:<path d="[^"]*"[^>]*/>){2,}')
+_PATH = re.compile(r'<path d="([^"]*)"([^>]*)/>')
+_DECIMALS = re.compile(r"-?\d+\.\d{3,}")
+_GEOMETRY = re.compile(r' (?:d|transform)="[^"]*"')
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart and what is needed to show it.
+
+    Args:
+        chart: A view, or views side by side, over data that is referenced by name.
+        data: The rows of each name.
+        size: Width and height of the whole drawing, margins included.
+        origin: Left and top margin: where the plot begins.
+        description: What the figure shows in words, for screen readers.
+    """
+
+    chart: alt.LayerChart | alt.HConcatChart
+    data: Mapping[str, Rows]
+    size: tuple[float, float]
+    origin: tuple[float, float]
+    description: str
+    attributes: str = field(default="", repr=False)
+    """Further attributes of the svg element."""
+
+    def spec(self) -> dict[str, Any]:
+        """The chart as a self-contained Vega-Lite specification."""
+        spec = _unvalidated_dict(self.chart)
+        used = set(_data_names(spec))
+        return spec | {"config": _CONFIG, "datasets": {k: list(rows) for k, rows in self.data.items() if k in used}}
+
+    def svg(self, *, standalone: bool = False) -> str:
+        """The figure as SVG, for HTML; ``standalone`` it is a file of its own, on white."""
+        body = _render(json.dumps(self.spec()))
+        width, height = self.size
+        root = f'viewBox="0 0 {width:.0f} {height:.0f}"{self.attributes}'
+        paper = ""
+        if standalone:
+            root += f' xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}"'
+            paper = f'<rect width="100%" height="100%" fill="{theme.CARD}"/>'
+        words = escape(printable(self.description))
+        named = f'role="img" aria-label="{words}"><title>{words}</title>' if words else 'aria-hidden="true">'
+        place = f"translate({self.origin[0]:g},{self.origin[1]:g})"
+        return f'<svg {root} {named}{paper}<g fill="none" stroke-miterlimit="10" transform="{place}">{body}'
+
+    def png(self, scale: float = 2.0) -> bytes:
+        """The figure as PNG, ``scale`` pixels for each CSS pixel."""
+        return vl_convert.svg_to_png(self.svg(standalone=True), scale=scale)
+
+
+def without_validation(build: Callable[P, R]) -> Callable[P, R]:
+    """Build charts without checking every part against the JSON schema, which is slow; tests check whole charts."""
+
+    @wraps(build)
+    def quick(*args: P.args, **kwargs: P.kwargs) -> R:
+        with alt.utils.schemapi.debug_mode(False):
+            return build(*args, **kwargs)
+
+    return quick
+
+
+@without_validation
+def _unvalidated_dict(chart: alt.TopLevelMixin) -> dict[str, Any]:
+    return chart.to_dict(validate=False, context={"datasets": {}})
+
+
+def _data_names(spec: Any) -> list[str]:
+    """The names of the data that a specification refers to."""
+    if isinstance(spec, list):
+        return [name for part in spec for name in _data_names(part)]
+    if not isinstance(spec, dict):
+        return []
+    inner = [name for key in ("hconcat", "layer") for name in _data_names(spec.get(key))]
+    return inner + ([spec["data"]["name"]] if "data" in spec else [])
+
+
+@lru_cache(maxsize=256)  # a report is written anew after every evaluation, and most of its figures stay as they are
+def _render(spec: str) -> str:
+    """What Vega draws, from inside its root group to the end, made small: no frames, cells of one color as one path."""
+    drawn = vl_convert.vegalite_to_svg(spec, allowed_base_urls=[])
+    drawn, found = _ROOT.subn("", drawn)
+    assert found == 1, "the renderer writes an svg element and a root group"
+    drawn = _TAG.sub(_plain_tag, _AXIS_LABEL.sub(r"\1", _FRAMES.sub("", drawn)))
+    drawn = _TIPPED.sub(r"<\1\3><title>\2</title></\1>", drawn)
+    drawn = _TIPPED_TEXT.sub(r"<text\2>\3<title>\1</title></text>", drawn)
+    drawn = drawn.replace("<title></title>", "").replace(
+        '<g class="mark-rect', '<g shape-rendering="crispEdges" class="mark-rect'
+    )
+    return _PATH_RUN.sub(_merged, drawn)
+
+
+def _plain_tag(tag: re.Match[str]) -> str:
+    """A tag without roles, which the root element replaces, and with coordinates to a hundredth of a pixel."""
+    return _GEOMETRY.sub(lambda match: _DECIMALS.sub(_rounded, match[0]), _ROLES.sub("", tag[0]))
+
+
+def _rounded(number: re.Match[str]) -> str:
+    return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+
+def _merged(paths: re.Match[str]) -> str:
+    """Paths that look alike as one path."""
+    outlines: dict[str, list[str]] = {}
+    for outline, look in _PATH.findall(paths[0]):
+        outlines.setdefault(look, []).append(outline)
+    return "".join(f'<path d="{"".join(parts)}"{look}/>' for look, parts in outlines.items())
+
+
+def printable(text: str) -> str:
+    """A text without what XML forbids, and without what changes the direction of the text around it."""
+    if text.isprintable():
+        return text
+    return "".join(
+        "\ufffd" if unicodedata.category(c) in ("Cc", "Cs") or c in _BIDI_CONTROLS or ord(c) & 0xFFFE == 0xFFFE else c
+        for c in text
+    )
+
+
+def text_width(text: str) -> int:
+    """How many ordinary letters a text is as wide as: East Asian characters and emoji count twice."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
+
+
+def view(data: str, name: str, mark: str, **options: Any) -> alt.Chart:
+    """Marks over named rows, with the class ``<name>_marks`` in the SVG.
+
+    Properties are given as dicts: altair copies its own objects, with all that is undefined in them, many times over.
+
+    Args:
+        data: The name of the rows.
+        name: Unique in the figure.
+        mark: rect, rule, line, area, point or text.
+        options: Properties of the mark; marks with a ``description`` need ``aria=True``.
+    """
+    return alt.Chart(alt.NamedData(data), name=name, mark={"type": mark, "aria": False, **options})  # type: ignore[arg-type]
+
+
+class _Layers(alt.LayerChart):
+    """Layers without parameters: to merge parameters, altair's own class copies all layers several times."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super(alt.LayerChart, self).__init__(**kwargs)
+
+
+class _SideBySide(alt.HConcatChart):
+    """Views without parameters side by side, like ``_Layers``."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super(alt.HConcatChart, self).__init__(**kwargs)
+
+
+def layered(data: Mapping[str, Rows], views: Iterable[alt.Chart], width: float, height: float) -> alt.LayerChart:
+    """Those of the views that have rows to show, from the back to the front."""
+    return _Layers(layer=[view for view in views if data[view.data.name]], width=width, height=height)
+
+
+def side_by_side(views: Sequence[alt.LayerChart], gap: float) -> alt.HConcatChart:
+    """Views from left to right, their plots ``gap`` pixels apart, each with colors of its own."""
+    resolve = {"scale": {"color": "independent"}}
+    return _SideBySide(hconcat=list(views), spacing=gap, bounds="flush", resolve=resolve)
+
+
+def number(field: str, **options: Any) -> dict[str, Any]:
+    """A quantitative field of an encoding."""
+    return {"field": field, "type": "quantitative"} | options
+
+
+def across(left: float, right: float) -> dict[str, Any]:
+    """Encodings of marks that reach from one place to another, in pixels from the left edge."""
+    return {"x": alt.XValue(left), "x2": alt.X2Value(right)}
+
+
+def down(top: float, bottom: float) -> dict[str, Any]:
+    """Encodings of marks that reach from one place to another, in pixels from the top."""
+    return {"y": alt.YValue(top), "y2": alt.Y2Value(bottom)}
+
+
+def value_axis(*, percent: bool, **options: Any) -> dict[str, Any]:
+    """An axis of round values with rules across the plot, labeled as ``tables.numbers`` writes values."""
+    label = "format(100 * datum.value, '.1~f') + '\u00a0%'" if percent else _SHORT_LABEL
+    rules = {"grid": True, "gridColor": theme.RULE, "gridWidth": 1, "title": None}
+    return {"labelExpr": label, "labelOverlap": True, **rules, **options}
+
+
+def nominal(field: str) -> alt.Detail:
+    """A field that groups marks."""
+    return alt.Detail(field=field, type="nominal")
+
+
+def line_styles() -> dict[str, Any]:
+    """Encodings that draw lines in the style that their rows hold, see ``LineStyle.row``."""
+    raw: dict[str, Any] = {"type": "nominal", "scale": None}
+    return {
+        "color": alt.Color(field="color", **raw),
+        "strokeWidth": alt.StrokeWidth(field="width", **raw),
+        "opacity": alt.Opacity(field="opacity", **raw),
+        "strokeDash": alt.StrokeDash(field="dash", **raw),
+    }
+
+
+def tip() -> alt.Description:
+    """What a mark says when pointed at."""
+    return alt.Description(field="tip", type="nominal")

@@ -1,0 +1,365 @@
+"""Figures over the layers of a model: heat map and profile of one measure, layer by layer matrix, bars of a table row.
+
+Data flow: a ``Panel`` of layers.csv, a matrix of matrices.json or values by layer -> rows -> ``Figure``. Undefined
+cells are hatched; chance, the peak and the layers that train are marked.
+
+Shapes: L layers upwards x S steps to the right; values of a profile to the right, on the same layer axis.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from lightning_mm.core.layer_table import LayerRow
+from lightning_mm.report.figures import theme
+from lightning_mm.report.figures.curves import LegendEntry
+from lightning_mm.report.figures.figure import (
+    Figure,
+    down,
+    layered,
+    line_styles,
+    nominal,
+    number,
+    printable,
+    side_by_side,
+    tip,
+    value_axis,
+    view,
+    without_validation,
+)
+from lightning_mm.report.figures.heatmap_parts import ColorScale, Columns, LayerAxis, cells, color_legend, text
+from lightning_mm.report.figures.theme import LineStyle
+from lightning_mm.report.tables.numbers import short
+from lightning_mm.report.tables.panels import Panel, StepLabels, TrainedLayers, layer_name, subsample_steps
+
+MOST_COLUMNS = 24
+_WIDTH, _LEFT, _RIGHT, _HEAT, _GAP, _TOP = 360.0, 42.0, 10.0, 148.0, 20.0, 10.0
+_MOST_CELLS = 2000
+_HEAT_ALONE = 180.0
+_Data = dict[str, list[dict[str, Any]]]
+_UNDEFINED = "undefined: the reason stands below"
+_STYLES = tuple(
+    LineStyle(color, width, opacity, dash)
+    for color, width, opacity, dash in (
+        (theme.SOFT, 1.3, 0.75, theme.DASHES[1]),
+        (theme.SOFT, 1.3, 0.75, ()),
+        (theme.INK, 1.8, 1.0, ()),
+    )
+)
+_WITHHELD = LineStyle(theme.WITHHELD, 1.5, 1.0, theme.DOTTED)
+_HALO = {"color": theme.INK, "fontWeight": "bold", "stroke": theme.CARD, "strokeWidth": 3}
+
+
+@dataclass(frozen=True)
+class PanelFigure:
+    """Heat map and profile of one panel, and the legend of its lines."""
+
+    figure: Figure
+    legend: tuple[LegendEntry, ...]
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Line:
+    """One line of a profile."""
+
+    label: str
+    rows: Sequence[LayerRow]
+    style: LineStyle
+    peak: str
+
+
+@without_validation
+def panel_figure(
+    panel: Panel,
+    trained: TrainedLayers,
+    names: StepLabels,
+    withheld: Panel | None = None,
+    *,
+    columns: int = MOST_COLUMNS,
+) -> PanelFigure:
+    """A heat map where a panel has several steps, and its profile at the first, a middle and the last one.
+
+    Args:
+        panel: What was measured; some of it is defined.
+        trained: Which layers train.
+        names: What the steps are called.
+        withheld: The same measure with the image withheld, drawn as a further line; None draws none.
+        columns: The most steps that the heat map shows; below ``MOST_COLUMNS`` its cells carry no tips.
+    """
+    axis = LayerAxis.over(panel.layers, trained)
+    steps = subsample_steps(panel.steps, max(2, min(columns, _MOST_CELLS // len(panel.layers))))
+    alone, last = len(steps) == 1, panel.measured[-1]
+    lines = _profile_lines(panel, names, withheld)
+    chart, data = profile(panel, axis, lines, names, width=_WIDTH - _LEFT - _RIGHT - (0 if alone else _HEAT + _GAP))
+    shown: alt.LayerChart | alt.HConcatChart = chart
+    if not alone:
+        heat, cell_data = heat_map(panel, axis, steps, names, tips=columns >= MOST_COLUMNS)
+        shown, data = side_by_side([heat, chart], _GAP), data | cell_data
+    left_out = len(panel.steps) - len(steps)
+    return PanelFigure(
+        Figure(
+            shown,
+            data,
+            (_WIDTH, _TOP + axis.height + (20 if alone else 44)),
+            (_LEFT, _TOP),
+            f"{panel.measure.title}, {panel.place}: by layer; {_peak_words(panel, last)}",
+        ),
+        tuple(LegendEntry(line.label, line.style, line.peak) for line in lines),
+        f"{left_out} steps in between are left out of the drawing." if left_out else "",
+    )
+
+
+def heat_map(
+    panel: Panel, axis: LayerAxis, steps: Sequence[int], names: StepLabels, *, tips: bool, width: float = _HEAT
+) -> tuple[alt.LayerChart, _Data]:
+    """Layers by steps, and the rows of its data; columns are equally wide, whatever the distance of their steps."""
+    columns, scale = Columns(0, len(steps), width), ColorScale.of(panel, steps)
+    shown = {step: column for column, step in enumerate(steps)}
+    rows = [
+        {
+            "step": step,
+            "layer": layer,
+            **_cell(shown[step], layer),
+            "value": row.value,
+            "tip": f"{layer_name(layer)}, {names.long(step)}: {'' if row.value is None else panel.spell(row.value)}",
+        }
+        for (step, layer), row in panel.cells.items()
+        if step in shown
+    ]
+    data = _cell_data(rows) | {"trained": axis.trained_runs, "steps": _step_ticks(steps, names, columns)}
+    legend, legend_data = color_legend(scale, columns, axis.height + 23, panel.spell)
+    views = [
+        axis.trained_band("heat_band", -10, 0),
+        axis.trained_bar(),
+        *cells(axis, columns, scale, **({"description": tip()} if tips else {})),
+        *axis.trained_edges(width),
+        text("steps", "steps", columns.at("x"), axis.height + 13),
+        *legend,
+    ]
+    return layered(data | legend_data, views, width, axis.height), data | legend_data
+
+
+@without_validation
+def heat_map_figure(panel: Panel, beside: Sequence[Panel], trained: TrainedLayers) -> Figure:
+    """The heat map of a panel as a picture of its own, headed by its site.
+
+    Args:
+        panel: Some of it is defined.
+        beside: The panels that the picture stands among: all have the same layer axis.
+        trained: Which layers train.
+    """
+    axis = LayerAxis.over(sorted({layer for other in beside for layer in other.layers}), trained)
+    steps = subsample_steps(panel.steps, MOST_COLUMNS)
+    chart, data = heat_map(panel, axis, steps, StepLabels({}), tips=False, width=_HEAT_ALONE)
+    heading = {"text": printable(panel.place or panel.measure.title), "align": "left", "strong": True}
+    chart.layer.append(text("heading", "heading", 0, -10))
+    size = (_LEFT + _HEAT_ALONE + _RIGHT, 3 * _TOP + axis.height + 44)
+    return Figure(chart, data | {"heading": [heading]}, size, (_LEFT, 3 * _TOP), panel.measure.title)
+
+
+def _cell(column: float, layer: float) -> dict[str, float]:
+    """Where a cell of size 1 x 1 stands."""
+    return {"left": column, "right": column + 1, "low": layer - 0.5, "high": layer + 0.5}
+
+
+def _cell_data(rows: list[dict[str, Any]]) -> _Data:
+    """Rows with a value, and rows without."""
+    undefined = [row | {"tip": _UNDEFINED} for row in rows if row["value"] is None]
+    known = [row for row in rows if row["value"] is not None]
+    return {"cells": known, "undefined": undefined}
+
+
+def _step_ticks(steps: Sequence[int], names: StepLabels, columns: Columns) -> list[dict[str, Any]]:
+    """Names of the last step, the first, and of those between that do not touch another."""
+    kept: list[tuple[float, float]] = []
+    ticked = []
+    for column in sorted({len(steps) - 1, 0}, reverse=True) + list(range(1, len(steps) - 1)):
+        label = names.tick(steps[column])
+        x, room = (column + 0.5) / columns.pixel, 3.6 * len(label) + 4
+        if all(abs(x - other) >= room + theirs for other, theirs in kept):
+            kept.append((x, room))
+            ticked.append({"x": column + 0.5, "text": label})
+    return ticked
+
+
+def profile(
+    panel: Panel, axis: LayerAxis, lines: Sequence[_Line], names: StepLabels, width: float
+) -> tuple[alt.LayerChart, _Data]:
+    """Values to the right over layers upwards, with interval, chance and peak of the last step, and its data's rows."""
+    beside = width < _WIDTH / 2
+    axis = LayerAxis(axis.first, axis.last, axis.trained, labels=not beside)
+    last, last_rows = panel.measured[-1], panel.profile(panel.measured[-1])
+    low, high = _domain(panel, lines, last_rows)
+    numbers = value_axis(percent=panel.measure.in_percent, tickCount=3, labelPadding=5)
+    values = Columns(low, high, width, numbers)
+    nulls = [row for row in last_rows if row.null is not None and low <= row.null <= high]
+    peak = panel.peak(last)
+    data: _Data = {
+        "trained": axis.trained_runs,
+        "null_band": list(_area_rows(nulls, "null_low", "null_high")),
+        "null": [{**_cell(0, row.layer), "x": row.null} for row in nulls],
+        "interval": list(_area_rows(last_rows, "low", "high")),
+        "lines": [row for index, line in enumerate(lines) for row in _line_rows(index, line)],
+        "points": [
+            {"x": row.value, "layer": row.layer, "tip": f"{described(panel, row)}, {names.long(last)}"}
+            for row in last_rows
+        ],
+        "peak": [] if peak is None else [{"x": peak.value, "layer": peak.layer, "text": _number_of(peak.layer)}],
+    }
+    x, y = values.at("x"), axis.at("layer")
+    # the number of the peak stands on the side that the line does not take
+    place = 0.0 if peak is None or peak.value is None else (peak.value - low) / values.pixel
+    rightwards = place < width - 22 if panel.measure.seek == "max" else place < 22
+    beside_peak = {"align": "left" if rightwards else "right", "dx": 8 if rightwards else -8, "dy": 4}
+    views = [
+        axis.trained_band("profile_band", -_GAP if beside else -10, width + 6),
+        *([] if beside else [axis.trained_bar()]),
+        _area("null_band", values, axis, theme.SOFT, 0.2),
+        view("null", "null", "rule", color=theme.INK, strokeWidth=1.4, strokeDash=[2, 2.5]).encode(x=x, **axis.rows()),
+        _area("interval", values, axis, theme.INK, 0.13),
+        view("lines", "lines", "line", strokeJoin="round", strokeCap="round").encode(
+            x=x,
+            y=y,
+            **line_styles(),
+            detail=[nominal("line"), nominal("run")],
+            order=alt.Order(**number("layer")),
+        ),
+        view("points", "points", "point", aria=True, filled=True, size=50, opacity=0).encode(
+            x=x, y=y, description=tip()
+        ),
+        view("peak", "peak", "point", size=55, fill=theme.CARD, stroke=theme.INK, strokeWidth=1.8, opacity=1).encode(
+            x=x, y=y
+        ),
+        text("peak", "peak_number", x, y, **beside_peak, **_HALO),
+    ]
+    return layered(data, views, width, axis.height), data
+
+
+def _profile_lines(panel: Panel, names: StepLabels, withheld: Panel | None) -> list[_Line]:
+    """At most three steps, the last drawn strongest, and the line without the image."""
+    steps = subsample_steps(panel.measured, 3)
+    styles = _STYLES[-len(steps) :] if len(steps) != 2 else (_STYLES[0], _STYLES[2])
+    lines = [
+        _Line(names.in_legend(step), panel.profile(step), style, _peak_words(panel, step))
+        for step, style in zip(steps, styles, strict=True)
+    ]
+    rows = withheld.profile(withheld.steps[-1]) if withheld else []
+    return lines + ([_Line("without the picture", rows, _WITHHELD, "")] if rows else [])
+
+
+def _peak_words(panel: Panel, step: int) -> str:
+    row = panel.peak(step)
+    return "" if row is None or row.value is None else f"{panel.spell(row.value)} at {layer_name(row.layer)}"
+
+
+def _number_of(layer: int) -> str:
+    return "emb" if layer < 0 else str(layer)
+
+
+def _domain(panel: Panel, lines: Sequence[_Line], last: Sequence[LayerRow]) -> tuple[float, float]:
+    """Room for all lines, and for interval and chance of the last step, within what the measure can be."""
+    seen = [row.value for line in lines for row in line.rows if row.value is not None]
+    seen += [x for row in last for x in (row.low, row.high) if x is not None]
+    if panel.measure.from_chance:
+        seen += [x for row in last for x in (row.null, row.null_low, row.null_high) if x is not None]
+    low, high, known = min(seen), max(seen), panel.measure
+    room = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
+    low = low - room if known.low is None else max(known.low, low - room)
+    high = high + room if known.high is None else min(known.high, high + room)
+    return low, max(high, low + 1e-9, low + 1e-9 * abs(low))
+
+
+def _runs(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
+    """Runs of neighboring layers: a line does not cross a layer that is undefined."""
+    runs: list[list[LayerRow]] = []
+    for row in rows:
+        if runs and runs[-1][-1].layer == row.layer - 1:
+            runs[-1].append(row)
+        else:
+            runs.append([row])
+    return runs
+
+
+def _line_rows(index: int, line: _Line) -> Iterator[dict[str, Any]]:
+    for run, rows in enumerate(_runs(line.rows)):
+        for row in rows:
+            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **line.style.row}
+
+
+def _area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
+    """Both ends of an area over the layers; a layer without neighbors is a row high, so that it shows too."""
+    known = [row for row in rows if getattr(row, low) is not None and getattr(row, high) is not None]
+    for index, run in enumerate(_runs(known)):
+        for row in run:
+            for side in (-0.5, 0.5) if len(run) == 1 else (0.0,):
+                yield {"run": index, "layer": row.layer + side, "left": getattr(row, low), "right": getattr(row, high)}
+
+
+def _area(name: str, values: Columns, axis: LayerAxis, color: str, opacity: float) -> alt.Chart:
+    return view(name, name, "area", orient="horizontal", color=color, opacity=opacity).encode(
+        **values.span(), y=axis.at("layer"), detail=[nominal("run")]
+    )
+
+
+def described(panel: Panel, row: LayerRow) -> str:
+    """A row in words: layer 11: 83 % (78 % to 87 %), chance 50 %, N 200."""
+    words = f"{layer_name(row.layer)}: {panel.spell(row.value or 0.0)}"
+    if row.low is not None and row.high is not None:
+        words += f" ({panel.spell(row.low)} to {panel.spell(row.high)})"
+    words += f", {panel.measure.null_word} {panel.spell(row.null)}" if row.null is not None else ""
+    return words + (f", N {row.n:,}" if row.n is not None else "") + (f", k {row.k}" if row.k is not None else "")
+
+
+@without_validation
+def matrix_figure(
+    layers: Sequence[int], values: Sequence[Sequence[float | None]], trained: TrainedLayers, *, tips: bool
+) -> Figure:
+    """Layers by layers, embeddings at the lower left; what trains is marked on both axes.
+
+    Args:
+        layers: (L,) the layers of rows and columns, ascending.
+        values: (L, L).
+        trained: Which layers train.
+        tips: Whether each cell says its value when pointed at.
+    """
+    axis = LayerAxis.over(layers, trained)
+    columns = Columns(axis.first - 0.5, axis.last + 0.5, axis.height)
+    rows = [
+        {
+            "row": a,
+            "column": b,
+            **_cell(b - 0.5, a),
+            "value": values[i][j],
+            "tip": f"{layer_name(a)} and {layer_name(b)}: {short(values[i][j] or 0.0)}",
+        }
+        for i, a in enumerate(layers)
+        for j, b in enumerate(layers)
+    ]
+    known = [value for row in values for value in row if value is not None] or [0.0]
+    scale = ColorScale(min(0.0, *known), max(1.0, *known))
+    legend, legend_data = color_legend(scale, columns, axis.height + 33, short)
+    views = [
+        axis.trained_bar(),
+        *cells(axis, columns, scale, **({"description": tip()} if tips else {})),
+        *axis.trained_edges(axis.height),
+        view("trained", "trained_below", "rect", aria=True, color=theme.TEAL, cornerRadius=1.5).encode(
+            x=axis.horizontal("low"),
+            x2=alt.X2(field="high"),
+            **down(axis.height + 3, axis.height + 7),
+            description=tip(),
+        ),
+        *(
+            view("trained", f"trained_across_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(
+                x=axis.horizontal(end), **down(0, axis.height)
+            )
+            for end in ("low", "high")
+        ),
+        *legend,
+    ]
+    data = _cell_data(rows) | {"trained": axis.trained_runs} | legend_data
+    chart = layered(data, views, axis.height, axis.height)
+    words = f"layer by layer matrix of {len(layers)} layers"
+    return Figure(chart, data, (_WIDTH, _TOP + axis.height + 66), (64.0, _TOP), words)
