@@ -214,7 +214,7 @@ def model_label(path: str) -> str:
     """Short name of a model: that of its folder, or of its run if that says more.
 
     Example:
-        >>> short("runs/middle/export"), short("runs/middle/checkpoints/last.ckpt"), short("org/model")
+        >>> model_label("runs/middle/export"), model_label("runs/middle/checkpoints/last.ckpt"), model_label("org/model")
         ('middle', 'middle-last', 'model')
     """
     named = Path(path)

@@ -53,7 +53,7 @@ def l1_strength(num_questions: int, num_features: int) -> float:
         num_features: F, number of features.
 
     Example:
-        >>> round(strength(500, 1024), 3), round(strength(20, 270), 2)
+        >>> round(l1_strength(500, 1024), 3), round(l1_strength(20, 270), 2)
         (0.05, 0.27)
     """
     c = max(C, 4 / math.sqrt(2 * num_questions * math.log(max(num_features, 2))))

@@ -52,9 +52,9 @@ def transplant_windows(mode: Mode, num_layers: int, width: int = 1, step: int = 
     """Layers to transplant together, by the layer that stands for them on a curve's axis.
 
     Example:
-        >>> windows("cumulative", 4, step=2)
+        >>> transplant_windows("cumulative", 4, step=2)
         {1: (0, 1), 3: (0, 1, 2, 3)}
-        >>> windows("sliding", 4, width=3, step=2)
+        >>> transplant_windows("sliding", 4, width=3, step=2)
         {0: (0, 1), 2: (1, 2, 3)}
     """
     if mode == "cumulative":

@@ -171,7 +171,7 @@ def layer_window(center: int, width: int, num_layers: int, convention: Literal["
     around it. ``rome`` (Meng et al. 2022, arXiv:2202.05262): w layers, half of them below.
 
     Example:
-        >>> window(5, 3, 32), window(5, 3, 32, "rome"), window(5, 1, 32), window(0, 3, 32)
+        >>> layer_window(5, 3, 32), layer_window(5, 3, 32, "rome"), layer_window(5, 1, 32), layer_window(0, 3, 32)
         ((2, 3, 4, 5, 6, 7, 8), (4, 5, 6), (5,), (0, 1, 2, 3))
     """
     if convention == "rome":
