@@ -1,5 +1,6 @@
-"""The nano data: images composed from installed packages with exact annotations, built by ``python -m
-lightning_mm.nano.data OUT``.
+"""The nano data: images composed from installed packages with exact annotations.
+
+``python -m lightning_mm.nano.data OUT`` builds it.
 
 Data flow: ``catalog``, ``flags`` (names, facts) + ``openmoji``, ``tuxpaint`` (cut-outs) -> ``build`` (splits) ->
 ``images`` (scenes) -> ``questions``, ``flags`` (text) -> ``rows``, ``probes``, ``causal`` -> ``build`` (files).
