@@ -214,8 +214,8 @@ def model_label(path: str) -> str:
     """Short name of a model: that of its folder, or of its run if that says more.
 
     Example:
-        >>> model_label("runs/middle/export"), model_label("runs/x/checkpoints/last.ckpt"), model_label("org/model")
-        ('middle', 'x-last', 'model')
+        >>> [model_label(path) for path in ("runs/middle/export", "runs/middle/checkpoints/last.ckpt", "org/model")]
+        ['middle', 'middle-last', 'model']
     """
     named = Path(path)
     parts = (named.resolve() if named.name in ("", "..") else named).parts

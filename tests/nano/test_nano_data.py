@@ -259,7 +259,7 @@ def test_edits_change_facts_that_were_learned(built: Path, rows: dict[str, list[
         assert facts[image, each.question.text] == each.question.answer
         assert each.new_answer != each.question.answer
         assert each.new_answer in facts.values()
-        for neighbour in each.neighbours:
+        for neighbour in each.neighbors:
             assert facts[f"images/{neighbour.images[0].name}", neighbour.text] == neighbour.answer
             assert neighbour.group != each.question.group or neighbour.text != each.question.text
         assert each.question.text not in each.paraphrases
