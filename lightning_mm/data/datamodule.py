@@ -144,7 +144,7 @@ class MMDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""
         samples = self.samples("train")
-        collate = self._collate_function(samples)
+        collate = self._wrapped_collator(samples)
         options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
@@ -272,13 +272,13 @@ class MMDataModule(L.LightningDataModule):
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
-        loaders = [self._loader(samples, self._collate_function(samples))] if samples else []
+        loaders = [self._loader(samples, self._wrapped_collator(samples))] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
 
     def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
-    def _collate_function(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+    def _wrapped_collator(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
         """Makes training or validation batches: the collator, or what the module's ``wrap_collator`` returns."""
         collator = self.collator(samples)
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -59,7 +59,7 @@ def apply_techniques(
 
     The order matters: a later technique wraps the earlier ones.
 
-    1. Frozen weights are cast to the dtype that autocast would use (not undone: the weights stay cast).
+    1. Frozen weights are cast to the dtype that autocast would use (undone for the head's forward only).
     2. Liger's kernels replace norms and gated MLPs (not undone: Liger cannot be removed again).
     3. Blocks are compiled; the techniques below stay outside of the compiled code.
     4. CPU attention replaces sdpa where gradients flow.
@@ -75,7 +75,7 @@ def apply_techniques(
         precision: ``trainer.precision``; None (default) outside of a run: frozen weights keep their dtype.
 
     Returns:
-        Closing it restores the modules' original forward passes.
+        Closing it puts back the forward of every module that 1 and 3 to 7 replaced, the last technique first.
     """
     undo = ExitStack()
     if precision is not None:

@@ -1,7 +1,7 @@
 """One training step: from a batch to its loss, without padding inside the blocks and with cached activations.
 
 Data flow: Batch -> ``TrainingStep.objective`` -> summed NLL. ``open_cache`` decides once, when a fit starts, whether
-frozen activations are cached; batches from ``collate_function`` then leave out the pixels of cached rows.
+frozen activations are cached; batches from ``wrap_collator`` then leave out the pixels of cached rows.
 """
 
 from collections.abc import Callable
@@ -114,7 +114,7 @@ class TrainingStep:
                 raise
             log_decision("model.cache", "off", error.why)
 
-    def collate_function(self, collator: Collator) -> Callable[..., Batch]:
+    def wrap_collator(self, collator: Collator) -> Callable[..., Batch]:
         """The collator, or if the cache is open, one that leaves out what is cached."""
         if self.cache is None:
             return collator
@@ -200,12 +200,12 @@ class TrainingStep:
     def _apply_cached(self, batch: Batch) -> AbstractContextManager[None]:
         if batch.cached is None:
             return nullcontext()
-        assert self.cache is not None, "batches without pixels are made for a cache"
+        assert self.cache is not None, "the batch has cached states, but no cache is open"
         if isinstance(batch.cached, CachedFeatures):
-            assert isinstance(self.cache, FeatureCache), "features are kept for one"
+            assert isinstance(self.cache, FeatureCache), "vision features belong to a feature cache"
             with unpadded(None):
                 return self.cache.tower.starting_from(self.cache.states(batch.cached))
-        assert isinstance(self.cache, PrefixCache), "states are kept for one"
+        assert isinstance(self.cache, PrefixCache), "hidden states belong to a prefix cache"
         uncached = batch.cached.uncached
         with unpadded(None if uncached is None else self._tokens(uncached)):
             states = self.cache.states(batch.cached)

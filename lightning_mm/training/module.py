@@ -155,7 +155,7 @@ class MMModule(L.LightningModule):
 
         Where the cache is open, it leaves out the images of rows whose activations are cached.
         """
-        return self.step.collate_function(collator)
+        return self.step.wrap_collator(collator)
 
     def on_fit_end(self) -> None:
         self.step.close_cache()
