@@ -67,6 +67,8 @@ def apply_techniques(
     6. Blocks leave out padding: around 4, which decides how rows are computed.
     7. Blocks are recomputed in backward: around all others, so that recomputation repeats them.
 
+    ``TrainingStep.open_cache`` later skips vision blocks whose output nothing reads, on the same stack.
+
     Args:
         mm: The model, frozen and adapted as planned.
         plan: Which weights train.
@@ -77,23 +79,25 @@ def apply_techniques(
     Returns:
         Closing it puts back the forward of every module that 1 and 3 to 7 replaced, the last technique first.
     """
-    undo = ExitStack()
-    if precision is not None:
-        cast_frozen_weights(mm, plan, precision, undo, compute.frozen_dtype)
-    if compute.liger:
-        apply_liger(mm.model)
-    if compute.compile == "blocks":
-        compile_blocks(mm.model, blocks_in_graph(mm, plan), undo)
-    use_cpu_attention(mm.model, undo)
-    use_cpu_norms(mm.model, undo)
-    if compute.packing:
-        packed = unpad_blocks(mm, undo)
-        why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
-        log_decision("model.compute.packing", f"{len(packed)} of {mm.layout.num_layers} blocks without padding", why)
-    if checkpointing:
-        blocks = blocks_in_graph(mm, plan)[:: compute.checkpoint_every]
-        checkpoint_blocks(mm.model, blocks, undo)
-        log_decision(
-            "model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway"
-        )
-    return undo
+    with ExitStack() as undo:  # closed here only if a technique fails
+        if precision is not None:
+            cast_frozen_weights(mm, plan, precision, undo, compute.frozen_dtype)
+        if compute.liger:
+            apply_liger(mm.model)
+        if compute.compile == "blocks":
+            compile_blocks(mm.model, blocks_in_graph(mm, plan), undo)
+        use_cpu_attention(mm.model, undo)
+        use_cpu_norms(mm.model, undo)
+        if compute.packing:
+            packed = unpad_blocks(mm, undo)
+            why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"
+            log_decision(
+                "model.compute.packing", f"{len(packed)} of {mm.layout.num_layers} blocks without padding", why
+            )
+        if checkpointing:
+            blocks = blocks_in_graph(mm, plan)[:: compute.checkpoint_every]
+            checkpoint_blocks(mm.model, blocks, undo)
+            log_decision(
+                "model.activation_checkpointing", f"{len(blocks)} blocks", "only those that backward crosses anyway"
+            )
+        return undo.pop_all()

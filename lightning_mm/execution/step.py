@@ -134,8 +134,9 @@ class TrainingStep:
             self.cache = None
 
     def close(self) -> None:
-        """Close the cache and undo the preparation of the model."""
+        """Close the cache and undo the preparation of the model; a later fit decides anew about the cache."""
         self.close_cache()
+        self._cache_decided = False
         if self._undo is not None:
             self._undo.close()
             self._undo = None

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -46,6 +47,13 @@ from lightning_mm.tuning.optimizer import (
     schedule_factor,
 )
 from lightning_mm.tuning.unused_parameters import unused_parameters
+
+
+class _TeardownAfterException(Callback):
+    """Restores the model's own forward passes if a run ends with an exception."""
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        pl_module.teardown(str(trainer.state.fn))
 
 
 class MMModule(L.LightningModule):
@@ -159,6 +167,10 @@ class MMModule(L.LightningModule):
 
     def on_fit_end(self) -> None:
         self.step.close_cache()
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Lightning does not call ``teardown`` after an exception: a callback does what it would have done."""
+        return [_TeardownAfterException()]
 
     def teardown(self, stage: str) -> None:
         """Undo the preparation, so that other users of the model run its original code."""

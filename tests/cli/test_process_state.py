@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from lightning.pytorch.callbacks import Callback
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lightning_mm.__main__ import main
 from lightning_mm.models.export.export import Provenance, export_full
 from lightning_mm.models.loading import Backbone, load_model
+from lightning_mm.training.module import MMModule
 from tests.helpers.cli import QUICK, Fit, inspect
 from tests.helpers.data import Data, Family, batch_of
 from tests.helpers.taught_models import KNOWN, Taught
@@ -121,3 +123,26 @@ def test_a_model_runs_its_own_code_again_after_a_fit(family: Family, data: Data,
     assert hooks_of(module.model) == hooks_of(other)  # transformers itself hooks blocks whose outputs it collects
     with torch.no_grad():
         assert torch.equal(other(**batch.inputs).logits, expected)
+
+
+class Stop(Callback):
+    """Ends a fit in the middle of a step."""
+
+    def on_train_batch_end(self, *_: object) -> None:
+        raise RuntimeError("stopped")
+
+
+def test_a_fit_that_fails_leaves_the_model_alone(family: Family, data: Data, tmp_path: Path) -> None:
+    """Lightning calls no teardown hook then."""
+    modules: list[MMModule] = []
+    with pytest.raises(RuntimeError, match="stopped"):
+        train(
+            family("llava"),
+            data,
+            tmp_path,
+            tuning=POLICIES["intermediate"],
+            callbacks=[Stop()],
+            on_start=modules.append,
+        )
+    (module,) = modules
+    assert not [name for name, part in module.model.named_modules() if "forward" in part.__dict__]
