@@ -142,6 +142,7 @@ def test_a_fit_that_fails_leaves_the_model_alone(family: Family, data: Data, tmp
             tmp_path,
             tuning=POLICIES["intermediate"],
             callbacks=[Stop()],
+            max_steps=2,
             on_start=modules.append,
         )
     (module,) = modules

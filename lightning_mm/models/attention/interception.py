@@ -9,7 +9,7 @@ Shapes: B rows, H query heads, G key heads (H a multiple of G), Q queries, K key
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -70,9 +70,8 @@ class AttentionCall:
             log_decision(
                 "causal.attention", kernel, f"{self.kernel} takes no written-out mask; this one computes the same"
             )
-        return self.lookup(kernel, _required_eager_attention(self.module))(
-            self.module, self.query, self.key, self.value, self.mask, **self.options
-        )
+        own = cast(AttentionFunction, eager_attention(self.module))  # looked up under 'eager' only, where it exists
+        return self.lookup(kernel, own)(self.module, self.query, self.key, self.value, self.mask, **self.options)
 
     def explicit(self) -> tuple[Tensor, Tensor]:
         """Output (B, Q, H, E) and weights (B, H, Q, K) of the family's eager attention."""
