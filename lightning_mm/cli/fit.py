@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
+from lightning.fabric.plugins import CheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -125,14 +126,16 @@ class TrainingCLI(LightningCLI):
             loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
         if isinstance(given.get("logger"), (list, tuple)):
             loggers.extend(given["logger"])
+        given_plugins = given.get("plugins") or []
+        given_plugins = list(given_plugins) if isinstance(given_plugins, (list, tuple)) else [given_plugins]
         plugins: list[Any] = []
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and not any(isinstance(each, CheckpointIO) for each in given_plugins):
             plugins.append(state.LoadedCheckpoint(Path(config.ckpt_path), self.checkpoint))
         if SLURMEnvironment.detect():
             # Lightning would save inside the signal handler, where ranks can deadlock.
             plugins.append(SLURMEnvironment(auto_requeue=False))
         if plugins:
-            kwargs["plugins"] = [*(given.get("plugins") or []), *plugins]
+            kwargs["plugins"] = [*given_plugins, *plugins]
         return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.run.path,

@@ -68,7 +68,7 @@ def cast_frozen_weights(
     if tied and not head.weight.requires_grad:
         saved -= head.weight.nbytes // 2
         replace_forward(undo, head, lambda _: _linear_with_cached_copy(head))
-    if saved:
+    if held:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
         log_decision("model.compute.frozen_dtype", "bfloat16", why)
     return saved

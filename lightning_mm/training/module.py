@@ -119,7 +119,7 @@ class MMModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the model and apply the tuning policy, once; prepare the model for this stage's steps."""
-        if hasattr(self, "census"):
+        if hasattr(self, "step"):
             self.step.open()
             return
         self.processing = load_processor(self.backbone.path, self.backbone.revision)
@@ -133,11 +133,6 @@ class MMModule(L.LightningModule):
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
         self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
-
-    def on_fit_start(self) -> None:
-        """Open the cache of frozen activations, once the model is on its device."""
-        if getattr(self.trainer, "datamodule", None) is not None:
-            self._open_cache()
 
     def _open_cache(self) -> None:
         data, trainer = self._data, self.trainer
@@ -163,7 +158,7 @@ class MMModule(L.LightningModule):
 
         Where the cache is open, it leaves out the images of rows whose activations are cached.
         """
-        return self.step.wrap_collator(collator)
+        return self.step.wrap_collator(collator) if hasattr(self, "step") else collator
 
     def on_fit_end(self) -> None:
         self.step.close_cache()
@@ -266,7 +261,13 @@ class MMModule(L.LightningModule):
             torch.nn.utils.clip_grad_norm_(self.trainable.values(), gradient_clip_val)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW over the trainable parameters, and its learning-rate schedule by optimizer step."""
+        """AdamW over the trainable parameters, and its learning-rate schedule by optimizer step.
+
+        It is the first hook of a fit with the model on its device, so the cache of frozen activations is opened here:
+        Lightning makes the training loader next, to count the steps of an epoch.
+        """
+        if getattr(self.trainer, "datamodule", None) is not None:
+            self._open_cache()
         optimizer = build_optimizer(self._groups(), self.optimizer)
         factor = schedule_factor(self.optimizer, self._total_steps())
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

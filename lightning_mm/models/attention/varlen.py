@@ -125,15 +125,18 @@ def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
         mm: The plain model, after ``use_cpu_attention``, whose kernels are called inside.
         undo: Gets the callbacks that restore the blocks.
     """
-    prepared = []
+    prepared: list[str] = []
+    modules: list[nn.Module] = []
     for each in mm.layout.blocks:
         mixer: Any = mm.model.get_submodule(each.attention) if each.attention else None
         if mixer is None or not has_eager_attention(mixer) or mixer.config._attn_implementation not in _KERNELS:
             continue
         block = mm.model.get_submodule(each.name)
-        change_attention(undo, attention_modules(block), lambda name, attend, _: _attend_by_rows(attend, name))
+        modules += attention_modules(block)
         replace_forward(undo, block, _without_padding)
         prepared.append(each.name)
+    # One registry for all blocks: torch.compile keeps what it has compiled with it.
+    change_attention(undo, modules, lambda name, attend, _: _attend_by_rows(attend, name))
     return tuple(prepared)
 
 

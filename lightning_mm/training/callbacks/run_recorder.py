@@ -102,9 +102,11 @@ class RunRecorder(Callback):
             log.info("report: %s", self.run.report)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if trainer.is_global_zero and self._shown:
-            self._write_files(trainer)
-        self._open.close()
+        try:
+            if trainer.is_global_zero and self._shown:
+                self._write_files(trainer)
+        finally:
+            self._open.close()
 
     def _begin(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._shown or not trainer.is_global_zero:

@@ -84,7 +84,9 @@ def test_known_rows_are_not_decoded_again(
     assert len(opened) == 1, "the row that the halves are verified with"
 
 
-def test_the_tower_runs_once_per_row(family: Family, data: Data, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [{"max_steps": 12}, {"max_steps": -1, "max_epochs": 2}])
+def test_the_tower_runs_once_per_row(length: dict[str, int], family: Family, data: Data, tmp_path: Path) -> None:
+    """Also where Lightning makes the loader early, to count the steps of an epoch."""
     seen: list[int] = []
 
     def count(module: MMModule) -> None:
@@ -92,9 +94,7 @@ def test_the_tower_runs_once_per_row(family: Family, data: Data, tmp_path: Path)
         mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
 
     unpacked = Compute(packing=False)
-    train_losses(
-        family("llava"), data, tmp_path, cache=cache_on(tmp_path), compute=unpacked, max_steps=12, on_start=count
-    )
+    train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), compute=unpacked, on_start=count, **length)
     assert sum(seen) == 12, "two epochs of 12 rows, of which only the first runs what is below block 2"
 
 
