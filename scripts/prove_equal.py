@@ -34,6 +34,13 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, __version__
 
 import lightning_mm
 
+try:  # without torchvision, processors that take videos too are loaded in a scope of ours
+    from lightning_mm.models.processor import optional_video_processor as PROCESSORS  # noqa: N812
+except ImportError:
+    from contextlib import nullcontext as PROCESSORS  # noqa: N812
+
+    import lightning_mm.models.processing  # patches transformers on import
+
 FAMILIES = ("llava", "qwen2_5_vl", "smolvlm", "internvl", "gemma3")
 VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit", "export", "report")
 SPLITS = ("train", "val", "test")
@@ -222,7 +229,8 @@ def logits(export: Path, base: Path) -> Iterator[tuple[str, str]]:
     """What an exported model says to a fixed picture and question, loaded by transformers (and PEFT) alone."""
     whole = base if (export / "adapter_config.json").exists() else export
     model: Any = AutoModelForImageTextToText.from_pretrained(whole)
-    processor: Any = AutoProcessor.from_pretrained(whole)  # type: ignore[no-untyped-call]
+    with PROCESSORS():
+        processor: Any = AutoProcessor.from_pretrained(whole)  # type: ignore[no-untyped-call]
     picture = {"type": "image", "image": Image.radial_gradient("L").convert("RGB").resize((48, 40))}
     turns = [{"role": "user", "content": [picture, {"type": "text", "text": "What colour is this?"}]}]
     inputs = processor.apply_chat_template(turns, tokenize=True, return_dict=True, return_tensors="pt")

@@ -136,14 +136,13 @@ def test_two_callbacks_of_a_kind_are_refused_in_our_words(fit: Fit, capsys) -> N
     assert "trainer.callbacks names GeometryCallback 2 times" in capsys.readouterr().err
 
 
-def test_a_look_at_the_step_of_the_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "read_checkpoint", lambda path: {"global_step": 4})
+def test_a_look_at_the_step_of_the_checkpoint_is_kept(tmp_path: Path) -> None:
     earlier, later = (RunDirectory.create(tmp_path, name) for name in ("earlier", "later"))
     earlier.metrics.write_text(
         "step,epoch,train/loss,inspect/seconds,inside/overlap/last/peak\n"
         "3,0,0.5,,\n3,,,1.5,0.25\n4,,,2.5,0.75\n4,1,0.25,,\n5,,,3.5,1\n"
     )
-    _continue_metrics(earlier.path / "checkpoints" / "last.ckpt", later)
+    _continue_metrics(earlier, later, 4)
     with later.metrics.open() as file:
         kept = [tuple(row.values()) for row in csv.DictReader(file)]
     assert kept == [("3", "0", "0.5", "", ""), ("3", "", "", "1.5", "0.25"), ("4", "", "", "2.5", "0.75")]

@@ -193,7 +193,7 @@ def test_rows_side_by_side_are_rows_in_a_batch(
     packed = [torch.randn(1, n, len(tokens.index), 4, generator=drawn, dtype=torch.float64) for n in (4, 2, 2)]
     packed = [each.requires_grad_() for each in packed]
     attend: Any = cpu_attention(sdpa_attention_forward)
-    alone = attend.apart(lambda _: made, *packed, given)
+    alone = attend.attend_unpadded(lambda _: made, *packed, given)
     in_rows = [tokens.unpack(each.transpose(1, 2)).transpose(1, 2) for each in packed]
     together = tokens.pack(sdpa_attention_forward(Grouped(2), *in_rows, mask)[0])
     drawn_gradient = torch.randn(alone.shape, generator=drawn, dtype=torch.float64)
@@ -268,7 +268,7 @@ def test_attention_without_gradients_is_left_alone() -> None:
     heads = torch.zeros(1, 1, 2, 4, dtype=torch.bfloat16, requires_grad=True)
     with torch.no_grad():
         run(None, heads, heads, heads)
-        assert run.apart(lambda _: 1 / 0, heads, heads, heads) is None
+        assert run.attend_unpadded(lambda _: 1 / 0, heads, heads, heads) is None
     run(None, heads.detach(), heads, heads)
     assert seen == [torch.bfloat16] * 2
     run(None, heads, heads, heads)
