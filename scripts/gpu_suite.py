@@ -50,9 +50,9 @@ from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, pa
 
 TESTS = (
     "tests/test_devices.py",
-    "tests/models/test_kernels.py",
-    "tests/test_throughput.py",
-    "tests/data/test_store.py",
+    "tests/models/test_compile.py",
+    "tests/training/callbacks/test_throughput.py",
+    "tests/execution/cache/test_store.py",
 )
 PRECISION = "bf16-mixed"
 
