@@ -86,7 +86,7 @@ def test_fit_and_export_leave_the_libraries_alone(policy: str, fit: Fit, probes:
 
 
 @pytest.mark.usefixtures("unchanged")
-def test_inspect_and_trace_leave_the_libraries_alone(
+def test_inspect_trace_and_edit_leave_the_libraries_alone(
     known: Callable[[str], Taught], probes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -106,6 +106,9 @@ def test_inspect_and_trace_leave_the_libraries_alone(
     (tmp_path / "questions.json").write_text(json.dumps(rows))
     assert inspect(tmp_path, "model", "--probes", str(probes)) == 0
     assert main(["trace", "model", "--questions", "questions.json", "--parts", "[trace,knockout,flow]"]) == 0
+    edits = [{**rows[0], "new_answer": rows[1]["answer"]}]
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    assert main(["edit", "model", "--edits", "edits.json", "--layer", "1", "--steps", "5"]) == 0
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -176,5 +176,7 @@ def test_nothing_global_is_touched(name: str) -> None:
     assert torch.is_grad_enabled()
     # On some CPUs a matrix product adds in another order with another number of threads: float32's rounding.
     for one, other in zip(MEASURES[name](a, b, None), first, strict=True):
-        assert one.undefined == other.undefined
-        assert one.value == pytest.approx(other.value, rel=1e-5, abs=1e-7)
+        assert (one.undefined, one.n, one.k, one.notes) == (other.undefined, other.n, other.k, other.notes)
+        for field in ("value", "low", "high", "null", "null_low", "null_high"):
+            there = getattr(other, field)
+            assert getattr(one, field) == (there if there is None else pytest.approx(there, rel=1e-5, abs=1e-7)), field
