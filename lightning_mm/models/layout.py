@@ -300,7 +300,7 @@ def _parameters_by_part(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parame
 
 
 def _refuse_unless_decoder_only(model: Any) -> None:
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
         raise UserError(
             f"{type(model).__name__} is no model of transformers.",
