@@ -35,6 +35,8 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
         UniformSparse,
     )
     from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+    from lightning_mm.verbs.inspect import InspectionResult, inspect
+    from lightning_mm.verbs.trace import TraceResult, trace
 
 __version__ = "0.1.0"
 
@@ -47,6 +49,7 @@ __all__ = [
     "EarlyLayers",
     "Full",
     "GeometryCallback",
+    "InspectionResult",
     "IntermediateOnly",
     "LateLayers",
     "LoRA",
@@ -60,12 +63,15 @@ __all__ = [
     "RandomLayers",
     "Schedule",
     "Selection",
+    "TraceResult",
     "TuningPlan",
     "TuningPolicy",
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "inspect",
     "resolve_layers",
+    "trace",
     "write_report",
 ]
 
@@ -87,6 +93,8 @@ _MODULES = {
     "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
     "UniformSparse",
     "tuning.policy": "TuningPlan TuningPolicy",
+    "verbs.inspect": "InspectionResult inspect",
+    "verbs.trace": "TraceResult trace",
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}
 
