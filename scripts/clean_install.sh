@@ -11,7 +11,7 @@ pip=("$work/env/bin/pip" --quiet --disable-pip-version-check)
 "${pip[@]}" install torch=="$(sed -n 's/^torch==//p' constraints.txt)"
 "${pip[@]}" wheel --no-deps --wheel-dir "$work" .
 "${pip[@]}" install "$work"/lightning_mm-*.whl "$@"
-"${pip[@]}" list 2>/dev/null | grep -E '^(lightning|lightning-mm|peft|torch|transformers) '
+"$work/env/bin/pip" freeze | grep -E '^(lightning|peft|torch|transformers)=='
 
 unset PYTHONPATH
 export PATH="$work/env/bin:$PATH" OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}" HF_HUB_OFFLINE=1
