@@ -106,7 +106,11 @@ class InspectedModel:
         return reading
 
     def select(
-        self, reading: HiddenStates, probe_set: ProbeSet, pilot: "tuple[InspectedModel, HiddenStates] | None" = None
+        self,
+        reading: HiddenStates,
+        probe_set: ProbeSet,
+        pilot: "tuple[InspectedModel, HiddenStates] | None" = None,
+        spec: str = "auto",
     ) -> Selection:
         """Select the layers worth training.
 
@@ -114,6 +118,7 @@ class InspectedModel:
             reading: Hidden states of this model.
             probe_set: The rows they were read on.
             pilot: A second, tuned model and its hidden states, for the criteria drift and transplant; None: no pilot.
+            spec: 'auto', or 'auto:8' and 'auto:25%' for an exact number of layers.
 
         Raises:
             UserError: No row was read, or none of the criteria can be computed.
@@ -122,7 +127,7 @@ class InspectedModel:
         pilot_criteria = self._pilot_criteria(reading, probe_set, *pilot, batches) if pilot else ()
         with self._precision():
             gradients = try_gradient_scores(self.mm, batches, self.device, self.auto.criteria)
-        return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=pilot_criteria)
+        return select_layers(reading, probe_set, gradients, self.auto, self.device, spec, pilot_criteria)
 
     def _batches(self) -> list[Batch]:
         try:
@@ -185,7 +190,7 @@ def open_models(
         UserError: There is nothing to probe with, or two models cannot be compared.
     """
     given = options.data if isinstance(options.data, MMDataModule) else None
-    early, probe_set = _own_data(given, options), None
+    early, probe_set = own_data(given, options), None
     if given is not None or not any(source.run or source.data for source in sources):
         probe_set = read_probe_set(early, options)  # mistakes in the file show before a model is loaded
     models = [open_model(source, options, auto, stack) for source in sources]
@@ -222,15 +227,15 @@ def open_model(source: ModelSource, options: ReadingOptions, auto: AutoRange, st
     opened = open_handle(source, stack)
     mm, backbone = opened.mm, opened.backbone
     given = options.data if isinstance(options.data, MMDataModule) else opened.data
-    data = _own_data(given, options)
-    conversations = data if given is options.data or options.data is None else _own_data(None, options)
+    data = own_data(given, options)
+    conversations = data if given is options.data or options.data is None else own_data(None, options)
     for each in (data, conversations):
         _set_processor(each, mm, backbone)
     kind = type(mm.model).__name__
     return InspectedModel(source.path, kind, mm, data, conversations, opened.trained, options.bf16, auto)
 
 
-def _own_data(given: MMDataModule | None, options: ReadingOptions) -> MMDataModule:
+def own_data(given: MMDataModule | None, options: ReadingOptions) -> MMDataModule:
     """A data module for reading: from options only, or a copy of a run's or a caller's, which stays as it is."""
     if given is None:
         file = None if isinstance(options.data, MMDataModule) else options.data

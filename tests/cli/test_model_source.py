@@ -16,7 +16,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training import checkpoint
 from lightning_mm.verbs import model_source
-from lightning_mm.verbs.inspected_model import ReadingOptions, _own_data, read_probe_set
+from lightning_mm.verbs.inspected_model import ReadingOptions, own_data, read_probe_set
 from lightning_mm.verbs.model_source import model_label
 from tests.helpers.cli import QUICK, Fit, inspect
 from tests.helpers.data import Family, make_probe_rows
@@ -74,10 +74,10 @@ def test_pictures_beside_the_annotations(family: Family, data: dict[str, Path], 
     moved.parent.mkdir()
     file.rename(moved)
     given = ReadingOptions(probes=moved, image_root=tmp_path / "val2017")
-    assert len(read_probe_set(_own_data(None, given), given).images) == 8
+    assert len(read_probe_set(own_data(None, given), given).images) == 8
     alone = ReadingOptions(probes=moved)
     with pytest.raises(UserError, match=r"missing image|None of"):
-        read_probe_set(_own_data(None, alone), alone)
+        read_probe_set(own_data(None, alone), alone)
 
 
 def test_whose_pictures_and_how_many(family: Family, data: dict[str, Path], tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_whose_pictures_and_how_many(family: Family, data: dict[str, Path], tmp_
     file = make_probe_rows(tmp_path / "elsewhere", 9)
     assert len(read_probe_set(own, ReadingOptions(probes=file)).images) == 6
     assert len(read_probe_set(own, ReadingOptions(probes=file, images=9)).images) == 9
-    fresh = _own_data(None, ReadingOptions())
+    fresh = own_data(None, ReadingOptions())
     assert (fresh.probe_images, fresh.max_length) == (256, 2048)
-    assert _own_data(None, ReadingOptions(max_length=99)).max_length == 99
+    assert own_data(None, ReadingOptions(max_length=99)).max_length == 99
 
 
 def test_a_run_of_adapters_is_compared_with_its_base_by_its_own_probes(
