@@ -35,7 +35,10 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
         UniformSparse,
     )
     from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+    from lightning_mm.verbs.edit import EditResult, edit
+    from lightning_mm.verbs.export_model import export_model
     from lightning_mm.verbs.inspect import InspectionResult, inspect
+    from lightning_mm.verbs.select_layers import select_layers
     from lightning_mm.verbs.trace import TraceResult, trace
 
 __version__ = "0.1.0"
@@ -47,6 +50,7 @@ __all__ = [
     "ConnectorOnly",
     "DriftCallback",
     "EarlyLayers",
+    "EditResult",
     "Full",
     "GeometryCallback",
     "InspectionResult",
@@ -69,8 +73,11 @@ __all__ = [
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "edit",
+    "export_model",
     "inspect",
     "resolve_layers",
+    "select_layers",
     "trace",
     "write_report",
 ]
@@ -93,7 +100,10 @@ _MODULES = {
     "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
     "UniformSparse",
     "tuning.policy": "TuningPlan TuningPolicy",
+    "verbs.edit": "EditResult edit",
+    "verbs.export_model": "export_model",
     "verbs.inspect": "InspectionResult inspect",
+    "verbs.select_layers": "select_layers",
     "verbs.trace": "TraceResult trace",
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}

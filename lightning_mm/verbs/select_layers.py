@@ -3,8 +3,10 @@
 Data flow: model + probe set (+ conversations, + a tuned model) -> hidden states, gradients -> ``Selection``.
 """
 
+import re
 from contextlib import ExitStack
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.select import AutoRange, Selection, log_selection
@@ -60,6 +62,8 @@ def select_layers(
         batch_size=batch_size,
         bf16=bf16,
     )
+    if budget is not None and not re.fullmatch(r"\d+%?", str(budget)):
+        raise UserError(f"budget is {budget!r}.", "It is a number of layers, or a share of them.", "Give 8 or '25%'.")
     with open_decisions(), ExitStack() as stack:
         named = [model] if against is None else [model, against]
         sources = [ModelSource.of(each, checkpoint, processor) for each in named]
