@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.verbs.edit import EditResult, edit
     from lightning_mm.verbs.export_model import export_model
     from lightning_mm.verbs.inspect import InspectionResult, inspect
+    from lightning_mm.verbs.plan import PlanResult, plan
     from lightning_mm.verbs.select_layers import select_layers
     from lightning_mm.verbs.trace import TraceResult, trace
 
@@ -62,6 +63,7 @@ __all__ = [
     "MMModule",
     "OptimizerSettings",
     "PerRegion",
+    "PlanResult",
     "ProbingCallback",
     "ProbingOptions",
     "RandomLayers",
@@ -76,6 +78,7 @@ __all__ = [
     "edit",
     "export_model",
     "inspect",
+    "plan",
     "resolve_layers",
     "select_layers",
     "trace",
@@ -103,6 +106,7 @@ _MODULES = {
     "verbs.edit": "EditResult edit",
     "verbs.export_model": "export_model",
     "verbs.inspect": "InspectionResult inspect",
+    "verbs.plan": "PlanResult plan",
     "verbs.select_layers": "select_layers",
     "verbs.trace": "TraceResult trace",
 }
