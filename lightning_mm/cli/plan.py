@@ -31,6 +31,7 @@ from lightning_mm.planning.cost_estimate import CostEstimate, MetaModel, RunSett
 from lightning_mm.planning.devices import DEVICES, Device, find_device
 from lightning_mm.planning.memory import StepMemory
 from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.tuning import (
     ConnectorOnly,
     EarlyLayers,
@@ -190,7 +191,7 @@ def plan(arguments: list[str]) -> int:
     """Tell what a run will cost; returns the exit status."""
     refuse_foreign_classes(arguments)
     cli = PlanningCLI(
-        MMModule,
+        ModuleOptions,
         MMDataModule,
         parser_class=Parser,
         auto_configure_optimizers=False,

@@ -28,6 +28,7 @@ class LiveModule(Protocol):
     plan: TuningPlan
     census: Census
     tuning: TuningPolicy
+    without_files: MMDataModule
     selection: Selection | None
     step: TrainingStep
     device: torch.device
@@ -43,8 +44,13 @@ def live(module: L.LightningModule) -> LiveModule:
 
 
 def data_of(trainer: L.Trainer) -> MMDataModule:
-    """The trainer's data module."""
-    return cast(MMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+    """The trainer's data module; one without rows, where the user's own loaders are in its place."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, MMDataModule):
+        return data
+    rows = live(trainer.lightning_module).without_files
+    rows.trainer = trainer
+    return rows
 
 
 @contextmanager
