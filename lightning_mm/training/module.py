@@ -1,7 +1,7 @@
 """The LightningModule: a backbone, a tuning policy, an objective and an optimizer.
 
 Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by the global number of supervised tokens
--> optimizer. Validation and test: Batch -> loss and token accuracy; PromptBatch -> ``answer`` -> exact match.
+-> optimizer. ``evaluation_steps`` has what it does besides training.
 """
 
 from collections.abc import Mapping
@@ -31,12 +31,10 @@ from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_gr
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
-from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.loading import Backbone, fingerprint, read_config
+from lightning_mm.models.loading import Backbone, fingerprint, load_model, read_config
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 from lightning_mm.training import checkpoint as state
-from lightning_mm.training.answer_metrics import SplitScores
 from lightning_mm.training.arguments import (
     MakesOptimizer,
     arguments_of,
@@ -47,6 +45,7 @@ from lightning_mm.training.arguments import (
 )
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.eval_context import data_of
+from lightning_mm.training.evaluation_steps import EvaluationSteps
 from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
 from lightning_mm.tuning import TuningPlan, TuningPolicy
@@ -69,7 +68,7 @@ class TeardownAfterException(Callback):
         pl_module.teardown(str(trainer.state.fn))
 
 
-class MMModule(L.LightningModule):
+class MMModule(EvaluationSteps):
     """Partial fine-tuning of a multimodal LLM.
 
     Args:
@@ -119,6 +118,7 @@ class MMModule(L.LightningModule):
         super().__init__()
         refuse_unknown("MMModule", arguments_of(MMModule), unknown)
         self.backbone, loaded = backbone_of(backbone)
+        self._is_users = loaded is not None
         self._loaded = (loaded,)  # not as an attribute of its own, which would make it a part of the state dict
         self._given_processor = processor
         self.tuning = policy_of(tuning)
@@ -133,6 +133,18 @@ class MMModule(L.LightningModule):
         self.auto, self.compute, self.cache = auto, compute, cache
         self.selection: Selection | None = None
         self._layers: tuple[int, ...] | None = None
+
+    @property
+    def answering_model(self) -> Any:
+        """The transformers model as it is now; it is loaded where no run has done so."""
+        if hasattr(self, "model"):
+            return self.model
+        (loaded,) = self._loaded
+        if loaded is None:
+            loaded = load_model(self.backbone)
+            if self.backbone.quantization == "none":  # else a fit quantizes other modules
+                self._loaded = (loaded,)
+        return loaded
 
     @cached_property
     def processing(self) -> ModelProcessor:
@@ -190,7 +202,7 @@ class MMModule(L.LightningModule):
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
         compute = self.compute
-        if loaded is not None and compute.frozen_dtype == "auto":  # the weights are the user's own
+        if self._is_users and compute.frozen_dtype == "auto":
             compute = replace(compute, frozen_dtype="float32")
         self.step = TrainingStep(self.mm, self.plan, compute, self.activation_checkpointing, precision)
 
@@ -337,59 +349,6 @@ class MMModule(L.LightningModule):
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.mm, self.plan, self.optimizer)
 
-    def answer(self, batch: PromptBatch) -> list[str]:
-        """Greedy answers, one per question; an empty list for a batch whose questions were all rejected."""
-        if not len(batch):
-            return []
-        return greedy_answers(self.model, self.processor, batch.inputs, self.max_new_tokens)
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin_scores("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin_scores("test")
-
-    def _begin_scores(self, split: metric_names.Stage) -> None:
-        types = self._data.question_types(split)
-        self.scores = SplitScores(types).to(self.device)
-
-    def validation_step(
-        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[str]] | None:
-        """Update the scores: loss and token accuracy of teacher-forced batches, exact match of generated answers.
-
-        Returns:
-            The generated answers; None for teacher-forced batches.
-        """
-        if isinstance(batch, Batch):
-            objective = self.objective(batch)
-            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
-            return None
-        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
-        answers = self.answer(batch)
-        scores.update(answers, batch.references, batch.question_types)
-        return {"answers": answers}
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-
-    def _log_scores(self, split: metric_names.Stage) -> None:
-        for name, value in self.scores.compute(split).items():
-            self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One row per question: id, origin, turn, generated answer and reference answer."""
-        rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
-        return [
-            {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
-            for s, turn, answer in rows
-        ]
-
     def settings(self) -> dict[str, Any]:
         """Settings stored in the checkpoint; a resumed run logs those that differ."""
         trainer, data = self.trainer, self._files
@@ -417,8 +376,8 @@ class MMModule(L.LightningModule):
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
         if not self.step.cache_decided:
-            rows = "its rows are those of an MMDataModule" if self._files is None else "configure_optimizers opens it"
-            refuse_cache(self.cache, f"{rows}, and this run does without")
+            own = "DataLoader" if self._files is None else "configure_optimizers"
+            refuse_cache(self.cache, f"your own {own} takes the place of what opens it")
         if self._resumed is not None:
             state.log_setting_changes(self._resumed["settings"], self.settings())
             if self._scheduler is not None:
