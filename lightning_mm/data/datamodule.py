@@ -63,6 +63,7 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         rejected_samples: Rows and parts of rows that are not used, with reasons.
+        arguments: The arguments as given, by name.
     """
 
     def __init__(
@@ -88,7 +89,9 @@ class MMDataModule(L.LightningDataModule):
         probe_images: int = 64,
         probe_prompt: str = ENTAILMENT_PROMPT,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
         _refuse_below(1, max_tokens=max_tokens)
         _refuse_below(2, probe_images=probe_images)

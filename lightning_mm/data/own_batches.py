@@ -14,12 +14,29 @@ from torch import Tensor
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, TokenRegion
+from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
 from lightning_mm.data.sample import Sample
 from lightning_mm.models.processor import ModelProcessor
 
 _IGNORED = -100
 """Label of a token that is not to be learned, as in transformers."""
+
+
+def as_batch(batch: Any, processing: ModelProcessor) -> Batch | PromptBatch:
+    """A batch of any loader as one of ours.
+
+    Raises:
+        UserError: It is neither a batch of ours nor a mapping, or the mapping cannot be trained on.
+    """
+    if isinstance(batch, (Batch, PromptBatch)):
+        return batch
+    if isinstance(batch, Mapping):
+        return batch_of_inputs(batch, processing)
+    raise UserError(
+        f"A batch is a {type(batch).__name__}.",
+        "A batch is what a processor returns, with labels, or what MMDataModule makes.",
+        "Let the loader's collate_fn give processor(...) with labels.",
+    )
 
 
 def batch_of_inputs(inputs: Mapping[str, Any], processing: ModelProcessor) -> Batch:

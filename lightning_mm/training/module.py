@@ -21,11 +21,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, PromptBatch
+from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.own_batches import batch_of_inputs
+from lightning_mm.data.own_batches import as_batch
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients
 from lightning_mm.execution.prepare import Compute
@@ -197,7 +197,7 @@ class MMModule(EvaluationSteps):
         mm, self.plan = prepare_model(self.backbone, self.tuning, loaded)
         self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
-        rates = (self.optimizer.lr, self.optimizer.weight_decay) if self._make_optimizer is None else (None, None)
+        rates = (None, None) if self.own_optimizer else (self.optimizer.lr, self.optimizer.weight_decay)
         self.census = take_census(self.mm, self.plan, *rates)
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
@@ -223,6 +223,10 @@ class MMModule(EvaluationSteps):
             What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then.
         """
         add_standard_callbacks(self.trainer)
+        if self._files is None:  # only then, for Lightning warns of the hook beside a data module
+            vars(self)["on_before_batch_transfer"] = lambda batch, _: as_batch(batch, self.processing)
+        else:
+            vars(self).pop("on_before_batch_transfer", None)
         return [TeardownAfterException()]
 
     def teardown(self, stage: str) -> None:
@@ -262,18 +266,6 @@ class MMModule(EvaluationSteps):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Trainable parameters, by name in the state dict."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """A batch of the user's own loader as a ``Batch``."""
-        if isinstance(batch, (Batch, PromptBatch)):
-            return batch
-        if isinstance(batch, Mapping):
-            return batch_of_inputs(batch, self.processing)
-        raise UserError(
-            f"A batch is a {type(batch).__name__}.",
-            "A batch is what a processor returns, with labels, or what MMDataModule makes.",
-            "Let the loader's collate_fn give processor(...) with labels.",
-        )
 
     def objective(self, batch: Batch) -> LossOutput:
         """Summed NLL of a batch."""
@@ -343,8 +335,10 @@ class MMModule(EvaluationSteps):
         return int(steps)
 
     @property
-    def _optimizer_name(self) -> str:
-        return self.optimizer.name if self._make_optimizer is None else "yours"
+    def own_optimizer(self) -> bool:
+        """Whether the user makes the optimizer."""
+        overridden = type(self).configure_optimizers is not MMModule.configure_optimizers
+        return overridden or self._make_optimizer is not None
 
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.mm, self.plan, self.optimizer)
@@ -352,8 +346,8 @@ class MMModule(EvaluationSteps):
     def settings(self) -> dict[str, Any]:
         """Settings stored in the checkpoint; a resumed run logs those that differ."""
         trainer, data = self.trainer, self._files
-        settings: dict[str, Any] = {"name": self._optimizer_name}
-        if self._make_optimizer is None:
+        settings: dict[str, Any] = {"name": "yours"}
+        if not self.own_optimizer:
             settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
         learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
         return {
@@ -370,7 +364,8 @@ class MMModule(EvaluationSteps):
         checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), self._optimizer_name)
+        name = "yours" if self.own_optimizer else self.optimizer.name
+        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
         self._resumed = checkpoint[state.KEY]
 
     def on_train_start(self) -> None:
