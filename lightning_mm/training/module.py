@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Never, Self
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
@@ -44,9 +43,12 @@ from lightning_mm.training.arguments import (
     refuse_unknown,
 )
 from lightning_mm.training.auto_layers import choose_layers
-from lightning_mm.training.eval_context import data_of
+from lightning_mm.training.callbacks.teardown import TeardownAfterException
+from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.evaluation_steps import EvaluationSteps
 from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
+from lightning_mm.training.load_checkpoint import load_module
+from lightning_mm.training.run_config import model_options
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
 from lightning_mm.tuning import TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
@@ -59,13 +61,6 @@ from lightning_mm.tuning.optimizer import (
     restore_learning_rates,
     schedule_factor,
 )
-
-
-class TeardownAfterException(Callback):
-    """Restores the model's own forward passes if a run ends with an exception."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        pl_module.teardown(str(trainer.state.fn))
 
 
 class MMModule(EvaluationSteps):
@@ -362,6 +357,29 @@ class MMModule(EvaluationSteps):
         self.step.flush()
         state.drop_frozen_weights(checkpoint, set(self.trainable))
         checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
+        checkpoint[state.KEY]["model"] = model_options(live(self))
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's cannot know where the frozen weights are
+        cls,
+        checkpoint_path: str | Path,
+        *,
+        backbone: str | Path | nn.Module | Backbone | None = None,
+        tuning: TuningPolicy | None = None,
+        **options: Any,
+    ) -> Self:
+        """The trained module of a checkpoint, in eval mode on the CPU, with its base model loaded.
+
+        Args:
+            checkpoint_path: The file, such as ``runs/IntermediateOnly/checkpoints/last.ckpt``.
+            backbone: The base model, if it is no longer where it was, or was given loaded.
+            tuning: The policy, if it is a class of yours.
+            options: Further arguments of the module.
+
+        Raises:
+            UserError: The checkpoint cannot be read, or belongs to another base model.
+        """
+        return load_module(cls, checkpoint_path, backbone, tuning, options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "yours" if self.own_optimizer else self.optimizer.name
