@@ -141,6 +141,8 @@ class MMDataModule(L.LightningDataModule):
     @property
     def processing(self) -> ModelProcessor:
         """The model's processor: this data module's own, or that of the module in training."""
+        if isinstance(self.processor, ModelProcessor):
+            return self.processor
         return self._own_processing if self.processor else self._module_processing
 
     @property

@@ -237,7 +237,7 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
     return wrap_processor(processor, config, path)
 
 
-def wrap_processor(processor: Any, config: Any, name: str = "This processor") -> ModelProcessor:
+def wrap_processor(processor: Any, config: PretrainedConfig, name: str = "This processor") -> ModelProcessor:
     """A processor that is loaded already, as the data module needs it.
 
     Args:

@@ -146,7 +146,7 @@ class MMModule(EvaluationSteps):
         """The model's processor, which the data module takes too."""
         (loaded,) = self._loaded
         if self._given_processor is not None:
-            config = loaded.config if loaded is not None else read_config(self.backbone)
+            config: Any = loaded.config if loaded is not None else read_config(self.backbone)
             return wrap_processor(self._given_processor, config)
         if not self.backbone.path:
             raise UserError(
