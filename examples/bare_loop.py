@@ -1,6 +1,7 @@
-"""A training loop of your own with a policy and two looks inside: python examples/bare_loop.py [FOLDER]
+"""A training loop of your own with a policy and two looks inside.
 
-FOLDER holds model/, train.json and probes.json; a tiny model and tiny data are made there if it does not exist.
+Usage: python examples/bare_loop.py [FOLDER]
+FOLDER holds model/, train.json and probes.json; tiny ones are made if it does not exist.
 """
 
 import json
@@ -8,11 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
+from lightning_mm.analysis.read import (
+    compare_hidden_states,
+    probe_hidden_states,
+    read_hidden_states,
+    save_findings,
+)
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lightning_mm import IntermediateOnly, apply_policy, read_hidden_states
-from lightning_mm.analysis.read import compare_hidden_states, probe_hidden_states, save_findings
+from lightning_mm import IntermediateOnly, apply_policy
 from lightning_mm.testing import build_tiny, build_tiny_data
 
 

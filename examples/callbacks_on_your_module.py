@@ -1,6 +1,7 @@
-"""Look inside a LightningModule of your own while it trains: python examples/callbacks_on_your_module.py [FOLDER]
+"""Look inside a LightningModule of your own while it trains.
 
-FOLDER holds model/, train.json and probes.json; a tiny model and tiny data are made there if it does not exist.
+Usage: python examples/callbacks_on_your_module.py [FOLDER]
+FOLDER holds model/, train.json and probes.json; tiny ones are made if it does not exist.
 """
 
 import json

@@ -1,6 +1,7 @@
-"""Fit, look inside, ask and export: python examples/fit_your_model.py [FOLDER]
+"""Fit, look inside, ask and export.
 
-FOLDER holds model/, train.json, val.json and probes.json; a tiny model and tiny data are made there if it does not exist.
+Usage: python examples/fit_your_model.py [FOLDER]
+FOLDER holds model/, train.json, val.json and probes.json; tiny ones are made if it does not exist.
 """
 
 import sys

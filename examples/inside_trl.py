@@ -1,6 +1,7 @@
-"""Look inside while TRL's SFTTrainer trains (transformers' Trainer likewise): python examples/inside_trl.py [FOLDER]
+"""Look inside while TRL's SFTTrainer trains (transformers' Trainer likewise).
 
-Needs `pip install trl`. FOLDER holds model/, train.json and probes.json; they are made if it does not exist.
+Needs `pip install trl`. Usage: python examples/inside_trl.py [FOLDER]
+FOLDER holds model/, train.json and probes.json; tiny ones are made if it does not exist.
 """
 
 import json
@@ -8,10 +9,11 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset, Image
+from lightning_mm.callbacks.hf import InspectionCallback
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from lightning_mm import GeometryCallback, InspectionCallback, IntermediateOnly, ProbingCallback, apply_policy
+from lightning_mm import GeometryCallback, IntermediateOnly, ProbingCallback, apply_policy
 from lightning_mm.testing import build_tiny, build_tiny_data
 
 

@@ -1,6 +1,7 @@
-"""Your own DataLoader, optimizer and schedule in a plain L.Trainer: python examples/own_loader_and_optimizer.py [FOLDER]
+"""Your own DataLoader, optimizer and schedule in a plain L.Trainer.
 
-FOLDER holds model/, train.json and its pictures; a tiny model and tiny data are made there if it does not exist.
+Usage: python examples/own_loader_and_optimizer.py [FOLDER]
+FOLDER holds model/, train.json; tiny ones are made if it does not exist.
 """
 
 import json

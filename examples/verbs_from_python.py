@@ -1,6 +1,7 @@
-"""Plan, inspect, choose layers, trace, edit and export as functions: python examples/verbs_from_python.py [FOLDER]
+"""Plan, inspect, choose layers, trace, edit and export as functions.
 
-FOLDER holds model/, train.json and probes.json; a tiny model and tiny data are made there if it does not exist.
+Usage: python examples/verbs_from_python.py [FOLDER]
+FOLDER holds model/, train.json and probes.json; tiny ones are made if it does not exist.
 """
 
 import sys
@@ -39,8 +40,7 @@ def main(folder: Path) -> None:
 
     # A new answer by a change of one weight, and what else it changed.
     request = {"question": "Name a thing that is red.", "constraint": "red", "new_answer": "small"}
-    edited = edit(path, [request], layer=1, control=False, export_to=folder / "edited")
-    print(edited.exported)
+    print(edit(path, [request], layer=1, apply="each", control=False, num_unrelated=0))
 
 
 if __name__ == "__main__":

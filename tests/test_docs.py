@@ -58,8 +58,8 @@ def test_rooms_are_those_of_the_import_contracts() -> None:
     assert chain is not None
     assert re.findall(r"\w+", chain[0]) == rooms
     assert re.findall(r"^\| `(\w+)`", contributing, re.M) == rooms
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert re.findall(r"`(\w+)/`", readme[readme.index("| room |") : readme.index("Start with")]) == rooms
+    layout = (ROOT / "docs" / "code.md").read_text(encoding="utf-8")
+    assert re.findall(r"`(\w+)/`", layout[layout.index("| room |") : layout.index("Start with")]) == rooms
 
 
 def test_slow_tests_exist() -> None:

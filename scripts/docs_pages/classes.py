@@ -90,7 +90,9 @@ def _options(kind: type) -> str:
     for name, parameter in inspect.signature(kind).parameters.items():
         if name not in told and parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
             continue
-        rows.append((code(name), code(_type(parameter.annotation)), code(_default(kind, parameter)), cell(told.get(name, ""))))
+        rows.append(
+            (code(name), code(_type(parameter.annotation)), code(_default(kind, parameter)), cell(told.get(name, "")))
+        )
     return table(("option", "type", "default", "meaning"), rows) if rows else "It has no options.\n"
 
 

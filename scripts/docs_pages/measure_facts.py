@@ -60,9 +60,7 @@ FACTS = {
         "0",
         "more than half of the samples coincide; fewer than 4 samples",
     ),
-    "cka_biased": Fact(
-        "geometry.cka.cka_biased", "‖XᵀY‖² / (‖XᵀX‖ · ‖YᵀY‖)", "tr K · tr L / ((N−1) ‖K‖ ‖L‖)", _PAIR
-    ),
+    "cka_biased": Fact("geometry.cka.cka_biased", "‖XᵀY‖² / (‖XᵀX‖ · ‖YᵀY‖)", "tr K · tr L / ((N−1) ‖K‖ ‖L‖)", _PAIR),
     "svcca": Fact(
         "geometry.cca.svcca",
         "mean canonical correlation of the directions that hold most variance, at most N/10 of a side",
@@ -218,12 +216,16 @@ FACTS = {
         "the embeddings, which no block has made; a sample is zero",
     ),
     "drift_overlap": Fact(
-        "analysis.drift.measure_drift", "overlap of the layer now with itself before the first step", "k/(N−1)",
+        "analysis.drift.measure_drift",
+        "overlap of the layer now with itself before the first step",
+        "k/(N−1)",
         "all samples coincide",
     ),
     "drift_cka": Fact("analysis.drift.measure_drift", "debiased linear CKA with the start", "0", _PAIR),
     "drift_procrustes": Fact(
-        "analysis.drift.measure_drift", "Procrustes similarity with the start", "unrelated data with these spectra",
+        "analysis.drift.measure_drift",
+        "Procrustes similarity with the start",
+        "unrelated data with these spectra",
         "all samples coincide; fewer than 3 samples",
     ),
     "drift_cosine": Fact(
