@@ -82,7 +82,7 @@ class ModelSource:
             return cls(_name(inner), loaded=_with_processor(MultimodalModel.of(inner), processor))
         if not isinstance(model, (str, os.PathLike)):
             raise UserError(
-                f"{type(model).__name__} is no model.",
+                f"{model!r:.60} is no model.",
                 "A model is a path, a hub name, a Backbone, or a loaded model.",
                 "Give one of those.",
             )
