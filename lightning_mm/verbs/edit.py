@@ -131,6 +131,8 @@ def edit(
         require_empty_output(target, "Name another --out, or remove the folder.")
     if prompt.count("{question}") != 1:
         raise UserError("Nothing would be asked.", f"prompt is {prompt!r}.", "A prompt holds {question} once.")
+    if apply not in ("each", "together", "both"):
+        raise UserError(f"apply is {apply!r}.", "There are each, together and both.", "Name one of those.")
     with open_decisions() as decisions, ExitStack() as stack:
         source = ModelSource.of(model, checkpoint, processor)
         file = _edits(edits, image_root, limit, stack)
@@ -203,8 +205,9 @@ def _layer(
     """The layer to edit, and the scores of those that were tried."""
     if layer == "auto":
         return study.choose_layer(config, scan)
-    study.check_layer(layer)
-    return layer, []
+    number = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+    study.check_layer(number)
+    return number, []
 
 
 def _ways(apply: Literal["each", "together", "both"], exported: bool, num_edits: int) -> tuple[Apply, ...]:
