@@ -98,7 +98,7 @@ class RunRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
     ) -> None:
         self._note(trainer, batch)
-        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero:
+        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             append_jsonl(
                 self.run.path / "generations.jsonl", _generations(trainer.global_step, batch, outputs["answers"])
             )
