@@ -58,6 +58,10 @@ _QWEN_MARKS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>")
 _IDEFICS = _special("<|im_start|>", "<end_of_utterance>", "<|im_end|>", image_token="<image>")
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 _IDEFICS_MARKS = ("<fake_token_around_image>", "<global-img>", *_TILES)
+_COHERE_MARKS = (
+    *("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL"),
+    *("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+)
 _GEMMA = _special("<bos>", "<end_of_turn>", "<pad>")
 
 FAMILIES: dict[str, TinyFamily] = {
@@ -65,6 +69,19 @@ FAMILIES: dict[str, TinyFamily] = {
         tiny_configs.llava,
         tiny_processors.llava,
         _special("<s>", "</s>", "<pad>", image_token="<image>"),
+        add_bos=True,
+    ),
+    "vipllava": TinyFamily(
+        tiny_configs.vipllava,
+        tiny_processors.llava,
+        _special("<s>", "</s>", "<pad>", image_token="<image>"),
+        add_bos=True,
+    ),
+    "aya_vision": TinyFamily(
+        tiny_configs.aya_vision,
+        tiny_processors.aya_vision,
+        _special("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>"),
+        _COHERE_MARKS,
         add_bos=True,
     ),
     "llava_next": TinyFamily(

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AyaVisionProcessor,
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
@@ -161,6 +162,17 @@ def idefics(image: str) -> str:
     )
 
 
+def cohere(image: str) -> str:
+    """Cohere: ``<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>...<|END_OF_TURN_TOKEN|>``."""
+    roles = "{'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}"
+    return "{{- '<BOS_TOKEN>' -}}" + _conversation(
+        f"{{{{- '<|START_OF_TURN_TOKEN|><|' + {roles}[message['role']] + '_TOKEN|>' -}}}}"
+        + _content(image)
+        + _emit("<|END_OF_TURN_TOKEN|>"),
+        prompt="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    )
+
+
 def _conversation(message: str, prompt: str) -> str:
     ending = f"{{%- if add_generation_prompt -%}}{_emit(prompt)}{{%- endif -%}}" if prompt else ""
     return f"{{%- for message in messages -%}}{message}{{%- endfor -%}}{ending}"
@@ -202,6 +214,18 @@ def llava(sizes: TinySizes) -> ProcessorMixin:
     """One square per image."""
     images = CLIPImageProcessorPil(**CLIP)
     return LlavaProcessor(images, sizes.tokenizer, chat_template=vicuna("<image>\n"), **CLASS_TOKEN)
+
+
+def aya_vision(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image; tokens between those that begin and end an image."""
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=1),
+        sizes.tokenizer,
+        patch_size=PATCH,
+        img_size=SIDE,
+        downsample_factor=2,
+        chat_template=cohere("<image>"),
+    )
 
 
 def llava_next(sizes: TinySizes) -> ProcessorMixin:

@@ -73,11 +73,16 @@ def compare_chat(job: dict[str, Any], model: Any, expected: dict[str, Tensor], a
     """What the folder's processor and model make of a chat with a picture.
 
     Returns:
-        "loaded_by": ``AutoProcessor``, or ``parts`` where a video processor cannot be made without torchvision;
-        "complaints": what differs from the live processor; "num_tokens": length of the live answer; "num_same": tokens
-        until the answers part; "margin": by how much the fresh model prefers its own token there.
+        "loaded_by": ``AutoProcessor``; ``parts`` where a video processor cannot be made without torchvision; empty
+        where the processor cannot be loaded. "complaints": what differs from the live processor. "num_tokens": length
+        of the live answer. "num_same": tokens until the answers part. "margin": by how much the fresh model prefers
+        its own token there.
     """
-    processor, loaded_by = load_processor(job["folder"] if job["has_processor"] else job["base"], job["revision"])
+    untested = {"loaded_by": "", "num_tokens": len(answer), "num_same": 0, "margin": 0.0}
+    try:
+        processor, loaded_by = load_processor(job["folder"] if job["has_processor"] else job["base"], job["revision"])
+    except (OSError, ValueError, ImportError) as error:
+        return {**untested, "complaints": [f"processor cannot be loaded: {str(error).strip().splitlines()[0]}"]}
     picture = Image.open(job["picture"]).convert("RGB")
     question = {"type": "text", "text": job["question"]}
     messages = [{"role": "user", "content": [{"type": "image", "image": picture}, question]}]
@@ -119,8 +124,11 @@ def load_processor(folder: str, revision: str | None) -> tuple[Any, str]:
         left_out = "video_processor" if video is not None and video.default is None else None
         return [part for part in own.__func__(cls) if part != left_out]
 
-    base.get_attributes = classmethod(without_video)  # in this process only, which ends with the verification
-    return loader.from_pretrained(folder, revision=revision), "parts"
+    base.get_attributes = classmethod(without_video)
+    try:
+        return loader.from_pretrained(folder, revision=revision), "parts"
+    finally:
+        base.get_attributes = own
 
 
 def without_padding(logits: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
