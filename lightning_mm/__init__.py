@@ -35,6 +35,12 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
         UniformSparse,
     )
     from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+    from lightning_mm.verbs.edit import EditResult, edit
+    from lightning_mm.verbs.export_model import export_model
+    from lightning_mm.verbs.inspect import InspectionResult, inspect
+    from lightning_mm.verbs.plan import PlanResult, plan
+    from lightning_mm.verbs.select_layers import select_layers
+    from lightning_mm.verbs.trace import TraceResult, trace
 
 __version__ = "0.1.0"
 
@@ -45,8 +51,10 @@ __all__ = [
     "ConnectorOnly",
     "DriftCallback",
     "EarlyLayers",
+    "EditResult",
     "Full",
     "GeometryCallback",
+    "InspectionResult",
     "IntermediateOnly",
     "LateLayers",
     "LoRA",
@@ -55,17 +63,25 @@ __all__ = [
     "MMModule",
     "OptimizerSettings",
     "PerRegion",
+    "PlanResult",
     "ProbingCallback",
     "ProbingOptions",
     "RandomLayers",
     "Schedule",
     "Selection",
+    "TraceResult",
     "TuningPlan",
     "TuningPolicy",
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "edit",
+    "export_model",
+    "inspect",
+    "plan",
     "resolve_layers",
+    "select_layers",
+    "trace",
     "write_report",
 ]
 
@@ -87,6 +103,12 @@ _MODULES = {
     "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
     "UniformSparse",
     "tuning.policy": "TuningPlan TuningPolicy",
+    "verbs.edit": "EditResult edit",
+    "verbs.export_model": "export_model",
+    "verbs.inspect": "InspectionResult inspect",
+    "verbs.plan": "PlanResult plan",
+    "verbs.select_layers": "select_layers",
+    "verbs.trace": "TraceResult trace",
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}
 

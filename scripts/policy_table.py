@@ -6,11 +6,11 @@ against torch's own counter in a real step.
 
 import sys
 
-from lightning_mm.cli.plan import POLICIES
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone
 from lightning_mm.planning.cost_estimate import MetaModel, RunSettings, estimate_cost
 from lightning_mm.planning.devices import DEVICES
+from lightning_mm.verbs.plan import POLICIES
 
 
 def main(model: str = "nano/model", data: str = "nano/data/train.json") -> None:

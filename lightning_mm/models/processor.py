@@ -237,6 +237,20 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
     return ModelProcessor(processor, config)
 
 
+def wrap_processor(processor: Any, config: PretrainedConfig) -> ModelProcessor:
+    """A processor that was loaded elsewhere.
+
+    Args:
+        processor: A processor of transformers; its tokenizer gets a padding token if it has none.
+        config: Of its model.
+
+    Raises:
+        UserError: It does not take images and text.
+    """
+    _require_image_text_processor(type(processor).__name__, processor, config)
+    return ModelProcessor(processor, config)
+
+
 def _require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
