@@ -118,7 +118,7 @@ def vipllava(sizes: TinySizes) -> PreTrainedConfig:
         text_config=LlamaConfig(**sizes.text),
         image_token_index=sizes.id("<image>"),
         image_seq_length=16,
-        vision_feature_layers=[-2, -1],
+        vision_feature_layer=[-2, -1],
     )
 
 

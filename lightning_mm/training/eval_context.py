@@ -6,7 +6,7 @@ forward passes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -16,6 +16,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import Selection
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.loading import Backbone
 from lightning_mm.training import checkpoint
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
@@ -24,6 +25,7 @@ from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 class LiveModule(Protocol):
     """The attributes and methods of ``MMModule`` that callbacks use."""
 
+    backbone: Backbone
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
@@ -31,6 +33,10 @@ class LiveModule(Protocol):
     selection: Selection | None
     step: TrainingStep
     device: torch.device
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of a fit by option name."""
+        ...
 
     def answer(self, batch: PromptBatch) -> list[str]:
         """Greedy answers, one per question."""

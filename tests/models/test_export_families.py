@@ -19,7 +19,8 @@ from transformers.utils.import_utils import is_torchvision_available
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.export.base_files import missing_parts
-from lightning_mm.models.export.export import Provenance, export_adapter, export_full
+from lightning_mm.models.export.export import export_adapter, export_full
+from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.models.export.verify import (
     ExportCheck,
     ExportCheckResult,

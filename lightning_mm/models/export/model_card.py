@@ -55,7 +55,7 @@ def write_card(folder: Path, origin: Provenance, library: Library) -> None:
         library: Library that loads the folder.
     """
     name = origin.repo or f"{Path(origin.base).name}, fine-tuned"
-    base = f"{origin.base} at {origin.revision}" if origin.revision else origin.base
+    base = f"{_public(origin.base)} at {origin.revision}" if origin.revision else _public(origin.base)
     if origin.license:
         terms = f"{origin.license}, the base model's; the data's license applies too."
     else:
@@ -134,10 +134,17 @@ def _share(share: float | None, n: int) -> str:
     return f"{share:.1%} ({low:.1%} to {high:.1%})"
 
 
+def _public(value: object) -> object:
+    """A setting as strangers may read it: of a path on this machine, only its last part."""
+    is_path = isinstance(value, str) and (value.startswith(("/", "~", ".")) or Path(value).exists())
+    return Path(str(value)).name if is_path and value not in ("", ".") else value
+
+
 def _settings(origin: Provenance) -> list[str]:
     if not origin.hyperparameters:
         return []
-    lines = (f"| {name} | {str(value).replace('|', chr(92) + '|')} |" for name, value in origin.hyperparameters.items())
+    cells = {name: str(_public(value)).replace("|", "\\|") for name, value in origin.hyperparameters.items()}
+    lines = (f"| {name} | {value} |" for name, value in cells.items())
     return ["## Hyperparameters", "\n".join(["| setting | value |", "| --- | --- |", *lines])]
 
 

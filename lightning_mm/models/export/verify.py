@@ -257,7 +257,12 @@ def _written_dtype(check: ExportCheck) -> str:
 
 def _job(check: ExportCheck, example: Path) -> dict[str, Any]:
     tensors = {verify_subprocess.LOGITS: check.reference.logits, **check.reference.inputs}
-    job = {"folder": str(check.folder), "base": check.base, "revision": check.revision, "example": str(example)}
+    job: dict[str, Any] = {
+        "folder": str(check.folder),
+        "base": check.base,
+        "revision": check.revision,
+        "example": str(example),
+    }
     if (chat := check.chat) is not None:
         chat.picture.save(picture := example.with_suffix(".png"))
         tensors |= {f"{verify_subprocess.CHAT}{name}": tensor for name, tensor in chat.inputs.items()}
