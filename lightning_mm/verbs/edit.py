@@ -194,7 +194,7 @@ def _conversations(data: PathLike | MMDataModule | None) -> MMDataModule | None:
 def _batches(data: MMDataModule | None, mm: MultimodalModel, count: int) -> list[Batch]:
     if data is None:
         return []
-    data.processing = mm.required_processor
+    data.processor = mm.required_processor
     return data.sample_batches(count, 1)
 
 

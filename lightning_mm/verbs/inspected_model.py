@@ -261,6 +261,6 @@ def _set_processor(data: MMDataModule, mm: MultimodalModel, backbone: Backbone |
     """Batches are made by the processor of the model that reads them."""
     if backbone is not None and (data.processor, data.revision) != (backbone.path, backbone.revision):
         data.processor, data.revision = backbone.path, backbone.revision
-        vars(data).pop("processing", None)  # that of another model
+        vars(data).pop("_own_processing", None)  # that of another model
     if mm.processor is not None:
-        data.processing = mm.processor
+        data.processor = mm.processor

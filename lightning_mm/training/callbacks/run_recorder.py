@@ -22,6 +22,7 @@ from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.hyperparameters import hyperparameters
+from lightning_mm.training.run_config import write_config
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.tuning.census import Census
 
@@ -139,6 +140,7 @@ class RunRecorder(Callback):
         if self._shown or not trainer.is_global_zero:
             return
         self._shown = True
+        write_config(self.run, trainer)
         census = live(pl_module).census
         write_json(self.run.census, census.to_dict())
         if (selection := live(pl_module).selection) is not None:
