@@ -25,8 +25,9 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.models.export.export import Provenance, export_full, require_empty_output
-from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
+from lightning_mm.models.export.export import export_full, require_empty_output
+from lightning_mm.models.export.model_card import Provenance
+from lightning_mm.models.export.verify import ExportCheck, take_chat, take_reference, verify_export
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import load_processor
 from lightning_mm.report.html import write_report
@@ -247,7 +248,8 @@ def _export(mm: MultimodalModel, made: WeightEdit, study: EditStudy, out: Path, 
     with apply_edits(mm.model, [made]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if verify:
-            verify_export(ExportCheck(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
+            reference = take_reference(mm.model, study.cases[0].target.encoded.inputs)
+            verify_export(ExportCheck(staged, reference, chat=take_chat(mm.model, mm.required_processor)))
     log.info("exported: %s", out)
 
 

@@ -22,6 +22,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.hyperparameters import hyperparameters
 from lightning_mm.training.run_config import write_config
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.tuning.census import Census
@@ -145,6 +146,10 @@ class RunRecorder(Callback):
         write_json(self.run.census, census.to_dict())
         if (selection := live(pl_module).selection) is not None:
             write_json(self.run.selection, selection.to_dict())
+        settings = hyperparameters(trainer, pl_module)
+        write_json(self.run.hyperparameters, settings)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
         Console().print(census_table(census))
         self._write_files(trainer)
 
