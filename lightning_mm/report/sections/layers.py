@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import QUESTIONS, rank
 from lightning_mm.report.figures.curves import LegendEntry
+from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.layers import MOST_COLUMNS, panel_figure
 from lightning_mm.report.figures.tracks import Track, panel_track
 from lightning_mm.report.sections.run import apart, ranges
@@ -134,7 +135,7 @@ class MeasureFigure:
     title: str
     place: str
     meaning: str
-    svg: str
+    figure: Figure
     legend: tuple[LegendEntry, ...]
     note: str
 
@@ -156,6 +157,7 @@ class LayerSection:
 
     lead: str
     strip: str
+    span: tuple[int, int]
     numbered: tuple[tuple[float, str], ...]
     headlines: tuple[Headline, ...]
     groups: tuple[Question, ...]
@@ -190,6 +192,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
     return LayerSection(
         _lead(main, found, trained, names),
         track.membership(trained.layers).svg(),
+        (track.first, track.last),
         _numbers(track, trained),
         tuple(_headline(panel, track, trained) for panel in sorted(main, key=lambda p: p.measure.question != "moved")),
         _groups(drawn, main, trained, names),
@@ -333,4 +336,4 @@ def _measure_figure(
     )
     shown = panel_figure(panel, trained, names, withheld, columns=columns)
     known = panel.measure
-    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.svg(), shown.legend, shown.note)
+    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.drawn(), shown.legend, shown.note)
