@@ -1,8 +1,8 @@
 """The charts of one page: their SVG where they stand, and what a browser needs to make them interactive.
 
 Data flow: templates call ``chart`` for each ``Figure`` -> HTML with its SVG and its text table; specifications and
-numbers are collected -> ``packed`` -> one compressed block of the page -> ``scripts/chart.js``. Compressed text holds no
-markup, whatever the names in it are.
+numbers are collected -> ``packed`` -> one compressed block of the page -> ``scripts/chart.js``. Compressed text holds
+no markup, whatever the names in it are.
 """
 
 import base64
@@ -28,7 +28,7 @@ class ChartBook:
         self._places: dict[str, str] = {}
 
     def chart(self, figure: Figure, title: str, place: str = "", look: str = "plot") -> Markup:
-        """A figure as HTML: its SVG, which a browser replaces by the live chart, and its table where scripts are off.
+        """A figure as HTML: its SVG if it was drawn, which a browser replaces by the live chart, and its text table.
 
         Args:
             figure: What is shown.
@@ -52,7 +52,7 @@ class ChartBook:
             }
         )
         plot = Markup('<div class="{}" data-chart="{}" tabindex="0" role="group" aria-label="{}">{}</div>').format(
-            look, index, words, Markup(figure.svg())
+            look, index, words, Markup(figure.svg() if figure.is_drawn else "")
         )
         return plot + self._written(figure, title)
 

@@ -114,7 +114,7 @@ def panel_figure(
         data,
         (_WIDTH, _TOP + axis.height + (34 if alone else 58)),
         (_LEFT, _TOP),
-        f"{panel.measure.title}, {panel.place}: by layer; {_peak_words(panel, last)}",
+        f"{panel.measure.title}, {panel.place}: by layer; {peak_words(panel, last)}",
         table=_table(panel, kept),
         live=axis.live(_TOP, kind="panel", steps=list(steps), last=last, **_words(panel, names, kept), **plots),
         tips=columns >= MOST_COLUMNS,
@@ -131,7 +131,8 @@ def _table(panel: Panel, steps: Sequence[int]) -> ChartTable:
     rows = [panel.cells[step, layer] for step in steps for layer in panel.layers if (step, layer) in panel.cells]
     columns = ("step", "layer", "value", "low", "high", panel.measure.null_word, "null_low", "null_high", "N", "k")
     values = [(r.step, r.layer, r.value, r.low, r.high, r.null, r.null_low, r.null_high, r.n, r.k) for r in rows]
-    newest = next((i for i, row in enumerate(rows) if row.step == panel.measured[-1]), 0)
+    last = panel.measured[-1]
+    newest = next((i for i, row in enumerate(rows) if row.step == last), 0)
     left_out = len(panel.steps) - len(steps)
     note = f"{left_out} further steps stand in layers.csv." if left_out else ""
     return ChartTable(columns, values, note, newest)
@@ -230,10 +231,10 @@ def profile(
     peak = panel.peak(last)
     data: _Data = {
         "trained": axis.trained_runs,
-        "null_band": list(_area_rows(nulls, "null_low", "null_high")),
+        "null_band": list(area_rows(nulls, "null_low", "null_high")),
         "null": [{**_row(row.layer), "x": row.null} for row in nulls],
-        "interval": list(_area_rows(last_rows, "low", "high")),
-        "lines": [row for index, line in enumerate(lines) for row in _line_rows(index, line)],
+        "interval": list(area_rows(last_rows, "low", "high")),
+        "lines": [row for index, line in enumerate(lines) for row in line_rows(index, line.rows, line.style)],
         "points": [
             {"x": row.value, "layer": row.layer, "tip": f"{described(panel, row)}, {names.long(last)}"}
             for row in last_rows
@@ -275,14 +276,15 @@ def _profile_lines(panel: Panel, names: StepLabels, withheld: Panel | None) -> l
     steps = subsample_steps(panel.measured, 3)
     styles = _STYLES[-len(steps) :] if len(steps) != 2 else (_STYLES[0], _STYLES[2])
     lines = [
-        _Line(names.in_legend(step), panel.profile(step), style, _peak_words(panel, step))
+        _Line(names.in_legend(step), panel.profile(step), style, peak_words(panel, step))
         for step, style in zip(steps, styles, strict=True)
     ]
     rows = withheld.profile(withheld.steps[-1]) if withheld else []
     return lines + ([_Line("without the picture", rows, _WITHHELD, "")] if rows else [])
 
 
-def _peak_words(panel: Panel, step: int) -> str:
+def peak_words(panel: Panel, step: int) -> str:
+    """The value of the peak and its layer; empty where all layers are alike."""
     row = panel.peak(step)
     return "" if row is None or row.value is None else f"{panel.spell(row.value)} at {layer_name(row.layer)}"
 
@@ -315,13 +317,14 @@ def _runs(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
     return runs
 
 
-def _line_rows(index: int, line: _Line) -> Iterator[dict[str, Any]]:
-    for run, rows in enumerate(_runs(line.rows)):
+def line_rows(index: int, found: Sequence[LayerRow], style: LineStyle) -> Iterator[dict[str, Any]]:
+    """The corners of a line, broken where a layer is undefined."""
+    for run, rows in enumerate(_runs(found)):
         for row in rows:
-            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **line.style.row}
+            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **style.row}
 
 
-def _area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
+def area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
     """Both ends of an area over the layers; a layer without neighbors is a row high, so that it shows too."""
     known = [row for row in rows if getattr(row, low) is not None and getattr(row, high) is not None]
     for index, run in enumerate(_runs(known)):

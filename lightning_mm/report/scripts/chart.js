@@ -30,12 +30,20 @@ class Chart {
     this.note = document.createElement('p');
     this.note.className = 'note compared';
     this.note.hidden = true;
+    if (!box.firstElementChild) this.keepRoom();
     this.tools();
     box.addEventListener('pointermove', (event) => this.point(event));
     box.addEventListener('pointerdown', (event) => this.press(event));
     box.addEventListener('pointerleave', () => this.leave());
     box.addEventListener('blur', () => this.leave());
     box.addEventListener('keydown', (event) => this.key(event));
+  }
+
+  /** An empty drawing of its size, so that the page stands still when the chart comes. */
+  keepRoom() {
+    const room = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+    room.setAttribute('viewBox', `0 0 ${this.data.size.join(' ')}`);
+    this.box.append(room);
   }
 
   /** Draw it live, one chart after the other, so that the page stays quick. */

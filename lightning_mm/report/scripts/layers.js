@@ -1,6 +1,6 @@
 // How kinds of charts are read: profiles over layers at any inspected step, curves over steps.
 // Data flow: the numbers of a chart and the state -> rows of its tables, and words for what is pointed at.
-const READERS = { panel: (chart) => new Panel(chart), steps: (chart) => new Curves(chart) };
+const READERS = { panel: (chart) => new Panel(chart), steps: (chart) => new Curves(chart), compared: (chart) => new Compared(chart) };
 
 class Panel {
   constructor(chart) {
@@ -119,6 +119,44 @@ function runsOf(rows) {
 function areas(runs, low, high) {
   const sides = (run) => (run.length === 1 ? [-0.5, 0.5] : [0]);
   return runs.flatMap((run, r) => run.flatMap((row) => sides(run).map((side) => ({ run: r, layer: row.layer + side, left: row[low], right: row[high] }))));
+}
+
+/** Profiles of several runs: columns run, layer, value, low, high, chance, N, step. */
+class Compared {
+  constructor(chart) {
+    this.live = chart.data.live;
+    const [runs, layers, values, lows, highs, nulls] = chart.data.values;
+    this.rows = runs.map((run, i) => ({ run, layer: layers[i], value: values[i], low: lows[i], high: highs[i], null: nulls[i] }));
+    this.runs = [...new Set(runs)];
+  }
+
+  spell(x) { return this.live.percent ? percent(x) : short(x); }
+
+  words(at, layer) {
+    if (layer === null) return null;
+    const interval = (row) => (row.low === null || row.high === null ? '' : ` (${this.spell(row.low)} to ${this.spell(row.high)})`);
+    const told = this.runs.map((run) => {
+      const row = this.rows.find((r) => r.run === run && r.layer === layer);
+      return `${run}: ${row ? this.spell(row.value) + interval(row) : 'undefined'}`;
+    });
+    const chance = this.rows.find((row) => row.layer === layer && row.null !== null);
+    return [layerName(layer), ...told, ...(chance ? [`${this.live.null_word} ${this.spell(chance.null)}`] : [])];
+  }
+
+  walk(move) {
+    const { first, last } = this.live;
+    setLayer(state.layer === null ? (move > 0 ? first : last) : Math.min(last, Math.max(first, state.layer + move)));
+    return this.words(null, state.layer);
+  }
+
+  compared() {
+    if (!state.brush) return '';
+    const told = this.runs.map((run) => {
+      const found = this.rows.filter((row) => row.run === run && row.layer >= state.brush[0] && row.layer <= state.brush[1]);
+      return `${run} ${found.length ? this.spell(found.reduce((sum, row) => sum + row.value, 0) / found.length) : 'undefined'}`;
+    });
+    return `Mean of layers ${state.brush[0] < 0 ? 'emb' : state.brush[0]}–${state.brush[1]}: ${told.join('; ')}.`;
+  }
 }
 
 class Curves {

@@ -50,8 +50,8 @@ Chart.prototype.tools = function () {
     if (shown) this.written.remove(); else bar.after(this.written = tableOf(this.data));
   });
   toggle.setAttribute('aria-expanded', 'false');
-  this.box.after(bar);
-  bar.before(this.note);
+  const last = this.box.parentElement.matches('figure') ? this.box.parentElement.lastElementChild : this.box;
+  last.after(this.note, bar);
 };
 
 const MOST_ROWS = 1000;

@@ -181,19 +181,18 @@ def _traces(
     further = f"{left:,} further trace{'s stand' if left > 1 else ' stands'} in traces.json." if left > 0 else ""
     groups = enumerate(by_question.values())
     drawn = [
-        _question(root, group, trained, tips=number < _OPEN and len(group) <= _MOST_TIPS) for number, group in groups
+        _question(root, group, trained, tips=len(group) <= _MOST_TIPS, still=number < _OPEN) for number, group in groups
     ]
     return tuple(drawn[:_OPEN]), tuple(drawn[_OPEN:]), further, problems
 
 
-def _question(root: Path, group: Sequence[Trace], trained: TrainedLayers, *, tips: bool) -> TracedQuestion:
+def _question(root: Path, group: Sequence[Trace], trained: TrainedLayers, *, tips: bool, still: bool) -> TracedQuestion:
     maps = []
     for trace in group:
         void = any(value is None for row in trace.values for value in row)
         said = f"{trace.summary}. Hatched: {trace.undefined}" if void else trace.summary
-        maps.append(
-            HeatMap(trace.title, f"most: {peak_words(trace)}", said, trace_map(trace, trained, tips=tips).drawn())
-        )
+        figure = trace_map(trace, trained, tips=tips)
+        maps.append(HeatMap(trace.title, f"most: {peak_words(trace)}", said, figure.drawn() if still else figure))
     first = group[0]
     small = image_overlays.named(root, first.image, THUMBNAIL)
     picture = packed(small) if small else ""

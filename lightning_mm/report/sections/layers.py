@@ -181,7 +181,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
         trained: Which layers train.
         names: What the steps are called.
     """
-    found = _ordered(panels(rows))
+    found = ordered(panels(rows))
     measured = [panel for panel in found if panel.measured]
     drawn = measured[:_MOST_PANELS]
     main = _main(drawn)
@@ -203,7 +203,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
     )
 
 
-def _ordered(found: Sequence[Panel]) -> list[Panel]:
+def ordered(found: Sequence[Panel]) -> list[Panel]:
     """By question, the main measures of each first, as in the vocabulary; sites as they came, cuts by their kind."""
     order = list(QUESTIONS)
 
@@ -335,5 +335,5 @@ def _measure_figure(
         (p for p in drawn if p.measure.name == without and p.site == panel.site and p.profile(p.steps[-1])), None
     )
     shown = panel_figure(panel, trained, names, withheld, columns=columns)
-    known = panel.measure
-    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.drawn(), shown.legend, shown.note)
+    known, figure = panel.measure, shown.figure.drawn() if columns >= MOST_COLUMNS else shown.figure
+    return MeasureFigure(known.title, panel.place, known.meaning, figure, shown.legend, shown.note)

@@ -65,7 +65,8 @@ def matrices(
     for (name, site), by_step in list(found.items())[:_MOST_MATRICES]:
         ends = sorted({min(by_step), max(by_step)})
         tips = len(cards) < _OPEN
-        drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
+        figures = [(names.long(step), _matrix(by_step[step], trained, tips)) for step in ends]
+        drawn = tuple((words, figure.drawn() if tips else figure) for words, figure in figures)
         pair = "~" in site or site in ("last", "token")
         cards.append(LayerMatrix(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
@@ -79,7 +80,7 @@ def _matrix(item: Mapping[str, Any], trained: TrainedLayers, tips: bool) -> Figu
         raise ValueError("a matrix does not fit its layers")
     if layers[-1] >= MOST_LAYERS:
         raise ValueError(f"layer {layers[-1]}")
-    return matrix_figure(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS).drawn()
+    return matrix_figure(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS)
 
 
 def probe_set(raw: Any) -> dict[str, Any]:
