@@ -45,9 +45,10 @@ def export(arguments: list[str]) -> int:
 
 
 def report(arguments: list[str]) -> int:
-    """Write report.html of a run anew."""
+    """Write report.html of a run anew, or one page that compares several runs."""
     parser = Parser(prog="lightning-mm report", description=report.__doc__)
-    parser.add_argument("run", type=str, help="The run's folder.")
-    run = RunDirectory.open(parser.parse_args(arguments[1:]).run)
-    print(write_report(run.path), file=sys.stdout)
+    parser.add_argument("runs", type=str, nargs="+", help="The run's folder; several are compared on one page.")
+    parser.add_argument("--out", type=str | None, default=None, help="The file; report.html in the run if not given.")
+    options = parser.parse_args(arguments[1:])
+    print(write_report(*options.runs, out=options.out), file=sys.stdout)
     return 0
