@@ -7,7 +7,6 @@ again.
 import sys
 
 from lightning_mm.cli.parser import Parser
-from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.models.export.weight_dtype import WrittenDtype
 from lightning_mm.report.html import write_report
 from lightning_mm.verbs.export_model import Format, export_model

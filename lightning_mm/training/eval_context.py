@@ -32,7 +32,6 @@ class LiveModule(Protocol):
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
-    backbone: Backbone
     tuning: TuningPolicy
     optimizer: OptimizerSettings
     own_optimizer: bool
