@@ -13,8 +13,13 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.callbacks.causal import CausalCallback
     from lightning_mm.callbacks.layer_callbacks import DriftCallback, GeometryCallback, ProbingCallback
     from lightning_mm.callbacks.schedule import Schedule
+    from lightning_mm.causal.editing.multedit import EditConfig
+    from lightning_mm.causal.effects.activation_patching import TraceConfig
+    from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
+    from lightning_mm.causal.study import StudyConfig
     from lightning_mm.core.errors import UserError
     from lightning_mm.data.datamodule import MMDataModule
+    from lightning_mm.execution.prepare import Compute
     from lightning_mm.layer_selection.select import AutoRange, Selection
     from lightning_mm.models.loading import Backbone
     from lightning_mm.models.lora import LoRA
@@ -48,14 +53,17 @@ __all__ = [
     "AutoRange",
     "Backbone",
     "CausalCallback",
+    "Compute",
     "ConnectorOnly",
     "DriftCallback",
     "EarlyLayers",
+    "EditConfig",
     "EditResult",
     "Full",
     "GeometryCallback",
     "InspectionResult",
     "IntermediateOnly",
+    "KnockoutConfig",
     "LateLayers",
     "LoRA",
     "LoRAOnMiddle",
@@ -69,6 +77,8 @@ __all__ = [
     "RandomLayers",
     "Schedule",
     "Selection",
+    "StudyConfig",
+    "TraceConfig",
     "TraceResult",
     "TuningPlan",
     "TuningPolicy",
@@ -90,8 +100,13 @@ _MODULES = {
     "callbacks.causal": "CausalCallback",
     "callbacks.layer_callbacks": "DriftCallback GeometryCallback ProbingCallback",
     "callbacks.schedule": "Schedule",
+    "causal.editing.multedit": "EditConfig",
+    "causal.effects.activation_patching": "TraceConfig",
+    "causal.effects.knockout_curves": "KnockoutConfig",
+    "causal.study": "StudyConfig",
     "core.errors": "UserError",
     "data.datamodule": "MMDataModule",
+    "execution.prepare": "Compute",
     "layer_selection.select": "AutoRange Selection",
     "models.loading": "Backbone",
     "models.lora": "LoRA",

@@ -46,7 +46,7 @@ def describe_loaded(model: nn.Module) -> Backbone:
             "What trains at full rank must be left out of quantization, and only the policy knows what that is.",
             'Give MMModule(Backbone("org/name", quantization="nf4"), ...).',
         )
-    if model.is_gradient_checkpointing:
+    if any(getattr(part, "gradient_checkpointing", False) for part in model.modules()):
         raise UserError(
             f"Gradient checkpointing is on in this {name}.",
             "It would recompute blocks that backward does not cross.",

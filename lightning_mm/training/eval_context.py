@@ -6,7 +6,7 @@ forward passes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
@@ -28,10 +28,10 @@ from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 class LiveModule(Protocol):
     """The attributes and methods of ``MMModule`` that callbacks use."""
 
+    backbone: Backbone
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
-    backbone: Backbone
     tuning: TuningPolicy
     optimizer: OptimizerSettings
     own_optimizer: bool
@@ -44,6 +44,10 @@ class LiveModule(Protocol):
     selection: Selection | None
     step: TrainingStep
     device: torch.device
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of a fit by option name."""
+        ...
 
     def answer(self, batch: PromptBatch) -> list[str]:
         """Greedy answers, one per question."""

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.notebook import show_messages
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
@@ -111,6 +112,7 @@ class MMModule(EvaluationSteps):
         **unknown: Never,
     ) -> None:
         super().__init__()
+        show_messages()
         refuse_unknown("MMModule", arguments_of(MMModule), unknown)
         self.backbone, loaded = backbone_of(backbone)
         self._is_users = loaded is not None

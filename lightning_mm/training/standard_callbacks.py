@@ -4,6 +4,7 @@ Data flow: a trainer -> ``add_standard_callbacks`` (``MMModule.configure_callbac
 what it lacked; ``RunRecorder.setup`` then makes the run's folder, and all of them write there.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import lightning as L
@@ -27,6 +28,7 @@ from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastChec
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
+from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.throughput import Throughput
 
 _ORDER = (ProgressBar, Throughput, HeldOutEvaluation, LastCheckpoint, RunRecorder)
@@ -46,13 +48,18 @@ def add_standard_callbacks(trainer: L.Trainer) -> None:
     Args:
         trainer: The trainer, about to run a fit or another verb; its lists of callbacks and loggers are replaced.
     """
+    # What is frozen is in eval mode on purpose, and the census shows it.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    # Said at each step: Lightning 2.6.6 asks torch 2.13's tree specs in the way of older ones.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     if trainer.barebones:
         log_decision("trainer.barebones", "no run folder, report or checkpoint", "nothing may run beside training")
         return
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
     left_out = [callback for callback in callbacks if _is_default(callback)]
     missing = _missing(callbacks, left_out, trainer.state.fn == TrainerFn.FITTING, _validates(trainer))
-    kept = [callback for callback in callbacks if callback not in left_out]
+    replaced = [callback for callback in callbacks if isinstance(callback, TeardownAfterException)]  # by the module's
+    kept = [callback for callback in callbacks if callback not in (*left_out, *replaced)]
     trainer.callbacks = sorted([*kept, *missing], key=_position)  # type: ignore[attr-defined]
     _add_metrics_file(trainer)
     if left_out:
