@@ -28,8 +28,7 @@ class YourModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
         """Loss of transformers."""
-        loss: torch.Tensor = self.backbone(**batch).loss
-        return loss
+        return self.backbone(**batch).loss  # type: ignore[no-any-return]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Plain AdamW."""

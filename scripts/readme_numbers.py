@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,8 @@ def quickstart() -> str:
     """Table of the quickstart's answers."""
     rows = {row["type"]: row for row in _read("quickstart")["rows"]}
     lines = [
-        "| held-out questions, exact match | n | after the connector | after layers 7-14 | without the picture | majority |",
+        "| held-out questions, exact match | n | after the connector | after layers 7-14 | without the picture "
+        "| majority |",
         "|---|---|---|---|---|---|",
     ]
     for kind, words in _QUESTIONS.items():
@@ -62,11 +64,13 @@ def training_summary() -> str:
     basis = seconds[BASIS]
     shares = {key: value / seconds["ours.full"] for key, value in seconds.items()}
     best, patched = seconds["trl.middle.best"] / basis, seconds["trl.middle.patched"] / basis
-    return (
-        f"On two CPU cores, a step that trains layers 8-15 of 30 takes {shares[BASIS]:.2f} of the time of full tuning, and\n"
-        f"{shares['ours.middle.kept']:.2f} with its frozen prefix cached. TRL's SFTTrainer with its best settings takes {best:.2f} times\n"
-        f"as long on the same layers, {patched:.2f} times if it is patched to score answers only (`python scripts/bench.py`)."
+    told = (
+        f"On two CPU cores, a step that trains layers 8-15 of 30 takes {shares[BASIS]:.2f} of the time of full tuning, "
+        f"and {shares['ours.middle.kept']:.2f} with its frozen prefix cached. TRL's SFTTrainer with its best settings "
+        f"takes {best:.2f} times as long on the same layers, {patched:.2f} times if it is patched to score answers only "
+        "(`python scripts/bench.py`)."
     )
+    return "\n".join(wrap(told, 120))
 
 
 BLOCKS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {

@@ -1,7 +1,7 @@
 """Accuracy by question type over the stages of a training, beside its baselines: summary.py RUN [RUN ...].
 
-With --looks RUN SECONDS: what looking inside has cost of so long a time. With --json FILE RUN RUN: the same numbers into a
-file, for readme_numbers.py.
+With --looks RUN SECONDS: what looking inside has cost of so long a time. With --json FILE RUN RUN: the same numbers
+into a file, for readme_numbers.py.
 """
 
 import json

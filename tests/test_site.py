@@ -104,7 +104,8 @@ def test_readme_commands_run(tiny: Path) -> None:
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("ignore")
 def test_examples_run(path: Path, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 60
     monkeypatch.setattr(sys, "argv", [str(path), str(tiny)])
     runpy.run_path(str(path), run_name="__main__")
 

@@ -26,9 +26,11 @@ from lightning_mm.tuning.policy import RegionPolicy, TuningPolicy
 _POLICIES = """# Policies
 
 A policy says which weights train. It is chosen by `--model.tuning NAME` with options such as
-`--model.tuning.layers 6-16`, by a file of `configs/tuning/`, or in Python: `MMModule(model, IntermediateOnly("25%-50%"))`.
+`--model.tuning.layers 6-16`, by a file of `configs/tuning/`, or in Python:
+`MMModule(model, IntermediateOnly("25%-50%"))`.
 Only what a policy names trains; a census of the trainable weights is printed before the first step, and a selector that
-matches nothing is an error. Costs of the policies side by side: `lightning-mm plan` ([Choose layers](../choose-layers.md)).
+matches nothing is an error.
+Costs of the policies side by side: `lightning-mm plan` ([Choose layers](../choose-layers.md)).
 
 Layer ranges are written `6-16` (0-based, inclusive), `25%-50%`, `first:8`, `last:8`, `middle:25%`, `uniform:25%`,
 `random:25%:7`, `[3, 7, 11]`, `all`, or `auto`.
@@ -36,9 +38,9 @@ Layer ranges are written `6-16` (0-based, inclusive), `25%-50%`, `first:8`, `las
 """
 _CALLBACKS = """# Callbacks
 
-The first four analyze the layers while a model trains; losses and weights stay bit-identical to a run without them. They
-share one forward pass per look. See [Look inside](../look-inside.md). The others are in every run; the module adds those
-that a trainer lacks, and one that is given with options of its own stays.
+The first four analyze the layers while a model trains; losses and weights stay bit-identical to a run without
+them. They share one forward pass per look. See [Look inside](../look-inside.md). The others are in every run; the module adds
+those that a trainer lacks, and one that is given with options of its own stays.
 
 """
 
