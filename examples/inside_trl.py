@@ -42,6 +42,7 @@ def main(folder: Path) -> None:
         max_steps=4,
         per_device_train_batch_size=4,
         max_length=None,
+        bf16=False,
         report_to="none",
         save_strategy="no",
     )

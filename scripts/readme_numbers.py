@@ -67,8 +67,8 @@ def training_summary() -> str:
     told = (
         f"On two CPU cores, a step that trains layers 8-15 of 30 takes {shares[BASIS]:.2f} of the time of full tuning, "
         f"and {shares['ours.middle.kept']:.2f} with its frozen prefix cached. TRL's SFTTrainer with its best settings "
-        f"takes {best:.2f} times as long on the same layers, {patched:.2f} times if it is patched to score answers only "
-        "(`python scripts/bench.py`)."
+        f"takes {best:.2f} times as long on the same layers, {patched:.2f} times if it is patched to score answers "
+        "only (`python scripts/bench.py`)."
     )
     return "\n".join(wrap(told, 120))
 

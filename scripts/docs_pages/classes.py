@@ -39,8 +39,8 @@ Layer ranges are written `6-16` (0-based, inclusive), `25%-50%`, `first:8`, `las
 _CALLBACKS = """# Callbacks
 
 The first four analyze the layers while a model trains; losses and weights stay bit-identical to a run without
-them. They share one forward pass per look. See [Look inside](../look-inside.md). The others are in every run; the module adds
-those that a trainer lacks, and one that is given with options of its own stays.
+them. They share one forward pass per look. See [Look inside](../look-inside.md). The others are in every run; the
+module adds those that a trainer lacks, and one that is given with options of its own stays.
 
 """
 

@@ -16,8 +16,8 @@ _TRAINING = ("fit", "validate", "test", "predict")
 _HEAD = """# Options
 
 Every option of every verb, as the parsers have it. `-c FILE` may be repeated, later files win; `--print_config` prints
-a complete file. Files may name classes of this package, lightning, torch and torchmetrics only, unless `--allow PACKAGE`
-is given. Options of policies are in [Policies](policies.md), those of callbacks in [Callbacks](callbacks.md).
+a complete file. Files may name classes of this package, lightning, torch and torchmetrics only, unless `--allow
+PACKAGE` is given. Options of policies are in [Policies](policies.md), those of callbacks in [Callbacks](callbacks.md).
 """
 _LINK = {"model.tuning": "[Policies](policies.md)", "trainer.callbacks": "[Callbacks](callbacks.md)"}
 
