@@ -62,7 +62,7 @@ def browser():
 
 @pytest.fixture
 def opened(browser, pages):
-    """Open a page; whatever the console says, requests included, fails the test at its end."""
+    """Open a page; an error on the console, or a request, fails the test at its end."""
     said, contexts = [], []
 
     def open_page(which="run", width=1280, theme="light", **options):
@@ -70,7 +70,7 @@ def opened(browser, pages):
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(10_000)
-        page.on("console", lambda message: said.append(f"{message.type}: {message.text}"))
+        page.on("console", lambda message: message.type == "error" and said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith(("file:", "data:", "blob:")) or said.append(asked.url))
         page.goto(pages[which].as_uri())
@@ -86,9 +86,7 @@ def opened(browser, pages):
 
 def chart(page, title):
     """The live chart under a heading."""
-    figure = (
-        page.locator("figure", has=page.get_by_role("heading", name=title, exact=True)).filter(has_text=place).first
-    )
+    figure = page.locator("figure", has=page.get_by_role("heading", name=title, exact=True)).first
     figure.scroll_into_view_if_needed()
     figure.locator(".plot[data-live]").wait_for()
     return figure
