@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectionCallback
-from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.cli.parser import Parser
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
@@ -34,8 +34,8 @@ from lightning_mm.training.callbacks.checkpoints import EXIT_CODE, BestCheckpoin
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
-from lightning_mm.training.callbacks.throughput import Throughput
-from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
+from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
 _RANK: Any = rank_zero_only  # its ``rank`` is set before torch.distributed is
@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     TrainingCLI(
-        MMModule,
+        ModuleOptions,
         MMDataModule,
         parser_class=Parser,
         auto_configure_optimizers=False,
@@ -139,25 +139,21 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.run.path,
-            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],
+            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],  # the module adds what is missing
             enable_checkpointing=True,
             **kwargs,
         )
 
     def _callbacks(self, config: Namespace) -> list[Callback]:
-        callbacks: list[Callback] = [ProgressBar(), Throughput()]
+        """The callbacks that have options, and those whose defaults of Lightning are not wanted."""
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        inspecting = [callback for callback in given if isinstance(callback, InspectionCallback)]
-        _refuse_duplicates(inspecting)
-        for callback in inspecting:
-            callback.run = self.run
+        _refuse_duplicates([callback for callback in given if isinstance(callback, InspectionCallback)])
+        callbacks: list[Callback] = [ProgressBar(), RunRecorder(self.run)]
         if self.subcommand == "fit":
-            evaluation = self._get(self.config_init, "evaluation")
-            evaluation.run = self.run
-            callbacks += [evaluation, LastCheckpoint(self.run.checkpoints / "last.ckpt", config.run.save_every)]
+            callbacks += [self._get(self.config_init, "evaluation"), LastCheckpoint(config.run.save_every)]
             if config.data.val is not None:
-                callbacks.append(BestCheckpoint(self.run.checkpoints))
-        return [*callbacks, RunRecorder(self.run)]
+                callbacks.append(BestCheckpoint())
+        return callbacks
 
     def after_fit(self) -> None:
         self._close_online()

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
+from lightning_mm.cli.shipped_configs import find_configs
 from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.dataloader import worker_killed_error
@@ -37,7 +38,7 @@ def run(arguments: list[str]) -> int:
     _configure_logging()
     try:
         with DecisionLog().opened():
-            return _load_verb(arguments[0])(arguments)
+            return _load_verb(arguments[0])(find_configs(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -8,7 +8,6 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 
-
 SCRIPT = re.compile(r"<script>(.*?)</script>", re.S)
 PACKED = re.compile(r'<script type="application/gzip" id="(charts|library)">([A-Za-z0-9+/=]*)</script>')
 

@@ -102,7 +102,7 @@ def panel_figure(
     lines = _profile_lines(panel, names, withheld)
     chart, data = profile(panel, axis, lines, names, width=_WIDTH - _LEFT - _RIGHT - (0 if alone else _HEAT + _GAP))
     shown: alt.LayerChart | alt.HConcatChart = chart
-    plots = {"profile": _live_profile(panel, lines, _LEFT + (0 if alone else _HEAT + _GAP))}
+    plots: dict[str, dict[str, Any]] = {"profile": _live_profile(panel, lines, _LEFT + (0 if alone else _HEAT + _GAP))}
     if not alone:
         heat, cell_data = heat_map(panel, axis, steps, names)
         shown, data = side_by_side([heat, chart], _GAP), data | cell_data

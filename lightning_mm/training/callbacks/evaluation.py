@@ -7,15 +7,16 @@ majority answer of the training data and the model with blank images -> ``evalua
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.io import write_json
-from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.core.run_directory import WritesToRun
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
@@ -47,7 +48,7 @@ class AnsweredQuestion:
         return self.sample.turns[self.turn].question_type
 
 
-class HeldOutEvaluation(Callback):
+class HeldOutEvaluation(Callback, WritesToRun):
     """Accuracy by question type on the test split (validation split if there is none).
 
     Args:
@@ -68,8 +69,12 @@ class HeldOutEvaluation(Callback):
     ) -> None:
         self.before, self.after, self.no_image = before, after, no_image
         self.max_questions, self.shown = max_questions, shown
-        self.run: RunDirectory | None = None
         self._answers: dict[str, dict[str, str]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the answers of an earlier fit with this callback; those of a resumed one are loaded next."""
+        if stage == "fit":
+            self._answers = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"answers": self._answers}
@@ -96,7 +101,9 @@ class HeldOutEvaluation(Callback):
             self._answers[moment] = {question.key: question.answer for question in answered}
         if self.run is not None and trainer.is_global_zero:
             majority = data_of(trainer).majority_answers()
-            write_json(self.run.evaluation, {"split": split, "rows": self._rows(answered, majority)})
+            rows = self._rows(answered, majority)
+            write_json(self.run.evaluation, {"split": split, "rows": rows})
+            _log_accuracies(trainer, rows, moments)
             write_json(
                 self.run.samples, [self._sample(i, q) for i, q in enumerate(_balance_types(answered, self.shown))]
             )
@@ -153,6 +160,18 @@ class HeldOutEvaluation(Callback):
             row[moment] = answer
             row[f"correct_{moment}"] = None if answer is None else is_correct(answer, question.truth)
         return row
+
+
+def _log_accuracies(trainer: L.Trainer, rows: Iterable[dict[str, Any]], moments: list[str]) -> None:
+    """Log accuracies by question type to every logger: those just measured, and the majority answer's."""
+    values = {
+        metric_names.held_out(moment, None if row["type"] == ALL else row["type"]): row[moment]
+        for row in rows
+        for moment in get_args(metric_names.Moment)
+        if moment in (*moments, "majority") and row[moment] is not None
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(values, trainer.global_step)
 
 
 def _answered_questions(batch: PromptBatch, answers: list[str]) -> list[AnsweredQuestion]:
