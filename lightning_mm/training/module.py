@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_mm.core import metric_names
+from lightning_mm.core.choices import refuse_unknown
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.notebook import show_messages
@@ -34,12 +35,11 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.arguments import (
+    ELSEWHERE,
     MakesOptimizer,
-    arguments_of,
     backbone_of,
     optimizer_of,
     policy_of,
-    refuse_unknown,
 )
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
@@ -111,7 +111,7 @@ class MMModule(ModelAndData):
     ) -> None:
         super().__init__()
         show_messages()
-        refuse_unknown("MMModule", arguments_of(MMModule), unknown)
+        refuse_unknown(MMModule, unknown, ELSEWHERE)
         self.backbone, loaded = backbone_of(backbone)
         self._is_users = loaded is not None
         self._loaded = (loaded,)  # not as an attribute of its own, which would make it a part of the state dict
