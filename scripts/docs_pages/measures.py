@@ -16,9 +16,10 @@ _ROW = re.compile(r"^\| ([^|]+) \| ([^|]*) \| ([^|]+) \| ([^|]+) \|$", re.M)
 _HEAD = """# Measures
 
 Every number of `layers.csv` and of the report: one value per layer and site, with its 95 % interval, its null (what
-chance gives, or no effect), N and k. A measure that the data cannot support is *undefined*, with the reason in the row; it
-is undefined everywhere where a vector is not finite. Intervals are of a delete-group jackknife (geometry) or a bootstrap
-over pictures (probes); samples of one picture count as dependent. Compare at equal N only: most measures depend on it.
+chance gives, or no effect), N and k. A measure that the data cannot support is *undefined*, with the reason in the
+row; it is undefined everywhere where a vector is not finite. Intervals are of a delete-group jackknife (geometry) or
+a bootstrap over pictures (probes); samples of one picture count as dependent. Compare at equal N only: most measures
+depend on it.
 
 Layer −1 is the embeddings, layer *l* the output of decoder block *l*. N: samples, D: hidden size, k: neighbors, X and
 Y: centered features of the two sides, K and L: their Gram matrices, λ: eigenvalues of the covariance, σ: singular
