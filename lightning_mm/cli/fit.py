@@ -90,7 +90,7 @@ class TrainingCLI(LightningCLI):
             "--run.project",
             type=str | None,
             default=None,
-            help="W&B project; WANDB_PROJECT or lightning_mm if not given.",
+            help="W&B project; else WANDB_PROJECT or lightning_mm.",
         )
         parser.add_argument(
             "--run.save_every", type=int, default=200, help="Steps between writes of checkpoints/last.ckpt."
