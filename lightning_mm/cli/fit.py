@@ -87,6 +87,12 @@ class TrainingCLI(LightningCLI):
             "--run.wandb", type=_WANDB, default="auto", help="W&B: online if logged in, else offline; or off."
         )
         parser.add_argument(
+            "--run.project",
+            type=str | None,
+            default=None,
+            help="W&B project; else WANDB_PROJECT or lightning_mm.",
+        )
+        parser.add_argument(
             "--run.save_every", type=int, default=200, help="Steps between writes of checkpoints/last.ckpt."
         )
         parser.add_argument("--allow", type=str, default="", help="Packages whose classes files may name: a,b,c.")
@@ -122,8 +128,9 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         given = self._get(self.config_init, "trainer")
         loggers: list[Any] = [ResumableCSVLogger(self.run.metrics)]
-        if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand == "fit":
-            loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, run_id=self.run.id, name=self.run.name))
+        if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand != "predict":
+            known: dict[str, Any] = {"run_id": self.run.id, "name": self.run.name, "project": config.run.project}
+            loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, **known))
         if isinstance(given.get("logger"), (list, tuple)):
             loggers.extend(given["logger"])
         given_plugins = given.get("plugins") or []
@@ -154,6 +161,12 @@ class TrainingCLI(LightningCLI):
             if config.data.val is not None:
                 callbacks.append(BestCheckpoint())
         return callbacks
+
+    def after_validate(self) -> None:
+        self._close_online()
+
+    def after_test(self) -> None:
+        self._close_online()
 
     def after_fit(self) -> None:
         self._close_online()

@@ -84,7 +84,7 @@ class OnlineLogger(Logger):
         run_id: The id of the run at W&B. A resumed run is another one there, as it has a folder of its own. None lets
             W&B draw one.
         name: What the run is called at W&B.
-        project: The W&B project.
+        project: The W&B project; None (default): WANDB_PROJECT, or ``lightning_mm``.
     """
 
     def __init__(
@@ -94,11 +94,12 @@ class OnlineLogger(Logger):
         mode: Mode = "auto",
         run_id: str | None = None,
         name: str | None = None,
-        project: str = "lightning_mm",
+        project: str | None = None,
     ) -> None:
         super().__init__()
         self._directory = Path(save_dir)
-        self._run_id, self._name, self._project = run_id, name, project
+        self._run_id, self._name = run_id, name
+        self._project = project or os.environ.get("WANDB_PROJECT") or "lightning_mm"
         self._asked = mode
         self._mode: Mode | None = None
         self._wandb: WandbLogger | None = None
@@ -134,7 +135,7 @@ class OnlineLogger(Logger):
         self._guarded("log metrics", lambda wandb: self._log_metrics(wandb, metrics, step))
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        self._guarded("log the configuration", lambda wandb: wandb.log_hyperparams(params))
+        self._guarded("log the configuration", lambda wandb: wandb.log_hyperparams(_nested(params)))
 
     def summarise(self, **facts: object) -> None:
         """Put facts of the whole run (census, decisions, evaluation) into its summary.
@@ -248,6 +249,18 @@ class OnlineLogger(Logger):
         shown = wandb_layers.pictures(self._directory, rows)
         logged |= {key: wandb.Image(picture) for key, picture in shown.items()}
         wandb_logger.experiment.log(logged | {_STEP: max(row.step for row in rows)})
+
+
+def _nested(params: dict[str, Any] | Namespace) -> dict[str, Any]:
+    """Dotted names as dictionaries within dictionaries, by which W&B filters and groups runs."""
+    nested: dict[str, Any] = {}
+    for name, value in (vars(params) if isinstance(params, Namespace) else params).items():
+        *path, last = name.split(".")
+        place = nested
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = value
+    return nested
 
 
 @rank_zero_only

@@ -194,10 +194,14 @@ def test_a_changed_processor_is_written_with_the_parts_it_lacks(family: Family, 
     assert any("processor_config.json was changed" in d.reason for d in decision_log())
 
 
-def test_a_lost_base_is_said(family: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("base", ["/nowhere/gone", ""])
+def test_a_lost_base_is_said(base: str, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s = subject(family("llava"))
-    out = export_full(s.model, s.processing.processor, tmp_path / "out", Provenance(str(tmp_path / "gone")))
+    (tmp_path / "mine.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    out = export_full(s.model, s.processing.processor, tmp_path / "out", Provenance(base))
     assert (out / "tokenizer.json").is_file()
+    assert not (out / "mine.json").exists()  # the current folder is not the base
     said = {d.name: d.reason for d in decision_log()}
     assert "not at hand" in said["export.processor"]
     assert "cannot be found" in said["export.dtype"]

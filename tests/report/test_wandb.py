@@ -16,10 +16,11 @@ from tests.helpers.wandb_files import history, records, warnings_of
 pytestmark = pytest.mark.usefixtures("nobody_is_logged_in")
 
 
-def test_an_offline_run_holds_what_was_logged(tmp_path, caplog):
+def test_an_offline_run_holds_what_was_logged(tmp_path, caplog, monkeypatch):
+    monkeypatch.setenv("WANDB_PROJECT", "layers")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "1.png")
     logger = OnlineLogger(tmp_path, mode="offline", run_id="abcd1234", name="middle")
-    logger.log_hyperparams({"lr": 2e-4})
+    logger.log_hyperparams({"policy": "Full", "model.optimizer.lr": 2e-4})
     for step, loss in [(0, 3.0), (10, 1.0), (20, 2.0)]:
         logger.log_metrics({"train/loss": loss, "val/exact_match/a.b": torch.tensor(step / 20)}, step)
     logger.summarise(census={"digest": "d1"}, decisions=[{"name": "a", "value": "b", "reason": "c"}])
@@ -37,7 +38,11 @@ def test_an_offline_run_holds_what_was_logged(tmp_path, caplog):
     assert metrics["train/loss"].min
     assert metrics["val/exact_match/a\\.b"].max
     (run,) = [record.run for record in found if record.HasField("run")]
-    assert (run.run_id, run.display_name) == ("abcd1234", "middle")
+    assert (run.run_id, run.display_name, run.project) == ("abcd1234", "middle", "layers")
+    config = {u.key: u.value_json for record in found if record.HasField("config") for u in record.config.update}
+    config |= {u.key: u.value_json for u in run.config.update}
+    assert config["policy"] == '"Full"'
+    assert "0.0002" in config["model"]
     assert any(key.startswith("samples") for row in history(found) for key in row)
     summary = "".join(str(record.summary) for record in found if record.HasField("summary"))
     assert "d1" in summary

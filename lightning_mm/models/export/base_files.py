@@ -85,7 +85,8 @@ def find_base_files(base: str, revision: str | None = None) -> BaseFiles:
         base: Folder or hub name; neither has to exist any more.
         revision: Commit, tag or branch of a hub model; None (default): the hub's default.
     """
-    folder = Path(base) if Path(base).is_dir() else _hub_folder(base, revision)
+    # A model given loaded may come from nowhere: '' is no folder, though Path('') is the current one.
+    folder = Path(base) if base and Path(base).is_dir() else _hub_folder(base, revision)
     if folder is None:
         return BaseFiles(base, revision)
     found = {path.relative_to(folder).as_posix(): path for path in sorted(_small_files(folder))}
@@ -138,7 +139,7 @@ def copy_processor(processor: ProcessorMixin, base: BaseFiles, folder: Path) -> 
     """
     if not base.files:
         save_processor(processor, folder)
-        log_decision("export.processor", "written anew", f"the files of {base.base} are not at hand")
+        log_decision("export.processor", "written anew", f"the files of {base.base or 'the base'} are not at hand")
     elif changed := _changes(processor, base):
         # Others beside a new tokenizer and processor would contradict them in programs that read the older names.
         base.copy([name for name in base.files if name.startswith(("LICENSE", "NOTICE"))], folder)

@@ -54,13 +54,13 @@ def write_card(folder: Path, origin: Provenance, library: Library) -> None:
         origin: Origin of the model. Its license, if known, is stated in the header; otherwise the user has to choose.
         library: Library that loads the folder.
     """
-    name = origin.repo or f"{Path(origin.base).name}, fine-tuned"
+    name = origin.repo or f"{Path(origin.base).name or 'A model'}, fine-tuned"
     base = f"{_public(origin.base)} at {origin.revision}" if origin.revision else _public(origin.base)
     if origin.license:
         terms = f"{origin.license}, the base model's; the data's license applies too."
     else:
         terms = "not stated; the base model's and the data's licenses apply. Say yours here and in the header."
-    rows = {"Base model": base, **origin.facts, "License": terms}
+    rows = {"Base model": base or "given loaded, from no folder or hub name", **origin.facts, "License": terms}
     parts = [
         f"---\n{_header(origin, library).to_yaml()}\n---",
         f"# {name}",
@@ -87,7 +87,7 @@ def versions() -> dict[str, str]:
 
 
 def _header(origin: Provenance, library: Library) -> ModelCardData:
-    on_hub = not Path(origin.base).exists() and not Path(origin.base).is_absolute()
+    on_hub = bool(origin.base) and not Path(origin.base).exists() and not Path(origin.base).is_absolute()
     scores = [(moment, row) for row in origin.accuracy for moment in ("after",) if row["type"] == "all"]
     results = [
         EvalResult(
@@ -108,7 +108,7 @@ def _header(origin: Provenance, library: Library) -> ModelCardData:
         license=origin.license,
         tags=["lightning_mm"],
         eval_results=results or None,
-        model_name=origin.repo or Path(origin.base).name if results else None,
+        model_name=origin.repo or Path(origin.base).name or "model" if results else None,
     )
 
 

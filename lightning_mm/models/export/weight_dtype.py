@@ -64,7 +64,9 @@ def resolve_dtype(asked: WrittenDtype, model: Any, base: str, revision: str | No
         return _named(asked)
     name = _base_dtype(base, revision)
     held = str(model.dtype).removeprefix("torch.")
-    reason = f"the dtype of {base}" if name else f"as the model is held; the dtype of {base} cannot be found"
+    reason = (
+        f"the dtype of {base}" if name else f"as the model is held; the dtype of {base or 'the base'} cannot be found"
+    )
     log_decision("export.dtype", name or held, reason)
     return _named(name or held)
 
@@ -77,7 +79,7 @@ def _named(name: str) -> torch.dtype:
 def _base_dtype(base: str, revision: str | None) -> str | None:
     """The dtype that the base's config states, or else that of most of its weights; None if neither is at hand."""
     folder = Path(base)
-    if not folder.is_dir() and ("/" not in base or folder.is_absolute()):
+    if not base or (not folder.is_dir() and ("/" not in base or folder.is_absolute())):
         return None
     try:
         config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
