@@ -12,10 +12,9 @@ from collections.abc import Callable
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
-from rich.logging import RichHandler
 
 from lightning_mm.cli.parser import suggestion
+from lightning_mm.core.console import show_messages
 from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.dataloader import worker_killed_error
@@ -111,11 +110,7 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
 
 def _configure_logging() -> None:
     """Log our own messages to the console; of the libraries, warnings only."""
-    logger = logging.getLogger("lightning_mm")
-    if not logger.handlers:
-        handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    show_messages()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in _KNOWN:
