@@ -1,6 +1,104 @@
 """lightning_mm: partial fine-tuning of multimodal LLMs with PyTorch Lightning, and analysis of every layer.
 
+Data flow: ``from lightning_mm import NAME`` -> the module that defines the name, imported then and not before.
+
 The version below is the only one: package metadata is built from it.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same to Python
+    from lightning_mm.analysis.probing import ProbingOptions
+    from lightning_mm.callbacks.causal import CausalCallback
+    from lightning_mm.callbacks.layer_callbacks import DriftCallback, GeometryCallback, ProbingCallback
+    from lightning_mm.callbacks.schedule import Schedule
+    from lightning_mm.core.errors import UserError
+    from lightning_mm.data.datamodule import MMDataModule
+    from lightning_mm.layer_selection.select import AutoRange, Selection
+    from lightning_mm.models.loading import Backbone
+    from lightning_mm.models.lora import LoRA
+    from lightning_mm.report.html import write_report
+    from lightning_mm.training.module import MMModule
+    from lightning_mm.tuning.apply import apply_policy
+    from lightning_mm.tuning.layers import resolve_layers
+    from lightning_mm.tuning.optimizer import OptimizerSettings
+    from lightning_mm.tuning.policies import (
+        ConnectorOnly,
+        EarlyLayers,
+        Full,
+        IntermediateOnly,
+        LateLayers,
+        LoRAOnMiddle,
+        PerRegion,
+        RandomLayers,
+        UniformSparse,
+    )
+    from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AutoRange",
+    "Backbone",
+    "CausalCallback",
+    "ConnectorOnly",
+    "DriftCallback",
+    "EarlyLayers",
+    "Full",
+    "GeometryCallback",
+    "IntermediateOnly",
+    "LateLayers",
+    "LoRA",
+    "LoRAOnMiddle",
+    "MMDataModule",
+    "MMModule",
+    "OptimizerSettings",
+    "PerRegion",
+    "ProbingCallback",
+    "ProbingOptions",
+    "RandomLayers",
+    "Schedule",
+    "Selection",
+    "TuningPlan",
+    "TuningPolicy",
+    "UniformSparse",
+    "UserError",
+    "apply_policy",
+    "resolve_layers",
+    "write_report",
+]
+
+_MODULES = {
+    "analysis.probing": "ProbingOptions",
+    "callbacks.causal": "CausalCallback",
+    "callbacks.layer_callbacks": "DriftCallback GeometryCallback ProbingCallback",
+    "callbacks.schedule": "Schedule",
+    "core.errors": "UserError",
+    "data.datamodule": "MMDataModule",
+    "layer_selection.select": "AutoRange Selection",
+    "models.loading": "Backbone",
+    "models.lora": "LoRA",
+    "report.html": "write_report",
+    "training.module": "MMModule",
+    "tuning.apply": "apply_policy",
+    "tuning.layers": "resolve_layers",
+    "tuning.optimizer": "OptimizerSettings",
+    "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
+    "UniformSparse",
+    "tuning.policy": "TuningPlan TuningPolicy",
+}
+_HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}
+
+
+def __getattr__(name: str) -> object:
+    """The public name, imported on first use: ``import lightning_mm`` alone loads neither torch nor transformers."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

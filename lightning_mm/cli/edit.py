@@ -21,9 +21,7 @@ from lightning_mm.causal.editing.study import METHODS, Apply, EditStudy, LayerSc
 from lightning_mm.causal.editing.tables import details, tables
 from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
 from lightning_mm.causal.questions.question import QuestionEncoder
-from lightning_mm.cli.model_source import ModelSource, model_label
 from lightning_mm.cli.parser import Parser
-from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import staged_folder, write_json
@@ -37,6 +35,8 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processor
 from lightning_mm.report.html import write_report
+from lightning_mm.verbs.model_source import ModelSource, model_label
+from lightning_mm.verbs.trained_run import load_run
 
 
 def edit(arguments: list[str]) -> int:

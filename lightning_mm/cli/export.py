@@ -11,7 +11,6 @@ from typing import Literal
 from jsonargparse import Namespace
 
 from lightning_mm.cli.parser import Parser
-from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.io import staged_folder
 from lightning_mm.core.run_directory import RunDirectory
@@ -20,6 +19,7 @@ from lightning_mm.models.export.export import Provenance, export_adapter, export
 from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
 from lightning_mm.report.html import write_report
 from lightning_mm.training.module import MMModule
+from lightning_mm.verbs.trained_run import load_run
 
 Format = Literal["model", "adapter", "merged"]
 

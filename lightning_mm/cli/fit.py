@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.callbacks.base import InspectionCallback
-from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.cli.parser import Parser
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
@@ -36,6 +36,7 @@ from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
 from lightning_mm.training.callbacks.throughput import Throughput
 from lightning_mm.training.module import MMModule
+from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
 _RANK: Any = rank_zero_only  # its ``rank`` is set before torch.distributed is

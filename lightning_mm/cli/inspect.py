@@ -22,7 +22,6 @@ from lightning_mm.analysis.geometry import (
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.probing import ProbingOptions, run_probes
 from lightning_mm.analysis.summary import MAIN_PROFILES, summarize_profile
-from lightning_mm.cli.model_source import InspectedModel, model_label, open_models
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.errors import UserError
@@ -32,6 +31,7 @@ from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange, log_selection
 from lightning_mm.report.html import write_report
+from lightning_mm.verbs.model_source import InspectedModel, model_label, open_models
 
 
 def inspect(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The parser of the command line, its errors on one screen, and the check of the classes that config files name.
+"""The parser of the command line, and its errors on one screen.
 
 Data flow: arguments -> ``Parser`` -> options, or jsonargparse's message -> ``UserError``. ``JSONARGPARSE_DEBUG=1``
 shows the library's own traceback.
@@ -8,17 +8,12 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 
 from lightning_mm import tuning
 from lightning_mm.core.errors import UserError
-
-ALLOWED = ("lightning", "torch", "lightning_mm", "torchmetrics")
-"""Where a config's ``class_path`` may point without ``--allow``."""
 
 
 class Parser(LightningArgumentParser):
@@ -92,58 +87,6 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
     return f"Did you mean {near[0]}?" if near else ""
-
-
-def refuse_foreign_classes(arguments: list[str]) -> None:
-    """Refuse config files that name classes of packages not allowed: parsing a class imports it.
-
-    Args:
-        arguments: Command line arguments; all YAML files that they name are read, and all that these name.
-
-    Raises:
-        UserError: A file names such a class; the message has file, key and class.
-    """
-    values = [argument.rpartition("=")[2] for argument in arguments]
-    allowed = [values[i + 1] for i, argument in enumerate(arguments[:-1]) if argument == "--allow"]
-    allowed += [argument.partition("=")[2] for argument in arguments if argument.startswith("--allow=")]
-    names = [name for value in allowed for name in value.split(",") if name]
-    for value in values:
-        _scan_file(Path(value), tuple(f"{name.rstrip('.')}." for name in (*ALLOWED, *names)))
-
-
-def _scan_file(path: Path, prefixes: tuple[str, ...]) -> None:
-    if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        return
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read.", " ".join(str(error).split()), "Mend the YAML there.") from error
-    _scan(content, path, "", prefixes)
-
-
-def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None:
-    if isinstance(content, dict):
-        for name, value in content.items():
-            _scan(value, path, f"{key}.{name}" if key else str(name), prefixes)
-    elif isinstance(content, list):
-        for index, value in enumerate(content):
-            _scan(value, path, f"{key}[{index}]", prefixes)
-    elif isinstance(content, str):
-        _scan_file(path.parent / content, prefixes)
-        # A bare name ('Full') is resolved within this package; a dotted one is imported.
-        dotted = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", content)
-        if dotted and not f"{content}.".startswith(prefixes) and _names_class(key):
-            raise UserError(
-                f"{path}: {key}: {content} is not loaded.",
-                f"Config files may name classes of {', '.join(p.rstrip('.') for p in prefixes)} only.",
-                f"If you trust it: --allow {content.partition('.')[0]}",
-            )
-
-
-def _names_class(key: str) -> bool:
-    """Whether jsonargparse resolves the key's value to a class: class_path itself, and options that are classes."""
-    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
-    return last in ("class_path", "tuning", "callbacks", "callbacks+", "logger", "strategy", "profiler", "plugins")
 
 
 def _policies() -> list[str]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.cli.fit import TrainingCLI
-from lightning_mm.cli.parser import Parser, refuse_foreign_classes
+from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
@@ -43,6 +43,7 @@ from lightning_mm.tuning import (
     UniformSparse,
 )
 from lightning_mm.tuning.layers import count_layers
+from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 
 def print_plan(

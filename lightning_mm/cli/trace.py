@@ -25,7 +25,6 @@ from lightning_mm.causal.questions.files import read_questions
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import Answer, answer_until
 from lightning_mm.causal.study import PARTS, StudyConfig, StudyResult, run_study
-from lightning_mm.cli.model_source import InspectedModel, ModelSource, check_same_architecture, model_label, open_model
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.decisions import decision_log, log
 from lightning_mm.core.errors import UserError
@@ -34,6 +33,13 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.report.html import write_report
+from lightning_mm.verbs.model_source import (
+    InspectedModel,
+    ModelSource,
+    check_same_architecture,
+    model_label,
+    open_model,
+)
 
 HEADLINES = ("trace", "flow", "knockout", "ablation", "transplant")
 

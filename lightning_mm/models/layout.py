@@ -150,10 +150,10 @@ class _Resolver:
     """Finds the parts of one model."""
 
     def __init__(self, model: Any) -> None:
+        _refuse_unless_decoder_only(model)
         self.model = model
         self.names = {id(module): name for name, module in model.named_modules()}
         self.text_config = model.config.get_text_config(decoder=True)
-        _refuse_unless_decoder_only(model)
 
     def resolve(self) -> ModelLayout:
         """The layout of the model."""
@@ -300,8 +300,15 @@ def _parameters_by_part(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parame
 
 
 def _refuse_unless_decoder_only(model: Any) -> None:
-    text = model.config.get_text_config(decoder=True)
-    if getattr(model.config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, nn.Module) or not hasattr(config, "get_text_config"):
+        raise UserError(
+            f"{type(model).__name__} is no model of transformers.",
+            "Layers, vision tower and connector are found through the methods of those.",
+            "Give what AutoModelForImageTextToText.from_pretrained returns.",
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(config, "is_encoder_decoder", False) or not hasattr(text, "num_hidden_layers"):
         raise UserError(
             f"{type(model).__name__} cannot be tuned here.",
             "Layer ranges are defined for multimodal LLMs whose text part is a decoder only.",

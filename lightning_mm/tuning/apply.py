@@ -7,12 +7,15 @@ Data flow: ``Backbone`` + ``TuningPolicy`` -> layout -> ``TuningPlan`` -> the lo
 from collections.abc import Collection
 from dataclasses import replace
 
+from torch import nn
+
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.core.errors import UserError
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.hooks import remove_input_gradient_hooks
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model, load_skeleton
-from lightning_mm.models.lora import add_lora
+from lightning_mm.models.lora import adapted_modules, add_lora
 from lightning_mm.tuning.layers import resolve_layers
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
@@ -36,6 +39,50 @@ def prepare_model(backbone: Backbone, policy: TuningPolicy) -> tuple[MultimodalM
     if removed := remove_input_gradient_hooks(mm.model):
         log_decision("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
     return mm, plan
+
+
+def apply_policy(model: nn.Module, policy: TuningPolicy) -> TuningPlan:
+    """The plan of a policy, after it was applied to a loaded model in place: for training loops that are not ours.
+
+    Adapters are added, ``requires_grad`` is on for what the policy trains and off for all else, and what is frozen is
+    in eval mode; ``model.train()`` would undo the modes, which matters only where a frozen part has dropout. A later
+    call with another policy sets all of that anew.
+
+    Args:
+        model: A multimodal LLM of transformers, as ``from_pretrained`` returns it.
+        policy: Which weights train, such as ``IntermediateOnly(layers="25%-50%")``.
+
+    Raises:
+        UserError: The policy does not fit the model, or the model has adapters already.
+
+    Example::
+
+        model = AutoModelForImageTextToText.from_pretrained("org/name")
+        plan = apply_policy(model, LoRAOnMiddle(layers="25%-50%"))
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+    """
+    if not isinstance(policy, TuningPolicy):
+        written = policy.__name__ if isinstance(policy, type) else repr(policy)
+        raise UserError(
+            f"{written} is no tuning policy.", "A policy is an object.", "Give one, such as lightning_mm.Full()."
+        )
+    inner = unwrap_model(model) if isinstance(model, nn.Module) else model
+    if isinstance(inner, nn.Module) and adapted_modules(inner):
+        raise UserError(
+            f"This {type(inner).__name__} has adapters already.",
+            "A policy decides which modules have adapters, and names what trains by the names without them.",
+            "Load the model anew, or merge its adapters.",
+        )
+    mm = MultimodalModel.of(inner)
+    plan = policy.plan(mm.layout)
+    if packed := sorted(n for n in plan.full if not mm.model.get_parameter(n).is_floating_point()):
+        raise UserError(
+            f"{policy.describe()} would train quantized weights.",
+            f"{len(packed)} tensors are not of floating point, such as {packed[0]}.",
+            "Train them with LoRA, or leave them out of quantization (llm_int8_skip_modules).",
+        )
+    apply_plan(mm, plan)
+    return plan
 
 
 def apply_plan(mm: MultimodalModel, plan: TuningPlan) -> None:

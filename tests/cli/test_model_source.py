@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from lightning_mm.__main__ import main
-from lightning_mm.cli import model_source
 from lightning_mm.cli.fit import _continue_metrics
 from lightning_mm.cli.inspect import _parser
-from lightning_mm.cli.model_source import model_label
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training import checkpoint
+from lightning_mm.verbs import model_source
+from lightning_mm.verbs.model_source import model_label
 from tests.helpers.cli import QUICK, Fit, inspect
 from tests.helpers.data import Family, make_probe_rows
 

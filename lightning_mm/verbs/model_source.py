@@ -20,7 +20,6 @@ from lightning_mm.analysis.hidden_states import (
     common_samples,
     extract_hidden_states,
 )
-from lightning_mm.cli.trained_run import load_run
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
@@ -37,6 +36,7 @@ from lightning_mm.layer_selection.transplant_criterion import transplant_criteri
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone, load_model, read_config
 from lightning_mm.training import checkpoint as state
+from lightning_mm.verbs.trained_run import load_run
 
 
 @dataclass(eq=False)

@@ -6,16 +6,15 @@ Data flow: ``runs/<name>`` (config.yaml, a checkpoint) -> module with the checkp
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-from jsonargparse import Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from lightning_mm.cli.parser import Parser, refuse_foreign_classes
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.module import MMModule
+from lightning_mm.verbs.config_classes import read_checked_yaml
 
 
 def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tuple[MMModule, MMDataModule]:
@@ -52,10 +51,14 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
 def _config(run: RunDirectory) -> Namespace:
     if not run.config.is_file():
         raise UserError(f"{run.path} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
-    refuse_foreign_classes([str(run.config)])
-    saved = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    parser = Parser(exit_on_error=True)
+    saved = read_checked_yaml(run.config, ("model", "data"))
+    parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(MMModule, "model")
     parser.add_class_arguments(MMDataModule, "data")
     data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}
-    return parser.instantiate_classes(parser.parse_object({"model": saved["model"], "data": data}))
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": saved["model"], "data": data}))
+    except ArgumentError as error:
+        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+        fix = "Mend it there; another version may have written it."
+        raise UserError(f"{run.config} cannot be read.", lines[-1], fix) from error
