@@ -13,11 +13,11 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.callbacks.runner import Inspection, InspectionInput, restored_budget
 from lightning_mm.callbacks.schedule import Budget, Schedule
-from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.core.run_directory import RunDirectory, WritesToRun
 from lightning_mm.training.eval_context import data_of
 
 
-class InspectionCallback(Callback):
+class InspectionCallback(Callback, WritesToRun):
     """Analyzes the hidden states of every layer on a schedule; subclasses implement ``analyze``.
 
     All callbacks due at a step share one forward pass over the data module's probe set. The first one in the
@@ -29,7 +29,6 @@ class InspectionCallback(Callback):
 
     def __init__(self, schedule: Schedule = Schedule()) -> None:  # noqa: B008  (frozen)
         self.schedule = schedule
-        self.run: RunDirectory | None = None
         self.inspection: Inspection | None = None
         self._budget = Budget()
 

@@ -34,7 +34,6 @@ from lightning_mm.training.callbacks.checkpoints import EXIT_CODE, BestCheckpoin
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
-from lightning_mm.training.callbacks.throughput import Throughput
 from lightning_mm.training.module import MMModule
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
@@ -140,25 +139,21 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(
             logger=loggers,
             default_root_dir=self.run.path,
-            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],
+            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],  # the module adds what is missing
             enable_checkpointing=True,
             **kwargs,
         )
 
     def _callbacks(self, config: Namespace) -> list[Callback]:
-        callbacks: list[Callback] = [ProgressBar(), Throughput()]
+        """The callbacks that have options, and those whose defaults of Lightning are not wanted."""
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        inspecting = [callback for callback in given if isinstance(callback, InspectionCallback)]
-        _refuse_duplicates(inspecting)
-        for callback in inspecting:
-            callback.run = self.run
+        _refuse_duplicates([callback for callback in given if isinstance(callback, InspectionCallback)])
+        callbacks: list[Callback] = [ProgressBar(), RunRecorder(self.run)]
         if self.subcommand == "fit":
-            evaluation = self._get(self.config_init, "evaluation")
-            evaluation.run = self.run
-            callbacks += [evaluation, LastCheckpoint(self.run.checkpoints / "last.ckpt", config.run.save_every)]
+            callbacks += [self._get(self.config_init, "evaluation"), LastCheckpoint(config.run.save_every)]
             if config.data.val is not None:
-                callbacks.append(BestCheckpoint(self.run.checkpoints))
-        return [*callbacks, RunRecorder(self.run)]
+                callbacks.append(BestCheckpoint())
+        return callbacks
 
     def after_fit(self) -> None:
         self._close_online()

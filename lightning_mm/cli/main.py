@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 from lightning_mm.cli.explain_errors import explain_exception, suggestion
+from lightning_mm.cli.shipped_configs import find_configs
 from lightning_mm.core.console import show_messages
 from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
@@ -40,7 +41,7 @@ def run(arguments: list[str]) -> int:
     _configure_logging()
     try:
         with DecisionLog().opened():
-            return _load_verb(arguments[0])(arguments)
+            return _load_verb(arguments[0])(find_configs(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

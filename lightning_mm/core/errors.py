@@ -30,3 +30,19 @@ class UserError(Exception):
 def first_line(error: Exception) -> str:
     """What went wrong, in short."""
     return (str(error).strip() or type(error).__name__).split("\n")[0]
+
+
+def missing_package(what: str, package: str) -> UserError:
+    """The error for an optional package that is not installed.
+
+    Args:
+        what: The option that needs it.
+        package: Its name for pip.
+
+    Example:
+        >>> print(missing_package("run.wandb online", "wandb"))
+        run.wandb online needs the package wandb.
+          why: It is not installed.
+          fix: pip install wandb
+    """
+    return UserError(f"{what} needs the package {package}.", "It is not installed.", f"pip install {package}")

@@ -1,6 +1,7 @@
 """One folder per run, ``runs/<name>/``, and the names of its files.
 
-Data flow: the command line creates it; module and callbacks write into it; ``local`` reads it, alone, without the run.
+Data flow: the command line or the run's callbacks create it; module and callbacks write into it; ``report`` reads it,
+alone, without the run.
 """
 
 import re
@@ -151,6 +152,16 @@ class RunDirectory:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+
+class WritesToRun:
+    """A callback that writes into the folder of the run, which the run sets before training starts.
+
+    Attributes:
+        run: The folder; None outside of a run.
+    """
+
+    run: RunDirectory | None = None
 
 
 def _plain(name: str) -> str:

@@ -6,6 +6,7 @@ Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for plannin
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesCo
 from transformers.utils import logging as hf_logging
 
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.core.errors import UserError
+from lightning_mm.core.errors import UserError, missing_package
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,8 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
     if backbone.attention != "auto":
         options["attn_implementation"] = backbone.attention
     if backbone.quantization != "none":
+        if find_spec("bitsandbytes") is None:
+            raise missing_package(f"model.backbone.quantization {backbone.quantization}", "bitsandbytes")
         options["quantization_config"] = _quantization(backbone, dtype, keep_full)
     # Missing and unexpected tensors are reported below instead.
     hf_logging.disable_progress_bar()

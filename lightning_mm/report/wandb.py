@@ -39,7 +39,7 @@ def resolve(asked: Mode) -> Mode:
     if asked == "off":
         return asked
     if find_spec("wandb") is None:
-        log_decision("wandb.mode", "off", "wandb is not installed")
+        log_decision("wandb.mode", "off", "wandb is not installed (pip install wandb)")
         return "off"
     standing = {"disabled": "off", "offline": "offline", "dryrun": "offline"}.get(os.environ.get("WANDB_MODE", ""))
     if asked == "auto" and standing is not None:

@@ -18,7 +18,7 @@ from lightning_mm.layer_selection.select import Selection
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.training import checkpoint
 from lightning_mm.tuning.census import Census
-from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
 class LiveModule(Protocol):
@@ -27,6 +27,7 @@ class LiveModule(Protocol):
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
+    tuning: TuningPolicy
     selection: Selection | None
     step: TrainingStep
     device: torch.device

@@ -36,6 +36,7 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.answer_metrics import SplitScores
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.eval_context import data_of
+from lightning_mm.training.standard_callbacks import add_standard_callbacks
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
@@ -49,7 +50,7 @@ from lightning_mm.tuning.optimizer import (
 from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
-class _TeardownAfterException(Callback):
+class TeardownAfterException(Callback):
     """Restores the model's own forward passes if a run ends with an exception."""
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -164,8 +165,14 @@ class MMModule(L.LightningModule):
         self.step.close_cache()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Lightning does not call ``teardown`` after an exception: a callback does what it would have done."""
-        return [_TeardownAfterException()]
+        """Give the trainer what every run has and it lacks: see ``standard_callbacks.add_standard_callbacks``.
+
+        Returns:
+            What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        add_standard_callbacks(self.trainer, validates=data is not None and data.paths["val"] is not None)
+        return [TeardownAfterException()]
 
     def teardown(self, stage: str) -> None:
         """Undo the preparation, so that other users of the model run its original code."""

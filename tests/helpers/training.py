@@ -15,7 +15,7 @@ from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.models.loading import Backbone
-from lightning_mm.training.module import MMModule
+from lightning_mm.training.module import MMModule, TeardownAfterException
 from lightning_mm.tuning import (
     ConnectorOnly,
     EarlyLayers,
@@ -59,6 +59,13 @@ class _OnStart(Callback):
         self.call(pl_module)
 
 
+class BareModule(MMModule):
+    """A module whose runs write no folder, evaluate nothing and measure no throughput unless a test says so."""
+
+    def configure_callbacks(self) -> list[Callback]:
+        return [TeardownAfterException()]
+
+
 def scale_of(name: str, gradients: Mapping[str, Tensor]) -> Tensor:
     """Tells how large a gradient's rounding is: itself, or the weight beside a key's bias, which moves no softmax."""
     return gradients[name.removesuffix("bias") + "weight" if name.endswith("k_proj.bias") else name]
@@ -97,7 +104,7 @@ def train(
 ) -> tuple[MMModule, L.Trainer]:
     """Fit; returns the module and its trainer."""
     L.seed_everything(0, verbose=False)
-    module = MMModule(
+    module = BareModule(
         Backbone(path=str(model)),
         tuning,
         optimizer or OptimizerSettings(lr=1e-2),

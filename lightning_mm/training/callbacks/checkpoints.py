@@ -6,7 +6,6 @@ SIGTERM (a flag is all that the signal handler sets); ``best.ckpt`` after a vali
 
 import signal
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -14,6 +13,7 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.run_directory import WritesToRun
 from lightning_mm.planning.devices import synchronize
 
 EXIT_CODE = 143
@@ -29,19 +29,18 @@ def is_accumulation_complete(trainer: L.Trainer) -> bool:
     return not trainer.fit_loop.epoch_loop._should_accumulate()
 
 
-class LastCheckpoint(Callback):
-    """Saves ``last.ckpt`` every n steps, at the last step and on SIGTERM.
+class LastCheckpoint(Callback, WritesToRun):
+    """Saves ``checkpoints/last.ckpt`` of the run every n steps, at the last step and on SIGTERM.
 
     Args:
-        path: The checkpoint file.
-        every: Optimizer steps between saves.
+        every: Optimizer steps between saves; default 200.
 
     Attributes:
         seconds: Seconds spent on saving so far.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self.every = path, every
+    def __init__(self, every: int = 200) -> None:
+        self.every = every
         self.seconds = 0.0
         self._saved_at = -1
         self._stop_requested = False
@@ -66,15 +65,17 @@ class LastCheckpoint(Callback):
         if not is_accumulation_complete(trainer):
             return
         stop = trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False)
+        assert self.run is not None, "checkpoints are written into the folder of a run"
+        path = self.run.checkpoints / "last.ckpt"
         due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
         if (due or stop) and trainer.global_step != self._saved_at:
             synchronize(pl_module.device)
             began = time.perf_counter()
-            trainer.save_checkpoint(self.path)
+            trainer.save_checkpoint(path)
             self.seconds += time.perf_counter() - began
             self._saved_at = trainer.global_step
         if stop:
-            log_decision("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {self.path}")
+            log_decision("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {path}")
             raise Preempted
 
     def _request_stop(self, signum: int, frame: FrameType | None) -> None:
@@ -87,11 +88,10 @@ class LastCheckpoint(Callback):
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves ``best.ckpt`` by validation loss; a validation inside an accumulation window saves nothing."""
+    """Saves ``best.ckpt`` of the run by validation loss; a validation inside an accumulation window saves nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         super().__init__(
-            folder,
             filename="best",
             monitor="val/loss",
             save_top_k=1,

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.io import write_json
-from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.core.run_directory import WritesToRun
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
@@ -47,7 +47,7 @@ class AnsweredQuestion:
         return self.sample.turns[self.turn].question_type
 
 
-class HeldOutEvaluation(Callback):
+class HeldOutEvaluation(Callback, WritesToRun):
     """Accuracy by question type on the test split (validation split if there is none).
 
     Args:
@@ -68,8 +68,12 @@ class HeldOutEvaluation(Callback):
     ) -> None:
         self.before, self.after, self.no_image = before, after, no_image
         self.max_questions, self.shown = max_questions, shown
-        self.run: RunDirectory | None = None
         self._answers: dict[str, dict[str, str]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget the answers of an earlier fit with this callback; those of a resumed one are loaded next."""
+        if stage == "fit":
+            self._answers = {}
 
     def state_dict(self) -> dict[str, Any]:
         return {"answers": self._answers}

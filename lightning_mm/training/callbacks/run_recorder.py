@@ -1,4 +1,4 @@
-"""Write down what a run is and what became of it: census, decisions, rejected samples, report.
+"""Make the folder of a run, and write down what the run is and what became of it: census, decisions, report.
 
 Data flow: module, data module and the decisions of the run -> the run directory -> ``report.html.write_report``. Rank 0
 writes.
@@ -6,6 +6,7 @@ writes.
 
 from contextlib import ExitStack
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -20,6 +21,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.tuning.census import Census
 
 GENERATIONS = 8
@@ -27,20 +29,44 @@ GENERATIONS = 8
 
 
 class RunRecorder(Callback):
-    """Keeps the run directory up to date and shows the census before the first step.
+    """Makes a folder for each fit, keeps it up to date, and shows the census before the first step.
+
+    A fit never writes into the folder of another one. ``validate``, ``test`` and ``predict`` write into that of the
+    fit before them with the same trainer, and make one of their own where there was none.
 
     Args:
-        run: The run's folder.
+        run: A folder that is made already; None (default): one is made when a run starts.
+        root: Folder of all runs; None (default): ``runs`` in the trainer's ``default_root_dir``.
+        name: Name of the run; None (default): the policy's. A name that is taken gets -2, -3, ...
     """
 
-    def __init__(self, run: RunDirectory) -> None:
-        self.run = run
+    def __init__(
+        self, run: RunDirectory | None = None, *, root: str | Path | None = None, name: str | None = None
+    ) -> None:
+        self._given, self._root, self._name = run, root, name
+        self._current = run
         self.decisions = DecisionLog()
         self._shown = False
         self._open = ExitStack()
 
+    @property
+    def run(self) -> RunDirectory:
+        """The folder of the run, from the callback's ``setup`` on."""
+        assert self._current is not None, "the run's folder is made when the run starts"
+        return self._current
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Record this run's decisions apart from those of others, unless the command line does so already."""
+        """Make the run's folder, and record its decisions apart from others', unless the command line did so."""
+        earlier = self._current
+        if self._given is not None:
+            self._current, self._given = self._given, None
+        elif earlier is None or stage == "fit":
+            policy = type(live(pl_module).tuning).__name__
+            root = self._root or (earlier.path.parent if earlier else Path(trainer.default_root_dir) / "runs")
+            default = policy if stage == "fit" else f"{policy}-{stage}"
+            self._current = make_run_folder(trainer, root, self._name, default)
+            self.decisions, self._shown = DecisionLog(), False
+        use_run_folder(trainer, self.run, earlier)
         if not run_is_open():
             self._open.enter_context(self.decisions.opened())
             self.decisions.take_pending()

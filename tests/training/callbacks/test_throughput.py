@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import decision_log
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import CacheSettings
@@ -288,7 +289,8 @@ def test_validation_and_checkpoints_are_no_training(
     family: Family, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each interval holds a validation of 1.2 s and more; of saves of 0.5 s, one and two."""
-    saving = SlowSaving(tmp_path / "last.ckpt", 2)
+    saving = SlowSaving(2)
+    saving.run = RunDirectory(tmp_path)
     with caplog.at_level("INFO", logger="lightning_mm"):
         held = timed(family, data, tmp_path, Slow(), saving, limit_val_batches=2, val_check_interval=2)
     first, second = held.spent
