@@ -10,8 +10,6 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
-from pathlib import Path
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -57,7 +55,7 @@ def explain_message(message: str, options: Iterable[str]) -> UserError:
     keys = re.findall(r'(?:Parser key|key) "([\w.+]+)"', message)
     dotted = ".".join(dict.fromkeys(key.rstrip("+") for key in keys))
     kinds: Sequence[Callable[[str, str], UserError | None]] = (_missing_package, _no_option, _no_class, _no_choice)
-    for explain in (*kinds, _no_file):
+    for explain in kinds:
         if (found := explain(message, dotted)) is not None:
             return found
     if (missing := _missing(message, dotted, set(options))) is not None:
@@ -179,17 +177,6 @@ def _no_choice(message: str, dotted: str) -> UserError | None:
     choices = re.findall(r"'([^']+)'", match[1])
     fix = suggestion(match[2], choices) or "Choose."
     return UserError(f"{dotted}: '{match[2]}' is no choice.", _listed(choices), fix)
-
-
-def _no_file(message: str, _: str) -> UserError | None:
-    """A configuration file that does not exist."""
-    if (match := re.search(r"File does not exist: '([^']+)'", message)) is None:
-        return None
-    path = Path(match[1])
-    folder = next((parent for parent in path.parents if parent.is_dir()), Path())
-    near = {str(found.relative_to(folder)): found for found in islice(folder.rglob("*.y*ml"), 1000)}
-    fix = suggestion(str(path.relative_to(folder)), near) or suggestion(path.name, {f.name for f in near.values()})
-    return UserError(f"There is no file {path}.", f"Looked in {folder}.", fix or "Name another file.")
 
 
 def _policies() -> list[str]:

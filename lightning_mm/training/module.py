@@ -35,8 +35,11 @@ from lightning_mm.models.processor import load_processor
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.answer_metrics import SplitScores
 from lightning_mm.training.auto_layers import choose_layers
+from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of
+from lightning_mm.training.resume_point import ResumePoint
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
+from lightning_mm.training.trainer_checks import check_trainer
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
@@ -99,6 +102,7 @@ class MMModule(L.LightningModule):
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
         self._window = LossAccumulator()
+        self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
         self.auto, self.compute, self.cache = auto, compute, cache
@@ -108,15 +112,6 @@ class MMModule(L.LightningModule):
     @property
     def _data(self) -> MMDataModule:
         return data_of(self.trainer)
-
-    def setup(self, stage: str) -> None:
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"trainer.precision: {precision} is not supported.",
-                "It would cast what must stay in float32 (rotary tables, summed losses).",
-                "Use 32-true or bf16-mixed; for bfloat16 weights, 32-true with model.backbone.dtype bfloat16.",
-            )
 
     def configure_model(self) -> None:
         """Load the model and apply the tuning policy, once; prepare the model for this stage's steps."""
@@ -165,14 +160,18 @@ class MMModule(L.LightningModule):
         self.step.close_cache()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Give the trainer what every run has and it lacks: see ``standard_callbacks.add_standard_callbacks``.
+        """Give the trainer what every run has and it lacks (``add_standard_callbacks``), refuse what goes not with it.
 
         Returns:
-            What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then.
+            What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then; and
+            what takes the place of averages of weights.
         """
         data = getattr(self.trainer, "datamodule", None)
-        add_standard_callbacks(self.trainer, validates=data is not None and data.paths["val"] is not None)
-        return [TeardownAfterException()]
+        validates = data is not None and data.paths["val"] is not None
+        check_trainer(self.trainer, validates)
+        add_standard_callbacks(self.trainer, validates)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+        return [TeardownAfterException(), *over_trained_weights(callbacks)]
 
     def teardown(self, stage: str) -> None:
         """Undo the preparation, so that other users of the model run its original code."""
@@ -252,6 +251,16 @@ class MMModule(L.LightningModule):
         self.log(metric_names.GRAD_NORM, norm)
         for group in optimizer.param_groups:
             self.log(metric_names.learning_rate(group["name"]), group["lr"])
+        self.resume_point.begin_update()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as Lightning does; ``on_before_optimizer_step`` is called within, after the backward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.resume_point.end_update()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Remember where the run can be resumed."""
+        self.resume_point.record(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -362,7 +371,10 @@ class MMModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step.flush()
         state.drop_frozen_weights(checkpoint, set(self.trainable))
-        checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
+        generators = self.resume_point.put_into(checkpoint, self.trainer)
+        checkpoint[state.KEY] = state.checkpoint_metadata(
+            self.census, self.base, self.settings(), self.unread or (), generators
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
