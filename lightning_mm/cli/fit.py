@@ -8,6 +8,7 @@ import shutil
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -230,4 +231,14 @@ def _reusable_config(config: Namespace) -> Namespace:
     kept = config.clone()
     for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
         kept.pop(key, None)
+    _spell_enums(kept)
     return kept
+
+
+def _spell_enums(options: Namespace | list[Any]) -> None:
+    """Replace members of an Enum (a default of Lightning's Timer is one) by their values, for YAML."""
+    for key, value in enumerate(options) if isinstance(options, list) else list(vars(options).items()):
+        if isinstance(value, Enum):
+            options[key] = value.value
+        elif isinstance(value, (Namespace, list)):
+            _spell_enums(value)

@@ -38,8 +38,10 @@ from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of
 from lightning_mm.training.resume_point import ResumePoint
+from lightning_mm.training.run_length import total_steps
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
 from lightning_mm.training.trainer_checks import check_trainer
+from lightning_mm.training.unreached import drop_picture_gradients, regions_without_rows, unreached_groups
 from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
@@ -156,6 +158,13 @@ class MMModule(L.LightningModule):
         """
         return self.step.wrap_collator(collator) if hasattr(self, "step") else collator
 
+    def on_train_end(self) -> None:
+        """Say what no row of the run has reached."""
+        if self.trainer.global_step:
+            for group, count in unreached_groups(self.trainer.optimizers[0]).items():
+                why = "no row of the run reaches them; they are as they were, weight decay included"
+                log_decision("model.tuning", f"{group}: {count} tensors never got a gradient", why)
+
     def on_fit_end(self) -> None:
         self.step.close_cache()
 
@@ -214,6 +223,8 @@ class MMModule(L.LightningModule):
         with torch.device("cpu"):  # Lightning calls this hook with the accelerator as the default device
             batch = data.example_batch()
         if not batch.has_images:
+            regions = ", ".join(regions_without_rows(self.plan.modes, 0))
+            log_decision("model.tuning", f"{regions}: stays as it is", "no row of data.train has a picture")
             return ()
         device = self.trainer.strategy.root_device
         self.model.to(device)
@@ -233,7 +244,7 @@ class MMModule(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
-        self._window.add(objective)
+        self._window.add(objective, batch.has_images)
         if batch.has_images and batch.num_supervised:
             return objective.nll
         return add_zero_grad_term(objective.nll, iter(self.trainable.values()))
@@ -244,9 +255,11 @@ class MMModule(L.LightningModule):
         Lightning divided by the number of micro-batches and DDP by the number of ranks; both are undone here, before
         clipping, so that neither changes what is learned.
         """
-        loss, tokens = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
+        loss, tokens, pictures = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
         norm = scale_gradients(self.trainable, scale)
+        if not pictures:
+            drop_picture_gradients(self.model, self.mm.layout)
         self.log(metric_names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(metric_names.GRAD_NORM, norm)
         for group in optimizer.param_groups:
@@ -285,19 +298,9 @@ class MMModule(L.LightningModule):
         if getattr(self.trainer, "datamodule", None) is not None:
             self._open_cache()
         optimizer = build_optimizer(self._groups(), self.optimizer)
-        factor = schedule_factor(self.optimizer, self._total_steps())
+        factor = schedule_factor(self.optimizer, total_steps(self.trainer))
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError(
-                "The length of the run is not known.",
-                "The learning-rate schedule needs it, and neither steps nor epochs are bounded.",
-                "Set trainer.max_steps or trainer.max_epochs.",
-            )
-        return int(steps)
 
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.mm, self.plan, self.optimizer)
@@ -364,7 +367,7 @@ class MMModule(L.LightningModule):
             **{f"model.optimizer.{name}": value for name, value in settings.items()},
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.precision": str(trainer.precision),
-            "trainer.steps": self._total_steps(),
+            "trainer.steps": total_steps(trainer),
             **({f"data.{name}": getattr(data, name) for name in learned_from} if data else {}),
         }
 

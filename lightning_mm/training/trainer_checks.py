@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.data.datamodule import MMDataModule
 
 _REFUSED: dict[type[Callback], tuple[str, str]] = {
     BaseFinetuning: ("It thaws weights that the policy froze.", "Say by model.tuning what trains."),
@@ -63,6 +65,10 @@ def check_trainer(trainer: L.Trainer, validates: bool) -> None:
         )
     if not validates or not trainer.limit_val_batches:
         _check_monitors(callbacks)
+    connector = trainer._accelerator_connector
+    if trainer.world_size > 1 and connector.use_distributed_sampler and isinstance(trainer.datamodule, MMDataModule):  # type: ignore[attr-defined]
+        connector.use_distributed_sampler = False
+        log_decision("trainer.use_distributed_sampler", "false", "the data module deals out samples itself")
 
 
 def _check_precision(precision: str) -> None:

@@ -17,6 +17,7 @@ from rich.table import Column
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.console import message_console
+from lightning_mm.training.run_length import total_steps
 
 log = logging.getLogger("lightning_mm")
 
@@ -58,7 +59,7 @@ class ProgressBar(LightningProgressBar):
         self._first_step = self._said = trainer.global_step
         self._clock = _Clock()
         self._interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
-        self._open("training", _total_steps(trainer), trainer.global_step)
+        self._open("training", total_steps(trainer), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -130,7 +131,7 @@ class ProgressBar(LightningProgressBar):
         """Read the logged values (the one place that may wait for the device), and show them."""
         if not self._enabled:
             return
-        step, total = trainer.global_step, _total_steps(trainer)
+        step, total = trainer.global_step, total_steps(trainer)
         self._said = step
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in _SHOWN}
         left = self._clock.left(step - self._first_step, None if total is None else total - step)
@@ -229,11 +230,6 @@ def _duration(seconds: float | None) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}"
-
-
-def _total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where it has no end."""
-    return _count([trainer.estimated_stepping_batches])
 
 
 def _count(batches: int | float | list[int | float]) -> int | None:
