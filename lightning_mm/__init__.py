@@ -13,8 +13,13 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.callbacks.causal import CausalCallback
     from lightning_mm.callbacks.layer_callbacks import DriftCallback, GeometryCallback, ProbingCallback
     from lightning_mm.callbacks.schedule import Schedule
+    from lightning_mm.causal.editing.multedit import EditConfig
+    from lightning_mm.causal.effects.activation_patching import TraceConfig
+    from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
+    from lightning_mm.causal.study import StudyConfig
     from lightning_mm.core.errors import UserError
     from lightning_mm.data.datamodule import MMDataModule
+    from lightning_mm.execution.prepare import Compute
     from lightning_mm.layer_selection.select import AutoRange, Selection
     from lightning_mm.models.loading import Backbone
     from lightning_mm.models.lora import LoRA
@@ -35,6 +40,12 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
         UniformSparse,
     )
     from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+    from lightning_mm.verbs.edit import EditResult, edit
+    from lightning_mm.verbs.export_model import export_model
+    from lightning_mm.verbs.inspect import InspectionResult, inspect
+    from lightning_mm.verbs.plan import PlanResult, plan
+    from lightning_mm.verbs.select_layers import select_layers
+    from lightning_mm.verbs.trace import TraceResult, trace
 
 __version__ = "0.1.0"
 
@@ -42,12 +53,17 @@ __all__ = [
     "AutoRange",
     "Backbone",
     "CausalCallback",
+    "Compute",
     "ConnectorOnly",
     "DriftCallback",
     "EarlyLayers",
+    "EditConfig",
+    "EditResult",
     "Full",
     "GeometryCallback",
+    "InspectionResult",
     "IntermediateOnly",
+    "KnockoutConfig",
     "LateLayers",
     "LoRA",
     "LoRAOnMiddle",
@@ -55,17 +71,27 @@ __all__ = [
     "MMModule",
     "OptimizerSettings",
     "PerRegion",
+    "PlanResult",
     "ProbingCallback",
     "ProbingOptions",
     "RandomLayers",
     "Schedule",
     "Selection",
+    "StudyConfig",
+    "TraceConfig",
+    "TraceResult",
     "TuningPlan",
     "TuningPolicy",
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "edit",
+    "export_model",
+    "inspect",
+    "plan",
     "resolve_layers",
+    "select_layers",
+    "trace",
     "write_report",
 ]
 
@@ -74,8 +100,13 @@ _MODULES = {
     "callbacks.causal": "CausalCallback",
     "callbacks.layer_callbacks": "DriftCallback GeometryCallback ProbingCallback",
     "callbacks.schedule": "Schedule",
+    "causal.editing.multedit": "EditConfig",
+    "causal.effects.activation_patching": "TraceConfig",
+    "causal.effects.knockout_curves": "KnockoutConfig",
+    "causal.study": "StudyConfig",
     "core.errors": "UserError",
     "data.datamodule": "MMDataModule",
+    "execution.prepare": "Compute",
     "layer_selection.select": "AutoRange Selection",
     "models.loading": "Backbone",
     "models.lora": "LoRA",
@@ -87,6 +118,12 @@ _MODULES = {
     "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
     "UniformSparse",
     "tuning.policy": "TuningPlan TuningPolicy",
+    "verbs.edit": "EditResult edit",
+    "verbs.export_model": "export_model",
+    "verbs.inspect": "InspectionResult inspect",
+    "verbs.plan": "PlanResult plan",
+    "verbs.select_layers": "select_layers",
+    "verbs.trace": "TraceResult trace",
 }
 _HOME = {name: f"{__name__}.{module}" for module, names in _MODULES.items() for name in names.split()}
 

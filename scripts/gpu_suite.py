@@ -30,7 +30,6 @@ from lightning.pytorch.callbacks import Callback
 from machine import processor
 
 from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule
-from lightning_mm.cli.plan import POLICIES
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
@@ -47,6 +46,7 @@ from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, TuningPolicy
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.optimizer import OptimizerSettings, build_optimizer, parameter_groups
+from lightning_mm.verbs.plan import POLICIES
 
 TESTS = (
     "tests/test_devices.py",

@@ -1,27 +1,15 @@
 """The verbs export and report, on a finished run.
 
-Data flow: ``runs/<name>`` -> the trained model -> a folder that transformers or PEFT loads, verified in a fresh
-process; or -> ``report.html``, written again.
+Data flow: options -> ``verbs.export_model`` -> a folder that transformers or PEFT loads; or -> ``report.html``, written
+again.
 """
 
 import sys
-from pathlib import Path
-from typing import Literal
-
-from jsonargparse import Namespace
 
 from lightning_mm.cli.parser import Parser
-from lightning_mm.core.decisions import log, log_decision
-from lightning_mm.core.io import staged_folder
-from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models.export.export import Provenance, export_adapter, export_full, require_empty_output
-from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
+from lightning_mm.models.export.weight_dtype import WrittenDtype
 from lightning_mm.report.html import write_report
-from lightning_mm.training.module import MMModule
-from lightning_mm.verbs.trained_run import load_run
-
-Format = Literal["model", "adapter", "merged"]
+from lightning_mm.verbs.export_model import Format, export_model
 
 
 def export(arguments: list[str]) -> int:
@@ -36,48 +24,30 @@ def export(arguments: list[str]) -> int:
         help="model: a complete folder (adapters merged); merged: the same, of a LoRA run; adapter: a PEFT folder.",
     )
     parser.add_argument("--checkpoint", type=str, default="last", help="Name in RUN/checkpoints, or a path.")
-    parser.add_argument("--prove", type=bool, default=True, help="Compare logits with a fresh process.")
-    options = parser.parse_args(arguments[1:])
-    run = RunDirectory.open(options.run)
-    out = Path(options.out) if options.out else run.path / "export"
-    require_empty_output(out, "Name another --out, or remove the folder.")
-    named = Path(options.checkpoint)
-    checkpoint = named if named.suffix == ".ckpt" else run.checkpoints / f"{options.checkpoint}.ckpt"
-    module, data = load_run(run, checkpoint, quantized=options.format == "adapter")
-    with staged_folder(out) as staged:
-        _write(module, staged, options)
-        if options.prove:
-            _verify(module, data, staged, options.format)
-    log.info("exported: %s", out)
+    parser.add_argument(
+        "--dtype",
+        type=WrittenDtype,
+        default="auto",
+        help="Dtype of a complete folder's weights; auto: the base model's, which trained weights are rounded to.",
+    )
+    parser.add_argument(
+        "--prove", type=bool, default=True, help="Compare logits and the answer to a picture with a fresh process."
+    )
+    parser.add_argument(
+        "--push_to_hub", type=str | None, default=None, help="Hub repository to upload to, owner/name; needs HF_TOKEN."
+    )
+    parser.add_argument("--private", type=bool, default=True, help="Make a new hub repository private.")
+    options = vars(parser.parse_args(arguments[1:]))
+    verify = options.pop("prove")
+    export_model(**options, verify=verify)
     return 0
 
 
 def report(arguments: list[str]) -> int:
-    """Write report.html of a run anew."""
+    """Write report.html of a run anew, or one page that compares several runs."""
     parser = Parser(prog="lightning-mm report", description=report.__doc__)
-    parser.add_argument("run", type=str, help="The run's folder.")
-    run = RunDirectory.open(parser.parse_args(arguments[1:]).run)
-    print(write_report(run.path), file=sys.stdout)
+    parser.add_argument("runs", type=str, nargs="+", help="The run's folder; several are compared on one page.")
+    parser.add_argument("--out", type=str | None, default=None, help="The file; report.html in the run if not given.")
+    options = parser.parse_args(arguments[1:])
+    print(write_report(*options.runs, out=options.out), file=sys.stdout)
     return 0
-
-
-def _verify(module: MMModule, data: MMDataModule, folder: Path, form: Format) -> None:
-    base = module.backbone.path if form == "adapter" else None
-    reference = take_reference(module.model, data.example_batch().inputs)
-    verify_export(
-        ExportCheck(folder=folder, reference=reference, base=base, revision=module.backbone.revision if base else None)
-    )
-
-
-def _write(module: MMModule, out: Path, options: Namespace) -> None:
-    origin = Provenance(
-        base=module.backbone.path,
-        revision=module.backbone.revision,
-        facts={"policy": module.census.policy, "layers": f"{list(module.census.layers)} of {module.census.num_layers}"},
-    )
-    if options.format == "adapter":
-        export_adapter(module.model, out, origin, fully_trained=module.plan.full)
-        return
-    if options.format == "merged" and not module.plan.adapted:
-        log_decision("export.format", "model", "this run has no adapters to merge")
-    export_full(module.model, module.processor, out, origin)

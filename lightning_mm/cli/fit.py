@@ -35,7 +35,7 @@ from lightning_mm.report.wandb import OnlineLogger
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.stop_signals import Preempted
-from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
@@ -78,7 +78,7 @@ def _no_folder_of_a_failed_start() -> Iterator[None]:
 
 def _run(arguments: list[str]) -> None:
     TrainingCLI(
-        MMModule,
+        ModuleOptions,
         MMDataModule,
         parser_class=Parser,
         auto_configure_optimizers=False,

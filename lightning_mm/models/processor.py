@@ -191,7 +191,7 @@ class ModelProcessor:
             return_tensors="pt",
         )
         recorder = self._recording.tokenizer
-        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self._forward_names}
+        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self.forward_names}
         assert recorder.offsets.shape[:2] == inputs["input_ids"].shape, "the last text tokenized is not the batch"
         return Encoding(inputs, recorder.texts, recorder.offsets)
 
@@ -207,7 +207,8 @@ class ModelProcessor:
         return not (bos and text.startswith(bos))
 
     @cached_property
-    def _forward_names(self) -> frozenset[str]:
+    def forward_names(self) -> frozenset[str]:
+        """Names of the arguments of the model's forward."""
         model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
         return frozenset(inspect.signature(model_class.forward).parameters)
 
@@ -233,7 +234,23 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
             str(error).strip().split("\n")[0],
             f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
         ) from error
-    _require_image_text_processor(path, processor, config)
+    return wrap_processor(processor, config, path)
+
+
+def wrap_processor(processor: Any, config: PretrainedConfig, name: str = "This processor") -> ModelProcessor:
+    """A processor that is loaded already, as the data module needs it.
+
+    Args:
+        processor: A processor of transformers, or a ``ModelProcessor``, which is returned as it is.
+        config: The config of the model that it belongs to.
+        name: What it is called in an error.
+
+    Raises:
+        UserError: It is no processor of images and text, or its tokenizer is a slow one.
+    """
+    if isinstance(processor, ModelProcessor):
+        return processor
+    _require_image_text_processor(name, processor, config)
     return ModelProcessor(processor, config)
 
 

@@ -20,6 +20,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.training.callbacks.checkpoints import BestCheckpoint
 
 _REFUSED: dict[type[Callback], tuple[str, str]] = {
     BaseFinetuning: ("It thaws weights that the policy froze.", "Say by model.tuning what trains."),
@@ -39,12 +40,11 @@ _REFUSED: dict[type[Callback], tuple[str, str]] = {
 }
 
 
-def check_trainer(trainer: L.Trainer, validates: bool) -> None:
+def check_trainer(trainer: L.Trainer) -> None:
     """Refuse what would give wrong results or fail later.
 
     Args:
         trainer: The trainer, about to run.
-        validates: Whether there is validation data.
 
     Raises:
         UserError: An option or a callback does not go with this module.
@@ -63,7 +63,8 @@ def check_trainer(trainer: L.Trainer, validates: bool) -> None:
             "Gradients are divided by the tokens of all ranks, which it keeps in pieces.",
             "Use auto (one device) or ddp.",
         )
-    if not validates or not trainer.limit_val_batches:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, MMDataModule) and (data.paths["val"] is None or not trainer.limit_val_batches):
         _check_monitors(callbacks)
     connector = trainer._accelerator_connector
     if trainer.world_size > 1 and connector.use_distributed_sampler and isinstance(trainer.datamodule, MMDataModule):  # type: ignore[attr-defined]
@@ -83,7 +84,8 @@ def _check_precision(precision: str) -> None:
 def _check_monitors(callbacks: list[Callback]) -> None:
     """Refuse a callback that waits for a validation where there is none; Lightning would fail after an epoch."""
     for callback in callbacks:
-        watched = callback.monitor if isinstance(callback, (EarlyStopping, ModelCheckpoint)) else None
+        own = isinstance(callback, (EarlyStopping, ModelCheckpoint)) and not isinstance(callback, BestCheckpoint)
+        watched = callback.monitor if own else None  # type: ignore[attr-defined]  # both have it
         if watched is not None and watched.startswith("val/"):
             raise UserError(
                 f"{type(callback).__name__} watches {watched}, and the run does not validate.",

@@ -4,12 +4,13 @@ Data flow: a step without pictures -> the gradients of tower and connector are t
 nor momentum moves them; the end of a run -> regions that never got a gradient.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
-from lightning_mm.models.layout import ModelLayout
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.tuning.unused_parameters import PICTURE_REGIONS
 
 
@@ -40,12 +41,17 @@ def unreached_groups(optimizer: torch.optim.Optimizer) -> dict[str, int]:
     return counts
 
 
-def regions_without_rows(modes: Mapping[object, str], rows_with_pictures: int) -> list[str]:
-    """Regions that train and that no row reaches.
+def regions_without_rows(modes: Mapping[Region, str]) -> list[str]:
+    """Regions that train and that no row reaches where none has a picture.
 
     Args:
         modes: How each region trains, as ``TuningPlan.modes`` has it.
-        rows_with_pictures: Number of training rows that have a picture.
     """
-    regions: Iterable[object] = () if rows_with_pictures else PICTURE_REGIONS
-    return [str(getattr(region, "value", region)) for region in regions if modes[region] != "frozen"]
+    return [region.value for region in PICTURE_REGIONS if modes[region] != "frozen"]
+
+
+def say_unreached(optimizer: torch.optim.Optimizer) -> None:
+    """Log the groups of tensors that no row of a run has reached."""
+    for group, count in unreached_groups(optimizer).items():
+        why = "no row of the run reaches them; they are as they were, weight decay included"
+        log_decision("model.tuning", f"{group}: {count} tensors never got a gradient", why)

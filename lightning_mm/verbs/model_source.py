@@ -1,191 +1,117 @@
-"""From a path on the command line to a model that can be read: a model folder, a run or one of its checkpoints.
+"""What a caller names as a model: a path, a hub name, a run, a checkpoint, or a model in memory; checked, not loaded.
 
-Data flow: path and options -> ``ModelSource`` (checked, nothing loaded) -> ``InspectedModel`` (hidden states, layer
-selection), and one probe set for all models.
+Data flow: ``ModelLike`` -> ``ModelSource`` -> ``open_handle``: the model in eval mode, as ``MultimodalModel``. A model
+that was handed in is borrowed: it is given back as it was.
 """
 
+import copy
+import os
 import re
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
-from torch import Tensor
+from torch import nn
 
-from lightning_mm.analysis.hidden_states import (
-    HiddenStates,
-    common_samples,
-    extract_hidden_states,
-)
-from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.probe_sets.build import open_probe_set
-from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.layer_selection.forward_criteria import drift_criterion
-from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
-from lightning_mm.layer_selection.layer_range_search import Criterion
-from lightning_mm.layer_selection.select import AutoRange, Selection, select_layers
-from lightning_mm.layer_selection.transplant_criterion import transplant_criterion, transplant_gains
-from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.loading import Backbone, load_model, read_config
+from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 from lightning_mm.training import checkpoint as state
+from lightning_mm.training.module import MMModule
 from lightning_mm.verbs.trained_run import load_run
 
+ModelLike = str | os.PathLike[str] | Backbone | nn.Module | MultimodalModel
+"""A model folder, hub name, run or checkpoint by its path; a ``Backbone``; or in memory, an ``MMModule`` or a model of
+transformers, within wrappers of PEFT, DDP or torch.compile or without."""
+ProcessorLike = Any
+"""A processor of transformers, or the folder or hub name that one is loaded from."""
 
-@dataclass(eq=False)
-class InspectedModel:
-    """A model whose layers are read, and the data to read them with.
-
-    Args:
-        name: The model's path as given on the command line.
-        kind: Class name of the model.
-        mm: The model in eval mode.
-        data: Data module that makes batches of probe rows.
-        conversations: Data module with the conversations for losses, if there are any.
-        trained: Indices of the trained decoder blocks; empty if not known.
-        bf16: Whether the forward pass runs under bfloat16 autocast.
-        auto: Settings of the layer selection.
-    """
-
-    name: str
-    kind: str
-    mm: MultimodalModel
-    data: MMDataModule
-    conversations: MMDataModule
-    trained: tuple[int, ...]
-    bf16: bool
-    auto: AutoRange
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the model."""
-        return self.mm.device
-
-    @property
-    def width(self) -> int:
-        """D, the hidden size of the decoder."""
-        return int(self.mm.transformers.config.get_text_config(decoder=True).hidden_size)
-
-    def read(self, probe_set: ProbeSet, step: int = 0) -> HiddenStates:
-        """Hidden states of every layer on every row; rejected rows also go to the ledger of ``data``."""
-        with torch.no_grad(), self._precision():
-            reading = extract_hidden_states(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
-        self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
-        return reading
-
-    def select(
-        self, reading: HiddenStates, probe_set: ProbeSet, pilot: "tuple[InspectedModel, HiddenStates] | None" = None
-    ) -> Selection:
-        """Select the layers worth training.
-
-        Args:
-            reading: Hidden states of this model.
-            probe_set: The rows they were read on.
-            pilot: A second, tuned model and its hidden states, for the criteria drift and transplant; None: no pilot.
-
-        Raises:
-            UserError: No row was read, or none of the criteria can be computed.
-        """
-        batches = self._batches() if pilot or set(GRADIENT_CRITERIA) & set(self.auto.criteria) else []
-        pilot_criteria = self._pilot_criteria(reading, probe_set, *pilot, batches) if pilot else ()
-        with self._precision():
-            gradients = try_gradient_scores(self.mm, batches, self.device, self.auto.criteria)
-        return select_layers(reading, probe_set, gradients, self.auto, self.device, pilot=pilot_criteria)
-
-    def _batches(self) -> list[Batch]:
-        try:
-            return self.conversations.sample_batches(self.auto.batches)
-        except UserError as error:
-            log_decision("auto.batches", "none", f"{error.what} {error.why}")
-            return []
-
-    def _pilot_criteria(
-        self,
-        reading: HiddenStates,
-        probe_set: ProbeSet,
-        tuned: "InspectedModel",
-        after: HiddenStates,
-        batches: list[Batch],
-    ) -> list[Criterion]:
-        """Criteria from the tuned model: drift of its hidden states, and the gain of its blocks window by window."""
-        before, after, _ = common_samples(reading, after)
-        drifted = drift_criterion(before, after, probe_set, self.auto.resamples, self.auto.seed, self.device)
-        gains = self._transplant_gains(tuned, batches)
-        gained = None if gains is None else transplant_criterion(gains, self.auto.resamples)
-        return [criterion for criterion in (drifted, gained) if criterion is not None]
-
-    def _transplant_gains(self, tuned: "InspectedModel", batches: Sequence[Batch]) -> Tensor | None:
-        """(K, L) gains by batch and block; None, with the reason logged, if they cannot be computed."""
-        types = [each.mm.embedding.weight.dtype for each in (self, tuned)]
-        if len(batches) < 2:
-            why = f"{len(batches)} batches to take a loss of, and 2 are needed: give --data FILE"
-        elif types[0] != types[1]:
-            why = f"the weights are {types[0]} here and {types[1]} there"
-        else:
-            with self._precision():
-                return transplant_gains(self.mm, tuned.mm.model, batches, self.device)
-        log_decision("auto.criteria", "without transplant", why)
-        return None
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
-
-
-def check_same_architecture(models: Sequence[InspectedModel]) -> None:
-    """Raise a ``UserError`` if the models differ in class, number of blocks or hidden size."""
-    shapes = {each.name: (each.kind, each.mm.layout.num_layers, each.width) for each in models}
-    if len(set(shapes.values())) > 1:
-        descriptions = [f"{name} is {kind} with {n} blocks of width {d}" for name, (kind, n, d) in shapes.items()]
-        raise UserError(
-            f"{' and '.join(shapes)} cannot be compared.",
-            f"{'; '.join(descriptions)}.",
-            "Compare a model with one that was made from it.",
-        )
-
-
-_IMAGES = 256
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSource:
-    """What a path on the command line names, checked but not loaded.
+    """What a caller named.
 
     Args:
-        path: The path or hub name as given.
-        run: The run that it is or belongs to; None: a model folder or hub name.
-        checkpoint: Checkpoint file of the run; None: a model folder or hub name.
+        path: The path or hub name as given; of a model in memory, what it was loaded from, or the name of its class.
+        backbone: What is loaded where it is neither a run's nor in memory.
+        run: The run that it is or belongs to; None: none is known.
+        checkpoint: Checkpoint file of the run; None: its weights are not loaded from one.
+        loaded: The model itself, where it is in memory.
+        trained: Indices of the decoder blocks that were trained, as far as known of a model in memory.
+        data: The data module that it was trained with, as far as known of a model in memory.
     """
 
     path: str
+    backbone: Backbone | None = None
     run: RunDirectory | None = None
     checkpoint: Path | None = None
+    loaded: MultimodalModel | None = None
+    trained: tuple[int, ...] = ()
+    data: MMDataModule | None = None
 
     @classmethod
-    def of(cls, path: str, checkpoint: str) -> "ModelSource":
-        """Find out what a path names, without loading it.
+    def of(cls, model: ModelLike, checkpoint: str = "last", processor: ProcessorLike | None = None) -> "ModelSource":
+        """Find out what a caller names, without loading it.
 
         Args:
-            path: Path or hub name.
+            model: See ``ModelLike``.
             checkpoint: Name of a checkpoint, for paths of runs.
+            processor: For a model in memory; None: the one beside the weights that it was loaded from.
 
         Raises:
             UserError: It is no model, no run and no checkpoint of a run.
         """
+        if isinstance(model, MMModule):
+            return cls._of_module(model)
+        if isinstance(model, MultimodalModel):
+            return cls(_name(model.model), loaded=_with_processor(model, processor))
+        if isinstance(model, Backbone):
+            read_config(model)
+            return cls(model.path, backbone=model)
+        if isinstance(model, nn.Module):
+            inner = unwrap_model(model)
+            return cls(_name(inner), loaded=_with_processor(MultimodalModel.of(inner), processor))
+        if not isinstance(model, (str, os.PathLike)):
+            raise UserError(
+                f"{model!r:.60} is no model.",
+                "A model is a path, a hub name, a Backbone, or a loaded model.",
+                "Give one of those.",
+            )
+        return cls._of_path(os.fspath(model), checkpoint, may_be_hub=isinstance(model, str))
+
+    @property
+    def label(self) -> str:
+        """Short name, for a folder or a title."""
+        return model_label(self.path)
+
+    @classmethod
+    def _of_module(cls, module: MMModule) -> "ModelSource":
+        trainer = module._trainer
+        data = None if trainer is None else getattr(trainer, "datamodule", None)
+        known = data if isinstance(data, MMDataModule) else None
+        if not hasattr(module, "mm"):
+            return cls(module.backbone.path, backbone=module.backbone, data=known)
+        return cls(module.backbone.path, loaded=module.mm, trained=module.plan.layers, data=known)
+
+    @classmethod
+    def _of_path(cls, path: str, checkpoint: str, may_be_hub: bool) -> "ModelSource":
         if path.endswith(".ckpt"):
             return cls._of_checkpoint(path, Path(path))
         if (Path(path) / "config.yaml").is_file():
             return cls._of_checkpoint(path, Path(path) / "checkpoints" / f"{checkpoint}.ckpt")
         what = f"{path} is no model folder or hub name, no run, and no checkpoint."
         folder = Path(path).parent
-        local = not _HUB_NAME.fullmatch(path) or (folder != Path() and folder.is_dir())
+        hub = may_be_hub and _HUB_NAME.fullmatch(path) is not None
+        local = not hub or (folder != Path() and folder.is_dir())
         if local and not Path(path).exists():
             near = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
             raise UserError(
@@ -195,7 +121,7 @@ class ModelSource:
             read_config(Backbone(path=path))
         except UserError as error:
             raise UserError(what, error.why, error.fix) from error
-        return cls(path)
+        return cls(path, backbone=Backbone(path=path))
 
     @classmethod
     def _of_checkpoint(cls, path: str, checkpoint: Path) -> "ModelSource":
@@ -207,7 +133,69 @@ class ModelSource:
                 f"There is no {folder / 'config.yaml'}, which says what model it is a part of.",
                 "Name a checkpoint where the run has written it: RUN/checkpoints/NAME.ckpt.",
             )
-        return cls(path, RunDirectory(folder), checkpoint)
+        return cls(path, run=RunDirectory(folder), checkpoint=checkpoint)
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model that is ready to be read.
+
+    Args:
+        mm: The model, in eval mode, and without gradients.
+        backbone: What it, or the model it was made from, was loaded from; None: it came in memory.
+        trained: Indices of the trained decoder blocks; empty if not known.
+        data: The data module of its run; None: none is known.
+    """
+
+    mm: MultimodalModel
+    backbone: Backbone | None
+    trained: tuple[int, ...] = ()
+    data: MMDataModule | None = None
+
+
+def open_handle(source: ModelSource, stack: ExitStack, quantized: bool = True) -> OpenModel:
+    """Load the model that a source names; it is on the GPU where there is one, or where its owner has it.
+
+    Args:
+        source: What the caller named.
+        stack: Gives back, when it is closed, what was borrowed.
+        quantized: Whether the frozen weights of a run that were quantized in training stay so.
+    """
+    if source.loaded is not None:
+        stack.enter_context(borrowed(source.loaded.model))
+        return OpenModel(source.loaded, None, source.trained, source.data)
+    trained: tuple[int, ...] = ()
+    data = source.data
+    if source.run is not None and source.checkpoint is not None:
+        module, data = load_run(source.run, source.checkpoint, quantized)
+        mm, trained, backbone = module.mm, module.plan.layers, module.backbone
+    else:
+        assert source.backbone is not None
+        backbone = source.backbone
+        mm = MultimodalModel.of(load_model(backbone), source=backbone.path)
+        trained = _trained_layers(Path(backbone.path).absolute().parent)
+    mm.model.eval().requires_grad_(False).to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return OpenModel(mm, backbone, trained, data)
+
+
+@contextmanager
+def borrowed(model: nn.Module) -> Iterator[None]:
+    """While active, the model is in eval mode without gradients; modes, gradients and random state are given back."""
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    generators = state.rng_state()
+    model.eval().requires_grad_(False)
+    for parameter, *_ in gradients:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for parameter, wanted, gradient in gradients:
+            parameter.requires_grad_(wanted)
+            parameter.grad = gradient
+        state.restore_rng(generators)
 
 
 def model_label(path: str) -> str:
@@ -226,81 +214,33 @@ def model_label(path: str) -> str:
     return parts[-1]
 
 
-def open_models(paths: Sequence[str], options: Namespace, auto: AutoRange) -> tuple[list[InspectedModel], ProbeSet]:
-    """Open all models to inspect, and the probe set for all of them.
-
-    Raises:
-        UserError: A path names nothing, there is nothing to probe with, or two models cannot be compared.
-    """
-    if options.images is not None and options.images < 2:
-        raise UserError(f"images is {options.images}.", "Pictures are compared.", "Give --images 2 or more.")
-    sources = [ModelSource.of(path, options.checkpoint) for path in paths]
-    early = None
-    if not any(source.run for source in sources):  # mistakes in the file show before a model is loaded
-        early = _probe_set(_data_from_options(paths[0], None, options), options)
-    models = [open_model(source, options, auto) for source in sources]
-    check_same_architecture(models)
-    if early is not None:
-        return models, early
-    own = next(model for model, source in zip(models, sources, strict=True) if source.run)
-    return models, _probe_set(own.data, options)
+def _name(model: nn.Module) -> str:
+    """What a model in memory was loaded from, or the name of its class."""
+    return str(getattr(model, "name_or_path", "") or type(model).__name__)
 
 
-def _probe_set(data: MMDataModule, options: Namespace) -> ProbeSet:
-    """The probe set of --probes FILE, else the run's own."""
-    most = options.images or data.probe_images
-    if options.probes:
-        return open_probe_set(
-            options.probes,
-            options.image_root,
-            data.rejected_samples,
-            max_pictures=most,
-            prompt=data.probe_prompt,
-            max_megapixels=data.max_megapixels,
-        )
-    if not (data.probes or data.paths["val"] or data.paths["test"]):
-        raise UserError(
-            "There is nothing to probe with.",
-            "A model folder comes without pictures, and no run here has data.probes, data.val or data.test.",
-            "Give --probes FILE: pictures with captions and objects, such as nano/data/probes.json.",
-        )
-    data.probe_images = most
-    return data.probe_set()
+def _with_processor(mm: MultimodalModel, given: ProcessorLike | None) -> MultimodalModel:
+    """The handle with a processor, which is a copy: what makes batches may give it a padding token."""
+    if given is None and mm.processor is not None:
+        return mm
+    if isinstance(given, ModelProcessor):
+        return replace(mm, processor=given)
+    if given is None or isinstance(given, (str, os.PathLike)):
+        return replace(mm, processor=_load_beside(mm, given))
+    return replace(mm, processor=wrap_processor(copy.deepcopy(given), mm.transformers.config))
 
 
-def open_model(source: ModelSource, options: Namespace, auto: AutoRange) -> InspectedModel:
-    """Load the model that a path names, in eval mode, with its data."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trained: tuple[int, ...] = ()
-    if source.run is not None and source.checkpoint is not None:
-        module, data = load_run(source.run, source.checkpoint)
-        mm, trained = module.mm, module.plan.layers
-        data.batch_size = data.eval_batch_size = options.batch_size
-        data.max_length = options.max_length or data.max_length
-        backbone = module.backbone
-        conversations = _data_from_options(backbone.path, backbone.revision, options) if options.data else data
-    else:
-        data = conversations = _data_from_options(source.path, None, options)
-        mm = MultimodalModel.of(load_model(Backbone(path=source.path)), source=source.path)
-        trained = _trained_layers(Path(source.path).absolute().parent)
-    mm.model.eval().requires_grad_(False).to(device)
+def _load_beside(mm: MultimodalModel, given: str | os.PathLike[str] | None) -> ModelProcessor:
+    path = str(getattr(mm.model, "name_or_path", "")) if given is None else os.fspath(given)
     kind = type(mm.model).__name__
-    return InspectedModel(source.path, kind, mm, data, conversations, trained, options.bf16, auto)
-
-
-def _data_from_options(processor: str, revision: str | None, options: Namespace) -> MMDataModule:
-    """A data module from command line options only."""
-    length = {} if options.max_length is None else {"max_length": options.max_length}
-    return MMDataModule(
-        processor=processor,
-        revision=revision,
-        train=options.data,
-        image_root=options.image_root,
-        batch_size=options.batch_size,
-        num_workers=0,
-        probe_images=options.images or _IMAGES,
-        **length,
-    )
+    if not path:
+        raise UserError(
+            f"The processor of this {kind} is not known.", "The model says no path.", "Give processor=PROCESSOR."
+        )
+    try:
+        return load_processor(path)
+    except UserError as error:
+        raise UserError(error.what, error.why, "Give processor=PROCESSOR, as AutoProcessor loads it.") from error
 
 
 def _trained_layers(run: Path) -> tuple[int, ...]:

@@ -3,27 +3,23 @@
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from lightning_mm.__main__ import main
 from lightning_mm.cli.fit import _continue_metrics
-from lightning_mm.cli.inspect import _parser
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.training import checkpoint
 from lightning_mm.verbs import model_source
+from lightning_mm.verbs.inspected_model import ReadingOptions, own_data, read_probe_set
 from lightning_mm.verbs.model_source import model_label
 from tests.helpers.cli import QUICK, Fit, inspect
 from tests.helpers.data import Family, make_probe_rows
-
-
-def options(*given: str) -> Any:
-    return _parser().parse_args(list(given))
 
 
 @pytest.mark.parametrize(
@@ -77,30 +73,22 @@ def test_pictures_beside_the_annotations(family: Family, data: dict[str, Path], 
     moved = tmp_path / "annotations" / "x.json"
     moved.parent.mkdir()
     file.rename(moved)
-    model = str(family("llava"))
-    given = ("--probes", str(moved), "--image_root", str(tmp_path / "val2017"))
-    drawn = model_source._probe_set(
-        model_source._data_from_options(model, None, options(model, *given)), options(model, *given)
-    )
-    assert len(drawn.images) == 8
+    given = ReadingOptions(probes=moved, image_root=tmp_path / "val2017")
+    assert len(read_probe_set(own_data(None, given), given).images) == 8
+    alone = ReadingOptions(probes=moved)
     with pytest.raises(UserError, match=r"missing image|None of"):
-        model_source._probe_set(
-            model_source._data_from_options(model, None, options(model, *given[:2])), options(model, *given[:2])
-        )
+        read_probe_set(own_data(None, alone), alone)
 
 
 def test_whose_pictures_and_how_many(family: Family, data: dict[str, Path], tmp_path: Path) -> None:
     """A file of the command line lies beside its pictures, whatever folder the run had; the run's own number holds."""
-    from lightning_mm.data.datamodule import MMDataModule
-
-    model = str(family("llava"))
-    own = MMDataModule(processor=model, image_root=str(data["train"].parent), probe_images=6)
+    own = MMDataModule(processor=str(family("llava")), image_root=str(data["train"].parent), probe_images=6)
     file = make_probe_rows(tmp_path / "elsewhere", 9)
-    assert len(model_source._probe_set(own, options(model, "--probes", str(file))).images) == 6
-    assert len(model_source._probe_set(own, options(model, "--probes", str(file), "--images", "9")).images) == 9
-    fresh = model_source._data_from_options(model, None, options(model))
+    assert len(read_probe_set(own, ReadingOptions(probes=file)).images) == 6
+    assert len(read_probe_set(own, ReadingOptions(probes=file, images=9)).images) == 9
+    fresh = own_data(None, ReadingOptions())
     assert (fresh.probe_images, fresh.max_length) == (256, 2048)
-    assert model_source._data_from_options(model, None, options(model, "--max_length", "99")).max_length == 99
+    assert own_data(None, ReadingOptions(max_length=99)).max_length == 99
 
 
 def test_a_run_of_adapters_is_compared_with_its_base_by_its_own_probes(
