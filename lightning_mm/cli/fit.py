@@ -235,7 +235,7 @@ def _reusable_config(config: Namespace) -> Namespace:
     return kept
 
 
-def _spell_enums(options: Namespace | list[Any]) -> None:
+def _spell_enums(options: Any) -> None:
     """Replace members of an Enum (a default of Lightning's Timer is one) by their values, for YAML."""
     for key, value in enumerate(options) if isinstance(options, list) else list(vars(options).items()):
         if isinstance(value, Enum):

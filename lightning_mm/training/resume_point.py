@@ -64,13 +64,13 @@ class ResumePoint:
 
 def at_step_end(trainer: L.Trainer) -> bool:
     """Whether no batch is in work and no gradient waits for its optimizer step."""
-    loop = trainer.fit_loop.epoch_loop
+    loop: Any = trainer.fit_loop.epoch_loop
     in_work = loop.batch_progress.current.ready != loop.batch_progress.current.processed
-    return not in_work and not loop._should_accumulate()
+    return not in_work and not bool(loop._should_accumulate())
 
 
 def _ended_within_epoch(trainer: L.Trainer) -> bool:
     """Whether Lightning has closed an epoch that had more batches, as it does when a run is to stop early."""
-    epochs = trainer.fit_loop.epoch_progress.current
-    closed = epochs.ready == epochs.processed and epochs.ready > 0
+    epochs: Any = trainer.fit_loop.epoch_progress.current
+    closed = bool(epochs.ready == epochs.processed and epochs.ready > 0)
     return closed and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()

@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
@@ -66,8 +66,6 @@ VALIDATING = {"limit_val_batches": 2, "val_check_interval": 2}
 WAYS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], type[BaseException] | None]] = {
     "max_steps": (lambda: [], {"max_steps": 4}, None),
     "max_epochs": (lambda: [], {"max_steps": -1, "max_epochs": 1}, None),
-    "max_time": (lambda: [], {"max_time": {"milliseconds": 1}}, None),
-    "Timer": (lambda: [Timer({"milliseconds": 1}, interval="epoch")], {}, None),
     "EarlyStopping within an epoch": (lambda: [never_better()], VALIDATING, None),
     "EarlyStopping after an epoch": (lambda: [never_better()], {"limit_val_batches": 2}, None),
     "EarlyStopping on the training loss": (
