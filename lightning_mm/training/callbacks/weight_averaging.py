@@ -145,7 +145,7 @@ def over_trained_weights(callbacks: list[Callback]) -> list[Callback]:
     for callback in callbacks:
         kind = type(callback)
         if isinstance(callback, WeightAveraging) and not isinstance(callback, _OverTrainedWeights):
-            new: Callback = object.__new__(type(kind.__name__, (_OverTrainedWeights, kind), {}))
+            new: Callback = object.__new__(type(f"Trained{kind.__name__}", (_OverTrainedWeights, kind), {}))
             new.__dict__.update(callback.__dict__)
             made.append(new)
     return made
