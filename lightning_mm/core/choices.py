@@ -1,10 +1,13 @@
-"""Settings that are one of a few words: what the command line's parser refuses is refused in Python too.
+"""Arguments and words that are none: what the command line's parser refuses is refused in Python too.
 
-Data flow: a dataclass of settings -> ``refuse_other_choices`` in its ``__post_init__`` -> nothing, or a ``UserError``.
+Data flow: a dataclass of settings -> ``refuse_other_choices`` in its ``__post_init__`` -> nothing, or a ``UserError``;
+keyword arguments that a class does not have -> ``refuse_unknown`` -> the same.
 """
 
 import difflib
+import inspect
 import types
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +33,22 @@ def refuse_other_choices(settings: Any, option: str) -> None:
             f"Choices are {', '.join(choices)}.",
             f"Did you mean {near[0]}?" if near else "Choose one of them.",
         )
+
+
+def refuse_unknown(owner: type, given: Mapping[str, object], elsewhere: Mapping[str, str]) -> None:
+    """Raise a ``UserError`` for the first of some keyword arguments that a class does not have.
+
+    Args:
+        owner: The class.
+        given: Keyword arguments that are none of its own.
+        elsewhere: What to do about names that belong to something else.
+    """
+    parameters = inspect.signature(owner).parameters.values()
+    known = [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
+    for name in given:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
+        fix = elsewhere.get(name) or (f"Did you mean {near[0]}?" if near else f"Arguments: {', '.join(known)}.")
+        raise UserError(f"{owner.__name__} has no argument {name}.", "Nothing reads it.", fix)
 
 
 def _choices(hint: Any) -> tuple[list[str], bool]:

@@ -9,11 +9,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Never
 
 import lightning as L
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
+from lightning_mm.core.choices import refuse_unknown
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
@@ -29,6 +30,14 @@ from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
 from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
+
+_ELSEWHERE = {
+    "shuffle": "Training rows are shuffled with the seed: give seed=0.",
+    "tokenizer": "Give processor=processor, which holds the tokenizer.",
+    **dict.fromkeys(("train_file", "train_path", "train_data", "data", "path", "file"), 'Give train="train.json".'),
+    **dict.fromkeys(("image_folder", "image_dir", "images", "root"), 'Give image_root="images".'),
+}
+"""What is meant by an argument that a user may guess."""
 
 
 class MMDataModule(L.LightningDataModule):
@@ -88,9 +97,11 @@ class MMDataModule(L.LightningDataModule):
         probes: str | None = None,
         probe_images: int = 64,
         probe_prompt: str = ENTAILMENT_PROMPT,
+        **unknown: Never,
     ) -> None:
-        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__", "unknown")}
         super().__init__()
+        refuse_unknown(MMDataModule, unknown, _ELSEWHERE)
         self.arguments = arguments
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
         _refuse_below(1, max_tokens=max_tokens)

@@ -4,9 +4,7 @@ Data flow: arguments as a user writes them -> ``Backbone``, policy, optimizer, o
 argument.
 """
 
-import difflib
-import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,7 @@ from lightning_mm.tuning.optimizer import OptimizerSettings
 MakesOptimizer = Callable[[list[dict[str, Any]]], Any]
 """From named groups of the parameters that train to an optimizer, or to what ``configure_optimizers`` may return."""
 
-_ELSEWHERE = {
+ELSEWHERE = {
     "model": "It is the first argument: MMModule(model, ...).",
     "model_name": 'It is the first argument: MMModule("org/name", ...).',
     "policy": "It is the second argument: MMModule(model, IntermediateOnly()).",
@@ -49,6 +47,7 @@ _ELSEWHERE = {
         "Give L.Trainer(max_steps=100, precision='bf16-mixed', ...).",
     ),
 }
+"""Where an argument belongs that a user tries to give to ``MMModule``."""
 
 
 def backbone_of(given: object) -> tuple[Backbone, nn.Module | None]:
@@ -109,26 +108,6 @@ def optimizer_of(given: object, lr: float | None) -> tuple[OptimizerSettings, Ma
     if lr is not None:
         raise UserError(f"lr: {lr} has no effect.", "The optimizer is yours.", "Set its rate in the function.")
     return OptimizerSettings(), given
-
-
-def refuse_unknown(owner: str, known: Iterable[str], given: Mapping[str, object]) -> None:
-    """Raise a ``UserError`` for the first of some keyword arguments that ``owner`` does not have.
-
-    Args:
-        owner: Name of the class.
-        known: Its arguments.
-        given: Keyword arguments that are none of them.
-    """
-    for name in given:
-        near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.75)
-        fix = f"Did you mean {near[0]}?" if near else _ELSEWHERE.get(name, f"Arguments: {', '.join(known)}.")
-        raise UserError(f"{owner} has no argument {name}.", "Nothing reads it.", fix)
-
-
-def arguments_of(owner: type) -> list[str]:
-    """Names of the arguments of a class."""
-    parameters = inspect.signature(owner).parameters.values()
-    return [each.name for each in parameters if each.kind is not each.VAR_KEYWORD]
 
 
 def _shown(given: object) -> str:

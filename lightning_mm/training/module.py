@@ -6,7 +6,6 @@ Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by 
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Never, Self
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_mm.core import metric_names
+from lightning_mm.core.choices import refuse_unknown
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.notebook import show_messages
@@ -32,24 +32,22 @@ from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.loading import Backbone, fingerprint, load_model, read_config
-from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
+from lightning_mm.models.loading import Backbone, fingerprint
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.arguments import (
+    ELSEWHERE,
     MakesOptimizer,
-    arguments_of,
     backbone_of,
     optimizer_of,
     policy_of,
-    refuse_unknown,
 )
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of, live
-from lightning_mm.training.evaluation_steps import EvaluationSteps
 from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
 from lightning_mm.training.load_checkpoint import load_module
+from lightning_mm.training.model_and_data import ModelAndData
 from lightning_mm.training.resume_point import ResumePoint
 from lightning_mm.training.run_config import model_options
 from lightning_mm.training.run_length import total_steps
@@ -69,7 +67,7 @@ from lightning_mm.tuning.optimizer import (
 )
 
 
-class MMModule(EvaluationSteps):
+class MMModule(ModelAndData):
     """Partial fine-tuning of a multimodal LLM.
 
     Args:
@@ -118,7 +116,7 @@ class MMModule(EvaluationSteps):
     ) -> None:
         super().__init__()
         show_messages()
-        refuse_unknown("MMModule", arguments_of(MMModule), unknown)
+        refuse_unknown(MMModule, unknown, ELSEWHERE)
         self.backbone, loaded = backbone_of(backbone)
         self._is_users = loaded is not None
         self._loaded = (loaded,)  # not as an attribute of its own, which would make it a part of the state dict
@@ -138,46 +136,8 @@ class MMModule(EvaluationSteps):
         self._layers: tuple[int, ...] | None = None
 
     @property
-    def answering_model(self) -> Any:
-        """The transformers model as it is now; it is loaded where no run has done so."""
-        if hasattr(self, "model"):
-            return self.model
-        (loaded,) = self._loaded
-        if loaded is None:
-            loaded = load_model(self.backbone)
-            if self.backbone.quantization == "none":  # else a fit quantizes other modules
-                self._loaded = (loaded,)
-        return loaded
-
-    @cached_property
-    def processing(self) -> ModelProcessor:
-        """The model's processor, which the data module takes too."""
-        (loaded,) = self._loaded
-        if self._given_processor is not None:
-            config: Any = loaded.config if loaded is not None else read_config(self.backbone)
-            return wrap_processor(self._given_processor, config)
-        if not self.backbone.path:
-            raise UserError(
-                "The model comes without a processor.",
-                "It was loaded from no folder or hub name that is still there.",
-                "Give MMModule(model, ..., processor=processor).",
-            )
-        return load_processor(self.backbone.path, self.backbone.revision)
-
-    @property
     def _data(self) -> MMDataModule:
         return data_of(self.trainer)
-
-    @property
-    def _files(self) -> MMDataModule | None:
-        """The data module of the fit; None where the user's own loaders are in its place, or nothing is run."""
-        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
-        return data if isinstance(data, MMDataModule) else None
-
-    @cached_property
-    def without_files(self) -> MMDataModule:
-        """Stands for the data module in a run on the user's own loaders: it has no rows."""
-        return MMDataModule()
 
     def configure_model(self) -> None:
         """Load the model and apply the tuning policy, once; prepare the model for this stage's steps."""

@@ -274,6 +274,7 @@ def test_a_checkpoint_becomes_the_module_again(tuning: Any, family: Family, data
         (lambda: Backbone("m", dtype="bf16"), "Did you mean bfloat16"),
         (lambda: Full(vision="all"), "no choice"),
         (lambda: MMDataModule(train="x.json").processing, "processor"),
+        (lambda: MMDataModule(train_file="x.json"), "train.json"),
     ],
 )
 def test_a_wrong_guess_is_one_clear_error(call: Callable[[], Any], says: str) -> None:
