@@ -1,6 +1,6 @@
-"""Write lightning_mm/report/scripts/vega.js.gz: Vega, Vega-Lite and Vega-Embed of the installed vl-convert, for reports.
+"""Write lightning_mm/report/scripts/vega.js.gz: Vega, Vega-Lite and Vega-Embed of the installed vl-convert."""
 
-Run it after vl-convert is upgraded; a test says when the file and the installed library differ. Nothing is downloaded:
+Run it after vl-convert is upgraded, whose Vega-Lite the charts are written for. Nothing is downloaded:
 vl-convert carries the libraries. Bundling takes seconds, which is why reports do not do it.
 
 Data flow: vl_convert.javascript_bundle -> gzip -> a file of the package.

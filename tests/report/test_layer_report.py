@@ -72,7 +72,9 @@ def test_a_run_that_was_looked_into_says_where_the_trained_layers_are_and_what_m
     figures = page.raw.split('<section id="inside">')[1].split("</section>")[0].split("<figure")[1:]
     assert len(figures) > 25
     shown = page.raw.split('<section id="inside">')[1].split("</section>")[0]
-    shown = re.sub(r"<details.*?</details>", "", re.sub(r"<noscript>.*?</noscript>", "", shown)).split("<figure")[1:]
+    for hidden in (r"<noscript>.*?</noscript>", r"<details.*?</details>"):
+        shown = re.sub(hidden, "", shown, flags=re.S)
+    shown = shown.split("<figure")[1:]
     assert len(shown) > 8
     assert all("trained_bar_marks" in figure for figure in shown)
     assert all("<noscript>" in figure for figure in figures)  # those on demand are drawn in a browser, or a table

@@ -12,7 +12,7 @@ function vega() {
     const script = document.createElement('script');
     script.textContent = text;
     document.head.append(script);
-    return window.vegaEmbed;
+    return (host, spec) => window.vegaEmbed(host, spec, OPTIONS);
   });
   return loading;
 }
@@ -55,7 +55,7 @@ class Chart {
   async embed() {
     const embed = await vega();
     const host = document.createElement('div');
-    const { view } = await embed(host, structuredClone(this.data.spec), OPTIONS);
+    const { view } = await embed(host, structuredClone(this.data.spec));
     host.setAttribute('aria-hidden', 'true');
     host.className = 'live';
     this.host = host;

@@ -28,7 +28,7 @@ Chart.prototype.picture = async function () {
   const subtitle = [this.data.place, ...keys].filter((words) => words);
   const title = { text: this.data.title, subtitle, anchor: 'start', fontSize: 13, subtitleFontSize: 11, color: INK, subtitleColor: '#5d636b', offset: 12 };
   const embed = await vega();
-  return (await embed(document.createElement('div'), { ...spec, title, background: '#ffffff', padding: 14 }, OPTIONS)).view;
+  return (await embed(document.createElement('div'), { ...spec, title, background: '#ffffff', padding: 14 })).view;
 };
 
 Chart.prototype.tools = function () {

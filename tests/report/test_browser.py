@@ -1,0 +1,239 @@
+"""The report in a browser: it works, asks for nothing, breaks no rule of accessibility, and is quick and small.
+
+Needs Chromium, playwright, and axe-core (``npm install axe-core``, or its path in LIGHTNING_MM_AXE); skipped elsewhere.
+"""
+
+import base64
+import csv
+import os
+import shutil
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+from lightning_mm.core.io import write_json
+from lightning_mm.core.layer_table import append_layers
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.report.html import write_report
+from tests.helpers.causal_files import effects, trace_of, traced_rows
+from tests.report.conftest import STEPS, choose, look_into, write_census
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+AXE = Path(os.environ.get("LIGHTNING_MM_AXE", "node_modules/axe-core/axe.min.js"))
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+SECONDS, BYTES = 3.0, 5_000_000
+PROBLEMS = """async () => (await axe.run(document, {resultTypes: ['violations']})).violations
+  .map(v => `${v.id}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ')}`)"""
+
+
+def trained_run(root, name, late=0.0):
+    """A run with all that a report may hold."""
+    run = look_into(write_census(RunDirectory.create(root, name)))
+    choose(run)
+    append_layers(run.layers, [*traced_rows(500, layers=30), *effects(500, layers=30)])
+    write_json(run.path / "traces.json", [trace_of(layers=30)])
+    run.config.write_text(f"model: {{lr: {1e-4 + late}, backbone: nano/smolvlm}}\n")
+    keys = ("type", "n", "before", "after", "majority", "no_image")
+    rows = [("colour", 600, 0.1, 0.9 - late, 0.3, 0.35), ("all", 600, 0.15, 0.8 - late, 0.3, 0.35)]
+    write_json(run.evaluation, {"split": "test", "rows": [dict(zip(keys, row, strict=True)) for row in rows]})
+    with run.metrics.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["epoch", "step", "train/loss", "val/loss"])
+        writer.writerows([0, i, 3 / (i + 1), 2 / (i + 1) if i % 10 == 0 else ""] for i in range(100))
+    return run
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    one, other = trained_run(root, "middle"), trained_run(root, "late", 0.2)
+    return {"run": write_report(one.path), "comparison": write_report(one.path, other.path)}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as started:
+        launched = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield launched
+        launched.close()
+
+
+@pytest.fixture
+def opened(browser, pages):
+    """Open a page; an error on the console, or a request, fails the test at its end."""
+    said, contexts = [], []
+
+    def open_page(which="run", width=1280, theme="light", **options):
+        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(10_000)
+        page.on("console", lambda message: message.type == "error" and said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda asked: asked.url.startswith(("file:", "data:", "blob:")) or said.append(asked.url))
+        page.goto(pages[which].as_uri())
+        if options.get("java_script_enabled", True):
+            page.wait_for_selector("html[data-ready]")
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+def chart(page, title):
+    """The live chart under a heading."""
+    figure = page.locator("figure", has=page.get_by_role("heading", name=title, exact=True)).first
+    figure.scroll_into_view_if_needed()
+    figure.locator(".plot[data-live]").wait_for()
+    return figure
+
+
+def over(page, figure, x, y):
+    """Move the pointer to a place of the drawing, in the pixels of a figure 360 wide."""
+    box = figure.locator(".plot svg").first.bounding_box()
+    scale = box["width"] / 360
+    page.mouse.move(box["x"] + x * scale, box["y"] + y * scale)
+
+
+@pytest.mark.parametrize("which", ["run", "comparison"])
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_no_rule_of_accessibility_is_broken(opened, which, width, theme):
+    if not AXE.exists():
+        pytest.skip("no axe-core")
+    page = opened(which, width, theme)
+    page.locator("[data-live]").first.wait_for()
+    page.evaluate(AXE.read_text(encoding="utf-8"))
+    assert page.evaluate(PROBLEMS) == []
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("which", ["run", "comparison"])
+def test_it_is_quick_and_small(opened, pages, which):
+    page = opened(which)
+    assert float(page.get_attribute("html", "data-ready")) < 1000 * SECONDS
+    assert pages[which].stat().st_size < BYTES
+
+
+def test_pointing_at_a_layer_says_its_numbers_and_marks_it_everywhere(opened):
+    page = opened()
+    first, second = chart(page, "Entailment, hard"), chart(page, "Entailment, random")
+    over(page, first, 280, 20 + 8 * 15.5)  # layer 14 of 29 is the sixteenth row from the top, 240 / 31 pixels each
+    said = page.locator("#readout").inner_text()
+    assert said.startswith("layer 14")
+    assert "chance 50\u00a0%, N 240" in said
+    for figure in (first, second):
+        assert figure.locator(".hover_marks path").count() == 2  # in the heat map and in the profile
+
+
+def test_the_keyboard_reads_a_chart_too(opened):
+    page = opened()
+    chart(page, "Entailment, hard").locator(".plot").focus()
+    for _ in range(2):
+        page.keyboard.press("ArrowUp")
+    assert page.locator("#said").text_content().startswith("layer 0")
+    chart(page, "Loss").locator(".plot").focus()
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#said").text_content().startswith("step 0, train")
+
+
+def test_the_slider_draws_the_profiles_of_its_step(opened):
+    page = opened()
+    figure = chart(page, "Entailment, hard")
+    line = figure.locator(".lines_marks path[stroke-width='2']")
+    assert line.count() == 0
+    page.locator("#step").fill("2")
+    line.first.wait_for(state="attached")
+    assert page.locator("#step-words").inner_text() == f"step {STEPS[2]}"
+    assert f"now step {STEPS[2]}" in figure.locator(".keys").inner_text()
+    drawn = line.first.get_attribute("d")
+    page.locator("#step").fill("3")
+    page.wait_for_function(
+        "d => document.querySelector('.lines_marks path[stroke-width=\"2\"]').getAttribute('d') !== d", arg=drawn
+    )
+    page.locator("#step").fill("5")
+    line.first.wait_for(state="detached")
+
+
+def test_layers_chosen_in_one_chart_are_compared_in_all(opened):
+    page = opened()
+    first, second = chart(page, "Entailment, hard"), chart(page, "Entailment, random")
+    first.scroll_into_view_if_needed()
+    over(page, first, 280, 20 + 8 * 10)
+    page.mouse.down()
+    over(page, first, 280, 20 + 8 * 12)
+    over(page, first, 280, 20 + 8 * 15)
+    page.mouse.up()
+    ends = int(page.locator("#from").input_value()), int(page.locator("#to").input_value())
+    assert ends[1] - ends[0] >= 3
+    assert second.locator(".brush_marks path").count() == 2
+    assert f"Mean of layers {ends[0]}–{ends[1]}" in second.locator(".compared").inner_text()
+    page.locator("#clear").click()
+    assert page.locator("#from").input_value() == ""
+    second.locator(".brush_marks path").first.wait_for(state="detached")
+
+
+def test_files_of_a_chart_hold_its_numbers(opened, pages, tmp_path):
+    page = opened()
+    figure = chart(page, "Entailment, hard")
+    saved = {}
+    for kind in ("CSV", "SVG", "PNG"):
+        with page.expect_download() as download:
+            figure.locator(".tools button", has_text=kind).click()
+        saved[kind] = tmp_path / download.value.suggested_filename
+        download.value.save_as(saved[kind])
+    shown = {(int(r["step"]), int(r["layer"])): r for r in csv.DictReader(saved["CSV"].open(encoding="utf-8"))}
+    with (pages["run"].parent / "layers.csv").open(encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if (r["measure"], r["site"]) == ("entailment/hard", "last")]
+    assert len(rows) == len(shown) == 6 * 31
+    for row in rows:
+        own = shown[int(row["step"]), int(row["layer"])]
+        for name in ("value", "low", "high"):
+            assert (float(own[name]) if own[name] else None) == (
+                pytest.approx(float(row[name]), rel=1e-5) if row[name] else None
+            )
+    assert ET.parse(saved["SVG"]).getroot().tag.endswith("svg")
+    assert "Entailment, hard" in saved["SVG"].read_text(encoding="utf-8")
+    assert saved["PNG"].read_bytes().startswith(base64.b64decode("iVBORw0KGgo="))
+    figure.locator(".tools button", has_text="Table").click()
+    assert figure.locator(".written tbody tr").count() == 6 * 31
+
+
+def test_tables_are_sorted_and_the_theme_is_switched(opened):
+    page = opened("comparison")
+    table = page.locator("#runs table").first
+    heading = table.locator("th", has_text="Exact match")
+    heading.locator("button").click()
+    assert heading.get_attribute("aria-sort") == "descending"
+    assert [row.split("\t")[0] for row in table.locator("tbody tr").all_inner_texts()] == ["middle", "late"]
+    heading.locator("button").click()
+    assert [row.split("\t")[0] for row in table.locator("tbody tr").all_inner_texts()] == ["late", "middle"]
+    color = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(color)
+    for _ in range(2):
+        page.locator("#theme").click()
+    assert page.locator("#theme").inner_text() == "Theme: dark"
+    assert page.evaluate(color) != light
+
+
+def test_a_finger_reads_a_chart(opened):
+    page = opened(width=390, has_touch=True)
+    figure = chart(page, "Entailment, hard")
+    box = figure.locator(".plot svg").first.bounding_box()
+    page.touchscreen.tap(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.4)
+    assert page.locator("#readout").inner_text().startswith("layer ")
+
+
+def test_without_javascript_drawings_and_tables_stand(opened):
+    page = opened(java_script_enabled=False)
+    assert page.locator("#inside .charts > figure .plot svg .lines_marks").count() > 8
+    tables = page.locator("noscript details.written")
+    assert tables.count() > 30
+    assert not page.locator("#workbar").is_visible()
+    assert not page.locator("#theme").is_visible()
+    tables.first.locator("summary").click()
+    assert tables.first.locator("tbody tr").count() > 10
