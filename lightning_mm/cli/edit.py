@@ -8,10 +8,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from lightning_mm.causal.editing.multedit import EditConfig
 from lightning_mm.cli.parser import Parser
+from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.decisions import log
 from lightning_mm.verbs import edit as verb
 from lightning_mm.verbs.model_source import model_label
@@ -25,7 +24,7 @@ def edit(arguments: list[str]) -> int:
     export_to, verify = options.pop("out"), options.pop("prove")
     found = verb.edit(**options, config=config, out=folder, export_to=export_to, verify=verify)
     for table in found.tables():
-        Console().print(table)
+        PlainConsole().print(table)
     log.info("report: %s", found.report)
     return 0
 

@@ -3,24 +3,27 @@
 Data flow: arguments and YAML files -> run directory -> module, data module, trainer -> the verb -> report.
 """
 
-import csv
 import os
-from collections.abc import Sequence
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 from jsonargparse import Namespace
-from lightning.fabric.plugins import CheckpointIO
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_mm.analysis.findings import copy_earlier_findings
-from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.cli import trainer_parts
+from lightning_mm.cli.explain_errors import explain_trainer
 from lightning_mm.cli.parser import Parser
-from lightning_mm.core.csv_logger import ResumableCSVLogger
+from lightning_mm.cli.resume import continue_metrics, find_checkpoint
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
@@ -30,15 +33,14 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.report.wandb import OnlineLogger
 from lightning_mm.training import checkpoint as state
-from lightning_mm.training.callbacks.checkpoints import EXIT_CODE, BestCheckpoint, LastCheckpoint, Preempted
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
-from lightning_mm.training.callbacks.progress import ProgressBar
-from lightning_mm.training.callbacks.run_recorder import RunRecorder
+from lightning_mm.training.callbacks.stop_signals import Preempted
 from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
 _RANK: Any = rank_zero_only  # its ``rank`` is set before torch.distributed is
+_ROOT = "runs"
 RUN_VARIABLE = "LIGHTNING_MM_RUN"
 """Environment variable with the run directory, for the processes that a multi-device run starts for other ranks."""
 
@@ -47,10 +49,31 @@ def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
     refuse_foreign_classes(arguments)
     try:
-        _run(arguments)
-    except Preempted:
-        return EXIT_CODE
+        with _no_folder_of_a_failed_start():
+            _run(arguments)
+    except Preempted as stopped:
+        return int(stopped.code or 0)
+    except SIGTERMException:  # it came before training, and Lightning heard it
+        return 128 + signal.SIGTERM
+    except SystemExit as left:
+        if isinstance(left.__context__, KeyboardInterrupt):  # Lightning makes an exit of Ctrl-C
+            raise KeyboardInterrupt from None
+        raise
     return 0
+
+
+@contextmanager
+def _no_folder_of_a_failed_start() -> Iterator[None]:
+    """Remove the run's folder if the run fails before it has begun."""
+    if _RANK.rank == 0:
+        os.environ.pop(RUN_VARIABLE, None)
+    try:
+        yield
+    except BaseException:
+        made = os.environ.get(RUN_VARIABLE) if _RANK.rank == 0 else None
+        if made and not RunDirectory(Path(made)).census.is_file():
+            shutil.rmtree(made, ignore_errors=True)
+        raise
 
 
 def _run(arguments: list[str]) -> None:
@@ -79,7 +102,7 @@ class TrainingCLI(LightningCLI):
     checkpoint: dict[str, Any] | None = None
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--run.root", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument("--run.root", type=str, default=_ROOT, help="Folder of all runs.")
         parser.add_argument(
             "--run.name", type=str | None, default=None, help="Name of this run; the policy's if not given."
         )
@@ -105,6 +128,10 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
+        _take_root(config)
+        if config.get("ckpt_path"):
+            found = find_checkpoint(config.ckpt_path, config.run.root, config.run.name or _policy(config))
+            config.ckpt_path = None if found is None else str(found)
         resumed = config.get("ckpt_path")
         self.checkpoint = state.read_checkpoint(Path(resumed), mapped=False) if resumed else None
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
@@ -115,7 +142,7 @@ class TrainingCLI(LightningCLI):
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             earlier, step = RunDirectory(Path(resumed).parent.parent), self.checkpoint["global_step"]
-            _continue_metrics(earlier, self.run, step)
+            continue_metrics(earlier, self.run, step)
             copy_earlier_findings(earlier, self.run, step)
 
     def instantiate_classes(self) -> None:
@@ -125,42 +152,27 @@ class TrainingCLI(LightningCLI):
             self.checkpoint = None  # the trainer takes it, and lets go of it
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        config = self.config[self.subcommand]
+        config, fits = self.config[self.subcommand], self.subcommand == "fit"
         given = self._get(self.config_init, "trainer")
-        loggers: list[Any] = [ResumableCSVLogger(self.run.metrics)]
-        if given.get("logger") is not False and config.run.wandb != "off" and self.subcommand != "predict":
-            known: dict[str, Any] = {"run_id": self.run.id, "name": self.run.name, "project": config.run.project}
-            loggers.append(OnlineLogger(self.run.path, mode=config.run.wandb, **known))
-        if isinstance(given.get("logger"), (list, tuple)):
-            loggers.extend(given["logger"])
-        given_plugins = given.get("plugins") or []
-        given_plugins = list(given_plugins) if isinstance(given_plugins, (list, tuple)) else [given_plugins]
-        plugins: list[Any] = []
-        if self.checkpoint is not None and not any(isinstance(each, CheckpointIO) for each in given_plugins):
-            plugins.append(state.LoadedCheckpoint(Path(config.ckpt_path), self.checkpoint))
-        if SLURMEnvironment.detect():
-            # Lightning would save inside the signal handler, where ranks can deadlock.
-            plugins.append(SLURMEnvironment(auto_requeue=False))
-        if plugins:
-            kwargs["plugins"] = [*given_plugins, *plugins]
-        return super().instantiate_trainer(
-            logger=loggers,
-            default_root_dir=self.run.path,
-            callbacks=[*(given.get("callbacks") or []), *self._callbacks(config)],  # the module adds what is missing
-            enable_checkpointing=True,
-            **kwargs,
-        )
-
-    def _callbacks(self, config: Namespace) -> list[Callback]:
-        """The callbacks that have options, and those whose defaults of Lightning are not wanted."""
-        given = self._get(self.config_init, "trainer").get("callbacks") or []
-        _refuse_duplicates([callback for callback in given if isinstance(callback, InspectionCallback)])
-        callbacks: list[Callback] = [ProgressBar(), RunRecorder(self.run)]
-        if self.subcommand == "fit":
-            callbacks += [self._get(self.config_init, "evaluation"), LastCheckpoint(config.run.save_every)]
-            if config.data.val is not None:
-                callbacks.append(BestCheckpoint())
-        return callbacks
+        if given.get("barebones"):
+            raise UserError(
+                "trainer.barebones: true leaves no run.", "It logs and saves nothing.", "Use it with Trainer in Python."
+            )
+        evaluation = self._get(self.config_init, "evaluation") if fits else None
+        parts = trainer_parts.callbacks(given, self.run, config.run.save_every, evaluation, config.data.val is not None)
+        resumed = Path(config.ckpt_path) if config.get("ckpt_path") else None
+        if plugins := trainer_parts.plugins(given.get("plugins"), resumed, self.checkpoint):
+            kwargs["plugins"] = plugins
+        wandb = "off" if self.subcommand == "predict" else config.run.wandb
+        try:
+            return super().instantiate_trainer(
+                logger=trainer_parts.loggers(given.get("logger"), self.run, wandb, config.run.project),
+                default_root_dir=self.run.path,
+                callbacks=parts,
+                **kwargs,
+            )
+        except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
+            raise explain_trainer(error) from error
 
     def after_validate(self) -> None:
         self._close_online()
@@ -200,8 +212,7 @@ def _run_directory(config: Namespace, verb: str) -> RunDirectory:
     """The run directory: rank 0 makes it and passes it to the ranks it starts by ``RUN_VARIABLE``."""
     if (given := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
         return RunDirectory(Path(given))
-    policy = (config.model.get("tuning") or {}).get("class_path", "IntermediateOnly").rpartition(".")[2]
-    default = policy if verb == "fit" else f"{policy}-{verb}"
+    default = _policy(config) if verb == "fit" else f"{_policy(config)}-{verb}"
     if _RANK.rank != 0:
         return RunDirectory(Path(config.run.root).absolute() / (config.run.name or default))
     run = RunDirectory.create(config.run.root, config.run.name, default)
@@ -209,44 +220,38 @@ def _run_directory(config: Namespace, verb: str) -> RunDirectory:
     return run
 
 
+def _policy(config: Namespace) -> str:
+    """Name of the policy, which is that of a run whose name is not given."""
+    named: str = (config.model.get("tuning") or {}).get("class_path", "IntermediateOnly")
+    return named.rpartition(".")[2]
+
+
+def _take_root(config: Namespace) -> None:
+    """Let ``trainer.default_root_dir`` be the folder of all runs, where ``run.root`` is not given."""
+    asked = config.trainer.get("default_root_dir")
+    if asked is None:
+        return
+    if config.run.root == _ROOT:
+        config.run.root = str(asked)
+        log_decision("run.root", asked, "trainer.default_root_dir; the run has a folder of its own in it")
+    else:
+        log_decision("trainer.default_root_dir", "not used", f"run.root is {config.run.root}")
+    config.trainer.default_root_dir = None
+
+
 def _reusable_config(config: Namespace) -> Namespace:
     """The config without the options of a single call, so that every verb can read it."""
     kept = config.clone()
     for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
         kept.pop(key, None)
+    _spell_enums(kept)
     return kept
 
 
-def _refuse_duplicates(callbacks: Sequence[InspectionCallback]) -> None:
-    """Refuse two callbacks of one class: Lightning keeps callback states by class."""
-    kinds = [type(callback).__name__ for callback in callbacks]
-    for kind in kinds:
-        if kinds.count(kind) > 1:
-            raise UserError(
-                f"trainer.callbacks names {kind} {kinds.count(kind)} times.",
-                "A run keeps the clock and the findings of one of each kind.",
-                f"Name {kind} once, with all that it shall measure and the closer schedule.",
-            )
-
-
-def _continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
-    """Copy the first run's curves up to the step that the run resumes at, each step once.
-
-    Training logs a step under the number of steps before it, inspections under the number of steps done.
-    """
-    if not earlier.metrics.is_file():
-        return
-    with (
-        earlier.metrics.open(encoding="utf-8", newline="") as source,
-        run.metrics.open("w", encoding="utf-8", newline="") as to,
-    ):
-        reader = csv.DictReader(source)
-        writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
-        writer.writeheader()
-        for row in (row for row in reader if row["step"]):
-            inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
-            if int(row["step"]) < step:
-                writer.writerow(row)
-            elif int(row["step"]) == step and inspected:
-                writer.writerow({"step": row["step"], **inspected})
-    log_decision("run", f"curves continue those of {earlier.name}", f"resumed at step {step}")
+def _spell_enums(options: Any) -> None:
+    """Replace members of an Enum (a default of Lightning's Timer is one) by their values, for YAML."""
+    for key, value in enumerate(options) if isinstance(options, list) else list(vars(options).items()):
+        if isinstance(value, Enum):
+            options[key] = value.value
+        elif isinstance(value, (Namespace, list)):
+            _spell_enums(value)

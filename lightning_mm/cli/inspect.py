@@ -5,10 +5,9 @@ Data flow: options -> ``verbs.inspect`` -> a folder with report.html, layers.csv
 
 from pathlib import Path
 
-from rich.console import Console
-
 from lightning_mm.analysis.probing import ProbingOptions
 from lightning_mm.cli.parser import Parser
+from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.decisions import log
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.verbs import inspect as verb
@@ -24,7 +23,7 @@ def inspect(arguments: list[str]) -> int:
     options["auto"] = AutoRange(**vars(options["auto"]))
     found = verb.inspect(**options, out=Path(root) / (name or "inspect-" + "-".join(map(model_label, paths))))
     for table in found.tables():
-        Console().print(table)
+        PlainConsole().print(table)
     log.info("report: %s", found.report)
     return 0
 

@@ -3,23 +3,17 @@
 Data flow: arguments -> the verb's function (imported when needed) -> exit status.
 """
 
-import errno
 import gc
 import logging
 import sys
 import warnings
 from collections.abc import Callable
 
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
-from rich.logging import RichHandler
-
-from lightning_mm.cli.parser import suggestion
+from lightning_mm.cli.explain_errors import explain_exception, suggestion
 from lightning_mm.cli.shipped_configs import find_configs
+from lightning_mm.core.console import show_messages
 from lightning_mm.core.decisions import DecisionLog
-from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.dataloader import worker_killed_error
+from lightning_mm.core.errors import UserError
 
 _KNOWN = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
@@ -31,6 +25,15 @@ _KNOWN = (
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
 VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit", "export", "report")
+_ALSO_CALLED = {
+    **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "run", "sft"), "fit"),
+    **dict.fromkeys(("val", "eval", "evaluate"), "validate"),
+    **dict.fromkeys(("generate", "infer", "answer", "chat"), "predict"),
+    **dict.fromkeys(("estimate", "cost", "profile"), "plan"),
+    **dict.fromkeys(("probe", "look", "analyze", "analyse", "select"), "inspect"),
+    **dict.fromkeys(("merge", "save", "push", "convert"), "export"),
+}
+"""What the verbs are called elsewhere."""
 
 
 def run(arguments: list[str]) -> int:
@@ -42,30 +45,14 @@ def run(arguments: list[str]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (RuntimeError, MisconfigurationException, OSError) as error:
-        if (explained := _explain(error)) is None:
+    except Exception as error:
+        if (explained := explain_exception(error)) is None:
             raise
         print(f"error: {explained}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-
-
-def _explain(error: Exception) -> UserError | None:
-    """A library's error as ``UserError``; None if the user cannot mend it."""
-    first = first_line(error)
-    if isinstance(error, MisconfigurationException):
-        return UserError("The trainer cannot be set up.", first, "Change the trainer's options, or its -c file.")
-    if isinstance(error, torch.OutOfMemoryError):
-        return UserError(
-            "The device is out of memory.",
-            first,
-            "Lower data.batch_size, data.max_tokens or data.max_length, or set model.activation_checkpointing true.",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
-    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
 
 
 def _load_verb(name: str) -> Callable[[list[str]], int]:
@@ -107,16 +94,13 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.fit import train
 
         return train
-    raise UserError(f"'{name}' is no verb.", f"Verbs are {', '.join(VERBS)}.", suggestion(name, VERBS) or "See --help.")
+    hint = f"Did you mean {_ALSO_CALLED[name]}?" if name in _ALSO_CALLED else suggestion(name, VERBS)
+    raise UserError(f"'{name}' is no verb.", f"Verbs are {', '.join(VERBS)}.", hint or "See --help.")
 
 
 def _configure_logging() -> None:
     """Log our own messages to the console; of the libraries, warnings only."""
-    logger = logging.getLogger("lightning_mm")
-    if not logger.handlers:
-        handler = RichHandler(console=Console(stderr=True), show_time=False, show_level=False, show_path=False)
-        logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
+    show_messages()
     for library in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(library).setLevel(logging.WARNING)
     for message in _KNOWN:

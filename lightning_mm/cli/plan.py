@@ -9,10 +9,10 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
-from rich.console import Console
 
 from lightning_mm.cli.fit import TrainingCLI
 from lightning_mm.cli.parser import Parser
+from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.planning.devices import DEVICES
@@ -55,7 +55,7 @@ def plan(arguments: list[str]) -> int:
         device=config.device,
         compare=config.compare,
     )
-    console = Console()
+    console = PlainConsole()
     for each in found.tables():
         console.print(each)
     if config.json:

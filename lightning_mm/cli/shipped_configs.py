@@ -57,7 +57,9 @@ def _config(given: str) -> str:
             path = shipped_folder() / name
             log_decision("config", name, f"no file {given} in this folder; it comes with the package")
             return str(path)
-    near = difflib.get_close_matches(f"{wanted.removesuffix('.yaml')}.yaml", names, n=1)
+    here = [str(file) for file in Path(given).parent.glob("*.y*ml")]
+    near = difflib.get_close_matches(given, here, n=1)
+    near += difflib.get_close_matches(f"{wanted.removesuffix('.yaml')}.yaml", names, n=1)
     raise UserError(
         f"There is no file {given}.",
         "It is neither in this folder nor one of the files that come with the package.",

@@ -6,12 +6,11 @@ causal.json; the strongest effects are printed.
 
 from pathlib import Path
 
-from rich.console import Console
-
 from lightning_mm.causal.effects.activation_patching import TraceConfig
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
 from lightning_mm.causal.study import PARTS, StudyConfig
 from lightning_mm.cli.parser import Parser
+from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.decisions import log
 from lightning_mm.verbs import trace as verb
 from lightning_mm.verbs.model_source import model_label
@@ -31,7 +30,7 @@ def trace(arguments: list[str]) -> int:
     folder = Path(options.pop("root")) / (options.pop("name") or f"trace-{model_label(options['model'])}")
     found = verb.trace(**options, study=study, out=folder)
     for table in found.tables():
-        Console().print(table)
+        PlainConsole().print(table)
     log.info("report: %s", found.report)
     return 0
 

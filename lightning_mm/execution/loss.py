@@ -195,25 +195,26 @@ class LossAccumulator:
 
     def __init__(self) -> None:
         self._nll: Tensor | None = None
-        self._tokens = 0
+        self._tokens = self._pictures = 0
 
-    def add(self, objective: LossOutput) -> None:
+    def add(self, objective: LossOutput, has_images: bool) -> None:
         """Add a micro-batch, without synchronizing with the device."""
+        self._pictures += has_images
         nll = objective.nll.detach()
         self._nll = nll if self._nll is None else self._nll + nll
         self._tokens += objective.num_tokens
 
-    def close(self, total: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-        """Mean loss per token in nats and number of tokens, over all ranks; resets the sums.
+    def close(self, total: Callable[[Tensor], Tensor]) -> tuple[float, float, float]:
+        """Mean loss per token in nats, number of tokens and of micro-batches with images, over all ranks; resets them.
 
         Args:
-            total: Sums a tensor (2,) over ranks.
+            total: Sums a tensor (3,) over ranks.
         """
         assert self._nll is not None
-        held = torch.stack([self._nll.double(), self._nll.new_tensor(self._tokens, dtype=torch.float64)])
-        nll, tokens = total(held).tolist()
-        self._nll, self._tokens = None, 0
-        return nll / max(tokens, 1.0), tokens
+        counts = self._nll.new_tensor([self._tokens, self._pictures], dtype=torch.float64)
+        nll, tokens, pictures = total(torch.cat([self._nll.double().reshape(1), counts])).tolist()
+        self._nll, self._tokens, self._pictures = None, 0, 0
+        return nll / max(tokens, 1.0), tokens, pictures
 
 
 def scale_gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> Tensor:

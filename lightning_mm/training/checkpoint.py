@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
+from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.tuning.census import Census
 
@@ -99,15 +99,16 @@ class LoadedCheckpoint(TorchCheckpointIO):
 
 
 def checkpoint_metadata(
-    census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str]
+    census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str], rng: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The ``lightning_mm`` entry of a checkpoint; a collective call, since it holds every rank's random generators.
+    """The ``lightning_mm`` entry of a checkpoint.
 
     Args:
         census: Census of the model: policy, layers and their digest.
         base: Fingerprint of the frozen weights.
         settings: Settings that a resumed run compares with its own.
         unread: Names of parameters that the policy names but the forward pass never uses.
+        rng: ``rng_state`` of every rank.
     """
     return {
         "version": 1,
@@ -117,7 +118,7 @@ def checkpoint_metadata(
         "base_fingerprint": base,
         "unread": list(unread),
         "settings": dict(settings),
-        "rng": all_gather_object(rng_state()),
+        "rng": rng,
     }
 
 

@@ -16,6 +16,7 @@ from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
+from lightning_mm.training.unreached import regions_without_rows
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.unused_parameters import unused_parameters
 
@@ -27,6 +28,8 @@ def find_unread(mm: MultimodalModel, plan: TuningPlan, trainer: L.Trainer, data:
     with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
         batch = data.example_batch()
     if not batch.has_images:
+        regions = ", ".join(regions_without_rows(plan.modes))
+        log_decision("model.tuning", f"{regions}: stays as it is", "no row of data.train has a picture")
         return ()
     device = trainer.strategy.root_device
     mm.model.to(device)

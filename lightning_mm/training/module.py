@@ -43,12 +43,17 @@ from lightning_mm.training.arguments import (
 )
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
+from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.model_and_data import ModelAndData
+from lightning_mm.training.resume_point import ResumePoint
 from lightning_mm.training.run_config import model_options
+from lightning_mm.training.run_length import total_steps
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
+from lightning_mm.training.trainer_checks import check_trainer
+from lightning_mm.training.unreached import drop_picture_gradients, say_unreached
 from lightning_mm.tuning import TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
@@ -123,6 +128,7 @@ class MMModule(ModelAndData):
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
         self._window = LossAccumulator()
+        self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
         self.unread: tuple[str, ...] | None = None
         self.auto, self.compute, self.cache = auto, compute, cache
@@ -132,15 +138,6 @@ class MMModule(ModelAndData):
     @property
     def _data(self) -> MMDataModule:
         return data_of(self.trainer)
-
-    def setup(self, stage: str) -> None:
-        precision = str(self.trainer.precision)
-        if precision not in ("32-true", "bf16-mixed"):
-            raise UserError(
-                f"trainer.precision: {precision} is not supported.",
-                "It would cast what must stay in float32 (rotary tables, summed losses).",
-                "Use 32-true or bf16-mixed; for bfloat16 weights, 32-true with model.backbone.dtype bfloat16.",
-            )
 
     def configure_model(self) -> None:
         """Load the model and apply the tuning policy, once; prepare the model for this stage's steps."""
@@ -170,21 +167,29 @@ class MMModule(ModelAndData):
         """
         return self.step.wrap_collator(collator) if hasattr(self, "step") else collator
 
+    def on_train_end(self) -> None:
+        """Say what no row of the run has reached."""
+        if self.trainer.global_step:
+            say_unreached(self.trainer.optimizers[0])
+
     def on_fit_end(self) -> None:
         self.step.close_cache()
 
     def configure_callbacks(self) -> list[Callback]:
-        """Give the trainer what every run has and it lacks: see ``standard_callbacks.add_standard_callbacks``.
+        """Give the trainer what every run has and it lacks (``add_standard_callbacks``), refuse what goes not with it.
 
         Returns:
-            What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then.
+            What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then; and
+            what takes the place of averages of weights.
         """
+        check_trainer(self.trainer)
         add_standard_callbacks(self.trainer)
         if self._files is None:  # only then, for Lightning warns of the hook beside a data module
             vars(self)["on_before_batch_transfer"] = lambda batch, _: as_batch(batch, self.processing)
         else:
             vars(self).pop("on_before_batch_transfer", None)
-        return [TeardownAfterException()]
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
+        return [TeardownAfterException(), *over_trained_weights(callbacks)]
 
     def teardown(self, stage: str) -> None:
         """Undo the preparation, so that other users of the model run its original code."""
@@ -231,7 +236,7 @@ class MMModule(ModelAndData):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
-        self._window.add(objective)
+        self._window.add(objective, batch.has_images)
         if batch.has_images and batch.num_supervised:
             return objective.nll
         return add_zero_grad_term(objective.nll, iter(self.trainable.values()))
@@ -242,13 +247,25 @@ class MMModule(ModelAndData):
         Lightning divided by the number of micro-batches and DDP by the number of ranks; both are undone here, before
         clipping, so that neither changes what is learned.
         """
-        loss, tokens = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
+        loss, tokens, pictures = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
         norm = scale_gradients(self.trainable, scale)
+        if not pictures:
+            drop_picture_gradients(self.model, self.mm.layout)
         self.log(metric_names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(metric_names.GRAD_NORM, norm)
         for index, group in enumerate(optimizer.param_groups):
             self.log(metric_names.learning_rate(group.get("name", f"group {index}")), group["lr"])
+        self.resume_point.begin_update()
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Step as Lightning does; ``on_before_optimizer_step`` is called within, after the backward pass."""
+        super().optimizer_step(*args, **kwargs)
+        self.resume_point.end_update()
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Remember where the run can be resumed."""
+        self.resume_point.record(self.trainer)
 
     def configure_gradient_clipping(
         self,
@@ -277,19 +294,9 @@ class MMModule(ModelAndData):
             made: OptimizerLRScheduler = self._make_optimizer(named_groups(self.mm, self.plan))
             return made
         optimizer = build_optimizer(self._groups(), self.optimizer)
-        factor = schedule_factor(self.optimizer, self._total_steps())
+        factor = schedule_factor(self.optimizer, total_steps(self.trainer))
         self._scheduler = LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.estimated_stepping_batches
-        if steps == float("inf"):
-            raise UserError(
-                "The length of the run is not known.",
-                "The learning-rate schedule needs it, and neither steps nor epochs are bounded.",
-                "Set trainer.max_steps or trainer.max_epochs.",
-            )
-        return int(steps)
 
     @property
     def own_optimizer(self) -> bool:
@@ -311,14 +318,17 @@ class MMModule(ModelAndData):
             **{f"model.optimizer.{name}": value for name, value in settings.items()},
             "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
             "trainer.precision": str(trainer.precision),
-            "trainer.steps": self._total_steps(),
+            "trainer.steps": total_steps(trainer),
             **({f"data.{name}": getattr(data, name) for name in learned_from} if data else {}),
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step.flush()
         state.drop_frozen_weights(checkpoint, set(self.trainable))
-        checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
+        generators = self.resume_point.put_into(checkpoint, self.trainer)
+        checkpoint[state.KEY] = state.checkpoint_metadata(
+            self.census, self.base, self.settings(), self.unread or (), generators
+        )
         checkpoint[state.KEY]["model"] = model_options(live(self))
 
     @classmethod

@@ -119,18 +119,29 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -
     return AdamW(groups, fused=True, **options)
 
 
-def schedule_factor(settings: OptimizerSettings, total_steps: int) -> Callable[[int], float]:
+def schedule_factor(settings: OptimizerSettings, total_steps: int | None) -> Callable[[int], float]:
     """The schedule: a function from the step to a share of the peak learning rate.
 
     Args:
         settings: Of the optimizer.
-        total_steps: Optimizer steps of the run.
+        total_steps: Optimizer steps of the run; None: they are not known.
+
+    Raises:
+        UserError: The schedule depends on the steps, and they are not known.
 
     Example:
         >>> factor = schedule_factor(OptimizerSettings(warmup=2, final=0.1), total_steps=6)
         >>> [round(factor(step), 2) for step in range(7)]
         [0.5, 1.0, 1.0, 0.87, 0.55, 0.23, 0.1]
     """
+    if total_steps is None:
+        if settings.schedule != "constant" or 0 < settings.warmup < 1:
+            raise UserError(
+                "The length of the run is not known.",
+                "The learning-rate schedule needs it, and neither steps nor epochs are bounded.",
+                "Set trainer.max_steps or trainer.max_epochs; or model.optimizer.schedule constant and .warmup 0.",
+            )
+        total_steps = 0
     warmup = settings.warmup if settings.warmup >= 1 else settings.warmup * total_steps
 
     def factor(step: int) -> float:

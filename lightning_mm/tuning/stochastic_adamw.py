@@ -57,8 +57,9 @@ class StochasticAdamW(Optimizer):
                 loss = closure()
         count = 0
         for group in self.param_groups:
-            group["step"] += 1
-            for bucket in _buckets(p for p in group["params"] if p.grad is not None):
+            moved = [p for p in group["params"] if p.grad is not None]
+            group["step"] += bool(moved)
+            for bucket in _buckets(moved):
                 self._update(bucket, group, self._noise(bucket[0].device, group["step"], count))
                 count += 1
         return loss

@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lightning_mm.data.batch import Batch
@@ -121,7 +121,7 @@ def train(
     trainer = L.Trainer(
         default_root_dir=folder,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=any(isinstance(callback, ModelCheckpoint) for callback in callbacks or ()),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,

@@ -1,36 +1,28 @@
-"""Checkpoint callbacks: they save only after complete optimizer steps, so that every file resumes exactly.
+"""Checkpoint callbacks: Lightning's ModelCheckpoint, with files that resume exactly however a run ends.
 
-Data flow: end of a batch -> ``is_accumulation_complete`` -> ``last.ckpt`` every n steps, at the last step, and on
-SIGTERM (a flag is all that the signal handler sets); ``best.ckpt`` after a validation.
+Data flow: end of a step -> ``last.ckpt`` every n steps, at the last step, at an early end, on a signal and after an
+exception; end of a validation -> ``best.ckpt``. ``training.resume_point`` makes each of them one of a complete step.
 """
 
-import signal
 import time
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
-from lightning_mm.core.decisions import log_decision
-from lightning_mm.core.run_directory import WritesToRun
+from lightning_mm.core.decisions import log
 from lightning_mm.planning.devices import synchronize
-
-EXIT_CODE = 143
-"""Exit code of a process that ended on SIGTERM."""
-
-
-class Preempted(Exception):
-    """Raised after SIGTERM, once the checkpoint is saved."""
+from lightning_mm.training.callbacks.stop_signals import StopSignals
+from lightning_mm.training.resume_point import at_step_end
 
 
-def is_accumulation_complete(trainer: L.Trainer) -> bool:
-    """Whether no micro-batch waits for its optimizer step; a checkpoint would lose its gradient."""
-    return not trainer.fit_loop.epoch_loop._should_accumulate()
+class LastCheckpoint(ModelCheckpoint):
+    """Saves ``checkpoints/last.ckpt`` every n steps, and where the run ends, however it ends.
 
-
-class LastCheckpoint(Callback, WritesToRun):
-    """Saves ``checkpoints/last.ckpt`` of the run every n steps, at the last step and on SIGTERM.
+    What is saved is the last complete optimizer step. SIGTERM, SIGHUP and Ctrl-C end the run after the step that they
+    fall into, outside of steps at once; a second one ends it at once everywhere.
 
     Args:
         every: Optimizer steps between saves; default 200.
@@ -40,55 +32,89 @@ class LastCheckpoint(Callback, WritesToRun):
     """
 
     def __init__(self, every: int = 200) -> None:
+        super().__init__(filename="last", every_n_train_steps=every, enable_version_counter=False)
         self.every = every
         self.seconds = 0.0
-        self._saved_at = -1
-        self._stop_requested = False
-        self._previous: Any = None
+        self._signals = StopSignals()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_at = trainer.global_step
-        try:
-            self._previous = signal.signal(signal.SIGTERM, self._request_stop)
-        except ValueError:
-            log_decision("preemption", "off", "signals reach the main thread only, and training runs in another")
+        self._last_global_step_saved = trainer.global_step
+        self._signals.install()
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._restore_signal_handler()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._restore_signal_handler()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._signals.at_once = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not is_accumulation_complete(trainer):
+        if not at_step_end(trainer):
             return
-        stop = trainer.strategy.reduce_boolean_decision(self._stop_requested, all=False)
-        assert self.run is not None, "checkpoints are written into the folder of a run"
-        path = self.run.checkpoints / "last.ckpt"
-        due = trainer.global_step - self._saved_at >= self.every or _is_last(trainer)
-        if (due or stop) and trainer.global_step != self._saved_at:
-            synchronize(pl_module.device)
-            began = time.perf_counter()
-            trainer.save_checkpoint(path)
-            self.seconds += time.perf_counter() - began
-            self._saved_at = trainer.global_step
+        asked = self._signals.received is not None or trainer.received_sigterm
+        stop = trainer.strategy.reduce_boolean_decision(asked, all=False)
+        due = trainer.global_step - self._last_global_step_saved >= self.every
+        if due or stop or _is_last(trainer) or _stops_early(trainer):
+            self._save(trainer)
         if stop:
-            log_decision("preemption", f"stopped at step {trainer.global_step}", f"SIGTERM; go on with {path}")
-            raise Preempted
+            self._stop(trainer)
 
-    def _request_stop(self, signum: int, frame: FrameType | None) -> None:
-        self._stop_requested = True
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.at_once = trainer.world_size == 1  # ranks stop together, after a step
 
-    def _restore_signal_handler(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if _stops_early(trainer):
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.at_once = trainer.world_size == 1
+        if _stops_early(trainer):
+            self._save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save(trainer)
+        self._signals.remove()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._signals.remove()
+        step = trainer.global_step
+        if self._should_skip_saving_checkpoint(trainer) or not trainer.optimizers:
+            pass
+        elif not pl_module.resume_point.weights_are_whole:  # type: ignore[union-attr]  # an MMModule
+            log.warning("step %d was left in the middle of its update: it is not saved", step + 1)
+            return
+        elif isinstance(trainer.strategy, (DDPStrategy, SingleDeviceStrategy)):
+            # Not trainer.save_checkpoint: its barrier waits for ranks that may be gone.
+            path = self._path()
+            trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), path)
+            self._last_global_step_saved = step
+        if self._last_global_step_saved == step and Path(self._path()).is_file():
+            log.info("stopped at step %d; go on with --ckpt_path %s", step, self._path())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Do nothing: a resumed run has files of its own."""
+
+    def _path(self) -> str:
+        return self.format_checkpoint_name({})
+
+    def _save(self, trainer: L.Trainer) -> None:
+        """Save the state, unless this step is saved already."""
+        if self._should_skip_saving_checkpoint(trainer):
+            return
+        synchronize(trainer.strategy.root_device)
+        began = time.perf_counter()
+        self.last_model_path = self.best_model_path = self._path()
+        self._save_checkpoint(trainer, self.last_model_path)
+        self.seconds += time.perf_counter() - began
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        """End the run, after a signal that this rank or another one got."""
+        self._signals.received = self._signals.received or 15
+        self._signals.stop()
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Saves ``best.ckpt`` of the run by validation loss; a validation inside an accumulation window saves nothing."""
+    """Saves ``checkpoints/best.ckpt`` of the run by validation loss."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -99,11 +125,14 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if is_accumulation_complete(trainer):
-            super().on_validation_end(trainer, pl_module)
-        else:
-            log_decision("best.ckpt", "not written", "validation fell inside an accumulation window")
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the best score of a checkpoint only if its file is in this run's folder; a resumed run has its own."""
+        if state_dict.get("dirpath") == self.dirpath:
+            super().load_state_dict(state_dict)
+
+
+def _stops_early(trainer: L.Trainer) -> bool:
+    return trainer.should_stop and trainer.fit_loop._can_stop_early
 
 
 def _is_last(trainer: L.Trainer) -> bool:

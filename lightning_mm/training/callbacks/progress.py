@@ -13,8 +13,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from lightning_mm.core import metric_names
+from lightning_mm.core.console import message_console
+from lightning_mm.training.run_length import total_steps
 
 log = logging.getLogger("lightning_mm")
 
@@ -30,13 +33,17 @@ class ProgressBar(LightningProgressBar):
 
     def __init__(self, console: Console | None = None) -> None:
         super().__init__()
-        self._console = console or Console(stderr=True)
+        self._given_console = console
         self._enabled = True
         self._bar: Progress | None = None
         self._task = TaskID(0)
         self._clock = _Clock()
         self._first_step, self._interval = 0, 1
         self._said = -1
+
+    @property
+    def _console(self) -> Console:
+        return self._given_console or message_console()
 
     @property
     def is_enabled(self) -> bool:
@@ -52,7 +59,7 @@ class ProgressBar(LightningProgressBar):
         self._first_step = self._said = trainer.global_step
         self._clock = _Clock()
         self._interval = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
-        self._open("training", _total_steps(trainer), trainer.global_step)
+        self._open("training", total_steps(trainer), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -118,17 +125,17 @@ class ProgressBar(LightningProgressBar):
         self._close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bar": None, "_console": Console(stderr=True)}  # a live bar holds thread locks
+        return self.__dict__ | {"_bar": None, "_given_console": None}  # a live bar holds thread locks
 
     def _show(self, trainer: Trainer) -> None:
         """Read the logged values (the one place that may wait for the device), and show them."""
         if not self._enabled:
             return
-        step, total = trainer.global_step, _total_steps(trainer)
+        step, total = trainer.global_step, total_steps(trainer)
         self._said = step
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in _SHOWN}
         left = self._clock.left(step - self._first_step, None if total is None else total - step)
-        words = describe(values, left)
+        words = describe(values, left, narrow=self._bar is not None and self._console.width < _WIDE)
         if self._bar is not None:
             self._bar.update(self._task, words=words)
         else:
@@ -141,10 +148,11 @@ class ProgressBar(LightningProgressBar):
             return
         self._bar = Progress(
             TextColumn("{task.description:<10}"),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[words]}"),
+            BarColumn(bar_width=28 if self._console.width >= _WIDE else None),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(total or 0)) + 1)),
+            TextColumn("{task.fields[words]}", table_column=Column(no_wrap=True)),
             console=self._console,
+            expand=self._console.width < _WIDE,
             refresh_per_second=4,
         )
         self._task = self._bar.add_task(word, total=total, completed=completed, words="")
@@ -189,8 +197,17 @@ class _Clock:
 _SHOWN = (metric_names.TRAIN_LOSS, metric_names.SUPERVISED_TOKENS_PER_SECOND, metric_names.VAL_EXACT_MATCH)
 
 
-def describe(values: dict[str, float], seconds_left: float | None) -> str:
+_WIDE = 115
+"""Columns from which bar and values have all the room that they would take."""
+
+
+def describe(values: dict[str, float], seconds_left: float | None, narrow: bool = False) -> str:
     """The values as one line of fixed width, so that lines stand under each other.
+
+    Args:
+        values: Logged values, by their keys.
+        seconds_left: Seconds of training left; None: not known.
+        narrow: Use shorter words; default False.
 
     Example:
         >>> describe({"train/loss": 1.25, "train/supervised_tokens_per_second": 640.0}, 65)
@@ -202,7 +219,9 @@ def describe(values: dict[str, float], seconds_left: float | None) -> str:
         f"{'–' if speed is None else f'{speed:,.0f}':>7} tok/s",
         f"{_duration(seconds_left):>8} left",
     ]
-    return "  ".join(parts if match is None else [*parts, f"exact match {100 * match:5.1f} %"])
+    if match is not None:
+        parts.append(f"match {100 * match:3.0f} %" if narrow else f"exact match {100 * match:5.1f} %")
+    return "  ".join(parts)
 
 
 def _duration(seconds: float | None) -> str:
@@ -211,11 +230,6 @@ def _duration(seconds: float | None) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}"
-
-
-def _total_steps(trainer: Trainer) -> int | None:
-    """Optimizer steps of the whole run; None where it has no end."""
-    return _count([trainer.estimated_stepping_batches])
 
 
 def _count(batches: int | float | list[int | float]) -> int | None:

@@ -4,6 +4,7 @@ Data flow: module, data module and the decisions of the run -> the run directory
 writes.
 """
 
+import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -11,10 +12,10 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
-from rich.console import Console
 from rich.table import Table
 
 from lightning_mm.core import metric_names
+from lightning_mm.core.console import message_console
 from lightning_mm.core.decisions import DecisionLog, decision_log, log, run_is_open
 from lightning_mm.core.io import append_jsonl, write_json
 from lightning_mm.core.notebook import show_link
@@ -48,6 +49,7 @@ class RunRecorder(Callback):
     ) -> None:
         self._given, self._root, self._name = run, root, name
         self._current = run
+        self._made: RunDirectory | None = None
         self.decisions = DecisionLog()
         self._shown = False
         self._open = ExitStack()
@@ -67,7 +69,7 @@ class RunRecorder(Callback):
             policy = type(live(pl_module).tuning).__name__
             root = self._root or (earlier.path.parent if earlier else Path(trainer.default_root_dir) / "runs")
             default = policy if stage == "fit" else f"{policy}-{stage}"
-            self._current = make_run_folder(trainer, root, self._name, default)
+            self._current = self._made = make_run_folder(trainer, root, self._name, default)
             self.decisions, self._shown = DecisionLog(), False
         use_run_folder(trainer, self.run, earlier)
         if not run_is_open():
@@ -134,6 +136,8 @@ class RunRecorder(Callback):
         try:
             if trainer.is_global_zero and self._shown:
                 self._write_files(trainer)
+            elif trainer.is_global_zero and self._made is not None:  # a start that failed leaves no folder
+                shutil.rmtree(self._made.path, ignore_errors=True)
         finally:
             self._open.close()
 
@@ -150,7 +154,7 @@ class RunRecorder(Callback):
         write_json(self.run.hyperparameters, settings)
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
-        Console().print(census_table(census))
+        message_console().print(census_table(census))
         self._write_files(trainer)
 
     def _note(self, trainer: L.Trainer, batch: Any) -> None:

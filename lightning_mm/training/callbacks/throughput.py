@@ -26,6 +26,7 @@ from lightning_mm.planning.flops import StepCost
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
 from lightning_mm.training.callbacks.step_cost import BatchCounter
 from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.run_length import total_steps
 
 
 @dataclass(frozen=True)
@@ -81,29 +82,36 @@ class TrainingClock:
     def __init__(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self._trainer, self._module = trainer, module
         self._validation = 0.0
-        self._paused: tuple[float, float] | None = None
+        self._paused: float | None = None
 
     def elapsed(self) -> ElapsedTime:
         """Seconds so far, after a device synchronization."""
         synchronize(self._module.device)
+        waited, inspection, checkpoints = self._counted()
+        return ElapsedTime(time.perf_counter(), waited, self._validation, inspection, checkpoints)
+
+    def pause(self) -> None:
+        """Stop counting training time."""
+        synchronize(self._module.device)
+        self._paused = time.perf_counter() - sum(self._counted())
+
+    def resume(self) -> None:
+        """Count training time again; no effect if it is not paused.
+
+        What is counted by itself (waiting, inspections, checkpoints) and fell into the pause is no validation too.
+        """
+        if self._paused is not None:
+            self._validation += time.perf_counter() - sum(self._counted()) - self._paused
+            self._paused = None
+
+    def _counted(self) -> tuple[float, float, float]:
+        """Seconds of waiting, inspections and checkpoints so far, which are counted where they are spent."""
         callbacks: list[Callback] = self._trainer.callbacks  # type: ignore[attr-defined]  # set by its connector
         inspection = sum(
             callback.inspection_seconds for callback in callbacks if isinstance(callback, HasInspectionTime)
         )
         checkpoints = sum(callback.seconds for callback in callbacks if isinstance(callback, LastCheckpoint))
-        return ElapsedTime(time.perf_counter(), self._waited(), self._validation, inspection, checkpoints)
-
-    def pause(self) -> None:
-        """Stop counting training time."""
-        synchronize(self._module.device)
-        self._paused = time.perf_counter(), self._waited()
-
-    def resume(self) -> None:
-        """Count training time again; no effect if it is not paused."""
-        if self._paused is not None:
-            began, waited = self._paused
-            self._validation += time.perf_counter() - began - (self._waited() - waited)
-            self._paused = None
+        return self._waited(), inspection, checkpoints
 
     def _waited(self) -> float:
         loader = self._trainer.train_dataloader
@@ -184,8 +192,8 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock, self._begun, self._work = TrainingClock(trainer, pl_module), None, BatchCounter()
-        every, total = _log_interval(trainer), int(trainer.estimated_stepping_batches)
-        if total // every > trainer.global_step // every:
+        every, total = _log_interval(trainer), total_steps(trainer)
+        if total is None or total // every > trainer.global_step // every:
             self._cost = _step_cost(trainer, pl_module)
             self._peak = _peak_flops(trainer, pl_module)
 

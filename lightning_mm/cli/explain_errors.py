@@ -1,0 +1,207 @@
+"""Messages of jsonargparse and errors of libraries as ``UserError``s that fit on one screen.
+
+Data flow: a message or an exception -> what it is about (option, class, file, package) -> ``UserError``, with the
+nearest name that would have been right.
+"""
+
+import difflib
+import errno
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import Profiler
+from lightning.pytorch.strategies import Strategy, StrategyRegistry
+
+from lightning_mm import tuning
+from lightning_mm.core.errors import UserError, first_line
+from lightning_mm.data.dataloader import worker_killed_error
+
+_HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1 shows where it was refused."
+_TRAINER = "Change the trainer's options, or its -c file."
+_BASES: dict[str, tuple[type, ...]] = {
+    "callbacks": (Callback,),
+    "logger": (Logger,),
+    "profiler": (Profiler,),
+    "strategy": (Strategy,),
+}
+"""Options of the trainer that are classes."""
+_PACKAGES = {
+    "comet_ml": "comet-ml",
+    "liger_kernel": "liger-kernel",
+    "transformer_engine": "transformer-engine",
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+}
+"""Where a package's name at pip is not that of its module."""
+
+
+def explain_message(message: str, options: Iterable[str]) -> UserError:
+    """A jsonargparse error message as ``UserError``.
+
+    Args:
+        message: jsonargparse's message.
+        options: All option strings, for suggestions.
+    """
+    if match := re.search(r"unrecognized arguments: (.*)", message, re.S):
+        given = match[1].split()[0].partition("=")[0]
+        return UserError(f"{given} is no option.", "Nothing reads it.", suggestion(given, options) or "See --help.")
+    keys = re.findall(r'(?:Parser key|key) "([\w.+]+)"', message)
+    dotted = ".".join(dict.fromkeys(key.rstrip("+") for key in keys))
+    kinds: Sequence[Callable[[str, str], UserError | None]] = (_missing_package, _no_option, _no_class, _no_choice)
+    for explain in kinds:
+        if (found := explain(message, dotted)) is not None:
+            return found
+    if (missing := _missing(message, dotted, set(options))) is not None:
+        return missing
+    lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
+    why = (lines[-1] if lines else message).replace("<class '", "").replace("'>", "")
+    return UserError(f"{dotted or 'The command line'} cannot be read.", why, _HELP)
+
+
+def explain_exception(error: Exception) -> UserError | None:
+    """A library's error as ``UserError``; None if the user cannot mend it."""
+    first = first_line(error)
+    if (package := _missing_package(str(error))) is not None:
+        return package
+    if isinstance(error, MisconfigurationException):
+        return UserError("The trainer cannot be set up.", first, _TRAINER)
+    if isinstance(error, torch.OutOfMemoryError):
+        return UserError(
+            "The device is out of memory.",
+            first,
+            "Lower data.batch_size, data.max_tokens or data.max_length, or set model.activation_checkpointing true.",
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
+    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
+
+
+def explain_trainer(error: Exception) -> UserError:
+    """An error that Lightning raised while the trainer was made, from the options that it was given."""
+    if (package := _missing_package(str(error))) is not None:
+        return package
+    hint = ""
+    if match := re.search(r"(strategy|accelerator)='(\w+)'", str(error)):
+        known = {
+            "strategy": StrategyRegistry.available_strategies(),
+            "accelerator": AcceleratorRegistry.available_accelerators(),
+        }
+        hint = suggestion(match[2], [*known[match[1]], "auto", "gpu"])
+    return UserError("The trainer cannot be set up.", first_line(error), hint or _TRAINER)
+
+
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """The hint 'Did you mean X?' with the known name closest to ``given``; empty if none is close.
+
+    Example:
+        >>> suggestion("--model.tunning", ["--model.tuning", "--data.train"])
+        'Did you mean --model.tuning?'
+        >>> suggestion("xyz", ["--model.tuning"])
+        ''
+    """
+    near = difflib.get_close_matches(given, list(known), n=1, cutoff=0.6)
+    return f"Did you mean {near[0]}?" if near else ""
+
+
+def _missing_package(message: str, _: str = "") -> UserError | None:
+    """An optional package that is not installed."""
+    if match := re.search(r"No module named '([\w.]+)'", message):
+        module = match[1].partition(".")[0]
+        named = _PACKAGES.get(module, module)
+    elif match := re.search(r"Requirement '([\w-]+)[^']*' not met", message):
+        found = re.findall(r"Requirement '([\w-]+)[^']*' not met", message)
+        named = min(found, key=len)  # tensorboardX beside tensorboard
+    elif match := re.search(r"must have (?:\w+) installed.*?`pip install (?:-U )?([\w-]+)`", message, re.S):
+        named = match[1]
+    else:
+        return None
+    return UserError(f"The package {named} is not installed.", "An option needs it.", f"pip install {named}")
+
+
+def _missing(message: str, dotted: str, options: set[str]) -> UserError | None:
+    """A required option or argument that was not given."""
+    if match := re.search(r"required: (?:fit\.|validate\.|test\.|predict\.)?([\w.]+)", message):
+        of_class = re.search(r"class_path '[\w.]*?(\w+)'", message)
+        name = f"{dotted}.{match[1]}" if of_class and dotted else match[1]
+        if not of_class and f"--{name}" not in options:
+            return UserError(
+                f"{name.upper()} is missing.", "The verb works on it.", f"Give {name.upper()}; see --help."
+            )
+        why = f"{of_class[1]} needs it." if of_class else "It has no default."
+        return UserError(f"--{name} is missing.", why, f"Give --{name} VALUE, or set it in a file.")
+    if dotted and re.search(r"Expected an? .*(?:Got|Given) value: None", message):
+        return UserError(
+            f"--{dotted} is missing.", "It has no default.", f"Give --{dotted} VALUE, or set it in a file."
+        )
+    return None
+
+
+def _no_option(message: str, dotted: str) -> UserError | None:
+    """An option that the named class does not have."""
+    if (match := re.search(r"Option '([\w.]+)' is not accepted", message)) is None:
+        return None
+    known = _options_of(message)
+    fix = suggestion(match[1], known) or (f"Options: {', '.join(known)}." if known else "See --help.")
+    return UserError(f"{dotted}.{match[1]} is no option.", "The class named there does not have it.", fix)
+
+
+def _no_class(message: str, dotted: str) -> UserError | None:
+    """A class that does not exist, or an abstract one."""
+    if dotted.startswith("model.tuning") and "is abstract" in message:
+        example = "--model.tuning IntermediateOnly"
+        return UserError(f"{dotted} comes without a policy.", "Its options depend on which it is.", f"Add {example}.")
+    if (match := re.search(r"import path string: ([\w.]+)", message)) is None:
+        return None
+    last = dotted.rpartition(".")[2]
+    if last == "tuning":
+        known, what = _policies(), "tuning policy"
+    elif last in _BASES:
+        known, what = _class_names(_BASES[last]), last.rstrip("s")
+    else:
+        return None
+    why, named = f"'{match[1]}' is no {what}.", match[1].rpartition(".")[2]
+    return UserError(f"{dotted} cannot be read.", why, suggestion(named, known) or _listed(known))
+
+
+def _no_choice(message: str, dotted: str) -> UserError | None:
+    literal = r"Expected a typing.Literal\[(.*?)\].*?(?:Got|Given) value: (\S+)"
+    if (match := re.search(literal, message, re.S)) is None or match[2] == "None":
+        return None
+    choices = re.findall(r"'([^']+)'", match[1])
+    fix = suggestion(match[2], choices) or "Choose."
+    return UserError(f"{dotted}: '{match[2]}' is no choice.", _listed(choices), fix)
+
+
+def _policies() -> list[str]:
+    return [name for name in tuning.__all__ if issubclass(getattr(tuning, name), tuning.TuningPolicy)][:-1]
+
+
+def _class_names(bases: Iterable[type]) -> list[str]:
+    """Names of the public classes that derive from one of some bases, ours and Lightning's."""
+    found: dict[str, None] = {}
+    left = list(bases)
+    while left:
+        kind = left.pop()
+        left += kind.__subclasses__()
+        if not kind.__name__.startswith("_") and kind.__module__.startswith(("lightning.", "lightning_mm.")):
+            found[kind.__name__] = None
+    return sorted(found)
+
+
+def _options_of(message: str) -> list[str]:
+    """Names of the options of the first class that a message names."""
+    if (match := re.search(r"class_path '([\w.]+)\.(\w+)'", message)) is None:
+        return []
+    kind = getattr(sys.modules.get(match[1]), match[2], None)
+    return [] if kind is None else [name for name in inspect.signature(kind).parameters if name != "kwargs"]
+
+
+def _listed(names: Iterable[str]) -> str:
+    return f"Choices are {', '.join(names)}."

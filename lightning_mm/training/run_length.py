@@ -1,0 +1,29 @@
+"""How many optimizer steps a run has, for its learning-rate schedule, its progress bar and its settings.
+
+Data flow: limits of the trainer and batches of an epoch (and a ``GradientAccumulationScheduler``) -> optimizer steps.
+"""
+
+import math
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+
+
+def total_steps(trainer: L.Trainer) -> int | None:
+    """Optimizer steps of the whole run; None where neither steps nor epochs are bounded.
+
+    Lightning's own estimate takes the accumulation of the first epoch for that of all.
+
+    Args:
+        trainer: The trainer, with its training loader.
+    """
+    estimated = trainer.estimated_stepping_batches
+    if not math.isfinite(estimated) or estimated < 0:
+        return None
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+    schedulers = [callback for callback in callbacks if isinstance(callback, GradientAccumulationScheduler)]
+    batches, epochs = trainer.num_training_batches, trainer.max_epochs
+    if not schedulers or epochs is None or epochs < 0 or not math.isfinite(batches):
+        return int(estimated)
+    steps = sum(math.ceil(batches / schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)

@@ -1,0 +1,203 @@
+"""However a run ends, its last state is saved, and a run that goes on from it is the uninterrupted one, bit for bit."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from torch import Tensor
+
+from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
+from lightning_mm.training.callbacks.stop_signals import Preempted
+from lightning_mm.training.module import MMModule
+from lightning_mm.tuning.optimizer import OptimizerSettings
+from tests.helpers.data import Data, Family, make_rows
+from tests.helpers.training import DROPOUT, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint.*:UserWarning")
+CONSTANT = OptimizerSettings(lr=1e-2, schedule="constant", warmup=0)
+"""Its learning rates do not depend on the length of the run."""
+END = 9
+"""Optimizer steps of the uninterrupted run: 12 rows, batches of 2, two micro-batches a step, three steps an epoch."""
+Hook = Callable[[L.Trainer], None]
+
+
+class At(Callback):
+    """Does something at a hook, once a step is reached."""
+
+    def __init__(self, hook: str, step: int, act: Hook) -> None:
+        done: list[int] = []
+
+        def call(trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step >= step and not done and not trainer.sanity_checking:
+                done.append(step)
+                act(trainer)
+
+        setattr(self, hook, call)
+
+
+def stop(trainer: L.Trainer) -> None:
+    trainer.should_stop = True
+
+
+def fail(_: L.Trainer) -> None:
+    raise RuntimeError("broken")
+
+
+def interrupt(_: L.Trainer) -> None:
+    raise KeyboardInterrupt
+
+
+def send(signum: int) -> Hook:
+    return lambda _: os.kill(os.getpid(), signum)
+
+
+def never_better(**options: Any) -> EarlyStopping:
+    return EarlyStopping("val/loss", min_delta=100.0, patience=1, **options)
+
+
+VALIDATING = {"limit_val_batches": 2, "val_check_interval": 2}
+WAYS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], type[BaseException] | None]] = {
+    "max_steps": (lambda: [], {"max_steps": 4}, None),
+    "max_epochs": (lambda: [], {"max_steps": -1, "max_epochs": 1}, None),
+    "EarlyStopping within an epoch": (lambda: [never_better()], VALIDATING, None),
+    "EarlyStopping after an epoch": (lambda: [never_better()], {"limit_val_batches": 2}, None),
+    "EarlyStopping on the training loss": (
+        lambda: [EarlyStopping("train/loss", min_delta=100.0, patience=0, check_on_train_epoch_end=True)],
+        {},
+        None,
+    ),
+    "should_stop in a batch": (lambda: [At("on_train_batch_end", 2, stop)], {}, None),
+    "should_stop before a batch": (lambda: [At("on_train_batch_start", 2, stop)], {}, None),
+    "should_stop in a validation": (lambda: [At("on_validation_end", 2, stop)], VALIDATING, None),
+    "exception before a batch": (lambda: [At("on_train_batch_start", 2, fail)], {}, RuntimeError),
+    "exception in the backward pass": (lambda: [At("on_after_backward", 2, fail)], {}, RuntimeError),
+    "exception after a batch": (lambda: [At("on_train_batch_end", 2, fail)], {}, RuntimeError),
+    "exception in a validation": (lambda: [At("on_validation_batch_end", 2, fail)], VALIDATING, RuntimeError),
+    "exception after training": (lambda: [At("on_train_end", 2, fail)], {"max_steps": 4}, RuntimeError),
+    "KeyboardInterrupt": (lambda: [At("on_before_backward", 2, interrupt)], {}, SystemExit),
+    "Ctrl-C": (lambda: [At("on_before_backward", 2, send(signal.SIGINT))], {}, SystemExit),
+    "Ctrl-C in a validation": (
+        lambda: [At("on_validation_batch_end", 2, send(signal.SIGINT))],
+        VALIDATING,
+        SystemExit,
+    ),
+    "SIGTERM": (lambda: [At("on_train_batch_start", 2, send(signal.SIGTERM))], {}, Preempted),
+    "SIGTERM in a validation": (lambda: [At("on_validation_end", 2, send(signal.SIGTERM))], VALIDATING, Preempted),
+    "SIGHUP": (lambda: [At("on_train_batch_end", 2, send(signal.SIGHUP))], {}, Preempted),
+}
+
+
+def weights(module: MMModule) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in module.trainable.items()}
+
+
+class Kept(Callback):
+    """Keeps the module, which a run that fails does not return."""
+
+    module: MMModule
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        assert isinstance(pl_module, MMModule)
+        self.module = pl_module
+
+
+class Fit:
+    """Fits of one module and data set, each in a folder of its own."""
+
+    def __init__(self, model: Path, data: Data, folder: Path) -> None:
+        self.model, self.data, self.folder = model, data, folder
+
+    def __call__(self, name: str, *callbacks: Callback, **options: Any) -> tuple[dict[str, Tensor], Path]:
+        kept = Kept()
+        common = {"max_steps": END, "accumulate_grad_batches": 2, "tuning": DROPOUT, "optimizer": CONSTANT}
+        try:
+            train(
+                self.model,
+                self.data,
+                self.folder / name,
+                callbacks=[kept, *callbacks, LastCheckpoint(100)],
+                **common | options,
+            )
+        finally:
+            self.end = weights(kept.module)
+        return self.end, self.checkpoint(name)
+
+    def checkpoint(self, name: str, file: str = "last.ckpt") -> Path:
+        return self.folder / name / "checkpoints" / file
+
+
+@pytest.fixture(scope="module")
+def fit(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Fit:
+    folder = tmp_path_factory.mktemp("ends")
+    data = {}
+    for seed, (split, count) in enumerate({"train": 12, "val": 4}.items()):
+        data[split] = folder / f"{split}.json"
+        data[split].write_text(json.dumps(make_rows(folder, count, seed=seed)))
+    return Fit(family("llava"), data, folder)
+
+
+@pytest.fixture(scope="module")
+def whole(fit: Fit) -> dict[str, Tensor]:
+    return fit("whole")[0]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_end_is_saved_and_can_be_gone_on_from(way: str, fit: Fit, whole: dict[str, Tensor], tmp_path: Path) -> None:
+    callbacks, options, raised = WAYS[way]
+    fit.folder, before = tmp_path, signal.getsignal(signal.SIGINT)
+    if raised is None:
+        fit("ended", *callbacks(), **options)
+    else:
+        with pytest.raises(raised) as caught:
+            fit("ended", *callbacks(), **options)
+        assert caught.type is raised
+    assert signal.getsignal(signal.SIGINT) == before
+    at_end, path = fit.end, fit.checkpoint("ended")
+    saved = torch.load(path, weights_only=True)
+    assert 0 < saved["global_step"] < END
+    assert same(saved["state_dict"], at_end)
+    rest = {key: value for key, value in options.items() if key in VALIDATING}
+    assert same(fit("rest", ckpt_path=path, **rest)[0], whole)
+
+
+def test_best_and_the_users_own_checkpoints_are_of_complete_steps(
+    fit: Fit, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """A validation after three micro-batches falls between two steps; all files go into one folder."""
+    fit.folder = tmp_path
+    own = ModelCheckpoint(monitor="val/loss", filename="own", save_top_k=1)
+    options = {"limit_val_batches": 2, "val_check_interval": 3, "max_steps": 2}
+    fit("ended", own, BestCheckpoint(), **options)
+    folder = fit.checkpoint("ended").parent
+    assert sorted(file.name for file in folder.iterdir()) == ["best.ckpt", "last.ckpt", "own.ckpt"]
+    for name in ("best", "own"):
+        assert torch.load(folder / f"{name}.ckpt", weights_only=True)["global_step"] == 1
+        assert same(fit(name, ckpt_path=folder / f"{name}.ckpt")[0], whole)
+
+
+def test_an_update_that_was_left_in_its_middle_is_not_saved(fit: Fit, tmp_path: Path) -> None:
+    class Torn(Callback):
+        def on_train_start(self, trainer: L.Trainer, *_: Any) -> None:
+            optimizer = trainer.optimizers[0]
+
+            def tear(*_: Any) -> None:
+                if trainer.global_step == 1:
+                    raise RuntimeError("out of memory, say")
+
+            optimizer.register_step_post_hook(tear)
+
+    fit.folder = tmp_path
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit("torn", Torn())
+    assert not list(tmp_path.rglob("last.ckpt"))
