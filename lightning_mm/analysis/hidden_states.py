@@ -11,8 +11,8 @@ S sites per row (last token, mean of the image tokens, ...), L tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,12 +53,14 @@ class HiddenStates:
         features: Position -> (T, N, D) float32 on the CPU.
         sample_index: Position -> where each of its N vectors comes from, in the order of the probe set.
         rejected: Rows that could not be processed.
+        probe_set: The rows that were read, where the reader keeps them (``read_hidden_states`` does); else None.
     """
 
     step: int
     features: Mapping[str, Tensor]
     sample_index: Mapping[str, tuple[SampleId, ...]]
     rejected: tuple[Rejection, ...] = ()
+    probe_set: ProbeSet | None = None
 
     @property
     def num_slices(self) -> int:
@@ -160,6 +162,18 @@ def extract_hidden_states(
     return HiddenStates(step, features, sample_index, tuple(rejected))
 
 
+def in_own_dtype(mm: MultimodalModel, device: torch.device) -> ForwardContext:
+    """Give a model in half or double precision its pixels in that type: not every model converts them."""
+    dtype = mm.transformers.dtype
+
+    @contextmanager
+    def begin(batch: ProbeBatch) -> Iterator[ProbeBatch]:
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        yield replace(batch, inputs=inputs).to(device)
+
+    return begin
+
+
 def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
     """(T - first, B, S, D) pooled hidden states, on the CPU."""
     taken: dict[int, Tensor] = {}
@@ -169,7 +183,8 @@ def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
         if index < first:
             below[:] = [hidden_BLD]
         else:
-            taken[index] = pool(hidden_BLD, batch.weights)
+            # Of a model spread over devices (device_map), each block has its own.
+            taken[index] = pool(hidden_BLD, batch.weights.to(hidden_BLD.device)).to(batch.weights.device)
 
     no_position = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
     with block_io(mm, receive), select_positions_before_head(mm.model.get_submodule(mm.layout.head), no_position):

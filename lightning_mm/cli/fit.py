@@ -18,7 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.analysis.findings import copy_earlier_findings
-from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.base import LayerCallback
 from lightning_mm.cli.parser import Parser
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import decision_log, log, log_decision
@@ -147,7 +147,7 @@ class TrainingCLI(LightningCLI):
     def _callbacks(self, config: Namespace) -> list[Callback]:
         """The callbacks that have options, and those whose defaults of Lightning are not wanted."""
         given = self._get(self.config_init, "trainer").get("callbacks") or []
-        _refuse_duplicates([callback for callback in given if isinstance(callback, InspectionCallback)])
+        _refuse_duplicates([callback for callback in given if isinstance(callback, LayerCallback)])
         callbacks: list[Callback] = [ProgressBar(), RunRecorder(self.run)]
         if self.subcommand == "fit":
             callbacks += [self._get(self.config_init, "evaluation"), LastCheckpoint(config.run.save_every)]
@@ -204,7 +204,7 @@ def _reusable_config(config: Namespace) -> Namespace:
     return kept
 
 
-def _refuse_duplicates(callbacks: Sequence[InspectionCallback]) -> None:
+def _refuse_duplicates(callbacks: Sequence[LayerCallback]) -> None:
     """Refuse two callbacks of one class: Lightning keeps callback states by class."""
     kinds = [type(callback).__name__ for callback in callbacks]
     for kind in kinds:

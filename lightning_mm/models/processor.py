@@ -233,7 +233,7 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
             str(error).strip().split("\n")[0],
             f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
         ) from error
-    _require_image_text_processor(path, processor, config)
+    require_image_text_processor(path, processor, config)
     return ModelProcessor(processor, config)
 
 
@@ -247,11 +247,12 @@ def wrap_processor(processor: Any, config: PretrainedConfig) -> ModelProcessor:
     Raises:
         UserError: It does not take images and text.
     """
-    _require_image_text_processor(type(processor).__name__, processor, config)
+    require_image_text_processor(type(processor).__name__, processor, config)
     return ModelProcessor(processor, config)
 
 
-def _require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
+def require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
+    """Raise UserError unless this is a processor of pictures and text with a fast tokenizer, for such a model."""
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
     elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
