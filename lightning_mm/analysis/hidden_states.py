@@ -11,7 +11,7 @@ S sites per row (last token, mean of the image tokens, ...), L tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
@@ -215,8 +215,16 @@ def _present_sites(batch: ProbeBatch) -> Iterable[tuple[str, SampleId, int, int]
 def gather_hidden_states(states: HiddenStates, probe_set: ProbeSet) -> HiddenStates | None:
     """The rows of all ranks on rank 0, each once and in the probe set's order; None on the other ranks."""
     parts = gather_object(states)
-    if parts is None:
-        return None
+    return None if parts is None else merge_hidden_states(parts, probe_set)
+
+
+def merge_hidden_states(parts: Sequence[HiddenStates], probe_set: ProbeSet) -> HiddenStates:
+    """Hidden states of the same step as one, each row once and in the probe set's order.
+
+    Args:
+        parts: One or more, of any rows of the set.
+        probe_set: The rows.
+    """
     order = {row.id: index for index, row in enumerate(probe_set.rows)}
     features, sample_index = {}, {}
     for position in sorted({position for part in parts for position in part.features}):
@@ -227,7 +235,7 @@ def gather_hidden_states(states: HiddenStates, probe_set: ProbeSet) -> HiddenSta
         x_TND = torch.cat([part.features[position] for part in having], 1)
         features[position] = x_TND[:, [first_index[sample] for sample in unique]]
         sample_index[position] = tuple(unique)
-    return HiddenStates(states.step, features, sample_index, tuple(r for part in parts for r in part.rejected))
+    return HiddenStates(parts[0].step, features, sample_index, tuple(r for part in parts for r in part.rejected))
 
 
 def common_samples(one: HiddenStates, other: HiddenStates) -> tuple[HiddenStates, HiddenStates, int]:

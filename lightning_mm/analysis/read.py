@@ -27,7 +27,7 @@ from torch import nn
 from lightning_mm.analysis.drift import measure_drift
 from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.analysis.geometry import DEFAULT_MEASURES, measure_geometry, resolve_measures
-from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, in_own_dtype
+from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, in_own_dtype, merge_hidden_states
 from lightning_mm.analysis.probing import ProbingOptions, run_probes
 from lightning_mm.core.decisions import log
 from lightning_mm.core.errors import UserError
@@ -97,6 +97,7 @@ def read_hidden_states(
         read = probe_set.without_pictures() if blank else probe_set
         batches = _batches(mm, read, batch_size, max_length)
         states = extract_hidden_states(mm, batches, mm.device, step=step, begin=in_own_dtype(mm, mm.device))
+    states = merge_hidden_states([states], probe_set)
     states = replace(states, rejected=(*rejected, *states.rejected), probe_set=probe_set)
     for problem in states.problems:
         log.warning("read_hidden_states: %s", problem)

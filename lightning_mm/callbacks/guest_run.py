@@ -4,6 +4,7 @@ Data flow: folder of the loop's loggers -> ``GuestRun`` (``inspection``, ``inspe
 census.json, ledger.jsonl, report.html beside what the runner writes.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -68,7 +69,10 @@ class GuestRun:
         write_json(self.directory.decisions, [asdict(decision) for decision in self.decisions])
         subject.rejected.write(self.directory.ledger)
         write_report(self.directory.path)
-        log.info("report: %s", self.directory.report)
+        if log.isEnabledFor(logging.INFO):
+            log.info("report: %s", self.directory.report)
+        else:  # a stranger's script has set up no log
+            print(f"report: {self.directory.report}")
 
 
 def newest_run(root: Path) -> Path | None:
