@@ -10,11 +10,24 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same to Python
     from lightning_mm.analysis.probing import ProbingOptions
+    from lightning_mm.analysis.read import (
+        compare_hidden_states,
+        measure_hidden_states,
+        probe_hidden_states,
+        read_hidden_states,
+        save_findings,
+    )
     from lightning_mm.callbacks.causal import CausalCallback
+    from lightning_mm.callbacks.hf import InspectionCallback
     from lightning_mm.callbacks.layer_callbacks import DriftCallback, GeometryCallback, ProbingCallback
     from lightning_mm.callbacks.schedule import Schedule
+    from lightning_mm.causal.editing.multedit import EditConfig
+    from lightning_mm.causal.effects.activation_patching import TraceConfig
+    from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
+    from lightning_mm.causal.study import StudyConfig
     from lightning_mm.core.errors import UserError
     from lightning_mm.data.datamodule import MMDataModule
+    from lightning_mm.execution.prepare import Compute
     from lightning_mm.layer_selection.select import AutoRange, Selection
     from lightning_mm.models.loading import Backbone
     from lightning_mm.models.lora import LoRA
@@ -48,14 +61,18 @@ __all__ = [
     "AutoRange",
     "Backbone",
     "CausalCallback",
+    "Compute",
     "ConnectorOnly",
     "DriftCallback",
     "EarlyLayers",
+    "EditConfig",
     "EditResult",
     "Full",
     "GeometryCallback",
+    "InspectionCallback",
     "InspectionResult",
     "IntermediateOnly",
+    "KnockoutConfig",
     "LateLayers",
     "LoRA",
     "LoRAOnMiddle",
@@ -69,17 +86,24 @@ __all__ = [
     "RandomLayers",
     "Schedule",
     "Selection",
+    "StudyConfig",
+    "TraceConfig",
     "TraceResult",
     "TuningPlan",
     "TuningPolicy",
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "compare_hidden_states",
     "edit",
     "export_model",
     "inspect",
+    "measure_hidden_states",
     "plan",
+    "probe_hidden_states",
+    "read_hidden_states",
     "resolve_layers",
+    "save_findings",
     "select_layers",
     "trace",
     "write_report",
@@ -87,11 +111,18 @@ __all__ = [
 
 _MODULES = {
     "analysis.probing": "ProbingOptions",
+    "analysis.read": "compare_hidden_states measure_hidden_states probe_hidden_states read_hidden_states save_findings",
+    "callbacks.hf": "InspectionCallback",
     "callbacks.causal": "CausalCallback",
     "callbacks.layer_callbacks": "DriftCallback GeometryCallback ProbingCallback",
     "callbacks.schedule": "Schedule",
+    "causal.editing.multedit": "EditConfig",
+    "causal.effects.activation_patching": "TraceConfig",
+    "causal.effects.knockout_curves": "KnockoutConfig",
+    "causal.study": "StudyConfig",
     "core.errors": "UserError",
     "data.datamodule": "MMDataModule",
+    "execution.prepare": "Compute",
     "layer_selection.select": "AutoRange Selection",
     "models.loading": "Backbone",
     "models.lora": "LoRA",

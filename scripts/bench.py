@@ -1,6 +1,6 @@
 """Training by the product, by TRL's SFTTrainer and by transformers' Trainer: time, memory, start-up, equal losses.
 
-    python scripts/bench.py            # everything into benchmarks/training.json, and README's table
+    python scripts/bench.py            # everything into benchmarks/training.json, and the table of docs/speed-and-memory.md
     python scripts/bench.py --table    # the table again, from that file
 
 Same model, rows, order, rows per batch and arithmetic. The arms take turns, each in a process of its own that loads
@@ -30,7 +30,7 @@ IMAGE_SIZES = (56, 112, 168, 224)
 def main() -> None:
     """Measure and write down, or write the table only."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--table", action="store_true", help="Only write README's table from the results.")
+    parser.add_argument("--table", action="store_true", help="Only write the table of docs/speed-and-memory.md from the results.")
     parser.add_argument("--part", choices=("rivals", "growth", "all"), default="all")
     parser.add_argument("--arms", default="", help="Only arms whose key contains one of these, as a,b.")
     parser.add_argument("--rounds", type=int, default=3)
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("nano/data/train.json"))
     parser.add_argument("--rivals", type=Path, default=Path(".venv-rivals"), help="Their environment.")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/training.json"))
-    parser.add_argument("--readme", type=Path, default=Path("README.md"), help="Where the table goes.")
+    parser.add_argument("--readme", type=Path, default=Path("docs/speed-and-memory.md"), help="Where the table goes.")
     args = parser.parse_args()
     if not args.table:
         with tempfile.TemporaryDirectory() as work:

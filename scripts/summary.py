@@ -1,6 +1,7 @@
 """Accuracy by question type over the stages of a training, beside its baselines: summary.py RUN [RUN ...].
 
-With --looks RUN SECONDS: what looking inside has cost of so long a time.
+With --looks RUN SECONDS: what looking inside has cost of so long a time. With --json FILE RUN RUN: the same numbers into a
+file, for readme_numbers.py.
 """
 
 import json
@@ -33,6 +34,14 @@ def _asked(run: Path, kind: str) -> Any:
     return next((row["before"] for row in rows if row["type"] == kind), None)
 
 
+def write(file: Path, runs: list[Path]) -> None:
+    """The numbers of the last two runs as JSON."""
+    last = json.loads((runs[-1] / "evaluation.json").read_text(encoding="utf-8"))["rows"]
+    kept = ("type", "n", "no_image", "majority")
+    rows = [{**{key: row[key] for key in kept}, "connector": row["before"], "middle": row["after"]} for row in last]
+    file.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
+
+
 def looks(run: Path, seconds: float) -> str:
     """What looking inside has cost of so many seconds."""
     rows = json.loads((run / "inspections.json").read_text(encoding="utf-8"))
@@ -49,4 +58,6 @@ if __name__ == "__main__":
         sys.exit(__doc__)
     if sys.argv[1] == "--looks":
         sys.exit(print(looks(Path(sys.argv[2]), float(sys.argv[3]))))
+    if sys.argv[1] == "--json":
+        sys.exit(write(Path(sys.argv[2]), [Path(run) for run in sys.argv[3:]]))
     Console().print(table([Path(run) for run in sys.argv[1:]]))

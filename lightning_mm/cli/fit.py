@@ -34,7 +34,7 @@ from lightning_mm.training.callbacks.checkpoints import EXIT_CODE, BestCheckpoin
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
-from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
@@ -55,7 +55,7 @@ def train(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> None:
     TrainingCLI(
-        MMModule,
+        ModuleOptions,
         MMDataModule,
         parser_class=Parser,
         auto_configure_optimizers=False,

@@ -16,7 +16,7 @@ from lightning_mm.cli.parser import Parser
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs import plan as verb
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
@@ -25,7 +25,7 @@ def plan(arguments: list[str]) -> int:
     """Tell what a run will cost; returns the exit status."""
     refuse_foreign_classes(arguments)
     cli = PlanningCLI(
-        MMModule,
+        ModuleOptions,
         MMDataModule,
         parser_class=Parser,
         auto_configure_optimizers=False,

@@ -13,6 +13,8 @@ from typing import Literal, get_args
 from lightning_mm.core.measure_catalog import measure
 
 Stage = Literal["val", "test"]
+Moment = Literal["before", "after", "no_image", "majority"]
+"""When a run's held-out questions were answered, and by what; ``no_image``: after training, with blank pictures."""
 LayerFact = Literal["peak_layer", "peak", "plateau_low", "plateau_high", "in_trained_range"]
 """What is logged of a measure's profile over the layers."""
 
@@ -85,10 +87,15 @@ _FIXED = (
     *_scores("test"),
     Metric("test/no_image", "fraction", "exact match with the picture withheld"),
     Metric("test/majority", "fraction", "exact match of always giving the most frequent answer"),
+    Metric("evaluation/before", "fraction", "exact match on held-out questions before the first step", "max"),
+    Metric("evaluation/after", "fraction", "exact match on held-out questions after the last step", "max"),
+    Metric("evaluation/no_image", "fraction", "exact match after the last step with blank pictures"),
+    Metric("evaluation/majority", "fraction", "exact match of always giving the training data's most frequent answer"),
     Metric(INSPECTION_SECONDS, "s", "time that the last look inside the model took", "min"),
     Metric(INSPECTION_SHARE, "fraction", "all looks inside so far, as a share of the training time", "min"),
 )
-_PER_TYPE = ("val/exact_match", "test/exact_match", "test/no_image", "test/majority")
+_HELD_OUT = tuple(f"evaluation/{moment}" for moment in get_args(Moment))
+_PER_TYPE = ("val/exact_match", "test/exact_match", "test/no_image", "test/majority", *_HELD_OUT)
 _BY_NAME = {metric.name: metric for metric in _FIXED}
 
 
@@ -105,6 +112,11 @@ def no_image(question_type: str | None = None) -> str:
 def majority(question_type: str | None = None) -> str:
     """The key of the majority baseline on the test split."""
     return _join("test/majority", question_type)
+
+
+def held_out(moment: Moment, question_type: str | None = None) -> str:
+    """The key of exact match on a run's held-out questions at one moment, over all of them or those of one type."""
+    return _join(f"evaluation/{moment}", question_type)
 
 
 def learning_rate(group: str) -> str:

@@ -98,6 +98,10 @@ class RunDirectory:
         return self.path / "census.json"
 
     @property
+    def hyperparameters(self) -> Path:
+        return self.path / "hyperparameters.json"
+
+    @property
     def decisions(self) -> Path:
         return self.path / "decisions.json"
 

@@ -8,6 +8,7 @@ import random
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -27,7 +28,7 @@ from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
 from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
-from lightning_mm.models.processor import ModelProcessor, load_processor
+from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 
 
 class MMDataModule(L.LightningDataModule):
@@ -52,7 +53,8 @@ class MMDataModule(L.LightningDataModule):
         max_megapixels: Largest picture that is decoded.
         generation_samples: How many validation questions, from the first on, are answered by generation; all if not
             given.
-        processor: Folder or hub name of the model that the processor is loaded from.
+        processor: Folder or hub name of the model that the processor is loaded from, or a loaded processor; the
+            module's if not given.
         revision: Commit, tag or branch of a hub processor.
         probes: Pictures to look inside the model with: rows with captions and objects, LLaVA's conversations, one of
             COCO's annotation files, or a probe set that was saved. Taken from val, or else test, if not given.
@@ -61,6 +63,7 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         rejected_samples: Rows and parts of rows that are not used, with reasons.
+        arguments: The arguments as given, by name.
     """
 
     def __init__(
@@ -80,13 +83,15 @@ class MMDataModule(L.LightningDataModule):
         max_bad_fraction: float = 0.01,
         max_megapixels: float = 40.0,
         generation_samples: int | None = None,
-        processor: str = "",
+        processor: Any = "",
         revision: str | None = None,
         probes: str | None = None,
         probe_images: int = 64,
         probe_prompt: str = ENTAILMENT_PROMPT,
     ) -> None:
+        arguments = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
+        self.arguments = arguments
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
         _refuse_below(1, max_tokens=max_tokens)
         _refuse_below(2, probe_images=probe_images)
@@ -102,6 +107,7 @@ class MMDataModule(L.LightningDataModule):
         self._samples: dict[str, tuple[Sample, ...]] = {}
         self._header_check = ImageHeaderCheck(self.rejected_samples, max_megapixels)
         self._probe_set: ProbeSet | None = None
+        self._measured: tuple[ModelProcessor, TokenLengths] | None = None
 
     def setup(self, stage: str) -> None:
         """Read the files of this stage, on every rank, so that errors show before the model is loaded.
@@ -132,14 +138,29 @@ class MMDataModule(L.LightningDataModule):
             self.rejected_samples.check()
         return self._samples.get(split, ())
 
-    @cached_property
+    @property
     def processing(self) -> ModelProcessor:
-        """The model's processor."""
-        if not self.processor:
+        """The model's processor: this data module's own, or that of the module in training."""
+        if isinstance(self.processor, ModelProcessor):
+            return self.processor
+        return self._own_processing if self.processor else self._module_processing
+
+    @property
+    def _module_processing(self) -> ModelProcessor:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if not isinstance(found := getattr(module, "processing", None), ModelProcessor):
             raise UserError(
-                "data.processor is not set.", "The model's processor makes the batches.", "Name its folder."
+                "data.processor is not set.",
+                "The model's processor makes the batches, and there is no MMModule to take it from.",
+                'Give MMDataModule(..., processor="org/name").',
             )
-        return load_processor(self.processor, self.revision)
+        return found
+
+    @cached_property
+    def _own_processing(self) -> ModelProcessor:
+        if isinstance(self.processor, (str, Path)):
+            return load_processor(str(self.processor), self.revision)
+        return wrap_processor(self.processor, self._module_processing.config)
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""
@@ -163,15 +184,19 @@ class MMDataModule(L.LightningDataModule):
             return float(self.batch_size)
         return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
 
-    @cached_property
+    @property
     def _lengths(self) -> TokenLengths:
-        return measure_token_lengths(
-            self.samples("train"),
-            self.processing,
-            max_length=self.max_length,
-            max_megapixels=self.max_megapixels,
-            sizes=self._header_check.sizes,
-        )
+        """Lengths of the training conversations in tokens of the processor in use, measured once."""
+        if self._measured is None or self._measured[0] is not self.processing:
+            lengths = measure_token_lengths(
+                self.samples("train"),
+                self.processing,
+                max_length=self.max_length,
+                max_megapixels=self.max_megapixels,
+                sizes=self._header_check.sizes,
+            )
+            self._measured = self.processing, lengths
+        return self._measured[1]
 
     def val_dataloader(self) -> list[CheckedDataLoader]:
         """Batches for the loss, then questions for generation; an empty list where ``val`` is not set."""

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Literal
 
+from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph, checkpoint_blocks
@@ -44,6 +45,7 @@ class Compute:
     liger: bool = False
 
     def __post_init__(self) -> None:
+        refuse_other_choices(self, "model.compute")
         for option in ("checkpoint_every", "loss_chunk"):
             value = getattr(self, option)
             if isinstance(value, int) and value < 1:

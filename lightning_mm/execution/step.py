@@ -114,6 +114,11 @@ class TrainingStep:
                 raise
             log_decision("model.cache", "off", error.why)
 
+    @property
+    def cache_decided(self) -> bool:
+        """Whether ``open_cache`` was called since the model was prepared."""
+        return self._cache_decided
+
     def wrap_collator(self, collator: Collator) -> Callable[..., Batch]:
         """The collator, or if the cache is open, one that leaves out what is cached."""
         if self.cache is None:

@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.layout import ModelLayout
-from lightning_mm.models.processor import ModelProcessor, require_image_text_processor
+from lightning_mm.models.processor import ModelProcessor, wrap_processor
 
 
 def find_models(module: nn.Module) -> dict[str, nn.Module]:
@@ -100,11 +100,9 @@ def open_model(model: nn.Module, processor: Any, source: str = "") -> Multimodal
         )
     _refuse_sharded(plain)
     source = source or str(getattr(plain.config, "_name_or_path", ""))
-    if isinstance(processor, ModelProcessor):
-        processing = processor
-    else:
-        require_image_text_processor(source or type(plain).__name__, processor, plain.config)
-        processing = ModelProcessor(copy.deepcopy(processor), plain.config)  # a pad token may be set in the copy
+    # A pad token may be set in the copy.
+    copied = processor if isinstance(processor, ModelProcessor) else copy.deepcopy(processor)
+    processing = wrap_processor(copied, plain.config, source or type(plain).__name__)
     return MultimodalModel(plain, ModelLayout.of(plain).without_adapters(), processing, source)
 
 

@@ -5,7 +5,7 @@ Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for plannin
 
 import hashlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -15,11 +15,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, BitsAndBytesConfig, PretrainedConfig
 from transformers.utils import logging as hf_logging
 
+from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError, missing_package
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Backbone:
     """The model to be tuned.
 
@@ -32,10 +33,14 @@ class Backbone:
     """
 
     path: str
+    _: KW_ONLY
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"] = "auto"
     quantization: Literal["none", "nf4", "int8"] = "none"
+
+    def __post_init__(self) -> None:
+        refuse_other_choices(self, "model.backbone")
 
 
 def load_skeleton(backbone: Backbone) -> nn.Module:

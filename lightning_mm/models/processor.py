@@ -191,7 +191,7 @@ class ModelProcessor:
             return_tensors="pt",
         )
         recorder = self._recording.tokenizer
-        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self._forward_names}
+        inputs = {k: v for k, v in features.items() if isinstance(v, Tensor) and k in self.forward_names}
         assert recorder.offsets.shape[:2] == inputs["input_ids"].shape, "the last text tokenized is not the batch"
         return Encoding(inputs, recorder.texts, recorder.offsets)
 
@@ -207,7 +207,8 @@ class ModelProcessor:
         return not (bos and text.startswith(bos))
 
     @cached_property
-    def _forward_names(self) -> frozenset[str]:
+    def forward_names(self) -> frozenset[str]:
+        """Names of the arguments of the model's forward."""
         model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(self.config)]
         return frozenset(inspect.signature(model_class.forward).parameters)
 
@@ -233,26 +234,27 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
             str(error).strip().split("\n")[0],
             f"Name a folder that save_pretrained of model and processor wrote, or fetch it first: hf download {path}",
         ) from error
-    require_image_text_processor(path, processor, config)
-    return ModelProcessor(processor, config)
+    return wrap_processor(processor, config, path)
 
 
-def wrap_processor(processor: Any, config: PretrainedConfig) -> ModelProcessor:
-    """A processor that was loaded elsewhere.
+def wrap_processor(processor: Any, config: PretrainedConfig, name: str = "This processor") -> ModelProcessor:
+    """A processor that is loaded already, as the data module needs it.
 
     Args:
-        processor: A processor of transformers; its tokenizer gets a padding token if it has none.
-        config: Of its model.
+        processor: A processor of transformers, or a ``ModelProcessor``, which is returned as it is.
+        config: The config of the model that it belongs to.
+        name: What it is called in an error.
 
     Raises:
-        UserError: It does not take images and text.
+        UserError: It is no processor of images and text, or its tokenizer is a slow one.
     """
-    require_image_text_processor(type(processor).__name__, processor, config)
+    if isinstance(processor, ModelProcessor):
+        return processor
+    _require_image_text_processor(name, processor, config)
     return ModelProcessor(processor, config)
 
 
-def require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
-    """Raise UserError unless this is a processor of pictures and text with a fast tokenizer, for such a model."""
+def _require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
     elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):

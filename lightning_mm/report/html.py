@@ -1,43 +1,76 @@
 """The HTML report: ``report.html``, one file that opens anywhere and is complete without any service.
 
-Data flow: the files of a run directory -> ``page`` (what is said) -> ``templates/`` (how it looks) -> report.html.
+Data flow: the files of a run directory -> ``page`` (what is said) -> ``templates/`` (how it looks) -> report.html, with
+the charts of ``chart_book`` and the scripts that make them interactive inside. Of several runs: ``comparison``.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_atomically
 from lightning_mm.core.run_directory import RunDirectory
 
 
-def write_report(run: Path) -> Path:
-    """Write ``report.html`` into the run directory, from whatever it holds.
+def write_report(run: str | Path, *more: str | Path, out: str | Path | None = None) -> Path:
+    """Write the report of a run from whatever its folder holds, or one that compares several runs.
 
     Args:
         run: The folder of a run; only the files of the contract are read.
+        more: Folders of further runs, which are compared with it: accuracy, curves, and each measure by layer.
+        out: The file to write. None is ``report.html`` in the folder of a single run; of several runs,
+            ``compare-<names>.html`` beside the folder of the first.
 
     Returns:
         The path of the report.
 
     Raises:
-        UserError: If there is no such folder, or the report cannot be written.
+        UserError: If there is no such folder, a run is named twice, or the report cannot be written.
     """
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # late, with altair: most commands write no report
+    directories = [RunDirectory.open(path) for path in (run, *more)]
+    if len(directories) == 1:
+        from lightning_mm.report.page import page_content  # late, with altair: most commands write no report
 
-    from lightning_mm.report.page import page_content
+        path, content = directories[0].report, page_content(directories[0])
+        return _write(Path(out) if out else path, "report.html.jinja", content)
+    from lightning_mm.report.comparison import comparison_content, default_path
 
-    directory = RunDirectory.open(run)
-    template = Environment(
+    content = comparison_content(directories)
+    return _write(Path(out) if out else default_path(directories), "compare.html.jinja", content)
+
+
+def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
+    page = _rendered(template, content)
+    try:
+        write_atomically(path, page.encode("utf-8", errors="replace"))
+    except OSError as error:
+        fix = "Free some space, or make the folder writable."
+        raise UserError(f"{path} cannot be written.", str(error), fix) from error
+    return path
+
+
+def _rendered(template: str, content: dict[str, Any]) -> str:
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    from lightning_mm.report import chart_book
+    from lightning_mm.report.figures import theme
+
+    book, (library, packed) = chart_book.ChartBook(), chart_book.library()
+    environment = Environment(
         loader=PackageLoader("lightning_mm.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-    ).get_template("report.html.jinja")
-    page = template.render(page_content(directory))
-    try:
-        write_atomically(directory.report, page.encode("utf-8", errors="replace"))
-    except OSError as error:
-        fix = "Free some space, or make the folder writable."
-        raise UserError(f"{directory.report} cannot be written.", str(error), fix) from error
-    return directory.report
+    )
+    environment.globals |= {
+        "book": book,
+        "chart": book.chart,
+        "at": book.at,
+        "policy": lambda *styles: chart_book.policy(tuple(map(str, styles)), (chart_book.script(), library)),
+        "script": chart_book.script(),
+        "library": packed,
+        "theme": theme,
+        "dark_figures": theme.dark_css(),
+    }
+    return environment.get_template(template).render(content)

@@ -16,7 +16,6 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json, read_jsonl
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.report.figures import theme
 from lightning_mm.report.optional_file import PARSE_ERRORS, read_optional
 from lightning_mm.report.sections import causal, layers, run, selection
 from lightning_mm.report.sections.samples import samples
@@ -66,8 +65,6 @@ def page_content(directory: RunDirectory) -> dict[str, Any]:
         "decisions": read_optional(directory.decisions, lambda: run.decisions(read_json(directory.decisions))),
         "ledger": read_optional(directory.ledger, lambda: _ledger(directory.ledger)),
         "config": config,
-        "theme": theme,
-        "dark_figures": theme.dark_css(),
         **inside,
     }
 

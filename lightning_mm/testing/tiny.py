@@ -6,6 +6,7 @@ Data flow: family name and sizes -> ``tiny_tokenizer`` -> ``tiny_configs`` and `
 ``AutoModelForImageTextToText`` and ``AutoProcessor`` load.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ _QWEN_MARKS = ("<|im_start|>", "<|vision_start|>", "<|vision_end|>")
 _IDEFICS = _special("<|im_start|>", "<end_of_utterance>", "<|im_end|>", image_token="<image>")
 _TILES = tuple(f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7))
 _IDEFICS_MARKS = ("<fake_token_around_image>", "<global-img>", *_TILES)
+_COHERE_MARKS = (
+    *("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL"),
+    *("<|START_OF_TURN_TOKEN|>", "<|USER_TOKEN|>", "<|CHATBOT_TOKEN|>", "<|SYSTEM_TOKEN|>"),
+)
 _GEMMA = _special("<bos>", "<end_of_turn>", "<pad>")
 
 FAMILIES: dict[str, TinyFamily] = {
@@ -64,6 +69,19 @@ FAMILIES: dict[str, TinyFamily] = {
         tiny_configs.llava,
         tiny_processors.llava,
         _special("<s>", "</s>", "<pad>", image_token="<image>"),
+        add_bos=True,
+    ),
+    "vipllava": TinyFamily(
+        tiny_configs.vipllava,
+        tiny_processors.llava,
+        _special("<s>", "</s>", "<pad>", image_token="<image>"),
+        add_bos=True,
+    ),
+    "aya_vision": TinyFamily(
+        tiny_configs.aya_vision,
+        tiny_processors.aya_vision,
+        _special("<BOS_TOKEN>", "<|END_OF_TURN_TOKEN|>", "<PAD>"),
+        _COHERE_MARKS,
         add_bos=True,
     ),
     "llava_next": TinyFamily(
@@ -132,8 +150,9 @@ def build_tiny(
 ) -> Path:
     """Write a tiny model with random weights and its processor to a folder; returns the folder.
 
-    Without torchvision, the processors of Qwen-VL, InternVL and LLaVA-OneVision have no video processor; such a folder
-    loads by ``models.processor.load_processor``, or by ``AutoProcessor`` in an ``optional_video_processor`` block.
+    The processors of Qwen-VL, InternVL and LLaVA-OneVision have a video processor, which the folder names and which
+    only loads where torchvision is installed; elsewhere such a folder loads by ``models.processor.load_processor``, or
+    by ``AutoProcessor`` in an ``optional_video_processor`` block.
 
     Args:
         family: One of ``FAMILIES``, named as transformers' model types are.
@@ -166,7 +185,17 @@ def build_tiny(
         processor, config = recipe.processor(sizes), recipe.config(sizes)
     _random_model(config, tokenizer, seed).save_pretrained(folder)
     save_processor(processor, folder)
+    _name_video_processor(folder, config)
     return folder
+
+
+def _name_video_processor(folder: Path, config: PreTrainedConfig) -> None:
+    """Name the family's video processor in the folder, as real folders do, also where none could be made."""
+    file = folder / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    if (name := tiny_processors.VIDEO_PROCESSORS.get(config.model_type)) and "video_processor" not in settings:
+        settings["video_processor"] = {"video_processor_type": name}
+        file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _random_model(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import (
+    AyaVisionConfig,
     CLIPVisionConfig,
+    Cohere2Config,
     Dinov2Config,
     Gemma3Config,
     Gemma3TextConfig,
@@ -30,6 +32,7 @@ from transformers import (
     Qwen3VLConfig,
     SiglipVisionConfig,
     SmolVLMConfig,
+    VipLlavaConfig,
 )
 
 SIDE, PATCH, VISION_LAYERS = 28, 7, 3
@@ -105,6 +108,26 @@ def llava(sizes: TinySizes) -> PreTrainedConfig:
         text_config=LlamaConfig(**sizes.text),
         image_token_index=sizes.id("<image>"),
         image_seq_length=16,
+    )
+
+
+def vipllava(sizes: TinySizes) -> PreTrainedConfig:
+    """As LLaVA, with several blocks of the tower side by side."""
+    return VipLlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes.vision),
+        text_config=LlamaConfig(**sizes.text),
+        image_token_index=sizes.id("<image>"),
+        image_seq_length=16,
+        vision_feature_layer=[-2, -1],
+    )
+
+
+def aya_vision(sizes: TinySizes) -> PreTrainedConfig:
+    """SigLIP, patches merged 2 x 2 in the connector, Cohere 2 with its windows of attention."""
+    return AyaVisionConfig(
+        vision_config=SiglipVisionConfig(**sizes.vision, vision_use_head=False),
+        text_config=Cohere2Config(**sizes.text),
+        image_token_index=sizes.id("<|IMG_PATCH|>"),
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AyaVisionProcessor,
     CLIPImageProcessorPil,
     Gemma3ImageProcessorPil,
     Gemma3Processor,
@@ -161,6 +162,17 @@ def idefics(image: str) -> str:
     )
 
 
+def cohere(image: str) -> str:
+    """Cohere: ``<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>...<|END_OF_TURN_TOKEN|>``."""
+    roles = "{'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}"
+    return "{{- '<BOS_TOKEN>' -}}" + _conversation(
+        f"{{{{- '<|START_OF_TURN_TOKEN|><|' + {roles}[message['role']] + '_TOKEN|>' -}}}}"
+        + _content(image)
+        + _emit("<|END_OF_TURN_TOKEN|>"),
+        prompt="<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    )
+
+
 def _conversation(message: str, prompt: str) -> str:
     ending = f"{{%- if add_generation_prompt -%}}{_emit(prompt)}{{%- endif -%}}" if prompt else ""
     return f"{{%- for message in messages -%}}{message}{{%- endfor -%}}{ending}"
@@ -180,6 +192,15 @@ def _content(image: str, filters: str = "") -> str:
     )
 
 
+VIDEO_PROCESSORS = {
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "qwen2_vl": "Qwen2VLVideoProcessor",
+    "qwen2_5_vl": "Qwen2VLVideoProcessor",
+    "qwen3_vl": "Qwen3VLVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+}
+"""Class names of the video processors, by model type."""
+
 SQUARE = {"height": SIDE, "width": SIDE}
 CLIP: dict[str, Any] = {"size": {"shortest_edge": SIDE}, "crop_size": SQUARE}
 CLASS_TOKEN: dict[str, Any] = {
@@ -195,6 +216,18 @@ def llava(sizes: TinySizes) -> ProcessorMixin:
     return LlavaProcessor(images, sizes.tokenizer, chat_template=vicuna("<image>\n"), **CLASS_TOKEN)
 
 
+def aya_vision(sizes: TinySizes) -> ProcessorMixin:
+    """One square per image; tokens between those that begin and end an image."""
+    return AyaVisionProcessor(
+        GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=1),
+        sizes.tokenizer,
+        patch_size=PATCH,
+        img_size=SIDE,
+        downsample_factor=2,
+        chat_template=cohere("<image>"),
+    )
+
+
 def llava_next(sizes: TinySizes) -> ProcessorMixin:
     """The whole image, and the tiles of the grid that fits best."""
     images = LlavaNextImageProcessorPil(**CLIP, image_grid_pinpoints=GRIDS)
@@ -206,7 +239,7 @@ def llava_onevision(sizes: TinySizes) -> ProcessorMixin:
     return LlavaOnevisionProcessor(
         LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=GRIDS),
         sizes.tokenizer,
-        **video_processor_argument("LlavaOnevisionVideoProcessor"),
+        **video_processor_argument(VIDEO_PROCESSORS["llava_onevision"]),
         num_image_tokens=(SIDE // PATCH) ** 2,
         vision_feature_select_strategy="full",
         chat_template=chatml("<image>\n"),
@@ -226,17 +259,17 @@ def _qwen(kind: type[ProcessorMixin], video: str, sizes: TinySizes, system: str 
 
 def qwen2_vl(sizes: TinySizes) -> ProcessorMixin:
     """Any size, aspect ratio kept; the template adds a default system prompt."""
-    return _qwen(Qwen2VLProcessor, "Qwen2VLVideoProcessor", sizes, "You are a helpful assistant.")
+    return _qwen(Qwen2VLProcessor, VIDEO_PROCESSORS["qwen2_vl"], sizes, "You are a helpful assistant.")
 
 
 def qwen2_5_vl(sizes: TinySizes) -> ProcessorMixin:
     """Same as Qwen2-VL."""
-    return _qwen(Qwen2_5_VLProcessor, "Qwen2VLVideoProcessor", sizes, "You are a helpful assistant.")
+    return _qwen(Qwen2_5_VLProcessor, VIDEO_PROCESSORS["qwen2_5_vl"], sizes, "You are a helpful assistant.")
 
 
 def qwen3_vl(sizes: TinySizes) -> ProcessorMixin:
     """As Qwen2-VL, without a default system prompt."""
-    return _qwen(Qwen3VLProcessor, "Qwen3VLVideoProcessor", sizes)
+    return _qwen(Qwen3VLProcessor, VIDEO_PROCESSORS["qwen3_vl"], sizes)
 
 
 def idefics3(sizes: TinySizes) -> ProcessorMixin:
@@ -257,7 +290,7 @@ def internvl(sizes: TinySizes) -> ProcessorMixin:
     return InternVLProcessor(
         GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=4 if sizes.split_images else 1),
         sizes.tokenizer,
-        **video_processor_argument("InternVLVideoProcessor"),
+        **video_processor_argument(VIDEO_PROCESSORS["internvl"]),
         image_seq_length=4,
         chat_template=chatml("<IMG_CONTEXT>\n"),
     )

@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch import nn
 
 from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_states, gather_hidden_states
 from lightning_mm.core.decisions import log_decision
@@ -25,7 +26,13 @@ from lightning_mm.training.eval_context import data_of
 from lightning_mm.tuning.policy import TuningPolicy
 
 
-def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, trainer: L.Trainer) -> Selection:
+def choose_layers(
+    backbone: Backbone,
+    policy: TuningPolicy,
+    options: AutoRange,
+    trainer: L.Trainer,
+    loaded: nn.Module | None = None,
+) -> Selection:
     """Read the untuned model and choose; the same choice on every rank.
 
     Args:
@@ -33,6 +40,7 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
         policy: The policy that says ``auto``.
         options: How to choose.
         trainer: With its data module, in whose precision and on whose device the model is read.
+        loaded: The model, if the user has loaded it; None (default): it is loaded.
 
     Raises:
         UserError: Some rank cannot read, or nothing can be chosen; the same on every rank.
@@ -42,7 +50,7 @@ def choose_layers(backbone: Backbone, policy: TuningPolicy, options: AutoRange, 
     spec = str(getattr(policy, auto_layers_option(policy) or "layers"))
     try:
         with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
-            model, layout = _agreed(lambda: _loaded(backbone, trainer))
+            model, layout = _agreed(lambda: _loaded(backbone, trainer, loaded))
             mine = _agreed(lambda: _read(MultimodalModel(model, layout), probe_set, trainer))
             reading = _agreed(lambda: gather_hidden_states(mine, probe_set))
             selection = _agreed(
@@ -67,8 +75,8 @@ def _agreed(attempt: Callable[[], Made]) -> Made:
     return made  # type: ignore[return-value]  # None is what was made, where there was no failure
 
 
-def _loaded(backbone: Backbone, trainer: L.Trainer) -> tuple[Any, ModelLayout]:
-    model: Any = load_model(backbone)
+def _loaded(backbone: Backbone, trainer: L.Trainer, loaded: nn.Module | None) -> tuple[Any, ModelLayout]:
+    model: Any = load_model(backbone) if loaded is None else loaded
     layout = ModelLayout.of(model)
     return model.eval().requires_grad_(False).to(trainer.strategy.root_device), layout
 

@@ -6,31 +6,48 @@ forward passes.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import lightning as L
 import torch
 
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
-from lightning_mm.layer_selection.select import Selection
+from lightning_mm.layer_selection.select import AutoRange, Selection
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.loading import Backbone
 from lightning_mm.models.side_effects import without_side_effects
 from lightning_mm.tuning.census import Census
+from lightning_mm.tuning.optimizer import OptimizerSettings
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
 class LiveModule(Protocol):
     """The attributes and methods of ``MMModule`` that callbacks use."""
 
+    backbone: Backbone
     mm: MultimodalModel
     plan: TuningPlan
     census: Census
     tuning: TuningPolicy
+    optimizer: OptimizerSettings
+    own_optimizer: bool
+    activation_checkpointing: bool
+    max_new_tokens: int
+    auto: AutoRange
+    compute: Compute
+    cache: CacheSettings
+    without_files: MMDataModule
     selection: Selection | None
     step: TrainingStep
     device: torch.device
+
+    def settings(self) -> dict[str, Any]:
+        """Settings of a fit by option name."""
+        ...
 
     def answer(self, batch: PromptBatch) -> list[str]:
         """Greedy answers, one per question."""
@@ -43,8 +60,13 @@ def live(module: L.LightningModule) -> LiveModule:
 
 
 def data_of(trainer: L.Trainer) -> MMDataModule:
-    """The trainer's data module."""
-    return cast(MMDataModule, trainer.datamodule)  # type: ignore[attr-defined]
+    """The trainer's data module; one without rows, where the user's own loaders are in its place."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if isinstance(data, MMDataModule):
+        return data
+    rows = live(trainer.lightning_module).without_files
+    rows.trainer = trainer
+    return rows
 
 
 @contextmanager

@@ -1,74 +1,93 @@
 """The LightningModule: a backbone, a tuning policy, an objective and an optimizer.
 
 Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by the global number of supervised tokens
--> optimizer. Validation and test: Batch -> loss and token accuracy; PromptBatch -> ``answer`` -> exact match.
+-> optimizer. ``evaluation_steps`` has what it does besides training.
 """
 
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, cast
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Never, Self
 
-import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, PromptBatch
+from lightning_mm.core.notebook import show_messages
+from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.dataloader import Collate
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.own_batches import as_batch
 from lightning_mm.execution.cache.activation_cache import CacheSettings
-from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients, supervised_nll
+from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
-from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.layout import Region
-from lightning_mm.models.loading import Backbone, fingerprint
-from lightning_mm.models.processor import load_processor
+from lightning_mm.models.loading import Backbone, fingerprint, load_model, read_config
+from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 from lightning_mm.training import checkpoint as state
-from lightning_mm.training.answer_metrics import SplitScores
+from lightning_mm.training.arguments import (
+    MakesOptimizer,
+    arguments_of,
+    backbone_of,
+    optimizer_of,
+    policy_of,
+    refuse_unknown,
+)
 from lightning_mm.training.auto_layers import choose_layers
-from lightning_mm.training.eval_context import data_of
+from lightning_mm.training.callbacks.teardown import TeardownAfterException
+from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.evaluation_steps import EvaluationSteps
+from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
+from lightning_mm.training.load_checkpoint import load_module
+from lightning_mm.training.run_config import model_options
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
-from lightning_mm.tuning import IntermediateOnly, TuningPlan, TuningPolicy
+from lightning_mm.tuning import TuningPlan, TuningPolicy
 from lightning_mm.tuning.apply import drop_parameters, prepare_model, set_requires_grad
 from lightning_mm.tuning.census import Census, take_census
 from lightning_mm.tuning.optimizer import (
     OptimizerSettings,
     build_optimizer,
+    named_groups,
     parameter_groups,
     restore_learning_rates,
     schedule_factor,
 )
-from lightning_mm.tuning.unused_parameters import unused_parameters
 
 
-class TeardownAfterException(Callback):
-    """Restores the model's own forward passes if a run ends with an exception."""
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        pl_module.teardown(str(trainer.state.fn))
-
-
-class MMModule(L.LightningModule):
+class MMModule(EvaluationSteps):
     """Partial fine-tuning of a multimodal LLM.
 
     Args:
-        backbone: The Hugging Face model.
+        backbone: The Hugging Face model: a folder or hub name, a loaded model (tuned in place), or a ``Backbone``.
         tuning: Which weights move; IntermediateOnly if not given.
-        optimizer: AdamW and its schedule.
+        optimizer: AdamW and its schedule; in Python also a function from groups of parameters to an optimizer, or to
+            what ``configure_optimizers`` may return, such as ``lambda params: torch.optim.SGD(params, lr=1e-3)``.
         activation_checkpointing: Recompute blocks in backward to save memory; only those that backward crosses anyway.
         max_new_tokens: Longest answer that is generated in validation, test and predict.
         auto: How layers are chosen where the policy says ``layers: auto``.
         compute: How a step is computed.
         cache: Where what the frozen prefix puts out is kept, so that it is computed once per row.
+        lr: Learning rate, in place of that of ``optimizer``.
+        processor: The model's processor, already loaded; that of ``backbone`` if not given.
+
+    Raises:
+        UserError: An argument is unknown, or the model cannot be tuned.
+
+    Example::
+
+        module = MMModule("org/name", IntermediateOnly("25%-50%"), lr=1e-5)
+        data = MMDataModule(train="train.json", val="val.json", batch_size=4)
+        L.Trainer(max_steps=100, precision="bf16-mixed").fit(module, datamodule=data)
     """
 
     model: Any  # a transformers model; its class is known at run time only
@@ -80,21 +99,28 @@ class MMModule(L.LightningModule):
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: str | Path | nn.Module | Backbone,
         tuning: TuningPolicy | None = None,
-        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008  (frozen)
+        optimizer: OptimizerSettings | MakesOptimizer = OptimizerSettings(),  # noqa: B008  (frozen)
         activation_checkpointing: bool = False,
         max_new_tokens: int = 16,
         auto: AutoRange = AutoRange(),  # noqa: B008  (frozen)
         compute: Compute = Compute(),  # noqa: B008  (frozen)
         cache: CacheSettings = CacheSettings(),  # noqa: B008  (frozen)
+        lr: float | None = None,
+        processor: Any = None,
+        **unknown: Never,
     ) -> None:
         super().__init__()
-        self.backbone, self.tuning, self.optimizer = backbone, tuning or IntermediateOnly(), optimizer
-        if tuning is None:
-            log_decision(
-                "model.tuning", self.tuning.describe(), "none was named; the middle is where vision meets language"
-            )
+        show_messages()
+        refuse_unknown("MMModule", arguments_of(MMModule), unknown)
+        self.backbone, loaded = backbone_of(backbone)
+        self._is_users = loaded is not None
+        self._loaded = (loaded,)  # not as an attribute of its own, which would make it a part of the state dict
+        self._given_processor = processor
+        self.tuning = policy_of(tuning)
+        self.optimizer, self._make_optimizer = optimizer_of(optimizer, lr)
+        self._scheduler: LambdaLR | None = None
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
@@ -106,8 +132,46 @@ class MMModule(L.LightningModule):
         self._layers: tuple[int, ...] | None = None
 
     @property
+    def answering_model(self) -> Any:
+        """The transformers model as it is now; it is loaded where no run has done so."""
+        if hasattr(self, "model"):
+            return self.model
+        (loaded,) = self._loaded
+        if loaded is None:
+            loaded = load_model(self.backbone)
+            if self.backbone.quantization == "none":  # else a fit quantizes other modules
+                self._loaded = (loaded,)
+        return loaded
+
+    @cached_property
+    def processing(self) -> ModelProcessor:
+        """The model's processor, which the data module takes too."""
+        (loaded,) = self._loaded
+        if self._given_processor is not None:
+            config: Any = loaded.config if loaded is not None else read_config(self.backbone)
+            return wrap_processor(self._given_processor, config)
+        if not self.backbone.path:
+            raise UserError(
+                "The model comes without a processor.",
+                "It was loaded from no folder or hub name that is still there.",
+                "Give MMModule(model, ..., processor=processor).",
+            )
+        return load_processor(self.backbone.path, self.backbone.revision)
+
+    @property
     def _data(self) -> MMDataModule:
         return data_of(self.trainer)
+
+    @property
+    def _files(self) -> MMDataModule | None:
+        """The data module of the fit; None where the user's own loaders are in its place, or nothing is run."""
+        data = None if self._trainer is None else self.trainer.datamodule  # type: ignore[attr-defined]
+        return data if isinstance(data, MMDataModule) else None
+
+    @cached_property
+    def without_files(self) -> MMDataModule:
+        """Stands for the data module in a run on the user's own loaders: it has no rows."""
+        return MMDataModule()
 
     def setup(self, stage: str) -> None:
         precision = str(self.trainer.precision)
@@ -123,36 +187,21 @@ class MMModule(L.LightningModule):
         if hasattr(self, "step"):
             self.step.open()
             return
-        self.processing = load_processor(self.backbone.path, self.backbone.revision)
+        (loaded,) = self._loaded
         self.processor = self.processing.processor
         if auto_layers_option(self.tuning):
             self.tuning, self.selection = self._resolve_auto_layers()
-        mm, self.plan = prepare_model(self.backbone, self.tuning)
+        mm, self.plan = prepare_model(self.backbone, self.tuning, loaded)
         self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
-        self.census = take_census(self.mm, self.plan, self.optimizer.lr, self.optimizer.weight_decay)
+        rates = (None, None) if self.own_optimizer else (self.optimizer.lr, self.optimizer.weight_decay)
+        self.census = take_census(self.mm, self.plan, *rates)
         self.base = fingerprint(self.model)
         precision = str(self.trainer.precision) if self._trainer is not None else None
-        self.step = TrainingStep(self.mm, self.plan, self.compute, self.activation_checkpointing, precision)
-
-    def _open_cache(self) -> None:
-        data, trainer = self._data, self.trainer
-        seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
-        epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
-        facts = {
-            "precision": str(trainer.precision),
-            "dtype": str(self.model.dtype),
-            "attention": str(getattr(self.model.config, "_attn_implementation", None)),
-            "max_length": data.max_length,
-            "device": trainer.strategy.root_device.type,
-            "matmul": torch.get_float32_matmul_precision(),
-        }
-
-        def example(count: int) -> Batch:
-            return data.example_batch(count).to(trainer.strategy.root_device)
-
-        with trainer.precision_plugin.forward_context():
-            self.step.open_cache(self.cache, data.collator(), example, epochs, facts)
+        compute = self.compute
+        if self._is_users and compute.frozen_dtype == "auto":
+            compute = replace(compute, frozen_dtype="float32")
+        self.step = TrainingStep(self.mm, self.plan, compute, self.activation_checkpointing, precision)
 
     def wrap_collator(self, collator: Collator) -> Collate:
         """The collate function of conversation batches, which the data module asks for when it makes a loader.
@@ -170,8 +219,11 @@ class MMModule(L.LightningModule):
         Returns:
             What does the work of ``teardown`` after an exception, for Lightning does not call ``teardown`` then.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        add_standard_callbacks(self.trainer, validates=data is not None and data.paths["val"] is not None)
+        add_standard_callbacks(self.trainer)
+        if self._files is None:  # only then, for Lightning warns of the hook beside a data module
+            vars(self)["on_before_batch_transfer"] = lambda batch, _: as_batch(batch, self.processing)
+        else:
+            vars(self).pop("on_before_batch_transfer", None)
         return [TeardownAfterException()]
 
     def teardown(self, stage: str) -> None:
@@ -183,9 +235,10 @@ class MMModule(L.LightningModule):
         """The policy with ``layers: auto`` resolved, from the checkpoint or by analyzing the untuned model."""
         if self._layers is not None:
             return with_layers(self.tuning, self._layers), None
-        if self._trainer is None or getattr(self.trainer, "datamodule", None) is None:
-            raise UserError("layers: auto needs data.", "Layers are chosen by reading the model.", "Run it with fit.")
-        selection = choose_layers(self.backbone, self.tuning, self.auto, self.trainer)
+        if self._files is None:
+            why = "Layers are chosen by reading the model on the rows of a data module."
+            raise UserError("layers: auto needs data.", why, "Fit it with an MMDataModule, or name the layers.")
+        selection = choose_layers(self.backbone, self.tuning, self.auto, self.trainer, *self._loaded)
         return with_layers(self.tuning, selection.chosen.layers), selection
 
     def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
@@ -196,7 +249,8 @@ class MMModule(L.LightningModule):
     def _drop_unread(self) -> None:
         """Freeze parameters that the policy names but the forward pass never uses (e.g. the top of LLaVA's tower)."""
         if self.unread is None:
-            self.unread = self._find_unread()
+            fits = self._files is not None and self.trainer.state.fn == TrainerFn.FITTING
+            self.unread = find_unread(self.mm, self.plan, self.trainer, self._data) if fits else ()
         if not self.unread:
             return
         self.plan = drop_parameters(self.plan, self.unread)
@@ -204,23 +258,6 @@ class MMModule(L.LightningModule):
         log_decision(
             "model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ..."
         )
-
-    def _find_unread(self) -> tuple[str, ...]:
-        """Names of trainable parameters that the forward pass never uses; empty outside a fit."""
-        data = getattr(self._trainer, "datamodule", None)
-        if data is None or self.trainer.state.fn != TrainerFn.FITTING:
-            return ()
-        if self.plan.modes[Region.VISION] == self.plan.modes[Region.CONNECTOR] == "frozen":
-            return ()
-        with torch.device("cpu"):  # Lightning calls this hook with the accelerator as the default device
-            batch = data.example_batch()
-        if not batch.has_images:
-            return ()
-        device = self.trainer.strategy.root_device
-        self.model.to(device)
-        with self.trainer.precision_plugin.forward_context():
-            head = self.mm.head
-            return unused_parameters(self.mm, lambda: supervised_nll(self.model, head, batch.to(device)).nll)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -250,8 +287,8 @@ class MMModule(L.LightningModule):
         norm = scale_gradients(self.trainable, scale)
         self.log(metric_names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(metric_names.GRAD_NORM, norm)
-        for group in optimizer.param_groups:
-            self.log(metric_names.learning_rate(group["name"]), group["lr"])
+        for index, group in enumerate(optimizer.param_groups):
+            self.log(metric_names.learning_rate(group.get("name", f"group {index}")), group["lr"])
 
     def configure_gradient_clipping(
         self,
@@ -273,12 +310,16 @@ class MMModule(L.LightningModule):
         It is the first hook of a fit with the model on its device, so the cache of frozen activations is opened here:
         Lightning makes the training loader next, to count the steps of an epoch.
         """
-        if getattr(self.trainer, "datamodule", None) is not None:
-            self._open_cache()
+        if self._files is not None:
+            open_cache(self.step, self.cache, self.trainer, self._files)
+        if self._make_optimizer is not None:
+            log_decision("model.optimizer", "yours", "its rates stay as they are, but for a schedule of its own")
+            made: OptimizerLRScheduler = self._make_optimizer(named_groups(self.mm, self.plan))
+            return made
         optimizer = build_optimizer(self._groups(), self.optimizer)
         factor = schedule_factor(self.optimizer, self._total_steps())
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        self._scheduler = LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": self._scheduler, "interval": "step"}}
 
     def _total_steps(self) -> int:
         steps = self.trainer.estimated_stepping_batches
@@ -290,66 +331,21 @@ class MMModule(L.LightningModule):
             )
         return int(steps)
 
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether the user makes the optimizer."""
+        overridden = type(self).configure_optimizers is not MMModule.configure_optimizers
+        return overridden or self._make_optimizer is not None
+
     def _groups(self) -> list[dict[str, Any]]:
         return parameter_groups(self.mm, self.plan, self.optimizer)
 
-    def answer(self, batch: PromptBatch) -> list[str]:
-        """Greedy answers, one per question; an empty list for a batch whose questions were all rejected."""
-        if not len(batch):
-            return []
-        return greedy_answers(self.model, self.processor, batch.inputs, self.max_new_tokens)
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin_scores("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin_scores("test")
-
-    def _begin_scores(self, split: metric_names.Stage) -> None:
-        types = self._data.question_types(split)
-        self.scores = SplitScores(types).to(self.device)
-
-    def validation_step(
-        self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
-    ) -> dict[str, list[str]] | None:
-        """Update the scores: loss and token accuracy of teacher-forced batches, exact match of generated answers.
-
-        Returns:
-            The generated answers; None for teacher-forced batches.
-        """
-        if isinstance(batch, Batch):
-            objective = self.objective(batch)
-            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
-            return None
-        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
-        answers = self.answer(batch)
-        scores.update(answers, batch.references, batch.question_types)
-        return {"answers": answers}
-
-    test_step = validation_step
-
-    def on_validation_epoch_end(self) -> None:
-        self._log_scores("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._log_scores("test")
-
-    def _log_scores(self, split: metric_names.Stage) -> None:
-        for name, value in self.scores.compute(split).items():
-            self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
-
-    def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One row per question: id, origin, turn, generated answer and reference answer."""
-        rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
-        return [
-            {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
-            for s, turn, answer in rows
-        ]
-
     def settings(self) -> dict[str, Any]:
         """Settings stored in the checkpoint; a resumed run logs those that differ."""
-        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
-        settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
+        trainer, data = self.trainer, self._files
+        settings: dict[str, Any] = {"name": "yours"}
+        if not self.own_optimizer:
+            settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
         learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
         return {
             **{f"model.optimizer.{name}": value for name, value in settings.items()},
@@ -363,17 +359,44 @@ class MMModule(L.LightningModule):
         self.step.flush()
         state.drop_frozen_weights(checkpoint, set(self.trainable))
         checkpoint[state.KEY] = state.checkpoint_metadata(self.census, self.base, self.settings(), self.unread or ())
+        checkpoint[state.KEY]["model"] = model_options(live(self))
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]  # Lightning's cannot know where the frozen weights are
+        cls,
+        checkpoint_path: str | Path,
+        *,
+        backbone: str | Path | nn.Module | Backbone | None = None,
+        tuning: TuningPolicy | None = None,
+        **options: Any,
+    ) -> Self:
+        """The trained module of a checkpoint, in eval mode on the CPU, with its base model loaded.
+
+        Args:
+            checkpoint_path: The file, such as ``runs/IntermediateOnly/checkpoints/last.ckpt``.
+            backbone: The base model, if it is no longer where it was, or was given loaded.
+            tuning: The policy, if it is a class of yours.
+            options: Further arguments of the module.
+
+        Raises:
+            UserError: The checkpoint cannot be read, or belongs to another base model.
+        """
+        return load_module(cls, checkpoint_path, backbone, tuning, options)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), self.optimizer.name)
+        name = "yours" if self.own_optimizer else self.optimizer.name
+        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
         self._resumed = checkpoint[state.KEY]
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
+        if not self.step.cache_decided:
+            own = "DataLoader" if self._files is None else "configure_optimizers"
+            refuse_cache(self.cache, f"your own {own} takes the place of what opens it")
         if self._resumed is not None:
             state.log_setting_changes(self._resumed["settings"], self.settings())
-            optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-            restore_learning_rates(optimizer, cast(torch.optim.lr_scheduler.LambdaLR, scheduler), self._groups())
+            if self._scheduler is not None:
+                restore_learning_rates(self.trainer.optimizers[0], self._scheduler, self._groups())
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Restore a resumed run's random generators, right before the first random number is drawn."""

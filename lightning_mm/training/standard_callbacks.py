@@ -4,6 +4,7 @@ Data flow: a trainer -> ``add_standard_callbacks`` (``MMModule.configure_callbac
 what it lacked; ``RunRecorder.setup`` then makes the run's folder, and all of them write there.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import lightning as L
@@ -22,10 +23,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.decisions import log_decision
+from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
+from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.throughput import Throughput
 
 _ORDER = (ProgressBar, Throughput, HeldOutEvaluation, LastCheckpoint, RunRecorder)
@@ -35,7 +38,7 @@ _DEFAULTS = (ModelCheckpoint, RichProgressBar, TQDMProgressBar, ModelSummary, Ri
 """Callbacks that Lightning puts into a trainer which was given none of their kind."""
 
 
-def add_standard_callbacks(trainer: L.Trainer, validates: bool) -> None:
+def add_standard_callbacks(trainer: L.Trainer) -> None:
     """Give a trainer what every run has and it lacks; what the user gave it stays.
 
     ``Trainer(enable_progress_bar=False)`` has no bar, ``enable_checkpointing=False`` no checkpoints, ``logger=False``
@@ -44,15 +47,19 @@ def add_standard_callbacks(trainer: L.Trainer, validates: bool) -> None:
 
     Args:
         trainer: The trainer, about to run a fit or another verb; its lists of callbacks and loggers are replaced.
-        validates: Whether the fit validates, so that there can be a best checkpoint.
     """
+    # What is frozen is in eval mode on purpose, and the census shows it.
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
+    # Said at each step: Lightning 2.6.6 asks torch 2.13's tree specs in the way of older ones.
+    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
     if trainer.barebones:
         log_decision("trainer.barebones", "no run folder, report or checkpoint", "nothing may run beside training")
         return
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
     left_out = [callback for callback in callbacks if _is_default(callback)]
-    missing = _missing(callbacks, left_out, trainer.state.fn == TrainerFn.FITTING, validates)
-    kept = [callback for callback in callbacks if callback not in left_out]
+    missing = _missing(callbacks, left_out, trainer.state.fn == TrainerFn.FITTING, _validates(trainer))
+    replaced = [callback for callback in callbacks if isinstance(callback, TeardownAfterException)]  # by the module's
+    kept = [callback for callback in callbacks if callback not in (*left_out, *replaced)]
     trainer.callbacks = sorted([*kept, *missing], key=_position)  # type: ignore[attr-defined]
     _add_metrics_file(trainer)
     if left_out:
@@ -91,6 +98,14 @@ def _missing(
     if not has(RunRecorder):
         missing.append(RunRecorder())
     return missing
+
+
+def _validates(trainer: L.Trainer) -> bool:
+    """Whether the trainer's fit validates, so that there can be a best checkpoint."""
+    data = trainer.datamodule  # type: ignore[attr-defined]  # set by its data connector
+    if isinstance(data, MMDataModule):
+        return data.paths["val"] is not None
+    return trainer.fit_loop.epoch_loop.val_loop._data_source.is_defined()
 
 
 def _position(callback: Callback) -> int:

@@ -20,14 +20,21 @@ from lightning_mm.tuning.layers import resolve_layers
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
-def prepare_model(backbone: Backbone, policy: TuningPolicy) -> tuple[MultimodalModel, TuningPlan]:
+def prepare_model(
+    backbone: Backbone, policy: TuningPolicy, loaded: nn.Module | None = None
+) -> tuple[MultimodalModel, TuningPlan]:
     """A loaded model under a policy, and the plan that it follows.
+
+    Args:
+        backbone: What to load.
+        policy: Which weights train.
+        loaded: The model, if the user has loaded it; it is frozen and adapted in place. None (default): load it.
 
     Raises:
         UserError: The model cannot be loaded, or the policy does not fit it.
     """
     if backbone.quantization == "none":
-        mm = MultimodalModel.of(load_model(backbone), source=backbone.path)
+        mm = MultimodalModel.of(load_model(backbone) if loaded is None else loaded, source=backbone.path)
         plan = policy.plan(mm.layout)
     else:
         # Quantization must leave out what trains at full rank, so that the plan is made before the weights are loaded.

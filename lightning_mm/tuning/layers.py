@@ -47,6 +47,12 @@ def resolve_layers(spec: LayerSpec | Sequence[int], num_layers: int) -> tuple[in
         >>> resolve_layers("0-1,last:1", 8)
         (0, 1, 7)
     """
+    if not isinstance(num_layers, int) or num_layers < 1:
+        raise UserError(
+            f"num_layers is {num_layers!r:.60}.",
+            "It is how many decoder blocks the model has.",
+            "Give model.config.get_text_config(decoder=True).num_hidden_layers.",
+        )
     terms = [str(term) for term in spec] if isinstance(spec, Sequence) and not isinstance(spec, str) else [str(spec)]
     named = [index for term in terms for piece in term.split(",") for index in _term(piece.strip(), num_layers, spec)]
     if not named:

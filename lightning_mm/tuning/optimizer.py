@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.optim import AdamW, Optimizer
 
+from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel
@@ -47,6 +48,7 @@ class OptimizerSettings:
     final: float = 0.0
 
     def __post_init__(self) -> None:
+        refuse_other_choices(self, "model.optimizer")
         for option, value, valid in (
             ("lr", self.lr, self.lr > 0),
             ("weight_decay", self.weight_decay, self.weight_decay >= 0),
@@ -78,6 +80,25 @@ def parameter_groups(mm: MultimodalModel, plan: TuningPlan, settings: OptimizerS
         options = {"lr": lr, "weight_decay": decay, "betas": settings.betas, "eps": settings.eps, "name": label}
         group = groups.setdefault((region, decayed), {"params": [], **options})
         group["params"].append(parameter)
+    return list(groups.values())
+
+
+def named_groups(mm: MultimodalModel, plan: TuningPlan) -> list[dict[str, Any]]:
+    """Groups of the tensors that train, one per region, for an optimizer that the user makes.
+
+    A group has the region's name, and no rate but what the policy says of that region, so that the optimizer's own
+    defaults count.
+    """
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in mm.model.named_parameters():
+        if parameter.requires_grad:
+            region = mm.layout.location_of(name).region.value
+            group = groups.setdefault(region, {"params": [], "name": region})
+            group["params"].append(parameter)
+    for option, rates in (("lr", plan.lr), ("weight_decay", plan.weight_decay)):
+        for region, value in rates.items():
+            if region in groups:
+                groups[region][option] = value
     return list(groups.values())
 
 

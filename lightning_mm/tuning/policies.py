@@ -1,19 +1,20 @@
 """The named policies: what the papers train, and their controls; each is a ``RegionPolicy`` with other defaults.
 
-Data flow: ``--model.tuning NAME`` -> one of these -> ``TuningPlan``. Options that would turn one policy into another
-are left out: on the command line a class may be exchanged while its options stay.
+Data flow: ``--model.tuning NAME``, or an object in Python -> one of these -> ``TuningPlan``. Options that would turn
+one policy into another are left out: on the command line a class may be exchanged while its options stay.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.layers import LayerSpec, count_layers
 from lightning_mm.tuning.policy import Mode, PartName, RegionPolicy
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _LayerRange(RegionPolicy):
     """A policy on a range of decoder blocks.
 
@@ -23,6 +24,7 @@ class _LayerRange(RegionPolicy):
     """
 
     layers: LayerSpec = "25%-50%"
+    _: KW_ONLY
     parts: list[PartName] | None = None
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
@@ -32,7 +34,7 @@ class _LayerRange(RegionPolicy):
         return self.parts
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PerRegion(_LayerRange):
     """Every region as you say; what you do not name is frozen.
 
@@ -41,7 +43,17 @@ class PerRegion(_LayerRange):
     """
 
     layers: LayerSpec = "all"
+    _: KW_ONLY
     layers_mode: Mode = "frozen"
+
+    def layer_spec(self, num_layers: int) -> LayerSpec:
+        if self.layers != "all" and self.layers_mode == "frozen":
+            raise UserError(
+                f"model.tuning.layers: {self.layers} has no effect.",
+                "The blocks are frozen, as every region that is not named.",
+                "Set layers_mode to full or lora, or leave layers out.",
+            )
+        return super().layer_spec(num_layers)
 
     def mode_of(self, region: Region) -> Mode:
         return self.layers_mode if region is Region.LAYERS else super().mode_of(region)
@@ -81,7 +93,7 @@ class ConnectorOnly(RegionPolicy):
     modes: ClassVar[Mapping[Region, Mode]] = {Region.CONNECTOR: "full"}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _EqualBudget(RegionPolicy):
     """A control that trains as many decoder blocks as another policy, elsewhere.
 
@@ -93,6 +105,7 @@ class _EqualBudget(RegionPolicy):
     modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}
 
     budget: LayerSpec = "25%-50%"
+    _: KW_ONLY
     parts: list[PartName] | None = None
 
     def layer_parts(self) -> Sequence[PartName] | None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Literal
 
+from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.models.lora import LoRA
@@ -92,6 +93,9 @@ class RegionPolicy(TuningPolicy):
     lr: dict[str, float] = field(default_factory=dict)
     weight_decay: dict[str, float] = field(default_factory=dict)
     lora: LoRA = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        refuse_other_choices(self, "model.tuning")
 
     def layer_spec(self, num_layers: int) -> LayerSpec:
         """The layer range on a model of ``num_layers`` decoder blocks."""

@@ -25,8 +25,9 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.models.export.export import Provenance, export_full, require_empty_output
-from lightning_mm.models.export.verify import ExportCheck, take_reference, verify_export
+from lightning_mm.models.export.export import export_full, require_empty_output
+from lightning_mm.models.export.model_card import Provenance
+from lightning_mm.models.export.verify import ExportCheck, take_chat, take_reference, verify_export
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import load_processor
 from lightning_mm.report.html import write_report
@@ -131,6 +132,8 @@ def edit(
         require_empty_output(target, "Name another --out, or remove the folder.")
     if prompt.count("{question}") != 1:
         raise UserError("Nothing would be asked.", f"prompt is {prompt!r}.", "A prompt holds {question} once.")
+    if apply not in ("each", "together", "both"):
+        raise UserError(f"apply is {apply!r}.", "There are each, together and both.", "Name one of those.")
     with open_decisions() as decisions, ExitStack() as stack:
         source = ModelSource.of(model, checkpoint, processor)
         file = _edits(edits, image_root, limit, stack)
@@ -193,7 +196,7 @@ def _conversations(data: PathLike | MMDataModule | None) -> MMDataModule | None:
 def _batches(data: MMDataModule | None, mm: MultimodalModel, count: int) -> list[Batch]:
     if data is None:
         return []
-    data.processing = mm.required_processor
+    data.processor = mm.required_processor
     return data.sample_batches(count, 1)
 
 
@@ -203,8 +206,9 @@ def _layer(
     """The layer to edit, and the scores of those that were tried."""
     if layer == "auto":
         return study.choose_layer(config, scan)
-    study.check_layer(layer)
-    return layer, []
+    number = int(layer) if isinstance(layer, str) and layer.isdecimal() else layer
+    study.check_layer(number)
+    return number, []
 
 
 def _ways(apply: Literal["each", "together", "both"], exported: bool, num_edits: int) -> tuple[Apply, ...]:
@@ -244,7 +248,8 @@ def _export(mm: MultimodalModel, made: WeightEdit, study: EditStudy, out: Path, 
     with apply_edits(mm.model, [made]), staged_folder(out) as staged:
         export_full(mm.model, mm.required_processor.processor, staged, origin)
         if verify:
-            verify_export(ExportCheck(staged, take_reference(mm.model, study.cases[0].target.encoded.inputs)))
+            reference = take_reference(mm.model, study.cases[0].target.encoded.inputs)
+            verify_export(ExportCheck(staged, reference, chat=take_chat(mm.model, mm.required_processor)))
     log.info("exported: %s", out)
 
 

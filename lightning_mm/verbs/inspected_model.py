@@ -8,6 +8,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +60,12 @@ class ReadingOptions:
     def __post_init__(self) -> None:
         if self.images is not None and self.images < 2:
             raise UserError(f"images is {self.images}.", "Pictures are compared.", "Give --images 2 or more.")
+        kinds = {"probes": (str, Path, ProbeSet), "data": (str, Path, MMDataModule), "image_root": (str, Path)}
+        for name, allowed in kinds.items():
+            given = getattr(self, name)
+            if given is not None and not isinstance(given, allowed):
+                named = " or ".join("path" if kind is str else kind.__name__ for kind in allowed if kind is not Path)
+                raise UserError(f"{name} cannot be {given!r:.60}.", f"It is a {named}.", "Give the path of a file.")
         for name, value in (("max_length", self.max_length), ("batch_size", self.batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{name} is {value}.", "Nothing would be read.", f"Give --{name} 1 or more.")
@@ -261,6 +268,6 @@ def _set_processor(data: MMDataModule, mm: MultimodalModel, backbone: Backbone |
     """Batches are made by the processor of the model that reads them."""
     if backbone is not None and (data.processor, data.revision) != (backbone.path, backbone.revision):
         data.processor, data.revision = backbone.path, backbone.revision
-        vars(data).pop("processing", None)  # that of another model
+        vars(data).pop("_own_processing", None)  # that of another model
     if mm.processor is not None:
-        data.processing = mm.processor
+        data.processor = mm.processor

@@ -83,11 +83,11 @@ class ModelSource:
             return cls(_name(inner), loaded=_with_processor(MultimodalModel.of(inner), processor))
         if not isinstance(model, (str, os.PathLike)):
             raise UserError(
-                f"{type(model).__name__} is no model.",
+                f"{model!r:.60} is no model.",
                 "A model is a path, a hub name, a Backbone, or a loaded model.",
                 "Give one of those.",
             )
-        return cls._of_path(os.fspath(model), checkpoint)
+        return cls._of_path(os.fspath(model), checkpoint, may_be_hub=isinstance(model, str))
 
     @property
     def label(self) -> str:
@@ -104,14 +104,15 @@ class ModelSource:
         return cls(module.backbone.path, loaded=module.mm, trained=module.plan.layers, data=known)
 
     @classmethod
-    def _of_path(cls, path: str, checkpoint: str) -> "ModelSource":
+    def _of_path(cls, path: str, checkpoint: str, may_be_hub: bool) -> "ModelSource":
         if path.endswith(".ckpt"):
             return cls._of_checkpoint(path, Path(path))
         if (Path(path) / "config.yaml").is_file():
             return cls._of_checkpoint(path, Path(path) / "checkpoints" / f"{checkpoint}.ckpt")
         what = f"{path} is no model folder or hub name, no run, and no checkpoint."
         folder = Path(path).parent
-        local = not _HUB_NAME.fullmatch(path) or (folder != Path() and folder.is_dir())
+        hub = may_be_hub and _HUB_NAME.fullmatch(path) is not None
+        local = not hub or (folder != Path() and folder.is_dir())
         if local and not Path(path).exists():
             near = sorted(each.name for each in folder.iterdir()) if folder.is_dir() else []
             raise UserError(

@@ -154,7 +154,7 @@ def plan(
         backbone = _backbone(model)
         run = _data(data, image_root, batch_size)
         batches = micro_batches(backbone, run, lengths, batch_size)
-        bf16 = precision in ("bf16-mixed", "bf16")
+        bf16 = _is_bf16(precision)
         setting = RunSettings(
             compute=compute or (module.compute if module else Compute()),
             bf16=bf16,
@@ -172,6 +172,12 @@ def plan(
     samples = len(run.samples("train")) if run is not None and run.paths["train"] is not None else 0
     steps = max(0, max_steps) * accumulate_grad_batches
     return PlanResult(tuple(estimates), left_out, mean_lengths(batches), on, samples, steps, tuple(decisions))
+
+
+def _is_bf16(precision: str) -> bool:
+    if precision not in ("bf16-mixed", "bf16", "32-true", "32", "None"):
+        log_decision("plan.precision", "32-true", f"fit does not support {precision}")
+    return precision in ("bf16-mixed", "bf16")
 
 
 def _backbone(model: ModelLike) -> Backbone:

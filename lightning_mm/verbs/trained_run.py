@@ -14,6 +14,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.module import MMModule
+from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs.config_classes import read_checked_yaml
 
 
@@ -53,7 +54,7 @@ def _config(run: RunDirectory) -> Namespace:
         raise UserError(f"{run.path} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
     saved = read_checked_yaml(run.config, ("model", "data"))
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(MMModule, "model")
+    parser.add_class_arguments(ModuleOptions, "model")
     parser.add_class_arguments(MMDataModule, "data")
     data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}
     try:

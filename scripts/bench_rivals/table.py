@@ -1,6 +1,6 @@
-"""README's table, between its markers, from what was measured.
+"""The table of the training benchmark, between its markers, from what was measured.
 
-Data flow: benchmarks/training.json -> Markdown -> README.md.
+Data flow: benchmarks/training.json -> Markdown -> docs/speed-and-memory.md.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def write_table(result: dict[str, Any], readme: Path) -> None:
     """Put the table, and what is known of growth, between the markers.
 
     Raises:
-        SystemExit: README has no such markers.
+        SystemExit: The document has no such markers.
     """
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
@@ -27,7 +27,7 @@ def write_table(result: dict[str, Any], readme: Path) -> None:
     if not begin or not end:
         raise SystemExit(f"{readme} has no lines {BEGIN} and {END}.")
     parts = [table(result["rivals"])] + ([growth(result["growth"])] if "growth" in result else [])
-    readme.write_text(f"{before}{BEGIN}\n{chr(10).join(parts)}\n{END}{after}", encoding="utf-8")
+    readme.write_text(f"{before}{BEGIN}\n\n{chr(10).join(parts)}\n\n{END}{after}", encoding="utf-8")
 
 
 def table(rivals: dict[str, Any]) -> str:

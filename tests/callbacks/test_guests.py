@@ -112,7 +112,9 @@ def test_a_resumed_run_takes_over_what_was_found(family: Family, probes: Path, t
         strangers.fit(family("llava"), tmp_path, [look(), SaveAt(2, tmp_path / "at.ckpt")], steps=3)
     assert (tmp_path / "inspection" / "report.html").is_file(), "a run that is stopped has its report too"
     strangers.fit(family("llava"), tmp_path, [look()], steps=3, ckpt_path=tmp_path / "at.ckpt")
-    assert {row.step for row in rows_of(tmp_path / "inspection-2")} == {1, 2, 3}, "what was found before the stop, and after"
+    assert {row.step for row in rows_of(tmp_path / "inspection-2")} == {1, 2, 3}, (
+        "what was found before the stop, and after"
+    )
 
 
 class Two(L.LightningModule):

@@ -14,7 +14,8 @@ from lightning_mm.causal.editing.metrics import EditScorer, edit_measures, loss_
 from lightning_mm.causal.editing.multedit import EditConfig, ValueOptimizer, multedit
 from lightning_mm.causal.editing.weight_edit import apply_edits
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.export.export import Provenance, export_full
+from lightning_mm.models.export.export import export_full
+from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.models.loading import Backbone, load_model
 from tests.helpers.taught_models import EDITED, Taught
 

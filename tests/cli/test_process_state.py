@@ -17,7 +17,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_mm.__main__ import main
-from lightning_mm.models.export.export import Provenance, export_full
+from lightning_mm.models.export.export import export_full
+from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.training.module import MMModule
 from tests.helpers.cli import QUICK, Fit, inspect

@@ -12,7 +12,8 @@ from PIL import Image
 from lightning_mm.__main__ import main
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.models.export.export import Provenance, export_full
+from lightning_mm.models.export.export import export_full
+from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.verbs.trace import strongest_table
 from tests.helpers.taught_models import KNOWN, Taught
 

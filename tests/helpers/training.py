@@ -15,7 +15,8 @@ from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.models.loading import Backbone
-from lightning_mm.training.module import MMModule, TeardownAfterException
+from lightning_mm.training.callbacks.teardown import TeardownAfterException
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import (
     ConnectorOnly,
     EarlyLayers,

@@ -9,7 +9,8 @@ import torch
 import yaml
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.models.export.export import Provenance, export_adapter, export_full, write_card
+from lightning_mm.models.export.export import export_adapter, export_full, write_card
+from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.models.export.verify import take_reference
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone, load_model

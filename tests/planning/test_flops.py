@@ -65,7 +65,7 @@ def counted(module: MMModule, batch: Batch) -> int:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "vipllava"])  # a LLaVA with a wider connector
 def test_floor_is_what_a_step_computes_and_nothing_below_it_is_saved(
     name: str, policy: str, family: Family, data: Data
 ) -> None:

@@ -147,7 +147,7 @@ def test_many_traces_are_counted_and_the_page_stays_small(traced):
     write_json(traced.path / "traces.json", big)
     page = page_of(traced)
     assert "2 further traces stand in traces.json." in page.text
-    assert len(page.raw) < 4_000_000
+    assert len(page.whole) < 4_000_000
     assert page.text.count("2,000 picture tokens") == 12
 
 

@@ -15,7 +15,8 @@ from lightning_mm.report.figures.class_maps import class_maps
 from lightning_mm.report.figures.curves import Series, line_chart
 from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.heatmap_parts import ColorScale, LayerAxis
-from lightning_mm.report.figures.layers import heat_map, matrix_figure, panel_figure
+from lightning_mm.report.figures.layers import heat_map, panel_figure
+from lightning_mm.report.figures.matrices import matrix_figure
 from lightning_mm.report.figures.trace_maps import trace_map
 from lightning_mm.report.figures.tracks import Track
 from lightning_mm.report.tables.panels import StepLabels, TrainedLayers, panels
@@ -39,7 +40,7 @@ def panel_of(values, measure="cka", **rest):
 def drawn(panel, trained=TRAINED, labels=None):
     """A heat map 100 pixels wide."""
     axis = LayerAxis.over(panel.layers, trained)
-    chart, data = heat_map(panel, axis, panel.steps, StepLabels(labels or {}), tips=True, width=100)
+    chart, data = heat_map(panel, axis, panel.steps, StepLabels(labels or {}), width=100)
     return Figure(chart, data, (100, 300), (0, 0), "").svg(), axis
 
 
@@ -58,7 +59,8 @@ def test_later_steps_stand_right_and_higher_layers_up():
     by_words = {words: (left, top) for words, (left, top, _) in cells(svg).items()}
     assert len(by_words) == 21
     lefts = [by_words[f"layer 3, step {step}: {step + 0.3:.3g}"][0] for step in (0, 5, 50)]
-    assert lefts == pytest.approx([0, 33.3, 66.7], abs=0.1)
+    # a true axis: columns meet halfway between steps, and the outer ones reach as far out as in: -2.5, 2.5, 27.5, 72.5
+    assert lefts == pytest.approx([0, 100 * 5 / 75, 100 * 30 / 75], abs=0.1)
     tops = [by_words[f"{'embeddings' if i < 0 else f'layer {i}'}, step 5: {5 + i / 10:.3g}"][1] for i in range(-1, 6)]
     assert tops == sorted(tops, reverse=True)
     assert tops[-1] == pytest.approx(0)

@@ -28,9 +28,13 @@ QWEN = CHATML.format("<|vision_start|><|image_pad|><|vision_end|>")
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 IDEFICS = f"<|im_start|>User:<image>{QUESTION}<end_of_utterance>\nAssistant: {ANSWER}<end_of_utterance>\n"
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
+COHERE = "<|START_OF_TURN_TOKEN|><|{}_TOKEN|>"
 # As the templates published with these families write it; LLaVA's and the Idefics' answers begin after a blank.
 RENDERED = {
     "llava": f"USER: <image>\n{QUESTION} ASSISTANT: {ANSWER}</s>",
+    "vipllava": f"USER: <image>\n{QUESTION} ASSISTANT: {ANSWER}</s>",
+    "aya_vision": f"<BOS_TOKEN>{COHERE.format('USER')}<image>{QUESTION}<|END_OF_TURN_TOKEN|>"
+    f"{COHERE.format('CHATBOT')}{ANSWER}<|END_OF_TURN_TOKEN|>",
     "llava_next": f"<s>[INST] <image>\n{QUESTION} [/INST] {ANSWER}</s>",
     "llava_onevision": CHATML.format("<image>\n"),
     "qwen2_vl": SYSTEM + QWEN,

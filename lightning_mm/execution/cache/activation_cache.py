@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedStates
 from lightning_mm.data.collator import Collator
@@ -56,6 +57,7 @@ class CacheSettings:
     dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
 
     def __post_init__(self) -> None:
+        refuse_other_choices(self, "model.cache")
         if self.limit <= 0:
             raise UserError(f"model.cache.limit: {self.limit} is out of range.", "It is in GiB.", "Give more than 0.")
 

@@ -9,117 +9,67 @@ plain one that shares all other tensors with it. A folder gets its name only whe
 """
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+import shutil
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import ProcessorMixin
+from transformers import GenerationConfig, ProcessorMixin
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import is_absent_or_empty, staged_folder
+from lightning_mm.models.export.base_files import BaseFiles, copy_processor, find_base_files
+from lightning_mm.models.export.model_card import Provenance, write_card
+from lightning_mm.models.export.weight_dtype import WrittenDtype, log_rounding, resolve_dtype, round_weights
 from lightning_mm.models.lora import ADAPTER, adapted_modules
-from lightning_mm.models.processor import save_processor
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Origin of a trained model, for its model card.
-
-    Args:
-        base: Folder or hub name of the base model.
-        revision: Revision of a hub model; None (default): not given.
-        facts: Further lines of the card, in this order: {'Policy': ..., 'Layers trained': ..., 'Data': ...}; none by
-            default.
-    """
-
-    base: str
-    revision: str | None = None
-    facts: Mapping[str, str] = field(default_factory=dict)
-
-
-def write_card(folder: Path, origin: Provenance, library: Literal["transformers", "peft"]) -> None:
-    """Write the model card, README.md; it states no license, which the user has to choose.
-
-    Args:
-        folder: The exported folder.
-        origin: Origin of the model.
-        library: Library that loads the folder.
-    """
-    header: dict[str, object] = {"library_name": library, "pipeline_tag": "image-text-to-text"}
-    if not Path(origin.base).exists():  # base_model must name a hub model, not a local folder
-        header["base_model"] = origin.base
-    header["tags"] = ["lightning_mm"]
-    base = f"{origin.base} at {origin.revision}" if origin.revision else origin.base
-    rows = {"Base model": base, **origin.facts}
-    lines = [
-        "---",
-        yaml.safe_dump(header, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {Path(origin.base).name}, fine-tuned",
-        "",
-        *(f"- **{name}**: {value}" for name, value in rows.items()),
-        "- **License**: not stated; the base model's and the data's licenses apply. Say yours here and in the header.",
-        "",
-        *_LOADING[library],
-    ]
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-
-
-_LOADING = {
-    "transformers": [
-        "```python",
-        "from transformers import AutoModelForImageTextToText, AutoProcessor",
-        "",
-        'model = AutoModelForImageTextToText.from_pretrained("this folder")',
-        'processor = AutoProcessor.from_pretrained("this folder")',
-        "```",
-    ],
-    "peft": [
-        "```python",
-        "from peft import PeftModel",
-        "from transformers import AutoModelForImageTextToText",
-        "",
-        'base = AutoModelForImageTextToText.from_pretrained("the base model", dtype="float32")',
-        'model = PeftModel.from_pretrained(base, "this folder")',
-        "```",
-    ],
-}
-
-
-def export_full(model: nn.Module, processor: ProcessorMixin, out: Path | str, origin: Provenance) -> Path:
+def export_full(
+    model: nn.Module, processor: ProcessorMixin, out: Path | str, origin: Provenance, dtype: WrittenDtype = "auto"
+) -> Path:
     """Write a complete folder: weights as safetensors, configs, processor with its chat template, model card.
 
     Adapters (LoRA, rsLoRA, DoRA, any ranks) are merged into the weights. A head that was tied to the embedding and has
-    an adapter is written untied. The live model keeps its adapters.
+    an adapter is written untied. The live model keeps its adapters. All small files of the base that loaders read are
+    taken over, also those of parts that training does not need.
 
     Args:
         model: A transformers model, with or without adapters.
         processor: The model's processor (transformers).
         out: Folder to create; it must not exist or be empty.
-        origin: Origin of the model, for the model card.
+        origin: Origin of the model; its base is where small files and dtype are taken from.
+        dtype: Dtype of the written weights; 'auto' (default) is the base's, which trained weights are rounded to.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: The model is quantized, a merged weight is not finite, or the folder is not empty or not writable.
+        UserError: The model is quantized, a merged weight is not finite, a weight is too large for the dtype, or the
+            folder is not empty or not writable.
     """
     _refuse_quantized(model)
-    state = _plain_state(model)
+    base = find_base_files(origin.base, origin.revision)
+    target = resolve_dtype(dtype, model, origin.base, origin.revision)
+    state, rounding = round_weights(_plain_state(model), target, _float32_parts(model, target))
+    log_rounding(rounding)
     plain = _plain_model(model, state)
     with _staged_output(Path(out)) as folder:
+        _set_dtype(plain.config, target)
+        unchanged = _unchanged_generation_config(model, base)
+        if unchanged is not None:  # what loads with a warning cannot always be saved again
+            plain.generation_config = GenerationConfig()
         plain.save_pretrained(folder, state_dict=state)
-        save_processor(processor, folder)
-        write_card(folder, origin, library="transformers")
+        if unchanged is not None:
+            shutil.copyfile(unchanged, folder / unchanged.name)
+        copy_processor(processor, base, folder)
+        write_card(folder, _licensed(origin, base), library="transformers")
     return Path(out)
 
 
@@ -134,17 +84,24 @@ def require_empty_output(out: Path, fix: str = "Name another folder, or remove t
         raise UserError(f"{out} is taken.", "An export never overwrites.", fix)
 
 
-def export_adapter(model: nn.Module, out: Path | str, origin: Provenance, fully_trained: Collection[str] = ()) -> Path:
+def export_adapter(
+    model: nn.Module,
+    out: Path | str,
+    origin: Provenance,
+    fully_trained: Collection[str] = (),
+    processor: ProcessorMixin | None = None,
+) -> Path:
     """Write a PEFT folder that ``PeftModel.from_pretrained(base, out)`` loads.
 
     Tensors that were trained at full rank beside LoRA (a connector, norms) are written by PEFT's ``modules_to_save``,
-    under the fully-qualified name of the module that owns them.
+    under the fully-qualified name of the module that owns them. All tensors keep the dtype that they trained in.
 
     Args:
         model: A transformers model with LoRA adapters.
         out: Folder to create; it must not exist or be empty.
         origin: The base model of the adapter, and facts for the model card.
         fully_trained: Names of parameters, as in the plain model, that were trained at full rank; none by default.
+        processor: The model's processor, to be put beside the adapter; None (default): it is left to the base model.
 
     Returns:
         ``out``.
@@ -158,6 +115,7 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Provenance, fully_
     from peft import get_peft_model_state_dict
 
     owners = _modules_to_save(model, fully_trained)
+    base = find_base_files(origin.base, origin.revision)
     # save_embedding_layers would look the base up on the hub; all trained tensors are listed here.
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     for owner in owners:
@@ -166,7 +124,9 @@ def export_adapter(model: nn.Module, out: Path | str, origin: Provenance, fully_
         tensors = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         _adapter_config(model, owners, origin).save_pretrained(str(folder))
-        write_card(folder, origin, library="peft")
+        if processor is not None:
+            copy_processor(processor, base, folder)
+        write_card(folder, _licensed(origin, base), library="peft")
     return Path(out)
 
 
@@ -175,6 +135,38 @@ def _adapter_config(model: Any, owners: list[str], origin: Provenance) -> Any:
     config.base_model_name_or_path, config.revision = origin.base, origin.revision
     config.modules_to_save, config.inference_mode = owners or None, True
     return config
+
+
+def _licensed(origin: Provenance, base: BaseFiles) -> Provenance:
+    return replace(origin, license=origin.license or base.license)
+
+
+def _float32_parts(model: Any, dtype: torch.dtype) -> frozenset[str]:
+    """Parts of names of the tensors that transformers holds in float32 whatever dtype the model has."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) or ()
+    half = getattr(model, "_keep_in_fp32_modules", None) or ()
+    return frozenset(always) | (frozenset(half) if dtype == torch.float16 else frozenset())
+
+
+def _set_dtype(config: Any, dtype: torch.dtype) -> None:
+    """State the dtype in a config and in those of its parts, which some loaders read instead."""
+    config.dtype = dtype
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            part.dtype = dtype
+
+
+def _unchanged_generation_config(model: Any, base: BaseFiles) -> Path | None:
+    """The base's generation_config.json, if it says what the live model's generation config does."""
+    path = base.model_files.get("generation_config.json")
+    if path is None:
+        return None
+    known = GenerationConfig.from_pretrained(path.parent, path.name)
+    return path if _settings(known) == _settings(model.generation_config) else None
+
+
+def _settings(config: GenerationConfig) -> dict[str, Any]:
+    return {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_from_model_config")}
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -213,7 +205,7 @@ def _plain_model(model: Any, state: dict[str, Tensor]) -> Any:
     with torch.device("meta"):
         plain = type(model)(config)
     plain.load_state_dict(state, strict=True, assign=True)
-    plain.generation_config = model.generation_config
+    plain.generation_config = copy.deepcopy(model.generation_config)
     # save_pretrained maps tensor names back to those of the loaded checkpoint.
     plain._weight_conversions = getattr(model, "_weight_conversions", None)
     return plain

@@ -24,10 +24,11 @@ from lightning_mm.report.figures.heatmap_parts import (
     ring,
     text,
 )
+from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.numbers import percent
 from lightning_mm.report.tables.panels import TrainedLayers, layer_name
 
-_LEFT, _RIGHT, _COLUMN, _TOP, _HEADING, _LEGEND = 42.0, 12.0, 54.0, 10.0, 20.0, 176.0
+_LEFT, _RIGHT, _COLUMN, _TOP, _HEADING, _LEGEND = 42.0, 12.0, 54.0, 20.0, 20.0, 176.0
 _MOST_SITES, _MOST_CLASSES = 6, 12
 
 
@@ -98,12 +99,21 @@ class ClassMap:
             text("kinds", "kinds", columns.at("x"), below, lineHeight=12, fontWeight="normal"),
             *legend,
             *ring(columns.at("x"), axis.at("layer"), max(5.0, axis.row / 2 + 2)),
+            *axis.pointed_at(columns.width),
             text("heading", "heading", 0, above),
         ]
         chart = layered(data | legend_data, views, columns.width, axis.height)
         top = _TOP + _HEADING * headed
         size = (max(_LEFT + columns.width + _RIGHT, _LEFT + 200), top + axis.height + 66)
-        return Figure(chart, data | legend_data, size, (_LEFT, top), f"{self.title}: {self.summary}")
+        words, live = f"{self.title}: {self.summary}", axis.live(top, kind="cells")
+        return Figure(chart, data | legend_data, size, (_LEFT, top), words, table=self._table(), live=live)
+
+    def _table(self) -> ChartTable:
+        columns = ("layer", "kind of token", "restored", "low", "high", "no effect", "N")
+        found = sorted(self.rows.items(), key=lambda item: (item[0][0], self.classes.index(item[0][1])))
+        return ChartTable(
+            columns, [(i, TOKEN_CLASSES.get(k, k), r.value, r.low, r.high, r.null, r.n) for (i, k), r in found]
+        )
 
     def _kind_labels(self) -> Iterator[dict[str, Any]]:
         """The kinds of tokens, in two lines where they have two words."""

@@ -3,7 +3,7 @@
 Data flow: ``sections.run`` hands over named series of (step, value) -> rows -> ``LineChart``: figure, legend and note.
 Lines of many points are thinned to their extremes, which keeps pages small.
 
-Shapes: a figure is 360 x 190 pixels, about a column of the report.
+Shapes: a figure is 360 x 204 pixels, about a column of the report.
 """
 
 import math
@@ -28,12 +28,13 @@ from lightning_mm.report.figures.figure import (
     without_validation,
 )
 from lightning_mm.report.figures.theme import LineStyle
+from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.numbers import percent, short
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT = 360, 190
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 26
+_WIDTH, _HEIGHT = 360, 204
+_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 14, 10, 40
 _MOST_POINTS, _MOST_DOTS = 240, 24
 ACCENT, INK, RAW = LineStyle(theme.TEAL), LineStyle(theme.INK), LineStyle(theme.TEAL, 1.0, 0.42)
 """Line styles of curves; ``RAW`` is for noisy values that another line smooths."""
@@ -98,8 +99,27 @@ def line_chart(
         scale, axis = {"domain": [0, 1]}, {"values": [0, 0.25, 0.5, 0.75, 1]}
     words = "; ".join(f"{entry.label} ends at {entry.value}" for entry in legend)
     chart = _chart(data, scale, value_axis(percent=share, labelPadding=7, **axis))
-    figure = Figure(chart, data, (_WIDTH, _HEIGHT), (_LEFT, _TOP), f"{title}: {words}")
+    steps = [x for _, points in lines for x, _ in points]
+    live = {
+        "kind": "steps",
+        "span": [min(steps), max(steps)],
+        "left": _LEFT,
+        "width": _WIDTH - _LEFT - _RIGHT,
+        "percent": share,
+        "styles": {s.label: s.style.row for s, _ in lines},
+    }
+    figure = Figure(
+        chart, data, (_WIDTH, _HEIGHT), (_LEFT, _TOP), f"{title}: {words}", table=_table(lines, unit), live=live
+    )
     return LineChart(title, unit, figure, legend, _not_finite(series))
+
+
+def _table(lines: Sequence[tuple[Series, Points]], unit: str) -> ChartTable:
+    """The points as they are drawn."""
+    rows = [(s.label, x, y) for s, points in lines for x, y in thin(points)]
+    thinned = any(len(points) > _MOST_POINTS for _, points in lines)
+    note = "Long curves are thinned to their extremes; metrics.csv holds every value." if thinned else ""
+    return ChartTable(("series", "step", unit or "value"), rows, note)
 
 
 def _value_scale(values: Sequence[float], *, zero: bool) -> dict[str, Any]:
@@ -114,14 +134,20 @@ def _value_scale(values: Sequence[float], *, zero: bool) -> dict[str, Any]:
 
 def _chart(data: Mapping[str, Rows], scale: dict[str, Any], axis: dict[str, Any]) -> alt.LayerChart:
     """Lines in their own styles, and dots to point at."""
-    steps = value_axis(percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True)
+    titled = {"title": "step", "titleAnchor": "end", "titlePadding": 4}
+    steps = value_axis(percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True, **titled)
     x = alt.X(**number("x", scale={"nice": False, "zero": False}, axis=steps))
     y = alt.Y(**number("y", scale=scale, axis=axis))
     lines = view("lines", "lines", "line", strokeJoin="round", strokeCap="round")
     dots = view("dots", "dots", "point", aria=True, filled=True, size=21)
+    pointed = view("hover", "hover", "rule", color=theme.INK, strokeWidth=1, opacity=0.45)
+    at = view("hover_points", "hover_points", "point", filled=True, size=46, stroke=theme.CARD, strokeWidth=1.5)
+    color = alt.Color(field="color", type="nominal", scale=None)
     views = [
         lines.encode(x=x, y=y, **line_styles(), detail=[nominal("line")], order=alt.Order(**number("x"))),
         dots.encode(x=x, y=y, **line_styles(), description=tip()),
+        pointed.encode(x=x),
+        at.encode(x=x, y=y, color=color),
     ]
     return layered(data, views, _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM)
 

@@ -14,9 +14,11 @@ from typing import Any
 import altair as alt
 
 from lightning_mm.report.figures import theme
-from lightning_mm.report.figures.figure import across, down, number, tip, view
+from lightning_mm.report.figures.figure import AXIS_TITLE, across, down, number, tip, view
 from lightning_mm.report.tables.panels import EMBEDDINGS, Panel, TrainedLayers
 
+UNDEFINED = "undefined: the reason stands below"
+"""What a cell without a value says."""
 _ROW, _TALLEST, _LABEL_GAP = 14.0, 240.0, 13.0
 
 
@@ -68,14 +70,28 @@ class LayerAxis:
 
     def horizontal(self, field: str) -> alt.X:
         """Encoding of a field of layers on a horizontal axis of the same length."""
-        return alt.X(**number(field, scale=self.scale, axis=self._numbers(labelPadding=8, orient="bottom")))
+        placed = {
+            "labelPadding": 8,
+            "orient": "bottom",
+            "titleX": self.height,
+            "titleY": 30,
+            "titleBaseline": "alphabetic",
+        }
+        return alt.X(**number(field, scale=self.scale, axis=self._numbers(**placed)))
 
     def _numbers(self, **options: Any) -> dict[str, Any]:
         """The layer numbers, those of trained layers in bold teal."""
         trained = f"indexof({[layer for layer in self.numbered if layer in self.trained.layers]}, datum.value) >= 0"
         return {
             "values": list(self.numbered),
-            "title": None,
+            **AXIS_TITLE,
+            "title": "layer",
+            "titleAngle": 0,
+            "titleAnchor": "end",
+            "titleAlign": "right",
+            "titleBaseline": "bottom",
+            "titleX": -13,
+            "titleY": -4,
             "labelExpr": "datum.value < 0 ? 'emb' : format(datum.value, 'd')",
             "labelOverlap": False,
             "labelColor": {"condition": {"test": trained, "value": theme.TEAL}, "value": theme.SOFT},
@@ -103,6 +119,18 @@ class LayerAxis:
             if apart and self.first <= layer <= self.last:
                 kept.append(layer)
         return tuple(sorted(kept))
+
+    def live(self, top: float, **further: Any) -> dict[str, Any]:
+        """Where the layers are in a figure, ``top`` pixels below its upper edge, for the report's script."""
+        return {"first": self.first, "last": self.last, "top": top, "row": self.row, **further}
+
+    def pointed_at(self, width: float) -> list[alt.Chart]:
+        """In a browser: a band over the layers chosen there, and a frame around the layer that is pointed at."""
+        frame = {"filled": False, "stroke": theme.INK, "strokeWidth": 1.1, "opacity": 0.75}
+        return [
+            view("brush", "brush", "rect", color=theme.INK, opacity=0.09).encode(**across(0, width), **self.rows()),
+            view("hover", "hover", "rect", **frame).encode(**across(0, width), **self.rows()),
+        ]
 
     def trained_band(self, name: str, left: float, right: float) -> alt.Chart:
         """A light band over the rows that train, from ``left`` to ``right`` in pixels."""

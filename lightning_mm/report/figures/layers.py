@@ -1,7 +1,7 @@
-"""Figures over the layers of a model: heat map and profile of one measure, layer by layer matrix, bars of a table row.
+"""Figures of one measure over the layers of a model: heat map and profile.
 
-Data flow: a ``Panel`` of layers.csv, a matrix of matrices.json or values by layer -> rows -> ``Figure``. Undefined
-cells are hatched; chance, the peak and the layers that train are marked.
+Data flow: a ``Panel`` of layers.csv -> rows -> ``Figure``. Undefined cells are hatched; chance, the peak and the layers
+that train are marked.
 
 Shapes: L layers upwards x S steps to the right; values of a profile to the right, on the same layer axis.
 """
@@ -17,7 +17,6 @@ from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.curves import LegendEntry
 from lightning_mm.report.figures.figure import (
     Figure,
-    down,
     layered,
     line_styles,
     nominal,
@@ -29,17 +28,25 @@ from lightning_mm.report.figures.figure import (
     view,
     without_validation,
 )
-from lightning_mm.report.figures.heatmap_parts import ColorScale, Columns, LayerAxis, cells, color_legend, text
+from lightning_mm.report.figures.heatmap_parts import (
+    UNDEFINED,
+    ColorScale,
+    Columns,
+    LayerAxis,
+    cells,
+    color_legend,
+    text,
+)
+from lightning_mm.report.figures.step_axis import StepAxis
 from lightning_mm.report.figures.theme import LineStyle
-from lightning_mm.report.tables.numbers import short
+from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.panels import Panel, StepLabels, TrainedLayers, layer_name, subsample_steps
 
 MOST_COLUMNS = 24
-_WIDTH, _LEFT, _RIGHT, _HEAT, _GAP, _TOP = 360.0, 42.0, 10.0, 148.0, 20.0, 10.0
+_WIDTH, _LEFT, _RIGHT, _HEAT, _GAP, _TOP = 360.0, 42.0, 10.0, 148.0, 20.0, 20.0
 _MOST_CELLS = 2000
 _HEAT_ALONE = 180.0
 _Data = dict[str, list[dict[str, Any]]]
-_UNDEFINED = "undefined: the reason stands below"
 _STYLES = tuple(
     LineStyle(color, width, opacity, dash)
     for color, width, opacity, dash in (
@@ -95,48 +102,84 @@ def panel_figure(
     lines = _profile_lines(panel, names, withheld)
     chart, data = profile(panel, axis, lines, names, width=_WIDTH - _LEFT - _RIGHT - (0 if alone else _HEAT + _GAP))
     shown: alt.LayerChart | alt.HConcatChart = chart
+    plots: dict[str, dict[str, Any]] = {"profile": _live_profile(panel, lines, _LEFT + (0 if alone else _HEAT + _GAP))}
     if not alone:
-        heat, cell_data = heat_map(panel, axis, steps, names, tips=columns >= MOST_COLUMNS)
+        heat, cell_data = heat_map(panel, axis, steps, names)
         shown, data = side_by_side([heat, chart], _GAP), data | cell_data
+        plots["heat"] = {"left": _LEFT, "width": _HEAT, "edges": StepAxis(steps, names, _HEAT).edges}
     left_out = len(panel.steps) - len(steps)
+    kept = sorted({*steps, *subsample_steps(panel.measured, 3)})
+    figure = Figure(
+        shown,
+        data,
+        (_WIDTH, _TOP + axis.height + (34 if alone else 58)),
+        (_LEFT, _TOP),
+        f"{panel.measure.title}, {panel.place}: by layer; {peak_words(panel, last)}",
+        table=_table(panel, kept),
+        live=axis.live(_TOP, kind="panel", steps=list(steps), last=last, **_words(panel, names, kept), **plots),
+        tips=columns >= MOST_COLUMNS,
+    )
     return PanelFigure(
-        Figure(
-            shown,
-            data,
-            (_WIDTH, _TOP + axis.height + (20 if alone else 44)),
-            (_LEFT, _TOP),
-            f"{panel.measure.title}, {panel.place}: by layer; {_peak_words(panel, last)}",
-        ),
+        figure,
         tuple(LegendEntry(line.label, line.style, line.peak) for line in lines),
         f"{left_out} steps in between are left out of the drawing." if left_out else "",
     )
 
 
+def _table(panel: Panel, steps: Sequence[int]) -> ChartTable:
+    """All rows of these steps; the short text table is that of the last step."""
+    rows = [panel.cells[step, layer] for step in steps for layer in panel.layers if (step, layer) in panel.cells]
+    columns = ("step", "layer", "value", "low", "high", panel.measure.null_word, "null_low", "null_high", "N", "k")
+    values = [(r.step, r.layer, r.value, r.low, r.high, r.null, r.null_low, r.null_high, r.n, r.k) for r in rows]
+    last = panel.measured[-1]
+    newest = next((i for i, row in enumerate(rows) if row.step == last), 0)
+    left_out = len(panel.steps) - len(steps)
+    note = f"{left_out} further steps stand in layers.csv." if left_out else ""
+    return ChartTable(columns, values, note, newest)
+
+
+def _words(panel: Panel, names: StepLabels, steps: Sequence[int]) -> dict[str, Any]:
+    """How values and steps are written, and which extreme counts."""
+    known = panel.measure
+    said = {"percent": known.in_percent, "seek": known.seek, "null_word": known.null_word}
+    return said | {"names": {str(step): names.long(step) for step in steps}}
+
+
+def _live_profile(panel: Panel, lines: Sequence[_Line], left: float) -> dict[str, float]:
+    low, high = _domain(panel, lines, panel.profile(panel.measured[-1]))
+    return {"left": left, "low": low, "high": high}
+
+
 def heat_map(
-    panel: Panel, axis: LayerAxis, steps: Sequence[int], names: StepLabels, *, tips: bool, width: float = _HEAT
+    panel: Panel, axis: LayerAxis, steps: Sequence[int], names: StepLabels, *, width: float = _HEAT
 ) -> tuple[alt.LayerChart, _Data]:
-    """Layers by steps, and the rows of its data; columns are equally wide, whatever the distance of their steps."""
-    columns, scale = Columns(0, len(steps), width), ColorScale.of(panel, steps)
-    shown = {step: column for column, step in enumerate(steps)}
+    """Layers by steps, and the rows of its data; columns stand at their steps, see ``StepAxis``."""
+    across = StepAxis(steps, names, width)
+    columns, scale = across.columns, ColorScale.of(panel, steps)
+    shown = {step: across.span(step) for step in steps}
     rows = [
         {
             "step": step,
             "layer": layer,
-            **_cell(shown[step], layer),
+            **shown[step],
+            **_row(layer),
             "value": row.value,
             "tip": f"{layer_name(layer)}, {names.long(step)}: {'' if row.value is None else panel.spell(row.value)}",
         }
         for (step, layer), row in panel.cells.items()
         if step in shown
     ]
-    data = _cell_data(rows) | {"trained": axis.trained_runs, "steps": _step_ticks(steps, names, columns)}
-    legend, legend_data = color_legend(scale, columns, axis.height + 23, panel.spell)
+    data = _cell_data(rows) | {"trained": axis.trained_runs, "steps": across.ticks()}
+    data["step_title"] = [] if any(step in names.labels for step in steps) else [{"text": "step", "align": "right"}]
+    legend, legend_data = color_legend(scale, columns, axis.height + 37, panel.spell)
     views = [
         axis.trained_band("heat_band", -10, 0),
         axis.trained_bar(),
-        *cells(axis, columns, scale, **({"description": tip()} if tips else {})),
+        *cells(axis, columns, scale, description=tip()),
         *axis.trained_edges(width),
+        *axis.pointed_at(width),
         text("steps", "steps", columns.at("x"), axis.height + 13),
+        text("step_title", "step_title", width, axis.height + 27),
         *legend,
     ]
     return layered(data | legend_data, views, width, axis.height), data | legend_data
@@ -153,36 +196,24 @@ def heat_map_figure(panel: Panel, beside: Sequence[Panel], trained: TrainedLayer
     """
     axis = LayerAxis.over(sorted({layer for other in beside for layer in other.layers}), trained)
     steps = subsample_steps(panel.steps, MOST_COLUMNS)
-    chart, data = heat_map(panel, axis, steps, StepLabels({}), tips=False, width=_HEAT_ALONE)
+    chart, data = heat_map(panel, axis, steps, StepLabels({}), width=_HEAT_ALONE)
     heading = {"text": printable(panel.place or panel.measure.title), "align": "left", "strong": True}
-    chart.layer.append(text("heading", "heading", 0, -10))
-    size = (_LEFT + _HEAT_ALONE + _RIGHT, 3 * _TOP + axis.height + 44)
-    return Figure(chart, data | {"heading": [heading]}, size, (_LEFT, 3 * _TOP), panel.measure.title)
+    chart.layer.append(text("heading", "heading", 0, -20))
+    top = _TOP + 20
+    size = (_LEFT + _HEAT_ALONE + _RIGHT, top + axis.height + 58)
+    return Figure(chart, data | {"heading": [heading]}, size, (_LEFT, top), panel.measure.title, tips=False)
 
 
-def _cell(column: float, layer: float) -> dict[str, float]:
-    """Where a cell of size 1 x 1 stands."""
-    return {"left": column, "right": column + 1, "low": layer - 0.5, "high": layer + 0.5}
+def _row(layer: float) -> dict[str, float]:
+    """Where the row of a layer is."""
+    return {"low": layer - 0.5, "high": layer + 0.5}
 
 
 def _cell_data(rows: list[dict[str, Any]]) -> _Data:
     """Rows with a value, and rows without."""
-    undefined = [row | {"tip": _UNDEFINED} for row in rows if row["value"] is None]
+    undefined = [row | {"tip": UNDEFINED} for row in rows if row["value"] is None]
     known = [row for row in rows if row["value"] is not None]
     return {"cells": known, "undefined": undefined}
-
-
-def _step_ticks(steps: Sequence[int], names: StepLabels, columns: Columns) -> list[dict[str, Any]]:
-    """Names of the last step, the first, and of those between that do not touch another."""
-    kept: list[tuple[float, float]] = []
-    ticked = []
-    for column in sorted({len(steps) - 1, 0}, reverse=True) + list(range(1, len(steps) - 1)):
-        label = names.tick(steps[column])
-        x, room = (column + 0.5) / columns.pixel, 3.6 * len(label) + 4
-        if all(abs(x - other) >= room + theirs for other, theirs in kept):
-            kept.append((x, room))
-            ticked.append({"x": column + 0.5, "text": label})
-    return ticked
 
 
 def profile(
@@ -193,16 +224,17 @@ def profile(
     axis = LayerAxis(axis.first, axis.last, axis.trained, labels=not beside)
     last, last_rows = panel.measured[-1], panel.profile(panel.measured[-1])
     low, high = _domain(panel, lines, last_rows)
-    numbers = value_axis(percent=panel.measure.in_percent, tickCount=3, labelPadding=5)
+    titled = {"title": panel.measure.unit or "value", "titleAnchor": "end", "titlePadding": 4}
+    numbers = value_axis(percent=panel.measure.in_percent, tickCount=3, labelPadding=5, **titled)
     values = Columns(low, high, width, numbers)
     nulls = [row for row in last_rows if row.null is not None and low <= row.null <= high]
     peak = panel.peak(last)
     data: _Data = {
         "trained": axis.trained_runs,
-        "null_band": list(_area_rows(nulls, "null_low", "null_high")),
-        "null": [{**_cell(0, row.layer), "x": row.null} for row in nulls],
-        "interval": list(_area_rows(last_rows, "low", "high")),
-        "lines": [row for index, line in enumerate(lines) for row in _line_rows(index, line)],
+        "null_band": list(area_rows(nulls, "null_low", "null_high")),
+        "null": [{**_row(row.layer), "x": row.null} for row in nulls],
+        "interval": list(area_rows(last_rows, "low", "high")),
+        "lines": [row for index, line in enumerate(lines) for row in line_rows(index, line.rows, line.style)],
         "points": [
             {"x": row.value, "layer": row.layer, "tip": f"{described(panel, row)}, {names.long(last)}"}
             for row in last_rows
@@ -234,6 +266,7 @@ def profile(
             x=x, y=y
         ),
         text("peak", "peak_number", x, y, **beside_peak, **_HALO),
+        *axis.pointed_at(width),
     ]
     return layered(data, views, width, axis.height), data
 
@@ -243,14 +276,15 @@ def _profile_lines(panel: Panel, names: StepLabels, withheld: Panel | None) -> l
     steps = subsample_steps(panel.measured, 3)
     styles = _STYLES[-len(steps) :] if len(steps) != 2 else (_STYLES[0], _STYLES[2])
     lines = [
-        _Line(names.in_legend(step), panel.profile(step), style, _peak_words(panel, step))
+        _Line(names.in_legend(step), panel.profile(step), style, peak_words(panel, step))
         for step, style in zip(steps, styles, strict=True)
     ]
     rows = withheld.profile(withheld.steps[-1]) if withheld else []
     return lines + ([_Line("without the picture", rows, _WITHHELD, "")] if rows else [])
 
 
-def _peak_words(panel: Panel, step: int) -> str:
+def peak_words(panel: Panel, step: int) -> str:
+    """The value of the peak and its layer; empty where all layers are alike."""
     row = panel.peak(step)
     return "" if row is None or row.value is None else f"{panel.spell(row.value)} at {layer_name(row.layer)}"
 
@@ -283,13 +317,14 @@ def _runs(rows: Sequence[LayerRow]) -> list[list[LayerRow]]:
     return runs
 
 
-def _line_rows(index: int, line: _Line) -> Iterator[dict[str, Any]]:
-    for run, rows in enumerate(_runs(line.rows)):
+def line_rows(index: int, found: Sequence[LayerRow], style: LineStyle) -> Iterator[dict[str, Any]]:
+    """The corners of a line, broken where a layer is undefined."""
+    for run, rows in enumerate(_runs(found)):
         for row in rows:
-            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **line.style.row}
+            yield {"line": index, "run": run, "x": row.value, "layer": row.layer, **style.row}
 
 
-def _area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
+def area_rows(rows: Sequence[LayerRow], low: str, high: str) -> Iterator[dict[str, Any]]:
     """Both ends of an area over the layers; a layer without neighbors is a row high, so that it shows too."""
     known = [row for row in rows if getattr(row, low) is not None and getattr(row, high) is not None]
     for index, run in enumerate(_runs(known)):
@@ -311,55 +346,3 @@ def described(panel: Panel, row: LayerRow) -> str:
         words += f" ({panel.spell(row.low)} to {panel.spell(row.high)})"
     words += f", {panel.measure.null_word} {panel.spell(row.null)}" if row.null is not None else ""
     return words + (f", N {row.n:,}" if row.n is not None else "") + (f", k {row.k}" if row.k is not None else "")
-
-
-@without_validation
-def matrix_figure(
-    layers: Sequence[int], values: Sequence[Sequence[float | None]], trained: TrainedLayers, *, tips: bool
-) -> Figure:
-    """Layers by layers, embeddings at the lower left; what trains is marked on both axes.
-
-    Args:
-        layers: (L,) the layers of rows and columns, ascending.
-        values: (L, L).
-        trained: Which layers train.
-        tips: Whether each cell says its value when pointed at.
-    """
-    axis = LayerAxis.over(layers, trained)
-    columns = Columns(axis.first - 0.5, axis.last + 0.5, axis.height)
-    rows = [
-        {
-            "row": a,
-            "column": b,
-            **_cell(b - 0.5, a),
-            "value": values[i][j],
-            "tip": f"{layer_name(a)} and {layer_name(b)}: {short(values[i][j] or 0.0)}",
-        }
-        for i, a in enumerate(layers)
-        for j, b in enumerate(layers)
-    ]
-    known = [value for row in values for value in row if value is not None] or [0.0]
-    scale = ColorScale(min(0.0, *known), max(1.0, *known))
-    legend, legend_data = color_legend(scale, columns, axis.height + 33, short)
-    views = [
-        axis.trained_bar(),
-        *cells(axis, columns, scale, **({"description": tip()} if tips else {})),
-        *axis.trained_edges(axis.height),
-        view("trained", "trained_below", "rect", aria=True, color=theme.TEAL, cornerRadius=1.5).encode(
-            x=axis.horizontal("low"),
-            x2=alt.X2(field="high"),
-            **down(axis.height + 3, axis.height + 7),
-            description=tip(),
-        ),
-        *(
-            view("trained", f"trained_across_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(
-                x=axis.horizontal(end), **down(0, axis.height)
-            )
-            for end in ("low", "high")
-        ),
-        *legend,
-    ]
-    data = _cell_data(rows) | {"trained": axis.trained_runs} | legend_data
-    chart = layered(data, views, axis.height, axis.height)
-    words = f"layer by layer matrix of {len(layers)} layers"
-    return Figure(chart, data, (_WIDTH, _TOP + axis.height + 66), (64.0, _TOP), words)

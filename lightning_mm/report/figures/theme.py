@@ -75,10 +75,13 @@ INK, SOFT, CARD, PAPER = "#22262b", "#5d636b", "#ffffff", "#fbfaf8"
 RULE, QUIET = "#e6e3dd", "#d5d2cb"
 TEAL, WASH, WITHHELD = "#0d6f73", "#e3f0ef", "#a8442f"
 BAR, BAR_PEAK = "#c79aa8", "#7d2f55"
+RUNS = ("#1f5fa8", "#b85c00", "#7a3f98", "#b3245e", "#6b5b45", "#3d4a5c")
+"""Runs that are compared; none is teal, which means that a layer trains."""
 HEAT = "#c8300a"
 """Weights over an image, on light and dark pages alike."""
 _FILL_DARK = {INK: "#e8e6e1", SOFT: "#a2a8af", CARD: "#1c2024", PAPER: "#15181b", RULE: "#2d3338", QUIET: "#434a51"}
 _FILL_DARK |= {TEAL: "#1f7f7c", WASH: "#17383a", WITHHELD: "#ef9a86", BAR: "#8d5a70", BAR_PEAK: "#f2a98f"}
+_FILL_DARK |= dict(zip(RUNS, ("#7fb2ee", "#f0a35c", "#c79be0", "#f28bb3", "#cdbb9f", "#b9c6d8"), strict=True))
 _TEAL_LINE_DARK = "#5cc4bf"
 """Lines and text need more contrast with a dark page than bars do."""
 

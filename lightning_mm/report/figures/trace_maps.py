@@ -28,6 +28,7 @@ from lightning_mm.report.figures.heatmap_parts import (
     ring,
     text,
 )
+from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.numbers import percent
 from lightning_mm.report.tables.panels import TrainedLayers, layer_name
 from lightning_mm.report.tables.traces import Trace
@@ -159,15 +160,36 @@ def trace_map(trace: Trace, trained: TrainedLayers, *, tips: bool = True, headed
         ],
         **_brackets(found),
     }
-    views = _views(axis, plot, scale, legend, below, tips=tips)
+    views = _views(axis, plot, scale, legend, below)
     chart = layered(data | legend_data, views, plot.width, axis.height)
     top = _TOP + _HEADING * headed
     size = (_LEFT + WIDTH + _RIGHT, top + below + 48)
-    return Figure(chart, data | legend_data, size, (_LEFT, top), f"{trace.title}: {peak_words(trace)}")
+    words, live = f"{trace.title}: {peak_words(trace)}", axis.live(top, kind="cells")
+    return Figure(
+        chart, data | legend_data, size, (_LEFT, top), words, table=_table(trace, found), live=live, tips=tips
+    )
+
+
+def _table(trace: Trace, found: Sequence[Column]) -> ChartTable:
+    """The cells as they are drawn: a column that stands for several tokens holds their strongest value."""
+    rows = [
+        (layer, *_token(trace, column), column.value(row))
+        for layer, row in zip(trace.layers, trace.values, strict=True)
+        for column in found
+    ]
+    merged = any(column.end - column.first > 1 for column in found)
+    note = "Of tokens drawn as one column, the strongest; traces.json holds each." if merged else ""
+    return ChartTable(("layer", "position", "token", "kind of token", "restored"), rows, note)
+
+
+def _token(trace: Trace, column: Column) -> tuple[int, str, str]:
+    """Position, text and kind of the first token of a column."""
+    first = column.first
+    return trace.positions[first], printable(trace.tokens[first]), _kind_name(trace.classes[first])
 
 
 def _views(
-    axis: LayerAxis, plot: Columns, scale: ColorScale, legend: Sequence[alt.Chart], below: float, *, tips: bool
+    axis: LayerAxis, plot: Columns, scale: ColorScale, legend: Sequence[alt.Chart], below: float
 ) -> list[alt.Chart]:
     """Cells from the back to what is written around them at the front."""
     x, above = plot.at("x"), alt.YValue(-5)
@@ -176,7 +198,7 @@ def _views(
     pixels = alt.Y(field="y", type="quantitative", scale=None)
     return [
         axis.trained_bar(),
-        *cells(axis, plot, scale, **({"description": tip()} if tips else {})),
+        *cells(axis, plot, scale, description=tip()),
         *axis.trained_edges(plot.width),
         view("constraint", "constraint", "rule", **ink).encode(x=x, y=above, y2=alt.Y2Value(axis.height + 3)),
         view("brackets", "brackets", "rule", **bracket).encode(**plot.span(), y=above),
@@ -184,6 +206,7 @@ def _views(
         text("tokens", "tokens", x, axis.height + 11, angle=298, aria=True).encode(description=tip()),
         *legend,
         *ring(x, axis.at("layer"), max(5.0, axis.row / 2 + 2)),
+        *axis.pointed_at(plot.width),
         text("note", "note", 220, below + 27),
         text("heading", "heading", 0, pixels),
     ]

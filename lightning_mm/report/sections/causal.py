@@ -15,6 +15,7 @@ from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import measure
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.figures.class_maps import class_maps, class_name
+from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.trace_maps import peak_words, probability_drop, trace_map
 from lightning_mm.report.optional_file import OptionalFile, read_optional
 from lightning_mm.report.sections import image_overlays
@@ -37,7 +38,7 @@ class HeatMap:
     title: str
     said: str
     meaning: str
-    svg: str
+    figure: Figure
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def _maps(rows: Sequence[LayerRow], trained: TrainedLayers, names: StepLabels) -
     steps = {row.step for row in rows if row.measure == "trace"}
     when = names.long(max(steps)) if len(steps) > 1 else ""
     for each in class_maps(rows):
-        yield HeatMap(each.title, "; ".join(filter(None, (each.summary, when))), "", each.figure(trained).svg())
+        yield HeatMap(each.title, "; ".join(filter(None, (each.summary, when))), "", each.figure(trained).drawn())
 
 
 def _traces(
@@ -180,19 +181,18 @@ def _traces(
     further = f"{left:,} further trace{'s stand' if left > 1 else ' stands'} in traces.json." if left > 0 else ""
     groups = enumerate(by_question.values())
     drawn = [
-        _question(root, group, trained, tips=number < _OPEN and len(group) <= _MOST_TIPS) for number, group in groups
+        _question(root, group, trained, tips=len(group) <= _MOST_TIPS, still=number < _OPEN) for number, group in groups
     ]
     return tuple(drawn[:_OPEN]), tuple(drawn[_OPEN:]), further, problems
 
 
-def _question(root: Path, group: Sequence[Trace], trained: TrainedLayers, *, tips: bool) -> TracedQuestion:
+def _question(root: Path, group: Sequence[Trace], trained: TrainedLayers, *, tips: bool, still: bool) -> TracedQuestion:
     maps = []
     for trace in group:
         void = any(value is None for row in trace.values for value in row)
         said = f"{trace.summary}. Hatched: {trace.undefined}" if void else trace.summary
-        maps.append(
-            HeatMap(trace.title, f"most: {peak_words(trace)}", said, trace_map(trace, trained, tips=tips).svg())
-        )
+        figure = trace_map(trace, trained, tips=tips)
+        maps.append(HeatMap(trace.title, f"most: {peak_words(trace)}", said, figure.drawn() if still else figure))
     first = group[0]
     small = image_overlays.named(root, first.image, THUMBNAIL)
     picture = packed(small) if small else ""

@@ -196,7 +196,7 @@ def _texts(overlay: Overlay, width: float, height: float) -> Iterator[str]:
             while text and text_width(text) > room:
                 text = text[:-1]
             place = f'x="{(j + 0.5) * width:.1f}" y="{(i + 0.5) * height + size / 3:.1f}" text-anchor="middle"'
-            yield f'<text class="over" style="font-size:{size:.1f}px" {place}>{escape(text)}</text>'
+            yield f'<text class="over" font-size="{size:.1f}" {place}>{escape(text)}</text>'
 
 
 def _framed(size: tuple[float, float], words: str, body: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import QUESTIONS, rank
 from lightning_mm.report.figures.curves import LegendEntry
+from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.layers import MOST_COLUMNS, panel_figure
 from lightning_mm.report.figures.tracks import Track, panel_track
 from lightning_mm.report.sections.run import apart, ranges
@@ -134,7 +135,7 @@ class MeasureFigure:
     title: str
     place: str
     meaning: str
-    svg: str
+    figure: Figure
     legend: tuple[LegendEntry, ...]
     note: str
 
@@ -156,6 +157,7 @@ class LayerSection:
 
     lead: str
     strip: str
+    span: tuple[int, int]
     numbered: tuple[tuple[float, str], ...]
     headlines: tuple[Headline, ...]
     groups: tuple[Question, ...]
@@ -179,7 +181,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
         trained: Which layers train.
         names: What the steps are called.
     """
-    found = _ordered(panels(rows))
+    found = ordered(panels(rows))
     measured = [panel for panel in found if panel.measured]
     drawn = measured[:_MOST_PANELS]
     main = _main(drawn)
@@ -190,6 +192,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
     return LayerSection(
         _lead(main, found, trained, names),
         track.membership(trained.layers).svg(),
+        (track.first, track.last),
         _numbers(track, trained),
         tuple(_headline(panel, track, trained) for panel in sorted(main, key=lambda p: p.measure.question != "moved")),
         _groups(drawn, main, trained, names),
@@ -200,7 +203,7 @@ def layer_section(rows: Sequence[LayerRow], bad: int, trained: TrainedLayers, na
     )
 
 
-def _ordered(found: Sequence[Panel]) -> list[Panel]:
+def ordered(found: Sequence[Panel]) -> list[Panel]:
     """By question, the main measures of each first, as in the vocabulary; sites as they came, cuts by their kind."""
     order = list(QUESTIONS)
 
@@ -332,5 +335,5 @@ def _measure_figure(
         (p for p in drawn if p.measure.name == without and p.site == panel.site and p.profile(p.steps[-1])), None
     )
     shown = panel_figure(panel, trained, names, withheld, columns=columns)
-    known = panel.measure
-    return MeasureFigure(known.title, panel.place, known.meaning, shown.figure.svg(), shown.legend, shown.note)
+    known, figure = panel.measure, shown.figure.drawn() if columns >= MOST_COLUMNS else shown.figure
+    return MeasureFigure(known.title, panel.place, known.meaning, figure, shown.legend, shown.note)

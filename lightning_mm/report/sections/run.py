@@ -15,6 +15,7 @@ from typing import Any
 from lightning_mm.core import metric_names
 from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.curves import ACCENT, RAW, LegendEntry, Points, Series, line_chart, running_mean
+from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.theme import LineStyle
 from lightning_mm.report.tables.numbers import percent, short
 
@@ -27,7 +28,7 @@ class Curve:
 
     title: str
     unit: str
-    svg: str
+    figure: Figure
     legend: tuple[LegendEntry, ...]
     note: str
 
@@ -74,7 +75,7 @@ def charts(curves: Curves) -> list[Curve]:
         line_chart("Gradient norm", "before clipping", norm, zero=True),
         line_chart("Learning rate", "per step", rates, zero=True),
     ]
-    return [Curve(c.title, c.unit, c.figure.svg(), c.legend, c.note) for c in drawn if c]
+    return [Curve(c.title, c.unit, c.figure.drawn(), c.legend, c.note) for c in drawn if c]
 
 
 _AFTER_THE_LAYERS = ("norm", "head")

@@ -12,7 +12,8 @@ from typing import Any
 from lightning_mm.core.layer_table import MOST_LAYERS
 from lightning_mm.core.measure_catalog import describe_site, measure
 from lightning_mm.report.figures import theme
-from lightning_mm.report.figures.layers import matrix_figure
+from lightning_mm.report.figures.figure import Figure
+from lightning_mm.report.figures.matrices import matrix_figure
 from lightning_mm.report.figures.tracks import Track
 from lightning_mm.report.sections.run import apart, ranges
 from lightning_mm.report.tables.numbers import percent
@@ -28,7 +29,7 @@ class LayerMatrix:
     title: str
     place: str
     pair: bool
-    drawings: tuple[tuple[str, str], ...]
+    drawings: tuple[tuple[str, Figure], ...]
 
 
 @dataclass(frozen=True)
@@ -64,13 +65,14 @@ def matrices(
     for (name, site), by_step in list(found.items())[:_MOST_MATRICES]:
         ends = sorted({min(by_step), max(by_step)})
         tips = len(cards) < _OPEN
-        drawn = tuple((names.long(step), _matrix(by_step[step], trained, tips)) for step in ends)
+        figures = [(names.long(step), _matrix(by_step[step], trained, tips)) for step in ends]
+        drawn = tuple((words, figure.drawn() if tips else figure) for words, figure in figures)
         pair = "~" in site or site in ("last", "token")
         cards.append(LayerMatrix(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 
 
-def _matrix(item: Mapping[str, Any], trained: TrainedLayers, tips: bool) -> str:
+def _matrix(item: Mapping[str, Any], trained: TrainedLayers, tips: bool) -> Figure:
     layers = [int(layer) for layer in item["layers"]]
     values = [[_finite(value) for value in row] for row in item["values"]]
     fits = len(values) == len(layers) and all(len(row) == len(layers) for row in values)
@@ -78,7 +80,7 @@ def _matrix(item: Mapping[str, Any], trained: TrainedLayers, tips: bool) -> str:
         raise ValueError("a matrix does not fit its layers")
     if layers[-1] >= MOST_LAYERS:
         raise ValueError(f"layer {layers[-1]}")
-    return matrix_figure(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS).svg()
+    return matrix_figure(layers, values, trained, tips=tips and len(layers) <= _MOST_TIPS)
 
 
 def probe_set(raw: Any) -> dict[str, Any]:

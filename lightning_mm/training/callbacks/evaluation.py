@@ -7,11 +7,12 @@ majority answer of the training data and the model with blank images -> ``evalua
 import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
+from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.io import write_json
@@ -100,7 +101,9 @@ class HeldOutEvaluation(Callback, WritesToRun):
             self._answers[moment] = {question.key: question.answer for question in answered}
         if self.run is not None and trainer.is_global_zero:
             majority = data_of(trainer).majority_answers()
-            write_json(self.run.evaluation, {"split": split, "rows": self._rows(answered, majority)})
+            rows = self._rows(answered, majority)
+            write_json(self.run.evaluation, {"split": split, "rows": rows})
+            _log_accuracies(trainer, rows, moments)
             write_json(
                 self.run.samples, [self._sample(i, q) for i, q in enumerate(_balance_types(answered, self.shown))]
             )
@@ -157,6 +160,18 @@ class HeldOutEvaluation(Callback, WritesToRun):
             row[moment] = answer
             row[f"correct_{moment}"] = None if answer is None else is_correct(answer, question.truth)
         return row
+
+
+def _log_accuracies(trainer: L.Trainer, rows: Iterable[dict[str, Any]], moments: list[str]) -> None:
+    """Log accuracies by question type to every logger: those just measured, and the majority answer's."""
+    values = {
+        metric_names.held_out(moment, None if row["type"] == ALL else row["type"]): row[moment]
+        for row in rows
+        for moment in get_args(metric_names.Moment)
+        if moment in (*moments, "majority") and row[moment] is not None
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(values, trainer.global_step)
 
 
 def _answered_questions(batch: PromptBatch, answers: list[str]) -> list[AnsweredQuestion]:

@@ -17,10 +17,13 @@ from rich.table import Table
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import DecisionLog, decision_log, log, run_is_open
 from lightning_mm.core.io import append_jsonl, write_json
+from lightning_mm.core.notebook import show_link
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.hyperparameters import hyperparameters
+from lightning_mm.training.run_config import write_config
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.tuning.census import Census
 
@@ -97,7 +100,7 @@ class RunRecorder(Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
     ) -> None:
         self._note(trainer, batch)
-        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero:
+        if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             append_jsonl(
                 self.run.path / "generations.jsonl", _generations(trainer.global_step, batch, outputs["answers"])
             )
@@ -124,7 +127,7 @@ class RunRecorder(Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not show_link(self.run.report):
             log.info("report: %s", self.run.report)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -138,10 +141,15 @@ class RunRecorder(Callback):
         if self._shown or not trainer.is_global_zero:
             return
         self._shown = True
+        write_config(self.run, trainer)
         census = live(pl_module).census
         write_json(self.run.census, census.to_dict())
         if (selection := live(pl_module).selection) is not None:
             write_json(self.run.selection, selection.to_dict())
+        settings = hyperparameters(trainer, pl_module)
+        write_json(self.run.hyperparameters, settings)
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
         Console().print(census_table(census))
         self._write_files(trainer)
 

@@ -227,7 +227,9 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"No file {path} to draw probes from.", "It does not exist.", "Give --data.probes FILE, or leave it out."
+            f"No file {path} to draw probes from.",
+            conversations.missing_file_reason(path)[0],
+            "Give --data.probes FILE, or leave it out.",
         )
     reader = RowReader(Path(image_root) if image_root else path.parent, answers_required=False)
     scenes: dict[Path, Scene] = {}

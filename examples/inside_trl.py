@@ -1,0 +1,55 @@
+"""Look inside while TRL's SFTTrainer trains (transformers' Trainer likewise): python examples/inside_trl.py [FOLDER]
+
+Needs `pip install trl`. FOLDER holds model/, train.json and probes.json; they are made if it does not exist.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from datasets import Dataset, Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from trl import SFTConfig, SFTTrainer
+
+from lightning_mm import GeometryCallback, InspectionCallback, IntermediateOnly, ProbingCallback, apply_policy
+from lightning_mm.testing import build_tiny, build_tiny_data
+
+
+def main(folder: Path) -> None:
+    """Train the middle layers by TRL, with a look before and after."""
+    if not folder.exists():
+        build_tiny("llava", folder / "model")
+        build_tiny_data(folder)
+    model = AutoModelForImageTextToText.from_pretrained(folder / "model")
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    apply_policy(model, IntermediateOnly("25%-50%"))  # the Trainer optimizes what requires gradients
+
+    rows = [
+        {
+            "images": [str(folder / row["image"])],
+            "prompt": [{"role": "user", "content": row["conversations"][0]["value"].replace("<image>\n", "")}],
+            "completion": [{"role": "assistant", "content": row["conversations"][1]["value"]}],
+        }
+        for row in json.loads((folder / "train.json").read_text())
+    ]
+    dataset = Dataset.from_list(rows).cast_column("images", [Image()])
+    looks = [ProbingCallback(), GeometryCallback(measures=["overlap", "cka"])]
+    inspection = InspectionCallback(looks, probes=folder / "probes.json", processor=processor)
+    arguments = SFTConfig(
+        output_dir=str(folder / "trl"),
+        max_steps=4,
+        per_device_train_batch_size=4,
+        max_length=None,
+        report_to="none",
+        save_strategy="no",
+    )
+    trainer = SFTTrainer(
+        model, args=arguments, train_dataset=dataset, processing_class=processor, callbacks=[inspection]
+    )
+    trainer.train()
+    assert inspection.run is not None
+    print(inspection.run.report)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else "tiny"))

@@ -1,0 +1,70 @@
+"""What a fit finds out on its own rows before the first step: parameters that nothing reads, and the cache.
+
+Data flow: model + trainer + data module -> names of unused parameters; settings of the cache -> an open cache, or the
+reason why there is none.
+"""
+
+import lightning as L
+import torch
+
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.loss import supervised_nll
+from lightning_mm.execution.step import TrainingStep
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import Region
+from lightning_mm.tuning.policy import TuningPlan
+from lightning_mm.tuning.unused_parameters import unused_parameters
+
+
+def find_unread(mm: MultimodalModel, plan: TuningPlan, trainer: L.Trainer, data: MMDataModule) -> tuple[str, ...]:
+    """Names of parameters that the plan trains and the forward pass of a row with an image never uses."""
+    if plan.modes[Region.VISION] == plan.modes[Region.CONNECTOR] == "frozen":
+        return ()
+    with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
+        batch = data.example_batch()
+    if not batch.has_images:
+        return ()
+    device = trainer.strategy.root_device
+    mm.model.to(device)
+    with trainer.precision_plugin.forward_context():
+        return unused_parameters(mm, lambda: supervised_nll(mm.model, mm.head, batch.to(device)).nll)
+
+
+def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule) -> None:
+    """Decide whether this fit caches frozen activations, and open their store if so; see ``TrainingStep.open_cache``.
+
+    Args:
+        step: The prepared step, its model on the trainer's device.
+        settings: Of the cache.
+        trainer: The trainer of the fit.
+        data: Where its rows come from.
+    """
+    seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
+    epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
+    model = step.mm.transformers
+    facts = {
+        "precision": str(trainer.precision),
+        "dtype": str(model.dtype),
+        "attention": str(getattr(model.config, "_attn_implementation", None)),
+        "max_length": data.max_length,
+        "device": trainer.strategy.root_device.type,
+        "matmul": torch.get_float32_matmul_precision(),
+    }
+
+    def example(count: int) -> Batch:
+        return data.example_batch(count).to(trainer.strategy.root_device)
+
+    with trainer.precision_plugin.forward_context():
+        step.open_cache(settings, data.collator(), example, epochs, facts)
+
+
+def refuse_cache(settings: CacheSettings, why: str) -> None:
+    """Log that there is no cache and why; raise a ``UserError`` if it was asked for."""
+    if settings.mode == "on":
+        raise UserError("model.cache.mode: on is not possible here.", why, "Leave it at auto.")
+    if settings.mode == "auto":
+        log_decision("model.cache", "off", why)

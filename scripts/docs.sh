@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Builds the docs site into site/, with warnings as errors, and needs no network: open site/index.html.
+# Usage: scripts/docs.sh [MKDOCS ARGUMENT...]   in an environment with `pip install -e '.[docs]'`
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true
+exec python -m mkdocs build --strict --quiet "$@"
