@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same to Python
     from lightning_mm.analysis.probing import ProbingOptions
+    from lightning_mm.analysis.read import (
+        compare_hidden_states,
+        measure_hidden_states,
+        probe_hidden_states,
+        read_hidden_states,
+        save_findings,
+    )
     from lightning_mm.callbacks.causal import CausalCallback
+    from lightning_mm.callbacks.hf import InspectionCallback
     from lightning_mm.callbacks.layer_callbacks import DriftCallback, GeometryCallback, ProbingCallback
     from lightning_mm.callbacks.schedule import Schedule
     from lightning_mm.causal.editing.multedit import EditConfig
@@ -61,6 +69,7 @@ __all__ = [
     "EditResult",
     "Full",
     "GeometryCallback",
+    "InspectionCallback",
     "InspectionResult",
     "IntermediateOnly",
     "KnockoutConfig",
@@ -85,11 +94,16 @@ __all__ = [
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "compare_hidden_states",
     "edit",
     "export_model",
     "inspect",
+    "measure_hidden_states",
     "plan",
+    "probe_hidden_states",
+    "read_hidden_states",
     "resolve_layers",
+    "save_findings",
     "select_layers",
     "trace",
     "write_report",
@@ -97,6 +111,8 @@ __all__ = [
 
 _MODULES = {
     "analysis.probing": "ProbingOptions",
+    "analysis.read": "compare_hidden_states measure_hidden_states probe_hidden_states read_hidden_states save_findings",
+    "callbacks.hf": "InspectionCallback",
     "callbacks.causal": "CausalCallback",
     "callbacks.layer_callbacks": "DriftCallback GeometryCallback ProbingCallback",
     "callbacks.schedule": "Schedule",

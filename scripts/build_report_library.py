@@ -1,4 +1,5 @@
-"""Write lightning_mm/report/scripts/vega.js.gz: Vega, Vega-Lite and Vega-Embed of the installed vl-convert."""
+"""Write lightning_mm/report/scripts/vega.js.gz: Vega, Vega-Lite and Vega-Embed of the installed
+vl-convert.
 
 Run it after vl-convert is upgraded, whose Vega-Lite the charts are written for. Nothing is downloaded:
 vl-convert carries the libraries. Bundling takes seconds, which is why reports do not do it.

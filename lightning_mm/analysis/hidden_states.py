@@ -11,8 +11,8 @@ S sites per row (last token, mean of the image tokens, ...), L tokens.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,12 +53,14 @@ class HiddenStates:
         features: Position -> (T, N, D) float32 on the CPU.
         sample_index: Position -> where each of its N vectors comes from, in the order of the probe set.
         rejected: Rows that could not be processed.
+        probe_set: The rows that were read, where the reader keeps them (``read_hidden_states`` does); else None.
     """
 
     step: int
     features: Mapping[str, Tensor]
     sample_index: Mapping[str, tuple[SampleId, ...]]
     rejected: tuple[Rejection, ...] = ()
+    probe_set: ProbeSet | None = None
 
     @property
     def num_slices(self) -> int:
@@ -160,6 +162,18 @@ def extract_hidden_states(
     return HiddenStates(step, features, sample_index, tuple(rejected))
 
 
+def in_own_dtype(mm: MultimodalModel, device: torch.device) -> ForwardContext:
+    """Give a model in half or double precision its pixels in that type: not every model converts them."""
+    dtype = mm.transformers.dtype
+
+    @contextmanager
+    def begin(batch: ProbeBatch) -> Iterator[ProbeBatch]:
+        inputs = {k: v.to(dtype) if v.is_floating_point() else v for k, v in batch.inputs.items()}
+        yield replace(batch, inputs=inputs).to(device)
+
+    return begin
+
+
 def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
     """(T - first, B, S, D) pooled hidden states, on the CPU."""
     taken: dict[int, Tensor] = {}
@@ -169,7 +183,8 @@ def _forward(mm: MultimodalModel, batch: ProbeBatch, first: int) -> Tensor:
         if index < first:
             below[:] = [hidden_BLD]
         else:
-            taken[index] = pool(hidden_BLD, batch.weights)
+            # Of a model spread over devices (device_map), each block has its own.
+            taken[index] = pool(hidden_BLD, batch.weights.to(hidden_BLD.device)).to(batch.weights.device)
 
     no_position = torch.zeros(1, dtype=torch.long, device=batch.weights.device)
     with block_io(mm, receive), select_positions_before_head(mm.model.get_submodule(mm.layout.head), no_position):
@@ -200,8 +215,16 @@ def _present_sites(batch: ProbeBatch) -> Iterable[tuple[str, SampleId, int, int]
 def gather_hidden_states(states: HiddenStates, probe_set: ProbeSet) -> HiddenStates | None:
     """The rows of all ranks on rank 0, each once and in the probe set's order; None on the other ranks."""
     parts = gather_object(states)
-    if parts is None:
-        return None
+    return None if parts is None else merge_hidden_states(parts, probe_set)
+
+
+def merge_hidden_states(parts: Sequence[HiddenStates], probe_set: ProbeSet) -> HiddenStates:
+    """Hidden states of the same step as one, each row once and in the probe set's order.
+
+    Args:
+        parts: One or more, of any rows of the set.
+        probe_set: The rows.
+    """
     order = {row.id: index for index, row in enumerate(probe_set.rows)}
     features, sample_index = {}, {}
     for position in sorted({position for part in parts for position in part.features}):
@@ -212,7 +235,7 @@ def gather_hidden_states(states: HiddenStates, probe_set: ProbeSet) -> HiddenSta
         x_TND = torch.cat([part.features[position] for part in having], 1)
         features[position] = x_TND[:, [first_index[sample] for sample in unique]]
         sample_index[position] = tuple(unique)
-    return HiddenStates(states.step, features, sample_index, tuple(r for part in parts for r in part.rejected))
+    return HiddenStates(parts[0].step, features, sample_index, tuple(r for part in parts for r in part.rejected))
 
 
 def common_samples(one: HiddenStates, other: HiddenStates) -> tuple[HiddenStates, HiddenStates, int]:

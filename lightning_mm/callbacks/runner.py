@@ -10,30 +10,27 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-import lightning as L
 import torch
-from lightning.pytorch.loggers import Logger
 
 from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.summary import summary_metrics
 from lightning_mm.callbacks.reader import Reader
 from lightning_mm.callbacks.schedule import Budget, Schedule
+from lightning_mm.callbacks.subject import Loop, Subject
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.representations import one_thread
-from lightning_mm.report.wandb import OnlineLogger
-from lightning_mm.training.eval_context import data_of, live
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
 class InspectionInput:
-    """Hidden states and context of one inspection, the input of ``InspectionCallback.analyze``.
+    """Hidden states and context of one inspection, the input of ``LayerCallback.analyze``.
 
     Args:
         step: Optimizer steps done.
@@ -41,7 +38,7 @@ class InspectionInput:
         reading: Hidden states of every layer now.
         start: Hidden states of every layer before the first step; None where they were not read.
         text_only: Hidden states of the entailment rows without their pictures; None where no callback asked for them.
-        device: Device of the analyses.
+        subject: The model itself, for analyses that run it; see ``Subject.evaluating``.
     """
 
     step: int
@@ -49,13 +46,20 @@ class InspectionInput:
     reading: HiddenStates
     start: HiddenStates | None
     text_only: HiddenStates | None
-    device: torch.device
+    subject: Subject
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the analyses."""
+        return self.subject.device
 
 
 class Inspector(Protocol):
-    """What ``Inspection`` needs of a callback; see ``InspectionCallback``."""
+    """What ``Inspection`` needs of a callback; see ``LayerCallback``."""
 
     schedule: Schedule
+
+    def begin(self, subject: Subject, step: int) -> None: ...
 
     def analyze(self, data: InspectionInput) -> Findings: ...
 
@@ -66,35 +70,32 @@ class Inspection:
     """The inspections of one fit.
 
     Args:
-        trainer: The trainer of the fit.
-        module: The LightningModule in training.
-        inspectors: All inspection callbacks, in the trainer's order.
+        loop: The loop that trains.
+        subject: What it trains.
+        inspectors: All inspection callbacks, in their order.
         run: Run directory that findings are written to.
         budget: Seconds spent on inspections so far; updated in place.
     """
 
     def __init__(
-        self,
-        trainer: L.Trainer,
-        module: L.LightningModule,
-        inspectors: Sequence[Inspector],
-        run: RunDirectory,
-        budget: Budget,
+        self, loop: Loop, subject: Subject, inspectors: Sequence[Inspector], run: RunDirectory, budget: Budget
     ) -> None:
-        self.trainer, self.module, self.inspectors, self.budget = trainer, module, inspectors, budget
+        self.loop, self.subject, self.inspectors, self.budget = loop, subject, inspectors, budget
         self.recorder = FindingsWriter(run)
-        self.probe_set = data_of(trainer).probe_set()
-        self.reader = Reader(trainer, module, self.probe_set)
-        self.total = int(trainer.estimated_stepping_batches)
+        self.probe_set = subject.probe_set
+        self.reader = Reader(subject)
+        self.total = loop.total
         self.due = {inspector: inspector.schedule.steps(self.total) for inspector in inspectors}
         self.start: HiddenStates | None = None
-        self._seen = trainer.global_step
+        self._seen = loop.step
         self._running_since: float | None = None
 
     def at_start(self) -> None:
         """Inspect before the first step of a new run; a resumed run loads that inspection's hidden states instead."""
-        step = self.trainer.global_step
-        if self.trainer.is_global_zero:
+        step = self.loop.step
+        for inspector in self.inspectors:
+            inspector.begin(self.subject, step)
+        if self.loop.is_rank_zero:
             call_or_report(
                 lambda: self.recorder.write_probe_set(self.probe_set), "writing down the probe set", step, []
             )
@@ -121,8 +122,8 @@ class Inspection:
 
     def after_batch(self) -> None:
         """Inspect if the optimizer has just made a step after which a callback is due and the budget allows it."""
-        step = self.trainer.global_step
-        if step == self._seen or step >= self.total:
+        step = self.loop.step
+        if step == self._seen or (self.total is not None and step >= self.total):
             return
         self._seen = step
         self._inspect(
@@ -142,7 +143,8 @@ class Inspection:
             return due
         self.pause_clock()
         kept = int(any(inspector.schedule.end for inspector in self.inspectors))
-        fits = [self.budget.affords(inspector.schedule.budget, step, self.total, kept) for inspector in due]
+        total = self.total or step  # of a run without an end, what it has come to
+        fits = [self.budget.affords(inspector.schedule.budget, step, total, kept) for inspector in due]
         fits = all_gather_object(fits)[0]
         if left := [inspector for inspector, fit in zip(due, fits, strict=True) if not fit]:
             who = f" of {', '.join(type(inspector).__name__ for inspector in left)}" if any(fits) else ""
@@ -156,21 +158,19 @@ class Inspection:
         if not due:
             return
         self.pause_clock()
-        if self.module.device.type == "cuda":
+        if self.subject.device.type == "cuda":
             torch.cuda.synchronize()
-        began, step = time.perf_counter(), self.trainer.global_step
-        reading, problem = self.reader.read()
+        began, step = time.perf_counter(), self.loop.step
+        reading, problem = self.reader.read(step)
         problems = [f"nothing was read at step {step}: {problem}"] if problem else []
         text_only = None
-        if not problem and any(
-            inspector.wants_text_only(last or step == min(self.due[inspector])) for inspector in due
-        ):
-            text_only, alone = self.reader.read_without_pictures()
+        if not problem and any(inspector.wants_text_only(last or step in self.due[inspector][:1]) for inspector in due):
+            text_only, alone = self.reader.read_without_pictures(step)
             problems += [f"nothing was read without pictures at step {step}: {alone}"] if alone else []
         forward = time.perf_counter() - began
         for problem in problems:
             log.warning("inspection: %s; training goes on", problem)
-        if self.trainer.is_global_zero:
+        if self.loop.is_rank_zero:
             found = Findings(step, problems=problems)
             analysis = partial(self._analyze_and_write, found, due, reading, text_only, forward, began)
             call_or_report(analysis, "looking inside", step, problems)
@@ -191,13 +191,13 @@ class Inspection:
             self._analyze(found, due, reading, text_only)
         seconds = time.perf_counter() - began
         share = self.budget.share(seconds)
-        summary = partial(summary_metrics, found, live(self.module).plan.layers)
+        summary = partial(summary_metrics, found, self.subject.plan.layers)
         values = call_or_report(summary, "summing up", found.step, found.problems) or {}
         values |= {metric_names.INSPECTION_SECONDS: seconds}
         if self.budget.training:
             values |= {metric_names.INSPECTION_SHARE: share}
-        for logger in self.trainer.loggers:
-            call_or_report(partial(_log, logger, values, found), type(logger).__name__, found.step, found.problems)
+        for name, write in self.loop.loggers().items():
+            call_or_report(partial(write, values, found), name, found.step, found.problems)
         writing = partial(self.recorder.write, found, forward, seconds - forward, share)
         call_or_report(writing, "writing down what was found", found.step, found.problems)
 
@@ -209,7 +209,7 @@ class Inspection:
             self.start = reading
             keep = partial(self.recorder.save_start, reading, self.probe_set)
             call_or_report(keep, "keeping the first reading", 0, found.problems)
-        data = InspectionInput(reading.step, self.probe_set, reading, self.start, text_only, self.module.device)
+        data = InspectionInput(reading.step, self.probe_set, reading, self.start, text_only, self.subject)
         for inspector in due:
             with one_thread():  # data workers hold the other cores, and threads that wait for one spin
                 part = call_or_report(
@@ -236,12 +236,6 @@ def call_or_report(function: Callable[[], Result], what: str, step: int, problem
         return None
 
 
-def _log(logger: Logger, values: dict[str, float], found: Findings) -> None:
-    logger.log_metrics(values, step=found.step)
-    if isinstance(logger, OnlineLogger):
-        logger.log_layers(found.rows)
-
-
 def restored_budget(saved: dict[str, Any]) -> Budget:
-    """The budget of a resumed run, from ``InspectionCallback.state_dict``."""
+    """The budget of a resumed run, from ``LayerCallback.state_dict``."""
     return Budget(float(saved["spent"]), int(saved["count"]), float(saved["training"]))

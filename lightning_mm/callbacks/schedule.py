@@ -4,9 +4,11 @@ Data flow: options from the config + the run's number of steps -> due steps; ``B
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 
 
@@ -48,8 +50,11 @@ class Schedule:
         """A copy with an inspection before the first step."""
         return replace(self, start=True)
 
-    def steps(self, total: int) -> tuple[int, ...]:
-        """The due steps of a run of ``total`` steps; 0 means before the first step.
+    def steps(self, total: int | None) -> Sequence[int]:
+        """The due steps of a run of ``total`` steps, sorted; 0 means before the first step.
+
+        Where the length of the run is not known (None), looks can be had at the start, every so many steps, and at
+        the end, which is not listed.
 
         Example:
             >>> Schedule(times=3).steps(100)
@@ -57,6 +62,13 @@ class Schedule:
             >>> Schedule(times=3, spacing="log", start=False).steps(10_000)
             (10, 100, 1000, 10000)
         """
+        if total is None:
+            if self.every is None:
+                if self.times:
+                    reason = "the run has no number of steps; schedule.every looks on the way"
+                    log_decision("inspection.schedule", "start and end", reason)
+                return (0,) if self.start else ()
+            return range(0 if self.start else self.every, 10**12, self.every)
         if self.every is not None:
             between = set(range(self.every, total, self.every))
         elif self.spacing == "even":

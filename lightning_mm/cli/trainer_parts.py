@@ -13,7 +13,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 
-from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.base import LayerCallback
 from lightning_mm.core.csv_logger import ResumableCSVLogger
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory
@@ -62,7 +62,7 @@ def callbacks(
         validates: Whether the run validates.
     """
     given: list[Callback] = as_list(options.get("callbacks"))
-    _refuse_duplicates([callback for callback in given if isinstance(callback, InspectionCallback)])
+    _refuse_duplicates([callback for callback in given if isinstance(callback, LayerCallback)])
     made: list[Callback] = [RunRecorder(run)]
     if options.get("enable_progress_bar") is not False:
         made.append(ProgressBar())
@@ -98,7 +98,7 @@ def _replaces(given: Callback, ours: Callback) -> bool:
     return bars or isinstance(given, type(ours))
 
 
-def _refuse_duplicates(inspecting: Sequence[InspectionCallback]) -> None:
+def _refuse_duplicates(inspecting: Sequence[LayerCallback]) -> None:
     """Refuse two callbacks of one class: Lightning keeps callback states by class."""
     kinds = [type(callback).__name__ for callback in inspecting]
     for kind in kinds:

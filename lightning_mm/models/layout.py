@@ -13,7 +13,7 @@ tower (Qwen-VL's mergers).
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Any
@@ -110,8 +110,8 @@ class ModelLayout:
 
     def location_of(self, name: str) -> ParameterLocation:
         """Location of a parameter, also by its name after adapters were added."""
-        plain = re.sub(r"\.lora_\w+(\..*)?$", ".weight", name.replace(".base_layer.", "."))
-        return self.locations[plain]
+        plain = plain_name(re.sub(r"\.modules_to_save\.[^.]+", "", name))
+        return self.locations[re.sub(r"\.lora_\w+(\..*)?$", ".weight", plain)]
 
     @cached_property
     def blocks(self) -> tuple[DecoderBlock, ...]:
@@ -132,6 +132,14 @@ class ModelLayout:
         found = (f"{module}.{name}" for name in _LAST_LINEARS if f"{module}.{name}" in self.linears)
         return next(found, None)
 
+    def without_adapters(self) -> "ModelLayout":
+        """The layout with the names that the model had before PEFT put adapters in; the same if there are none."""
+        return replace(
+            self,
+            locations={plain_name(n): place for n, place in self.locations.items() if not _ADAPTER.search(n)},
+            linears=frozenset(plain_name(name) for name in self.linears if not _ADAPTER.search(name)),
+        )
+
     @classmethod
     def of(cls, model: nn.Module) -> "ModelLayout":
         """The layout of a model.
@@ -144,6 +152,19 @@ class ModelLayout:
             UserError: A part cannot be identified; the candidates are listed.
         """
         return _Resolver(model).resolve()
+
+
+_ADAPTER = re.compile(r"\.(lora_\w+|modules_to_save)(\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter or module before PEFT wrapped the module that holds it.
+
+    Example:
+        >>> plain_name("model.layers.0.mlp.up_proj.base_layer.weight")
+        'model.layers.0.mlp.up_proj.weight'
+    """
+    return re.sub(r"\.(base_layer|original_module)(?=\.|$)", "", name)
 
 
 class _Resolver:

@@ -15,13 +15,13 @@ from lightning_mm.analysis.hidden_states import HiddenStates, extract_hidden_sta
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import Made, all_gather_object, run_on_all_ranks
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.random_state import restore_rng, rng_state
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.layer_selection.gradient_criteria import GRADIENT_CRITERIA, try_gradient_scores
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, log_selection, select_layers
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import ModelLayout
 from lightning_mm.models.loading import Backbone, load_model
-from lightning_mm.training import checkpoint
 from lightning_mm.training.eval_context import data_of
 from lightning_mm.tuning.policy import TuningPolicy
 
@@ -45,7 +45,7 @@ def choose_layers(
     Raises:
         UserError: Some rank cannot read, or nothing can be chosen; the same on every rank.
     """
-    generators = checkpoint.rng_state()
+    generators = rng_state()
     probe_set = data_of(trainer).probe_set()
     spec = str(getattr(policy, auto_layers_option(policy) or "layers"))
     try:
@@ -58,7 +58,7 @@ def choose_layers(
             )
         chosen: Selection = all_gather_object(selection)[0]
     finally:
-        checkpoint.restore_rng(generators)
+        restore_rng(generators)
     log_selection(chosen)
     return chosen
 

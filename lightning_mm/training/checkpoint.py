@@ -5,46 +5,20 @@ are left out: the base model is identified by its fingerprint. Every checkpoint 
 """
 
 import pickle
-import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.random_state import restore_rng
 from lightning_mm.tuning.census import Census
 
 KEY = "lightning_mm"
-
-
-def rng_state() -> dict[str, Any]:
-    """States of this rank's random generators (Python, NumPy, torch, CUDA), as tensors and numbers."""
-    version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
-        "torch": torch.get_rng_state(),
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def restore_rng(state: Mapping[str, Any]) -> None:
-    """Set this rank's random generators to a state returned by ``rng_state``."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"].cpu())
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
 
 
 def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone
-from lightning_mm.training import checkpoint
+from lightning_mm.models.side_effects import without_side_effects
 from lightning_mm.tuning.census import Census
 from lightning_mm.tuning.optimizer import OptimizerSettings
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
@@ -76,13 +76,5 @@ def evaluation_mode(trainer: L.Trainer, module: L.LightningModule) -> Iterator[N
     On exit the train/eval mode of each submodule and all random generators are restored, so that a run with
     evaluations is bit-identical to one without.
     """
-    modes = {part: part.training for part in module.modules()}
-    generators = checkpoint.rng_state()
-    module.eval()
-    try:
-        with torch.no_grad(), trainer.precision_plugin.forward_context():
-            yield
-    finally:
-        for part, training in modes.items():
-            part.training = training
-        checkpoint.restore_rng(generators)
+    with without_side_effects(module), trainer.precision_plugin.forward_context():
+        yield

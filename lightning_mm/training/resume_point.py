@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 
 from lightning_mm.core.distributed import all_gather_object
-from lightning_mm.training.checkpoint import rng_state
+from lightning_mm.core.random_state import rng_state
 
 
 class ResumePoint:

@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
+from lightning_mm.core.random_state import restore_rng, rng_state
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
@@ -183,7 +184,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
     """While active, the model is in eval mode without gradients; modes, gradients and random state are given back."""
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    generators = state.rng_state()
+    generators = rng_state()
     model.eval().requires_grad_(False)
     for parameter, *_ in gradients:
         parameter.grad = None
@@ -195,7 +196,7 @@ def borrowed(model: nn.Module) -> Iterator[None]:
         for parameter, wanted, gradient in gradients:
             parameter.requires_grad_(wanted)
             parameter.grad = gradient
-        state.restore_rng(generators)
+        restore_rng(generators)
 
 
 def model_label(path: str) -> str:

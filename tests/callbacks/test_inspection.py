@@ -12,8 +12,8 @@ from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.hidden_states import HiddenStates
-from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader
-from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks import DriftCallback, GeometryCallback, ProbingCallback, Schedule, reader, subject
+from lightning_mm.callbacks.base import LayerCallback
 from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.callbacks.schedule import Budget
 from lightning_mm.core.decisions import decision_log
@@ -30,7 +30,7 @@ def lookers(schedule: Schedule = EVERY) -> list[Callback]:
     return [ProbingCallback(schedule), GeometryCallback(schedule), DriftCallback(schedule)]
 
 
-class Failing(InspectionCallback):
+class Failing(LayerCallback):
     def analyze(self, data: InspectionInput) -> Findings:
         raise ArithmeticError("singular")
 
@@ -84,7 +84,7 @@ def test_slices_from_before_are_those_that_would_be_read_again(
     """The same run, once with the shortcut for unchanged slices and once without it."""
     short, whole = RecordingCallback(), RecordingCallback()
     train(family("llava"), probed, tmp_path, callbacks=[short], tuning=MIDDLE, max_steps=2)
-    monkeypatch.setattr(reader, "unchanged_slices", lambda plan: 0)
+    monkeypatch.setattr(subject, "unchanged_slices", lambda plan: 0)
     train(family("llava"), probed, tmp_path, callbacks=[whole], tuning=MIDDLE, max_steps=2)
     for one, other in zip(short.looks, whole.looks, strict=True):
         assert all(torch.equal(x, other.reading.features[place]) for place, x in one.reading.features.items())

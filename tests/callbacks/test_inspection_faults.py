@@ -96,7 +96,7 @@ def test_nothing_is_read_twice_where_no_block_trains(
 
     def counted(self: reader.Reader, *args: Any) -> Iterable[Any]:
         for batch in true_encoded(self, *args):
-            forwards.append(self.trainer.global_step)
+            forwards.append(self.subject.root.trainer.global_step)
             yield batch
 
     monkeypatch.setattr(reader.Reader, "_encoded", counted)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.callbacks import Schedule
-from lightning_mm.callbacks.base import InspectionCallback
+from lightning_mm.callbacks.base import LayerCallback
 from lightning_mm.callbacks.runner import InspectionInput
 from lightning_mm.core.layer_table import LayerRow, read_layers
 
@@ -12,7 +12,7 @@ EVERY = Schedule(every=1, budget=None)
 """At every step, whatever it costs."""
 
 
-class RecordingCallback(InspectionCallback):
+class RecordingCallback(LayerCallback):
     """Keeps every reading."""
 
     def __init__(self, schedule: Schedule = EVERY) -> None:

@@ -167,6 +167,22 @@ def _pick_by_hash(positions: Tensor, row_id: str) -> Tensor:
     return positions[number % len(positions)].reshape(1)
 
 
+def sorted_rows(rows: Sequence[ProbeRow]) -> list[ProbeRow]:
+    """Rows of similar length together."""
+    return sorted(rows, key=lambda row: (row.role, len(row.text), row.id))
+
+
+def cut_batches(rows: Sequence[ProbeRow], size: int) -> list[list[ProbeRow]]:
+    """Batches of rows of similar length.
+
+    Args:
+        rows: Rows of a probe set, in any order.
+        size: Rows of a batch.
+    """
+    ordered = sorted_rows(rows)
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+
+
 def probe_loader(
     rows: Sequence[ProbeRow], collator: ProbeCollator, *, batch_size: int, num_workers: int
 ) -> CheckedDataLoader:
@@ -178,12 +194,11 @@ def probe_loader(
         batch_size: Largest number of rows in a batch.
         num_workers: Number of worker processes.
     """
-    rows = sorted(rows, key=lambda row: (row.role, len(row.text), row.id))
-    collator.log_missing_object_sites(rows)
+    collator.log_missing_object_sites(sorted_rows(rows))
     size = max(1, min(batch_size, len(rows) // rank_and_world_size()[1]))
     if size < batch_size:
         log_decision("data.probes", f"batches of {size} rows", f"{len(rows)} rows, {rank_and_world_size()[1]} ranks")
-    batches = [rows[start : start + size] for start in range(0, len(rows), size)]
+    batches = cut_batches(rows, size)
     return evaluation_loader(batches, _UnwrapBatch(collator), batch_size=1, num_workers=num_workers)
 
 

@@ -66,7 +66,7 @@ class ElapsedTime:
 
 @runtime_checkable
 class HasInspectionTime(Protocol):
-    """A callback with time that does not count as training (see ``InspectionCallback``)."""
+    """A callback with time that does not count as training (see ``LayerCallback``)."""
 
     inspection_seconds: float
 

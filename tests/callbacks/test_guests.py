@@ -1,0 +1,148 @@
+"""The callbacks on a LightningModule that is not ours: training bit-identical, the same rows as with our module."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from torch import nn
+
+from lightning_mm.analysis.read import measure_hidden_states, read_hidden_states
+from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallback, ProbingCallback, Schedule
+from lightning_mm.core.decisions import decision_log
+from lightning_mm.core.errors import UserError
+from lightning_mm.core.layer_table import LayerRow
+from lightning_mm.tuning import Full
+from tests.helpers import strangers
+from tests.helpers.data import Data, Family
+from tests.helpers.inspection import EVERY, RecordingCallback, rows_of
+from tests.helpers.training import SaveAt, train
+
+pytestmark = pytest.mark.filterwarnings(
+    # PEFT 0.21 asks transformers 5.23 by an older name.
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:You're resuming from a checkpoint that ended before the epoch ended",
+)
+ENDS = Schedule(times=0, budget=None)
+
+
+def all_four(processor: Any, probes: Path, schedule: Schedule = EVERY) -> list[L.Callback]:
+    return [
+        ProbingCallback(schedule, model="holder.backbone", processor=processor, probes=str(probes)),
+        GeometryCallback(schedule),
+        DriftCallback(schedule),
+        CausalCallback(schedule, questions=str(strangers.questions(probes)), count=2, parts=("ablation",)),
+    ]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lora": True, "precision": "bf16-mixed", "accumulate_grad_batches": 2}], ids=["plain", "adapters"]
+)
+def test_a_strangers_training_is_bit_identical(
+    options: dict[str, Any], family: Family, probes: Path, tmp_path: Path
+) -> None:
+    _, processor = strangers.load(family("llava"))
+    alone, _ = strangers.fit(family("llava"), tmp_path / "a", steps=3, **options)
+    callbacks = all_four(processor, probes, Schedule(every=2, budget=None))
+    seen, _ = strangers.fit(family("llava"), tmp_path / "b", callbacks, steps=3, **options)
+    assert seen.losses == alone.losses
+    strangers.assert_equal_weights(seen, alone)
+    folder = tmp_path / "b" / "inspection"
+    found = rows_of(folder)
+    assert {row.step for row in found} == {0, 2, 3}
+    assert {row.analysis for row in found} == {"probing", "geometry", "drift", "causal"}
+    assert any(row.measure == "transplant" for row in found)
+    assert (folder / "report.html").is_file()
+    problems = [p for row in json.loads((folder / "inspections.json").read_text()) for p in row["problems"]]
+    assert not [p for p in problems if "failed" in p or "nothing was read" in p or "no transplant" in p], problems
+    hooks = [[len(m._forward_hooks) + len(m._forward_pre_hooks) for m in each.modules()] for each in (seen, alone)]
+    assert hooks[0] == hooks[1], "transformers' own, and no other"
+
+
+def test_rows_are_those_of_our_module_and_of_a_bare_loop(
+    family: Family, probed: Data, probes: Path, tmp_path: Path
+) -> None:
+    """Before the first step the weights are equal: so is every row."""
+    train(
+        family("llava"), probed, tmp_path / "ours", tuning=Full(), max_steps=1, batch_size=4,
+        callbacks=[ProbingCallback(ENDS), GeometryCallback(ENDS)],
+    )  # fmt: skip
+    _, processor = strangers.load(family("llava"))
+    callbacks = [ProbingCallback(ENDS, processor=processor, probes=str(probes)), GeometryCallback(ENDS)]
+    strangers.fit(family("llava"), tmp_path / "theirs", callbacks, steps=1)
+
+    def first(folder: Path) -> list[LayerRow]:
+        return [row for row in rows_of(folder) if row.step == 0]
+
+    expected = first(tmp_path / "ours")
+    assert expected == first(tmp_path / "theirs" / "inspection")
+    model, _ = strangers.load(family("llava"))
+    states = read_hidden_states(model, processor, probes, batch_size=4)
+    bare = {row.key: row.value for row in measure_hidden_states(states).rows}
+    written = {row.key: row.value for row in expected if row.analysis == "geometry"}
+    assert bare.keys() == written.keys()
+    for key, value in written.items():
+        assert bare[key] == (None if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), key
+
+
+def test_two_fits_have_two_folders(family: Family, probes: Path, tmp_path: Path, capsys: Any) -> None:
+    _, processor = strangers.load(family("llava"))
+    decision_log().clear()
+    for _ in range(2):
+        callback = GeometryCallback(ENDS, measures=["cka"], processor=processor, probes=str(probes))
+        _, trainer = strangers.fit(family("llava"), tmp_path, [callback], steps=1)
+    assert (tmp_path / "inspection" / "report.html").is_file()
+    assert (tmp_path / "inspection-2" / "report.html").is_file()
+    assert f"report: {tmp_path / 'inspection-2' / 'report.html'}" in capsys.readouterr().out
+    decisions = json.loads((tmp_path / "inspection" / "decisions.json").read_text())
+    assert ("callbacks.model", "holder.backbone") in [(each["name"], each["value"]) for each in decisions]
+    census = json.loads((tmp_path / "inspection" / "census.json").read_text())
+    assert census["layers"]["trained"] == [0, 1, 2, 3]
+    assert trainer.global_step == 1
+
+
+def test_a_resumed_run_takes_over_what_was_found(family: Family, probes: Path, tmp_path: Path) -> None:
+    _, processor = strangers.load(family("llava"))
+
+    def look() -> DriftCallback:
+        return DriftCallback(EVERY, processor=processor, probes=str(probes))
+
+    with pytest.raises(SystemExit):  # as Ctrl-C ends a run
+        strangers.fit(family("llava"), tmp_path, [look(), SaveAt(2, tmp_path / "at.ckpt")], steps=3)
+    assert (tmp_path / "inspection" / "report.html").is_file(), "a run that is stopped has its report too"
+    strangers.fit(family("llava"), tmp_path, [look()], steps=3, ckpt_path=tmp_path / "at.ckpt")
+    assert {row.step for row in rows_of(tmp_path / "inspection-2")} == {1, 2, 3}, (
+        "what was found before the stop, and after"
+    )
+
+
+class Two(L.LightningModule):
+    def __init__(self, *models: nn.Module) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(models)
+
+
+def test_what_cannot_be_found_is_refused_in_one_line(family: Family, probes: Path, tmp_path: Path) -> None:
+    model, processor = strangers.load(family("llava"))
+    with pytest.raises(UserError, match="nothing to look inside"):
+        strangers.fit(family("llava"), tmp_path, [RecordingCallback()])
+    for given, message in (
+        ({"model": "holder.nothing", "processor": processor}, "no multimodal model at 'holder.nothing'"),
+        ({"processor": None}, "no processor"),
+        ({"processor": processor.tokenizer}, "cannot be trained on pictures and text"),
+    ):
+        callback = GeometryCallback(ENDS, probes=str(probes), **given)
+        with pytest.raises(UserError, match=message):
+            strangers.fit(family("llava"), tmp_path, [callback])
+    from lightning_mm.models.guest import the_only_model
+
+    with pytest.raises(UserError, match="holds 2 multimodal models"):
+        the_only_model(Two(model, model.__class__(model.config)))
+    with pytest.raises(UserError, match="holds no multimodal model"):
+        the_only_model(Two(nn.Linear(2, 2)))
+    callbacks = [ProbingCallback(probes=str(probes), processor=processor), GeometryCallback(probes="other.json")]
+    with pytest.raises(UserError, match="different probes"):
+        strangers.fit(family("llava"), tmp_path, callbacks)
+    with pytest.raises(UserError, match="CausalCallback has no questions"):
+        strangers.fit(family("llava"), tmp_path, [CausalCallback(probes=str(probes), processor=processor)])
