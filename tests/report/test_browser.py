@@ -17,7 +17,7 @@ from lightning_mm.core.layer_table import append_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from tests.helpers.causal_files import effects, trace_of, traced_rows
-from tests.report.conftest import STEPS, choose, look_into, write_census
+from tests.helpers.inspected_run import STEPS, choose, look_into, write_census
 
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
