@@ -157,7 +157,9 @@ def test_without_wandb_it_is_off_and_said(tmp_path, monkeypatch, caplog):
     logger = OnlineLogger(tmp_path)
     logger.log_metrics({"train/loss": 1.0}, 0)
     assert logger.mode == "off"
-    assert [(d.name, d.value, d.reason) for d in decision_log()] == [("wandb.mode", "off", "wandb is not installed")]
+    assert [(d.name, d.value, d.reason) for d in decision_log()] == [
+        ("wandb.mode", "off", "wandb is not installed (pip install wandb)")
+    ]
     assert warnings_of(caplog) == []
 
 
