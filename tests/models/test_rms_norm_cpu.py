@@ -145,6 +145,6 @@ def test_a_whole_model_trains_as_before(name: str, family: Callable[[str], Path]
         found.append({"loss": loss.detach(), **of})
     assert found[0].keys() == found[1].keys()
     for key, expected in found[0].items():
-        torch.testing.assert_close(
-            found[1][key], expected, rtol=1e-3, atol=1e-5 * float(scale_of(key, found[0]).abs().max()), msg=key
-        )
+        # float32's rounding, of sums in another order: some CPUs reach 1.7e-5 of a tensor's largest gradient
+        atol = 3e-5 * float(scale_of(key, found[0]).abs().max())
+        torch.testing.assert_close(found[1][key], expected, rtol=1e-3, atol=atol, msg=key)

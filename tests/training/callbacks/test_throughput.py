@@ -288,7 +288,7 @@ class SlowSaving(LastCheckpoint):
 def test_validation_and_checkpoints_are_no_training(
     family: Family, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each interval holds a validation of 1.2 s and more; of saves of 0.5 s, one and two."""
+    """Each interval holds a validation of 1.2 s and more; one save of 0.5 s; the last step is saved at the end."""
     saving = SlowSaving(2)
     saving.run = RunDirectory(tmp_path)
     with caplog.at_level("INFO", logger="lightning_mm"):
@@ -296,7 +296,7 @@ def test_validation_and_checkpoints_are_no_training(
     first, second = held.spent
     assert min(first.validation, second.validation) > 1.2
     assert first.checkpoints > 0.5
-    assert second.checkpoints > 1
+    assert second.checkpoints > 0.5
     for row, spent in zip(held.logged, held.spent, strict=True):
         assert spent.training == pytest.approx(spent.wall - spent.validation - spent.checkpoints)
         assert row[metric_names.SAMPLES_PER_SECOND] == pytest.approx(6 / spent.training, rel=1e-5)
