@@ -22,7 +22,9 @@ from tests.helpers.inspected_run import STEPS, choose, look_into, write_census
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 AXE = Path(os.environ.get("LIGHTNING_MM_AXE", "node_modules/axe-core/axe.min.js"))
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and AXE.exists()), reason="no Chromium, or no axe-core where LIGHTNING_MM_AXE or node_modules says"
+)
 SECONDS, BYTES = 3.0, 5_000_000
 PROBLEMS = """async () => (await axe.run(document, {resultTypes: ['violations']})).violations
   .map(v => `${v.id}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(' | ')}`)"""

@@ -81,7 +81,7 @@ def test_each_inspection_sends_its_own_rows_only_and_the_map_shows_all(tmp_path,
 def columns_of(path):
     """The runs of equal color along the row of the highest layer: one per step where steps differ."""
     with Image.open(path) as picture:
-        line = [picture.getpixel((x, 68)) for x in range(2 * 42 + 2, 2 * (42 + 180) - 2)]
+        line = [picture.getpixel((x, 88)) for x in range(2 * 42 + 2, 2 * (42 + 180) - 2)]
     kinds = [pixel for i, pixel in enumerate(line) if i == 0 or pixel != line[i - 1]]
     return [pixel for pixel in kinds if pixel != (255, 255, 255)]
 
@@ -91,7 +91,7 @@ def test_what_trains_is_marked_in_teal_where_it_is(tmp_path, rows_of, write_cens
     (picture,) = wandb_layers.pictures(run.path, rows_of(0, [("geometry", "cka", "last")])).values()
     teal = [y for y in range(picture.height) if picture.getpixel((68, y)) == (13, 111, 115)]
     row = 240 / 31
-    top, bottom = 2 * (30 + (29 - 14) * row), 2 * (30 + (30 - 7) * row)
+    top, bottom = 2 * (40 + (29 - 14) * row), 2 * (40 + (30 - 7) * row)
     assert (teal[0], teal[-1]) == (pytest.approx(top, abs=1), pytest.approx(bottom, abs=2))  # whole pixels
     assert len(teal) == teal[-1] - teal[0] + 1
 
