@@ -86,7 +86,8 @@ def test_rows_are_those_of_our_module_and_of_a_bare_loop(
         assert bare[key] == (None if value is None else pytest.approx(value, rel=1e-6, abs=1e-9)), key
 
 
-def test_two_fits_have_two_folders(family: Family, probes: Path, tmp_path: Path, capsys: Any) -> None:
+def test_two_fits_have_two_folders(family: Family, probes: Path, tmp_path: Path, capsys: Any, caplog: Any) -> None:
+    caplog.set_level("INFO", logger="lightning_mm")
     _, processor = strangers.load(family("llava"))
     decision_log().clear()
     for _ in range(2):
@@ -94,7 +95,7 @@ def test_two_fits_have_two_folders(family: Family, probes: Path, tmp_path: Path,
         _, trainer = strangers.fit(family("llava"), tmp_path, [callback], steps=1)
     assert (tmp_path / "inspection" / "report.html").is_file()
     assert (tmp_path / "inspection-2" / "report.html").is_file()
-    assert f"report: {tmp_path / 'inspection-2' / 'report.html'}" in capsys.readouterr().out
+    assert f"report: {tmp_path / 'inspection-2' / 'report.html'}" in capsys.readouterr().out + caplog.text
     decisions = json.loads((tmp_path / "inspection" / "decisions.json").read_text())
     assert ("callbacks.model", "holder.backbone") in [(each["name"], each["value"]) for each in decisions]
     census = json.loads((tmp_path / "inspection" / "census.json").read_text())

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_mm.__main__ import main
-from lightning_mm.cli.fit import _continue_metrics
+from lightning_mm.cli.resume import continue_metrics
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
@@ -130,7 +130,7 @@ def test_a_look_at_the_step_of_the_checkpoint_is_kept(tmp_path: Path) -> None:
         "step,epoch,train/loss,inspect/seconds,inside/overlap/last/peak\n"
         "3,0,0.5,,\n3,,,1.5,0.25\n4,,,2.5,0.75\n4,1,0.25,,\n5,,,3.5,1\n"
     )
-    _continue_metrics(earlier, later, 4)
+    continue_metrics(earlier, later, 4)
     with later.metrics.open() as file:
         kept = [tuple(row.values()) for row in csv.DictReader(file)]
     assert kept == [("3", "0", "0.5", "", ""), ("3", "", "", "1.5", "0.25"), ("4", "", "", "2.5", "0.75")]
