@@ -2,7 +2,7 @@
 
 Data flow: end of an optimizer step -> ``ResumePoint.record`` (positions of the loops, random generators; no weights).
 A checkpoint that is saved later than that and before the next step (inside an accumulation window, after an exception,
-at an early end within an epoch) gets these in place of the present ones: its weights are still those of that step.
+at the end of an epoch) gets these in place of the present ones: its weights are still those of that step.
 """
 
 from copy import deepcopy
@@ -54,7 +54,7 @@ class ResumePoint:
         Returns:
             The random generators of all ranks at that step; of this rank alone if the run was interrupted.
         """
-        between = trainer.interrupted or not at_step_end(trainer) or _ended_within_epoch(trainer)
+        between = trainer.interrupted or not at_step_end(trainer) or _epoch_is_closed(trainer)
         recorded = between and self._step == trainer.global_step
         if recorded:
             checkpoint["loops"] = self._loops
@@ -69,8 +69,7 @@ def at_step_end(trainer: L.Trainer) -> bool:
     return not in_work and not bool(loop._should_accumulate())
 
 
-def _ended_within_epoch(trainer: L.Trainer) -> bool:
-    """Whether Lightning has closed an epoch that had more batches, as it does when a run is to stop early."""
+def _epoch_is_closed(trainer: L.Trainer) -> bool:
+    """Whether Lightning has counted the epoch as processed: a run resumed from there would count it a second time."""
     epochs: Any = trainer.fit_loop.epoch_progress.current
-    closed = bool(epochs.ready == epochs.processed and epochs.ready > 0)
-    return closed and not trainer.fit_loop.epoch_loop._num_ready_batches_reached()
+    return bool(epochs.ready == epochs.processed and epochs.ready > 0)
