@@ -1,6 +1,5 @@
 """The command line as a user meets it: real runs on a tiny model, and every mistake on one screen."""
 
-import csv
 import json
 import re
 import signal
@@ -14,13 +13,8 @@ import torch
 import yaml
 
 from lightning_mm.__main__ import main
-from tests.helpers.cli import CONFIGS, ROOT, Fit, run_cli
+from tests.helpers.cli import CONFIGS, ROOT, Fit, run_cli, table
 from tests.helpers.data import make_rows
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_a_run_leaves_everything_in_its_folder(fit: Fit, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The command line as tests call it: in this process or in one of its own."""
 
+import csv
 import os
 import subprocess
 import sys
@@ -30,3 +31,9 @@ def run_cli(arguments: list[str], folder: Path, **environment: str) -> subproces
 def inspect(folder: Path, *more: str) -> int:
     """Run ``inspect`` on 24 images, with run directories under ``folder``; returns the exit status."""
     return main(["inspect", *more, "--root", str(folder / "runs"), "--images", "24", "--auto.resamples", "4"])
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV file, by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))

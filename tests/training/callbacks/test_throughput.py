@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -303,6 +304,33 @@ def test_validation_and_checkpoints_are_no_training(
     (told,) = [record.message for record in caplog.records if record.message.startswith("time:")]
     assert ", validation " in told
     assert ", checkpoints " in told
+
+
+class Looks(Callback):
+    """Looks for a second where a run ends: within the last validation, and after it."""
+
+    inspection_seconds = 0.0
+
+    def on_validation_end(self, *args: Any) -> None:
+        time.sleep(1.0)
+        self.inspection_seconds += 1.0
+
+    on_train_end = on_validation_end
+
+
+def test_a_look_that_meets_the_last_validation_is_counted_once(
+    family: Family, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Counted twice, six looks' seconds (here of 1.0 s) would make the few of training negative."""
+    with caplog.at_level("INFO", logger="lightning_mm"):
+        timed(family, data, tmp_path, Looks(), limit_val_batches=1, val_check_interval=2)
+    (told,) = [record.message for record in caplog.records if record.message.startswith("time:")]
+    seconds = {name: float(value) for name, value in re.findall(r"(\w[\w ]*) (-?[\d.]+) s", told)}
+    whole = float(told.split()[1])
+    assert seconds["looks inside"] in (3.0, 4.0)
+    assert seconds["training"] > 0
+    assert seconds["validation"] >= 0
+    assert whole == pytest.approx(seconds["training"] + seconds["validation"] + seconds["looks inside"], abs=0.2)
 
 
 def test_the_parts_of_the_time() -> None:
