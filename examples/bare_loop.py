@@ -9,16 +9,16 @@ import sys
 from pathlib import Path
 
 import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lightning_mm import IntermediateOnly, apply_policy
 from lightning_mm.analysis.read import (
     compare_hidden_states,
     probe_hidden_states,
     read_hidden_states,
     save_findings,
 )
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-from lightning_mm import IntermediateOnly, apply_policy
 from lightning_mm.testing import build_tiny, build_tiny_data
 
 

@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 from datasets import Dataset, Image
-from lightning_mm.callbacks.hf import InspectionCallback
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
 from lightning_mm import GeometryCallback, IntermediateOnly, ProbingCallback, apply_policy
+from lightning_mm.callbacks.hf import InspectionCallback
 from lightning_mm.testing import build_tiny, build_tiny_data
 
 

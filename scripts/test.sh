@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All checks: lint, types, import contracts, tests. Creates .venv on the first call.
+# All checks: lint, types, import contracts, docs build, tests. Creates .venv on the first call.
 # Usage: scripts/test.sh [--fast] [PYTEST ARGUMENT...]
 #   --fast   leave out the slow tests (tests/slow.txt): about two minutes on two cores
 set -euo pipefail
@@ -10,10 +10,11 @@ if [ "${1:-}" = --fast ]; then
     shift
 fi
 source scripts/setup.sh nano,test
-ruff check lightning_mm tests scripts
-ruff format --check lightning_mm tests scripts
+ruff check lightning_mm tests scripts examples
+ruff format --check lightning_mm tests scripts examples
 mypy
 lint-imports
+bash scripts/docs.sh
 # One thread per worker: two processes that each use all cores are slower than two that share them.
 OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile "${tests[@]}" "$@"
 if [ $# -eq 0 ]; then
