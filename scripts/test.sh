@@ -10,6 +10,7 @@ if [ "${1:-}" = --fast ]; then
     shift
 fi
 source scripts/setup.sh nano,test
+bash scripts/browser.sh
 ruff check lightning_mm tests scripts examples
 ruff format --check lightning_mm tests scripts examples
 mypy

@@ -90,7 +90,7 @@ class ClassMap:
             "kinds": list(self._kind_labels()),
             "heading": [{"text": printable(self.title), "align": "left", "strong": True}] if headed else [],
         }
-        pale = {"fillOpacity": alt.FillOpacity(field="opacity", type="nominal", scale=None)}
+        pale = {"fillOpacity": alt.FillOpacity(field="opacity", type="quantitative", scale=None)}
         below, above = axis.height + 14, 8 - _HEADING
         views = [
             axis.trained_bar(),

@@ -309,10 +309,11 @@ def nominal(field: str) -> alt.Detail:
 def line_styles() -> dict[str, Any]:
     """Encodings that draw lines in the style that their rows hold, see ``LineStyle.row``."""
     raw: dict[str, Any] = {"type": "nominal", "scale": None}
+    amount: dict[str, Any] = {"type": "quantitative", "scale": None}
     return {
         "color": alt.Color(field="color", **raw),
-        "strokeWidth": alt.StrokeWidth(field="width", **raw),
-        "opacity": alt.Opacity(field="opacity", **raw),
+        "strokeWidth": alt.StrokeWidth(field="width", **amount),
+        "opacity": alt.Opacity(field="opacity", **amount),
         "strokeDash": alt.StrokeDash(field="dash", **raw),
     }
 

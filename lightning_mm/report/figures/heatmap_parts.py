@@ -122,7 +122,7 @@ class LayerAxis:
 
     def live(self, top: float, **further: Any) -> dict[str, Any]:
         """Where the layers are in a figure, ``top`` pixels below its upper edge, for the report's script."""
-        return {"first": self.first, "last": self.last, "top": top, "row": self.row, **further}
+        return dict(first=self.first, last=self.last, top=top, row=self.row, **further)
 
     def pointed_at(self, width: float) -> list[alt.Chart]:
         """In a browser: a band over the layers chosen there, and a frame around the layer that is pointed at."""

@@ -116,7 +116,7 @@ def panel_figure(
         (_LEFT, _TOP),
         f"{panel.measure.title}, {panel.place}: by layer; {peak_words(panel, last)}",
         table=_table(panel, kept),
-        live=axis.live(_TOP, kind="panel", steps=list(steps), last=last, **_words(panel, names, kept), **plots),
+        live=axis.live(_TOP, kind="panel", steps=list(steps), last_step=last, **_words(panel, names, kept), **plots),
         tips=columns >= MOST_COLUMNS,
     )
     return PanelFigure(

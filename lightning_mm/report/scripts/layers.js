@@ -21,7 +21,7 @@ class Panel {
 
   /** The step that is shown: the one chosen, or the last before it that was inspected. */
   get step() {
-    if (state.step === null) return this.live.last;
+    if (state.step === null) return this.live.last_step;
     return this.steps.filter((step) => step <= state.step).pop() ?? this.steps[0];
   }
 
@@ -40,7 +40,7 @@ class Panel {
     const names = ['lines', 'interval', 'null_band', 'null', 'points', 'peak'];
     const key = this.chart.box.parentElement.querySelector('.keys');
     key?.querySelector('.now')?.remove();
-    if (this.step === this.live.last) return this.chart.show(Object.fromEntries(names.map((name) => [name, null])));
+    if (this.step === this.live.last_step) return this.chart.show(Object.fromEntries(names.map((name) => [name, null])));
     const rows = this.profile(this.step);
     const runs = runsOf(rows);
     const peak = this.peak(rows);

@@ -59,7 +59,8 @@ function startState() {
   const told = () => { byId('step-words').textContent = names[steps[slider.value]]; slider.setAttribute('aria-valuetext', names[steps[slider.value]]); };
   byId('work-step').hidden = steps.length < 2;
   if (steps.length > 1) {
-    slider.max = slider.value = steps.length - 1;
+    slider.max = steps.length - 1; // first: a value above it is cut off
+    slider.value = slider.max;
     told();
     slider.addEventListener('input', () => {
       state.step = steps[slider.value];

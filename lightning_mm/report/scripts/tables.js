@@ -32,7 +32,7 @@ function makeSortable(table) {
   const head = table.tHead?.rows[0];
   if (!head || !table.tBodies[0] || table.tBodies[0].rows.length < 2) return;
   [...head.cells].forEach((heading, column) => {
-    if (!heading.textContent.trim() || heading.querySelector('svg, button')) return;
+    if (!heading.textContent.trim() || heading.querySelector('svg, button, .numbers')) return;
     const button = document.createElement('button');
     button.type = 'button';
     button.className = 'sort';
