@@ -72,6 +72,8 @@ def explain_exception(error: Exception) -> UserError | None:
         return package
     if isinstance(error, MisconfigurationException):
         return UserError("The trainer cannot be set up.", first, _TRAINER)
+    if isinstance(error, (ValueError, RuntimeError)) and _raised_in(error).startswith("lightning."):
+        return UserError("The trainer cannot do what it was asked for.", first, _TRAINER)
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
             "The device is out of memory.",
@@ -88,7 +90,7 @@ def explain_trainer(error: Exception) -> UserError:
     if (package := _missing_package(str(error))) is not None:
         return package
     hint = ""
-    if match := re.search(r"(strategy|accelerator)='(\w+)'", str(error)):
+    if match := re.search(r"invalid (?:strategy|accelerator) name: `(strategy|accelerator)='(\w+)'", str(error)):
         known = {
             "strategy": StrategyRegistry.available_strategies(),
             "accelerator": AcceleratorRegistry.available_accelerators(),
@@ -171,12 +173,21 @@ def _no_class(message: str, dotted: str) -> UserError | None:
 
 
 def _no_choice(message: str, dotted: str) -> UserError | None:
-    literal = r"Expected a typing.Literal\[(.*?)\].*?(?:Got|Given) value: (\S+)"
-    if (match := re.search(literal, message, re.S)) is None or match[2] == "None":
+    given = re.search(r"Expected a typing.Literal\[.*?(?:Got|Given) value: (\S+)", message, re.S)
+    if given is None or given[1] == "None":
         return None
-    choices = re.findall(r"'([^']+)'", match[1])
-    fix = suggestion(match[2], choices) or "Choose."
-    return UserError(f"{dotted}: '{match[2]}' is no choice.", _listed(choices), fix)
+    listed = " ".join(re.findall(r"typing.Literal\[(.*?)\]", message))
+    choices = list(dict.fromkeys(re.findall(r"[\w.-]+", listed)))
+    fix = suggestion(given[1], choices) or "Choose."
+    return UserError(f"{dotted}: '{given[1].strip(chr(39))}' is no choice.", _listed(choices), fix)
+
+
+def _raised_in(error: Exception) -> str:
+    """Name of the module that raised an error."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
 
 
 def _policies() -> list[str]:
@@ -190,7 +201,7 @@ def _class_names(bases: Iterable[type]) -> list[str]:
     while left:
         kind = left.pop()
         left += kind.__subclasses__()
-        if not kind.__name__.startswith("_") and kind.__module__.startswith(("lightning.", "lightning_mm.")):
+        if not kind.__name__.startswith("_") and not inspect.isabstract(kind) and kind.__module__.startswith(("lightning.", "lightning_mm.")):
             found[kind.__name__] = None
     return sorted(found)
 

@@ -23,6 +23,7 @@ from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.cli import trainer_parts
 from lightning_mm.cli.explain_errors import explain_trainer
 from lightning_mm.cli.parser import Parser
+from lightning_mm.cli.replaced_lists import say_replaced
 from lightning_mm.cli.resume import continue_metrics, find_checkpoint
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
@@ -36,6 +37,8 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.stop_signals import Preempted
 from lightning_mm.training.module_options import ModuleOptions
+from lightning_mm.training.standard_callbacks import keep_all
+from lightning_mm.training.trainer_checks import check_precision
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
@@ -48,6 +51,7 @@ RUN_VARIABLE = "LIGHTNING_MM_RUN"
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
     refuse_foreign_classes(arguments)
+    say_replaced(arguments)
     try:
         with _no_folder_of_a_failed_start():
             _run(arguments)
@@ -71,7 +75,7 @@ def _no_folder_of_a_failed_start() -> Iterator[None]:
         yield
     except BaseException:
         made = os.environ.get(RUN_VARIABLE) if _RANK.rank == 0 else None
-        if made and not RunDirectory(Path(made)).census.is_file():
+        if made and not RunDirectory(Path(made)).has_begun:
             shutil.rmtree(made, ignore_errors=True)
         raise
 
@@ -100,6 +104,14 @@ class TrainingCLI(LightningCLI):
 
     run: RunDirectory
     checkpoint: dict[str, Any] | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._asked: list[str] = kwargs["args"]
+        super().__init__(*args, **kwargs)
+
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]  # Lightning's is static, and called on self
+        """The verb that runs: a parser for each of the others would take a second."""
+        return {verb: skipped for verb, skipped in LightningCLI.subcommands().items() if verb in self._asked[:1]}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run.root", type=str, default=_ROOT, help="Folder of all runs.")
@@ -164,8 +176,10 @@ class TrainingCLI(LightningCLI):
         if plugins := trainer_parts.plugins(given.get("plugins"), resumed, self.checkpoint):
             kwargs["plugins"] = plugins
         wandb = "off" if self.subcommand == "predict" else config.run.wandb
+        if given.get("precision") is not None:
+            check_precision(str(given.precision))
         try:
-            return super().instantiate_trainer(
+            trainer = super().instantiate_trainer(
                 logger=trainer_parts.loggers(given.get("logger"), self.run, wandb, config.run.project),
                 default_root_dir=self.run.path,
                 callbacks=parts,
@@ -173,6 +187,8 @@ class TrainingCLI(LightningCLI):
             )
         except (ValueError, TypeError, ImportError, RuntimeError, MisconfigurationException) as error:
             raise explain_trainer(error) from error
+        keep_all(trainer)
+        return trainer
 
     def after_validate(self) -> None:
         self._close_online()

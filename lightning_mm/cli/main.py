@@ -4,14 +4,13 @@ Data flow: arguments -> the verb's function (imported when needed) -> exit statu
 """
 
 import gc
-import logging
 import sys
 import warnings
 from collections.abc import Callable
 
 from lightning_mm.cli.explain_errors import explain_exception, suggestion
 from lightning_mm.cli.shipped_configs import find_configs
-from lightning_mm.core.console import show_messages
+from lightning_mm.core.console import show_messages, show_warnings_of
 from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
 
@@ -22,6 +21,8 @@ _KNOWN = (
     ".*isinstance.treespec, LeafSpec.*",  # between Lightning 2.6.6 and torch 2.13
     ".*callbacks used to create the checkpoint.*",  # a run may be resumed or tested without some of them
     ".*dirpath has changed.*",  # a resumed run has its own folder
+    ".*was called without a model.*",  # OnExceptionCheckpoint: what is gone on from is said
+    ".*is set, but there is no last checkpoint.*",  # the same
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
 VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit", "export", "report")
@@ -101,7 +102,7 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
 def _configure_logging() -> None:
     """Log our own messages to the console; of the libraries, warnings only."""
     show_messages()
-    for library in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(library).setLevel(logging.WARNING)
+    show_warnings_of("lightning.pytorch", ("lightning.pytorch.callbacks", "lightning.pytorch.profilers"))
+    show_warnings_of("lightning.fabric")
     for message in _KNOWN:
         warnings.filterwarnings("ignore", message=message)

@@ -7,6 +7,7 @@ line per message, not wrapped, not padded, without colors.
 import io
 import logging
 import sys
+from collections.abc import Iterable
 from copy import copy
 from functools import cache
 from typing import Any
@@ -91,3 +92,17 @@ def show_messages() -> None:
     if not logger.handlers:
         logger.addHandler(ConsoleHandler())
     logger.setLevel(logging.INFO)
+
+
+def show_warnings_of(library: str, talks: Iterable[str] = ()) -> None:
+    """Show a library's warnings on the same console; its own handler would write into a running bar.
+
+    Args:
+        library: Name of its logger.
+        talks: Loggers of it whose other messages are shown too: they say what the user has asked for.
+    """
+    logger = logging.getLogger(library)
+    logger.handlers, logger.propagate = [ConsoleHandler()], False
+    logger.setLevel(logging.WARNING)
+    for each in talks:
+        logging.getLogger(each).setLevel(logging.INFO)

@@ -96,6 +96,8 @@ _FIXED = (
 )
 _HELD_OUT = tuple(f"evaluation/{moment}" for moment in get_args(Moment))
 _PER_TYPE = ("val/exact_match", "test/exact_match", "test/no_image", "test/majority", *_HELD_OUT)
+FIXED = tuple(metric.name for metric in _FIXED)
+"""Names of the metrics that depend on no question type, layer or group."""
 _BY_NAME = {metric.name: metric for metric in _FIXED}
 
 

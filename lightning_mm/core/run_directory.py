@@ -50,8 +50,8 @@ class RunDirectory:
             while not _made(path):
                 attempt += 1
                 path = path.with_name(f"{wanted}-{attempt}")
-            created = datetime.now().astimezone().isoformat(timespec="seconds")
-            write_json(path / "run.json", {"name": path.name, "id": uuid.uuid4().hex[:8], "created": created})
+            identity = {"name": path.name, "id": uuid.uuid4().hex[:8], "created": _now(), "begun": None}
+            write_json(path / "run.json", identity)
         except OSError as error:
             fix = "Name a folder that you may write to, or free some space."
             raise UserError(f"The run directory {path} cannot be written.", str(error), fix) from error
@@ -76,6 +76,15 @@ class RunDirectory:
             )
         return cls(found)
 
+    def begin(self) -> None:
+        """Note that the run's first batch is reached: a run that fails before leaves no folder."""
+        write_json(self.path / "run.json", {**self._identity(), "begun": _now()})
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run reached its first batch; True for a folder that was not made by ``create``."""
+        return self._identity().get("begun", "unknown") is not None
+
     @property
     def name(self) -> str:
         return self.path.name
@@ -83,11 +92,14 @@ class RunDirectory:
     @cached_property
     def id(self) -> str:
         """Eight hex digits of this folder, a resumed run's too; empty for one that was not made by ``create``."""
+        return str(self._identity().get("id", ""))
+
+    def _identity(self) -> dict[str, str | None]:
         try:
-            identity = read_json(self.path / "run.json")
+            found = read_json(self.path / "run.json")
         except UserError:
-            return ""
-        return str(identity.get("id", "")) if isinstance(identity, dict) else ""
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def config(self) -> Path:
@@ -166,6 +178,10 @@ class WritesToRun:
     """
 
     run: RunDirectory | None = None
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 def _plain(name: str) -> str:

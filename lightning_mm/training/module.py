@@ -357,6 +357,8 @@ class MMModule(ModelAndData):
         name = "yours" if self.own_optimizer else self.optimizer.name
         state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
         self._resumed = checkpoint[state.KEY]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {checkpoint['global_step']}")
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""

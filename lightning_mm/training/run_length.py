@@ -1,4 +1,4 @@
-"""How many optimizer steps a run has, for its learning-rate schedule, its progress bar and its settings.
+"""How many optimizer steps a run has, for its learning-rate schedule, bar and settings; and why it had fewer.
 
 Data flow: limits of the trainer and batches of an epoch (and a ``GradientAccumulationScheduler``) -> optimizer steps.
 """
@@ -6,7 +6,7 @@ Data flow: limits of the trainer and batches of an epoch (and a ``GradientAccumu
 import math
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.callbacks import Callback, EarlyStopping, GradientAccumulationScheduler, Timer
 
 
 def total_steps(trainer: L.Trainer) -> int | None:
@@ -27,3 +27,20 @@ def total_steps(trainer: L.Trainer) -> int | None:
         return int(estimated)
     steps = sum(math.ceil(batches / schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
+
+
+def early_end(trainer: L.Trainer) -> str | None:
+    """Why a run was ended before its last step; None if nothing has asked for that.
+
+    Args:
+        trainer: The trainer, at the end of its training.
+    """
+    if not trainer.should_stop:
+        return None
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            return f"EarlyStopping: {' '.join(callback.stopping_reason_message.split())}"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) < 0:
+            return "its time is over (trainer.max_time, or a Timer)"
+    return "trainer.should_stop was set"

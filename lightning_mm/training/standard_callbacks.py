@@ -52,6 +52,8 @@ def add_standard_callbacks(trainer: L.Trainer) -> None:
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
     # Said at each step: Lightning 2.6.6 asks torch 2.13's tree specs in the way of older ones.
     warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
+    # Ours steps as Lightning does.
+    warnings.filterwarnings("ignore", message=".*the hooks will not be called on every batch")
     if trainer.barebones:
         log_decision("trainer.barebones", "no run folder, report or checkpoint", "nothing may run beside training")
         return
@@ -111,6 +113,13 @@ def _validates(trainer: L.Trainer) -> bool:
 def _position(callback: Callback) -> int:
     """Place in the order of hooks; others come first. Lightning itself moves ``ModelCheckpoint``s to the end."""
     return next((place for place, kind in enumerate(_ORDER) if isinstance(callback, kind)), -1)
+
+
+def keep_all(trainer: L.Trainer) -> None:
+    """Say that the trainer's callbacks were all asked for, also those that are as Lightning would make them."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
+    for callback in callbacks:
+        vars(callback)["asked_for"] = True  # and so it is no more like one without options
 
 
 def _is_default(callback: Callback) -> bool:

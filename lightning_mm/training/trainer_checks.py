@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     Callback,
     EarlyStopping,
+    GradientAccumulationScheduler,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
@@ -17,11 +18,14 @@ from lightning.pytorch.callbacks.finetuning import BaseFinetuning
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training.callbacks.checkpoints import BestCheckpoint
 
+_OURS = ("lightning.", "lightning_mm.")
+"""Where code that is not the user's comes from."""
 _REFUSED: dict[type[Callback], tuple[str, str]] = {
     BaseFinetuning: ("It thaws weights that the policy froze.", "Say by model.tuning what trains."),
     ModelPruning: ("It changes weights that the policy froze.", "Prune the exported model."),
@@ -49,7 +53,8 @@ def check_trainer(trainer: L.Trainer) -> None:
     Raises:
         UserError: An option or a callback does not go with this module.
     """
-    _check_precision(str(trainer.precision))
+    check_precision(str(trainer.precision))
+    _check_numbers(trainer)
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
     for callback in callbacks:
         for kind, (why, fix) in _REFUSED.items():
@@ -63,6 +68,8 @@ def check_trainer(trainer: L.Trainer) -> None:
             "Gradients are divided by the tokens of all ranks, which it keeps in pieces.",
             "Use auto (one device) or ddp.",
         )
+    _check_names(trainer.lightning_module, callbacks)
+    _check_accumulation(trainer, callbacks)
     data = trainer.datamodule  # type: ignore[attr-defined]
     if isinstance(data, MMDataModule) and (data.paths["val"] is None or not trainer.limit_val_batches):
         _check_monitors(callbacks)
@@ -72,8 +79,16 @@ def check_trainer(trainer: L.Trainer) -> None:
         log_decision("trainer.use_distributed_sampler", "false", "the data module deals out samples itself")
 
 
-def _check_precision(precision: str) -> None:
-    if precision not in ("32-true", "bf16-mixed"):
+def check_precision(precision: str) -> None:
+    """Refuse a precision that would give wrong results.
+
+    Args:
+        precision: As the user or the trainer names it; a trainer on a CPU takes bf16-mixed where 16-mixed was asked.
+
+    Raises:
+        UserError: It is not supported.
+    """
+    if precision not in ("32-true", "32", "bf16-mixed", "bf16"):
         raise UserError(
             f"trainer.precision: {precision} is not supported.",
             "It would cast what must stay in float32 (rotary tables, summed losses).",
@@ -81,11 +96,61 @@ def _check_precision(precision: str) -> None:
         )
 
 
+def _check_numbers(trainer: L.Trainer) -> None:
+    """Refuse numbers that Lightning takes, and that turn a step into nonsense."""
+    clip = trainer.gradient_clip_val
+    if clip is not None and clip < 0:
+        raise UserError(
+            f"trainer.gradient_clip_val: {clip} is negative.", "It would turn the gradient around.", "Use 1.0, say."
+        )
+    if trainer.accumulate_grad_batches < 1:
+        raise UserError(
+            f"trainer.accumulate_grad_batches: {trainer.accumulate_grad_batches} is no number of batches.",
+            "An optimizer step needs one at least.",
+            "Use 1 or more.",
+        )
+
+
+def _check_accumulation(trainer: L.Trainer, callbacks: list[Callback]) -> None:
+    """Refuse two that say how many batches a step has; Lightning would do so after the model is loaded."""
+    schedules = any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks)
+    if schedules and trainer.accumulate_grad_batches != 1:
+        raise UserError(
+            "GradientAccumulationScheduler and trainer.accumulate_grad_batches both say how many batches a step has.",
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}.",
+            "Leave it at 1; the callback's scheduling {0: N} begins with N.",
+        )
+
+
+def _monitor(callback: Callback) -> str | None:
+    """The metric that a callback of the user waits for."""
+    own = isinstance(callback, (EarlyStopping, ModelCheckpoint)) and not isinstance(callback, BestCheckpoint)
+    return callback.monitor if own else None  # type: ignore[attr-defined]  # both have it
+
+
+def _check_names(module: L.LightningModule, callbacks: list[Callback]) -> None:
+    """Refuse a metric by the name that it has elsewhere (val_loss); Lightning would fail after an epoch.
+
+    Code of the user may log one of that name: where there is any, nothing is refused.
+    """
+    if not all(type(part).__module__.startswith(_OURS) for part in (module, *callbacks)):
+        return
+    spelled = {name.replace("/", "").replace("_", ""): name for name in metric_names.FIXED}
+    for callback in callbacks:
+        watched = _monitor(callback)
+        meant = spelled.get((watched or "").replace("/", "").replace("_", "").lower())
+        if meant is not None and meant != watched:
+            raise UserError(
+                f"{type(callback).__name__} watches {watched}, which is not logged.",
+                "Names of metrics have their stage in front of a slash.",
+                f"Did you mean {meant}?",
+            )
+
+
 def _check_monitors(callbacks: list[Callback]) -> None:
     """Refuse a callback that waits for a validation where there is none; Lightning would fail after an epoch."""
     for callback in callbacks:
-        own = isinstance(callback, (EarlyStopping, ModelCheckpoint)) and not isinstance(callback, BestCheckpoint)
-        watched = callback.monitor if own else None  # type: ignore[attr-defined]  # both have it
+        watched = _monitor(callback)
         if watched is not None and watched.startswith("val/"):
             raise UserError(
                 f"{type(callback).__name__} watches {watched}, and the run does not validate.",

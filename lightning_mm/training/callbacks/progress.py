@@ -11,6 +11,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.callbacks import Timer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
@@ -135,6 +136,9 @@ class ProgressBar(LightningProgressBar):
         self._said = step
         values = {key: float(value) for key, value in trainer.callback_metrics.items() if key in _SHOWN}
         left = self._clock.left(step - self._first_step, None if total is None else total - step)
+        for timer in trainer.callbacks:  # type: ignore[attr-defined]  # set by its callback connector
+            if isinstance(timer, Timer) and (allowed := timer.time_remaining()) is not None:
+                left = max(0.0, allowed if left is None else min(left, allowed))
         words = describe(values, left, narrow=self._bar is not None and self._console.width < _WIDE)
         if self._bar is not None:
             self._bar.update(self._task, words=words)

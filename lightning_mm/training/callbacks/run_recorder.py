@@ -16,7 +16,7 @@ from rich.table import Table
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.console import message_console
-from lightning_mm.core.decisions import DecisionLog, decision_log, log, run_is_open
+from lightning_mm.core.decisions import DecisionLog, decision_log, log, log_decision, run_is_open
 from lightning_mm.core.io import append_jsonl, write_json
 from lightning_mm.core.notebook import show_link
 from lightning_mm.core.run_directory import RunDirectory
@@ -25,6 +25,7 @@ from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.hyperparameters import hyperparameters
 from lightning_mm.training.run_config import write_config
+from lightning_mm.training.run_length import early_end, total_steps
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.tuning.census import Census
 
@@ -49,9 +50,8 @@ class RunRecorder(Callback):
     ) -> None:
         self._given, self._root, self._name = run, root, name
         self._current = run
-        self._made: RunDirectory | None = None
         self.decisions = DecisionLog()
-        self._shown = False
+        self._shown = self._marked = False
         self._open = ExitStack()
 
     @property
@@ -69,8 +69,8 @@ class RunRecorder(Callback):
             policy = type(live(pl_module).tuning).__name__
             root = self._root or (earlier.path.parent if earlier else Path(trainer.default_root_dir) / "runs")
             default = policy if stage == "fit" else f"{policy}-{stage}"
-            self._current = self._made = make_run_folder(trainer, root, self._name, default)
-            self.decisions, self._shown = DecisionLog(), False
+            self._current = make_run_folder(trainer, root, self._name, default)
+            self.decisions, self._shown, self._marked = DecisionLog(), False, False
         use_run_folder(trainer, self.run, earlier)
         if not run_is_open():
             self._open.enter_context(self.decisions.opened())
@@ -90,6 +90,18 @@ class RunRecorder(Callback):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._begin(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._mark_begun(trainer)
+
+    def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._mark_begun(trainer)
+
+    def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._mark_begun(trainer)
+
+    def on_predict_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self._mark_begun(trainer)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -127,17 +139,26 @@ class RunRecorder(Callback):
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
 
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if (why := early_end(trainer)) is not None:
+            log_decision("trainer", f"the run ends at step {trainer.global_step} of {total_steps(trainer)}", why)
+
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._marked:
+            why = "trainer.max_steps, max_epochs or limit_train_batches leave none, or the checkpoint has done them all"
+            log_decision("trainer", "no step was trained", why)
         self._write(trainer)
         if trainer.is_global_zero and not show_link(self.run.report):
             log.info("report: %s", self.run.report)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         try:
-            if trainer.is_global_zero and self._shown:
+            if self._current is None or not trainer.is_global_zero:
+                return
+            if self.run.has_begun and self._shown:
                 self._write_files(trainer)
-            elif trainer.is_global_zero and self._made is not None:  # a start that failed leaves no folder
-                shutil.rmtree(self._made.path, ignore_errors=True)
+            elif not self.run.has_begun:
+                shutil.rmtree(self.run.path, ignore_errors=True)
         finally:
             self._open.close()
 
@@ -156,6 +177,11 @@ class RunRecorder(Callback):
             logger.log_hyperparams(settings)
         message_console().print(census_table(census))
         self._write_files(trainer)
+
+    def _mark_begun(self, trainer: L.Trainer) -> None:
+        if not self._marked and trainer.is_global_zero:
+            self.run.begin()
+        self._marked = True
 
     def _note(self, trainer: L.Trainer, batch: Any) -> None:
         if batch.rejected:
