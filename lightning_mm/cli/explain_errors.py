@@ -201,7 +201,11 @@ def _class_names(bases: Iterable[type]) -> list[str]:
     while left:
         kind = left.pop()
         left += kind.__subclasses__()
-        if not kind.__name__.startswith("_") and not inspect.isabstract(kind) and kind.__module__.startswith(("lightning.", "lightning_mm.")):
+        if (
+            not kind.__name__.startswith("_")
+            and not inspect.isabstract(kind)
+            and kind.__module__.startswith(("lightning.", "lightning_mm."))
+        ):
             found[kind.__name__] = None
     return sorted(found)
 

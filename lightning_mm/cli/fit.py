@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -260,14 +261,16 @@ def _reusable_config(config: Namespace) -> Namespace:
     kept = config.clone()
     for key in ("ckpt_path", "config", "weights_only", "return_predictions", "verbose"):
         kept.pop(key, None)
-    _spell_enums(kept)
+    _spell_values(kept)
     return kept
 
 
-def _spell_enums(options: Any) -> None:
-    """Replace members of an Enum (a default of Lightning's Timer is one) by their values, for YAML."""
+def _spell_values(options: Any) -> None:
+    """Replace what YAML cannot write by words: defaults of Lightning's callbacks are Enums and devices."""
     for key, value in enumerate(options) if isinstance(options, list) else list(vars(options).items()):
         if isinstance(value, Enum):
             options[key] = value.value
+        elif isinstance(value, torch.device):
+            options[key] = str(value)
         elif isinstance(value, (Namespace, list)):
-            _spell_enums(value)
+            _spell_values(value)

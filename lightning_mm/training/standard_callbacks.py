@@ -34,6 +34,13 @@ from lightning_mm.training.callbacks.throughput import Throughput
 _ORDER = (ProgressBar, Throughput, HeldOutEvaluation, LastCheckpoint, RunRecorder)
 """In this order their hooks are called, after those of all other callbacks: time is taken before the last evaluation,
 and the report is written after all else."""
+_NOTHING_NEW = (
+    ".*in eval mode at the start of training",  # what is frozen is so on purpose, and the census shows it
+    ".*isinstance.treespec, LeafSpec.*",  # at each step; between Lightning 2.6.6 and torch 2.13
+    ".*the hooks will not be called on every batch",  # GradientAccumulationScheduler: our optimizer_step needs no more
+    "You requested to overfit but enabled",  # overfit_batches
+)
+"""Warnings of Lightning about what is meant to be so."""
 _DEFAULTS = (ModelCheckpoint, RichProgressBar, TQDMProgressBar, ModelSummary, RichModelSummary)
 """Callbacks that Lightning puts into a trainer which was given none of their kind."""
 
@@ -48,12 +55,8 @@ def add_standard_callbacks(trainer: L.Trainer) -> None:
     Args:
         trainer: The trainer, about to run a fit or another verb; its lists of callbacks and loggers are replaced.
     """
-    # What is frozen is in eval mode on purpose, and the census shows it.
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training")
-    # Said at each step: Lightning 2.6.6 asks torch 2.13's tree specs in the way of older ones.
-    warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
-    # Ours steps as Lightning does.
-    warnings.filterwarnings("ignore", message=".*the hooks will not be called on every batch")
+    for message in _NOTHING_NEW:
+        warnings.filterwarnings("ignore", message=message)
     if trainer.barebones:
         log_decision("trainer.barebones", "no run folder, report or checkpoint", "nothing may run beside training")
         return

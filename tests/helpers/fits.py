@@ -86,7 +86,7 @@ def short_fits(model: Path, data: Data, folder: Path, capfd: pytest.CaptureFixtu
         **{"data.train": data["train"], "data.val": data["val"], "data.num_workers": 0, "data.batch_size": 2},
         **{"trainer.accelerator": "cpu", "trainer.max_steps": 2, "trainer.log_every_n_steps": 1},
         **{"trainer.limit_val_batches": 0, "evaluation.before": "false", "evaluation.after": "false"},
-        **{"run.wandb": "off", "run.name": "x"},
+        **{"run.wandb": "off", "run.name": "x", "model.cache.mode": "off"},
     }
 
     def fit(*more: str, verb: str = "fit") -> Fitted:

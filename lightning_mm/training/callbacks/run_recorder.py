@@ -25,8 +25,8 @@ from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.hyperparameters import hyperparameters
 from lightning_mm.training.run_config import write_config
-from lightning_mm.training.run_length import early_end, total_steps
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
+from lightning_mm.training.run_length import early_end, total_steps
 from lightning_mm.tuning.census import Census
 
 GENERATIONS = 8
