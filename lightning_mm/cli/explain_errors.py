@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins import LayerSync, Precision
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
@@ -30,6 +32,7 @@ _BASES: dict[str, tuple[type, ...]] = {
     "logger": (Logger,),
     "profiler": (Profiler,),
     "strategy": (Strategy,),
+    "plugins": (CheckpointIO, ClusterEnvironment, LayerSync, Precision),
 }
 """Options of the trainer that are classes."""
 _PACKAGES = {
@@ -49,9 +52,14 @@ def explain_message(message: str, options: Iterable[str]) -> UserError:
         message: jsonargparse's message.
         options: All option strings, for suggestions.
     """
-    if match := re.search(r"unrecognized arguments: (.*)", message, re.S):
-        given = match[1].split()[0].partition("=")[0]
-        return UserError(f"{given} is no option.", "Nothing reads it.", suggestion(given, options) or "See --help.")
+    if match := re.search(r"unrecognized arguments: (\S*)|does not accept option '(\S+)'", message):
+        given = f"--{match[2]}" if match[2] else match[1].partition("=")[0]
+        is_file = given.endswith((".yaml", ".yml"))
+        fix = f"Files are named by -c {given}." if is_file else suggestion(given, options) or "See --help."
+        return UserError(f"{given} is no option.", "Nothing reads it.", fix)
+    if match := re.search(r"argument (\S+): expected one argument", message):
+        given = match[1].rpartition("/")[2]
+        return UserError(f"{given} has no value.", "Nothing follows it.", f"Give {given} VALUE.")
     keys = re.findall(r'(?:Parser key|key) "([\w.+]+)"', message)
     dotted = ".".join(dict.fromkeys(key.rstrip("+") for key in keys))
     kinds: Sequence[Callable[[str, str], UserError | None]] = (_missing_package, _no_option, _no_class, _no_choice)
@@ -62,6 +70,9 @@ def explain_message(message: str, options: Iterable[str]) -> UserError:
         return missing
     lines = [line.strip(" -") for line in message.splitlines() if line.strip(" -")]
     why = (lines[-1] if lines else message).replace("<class '", "").replace("'>", "")
+    kinds_expected = dict.fromkeys(re.findall(r"Expected a <class '(bool|int|float|str)'>", message))
+    if kinds_expected and "Expected" not in why:
+        why = f"Expected {' or '.join(kinds_expected)}. {why}"
     return UserError(f"{dotted or 'The command line'} cannot be read.", why, _HELP)
 
 
@@ -72,8 +83,6 @@ def explain_exception(error: Exception) -> UserError | None:
         return package
     if isinstance(error, MisconfigurationException):
         return UserError("The trainer cannot be set up.", first, _TRAINER)
-    if isinstance(error, (ValueError, RuntimeError)) and _raised_in(error).startswith("lightning."):
-        return UserError("The trainer cannot do what it was asked for.", first, _TRAINER)
     if isinstance(error, torch.OutOfMemoryError):
         return UserError(
             "The device is out of memory.",
@@ -82,7 +91,11 @@ def explain_exception(error: Exception) -> UserError | None:
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
-    return worker_killed_error(error) if isinstance(error, RuntimeError) else None
+    if isinstance(error, RuntimeError) and (killed := worker_killed_error(error)) is not None:
+        return killed
+    if isinstance(error, (ValueError, RuntimeError)) and _raised_in(error).startswith("lightning."):
+        return UserError("The trainer cannot do what it was asked for.", first, _TRAINER)
+    return None
 
 
 def explain_trainer(error: Exception) -> UserError:
@@ -159,8 +172,10 @@ def _no_class(message: str, dotted: str) -> UserError | None:
     if dotted.startswith("model.tuning") and "is abstract" in message:
         example = "--model.tuning IntermediateOnly"
         return UserError(f"{dotted} comes without a policy.", "Its options depend on which it is.", f"Add {example}.")
-    if (match := re.search(r"import path string: ([\w.]+)", message)) is None:
+    wrong = r"import path string: ([\w.]+)|class_path '([\w.]+)':\s+module '[\w.]+' has no attribute"
+    if (match := re.search(wrong, message)) is None:
         return None
+    given = match[1] or match[2]
     last = dotted.rpartition(".")[2]
     if last == "tuning":
         known, what = _policies(), "tuning policy"
@@ -168,8 +183,8 @@ def _no_class(message: str, dotted: str) -> UserError | None:
         known, what = _class_names(_BASES[last]), last.rstrip("s")
     else:
         return None
-    why, named = f"'{match[1]}' is no {what}.", match[1].rpartition(".")[2]
-    return UserError(f"{dotted} cannot be read.", why, suggestion(named, known) or _listed(known))
+    fix = suggestion(given.rpartition(".")[2], known) or _listed(known)
+    return UserError(f"{dotted} cannot be read.", f"'{given}' is no {what}.", fix)
 
 
 def _no_choice(message: str, dotted: str) -> UserError | None:
@@ -178,7 +193,7 @@ def _no_choice(message: str, dotted: str) -> UserError | None:
         return None
     listed = " ".join(re.findall(r"typing.Literal\[(.*?)\]", message))
     choices = list(dict.fromkeys(re.findall(r"[\w.-]+", listed)))
-    fix = suggestion(given[1], choices) or "Choose."
+    fix = suggestion(given[1], choices) or "Give one of them."
     return UserError(f"{dotted}: '{given[1].strip(chr(39))}' is no choice.", _listed(choices), fix)
 
 

@@ -22,4 +22,6 @@ class Parser(LightningArgumentParser):
         """Raise a ``UserError`` instead of printing the usage of hundreds of options."""
         if not self.exit_on_error:
             super().error(message, ex)
-        raise explain_message(message, [name for action in self._actions for name in action.option_strings])
+        verbs = self._subcommands_action.choices.values() if self._subcommands_action else ()
+        actions = [action for parser in (self, *verbs) for action in parser._actions]
+        raise explain_message(message, [name for action in actions for name in action.option_strings])

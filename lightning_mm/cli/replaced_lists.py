@@ -11,6 +11,7 @@ import yaml
 
 from lightning_mm.cli.trainer_parts import as_list
 from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.errors import UserError
 
 _LISTS = ("callbacks", "logger", "plugins")
 _FILES = ("-c", "--config")
@@ -40,7 +41,12 @@ def _settings(arguments: list[str]) -> Iterator[tuple[str, str, Any]]:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
         if option in _FILES:
             content = _read(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
-            trainer = content.get("trainer") if isinstance(content, dict) else None
+            if value and not isinstance(content, dict):
+                why = "It is empty." if content is None else "It does not consist of options and their values."
+                raise UserError(
+                    f"{value} sets no options.", why, "Write them as {trainer: {max_steps: 100}} or in lines."
+                )
+            trainer = content.get("trainer") if content else None
             for key, given in trainer.items() if isinstance(trainer, dict) else ():
                 if str(key).rstrip("+") in _LISTS:
                     yield value, str(key), given

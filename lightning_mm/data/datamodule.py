@@ -129,6 +129,7 @@ class MMDataModule(L.LightningDataModule):
         Raises:
             UserError: A file is missing or cannot be used, or too many of its rows cannot.
         """
+        stage = getattr(stage, "value", stage)  # Lightning's TrainerFn, which would be printed as that
         needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         for split in needed:
             if self.paths[split] is not None:

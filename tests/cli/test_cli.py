@@ -1,7 +1,6 @@
 """The command line as a user meets it: real runs on a tiny model, and every mistake on one screen."""
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -99,38 +98,6 @@ def test_another_class_on_the_command_line_takes_no_mode_along(fit: Fit, tmp_pat
     assert fit("-c", fragment, "--model.tuning", "LoRAOnMiddle", *quick, "--run.name", "lora") == 0
     rows = json.loads((tmp_path / "runs/lora/census.json").read_text())["rows"]
     assert {row["mode"] for row in rows} == {"frozen", "lora"}
-
-
-@pytest.mark.parametrize(
-    ("wrong", "said"),
-    [
-        (["--model.tunning", "Full"], "Did you mean --model.tuning?"),
-        (["--trainer.max_step", "3"], "Did you mean --trainer.max_steps?"),
-        (["--model.tuning", "Midle"], "tuning policy"),
-        (["--model.tuning.layers", "6-8"], "Add --model.tuning IntermediateOnly"),
-        (["--model.tuning", "IntermediateOly"], "Did you mean IntermediateOnly?"),
-        (["--model.tuning", "Full", "--model.tuning.vison", "full"], "Did you mean vision?"),
-        (["--model.tuning", "Full", "--model.tuning.vision", "ful"], "Did you mean full?"),
-        (["--model.optimizer.lr", "fast"], "model.optimizer.lr"),
-        (["--model.optimizer.lr", "-1"], "model.optimizer.lr: -1"),
-        (["--model.tuning", "IntermediateOnly", "--model.tuning.layers", "3-9"], "0 to 3"),
-        (["--model.backbone.path", "nowhere/at/all"], "model.backbone.path"),
-        (["--data.train", "nowhere.json"], "No data file nowhere.json"),
-        (["--trainer.accelerator", "gpu"], "trainer"),
-        (["--trainer.precision", "bf16-true"], "trainer.precision: bf16-true"),
-        (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint nowhere.ckpt"),
-        (["-c", "nowhere.yaml"], "nowhere.yaml"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
-)
-def test_a_mistake_is_one_screen(wrong: list[str], said: str, fit: Fit, capfd: pytest.CaptureFixture[str]) -> None:
-    assert fit(*wrong) == 2
-    error = capfd.readouterr().err
-    message = error[error.index("error: ") :]
-    assert said in message
-    assert "Traceback" not in error
-    assert len(message.splitlines()) <= 12
-    assert {"why:", "fix:"} <= set(re.findall(r"\b(?:why|fix):", message))
 
 
 def test_a_foreign_class_in_a_file_is_not_imported(
@@ -272,15 +239,6 @@ def test_export_is_proved_in_a_fresh_process(format_: str, fit: Fit, tmp_path: P
     assert "largest logit difference" in capfd.readouterr().err
     assert (tmp_path / "runs/lora/export").is_dir()
     assert main(["export", "runs/lora", "--format", format_]) == 2, "the folder is taken"
-
-
-@pytest.mark.parametrize("arguments_", [["export", "runs/none"], ["export"], ["fitt"], ["report", "nowhere"]])
-def test_mistakes_of_the_other_verbs(arguments_: list[str], tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    assert main(arguments_) == 2
-    error = capfd.readouterr().err
-    assert error.startswith("error: ")
-    assert "Traceback" not in error
 
 
 def test_who_reads_help_may_have_enough() -> None:

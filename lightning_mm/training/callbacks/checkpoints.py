@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 
 from lightning_mm.core.decisions import log
+from lightning_mm.core.errors import UserError
 from lightning_mm.planning.devices import synchronize
 from lightning_mm.training.callbacks.stop_signals import StopSignals
 from lightning_mm.training.resume_point import at_step_end
@@ -32,6 +33,8 @@ class LastCheckpoint(ModelCheckpoint):
     """
 
     def __init__(self, every: int = 200) -> None:
+        if every < 1:
+            raise UserError(f"run.save_every is {every}.", "It counts optimizer steps.", "Give 1 or more.")
         super().__init__(filename="last", every_n_train_steps=every, enable_version_counter=False)
         self.every = every
         self.seconds = 0.0

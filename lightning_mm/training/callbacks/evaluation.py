@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object
+from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import WritesToRun
 from lightning_mm.data.batch import PromptBatch
@@ -67,6 +68,8 @@ class HeldOutEvaluation(Callback, WritesToRun):
         max_questions: int | None = None,
         shown: int = 24,
     ) -> None:
+        if max_questions is not None and max_questions < 0:
+            raise UserError(f"evaluation.max_questions is {max_questions}.", "It counts.", "Give 0 or more, or null.")
         self.before, self.after, self.no_image = before, after, no_image
         self.max_questions, self.shown = max_questions, shown
         self._answers: dict[str, dict[str, str]] = {}
