@@ -10,7 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint, Timer
 from torch import Tensor
 
 from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastCheckpoint
@@ -63,6 +63,11 @@ def send(signum: int) -> Hook:
     return lambda _: os.kill(os.getpid(), signum)
 
 
+def run_out_of_time(trainer: L.Trainer) -> None:
+    (timer,) = (callback for callback in trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+    timer.load_state_dict({"time_elapsed": {"train": 7200.0}})
+
+
 def never_better(**options: Any) -> EarlyStopping:
     return EarlyStopping("val/loss", min_delta=100.0, patience=1, **options)
 
@@ -81,6 +86,8 @@ WAYS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], type[BaseExc
     "should_stop in a batch": (lambda: [At("on_train_batch_end", 2, stop)], {}, None),
     "should_stop before a batch": (lambda: [At("on_train_batch_start", 2, stop)], {}, None),
     "should_stop in a validation": (lambda: [At("on_validation_end", 2, stop)], VALIDATING, None),
+    "Timer": (lambda: [Timer(duration={"hours": 1}), At("on_train_batch_start", 2, run_out_of_time)], {}, None),
+    "max_time": (lambda: [At("on_train_batch_start", 2, run_out_of_time)], {"max_time": {"hours": 1}}, None),
     "exception before a batch": (lambda: [At("on_train_batch_start", 2, fail)], {}, RuntimeError),
     "exception in the backward pass": (lambda: [At("on_after_backward", 2, fail)], {}, RuntimeError),
     "exception after a batch": (lambda: [At("on_train_batch_end", 2, fail)], {}, RuntimeError),
@@ -189,6 +196,20 @@ def test_best_and_the_users_own_checkpoints_are_of_complete_steps(
     for name in ("best", "own"):
         assert torch.load(folder / f"{name}.ckpt", weights_only=True)["global_step"] == 1
         assert same(fit(name, ckpt_path=folder / f"{name}.ckpt")[0], whole)
+
+
+@pytest.mark.filterwarnings("ignore:.*was called without a model", "ignore:.*there is no last checkpoint available")
+def test_lightnings_own_checkpoint_of_an_exception_is_gone_on_from(
+    fit: Fit, whole: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """It is found without ``ckpt_path``, and taken away once a run with it has ended well."""
+    fit.folder = tmp_path
+    own, kept = OnExceptionCheckpoint(tmp_path / "own"), tmp_path / "own/on_exception.ckpt"
+    with pytest.raises(RuntimeError):
+        fit("ended", own, At("on_after_backward", 2, fail))  # in the first of two micro-batches
+    assert same(torch.load(kept, weights_only=True)["state_dict"], fit.end)
+    assert same(fit("rest", own)[0], whole)
+    assert not kept.exists()
 
 
 def test_an_update_that_was_left_in_its_middle_is_not_saved(fit: Fit, tmp_path: Path) -> None:
