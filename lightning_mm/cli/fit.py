@@ -210,6 +210,7 @@ class TrainingCLI(LightningCLI):
                 )
                 if self.run.samples.is_file() and _RANK.rank == 0:
                     logger.log_samples(read_json(self.run.samples))
+                logger.log_comparison(self.model.census.policy)
                 logger.close()
 
     def predict(self, **kwargs: Any) -> None:

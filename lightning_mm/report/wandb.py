@@ -21,7 +21,10 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.core.layer_table import LayerRow
+from lightning_mm.core.io import read_json
+from lightning_mm.core.layer_table import LayerRow, read_layers
+from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.report.tables.panels import TrainedLayers
 
 if TYPE_CHECKING:
     from lightning.pytorch.loggers import WandbLogger
@@ -30,6 +33,8 @@ Mode = Literal["auto", "online", "offline", "off"]
 T = TypeVar("T")
 log = logging.getLogger("lightning_mm")
 
+COMPARISON = "layer_comparison"
+"""The table of all measures by step, layer and site."""
 _STEP = "trainer/global_step"
 _START_SECONDS, _FINISH_SECONDS, _MOST_SAMPLES = 20, 60, 64
 
@@ -161,6 +166,14 @@ class OnlineLogger(Logger):
         """
         self._guarded("log the layers", lambda wandb: self._log_layers(wandb, rows))
 
+    def log_comparison(self, policy: str) -> None:
+        """Show all of layers.csv as one table by step, layer and site, once, at the end; runs are compared by it.
+
+        Args:
+            policy: The run's policy with its layers, a column of the table.
+        """
+        self._guarded("log the table of layers", lambda wandb: self._log_comparison(wandb, policy))
+
     def close(self, failed: bool = False) -> None:
         """End the W&B run: wait a minute at most for the upload; what is left stays on disk for ``wandb sync``."""
         if self._wandb is not None:
@@ -228,6 +241,19 @@ class OnlineLogger(Logger):
             picture = wandb.Image(str(pictures[0])) if pictures and pictures[0].is_file() else None
             table.add_data(picture, *(row.get(column) for column in columns))
         wandb_logger.experiment.log({"samples": table})
+
+    def _log_comparison(self, wandb_logger: "WandbLogger", policy: str) -> None:
+        import wandb
+
+        from lightning_mm.report import wandb_layers
+
+        run = RunDirectory(self._directory)
+        rows = read_layers(run.layers)[0] if run.layers.exists() else []
+        if not rows:
+            return
+        trained = TrainedLayers.of(read_json(run.census)) if run.census.exists() else TrainedLayers()
+        columns, data = wandb_layers.comparison(self._name or run.name, policy, rows, trained)
+        wandb_logger.experiment.log({COMPARISON: wandb.Table(columns=columns, data=data)})
 
     def _log_layers(self, wandb_logger: "WandbLogger", found: Iterable[LayerRow | Mapping[str, Any]]) -> None:
         rows = [row if isinstance(row, LayerRow) else LayerRow(**row) for row in found]

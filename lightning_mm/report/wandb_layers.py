@@ -1,6 +1,7 @@
-"""Layers at W&B: one small table and one picture per main measure, never a chart per layer.
+"""Layers at W&B: one small table and one picture per main measure, never a chart per layer; one table of a whole run.
 
-Data flow: rows of an inspection -> tables by measure; rows of all inspections so far -> a heat map per main measure.
+Data flow: rows of an inspection -> tables by measure; rows of all inspections so far -> a heat map per main measure;
+rows of a finished run -> one table by step, layer and site, by which runs are compared.
 
 Shapes: a heat map is L layers upwards x S steps, one per site, side by side.
 """
@@ -33,6 +34,27 @@ def tables(rows: Sequence[LayerRow]) -> dict[str, list[list[Any]]]:
         key = f"layers/{_plain(row.measure)}" if known.main else f"layers/more_{known.question}"
         by_table.setdefault(key, []).append([getattr(row, column) for column in COLUMNS])
     return by_table
+
+
+def comparison(name: str, policy: str, rows: Sequence[LayerRow], trained: TrainedLayers) -> tuple[list[str], list[Any]]:
+    """Columns and rows of the table that compares runs: a row per step, layer and site, a column per measure.
+
+    Args:
+        name: The run's name, so that rows tell their run wherever tables of several are put together.
+        policy: The run's policy with its layers.
+        rows: All rows of the run.
+        trained: The layers that train.
+    """
+    measures = sorted({row.measure for row in rows if row.value is not None})
+    values: dict[tuple[int, int, str], dict[str, float | None]] = {}
+    for row in sorted(rows, key=lambda row: (row.step, row.site, row.layer)):
+        values.setdefault((row.step, row.layer, row.site), {})[row.measure] = row.value
+    head = ["run", "policy", "step", "layer", "site", "trained"]
+    table = [
+        [name, policy, *key, key[1] in trained.layers, *(found.get(measure) for measure in measures)]
+        for key, found in values.items()
+    ]
+    return [*head, *map(_plain, measures)], table
 
 
 def pictures(directory: Path, rows: Sequence[LayerRow]) -> dict[str, Image.Image]:

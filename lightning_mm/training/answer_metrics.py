@@ -5,7 +5,8 @@ Data flow: generated answers + references + types -> ``AnswerScores`` (sums, red
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
@@ -73,23 +74,31 @@ class AnswerScores(nn.Module):
 
 
 class SplitScores(nn.Module):
-    """All that is measured on one split: loss, token accuracy, exact match, and exact match without pictures.
+    """All that is measured on one split: loss, token accuracy, and exact match: with pictures, without, by guessing.
 
     Args:
         types: Question types that can occur, the same on every rank.
+        majority: Question type -> the answer that a guess gives; empty (default): guesses are not scored.
     """
 
-    def __init__(self, types: Iterable[str]) -> None:
+    def __init__(self, types: Iterable[str], majority: Mapping[str, str] = MappingProxyType({})) -> None:
         super().__init__()
         self.loss, self.token_accuracy = MeanMetric(), MeanMetric()
         types = tuple(types)
-        self.answers, self.blank_answers = AnswerScores(types), AnswerScores(types)
+        self.answers, self.blank_answers, self.guesses = (AnswerScores(types) for _ in range(3))
+        self.majority = majority
 
     def add(self, nll: Tensor, num_correct: Tensor, num_tokens: int) -> None:
         """Count a teacher-forced batch: sums over its supervised tokens."""
         if num_tokens:
             self.loss.update(nll / num_tokens, num_tokens)
             self.token_accuracy.update(num_correct / num_tokens, num_tokens)
+
+    def add_answers(self, answers: Sequence[str], references: Sequence[str], types: Sequence[str], blank: bool) -> None:
+        """Count a batch of answers, given with the pictures or with blank ones."""
+        (self.blank_answers if blank else self.answers).update(answers, references, types)
+        if self.majority and not blank:
+            self.guesses.update([self.majority.get(kind, "") for kind in types], references, types)
 
     def compute(self, split: metric_names.Stage) -> dict[str, Tensor | float]:
         """Every metric by its name, over all ranks."""
@@ -99,4 +108,6 @@ class SplitScores(nn.Module):
             values[metric_names.exact_match(split, None if name == ALL else name)] = value
         for name, value in self.blank_answers.compute().items():
             values[metric_names.no_image(None if name == ALL else name)] = value
+        for name, value in self.guesses.compute().items():
+            values[metric_names.majority(None if name == ALL else name)] = value
         return values

@@ -103,8 +103,9 @@ class EvaluationSteps(L.LightningModule):
         self._begin_scores("test")
 
     def _begin_scores(self, split: metric_names.Stage) -> None:
-        types = data_of(self.trainer).question_types(split)
-        self.scores = SplitScores(types).to(self.device)
+        data = data_of(self.trainer)
+        majority = data.majority_answers() if split == "test" else {}
+        self.scores = SplitScores(data.question_types(split), majority).to(self.device)
 
     def validation_step(
         self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
@@ -118,9 +119,8 @@ class EvaluationSteps(L.LightningModule):
             objective = self.objective(batch)
             self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
             return None
-        scores = self.scores.blank_answers if dataloader_idx == 2 else self.scores.answers
         answers = self.answer(batch)
-        scores.update(answers, batch.references, batch.question_types)
+        self.scores.add_answers(answers, batch.references, batch.question_types, blank=dataloader_idx == 2)
         return {"answers": answers}
 
     test_step = validation_step

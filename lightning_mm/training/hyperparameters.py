@@ -27,7 +27,8 @@ def hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         pl_module: Our module, or a wrapper around it.
 
     Returns:
-        Policy, layers, optimizer, batch, seed, model, data and versions; only plain values, which every logger takes.
+        Policy, layers, optimizer, batch, seed, model, data, the step of the checkpoint that was loaded, and versions;
+        only plain values, which every logger takes.
     """
     module = live(pl_module)
     census, backbone = module.census, module.backbone
@@ -48,7 +49,7 @@ def hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         "model.backbone.path": str(backbone.path),
         "model.backbone.revision": backbone.revision,
         "model.backbone.quantization": backbone.quantization,
-        "seed": os.environ.get("PL_GLOBAL_SEED"),
+        "seed": int(seed) if (seed := os.environ.get("PL_GLOBAL_SEED", "")).isdecimal() else None,
         "trainer.precision": str(trainer.precision),
         "trainer.max_steps": trainer.max_steps,
         "trainer.max_epochs": trainer.max_epochs,
@@ -56,6 +57,7 @@ def hyperparameters(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[st
         "trainer.strategy": type(trainer.strategy).__name__,
         "trainer.accelerator": type(trainer.accelerator).__name__,
         **(module.settings() if trainer.state.fn == TrainerFn.FITTING else {}),
+        **({} if module.loaded_step is None else {"checkpoint.step": module.loaded_step}),
         **{f"data.{split}": path for split, path in getattr(data, "paths", {}).items() if path},
     }
     found |= {f"versions.{name}": number for name, number in _versions().items()}
@@ -73,6 +75,4 @@ def _versions() -> dict[str, str]:
 
 
 def _plain(value: Any) -> Value:
-    if isinstance(value, str) and value.isdecimal():  # Lightning keeps the seed in an environment variable
-        return int(value)
     return value if isinstance(value, str | int | float | bool) or value is None else str(value)

@@ -130,6 +130,7 @@ class MMModule(ModelAndData):
         self._window = LossAccumulator()
         self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
+        self.loaded_step: int | None = None
         self.unread: tuple[str, ...] | None = None
         self.auto, self.compute, self.cache = auto, compute, cache
         self.selection: Selection | None = None
@@ -356,9 +357,9 @@ class MMModule(ModelAndData):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "yours" if self.own_optimizer else self.optimizer.name
         state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
-        self._resumed = checkpoint[state.KEY]
+        self._resumed, self.loaded_step = checkpoint[state.KEY], int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
-            log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {checkpoint['global_step']}")
+            log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {self.loaded_step}")
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""

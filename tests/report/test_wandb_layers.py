@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import wandb
@@ -136,3 +136,46 @@ def test_layers_that_cannot_be_shown_turn_w_and_b_off_and_nothing_else(tmp_path,
     assert logger.mode == "off"
     assert len(warnings_of(caplog)) == 1
     logger.close()
+
+
+def test_one_table_compares_whole_runs(tmp_path, caplog, rows_of, write_census):
+    """Runs of other measures and looks have the same key and the same first columns; undefined values are empty."""
+    tables = {}
+    for name, steps in {"a": (0, 20), "b": (0, 20, 40)}.items():
+        (tmp_path / name).mkdir()
+        run = write_census(RunDirectory(tmp_path / name))
+        logger = OnlineLogger(run.path, mode="offline", name=name)
+        looks = [row for step in steps for row in rows_of(step, EVERYTHING[:9])]
+        rows = [replace(looks[0], value=None, undefined="one class only"), *looks[1:]]
+        append_layers(run.layers, rows)
+        logger.log_comparison(f"IntermediateOnly('{name}')")
+        logger.close()
+        (path,) = run.path.glob("wandb/offline-run-*/files/media/table/layer_comparison_*.json")
+        table = json.loads(path.read_text())
+        head = ["run", "policy", "step", "layer", "site", "trained"]
+        assert table["columns"][:6] == head
+        assert {"entailment_hard", "objects"} < set(table["columns"])
+        keys = [tuple(row[2:5]) for row in table["data"]]
+        assert len(keys) == len(set(keys)) == len({(row.step, row.layer, row.site) for row in rows})
+        assert {row[2] for row in table["data"]} == set(steps)
+        census = json.loads(run.census.read_text())
+        assert {row[3] for row in table["data"] if row[5]} == set(census["layers"]["trained"])
+        by_key = {
+            key: dict(zip(table["columns"], row, strict=True)) for key, row in zip(keys, table["data"], strict=True)
+        }
+        for row in rows:  # the file keeps six digits
+            found = by_key[row.step, row.layer, row.site][row.measure.replace("/", "_")]
+            assert found is None if row.value is None else found == pytest.approx(row.value, rel=1e-5)
+        assert {(row[0], row[1]) for row in table["data"]} == {(name, f"IntermediateOnly('{name}')")}
+        tables[name] = table["columns"]
+    assert tables["a"] == tables["b"]
+    assert warnings_of(caplog) == []
+
+
+def test_a_run_without_looks_has_no_table_of_layers(tmp_path, caplog):
+    logger = OnlineLogger(tmp_path, mode="offline")
+    logger.log_comparison("Full()")
+    assert logger.mode == "offline"
+    logger.close()
+    assert not list(tmp_path.glob("wandb/offline-run-*/files/media/table"))
+    assert warnings_of(caplog) == []
