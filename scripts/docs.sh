@@ -4,4 +4,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true
-exec python -m mkdocs build --strict --quiet "$@"
+python -m mkdocs build --strict --quiet "$@"
+if grep -rlE '<(script|img|iframe|source)[^>]* src="https?:|<link[^>]* rel="(stylesheet|preload|preconnect)"[^>]* href="https?:' site --include='*.html'; then
+    echo "error: these pages load something from a network" >&2
+    exit 1
+fi

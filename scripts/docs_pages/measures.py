@@ -64,7 +64,7 @@ def _section(each: Measure, papers: dict[str, list[str]]) -> str:
         ("undefined", cell(fact.undefined)),
         ("source", f"`lightning_mm.{fact.source}`" + _cited(fact, papers)),
     ]
-    return f"### {each.name}\n\n**{each.title}**: {each.meaning}.\n\n" + table(("", ""), rows)
+    return f"### {each.name}\n\n{each.meaning[0].upper()}{each.meaning[1:]}.\n\n" + table(("aspect", each.title), rows)
 
 
 def _cited(fact: Fact, papers: dict[str, list[str]]) -> str:
