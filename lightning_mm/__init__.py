@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.causal.study import StudyConfig
     from lightning_mm.core.errors import UserError
     from lightning_mm.data.datamodule import MMDataModule
+    from lightning_mm.data.probe_sets.given import Probes
     from lightning_mm.execution.prepare import Compute
     from lightning_mm.layer_selection.select import AutoRange, Selection
     from lightning_mm.models.loading import Backbone
@@ -81,6 +82,7 @@ __all__ = [
     "OptimizerSettings",
     "PerRegion",
     "PlanResult",
+    "Probes",
     "ProbingCallback",
     "ProbingOptions",
     "RandomLayers",
@@ -122,6 +124,7 @@ _MODULES = {
     "causal.study": "StudyConfig",
     "core.errors": "UserError",
     "data.datamodule": "MMDataModule",
+    "data.probe_sets.given": "Probes",
     "execution.prepare": "Compute",
     "layer_selection.select": "AutoRange Selection",
     "models.loading": "Backbone",

@@ -62,6 +62,11 @@ class HiddenStates:
     rejected: tuple[Rejection, ...] = ()
     probe_set: ProbeSet | None = None
 
+    def __repr__(self) -> str:
+        """One line per position, without the numbers."""
+        shapes = "".join(f"\n  {name}: {tuple(value.shape)}" for name, value in self.features.items())
+        return f"HiddenStates(step={self.step}, {len(self.rejected)} rows rejected){shapes}"
+
     @property
     def num_slices(self) -> int:
         """T. Raises UserError where no row could be processed."""

@@ -186,6 +186,7 @@ def save_findings(folder: PathLike, *found: Findings, model: nn.Module | None = 
     if model is not None:
         plain = unwrap_model(model)
         mm = MultimodalModel(plain, ModelLayout.of(plain).without_adapters())
+        write_json(run.inspection, {"title": f"Inside {type(plain).__name__}", "model": "", "labels": {}})
         write_json(run.census, take_census(mm, plan_as_found(mm)).to_dict())
     return write_report(run.path)
 

@@ -19,6 +19,7 @@ from lightning_mm.callbacks.guest_run import GuestRun
 from lightning_mm.callbacks.runner import Inspection, InspectionInput, restored_budget
 from lightning_mm.callbacks.schedule import Budget, Schedule
 from lightning_mm.callbacks.subject import Given, Log, Subject, draw_probes, our_data, subject_of_trainer
+from lightning_mm.core.notebook import show_messages
 from lightning_mm.core.random_state import restore_rng, rng_state
 from lightning_mm.core.run_directory import RunDirectory, WritesToRun
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -39,7 +40,8 @@ class LayerCallback(Callback, WritesToRun):
         schedule: When to look, and how much time that may take.
         model: Path of the multimodal LLM in the LightningModule, such as ``model.backbone``; None: the one in it.
         processor: Its processor; None: the module's ``processor``.
-        probes: A ``ProbeSet``, or a file or rows of pictures with captions and objects; None: the data module's.
+        probes: A ``ProbeSet``, a file or rows of pictures with captions and objects, or ``Probes`` (how many, and how
+            many at a time); None: the data module's.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class LayerCallback(Callback, WritesToRun):
         processor: Any = None,
         probes: Any = None,
     ) -> None:
+        show_messages()
         self.schedule = schedule
         self.given = Given(model, processor, probes)
         self.inspection: Inspection | None = None

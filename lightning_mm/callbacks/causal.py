@@ -62,7 +62,8 @@ class CausalCallback(LayerCallback):
             ``questions``.
         model: Path of the multimodal LLM in a LightningModule that is not ours; None: the one in it.
         processor: Its processor; None: the module's ``processor``.
-        probes: A ``ProbeSet``, or a file or rows of pictures with captions and objects; None: the data module's.
+        probes: A ``ProbeSet``, a file or rows of pictures with captions and objects, or ``Probes`` (how many, and how
+            many at a time); None: the data module's.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """The folder of a run that is not ours: made when the looks begin, with decisions and a report when they end.
 
-Data flow: folder of the loop's loggers -> ``GuestRun`` (``inspection``, ``inspection-2``, ...) -> decisions.json,
-census.json, ledger.jsonl, report.html beside what the runner writes.
+Data flow: folder of the loop's loggers -> ``GuestRun`` (``inspection``, ``inspection-2``, ...) -> inspection.json,
+census.json, decisions.json, ledger.jsonl, report.html beside what the runner writes.
 """
 
 import logging
@@ -16,6 +16,7 @@ from lightning_mm.core.decisions import DecisionLog, log, log_decision, run_is_o
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
+from lightning_mm.core.notebook import show_link
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from lightning_mm.tuning.census import take_census
@@ -58,7 +59,9 @@ class GuestRun:
             yield
 
     def note_start(self, subject: Subject) -> None:
-        """Write down what trains; called on rank 0."""
+        """Write down what is looked into and what trains; called on rank 0."""
+        title = f"{type(subject.mm.model).__name__} while it trains"
+        write_json(self.directory.inspection, {"title": title, "model": subject.mm.source, "labels": {}})
         try:
             write_json(self.directory.census, take_census(subject.mm, subject.plan).to_dict())
         except UserError as error:
@@ -69,9 +72,11 @@ class GuestRun:
         write_json(self.directory.decisions, [asdict(decision) for decision in self.decisions])
         subject.rejected.write(self.directory.ledger)
         write_report(self.directory.path)
+        if show_link(self.directory.report):
+            return
         if log.isEnabledFor(logging.INFO):
             log.info("report: %s", self.directory.report)
-        else:  # a stranger's script has set up no log
+        else:  # a stranger's script shows no messages
             print(f"report: {self.directory.report}")
 
 

@@ -27,7 +27,8 @@ class ProbingCallback(LayerCallback):
             alone gives.
         model: Path of the multimodal LLM in a LightningModule that is not ours; None: the one in it.
         processor: Its processor; None: the module's ``processor``.
-        probes: A ``ProbeSet``, or a file or rows of pictures with captions and objects; None: the data module's.
+        probes: A ``ProbeSet``, a file or rows of pictures with captions and objects, or ``Probes`` (how many, and how
+            many at a time); None: the data module's.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class GeometryCallback(LayerCallback):
         neighbours: k of the neighbourhood measures; fewer where there are fewer than ten times as many pictures.
         model: Path of the multimodal LLM in a LightningModule that is not ours; None: the one in it.
         processor: Its processor; None: the module's ``processor``.
-        probes: A ``ProbeSet``, or a file or rows of pictures with captions and objects; None: the data module's.
+        probes: A ``ProbeSet``, a file or rows of pictures with captions and objects, or ``Probes`` (how many, and how
+            many at a time); None: the data module's.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class DriftCallback(LayerCallback):
         neighbours: k of the neighbourhood overlap; fewer where there are fewer than ten times as many pictures.
         model: Path of the multimodal LLM in a LightningModule that is not ours; None: the one in it.
         processor: Its processor; None: the module's ``processor``.
-        probes: A ``ProbeSet``, or a file or rows of pictures with captions and objects; None: the data module's.
+        probes: A ``ProbeSet``, a file or rows of pictures with captions and objects, or ``Probes`` (how many, and how
+            many at a time); None: the data module's.
     """
 
     def __init__(

@@ -135,7 +135,7 @@ class Inspection:
         self._inspect([inspector for inspector in self.inspectors if inspector.schedule.end], last=True)
         if self.budget.count:
             spent, share = f"{self.budget.spent:.1f} s in {self.budget.count} looks", self.budget.share()
-            log.info("inspection: %s, %.1f%% of %.0f s of training", spent, 100 * share, self.budget.training)
+            log.info("inspection: %s, %.0f%% of %.1f s of training", spent, 100 * share, self.budget.training)
 
     def _affordable(self, due: list[Inspector], step: int) -> list[Inspector]:
         """The callbacks whose budget allows an inspection now, by rank 0's clock, so that all ranks agree."""

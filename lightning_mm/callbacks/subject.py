@@ -19,7 +19,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
-from lightning_mm.data.probe_sets.given import open_probes
+from lightning_mm.data.probe_sets.given import Probes, open_probes
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch, ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
@@ -67,12 +67,17 @@ class Given:
     Args:
         model: Path of the model in the module that is trained; None: the one that is there.
         processor: The model's processor; None: that of the module or the loop.
-        probes: Probe set, file or rows; None: those of the data module.
+        probes: Probe set, file, rows or ``Probes``; None: those of the data module.
     """
 
     model: str | None = None
     processor: Any = None
     probes: Any = None
+
+    @property
+    def how(self) -> Probes | None:
+        """How the rows are read, if that was told."""
+        return self.probes if isinstance(self.probes, Probes) else None
 
     @classmethod
     def together(cls, parts: Iterable["Given"]) -> "Given":
@@ -104,6 +109,7 @@ class Subject:
         precision: Context of the forward passes.
         rejected: Takes probe rows that cannot be read.
         data: Our data module, where the run has one.
+        probes: How to read the rows; None: as the data module does, where there is none as ``Probes`` by default.
         step: Our training step, where the module is ours: its frozen prefix, and a plan that no one else changes.
         own_plan: The plan of our module; None: what trains is found anew at each look.
     """
@@ -114,6 +120,7 @@ class Subject:
     precision: Precision = nullcontext
     rejected: RejectedSamples = field(default_factory=lambda: RejectedSamples(1.0))
     data: MMDataModule | None = None
+    probes: Probes | None = None
     step: TrainingStep | None = None
     own_plan: TuningPlan | None = None
 
@@ -140,19 +147,17 @@ class Subject:
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Context of forward passes that leave no trace."""
-        with without_side_effects(self.root), self.precision():
+        # The model may be in a plain dictionary of the module, and so none of its parts.
+        with without_side_effects(self.root), without_side_effects(self.mm.model), self.precision():
             yield
 
     def batches(self, probe_set: ProbeSet) -> Iterable[ProbeBatch]:
         """This rank's share of a probe set."""
-        if self.data is not None:
+        if self.data is not None and self.probes is None:
             return self.data.probe_loader(probe_set)
-        collator = ProbeCollator(self.mm.required_processor)
-        return probe_loader(probe_set.rows, collator, batch_size=_BATCH_SIZE, num_workers=0)
-
-
-_BATCH_SIZE = 4
-"""Rows per forward pass where no data module says how many: as ``MMDataModule`` takes by default."""
+        how = self.probes or Probes(probe_set)
+        collator = ProbeCollator(self.mm.required_processor, how.max_length)
+        return probe_loader(probe_set.rows, collator, batch_size=how.batch_size, num_workers=0)
 
 
 def our_data(trainer: L.Trainer) -> MMDataModule | None:
@@ -167,6 +172,8 @@ def draw_probes(given: Given, data: MMDataModule | None, rejected: RejectedSampl
     Raises:
         UserError: There are none, or they cannot be read.
     """
+    if (how := given.how) is not None:
+        return open_probes(how.rows, rejected, image_root=how.image_root, max_pictures=how.max_pictures)
     if given.probes is not None:
         return open_probes(given.probes, rejected)
     if data is not None:
@@ -199,7 +206,7 @@ def subject_of_trainer(
             raise UserError("model= was given for an MMModule.", "It knows its model.", "Leave model= out.")
         own, precision = live(module), trainer.precision_plugin.forward_context
         kept = data.rejected_samples if data is not None else rejected
-        return Subject(module, own.mm, probe_set, precision, kept, data, own.step, own.plan)
+        return Subject(module, own.mm, probe_set, precision, kept, data, given.how, own.step, own.plan)
     plugin = trainer.precision_plugin
     # These two only set torch's default dtype: the weights have theirs already.
     true = isinstance(plugin, (HalfPrecision, DoublePrecision))
@@ -227,4 +234,4 @@ def guest_subject(
             f"{type(root).__name__} has none as 'processor', and no callback was given one.",
             "Give one of them processor=AutoProcessor.from_pretrained(...).",
         )
-    return Subject(root, open_model(model, processor), probe_set, precision, rejected)
+    return Subject(root, open_model(model, processor), probe_set, precision, rejected, probes=given.how)

@@ -80,10 +80,18 @@ class ConsoleHandler(logging.Handler):
             text = self.format(record)
             if isinstance(sys.stderr, FileProxy):  # a bar is running, ours or Lightning's: it moves down a line
                 sys.stderr.write(f"{text}\n")
+            elif (tqdm := _running_tqdm()) is not None:  # as that of transformers' Trainer
+                tqdm.write(text, file=sys.stderr)
             else:
                 message_console().print(text, markup=False, highlight=False)
         except Exception:  # as logging's own handlers do: a message never ends a run
             self.handleError(record)
+
+
+def _running_tqdm() -> Any:
+    """Tqdm's class, where one of its bars is running in this process; else None. It is not imported for it."""
+    tqdm = getattr(sys.modules.get("tqdm.std"), "tqdm", None)
+    return tqdm if getattr(tqdm, "_instances", None) else None
 
 
 def show_messages() -> None:

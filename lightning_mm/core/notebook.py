@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lightning_mm.core.console import ConsoleHandler
+
 log = logging.getLogger("lightning_mm")
 
 
@@ -17,9 +19,7 @@ def show_messages() -> None:
     if log.handlers or logging.getLogger().handlers:
         return
     # A notebook prints stderr on red, as if something had failed.
-    handler = logging.StreamHandler(sys.stdout if _shell() is not None else sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    log.addHandler(handler)
+    log.addHandler(ConsoleHandler() if _shell() is None else logging.StreamHandler(sys.stdout))
     log.setLevel(logging.INFO)
 
 

@@ -5,12 +5,13 @@ torch.compile, copies the processor) -> ``MultimodalModel``. Nothing of the mode
 """
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed.tensor as dtensor
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
@@ -44,17 +45,29 @@ def the_only_model(module: nn.Module) -> tuple[str, nn.Module]:
     if len(found) == 1:
         return next(iter(found.items()))
     held = type(module).__name__
+    if found:
+        raise UserError(
+            f"{held} holds {len(found)} multimodal models.",
+            f"They are {', '.join(found)}.",
+            f'Say which, by its path from the module: model="{next(iter(found))}".',
+        )
+    others = [f"{path or held} is a {type(part).__name__}" for path, part in module.named_modules() if _is_text(part)]
     raise UserError(
-        f"{held} holds {len(found) or 'no'} multimodal models." if found else f"{held} holds no multimodal model.",
-        f"They are {', '.join(found)}."
-        if found
+        f"{held} holds no multimodal model.",
+        f"{others[0]}, which takes no pictures."
+        if others
         else "None of its modules is an image-text-to-text model of transformers.",
-        'Say which, by its path from the module: model="model.backbone".',
+        "Look inside a model that takes pictures and text; one that is kept out of the module's parameters, in a plain "
+        'dictionary or list, is found by its path: model="parts.model".',
     )
 
 
+def _is_text(part: nn.Module) -> bool:
+    return isinstance(part, PreTrainedModel) and type(part.config) in MODEL_FOR_CAUSAL_LM_MAPPING
+
+
 def model_at(module: nn.Module, path: str) -> nn.Module:
-    """The model, in its wrappers, at a path of attributes below a module.
+    """The model, in its wrappers, at a path below a module: attributes, keys of dictionaries, places in lists.
 
     Args:
         module: Any module.
@@ -63,9 +76,15 @@ def model_at(module: nn.Module, path: str) -> nn.Module:
     Raises:
         UserError: There is nothing, or no model of transformers.
     """
+    if not isinstance(path, str):
+        raise UserError(
+            f"model= was given a {type(path).__name__}.",
+            "It is the path of the model in the module that is trained.",
+            'Give it as text, such as model="model.backbone".',
+        )
     held: Any = module
     for name in path.split("."):
-        held = getattr(held, name, None)
+        held = _step(held, name)
     plain = unwrap_model(held) if isinstance(held, nn.Module) else held
     if not isinstance(plain, PreTrainedModel):
         others = ", ".join(find_models(module)) or "none"
@@ -76,6 +95,15 @@ def model_at(module: nn.Module, path: str) -> nn.Module:
             "Give the path of one of them as model=, or leave it out where there is one.",
         )
     return held
+
+
+def _step(held: Any, name: str) -> Any:
+    """What ``held`` has under a name; None if nothing."""
+    if isinstance(held, Mapping):
+        return held.get(name)
+    if isinstance(held, (list, tuple)):
+        return held[int(name)] if name.isdigit() and int(name) < len(held) else None
+    return getattr(held, name, None)
 
 
 def open_model(model: nn.Module, processor: Any, source: str = "") -> MultimodalModel:
@@ -99,6 +127,12 @@ def open_model(model: nn.Module, processor: Any, source: str = "") -> Multimodal
             "Give the model that from_pretrained returned.",
         )
     _refuse_sharded(plain)
+    if type(plain.config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and plain.get_output_embeddings() is None:
+        raise UserError(
+            f"A {type(plain).__name__} cannot be looked into.",
+            "It has no output head: it is a part of a model, or was loaded by AutoModel.",
+            "Give the whole model, as AutoModelForImageTextToText.from_pretrained returns it.",
+        )
     source = source or str(getattr(plain.config, "_name_or_path", ""))
     # A pad token may be set in the copy.
     copied = processor if isinstance(processor, ModelProcessor) else copy.deepcopy(processor)

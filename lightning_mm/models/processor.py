@@ -255,15 +255,18 @@ def wrap_processor(processor: Any, config: PretrainedConfig, name: str = "This p
 
 
 def _require_image_text_processor(path: str, processor: Any, config: PretrainedConfig) -> None:
+    fix = "Choose a model with a fast tokenizer."
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        fix = "Choose a model that takes pictures and text."
         why = f"{type(config).__name__} belongs to no image-text-to-text model of transformers."
     elif not hasattr(processor, "image_processor") or not hasattr(processor, "tokenizer"):
+        fix = "Give what AutoProcessor.from_pretrained returns for a model that takes both."
         why = f"{type(processor).__name__} does not take both pictures and text."
     elif not processor.tokenizer.is_fast:
         why = f"{type(processor.tokenizer).__name__} cannot say which characters a token stands for."
     else:
         return
-    raise UserError(f"{path} cannot be trained on pictures and text.", why, "Choose a model with a fast tokenizer.")
+    raise UserError(f"{path} cannot be trained on pictures and text.", why, fix)
 
 
 def _chat_template(processor: Any) -> str:

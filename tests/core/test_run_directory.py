@@ -37,6 +37,17 @@ def test_runs_that_start_together_share_nothing(tmp_path):
     assert len({run.id for run in made}) == 24
 
 
+def test_processes_that_start_together_share_nothing(tmp_path):
+    code = (
+        "import sys; from lightning_mm.core.run_directory import RunDirectory\n"
+        "for _ in range(50): print(RunDirectory.create(sys.argv[1], 'same').path)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    told = [path for process in running for path in process.communicate()[0].split()]
+    assert len(told) == len(set(told)) == 100
+
+
 @pytest.mark.parametrize("name", ["", "..", "a/b", "/etc", "-x", ".hidden", "a b", "x" * 101, "a\n"])
 def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
     with pytest.raises(UserError, match="cannot name a run"):

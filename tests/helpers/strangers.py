@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainerCallback, TrainingArguments
 
 from lightning_mm.models.processor import optional_video_processor
 
@@ -85,6 +85,7 @@ def fit(
     *,
     lora: bool = False,
     steps: int = 4,
+    count: int = 8,
     ckpt_path: Path | None = None,
     **options: Any,
 ) -> tuple[StrangersModule, L.Trainer]:
@@ -92,7 +93,7 @@ def fit(
     torch.manual_seed(0)
     model, processor = load(folder, lora)
     module = StrangersModule(model)
-    loader = DataLoader(rows(), batch_size=2, shuffle=True, collate_fn=Collate(processor))  # type: ignore[arg-type]
+    loader = DataLoader(rows(count), batch_size=2, shuffle=True, collate_fn=Collate(processor))  # type: ignore[arg-type]
     trainer = L.Trainer(
         default_root_dir=out,
         max_steps=steps,
@@ -104,6 +105,29 @@ def fit(
     )
     trainer.fit(module, loader, ckpt_path=ckpt_path)
     return module, trainer
+
+
+def train_with_transformers(
+    folder: Path, out: Path, callbacks: Sequence[TrainerCallback] = (), *, lora: bool = False, **options: Any
+) -> Trainer:
+    """Train by transformers' Trainer on the same rows, for three steps."""
+    trainer = make_trainer(folder, out, callbacks, lora=lora, **options)
+    trainer.train()
+    return trainer
+
+
+def make_trainer(
+    folder: Path, out: Path, callbacks: Sequence[TrainerCallback] = (), *, lora: bool = False, **options: Any
+) -> Trainer:
+    """Transformers' Trainer with a tiny model and its rows, which are evaluated on too."""
+    model, processor = load(folder, lora)
+    settings: dict[str, Any] = {
+        "max_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
+        "learning_rate": 1e-2, "report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True,
+        "remove_unused_columns": False, "dataloader_pin_memory": False, **options,
+    }  # fmt: skip
+    arguments = TrainingArguments(output_dir=str(out), **settings)
+    return Trainer(model, arguments, Collate(processor), rows(), rows(4), callbacks=list(callbacks))  # type: ignore[arg-type]
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
 """A probe set from whatever a caller has: a set, a file of one, a file of annotated pictures, or rows in memory.
 
-Data flow: file, rows or ``ProbeSet`` -> ``open_probes`` -> ``ProbeSet``.
+Data flow: file, rows, ``ProbeSet`` or ``Probes`` -> ``open_probes`` -> ``ProbeSet``.
 """
 
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.readers.rows import PathLike, Rows, as_file
@@ -14,6 +16,33 @@ from lightning_mm.data.rejected_samples import RejectedSamples
 
 MAX_PICTURES = 64
 """Pictures of a probe set that callbacks draw, as ``MMDataModule(probe_images=...)``."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """The pictures that a look inside reads, how many and how: ``ProbingCallback(probes=Probes("probes.json", ...))``.
+
+    Args:
+        rows: A ``ProbeSet``, or a file or rows of pictures with captions and objects.
+        max_pictures: Largest number of pictures; default 64.
+        batch_size: Rows per forward pass; default 4.
+        max_length: Longest row in tokens, longer ones are rejected; None (default): no limit.
+        image_root: Folder that pictures are relative to; None: the file's own, for rows the current folder.
+    """
+
+    rows: Any
+    max_pictures: int = MAX_PICTURES
+    batch_size: int = 4
+    max_length: int | None = None
+    image_root: PathLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.max_pictures < 2:
+            raise UserError(
+                f"Probes(max_pictures={self.max_pictures}, batch_size={self.batch_size}) reads nothing.",
+                "A look needs 2 pictures or more, and a row or more at a time.",
+                "Give larger numbers.",
+            )
 
 
 def open_probes(

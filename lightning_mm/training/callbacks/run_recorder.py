@@ -220,7 +220,8 @@ def _generations(step: int, batch: PromptBatch, answers: list[str]) -> list[dict
 def census_table(census: Census) -> Table:
     """The census as the console shows it."""
     share = census.trainable / census.total
-    table = Table(title=f"{census.policy}: {census.trainable:,} of {census.total:,} weights train ({share:.1%})")
+    title = f"{census.policy}: {census.trainable:,} of {census.total:,} weights train ({share:.1%})"
+    table = Table(title=title, min_width=len(title))  # the title on one line, where the page is wide enough
     for column in ("region", "trains", "dtype", "mode"):
         table.add_column(column)
     for column in ("weights", "trainable", "lr"):

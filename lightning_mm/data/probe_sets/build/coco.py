@@ -229,7 +229,7 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
         raise UserError(
             f"No file {path} to draw probes from.",
             conversations.missing_file_reason(path)[0],
-            "Give --data.probes FILE, or leave it out.",
+            "Name a file that is there: --data.probes FILE, or probes= in Python.",
         )
     reader = RowReader(Path(image_root) if image_root else path.parent, answers_required=False)
     scenes: dict[Path, Scene] = {}
