@@ -1,18 +1,24 @@
 """The callbacks on a LightningModule that is not ours: training bit-identical, the same rows as with our module."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from lightning_mm.analysis.read import measure_hidden_states, read_hidden_states
 from lightning_mm.callbacks import CausalCallback, DriftCallback, GeometryCallback, ProbingCallback, Schedule
+from lightning_mm.callbacks.subject import Given, guest_subject
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.layer_table import LayerRow
+from lightning_mm.data.probe_sets.given import open_probes
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.models.guest import model_at, open_model, the_only_model
 from lightning_mm.tuning import Full
 from tests.helpers import strangers
 from tests.helpers.data import Data, Family
@@ -118,6 +124,24 @@ def test_a_resumed_run_takes_over_what_was_found(family: Family, probes: Path, t
     )
 
 
+def test_a_model_is_found_in_lists_and_dictionaries(family: Family, probes: Path) -> None:
+    """A plain dictionary keeps its model out of the module's parts: its modes are kept all the same."""
+    model, processor = strangers.load(family("llava"))
+    root = Two(nn.Linear(2, 2))
+    root.plain = {"parts": [nn.Linear(2, 2), model]}  # type: ignore[assignment]
+    assert model_at(Two(model), "models.0") is model
+    assert model_at(root, "plain.parts.1") is model
+    for path in ("plain.parts.2", "plain.parts.x", "plain.none"):
+        with pytest.raises(UserError, match="does not exist"):
+            model_at(root, path)
+    rejected = RejectedSamples(1.0)
+    probe_set = open_probes(str(probes), rejected)
+    subject = guest_subject(root, Given("plain.parts.1", processor), probe_set, rejected, nullcontext)
+    with subject.evaluating():
+        assert not any(module.training for module in model.modules())
+    assert all(module.training for module in model.modules())
+
+
 class Two(L.LightningModule):
     def __init__(self, *models: nn.Module) -> None:
         super().__init__()
@@ -132,16 +156,30 @@ def test_what_cannot_be_found_is_refused_in_one_line(family: Family, probes: Pat
         ({"model": "holder.nothing", "processor": processor}, "no multimodal model at 'holder.nothing'"),
         ({"processor": None}, "no processor"),
         ({"processor": processor.tokenizer}, "cannot be trained on pictures and text"),
+        ({"model": 3, "processor": processor}, "model= was given a int"),
     ):
         callback = GeometryCallback(ENDS, probes=str(probes), **given)
         with pytest.raises(UserError, match=message):
             strangers.fit(family("llava"), tmp_path, [callback])
-    from lightning_mm.models.guest import the_only_model
-
-    with pytest.raises(UserError, match="holds 2 multimodal models"):
+    with pytest.raises(UserError, match=r'holds 2 multimodal models(.|\n)*model="models.0"'):
         the_only_model(Two(model, model.__class__(model.config)))
     with pytest.raises(UserError, match="holds no multimodal model"):
         the_only_model(Two(nn.Linear(2, 2)))
+    text = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=1,
+        )
+    )
+    with pytest.raises(UserError, match=r"models\.0 is a LlamaForCausalLM, which takes no pictures"):
+        the_only_model(Two(text))
+    with pytest.raises(UserError, match="Choose a model that takes pictures"):
+        open_model(text, processor)
+    with pytest.raises(UserError, match="no output head"):
+        open_model(model.model, processor)
     callbacks = [ProbingCallback(probes=str(probes), processor=processor), GeometryCallback(probes="other.json")]
     with pytest.raises(UserError, match="different probes"):
         strangers.fit(family("llava"), tmp_path, callbacks)
