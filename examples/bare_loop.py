@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from lightning_mm import IntermediateOnly, apply_policy
-from lightning_mm.analysis.read import (
+from lightning_mm import (
+    IntermediateOnly,
+    apply_policy,
     compare_hidden_states,
     probe_hidden_states,
     read_hidden_states,
@@ -47,8 +48,10 @@ def main(folder: Path) -> None:
     after = read_hidden_states(model, processor, folder / "probes.json", step=len(rows))
     drift = compare_hidden_states(before, after)
     for layer, row in drift.profile("drift_cka", "picture").items():
-        print(f"layer {layer}: CKA with the start {row.value}")
-    save_findings(folder / "looked-into", probe_hidden_states(before), probe_hidden_states(after), drift, model=model)
+        if row.value is not None:  # undefined where all rows are alike, as at the embeddings of the last token
+            print(f"layer {layer}: CKA with the start {row.value:.4f}")
+    found = [probe_hidden_states(before), probe_hidden_states(after), drift]
+    print("report:", save_findings(folder / "looked-into", *found, model=model))
 
 
 if __name__ == "__main__":

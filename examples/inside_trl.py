@@ -12,8 +12,7 @@ from datasets import Dataset, Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTConfig, SFTTrainer
 
-from lightning_mm import GeometryCallback, IntermediateOnly, ProbingCallback, apply_policy
-from lightning_mm.callbacks.hf import InspectionCallback
+from lightning_mm import GeometryCallback, InspectionCallback, IntermediateOnly, ProbingCallback, apply_policy
 from lightning_mm.testing import build_tiny, build_tiny_data
 
 
@@ -46,12 +45,9 @@ def main(folder: Path) -> None:
         report_to="none",
         save_strategy="no",
     )
-    trainer = SFTTrainer(
-        model, args=arguments, train_dataset=dataset, processing_class=processor, callbacks=[inspection]
-    )
+    trainer = SFTTrainer(model, args=arguments, train_dataset=dataset, processing_class=processor)
+    inspection.add_to(trainer)  # or callbacks=[inspection]; so, trackers such as TensorBoard and W&B get its values
     trainer.train()
-    assert inspection.run is not None
-    print(inspection.run.report)
 
 
 if __name__ == "__main__":

@@ -127,15 +127,13 @@ class InspectionCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Look before the first step: trackers are open now."""
-        if self._inspection is not None and self._guest is not None and not self._begun:
-            self._begun = True
-            with self._guest.recording():
-                self._inspection.at_start()
+        self._look_at_start()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Start the clock of training time, which inspections may take a share of."""
+        self._look_at_start()
         if self._inspection is not None:
             self._inspection.resume_clock()
 
@@ -144,6 +142,13 @@ class InspectionCallback(TrainerCallback):
         if self._inspection is not None and self._guest is not None:
             with self._guest.recording():
                 self._inspection.after_batch()
+
+    def _look_at_start(self) -> None:
+        """Once; not every loop built on the Trainer has epochs."""
+        if self._inspection is not None and self._guest is not None and not self._begun:
+            self._begun = True
+            with self._guest.recording():
+                self._inspection.at_start()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

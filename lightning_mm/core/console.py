@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.file_proxy import FileProxy
 from rich.table import Table
 
+TABLE_WIDTH = 88
+"""Columns that a table may take for its title or note, beyond those of its cells."""
 _UNWRAPPED = 100_000
 """Columns of a page on which nothing is wrapped."""
 
@@ -50,7 +52,7 @@ def plain_text(*objects: Any) -> str:
     for each in objects:
         if isinstance(each, Table):
             bare = copy(each)
-            bare.title = bare.caption = bare.box = None
+            bare.title = bare.caption = bare.box = bare.min_width = None
             bare.pad_edge, bare.padding = False, (0, 2, 0, 0)
             page.print(*(part for part in (each.title, bare, each.caption) if part), sep="\n", markup=True)
         else:

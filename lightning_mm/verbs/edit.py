@@ -18,6 +18,7 @@ from lightning_mm.causal.editing.study import METHODS, Apply, EditOutcome, EditS
 from lightning_mm.causal.editing.tables import details, tables
 from lightning_mm.causal.editing.weight_edit import WeightEdit, apply_edits
 from lightning_mm.causal.questions.question import QuestionEncoder
+from lightning_mm.core.console import TABLE_WIDTH
 from lightning_mm.core.decisions import Decision, log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import staged_folder, write_json
@@ -254,7 +255,7 @@ def _export(mm: MultimodalModel, made: WeightEdit, study: EditStudy, out: Path, 
 
 
 def _rich_table(table: dict[str, Any]) -> Table:
-    printed = Table(title=table["title"], caption=table["note"])
+    printed = Table(title=table["title"], caption=table["note"], min_width=min(len(table["note"]), TABLE_WIDTH))
     for column in table["columns"]:
         printed.add_column(column)
     for row in table["rows"]:

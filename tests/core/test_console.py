@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from tqdm import tqdm
 
 from lightning_mm.core import console
 from lightning_mm.core.console import ConsoleHandler, PlainConsole
@@ -30,6 +31,7 @@ def test_piped_messages_are_whole_lines(logger: logging.Logger, capsys: pytest.C
 
 def test_piped_tables_are_lines_without_rules_and_padding() -> None:
     table = Table("policy", "reason", title="A title that is longer than the table", caption="said below")
+    table.min_width = len(LONG) + 99
     table.add_row("Full", LONG)
     table.add_row("ConnectorOnly", "short")
     file = io.StringIO()
@@ -72,6 +74,19 @@ def test_messages_go_above_the_bar_of_another(logger: logging.Logger, monkeypatc
         logger.info("ours")
     shown = redrawn(screen.getvalue())
     assert [line.split()[0] for line in shown] == ["ours", "theirs"]
+
+
+def test_messages_go_above_a_bar_of_tqdm(logger: logging.Logger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of transformers' Trainer: no message begins at the end of the bar."""
+    screen = io.StringIO()
+    screen.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", screen)
+    with tqdm(total=3, desc="training", file=screen) as bar:
+        for step in range(3):
+            logger.info("step %d: %s", step, LONG)
+            bar.update()
+    shown = [line.rpartition("\r")[2] for line in screen.getvalue().split("\n")]
+    assert [line for line in shown if line.startswith("step")] == [f"step {step}: {LONG}" for step in range(3)]
 
 
 def redrawn(output: str) -> list[str]:

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from rich.table import Table
 
 from lightning_mm.core import metric_names
-from lightning_mm.core.console import message_console
+from lightning_mm.core.console import TABLE_WIDTH, message_console
 from lightning_mm.core.decisions import DecisionLog, decision_log, log, log_decision, run_is_open
 from lightning_mm.core.io import append_jsonl, write_json
 from lightning_mm.core.notebook import show_link
@@ -221,7 +221,7 @@ def census_table(census: Census) -> Table:
     """The census as the console shows it."""
     share = census.trainable / census.total
     title = f"{census.policy}: {census.trainable:,} of {census.total:,} weights train ({share:.1%})"
-    table = Table(title=title, min_width=len(title))  # the title on one line, where the page is wide enough
+    table = Table(title=title, min_width=min(len(title), TABLE_WIDTH))
     for column in ("region", "trains", "dtype", "mode"):
         table.add_column(column)
     for column in ("weights", "trainable", "lr"):
