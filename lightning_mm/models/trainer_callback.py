@@ -11,5 +11,5 @@ __all__ = ["Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "Trai
 
 def trackers_of(trainer: Trainer) -> list[TrainerCallback]:
     """The callbacks of a Trainer that write to the trackers of its ``report_to``."""
-    kinds = tuple(INTEGRATION_TO_CALLBACK.values())
+    kinds: tuple[type[TrainerCallback], ...] = tuple(INTEGRATION_TO_CALLBACK.values())
     return [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, kinds)]
