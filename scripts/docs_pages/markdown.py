@@ -12,7 +12,8 @@ from docstring_parser import parse
 
 def cell(text: object) -> str:
     """Text as the content of a table cell: one line, bars and angle brackets escaped."""
-    escaped = " ".join(str(text).split()).replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
+    plain = re.sub(r"`([^`<]+) <\s*([^>`]+?)\s*>`_+", r"\1 (\2)", " ".join(str(text).split()))  # links of Sphinx
+    escaped = plain.replace("|", "\\|").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"``([^`]+)``", lambda code: "`" + code[1] + "`", escaped)
 
 
