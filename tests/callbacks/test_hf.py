@@ -125,11 +125,12 @@ def test_trl_is_bit_identical(family: Family, probes: Path, tmp_path: Path) -> N
         arguments = trl.SFTConfig(
             output_dir=str(out), max_steps=2, per_device_train_batch_size=2, logging_steps=1, report_to=[],
             save_strategy="no", use_cpu=True, disable_tqdm=True, learning_rate=1e-2, max_length=None, bf16=False,
-            dataloader_pin_memory=False,
+            dataloader_pin_memory=False, gradient_accumulation_steps=2, eval_strategy="steps", eval_steps=1,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
             model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=processor,
-            callbacks=callbacks, peft_config=peft.LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj"]),
+            eval_dataset=datasets.Dataset.from_list(rows[:2]), callbacks=callbacks,
+            peft_config=peft.LoraConfig(r=2, lora_dropout=0.2, target_modules=["q_proj"]),
         )  # fmt: skip
         trainer.train()
         return trainer
