@@ -74,7 +74,7 @@ def result_console() -> Console:
 
 
 class ConsoleHandler(logging.Handler):
-    """Shows log records on ``message_console``, or above whatever rich bar is running."""
+    """Shows log records on ``message_console``, or above whatever bar of rich or tqdm is running."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Show one record."""
@@ -84,8 +84,8 @@ class ConsoleHandler(logging.Handler):
                 sys.stderr.write(f"{text}\n")
             elif (tqdm := _running_tqdm()) is not None:  # as that of transformers' Trainer
                 tqdm.write(text, file=sys.stderr)
-            else:
-                message_console().print(text, markup=False, highlight=False)
+            else:  # a table that a library has laid out keeps its lines
+                message_console().print(text, markup=False, highlight=False, soft_wrap="\n" in text)
         except Exception:  # as logging's own handlers do: a message never ends a run
             self.handleError(record)
 

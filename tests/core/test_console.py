@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from lightning_mm.core import console
 from lightning_mm.core.console import ConsoleHandler, PlainConsole
+from tests.helpers.terminal import redrawn
 
 LONG = "a decision with a reason that goes on and on " * 6
 
@@ -87,19 +88,3 @@ def test_messages_go_above_a_bar_of_tqdm(logger: logging.Logger, monkeypatch: py
             bar.update()
     shown = [line.rpartition("\r")[2] for line in screen.getvalue().split("\n")]
     assert [line for line in shown if line.startswith("step")] == [f"step {step}: {LONG}" for step in range(3)]
-
-
-def redrawn(output: str) -> list[str]:
-    """The lines that a terminal holds after some output: carriage returns, cursor up and erased lines are followed."""
-    lines, row = [""], 0
-    for part in re.split(r"(\n|\r|\x1b\[\d*[A-Za-z]|\x1b\[\?\d+[a-z]|\x1b\[[\d;]*m)", output):
-        if part == "\n":
-            row += 1
-            lines += [""] * (row + 1 - len(lines))
-        elif part == "\x1b[1A":
-            row -= 1
-        elif part == "\x1b[2K":
-            lines[row] = ""
-        elif not part.startswith(("\x1b", "\r")):
-            lines[row] += part
-    return [line.rstrip() for line in lines if line.strip()]
