@@ -6,6 +6,7 @@ Values are read once per log interval, so that showing them never makes the devi
 
 import logging
 import math
+import sys
 import time
 from typing import Any
 
@@ -37,6 +38,7 @@ class ProgressBar(LightningProgressBar):
         self._given_console = console
         self._enabled = True
         self._bar: Progress | None = None
+        self._lent: dict[logging.StreamHandler[Any], Any] = {}
         self._task = TaskID(0)
         self._clock = _Clock()
         self._first_step, self._interval = 0, 1
@@ -126,7 +128,7 @@ class ProgressBar(LightningProgressBar):
         self._close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bar": None, "_given_console": None}  # a live bar holds thread locks
+        return self.__dict__ | {"_bar": None, "_lent": {}, "_given_console": None}  # a live bar holds thread locks
 
     def _show(self, trainer: Trainer) -> None:
         """Read the logged values (the one place that may wait for the device), and show them."""
@@ -161,6 +163,10 @@ class ProgressBar(LightningProgressBar):
         )
         self._task = self._bar.add_task(word, total=total, completed=completed, words="")
         self._bar.start()
+        # Its own handler holds the stream from before, and would write into the bar.
+        for handler in logging.getLogger("lightning.pytorch").handlers:
+            if type(handler) is logging.StreamHandler and not handler.stream.closed:
+                self._lent[handler] = handler.setStream(sys.stderr)
 
     def _word(self, word: str) -> None:
         if self._bar is not None:
@@ -172,6 +178,9 @@ class ProgressBar(LightningProgressBar):
 
     def _close(self) -> None:
         if self._bar is not None:
+            for handler, stream in self._lent.items():
+                handler.setStream(stream or handler.stream)
+            self._lent = {}
             self._bar.stop()
             self._bar = None
 
