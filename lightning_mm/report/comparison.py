@@ -262,16 +262,15 @@ def _figure(group: Sequence[RunPanel], *, still: bool) -> MeasureFigure:
 
 
 def _verdict(group: Sequence[RunPanel]) -> str:
-    """At how many layers the intervals of the first two runs are apart."""
-    one, other = (_ends(run.panel) for run in group[:2])
-    both = [layer for layer in one if layer in other]
-    if not both:
-        return "no intervals to tell the runs apart by"
-    apart = [layer for layer in both if one[layer][0] > other[layer][1] or other[layer][0] > one[layer][1]]
-    names = f"{group[0].name} and {group[1].name}"
-    if not apart:
-        return f"{names}: intervals overlap at every layer"
-    return f"{names}: intervals apart at {len(apart)} of {len(both)} layers ({run_section.ranges(apart)})"
+    """At how many layers the interval of each run is apart from the first run's."""
+    first, told = _ends(group[0].panel), []
+    for run in group[1:]:
+        own = _ends(run.panel)
+        both = [layer for layer in first if layer in own]
+        apart = [layer for layer in both if first[layer][0] > own[layer][1] or own[layer][0] > first[layer][1]]
+        where = f"at {len(apart)} of {len(both)} layers ({run_section.ranges(apart)})" if apart else "nowhere"
+        told.append(f"{run.name} {where if both else 'without intervals'}")
+    return f"Intervals apart from {group[0].name}: {'; '.join(told)}"
 
 
 def _ends(panel: Panel) -> dict[int, tuple[float, float]]:

@@ -220,7 +220,9 @@ def test_files_of_a_chart_hold_its_numbers(opened, pages, tmp_path):
                 pytest.approx(float(row[name]), rel=1e-5) if row[name] else None
             )
     assert ET.parse(saved["SVG"]).getroot().tag.endswith("svg")
-    assert "Entailment, hard" in saved["SVG"].read_text(encoding="utf-8")
+    words = saved["SVG"].read_text(encoding="utf-8")
+    assert "Entailment, hard" in words
+    assert "step 500 83.3" in words
     assert saved["PNG"].read_bytes().startswith(base64.b64decode("iVBORw0KGgo="))
     figure.locator(".tools button", has_text="Table").click()
     assert figure.locator(".written tbody tr").count() == 6 * 31
@@ -244,11 +246,15 @@ def test_tables_are_sorted_and_the_theme_is_switched(opened):
 
 
 def test_a_finger_reads_a_chart(opened):
-    page = opened(width=390, has_touch=True)
+    page = opened(width=390, has_touch=True, is_mobile=True)
     figure = chart(page, "Entailment, hard")
     box = figure.locator(".plot svg").first.bounding_box()
     page.touchscreen.tap(box["x"] + box["width"] * 0.75, box["y"] + box["height"] * 0.4)
-    assert page.locator("#readout").inner_text().startswith("layer ")
+    readout = page.locator("#readout")
+    assert readout.is_visible()  # also when the finger is lifted
+    assert readout.inner_text().startswith("layer ")
+    figure.get_by_role("heading").tap()
+    assert not readout.is_visible()
 
 
 def test_without_javascript_drawings_and_tables_stand(opened):

@@ -28,7 +28,7 @@ from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.numbers import percent
 from lightning_mm.report.tables.panels import TrainedLayers, layer_name
 
-_LEFT, _RIGHT, _COLUMN, _TOP, _HEADING, _LEGEND = 42.0, 12.0, 54.0, 20.0, 20.0, 176.0
+_LEFT, _RIGHT, _COLUMN, _TOP, _HEADING, _LEGEND = 42.0, 12.0, 64.0, 20.0, 20.0, 176.0
 _MOST_SITES, _MOST_CLASSES = 6, 12
 
 

@@ -111,7 +111,7 @@ def _profile_views(values: Columns, axis: LayerAxis, width: float) -> list[alt.C
     return [
         view("null", "null", "rule", color=theme.INK, strokeWidth=1.4, strokeDash=[2, 2.5]).encode(x=x),
         area.encode(**values.span(), y=y, color=own, detail=[nominal("run"), nominal("of")]),
-        view("lines", "lines", "line", strokeJoin="round", strokeCap="round").encode(
+        view("lines", "lines", "line", strokeJoin="round").encode(
             x=x, y=y, **line_styles(), detail=[nominal("line"), nominal("run")], order=alt.Order(**number("layer"))
         ),
         view("points", "points", "point", aria=True, filled=True, size=40, opacity=0).encode(

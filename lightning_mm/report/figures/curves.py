@@ -138,7 +138,7 @@ def _chart(data: Mapping[str, Rows], scale: dict[str, Any], axis: dict[str, Any]
     steps = value_axis(percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True, **titled)
     x = alt.X(**number("x", scale={"nice": False, "zero": False}, axis=steps))
     y = alt.Y(**number("y", scale=scale, axis=axis))
-    lines = view("lines", "lines", "line", strokeJoin="round", strokeCap="round")
+    lines = view("lines", "lines", "line", strokeJoin="round")
     dots = view("dots", "dots", "point", aria=True, filled=True, size=21)
     pointed = view("hover", "hover", "rule", color=theme.INK, strokeWidth=1, opacity=0.45)
     at = view("hover_points", "hover_points", "point", filled=True, size=46, stroke=theme.CARD, strokeWidth=1.5)

@@ -68,16 +68,11 @@ class LayerAxis:
         """Encoding of a field on this axis."""
         return alt.Y(**number(field, scale=self.scale, axis=self._numbers() if self.labels else None))
 
-    def horizontal(self, field: str) -> alt.X:
-        """Encoding of a field of layers on a horizontal axis of the same length."""
-        placed = {
-            "labelPadding": 8,
-            "orient": "bottom",
-            "titleX": self.height,
-            "titleY": 30,
-            "titleBaseline": "alphabetic",
-        }
-        return alt.X(**number(field, scale=self.scale, axis=self._numbers(**placed)))
+    def across(self) -> "Columns":
+        """The same layers on a horizontal axis of the same length, its numbers below."""
+        placed = {"labelPadding": 8, "orient": "bottom", "titleX": self.height, "titleY": 30}
+        axis = self._numbers(**placed, titleBaseline="alphabetic")
+        return Columns(self.first - 0.5, self.last + 0.5, self.height, axis)
 
     def _numbers(self, **options: Any) -> dict[str, Any]:
         """The layer numbers, those of trained layers in bold teal."""

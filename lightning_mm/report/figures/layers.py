@@ -56,7 +56,12 @@ _STYLES = tuple(
     )
 )
 _WITHHELD = LineStyle(theme.WITHHELD, 1.5, 1.0, theme.DOTTED)
-_HALO = {"color": theme.INK, "fontWeight": "bold", "stroke": theme.CARD, "strokeWidth": 3}
+_BOLD = {"color": theme.INK, "fontWeight": "bold"}
+_HALO = {
+    "stroke": theme.CARD,
+    "strokeWidth": 3,
+    "strokeJoin": "round",
+}  # below the number: not all renderers order paint
 
 
 @dataclass(frozen=True)
@@ -252,7 +257,7 @@ def profile(
         _area("null_band", values, axis, theme.SOFT, 0.2),
         view("null", "null", "rule", color=theme.INK, strokeWidth=1.4, strokeDash=[2, 2.5]).encode(x=x, **axis.rows()),
         _area("interval", values, axis, theme.INK, 0.13),
-        view("lines", "lines", "line", strokeJoin="round", strokeCap="round").encode(
+        view("lines", "lines", "line", strokeJoin="round").encode(
             x=x,
             y=y,
             **line_styles(),
@@ -265,7 +270,8 @@ def profile(
         view("peak", "peak", "point", size=55, fill=theme.CARD, stroke=theme.INK, strokeWidth=1.8, opacity=1).encode(
             x=x, y=y
         ),
-        text("peak", "peak_number", x, y, **beside_peak, **_HALO),
+        text("peak", "peak_halo", x, y, **beside_peak, **_BOLD, **_HALO),
+        text("peak", "peak_number", x, y, **beside_peak, **_BOLD),
         *axis.pointed_at(width),
     ]
     return layered(data, views, width, axis.height), data

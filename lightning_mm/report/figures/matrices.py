@@ -7,11 +7,9 @@ Shapes: L layers upwards x L layers to the right.
 
 from collections.abc import Sequence
 
-import altair as alt
-
 from lightning_mm.report.figures import theme
 from lightning_mm.report.figures.figure import Figure, down, layered, tip, view, without_validation
-from lightning_mm.report.figures.heatmap_parts import UNDEFINED, ColorScale, Columns, LayerAxis, cells, color_legend
+from lightning_mm.report.figures.heatmap_parts import UNDEFINED, ColorScale, LayerAxis, cells, color_legend
 from lightning_mm.report.tables.chart_table import ChartTable
 from lightning_mm.report.tables.numbers import short
 from lightning_mm.report.tables.panels import TrainedLayers, layer_name
@@ -32,7 +30,7 @@ def matrix_figure(
         tips: Whether each cell says its value when pointed at.
     """
     axis = LayerAxis.over(layers, trained)
-    columns = Columns(axis.first - 0.5, axis.last + 0.5, axis.height)
+    columns = axis.across()
     rows = [
         {
             "row": a,
@@ -55,14 +53,13 @@ def matrix_figure(
         *cells(axis, columns, scale, description=tip()),
         *axis.trained_edges(axis.height),
         view("trained", "trained_below", "rect", aria=True, color=theme.TEAL, cornerRadius=1.5).encode(
-            x=axis.horizontal("low"),
-            x2=alt.X2(field="high"),
+            **columns.span("low", "high"),
             **down(axis.height + 3, axis.height + 7),
             description=tip(),
         ),
         *(
             view("trained", f"trained_across_{end}", "rule", color=theme.TEAL, strokeWidth=1.4).encode(
-                x=axis.horizontal(end), **down(0, axis.height)
+                x=columns.at(end), **down(0, axis.height)
             )
             for end in ("low", "high")
         ),

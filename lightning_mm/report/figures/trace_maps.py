@@ -301,7 +301,8 @@ def _brackets(found: Sequence[Column]) -> dict[str, list[dict[str, Any]]]:
         brackets.append({"left": left + 0.6, "right": right - 0.6, "strong": strong})
         name = "picture" if kind == "image" else {"question": "question", "last": "last"}.get(kind, _kind_name(kind))
         for words in (f"{size:,} {name} tokens", f"{size:,} {name}", f"{size:,}") if size else (name,):
-            half, middle = _LETTER * len(words) / 2 + 2, max((left + right) / 2, _LETTER * len(words) / 2 + 4 - _LEFT)
+            half = _LETTER * len(words) / 2 + 2
+            middle = max((left + right) / 2, half - 8)  # to the right of the axis title
             if all(middle + half <= a or middle - half >= b for a, b in taken):
                 taken.append((middle - half, middle + half))
                 names.append({"x": middle, "text": printable(words), "strong": strong})

@@ -34,7 +34,8 @@ class Chart {
     this.tools();
     box.addEventListener('pointermove', (event) => this.point(event));
     box.addEventListener('pointerdown', (event) => this.press(event));
-    box.addEventListener('pointerleave', () => this.leave());
+    box.addEventListener('pointerleave', (event) => { if (event.pointerType !== 'touch') this.leave(); }); // a finger is lifted to read
+    box.addEventListener('pointercancel', () => this.leave());
     box.addEventListener('blur', () => this.leave());
     box.addEventListener('keydown', (event) => this.key(event));
   }
@@ -128,7 +129,7 @@ class Chart {
     setLayer(layer);
     const said = event.target.getAttribute?.('aria-label');
     const words = this.read?.words(at, layer) ?? (said && event.target !== this.box ? [said] : null);
-    readout(words, event.clientX, event.clientY);
+    readout(words, event.clientX, event.clientY, event.pointerType === 'touch');
   }
 
   press(event) {
@@ -171,12 +172,12 @@ class Chart {
 }
 
 /** What is pointed at, in words beside the pointer: the first line is its heading. */
-function readout(words, x = 0, y = 0) {
+function readout(words, x = 0, y = 0, above = false) {
   const box = byId('readout');
   box.hidden = !words;
   if (!words) return;
   box.replaceChildren(...words.map((line, index) => Object.assign(document.createElement(index ? 'span' : 'b'), { textContent: line })));
   const { width, height } = box.getBoundingClientRect();
   box.style.left = `${Math.max(6, Math.min(x + 14, innerWidth - width - 8))}px`;
-  box.style.top = `${y + 18 + height > innerHeight ? Math.max(6, y - height - 12) : y + 18}px`;
+  box.style.top = `${above || y + 18 + height > innerHeight ? Math.max(6, y - height - 12) : y + 18}px`;
 }

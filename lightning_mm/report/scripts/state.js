@@ -2,6 +2,7 @@
 // Data flow: slider, fields, pointer, keys -> state -> every chart that is awake draws itself anew.
 const state = { step: null, brush: null, layer: null };
 const charts = [];
+const HINT = `${matchMedia('(hover: none)').matches ? 'Name' : 'Drag over'} layers to compare them in all charts.`;
 const byId = (id) => document.getElementById(id);
 const isShort = (x) => x !== 0 && (Math.abs(x) < 1e-2 || Math.abs(x) >= 1e9);
 
@@ -31,7 +32,7 @@ function setBrush(brush) {
   byId('to').value = brush ? brush[1] : '';
   byId('clear').disabled = !brush;
   const words = brush ? `Comparing ${layerName(brush[0])} to ${brush[1]} with the others, in every chart.` : '';
-  byId('work-words').textContent = words || 'Drag over layers in any chart to compare them in all.';
+  byId('work-words').textContent = words || HINT;
   for (const lane of document.querySelectorAll('.lane-brush')) markLane(lane);
   redraw('brush');
   for (const chart of charts) chart.compare();
@@ -53,6 +54,7 @@ function startState() {
   const layered = charts.filter((chart) => chart.data.live.first !== undefined);
   if (!layered.length) return;
   byId('workbar').hidden = false;
+  byId('work-words').textContent = HINT;
   const steps = [...new Set(panels.flatMap((chart) => chart.data.live.steps))].sort((a, b) => a - b);
   const names = Object.assign({}, ...panels.map((chart) => chart.data.live.names));
   const slider = byId('step');
