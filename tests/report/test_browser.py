@@ -13,11 +13,13 @@ from importlib.resources import files
 import pytest
 from playwright.sync_api import sync_playwright
 
+from lightning_mm.__main__ import main
 from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import append_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.html import write_report
 from tests.helpers.causal_files import effects, trace_of, traced_rows
+from tests.helpers.cli import QUICK
 from tests.helpers.inspected_run import MEASURES, STEPS, choose, look_into, write_census
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -90,7 +92,7 @@ def opened(browser, pages):
         page.on("console", lambda message: message.type == "error" and said.append(message.text))
         page.on("pageerror", lambda error: said.append(str(error)))
         page.on("request", lambda asked: asked.url.startswith(("file:", "data:", "blob:")) or said.append(asked.url))
-        page.goto(pages[which].as_uri())
+        page.goto(pages.get(which, which).as_uri())
         if options.get("java_script_enabled", True):
             page.wait_for_selector("html[data-ready]")
         return page
@@ -116,13 +118,18 @@ def over(page, figure, x, y):
     page.mouse.move(box["x"] + x * scale, box["y"] + y * scale)
 
 
+def all_live(page):
+    """Open all details and wake every chart; returns how many there are."""
+    page.evaluate(WAKE_ALL)
+    page.wait_for_function(ALL_LIVE, timeout=60_000)
+    return page.locator("[data-live]").count()
+
+
 @pytest.mark.parametrize("which", ["run", "comparison"])
 def test_no_rule_of_accessibility_is_broken(opened, which):
     """With every chart live and all details open, in both themes, on a phone and on a screen."""
     page = opened(which)
-    page.evaluate(WAKE_ALL)
-    page.wait_for_function(ALL_LIVE, timeout=60_000)
-    assert page.locator("[data-live]").count() > 20
+    assert all_live(page) > 20
     page.evaluate(AXE)
     for width in (390, 1280):
         page.set_viewport_size({"width": width, "height": 900})
@@ -266,3 +273,33 @@ def test_without_javascript_drawings_and_tables_stand(opened):
     assert not page.locator("#theme").is_visible()
     tables.first.locator("summary").click()
     assert tables.first.locator("tbody tr").count() > 10
+
+
+CALLBACKS = """trainer:
+  callbacks:
+    - ProbingCallback
+    - GeometryCallback
+    - DriftCallback
+    - {class_path: CausalCallback, init_args: {count: 3, parts: [ablation, flow]}}
+"""
+
+
+def test_the_report_of_a_real_run_works(opened, family, data, probes, tmp_path):
+    callbacks = tmp_path / "callbacks.yaml"
+    callbacks.write_text(CALLBACKS)
+    paths = {"model.backbone.path": family("llava"), "data.train": data["train"], "data.val": data["val"]}
+    paths |= {"data.probes": probes, "run.root": tmp_path, "run.name": "real", "run.wandb": "off"}
+    told = [part for name, value in paths.items() for part in (f"--{name}", str(value))]
+    fragments = ("trainer/cpu.yaml", "tuning/intermediate.yaml", str(callbacks))
+    asked = [part for path in fragments for part in ("-c", path)]
+    assert main(["fit", *asked, *told, "--trainer.max_steps", "2", *QUICK]) == 0
+    page = opened(tmp_path / "real" / "report.html")
+    assert all_live(page) > 20
+    for part in ("inside", "causes"):
+        figure = page.locator(f"#{part} figure", has=page.locator("h4")).first
+        figure.scroll_into_view_if_needed()
+        over(page, figure, 300, 20 + 14 * 2.5)
+        assert page.locator("#readout").inner_text().startswith("layer 1")  # of -1 to 3, 14 pixels each
+        assert figure.locator(".hover_marks path").count() > 0
+    page.evaluate(AXE)
+    assert page.evaluate(PROBLEMS) == []
