@@ -167,8 +167,9 @@ def _outcome(runs: Sequence[ComparedRun]) -> str:
     best, share = max(known, key=lambda pair: pair[1].share)
     apart = [run.name for run, other in known if run is not best and _difference(share, other)[0] > 0]
     alike = [run.name for run, _ in known if run is not best and run.name not in apart]
-    words = f"{best.name} answers most questions exactly: {percent(share.share)}"
-    words += f", more than {_listed(apart)}" if apart else ""
+    if not apart:
+        return f"No run is told apart by exact match: {_listed([f'{r.name} {percent(s.share)}' for r, s in known])}."
+    words = f"{best.name} answers most questions exactly: {percent(share.share)}, more than {_listed(apart)}"
     return words + (f"; not told apart from {_listed(alike)}." if alike else ".")
 
 

@@ -203,6 +203,13 @@ def test_layers_chosen_in_one_chart_are_compared_in_all(opened):
     assert f"Mean of layers {ends[0]}–{ends[1]}" in second.locator(".compared").inner_text()
     page.locator("#clear").click()
     assert page.locator("#from").input_value() == ""
+    page.locator("#to").click()
+    page.keyboard.type("8")
+    page.locator("#from").click()
+    page.keyboard.type("5")
+    page.keyboard.press("Enter")
+    assert "Mean of layers 5–8" in second.locator(".compared").inner_text()
+    page.locator("#clear").click()
     second.locator(".brush_marks path").first.wait_for(state="detached")
 
 

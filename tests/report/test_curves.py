@@ -1,6 +1,7 @@
 """Charts: the drawing shows the data where it is, keeps its spikes, and is well-formed XML whatever the labels hold."""
 
 import math
+import re
 import time
 import xml.etree.ElementTree as ET
 
@@ -132,3 +133,11 @@ def test_short_numbers(value, text):
 
 def test_percent():
     assert [percent(x) for x in (0, 0.5, 0.123, 1)] == ["0\u00a0%", "50\u00a0%", "12.3\u00a0%", "100\u00a0%"]
+
+
+@pytest.mark.parametrize("values", [(5.5221, 5.5443), (120_000.0, 120_004.0), (2.01e-5, 2.02e-5)])
+def test_ticks_that_are_close_have_digits_that_differ(values):
+    chart = line_chart("Loss", "", [Series("a", [(100_000, values[0]), (100_009, values[1])])])
+    found = re.findall(r">([-−\d.ekM]+)</text>", chart.figure.svg())
+    assert len(found) > 6
+    assert len(set(found)) == len(found)

@@ -74,7 +74,9 @@ def compared_profiles(runs: Sequence[RunPanel]) -> tuple[Figure, tuple[LegendEnt
     low, high = min([*seen, *nulls]), max([*seen, *nulls])
     room = 0.04 * (high - low) or 0.05 * abs(high) or 0.5
     titled = {"title": first.measure.unit or "value", "titleAnchor": "end", "titlePadding": 4}
-    numbers = value_axis(percent=first.measure.in_percent, tickCount=5, labelPadding=5, **titled)
+    numbers = value_axis(
+        low - room, high + room, percent=first.measure.in_percent, tickCount=5, labelPadding=5, **titled
+    )
     width = _WIDTH - _LEFT - _RIGHT
     values = Columns(low - room, high + room, width, numbers)
     data: _Data = {"null": [] if null is None else [{"x": null}], "interval": [], "lines": [], "points": [], "peak": []}
@@ -176,7 +178,7 @@ def compared_shares(kinds: Sequence[str], runs: Mapping[str, Mapping[str, RunSha
     ]
     own = alt.Color(field="color", type="nominal", scale=None)
     titled = {"title": "exact match", "titleAnchor": "end"}
-    axis = value_axis(percent=True, values=[0, 0.25, 0.5, 0.75, 1], labelPadding=6, **titled)
+    axis = value_axis(0.0, 1.0, percent=True, values=[0, 0.25, 0.5, 0.75, 1], labelPadding=6, **titled)
     x = {end: alt.X(**number(end, scale={"domain": [0, 1], "nice": False}, axis=axis)) for end in ("low", "x")}
     y = alt.Y(**number("y", scale={"domain": [0, height], "range": [0, height], "nice": False}, axis=None))
     reach = view("shares", "reach", "rule", strokeWidth=2.2)

@@ -98,7 +98,7 @@ def line_chart(
     if share:
         scale, axis = {"domain": [0, 1]}, {"values": [0, 0.25, 0.5, 0.75, 1]}
     words = "; ".join(f"{entry.label} ends at {entry.value}" for entry in legend)
-    chart = _chart(data, scale, value_axis(percent=share, labelPadding=7, **axis))
+    chart = _chart(data, scale, value_axis(*scale["domain"], percent=share, labelPadding=7, **axis))
     steps = [x for _, points in lines for x, _ in points]
     live = {
         "kind": "steps",
@@ -135,7 +135,10 @@ def _value_scale(values: Sequence[float], *, zero: bool) -> dict[str, Any]:
 def _chart(data: Mapping[str, Rows], scale: dict[str, Any], axis: dict[str, Any]) -> alt.LayerChart:
     """Lines in their own styles, and dots to point at."""
     titled = {"title": "step", "titleAnchor": "end", "titlePadding": 4}
-    steps = value_axis(percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True, **titled)
+    places = [row["x"] for row in data["lines"]]
+    steps = value_axis(
+        min(places), max(places), percent=False, tickCount=5, grid=False, labelPadding=10, labelFlush=True, **titled
+    )
     x = alt.X(**number("x", scale={"nice": False, "zero": False}, axis=steps))
     y = alt.Y(**number("y", scale=scale, axis=axis))
     lines = view("lines", "lines", "line", strokeJoin="round")

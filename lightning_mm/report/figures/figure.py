@@ -9,6 +9,7 @@ Shapes: sizes are in CSS pixels; the margins around the plot are fixed, so that 
 """
 
 import json
+import math
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,10 +43,6 @@ _CONFIG: dict[str, Any] = {
 }
 LIVE = frozenset({"brush", "hover", "hover_points"})
 """Names of tables that are empty in a file and filled in a browser: the layers chosen, and what is pointed at."""
-_SHORT_LABEL = (
-    "datum.value == 0 ? '0' : abs(datum.value) < 1e-2 || abs(datum.value) >= 1e9 ? format(datum.value, '.2~e') : "
-    "abs(datum.value) >= 1e4 ? format(datum.value, '.3~s') : format(datum.value, '.3~r')"
-)
 AXIS_TITLE = {"titleColor": theme.SOFT, "titleFontSize": theme.FONT_SIZE, "titleFontWeight": "normal"}
 _BIDI_CONTROLS = frozenset("\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _ROOT = re.compile(r'^<svg [^>]*><g [^>]*transform="translate\([^)]*\)"[^>]*>')
@@ -294,9 +291,26 @@ def down(top: float, bottom: float) -> dict[str, Any]:
     return {"y": alt.YValue(top), "y2": alt.Y2Value(bottom)}
 
 
-def value_axis(*, percent: bool, **options: Any) -> dict[str, Any]:
-    """An axis of round values with rules across the plot, labeled as ``tables.numbers`` writes values."""
-    label = "format(100 * datum.value, '.1~f') + '\u00a0%'" if percent else _SHORT_LABEL
+def value_axis(low: float, high: float, *, percent: bool, **options: Any) -> dict[str, Any]:
+    """An axis of round values with rules across the plot, labeled as ``tables.numbers`` writes values.
+
+    Args:
+        low: Where it begins.
+        high: Where it ends; labels have as many digits as tell its ticks apart, and three or more.
+        percent: Whether values are fractions, to be written in per cent.
+        options: Further properties of the axis.
+    """
+    size, step = max(abs(low), abs(high)), (high - low) / 5
+    finest = math.floor(math.log10(step)) if 0 < step < math.inf else 0
+    if percent:
+        label = f"format(100 * datum.value, '.{min(max(1, -finest - 2), 9)}~f') + '\u00a0%'"
+    else:
+        digits = min(max(3, 1 + math.floor(math.log10(size)) - finest), 12) if 0 < step < math.inf else 3
+        label = (
+            "datum.value == 0 ? '0' : abs(datum.value) < 1e-2 || abs(datum.value) >= 1e9 ? "
+            f"format(datum.value, '.{digits - 1}~e') : abs(datum.value) >= 1e4 ? "
+            f"format(datum.value, '.{digits}~s') : format(datum.value, '.{digits}~r')"
+        )
     rules = {"grid": True, "gridColor": theme.RULE, "gridWidth": 1, "title": None, **AXIS_TITLE}
     return {"labelExpr": label, "labelOverlap": True, **rules, **options}
 

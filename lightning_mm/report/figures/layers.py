@@ -230,7 +230,7 @@ def profile(
     last, last_rows = panel.measured[-1], panel.profile(panel.measured[-1])
     low, high = _domain(panel, lines, last_rows)
     titled = {"title": panel.measure.unit or "value", "titleAnchor": "end", "titlePadding": 4}
-    numbers = value_axis(percent=panel.measure.in_percent, tickCount=3, labelPadding=5, **titled)
+    numbers = value_axis(low, high, percent=panel.measure.in_percent, tickCount=3, labelPadding=5, **titled)
     values = Columns(low, high, width, numbers)
     nulls = [row for row in last_rows if row.null is not None and low <= row.null <= high]
     peak = panel.peak(last)

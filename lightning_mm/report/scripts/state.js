@@ -73,11 +73,14 @@ function startState() {
   }
   const low = Math.min(...layered.map((chart) => chart.data.live.first));
   const high = Math.max(...layered.map((chart) => chart.data.live.last));
-  for (const field of [byId('from'), byId('to')]) {
+  const fields = [byId('from'), byId('to')];
+  for (const field of fields) {
     Object.assign(field, { min: low, max: high, placeholder: field.id === 'from' ? low : high });
     field.addEventListener('change', () => {
-      const ends = [byId('from').value || low, byId('to').value || high].map((v) => Math.min(high, Math.max(low, Math.round(Number(v)))));
-      setBrush(ends.sort((a, b) => a - b));
+      const open = fields.filter((end) => end.value === '');
+      const ends = [fields[0].value || low, fields[1].value || high].map((v) => Math.min(high, Math.max(low, Math.round(Number(v)))));
+      setBrush(open.length === 2 ? null : ends.sort((a, b) => a - b));
+      for (const end of open) end.value = ''; // to be typed into
     });
   }
   byId('clear').addEventListener('click', () => setBrush(null));
