@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" NO_MKDOCS_2_WARNING=1 DISABLE_MKDOCS_2_WARNING=true
-python -m mkdocs build --strict --quiet "$@"
+python -m mkdocs build --strict "$@"  # --quiet would drop warnings before --strict counts them
 if grep -rlE '<(script|img|iframe|source)[^>]* src="https?:|<link[^>]* rel="(stylesheet|preload|preconnect)"[^>]* href="https?:' site --include='*.html'; then
     echo "error: these pages load something from a network" >&2
     exit 1

@@ -80,6 +80,17 @@ def test_navigation_and_links_resolve(written: dict[str, str]) -> None:
         assert (ROOT / target).exists(), target
 
 
+def test_a_broken_link_or_anchor_fails_the_build() -> None:
+    """Warnings count as errors only where they are not silenced before they are counted."""
+    (build,) = re.findall(r"^python -m mkdocs build.*?(?=  #|$)", (ROOT / "scripts/docs.sh").read_text(), re.M)
+    assert "--strict" in build
+    assert "quiet" not in build
+    text = re.sub(r"!!python\S*", "", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    checked = yaml.safe_load(text)["validation"]["links"]
+    assert set(checked.values()) == {"warn"}
+    assert {"not_found", "anchors", "unrecognized_links"} <= set(checked)
+
+
 def test_readme_is_short_and_its_numbers_are_those_of_the_files() -> None:
     assert len(README.splitlines()) < 120
     made = types.SimpleNamespace(**runpy.run_path(str(ROOT / "scripts/readme_numbers.py"), run_name="numbers"))
