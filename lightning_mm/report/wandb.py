@@ -253,7 +253,7 @@ class OnlineLogger(Logger):
             return
         trained = TrainedLayers.of(read_json(run.census)) if run.census.exists() else TrainedLayers()
         columns, data = wandb_layers.comparison(self._name or run.name, policy, rows, trained)
-        wandb_logger.experiment.log({COMPARISON: wandb.Table(columns=columns, data=data)})
+        wandb_logger.experiment.log({COMPARISON: wandb.Table(columns=list(columns), data=data)})
 
     def _log_layers(self, wandb_logger: "WandbLogger", found: Iterable[LayerRow | Mapping[str, Any]]) -> None:
         rows = [row if isinstance(row, LayerRow) else LayerRow(**row) for row in found]

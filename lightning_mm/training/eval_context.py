@@ -43,6 +43,7 @@ class LiveModule(Protocol):
     without_files: MMDataModule
     selection: Selection | None
     step: TrainingStep
+    loaded_step: int | None
     device: torch.device
 
     def settings(self) -> dict[str, Any]:
