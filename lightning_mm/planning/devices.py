@@ -8,6 +8,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 
 import torch
@@ -103,6 +104,16 @@ def _measure_local_device(bf16: bool) -> Device:
     properties = torch.cuda.get_device_properties(local)
     known = next((d for key, d in DEVICES.items() if key in properties.name.lower().replace(" ", "")), None)
     return Device(properties.name, peak, peak, known.bandwidth if known else 1e12, properties.total_memory)
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """``benchmark_matmul``, once in a process for each device, type and setting."""
+    return _measured_peak(device, dtype, torch.get_num_threads(), torch.get_float32_matmul_precision())
+
+
+@cache
+def _measured_peak(device: torch.device, dtype: torch.dtype, *_settings: object) -> float:
+    return benchmark_matmul(device, dtype)
 
 
 def benchmark_matmul(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:

@@ -198,7 +198,7 @@ def test_a_resumed_run_goes_on_where_it_was(family: Family, probed: dict[str, Pa
     assert any(row.value is not None and row.value < 1 for row in found if row.measure == "drift_cosine")
 
 
-def test_two_hundred_looks_leave_nothing(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
+def test_many_looks_leave_nothing(family: Family, probed: dict[str, Path], tmp_path: Path) -> None:
     class Watch(RecordingCallback):
         def analyze(self, data: InspectionInput) -> Findings:
             self.refs.append(weakref.ref(data.reading))
@@ -209,9 +209,9 @@ def test_two_hundred_looks_leave_nothing(family: Family, probed: dict[str, Path]
             self.refs: list[weakref.ref[HiddenStates]] = []
 
     watch = Watch()
-    module, _ = train(family("llava"), probed, tmp_path, callbacks=[watch], tuning=MIDDLE, max_steps=200)
+    module, _ = train(family("llava"), probed, tmp_path, callbacks=[watch], tuning=MIDDLE, max_steps=30)
     gc.collect()
-    assert len(watch.refs) == 201
+    assert len(watch.refs) == 31
     assert sum(ref() is not None for ref in watch.refs) <= 1  # the first, which drift is measured from
     hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.model.get_decoder().modules())
     assert hooks == 0

@@ -18,7 +18,7 @@ def arguments(family: Family, data: dict[str, Path]) -> list[str]:
     return [
         *("--model.backbone.path", str(family("llava"))),
         *(part for split, path in data.items() for part in (f"--data.{split}", str(path))),
-        *("--data.num_workers", "0", "--data.batch_size", "2"),
+        *("--data.num_workers", "0", "--data.batch_size", "2", "--model.max_new_tokens", "3"),
         *("--trainer.accelerator", "cpu", "--trainer.max_steps", "4", "--trainer.log_every_n_steps", "1"),
         *("--run.wandb", "off"),
     ]

@@ -205,13 +205,11 @@ def test_two_ranks_evaluate_every_question_once(arguments: list[str], tmp_path: 
     assert overall["n"] == questions
 
 
-def test_sigterm_saves_at_a_step_and_the_rest_is_the_same(arguments: list[str], tmp_path: Path) -> None:
-    options = [*arguments, "--trainer.max_steps", "30", "--run.save_every", "1000"]
-    options += ["--model.tuning", "ConnectorOnly"]
-    whole = run_cli(["fit", *options, "--run.name", "whole"], tmp_path)
-    whole.communicate(timeout=200)
-    assert whole.returncode == 0
-    killed = run_cli(["fit", *options, "--run.name", "killed"], tmp_path)
+def test_sigterm_saves_at_a_step_and_the_rest_is_the_same(fit: Fit, arguments: list[str], tmp_path: Path) -> None:
+    options = ["--trainer.max_steps", "30", "--run.save_every", "1000", "--model.tuning", "ConnectorOnly"]
+    quick = ("--evaluation.before", "false", "--evaluation.after", "false")
+    assert fit(*options, *quick, "--run.name", "whole") == 0
+    killed = run_cli(["fit", *arguments, *options, "--run.name", "killed"], tmp_path)
     metrics = tmp_path / "runs/killed/metrics.csv"
     deadline = time.monotonic() + 100
     while not (metrics.is_file() and len(metrics.read_text().splitlines()) > 2) and time.monotonic() < deadline:
@@ -223,9 +221,7 @@ def test_sigterm_saves_at_a_step_and_the_rest_is_the_same(arguments: list[str], 
     assert 0 < torch.load(checkpoint, weights_only=True)["global_step"] < 30
     rows = json.loads((tmp_path / "runs/killed/evaluation.json").read_text())["rows"]
     assert {row["after"] for row in rows} == {None}, "a run that is stopped is not asked what it has learned"
-    rest = run_cli(["fit", *options, "--run.name", "rest", "--ckpt_path", str(checkpoint)], tmp_path)
-    rest.communicate(timeout=200)
-    assert rest.returncode == 0
+    assert fit(*options, *quick, "--run.name", "rest", "--ckpt_path", str(checkpoint)) == 0
     expected = torch.load(tmp_path / "runs/whole/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     resumed = torch.load(tmp_path / "runs/rest/checkpoints/last.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(resumed[name], tensor) for name, tensor in expected.items())

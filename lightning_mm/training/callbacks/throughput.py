@@ -21,7 +21,7 @@ from lightning_mm.core import metric_names
 from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.dataloader import CheckedDataLoader
-from lightning_mm.planning.devices import benchmark_matmul, compute_dtype, synchronize
+from lightning_mm.planning.devices import compute_dtype, measured_peak, synchronize
 from lightning_mm.planning.flops import StepCost
 from lightning_mm.training.callbacks.checkpoints import LastCheckpoint
 from lightning_mm.training.callbacks.step_cost import BatchCounter
@@ -281,7 +281,7 @@ def _peak_flops(trainer: L.Trainer, module: L.LightningModule) -> float:
         log_decision("throughput.memory", "resident set of the process", "its highest since it began, loading included")
     dtype = compute_dtype(live(module).mm.model, str(trainer.precision))
     try:
-        peak = benchmark_matmul(module.device, dtype)
+        peak = measured_peak(module.device, dtype)
     except RuntimeError as error:  # out of memory, or a type without products on this device
         log_decision("throughput.peak", "not measured", f"{type(error).__name__}: {error}")
         return math.nan

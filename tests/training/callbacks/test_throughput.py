@@ -75,7 +75,7 @@ class Watched(Throughput):
 
 @pytest.fixture(autouse=True)
 def _a_known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "benchmark_matmul", lambda *_: PEAK)
+    monkeypatch.setattr(throughput, "measured_peak", lambda *_: PEAK)
 
 
 def interval(**given: float) -> IntervalTotals:
@@ -345,7 +345,7 @@ def test_measuring_leaves_training_as_it_is(
     family: Family, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Bit by bit, the real measurement included."""
-    monkeypatch.setattr(throughput, "benchmark_matmul", lambda device, dtype: benchmark_matmul(device, dtype, 0.01))
+    monkeypatch.setattr(throughput, "measured_peak", lambda device, dtype: benchmark_matmul(device, dtype, 0.01))
     weights = []
     for callbacks in ([], [Throughput()]):
         options: dict[str, Any] = {"callbacks": callbacks, "max_steps": 3, "log_every_n_steps": 1}
