@@ -156,6 +156,7 @@ class InspectionCallback(TrainerCallback):
         """Look a last time, and write the report."""
         if self._inspection is None or self._guest is None:
             return
+        self._look_at_start()  # a training that is resumed at its end has no step
         with self._guest.recording():
             self._inspection.at_end()
         if state.is_world_process_zero:

@@ -133,7 +133,7 @@ class Inspection:
     def at_end(self) -> None:
         """Inspect after the last step, and log the total time of all inspections."""
         self._inspect([inspector for inspector in self.inspectors if inspector.schedule.end], last=True)
-        if self.budget.count:
+        if self.budget.count and self.loop.is_rank_zero:
             spent, share = f"{self.budget.spent:.1f} s in {self.budget.count} looks", self.budget.share()
             log.info("inspection: %s, %.0f%% of %.1f s of training", spent, 100 * share, self.budget.training)
 

@@ -156,7 +156,9 @@ class Subject:
         if self.data is not None and self.probes is None:
             return self.data.probe_loader(probe_set)
         how = self.probes or Probes(probe_set)
-        collator = ProbeCollator(self.mm.required_processor, how.max_length)
+        limits = {} if self.data is None else {"max_megapixels": self.data.max_megapixels}
+        longest = self.data.max_length if how.max_length is None and self.data is not None else how.max_length
+        collator = ProbeCollator(self.mm.required_processor, longest, **limits)
         return probe_loader(probe_set.rows, collator, batch_size=how.batch_size, num_workers=0)
 
 
@@ -173,7 +175,8 @@ def draw_probes(given: Given, data: MMDataModule | None, rejected: RejectedSampl
         UserError: There are none, or they cannot be read.
     """
     if (how := given.how) is not None:
-        return open_probes(how.rows, rejected, image_root=how.image_root, max_pictures=how.max_pictures)
+        rows = how.rows.subset(how.max_pictures) if isinstance(how.rows, ProbeSet) else how.rows
+        return open_probes(rows, rejected, image_root=how.image_root, max_pictures=how.max_pictures)
     if given.probes is not None:
         return open_probes(given.probes, rejected)
     if data is not None:

@@ -10,6 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from traceback import walk_tb
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
@@ -93,7 +94,7 @@ def explain_exception(error: Exception) -> UserError | None:
         return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
     if isinstance(error, RuntimeError) and (killed := worker_killed_error(error)) is not None:
         return killed
-    if isinstance(error, (ValueError, RuntimeError)) and _raised_in(error).startswith("lightning."):
+    if isinstance(error, (ValueError, RuntimeError)) and _is_lightnings_own(error):
         return UserError("The trainer cannot do what it was asked for.", first, _TRAINER)
     return None
 
@@ -197,12 +198,13 @@ def _no_choice(message: str, dotted: str) -> UserError | None:
     return UserError(f"{dotted}: '{given[1].strip(chr(39))}' is no choice.", _listed(choices), fix)
 
 
-def _raised_in(error: Exception) -> str:
-    """Name of the module that raised an error."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+def _is_lightnings_own(error: Exception) -> bool:
+    """Whether Lightning raised an error by itself, and not where our code below the command line called it."""
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
+    ours = (name for name in modules if name.startswith("lightning_mm."))
+    return modules[-1].startswith("lightning.") and all(
+        name.startswith(("lightning_mm.cli.", "lightning_mm.__main__")) for name in ours
+    )
 
 
 def _policies() -> list[str]:

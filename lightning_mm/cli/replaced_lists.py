@@ -23,12 +23,12 @@ def say_replaced(arguments: list[str]) -> None:
     Args:
         arguments: Command line arguments; files are named by their paths.
     """
-    held: dict[str, list[str]] = {}
+    held: dict[str, list[Any]] = {}
     for source, option, value in _settings(arguments):
-        key, named = option.rstrip("+"), [_name(each) for each in as_list(value)]
+        key, members = option.rstrip("+"), as_list(value)
         before = held.get(key, [])
-        held[key] = before + named if option.endswith("+") else named
-        if lost := [name for name in before if name not in held[key]]:
+        held[key] = before + members if option.endswith("+") else members
+        if lost := [_name(member) for member in before if member not in held[key]]:
             why = f"{source} sets the list anew; {key}+ in its place adds to it"
             log_decision(f"trainer.{key}", f"without {', '.join(lost)}", why)
 
@@ -40,7 +40,7 @@ def _settings(arguments: list[str]) -> Iterator[tuple[str, str, Any]]:
         if not equals:
             value = arguments[index + 1] if index + 1 < len(arguments) else ""
         if option in _FILES:
-            content = _read(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value)
+            content = _read(Path(value).read_text(encoding="utf-8") if Path(value).is_file() else value, value)
             if value and not isinstance(content, dict):
                 why = "It is empty." if content is None else "It does not consist of options and their values."
                 raise UserError(
@@ -51,14 +51,14 @@ def _settings(arguments: list[str]) -> Iterator[tuple[str, str, Any]]:
                 if str(key).rstrip("+") in _LISTS:
                     yield value, str(key), given
         elif option.startswith("--trainer.") and option.removeprefix("--trainer.").rstrip("+") in _LISTS:
-            yield option, option.removeprefix("--trainer."), _read(value)
+            yield option, option.removeprefix("--trainer."), _read(value, option)
 
 
-def _read(text: str) -> Any:
+def _read(text: str, source: str) -> Any:
     try:
         return yaml.safe_load(text)
-    except yaml.YAMLError:  # said where the option is parsed
-        return None
+    except yaml.YAMLError as error:
+        raise UserError(f"{source} is no YAML.", " ".join(str(error).split()), "Mend it there.") from error
 
 
 def _name(member: Any) -> str:

@@ -106,5 +106,5 @@ def _refuse_duplicates(inspecting: Sequence[LayerCallback]) -> None:
             raise UserError(
                 f"trainer.callbacks names {kind} {kinds.count(kind)} times.",
                 "A run keeps the clock and the findings of one of each kind.",
-                f"Name {kind} once, with all that it shall measure and the closer schedule.",
+                f"Name {kind} once: leave out one of the files, or set trainer.callbacks in place of callbacks+.",
             )

@@ -86,7 +86,7 @@ _FIXED = (
     *_scores("val"),
     *_scores("test"),
     Metric("test/no_image", "fraction", "exact match with the picture withheld"),
-    Metric("test/majority", "fraction", "exact match of always giving the most frequent answer"),
+    Metric("test/majority", "fraction", "exact match of always giving the training data's most frequent answer"),
     Metric("evaluation/before", "fraction", "exact match on held-out questions before the first step", "max"),
     Metric("evaluation/after", "fraction", "exact match on held-out questions after the last step", "max"),
     Metric("evaluation/no_image", "fraction", "exact match after the last step with blank pictures"),

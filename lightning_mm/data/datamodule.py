@@ -304,8 +304,23 @@ class MMDataModule(L.LightningDataModule):
         return collator(ordered[-count:])
 
     def majority_answers(self) -> dict[str, str]:
-        """Question type -> most frequent training answer: the baseline that ignores the question."""
-        return majority_answers(self.questions("train"))
+        """Question type -> most frequent training answer: the baseline that ignores the question.
+
+        Training rows that are not in use otherwise are read without opening their pictures, and none of them counts as
+        lost; empty, which is said, where none can be used.
+        """
+        path = self.paths["train"]
+        if "train" in self._samples:
+            return majority_answers(self.questions("train"))
+        if path is None:
+            log_decision("majority", "not computed", "data.train is not set")
+            return {}
+        try:
+            samples = read_conversations(path, self.image_root).samples
+        except UserError as error:
+            log_decision("majority", "not computed", f"data.train: {error.what}")
+            return {}
+        return majority_answers(questions_of(samples))
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))

@@ -51,5 +51,6 @@ def load_module(kind: type[Module], path: str | Path, backbone: Any, tuning: Any
     module.configure_model()
     state.validate_checkpoint(saved, module.census, module.base, set(module.trainable))
     module.load_state_dict(saved["state_dict"], strict=False)
+    module.loaded_step = int(saved["global_step"])
     module.teardown("load")  # the model's own forward passes; a run prepares them again
     return module.eval()

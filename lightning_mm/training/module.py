@@ -375,4 +375,4 @@ class MMModule(ModelAndData):
         """Restore a resumed run's random generators, right before the first random number is drawn."""
         if self._resumed is not None:
             state.restore_rank_rng(self._resumed)
-            self._resumed = None
+        self._resumed = self.loaded_step = None  # the weights are no longer those of the checkpoint

@@ -35,11 +35,14 @@ def early_end(trainer: L.Trainer) -> str | None:
     Args:
         trainer: The trainer, at the end of its training.
     """
-    if not trainer.should_stop:
+    total = total_steps(trainer)
+    if not trainer.should_stop or (total is not None and trainer.global_step >= total):
         return None
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # set by its callback connector
     for callback in callbacks:
-        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+        # A resumed run holds the reason and the epoch of an earlier stop; an epoch that ended is counted already.
+        stopped_now = isinstance(callback, EarlyStopping) and callback.stopped_epoch >= trainer.current_epoch - 1
+        if isinstance(callback, EarlyStopping) and stopped_now and callback.stopping_reason_message:
             return f"EarlyStopping: {' '.join(callback.stopping_reason_message.split())}"
         if isinstance(callback, Timer) and (callback.time_remaining() or 0.0) < 0:
             return "its time is over (trainer.max_time, or a Timer)"

@@ -90,5 +90,5 @@ def _scan(content: Any, path: Path, key: str, prefixes: tuple[str, ...]) -> None
 
 def _names_class(key: str) -> bool:
     """Whether jsonargparse resolves the key's value to a class: class_path itself, and options that are classes."""
-    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2]
-    return last in ("class_path", "tuning", "callbacks", "callbacks+", "logger", "strategy", "profiler", "plugins")
+    last = re.sub(r"\[\d+\]$", "", key).rpartition(".")[2].rstrip("+")
+    return last in ("class_path", "tuning", "callbacks", "logger", "strategy", "profiler", "plugins")

@@ -100,12 +100,14 @@ def test_another_class_on_the_command_line_takes_no_mode_along(fit: Fit, tmp_pat
     assert {row["mode"] for row in rows} == {"frozen", "lora"}
 
 
+@pytest.mark.parametrize("key", ["callbacks", "callbacks+", "logger", "logger+", "plugins", "plugins+"])
+@pytest.mark.parametrize("named", ["class_path: evil.Callback", "evil.Callback"])
 def test_a_foreign_class_in_a_file_is_not_imported(
-    fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    key: str, named: str, fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text("import pathlib; pathlib.Path('was-run').touch()\nclass Callback: ...\n")
-    (tmp_path / "evil.yaml").write_text("trainer:\n  callbacks:\n    - class_path: evil.Callback\n")
+    (tmp_path / "evil.yaml").write_text(f"trainer:\n  {key}:\n    - {named}\n")
     assert fit("-c", str(tmp_path / "evil.yaml")) == 2
     assert "--allow evil" in capfd.readouterr().err
     assert not (tmp_path / "was-run").exists()

@@ -29,6 +29,7 @@ def said(*arguments: str) -> list[str]:
         (["--trainer.callbacks=null"], "without ProbingCallback, DriftCallback"),
         (["-c", "{trainer: {callbacks: EarlyStopping}}"], "without ProbingCallback, DriftCallback"),
         (["--config={trainer: {callbacks: []}}"], "without ProbingCallback, DriftCallback"),
+        (["--trainer.callbacks", "ProbingCallback"], "without ProbingCallback, DriftCallback"),
     ],
 )
 def test_what_a_later_list_drops(later: list[str], lost: str) -> None:

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser
 from PIL import Image
 from torch import Tensor
 
+from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
@@ -211,6 +212,23 @@ def test_example_and_majority(module: Make, folder: Path) -> None:
     assert [sample.id for sample in batch.samples] == ["0"]
     assert batch.num_supervised > 0
     assert data.majority_answers() == {"any": "ho", "colour": "red", "number": "0"}
+
+
+def test_the_majority_costs_a_test_nothing(module: Make, folder: Path) -> None:
+    """Training pictures are not opened, training rows are not in the ledger, and without them the test goes on."""
+    (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:20])
+    train = write(folder / "t.json", [row(index, image="cut.png") for index in range(7)])
+    gone = write(folder / "g.json", [row(0, image="gone.png")])
+    test = write(folder / "e.json", [row(0)])
+    data = module(train=train, test=test)
+    data.setup("test")
+    assert data.majority_answers() == {"colour": "red", "number": "0"}
+    assert data.rejected_samples.num_rows == 1
+    assert not list(data.rejected_samples)
+    for file in (None, folder / "nowhere.json", gone):
+        with DecisionLog().opened() as decisions:
+            assert module(train=file, test=test).majority_answers() == {}
+            assert [decision.name for decision in decisions] == ["majority"]
 
 
 def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:

@@ -26,7 +26,7 @@ class Probes:
         rows: A ``ProbeSet``, or a file or rows of pictures with captions and objects.
         max_pictures: Largest number of pictures; default 64.
         batch_size: Rows per forward pass; default 4.
-        max_length: Longest row in tokens, longer ones are rejected; None (default): no limit.
+        max_length: Longest row in tokens, longer ones are rejected; None (default): the data module's, else no limit.
         image_root: Folder that pictures are relative to; None: the file's own, for rows the current folder.
     """
 
@@ -37,10 +37,12 @@ class Probes:
     image_root: PathLike | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.max_pictures < 2:
+        longest = 1 if self.max_length is None else self.max_length
+        if self.batch_size < 1 or self.max_pictures < 2 or longest < 1:
+            given = f"max_pictures={self.max_pictures}, batch_size={self.batch_size}, max_length={self.max_length}"
             raise UserError(
-                f"Probes(max_pictures={self.max_pictures}, batch_size={self.batch_size}) reads nothing.",
-                "A look needs 2 pictures or more, and a row or more at a time.",
+                f"Probes({given}) reads nothing.",
+                "A look needs 2 pictures or more, a row or more at a time, and a token or more in a row.",
                 "Give larger numbers.",
             )
 

@@ -39,9 +39,10 @@ class LastCheckpoint(ModelCheckpoint):
         self.every = every
         self.seconds = 0.0
         self._signals = StopSignals()
+        self._started = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._last_global_step_saved = trainer.global_step
+        self._last_global_step_saved, self._started = trainer.global_step, True
         self._signals.install()
 
     def on_train_batch_start(
@@ -80,6 +81,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._signals.remove()
+        if not self._started:  # nothing is trained, and the folder of the run may be gone
+            return
         step = trainer.global_step
         if self._should_skip_saving_checkpoint(trainer) or not trainer.optimizers:
             pass

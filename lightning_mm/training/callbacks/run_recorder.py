@@ -95,7 +95,8 @@ class RunRecorder(Callback):
         self._mark_begun(trainer)
 
     def on_validation_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._mark_begun(trainer)
+        if not trainer.sanity_checking:
+            self._mark_begun(trainer)
 
     def on_test_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._mark_begun(trainer)
@@ -141,7 +142,9 @@ class RunRecorder(Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if (why := early_end(trainer)) is not None:
-            log_decision("trainer", f"the run ends at step {trainer.global_step} of {total_steps(trainer)}", why)
+            total = total_steps(trainer)
+            of = "" if total is None else f" of {total}"
+            log_decision("trainer", f"the run ends at step {trainer.global_step}{of}", why)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not self._marked:
