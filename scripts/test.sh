@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All checks: lint, types, import contracts, docs build, tests. Creates .venv on the first call.
 # Usage: scripts/test.sh [--fast] [PYTEST ARGUMENT...]
-#   --fast   leave out the slow tests (tests/slow.txt): about two minutes on two cores
+#   --fast   leave out the slow tests (tests/slow.txt)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=()

@@ -4,7 +4,7 @@ Data flow: transformers -> ``callbacks.hf``, which is imported where it is used 
 """
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.integrations import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 __all__ = ["Trainer", "TrainerCallback", "TrainerControl", "TrainerState", "TrainingArguments", "trackers_of"]
 
