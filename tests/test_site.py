@@ -107,11 +107,11 @@ def test_readme_commands_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     shell, python = (re.search(rf"```{kind}\n(.*?)```", section, re.S) for kind in ("bash", "python"))
     assert shell is not None
     assert python is not None
-    for name in ("train.json", "val.json"):
+    for name in ("train.json", "val.json", "probes.json"):
         shutil.copy(tiny / name, tiny.parent / name)
-    for picture in tiny.glob("picture-*.png"):
+    for picture in tiny.glob("*.png"):
         shutil.copy(picture, tiny.parent / picture.name)
-    brief = "--trainer.max_steps 2 --data.num_workers 0 --data.probes tiny/probes.json --evaluation.after false"
+    brief = "--trainer.max_steps 2 --data.num_workers 0 --evaluation.after false"
     extra = {"fit": brief, "export": "--prove false"}
     for line in shell[1].replace("\\\n", " ").splitlines():
         command = line.partition("#")[0].replace("Qwen/Qwen2.5-VL-3B-Instruct", "tiny/model")
@@ -120,7 +120,7 @@ def test_readme_commands_run(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert main([verb, *options, *extra.get(verb, "").split()]) == 0, command
     assert (tiny.parent / "runs/IntermediateOnly/export/config.json").is_file()
     code = python[1].replace("Qwen/Qwen2.5-VL-3B-Instruct", "tiny/model").replace("max_steps=100", "max_steps=2")
-    code = code.replace("batch_size=4", 'batch_size=4, num_workers=0, probes="tiny/probes.json"')
+    code = code.replace("batch_size=4", "batch_size=4, num_workers=0")
     exec(compile(code, "README.md", "exec"), {})
 
 

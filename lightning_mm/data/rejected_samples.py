@@ -63,7 +63,7 @@ class RejectedSamples:
         raise UserError(
             f"{self.num_dropped} of {self.num_rows} rows cannot be used, the limit is {self.max_bad_fraction:.2%}.",
             f"{reasons}. The first of them:\n    " + "\n    ".join(first),
-            "Mend these rows, or allow more with data.max_bad_fraction; ledger.jsonl of the run lists all of them.",
+            "Mend these rows, or allow more with data.max_bad_fraction; ledger.jsonl of a run that goes on lists all.",
         )
 
     def gather(self) -> None:

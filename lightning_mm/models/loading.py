@@ -3,6 +3,7 @@
 Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for planning) -> the model with its weights.
 """
 
+import difflib
 import hashlib
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
@@ -109,9 +110,23 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def _refuse_missing_folder(path: Path) -> None:
+    """Refuse what can only be a mistyped path; a hub name (owner/name) may have a folder of its owner's name here."""
+    there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.8)
+    if path.is_absolute() or len(path.parts) > 2 or (near and len(path.parts) == 2):
+        raise UserError(
+            f"model.backbone.path: there is no folder {path}.",
+            f"{path.parent} is here, without it." if path.parent.is_dir() else f"There is no {path.parent} either.",
+            f"Did you mean {path.parent / near[0]}?" if near else "Name a folder that save_pretrained wrote.",
+        )
+
+
 def read_config(backbone: Backbone) -> PretrainedConfig:
     """The model's config, a cheap check that the model exists. Raises UserError if there is none."""
     folder = Path(backbone.path)
+    if not folder.exists():
+        _refuse_missing_folder(folder)
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.backbone.path: {backbone.path} is not a Hugging Face model.",

@@ -327,6 +327,8 @@ class MMModule(ModelAndData):
         self.step.flush()
         state.drop_frozen_weights(checkpoint, set(self.trainable))
         generators = self.resume_point.put_into(checkpoint, self.trainer)
+        if self._resumed is not None:  # no batch since the resume
+            generators = self._resumed["rng"]
         checkpoint[state.KEY] = state.checkpoint_metadata(
             self.census, self.base, self.settings(), self.unread or (), generators
         )

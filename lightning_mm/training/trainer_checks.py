@@ -3,6 +3,8 @@
 Data flow: the trainer's options and callbacks -> ``check_trainer`` -> ``UserError`` that says what to use instead.
 """
 
+import difflib
+
 import lightning as L
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
@@ -138,12 +140,14 @@ def _check_names(module: L.LightningModule, callbacks: list[Callback]) -> None:
     spelled = {name.replace("/", "").replace("_", ""): name for name in metric_names.FIXED}
     for callback in callbacks:
         watched = _monitor(callback)
-        meant = spelled.get((watched or "").replace("/", "").replace("_", "").lower())
-        if meant is not None and meant != watched:
+        if watched is None or watched in metric_names.FIXED:
+            continue
+        near = difflib.get_close_matches(watched.replace("/", "").replace("_", "").lower(), spelled, n=1, cutoff=0.85)
+        if near:
             raise UserError(
                 f"{type(callback).__name__} watches {watched}, which is not logged.",
                 "Names of metrics have their stage in front of a slash.",
-                f"Did you mean {meant}?",
+                f"Did you mean {spelled[near[0]]}?",
             )
 
 

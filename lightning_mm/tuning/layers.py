@@ -131,7 +131,7 @@ def _amount(text: str, n: int, spec: object) -> int:
 
 
 def _shown(indices: Sequence[int]) -> str:
-    return describe_layers(indices[:8]) + (", ..." if len(indices) > 8 else "")
+    return describe_layers(indices[:100]) + (", ..." if len(indices) > 100 else "")
 
 
 def _error(spec: object, why: str) -> UserError:

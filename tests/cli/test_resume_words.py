@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -71,3 +72,28 @@ def test_auto_starts_and_then_goes_on(fit: Fit, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "runs/job-2/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
     steps = [int(row["step"]) for row in table(tmp_path / "runs/job-2/metrics.csv") if row["train/loss"]]
     assert steps == [0, 1, 2]
+
+
+def test_a_run_resumed_at_its_end_has_a_checkpoint(fit: Fit, tmp_path: Path) -> None:
+    """It trains no step; one that goes on from it is, bit for bit, one that goes on from the run before it.
+
+    In the middle of an epoch, with dropout and a schedule that does not depend on the length of the run.
+    """
+    command = ["--evaluation.before", "false", "--evaluation.after", "false", "--model.tuning", "LoRAOnMiddle"]
+    command += ["--model.tuning.lora.dropout", "0.3", "--model.optimizer.schedule", "constant"]
+    command += ["--model.optimizer.warmup", "0"]
+
+    def run(name: str, steps: int, *more: str) -> dict[str, Any]:
+        assert fit(*command, "--run.name", name, "--trainer.max_steps", str(steps), *more) == 0
+        saved: dict[str, Any] = torch.load(tmp_path / f"runs/{name}/checkpoints/last.ckpt", weights_only=True)
+        assert saved["global_step"] == steps
+        return saved["state_dict"]
+
+    def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
+        return all(torch.equal(first[name], value) for name, value in second.items())
+
+    ended = run("ended", 2)
+    assert same(run("again", 2, "--ckpt_path", str(tmp_path / "runs/ended")), ended)
+    expected = run("on", 4, "--ckpt_path", str(tmp_path / "runs/ended"))
+    assert not same(expected, ended)
+    assert same(run("on-from-again", 4, "--ckpt_path", str(tmp_path / "runs/again")), expected)

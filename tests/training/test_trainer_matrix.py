@@ -204,6 +204,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "EarlyStopping without a validation": (callback("EarlyStopping", monitor="val/loss"), "the run does not validate"),
     "EarlyStopping on another name": (callback("EarlyStopping", monitor="val_loss"), "Did you mean val/loss?"),
+    "EarlyStopping on a mistyped name": (callback("EarlyStopping", monitor="val/losss"), "Did you mean val/loss?"),
     "ModelCheckpoint on another name": (callback("ModelCheckpoint", monitor="train_loss"), "Did you mean train/loss?"),
     "a class that is no callback": ("--trainer.callbacks NoSuchThing", "'NoSuchThing' is no callback."),
     "MLFlowLogger": ("--trainer.logger MLFlowLogger", "pip install mlflow"),

@@ -79,6 +79,10 @@ class LastCheckpoint(ModelCheckpoint):
         self._save(trainer)
         self._signals.remove()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._started:  # a run that is resumed at its end trains no step, and has a checkpoint all the same
+            self._save(trainer)
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._signals.remove()
         if not self._started:  # nothing is trained, and the folder of the run may be gone

@@ -272,7 +272,7 @@ def _check_any(source: str, rows: Sequence[ProbeRow], probes: set[str]) -> None:
     raise UserError(
         f"Nothing can be probed with {source}.",
         "It takes two pictures with different captions, or two kinds of things, each in 8 pictures or more.",
-        "Give --data.probes FILE with rows such as "
+        "Give --data.probes FILE, or MMDataModule(probes=FILE), with rows such as "
         '{"image": "a.jpg", "caption": "a cat", "objects": [{"name": "cat", "box": [0, 0, 9, 9]}]}.',
     )
 
