@@ -38,6 +38,7 @@ from lightning_mm.tuning import (
 )
 from lightning_mm.tuning.layers import count_layers
 from lightning_mm.tuning.optimizer import OptimizerSettings
+from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.verbs.model_source import ModelLike, ModelSource
 from lightning_mm.verbs.plan_batches import RowLengths, mean_lengths, micro_batches
 from lightning_mm.verbs.plan_tables import plan_tables
@@ -63,7 +64,7 @@ class PlanResult(PrintedResult):
 
     Args:
         estimates: Of the run's own policy first, then of the others.
-        left_out: Policies that cannot be planned on this model, with the reason.
+        left_out: Policies that cannot be planned on this model, or train what another one does, with the reason.
         lengths: Of a row, on average: image_tokens, text_tokens, supervised (tokens); rows of a micro-batch; padding
             (fraction).
         device: What seconds are predicted for.
@@ -246,7 +247,7 @@ def _own(
 def _compare(
     estimates: list[CostEstimate], meta: MetaModel, batches: Sequence[Batch], setting: RunSettings, on: Device
 ) -> dict[str, str]:
-    """Add the estimates of all other policies; returns those that cannot be built, with the reason."""
+    """Add the estimates of all other policies; returns those that cannot be built or add nothing, with the reason."""
     left_out: dict[str, str] = {}
     for policy in POLICIES:
         try:
@@ -258,9 +259,16 @@ def _compare(
             left_out[policy.describe()] = reason
             log_decision("plan", f"without {policy.describe()}", reason)
             continue
-        if not any((one.plan.full, one.plan.adapted) == (each.plan.full, each.plan.adapted) for each in estimates):
+        twin = next((each for each in estimates if _same_weights(each.plan, one.plan)), None)
+        if twin is None:
             estimates.append(one)
+        elif twin.census.policy != policy.describe():
+            left_out[policy.describe()] = f"it trains the weights of {twin.census.policy}"
     return left_out
+
+
+def _same_weights(first: TuningPlan, second: TuningPlan) -> bool:
+    return (first.full, first.adapted) == (second.full, second.adapted)
 
 
 @contextmanager

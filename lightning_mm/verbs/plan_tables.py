@@ -90,7 +90,7 @@ def _table(title: str, first: str, columns: Sequence[str]) -> Table:
 def _parts(one: CostEstimate) -> Table:
     """Least FLOPs of the run's own policy, by part of the model."""
     columns = ("forward", "input gradients", "weight gradients", "share")
-    table = _table(f"Least FLOPs of a step: {one.plan.policy}", "part", columns)
+    table = _table(f"FLOPs that a step of {one.plan.policy} needs at least, by part", "part", columns)
     for name, part in one.flops.parts(one.plan).items():
         cells = (part.forward, part.input_gradients, part.weight_gradients)
         table.add_row(name, *(_flops(cell) if cell else "-" for cell in cells), f"{part.total / one.flops.floor:.1%}")
