@@ -202,9 +202,8 @@ def _is_lightnings_own(error: Exception) -> bool:
     """Whether Lightning raised an error by itself, and not where our code below the command line called it."""
     modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in walk_tb(error.__traceback__)]
     ours = (name for name in modules if name.startswith("lightning_mm."))
-    return modules[-1].startswith("lightning.") and all(
-        name.startswith(("lightning_mm.cli.", "lightning_mm.__main__")) for name in ours
-    )
+    by_lightning = bool(modules) and modules[-1].startswith("lightning.")
+    return by_lightning and all(name.startswith(("lightning_mm.cli.", "lightning_mm.__main__")) for name in ours)
 
 
 def _policies() -> list[str]:

@@ -110,23 +110,24 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def _refuse_missing_folder(path: Path) -> None:
-    """Refuse what can only be a mistyped path; a hub name (owner/name) may have a folder of its owner's name here."""
+def _near_folder(path: Path) -> str:
+    """'Did you mean X?' with the entry beside a missing path that is spelled most like it; empty if none is."""
     there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.8)
-    if path.is_absolute() or len(path.parts) > 2 or (near and len(path.parts) == 2):
-        raise UserError(
-            f"model.backbone.path: there is no folder {path}.",
-            f"{path.parent} is here, without it." if path.parent.is_dir() else f"There is no {path.parent} either.",
-            f"Did you mean {path.parent / near[0]}?" if near else "Name a folder that save_pretrained wrote.",
-        )
+    return f"Did you mean {path.parent / near[0]}?" if near else ""
 
 
 def read_config(backbone: Backbone) -> PretrainedConfig:
     """The model's config, a cheap check that the model exists. Raises UserError if there is none."""
     folder = Path(backbone.path)
-    if not folder.exists():
-        _refuse_missing_folder(folder)
+    # A hub name has two parts at most, and there may be a folder of its owner's name here.
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) > 2):
+        parent = folder.parent
+        raise UserError(
+            f"model.backbone.path: there is no folder {folder}.",
+            f"{parent} is here, without it." if parent.is_dir() else f"There is no {parent} either.",
+            _near_folder(folder) or "Name a folder that save_pretrained wrote.",
+        )
     if folder.exists() and not (folder / "config.json").is_file():
         raise UserError(
             f"model.backbone.path: {backbone.path} is not a Hugging Face model.",
@@ -139,7 +140,7 @@ def read_config(backbone: Backbone) -> PretrainedConfig:
         raise UserError(
             f"model.backbone.path: {backbone.path} cannot be loaded.",
             _first_line(error),
-            f"Name a folder, or fetch the model first: hf download {backbone.path}",
+            _near_folder(folder) or f"Name a folder, or fetch the model first: hf download {backbone.path}",
         ) from error
 
 

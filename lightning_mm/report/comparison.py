@@ -168,7 +168,8 @@ def _outcome(runs: Sequence[ComparedRun]) -> str:
     apart = [run.name for run, other in known if run is not best and _difference(share, other)[0] > 0]
     alike = [run.name for run, _ in known if run is not best and run.name not in apart]
     if not apart:
-        return f"No run is told apart by exact match: {_listed([f'{r.name} {percent(s.share)}' for r, s in known])}."
+        shares = _listed([f"{run.name} {percent(other.share)}" for run, other in known])
+        return f"The intervals of exact match separate no two runs: {shares}."
     words = f"{best.name} answers most questions exactly: {percent(share.share)}, more than {_listed(apart)}"
     return words + (f"; not told apart from {_listed(alike)}." if alike else ".")
 

@@ -359,8 +359,9 @@ class MMModule(ModelAndData):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "yours" if self.own_optimizer else self.optimizer.name
         state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
-        self._resumed, self.loaded_step = checkpoint[state.KEY], int(checkpoint["global_step"])
+        self.loaded_step = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
+            self._resumed = checkpoint[state.KEY]
             log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {self.loaded_step}")
 
     def on_train_start(self) -> None:

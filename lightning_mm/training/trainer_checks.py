@@ -140,7 +140,7 @@ def _check_names(module: L.LightningModule, callbacks: list[Callback]) -> None:
     spelled = {name.replace("/", "").replace("_", ""): name for name in metric_names.FIXED}
     for callback in callbacks:
         watched = _monitor(callback)
-        if watched is None or watched in metric_names.FIXED:
+        if watched is None or metric_names.lookup(watched) is not None:
             continue
         near = difflib.get_close_matches(watched.replace("/", "").replace("_", "").lower(), spelled, n=1, cutoff=0.85)
         if near:

@@ -49,6 +49,7 @@ OPTIONS = [
     ("--model.optimizer.lr -1", "model.optimizer.lr: -1"),
     ("--model.backbone.path nowhere/at/all", "There is no nowhere/at either."),
     ("--model.backbone.path data/../modell", "there is no folder data/../modell."),
+    ("--model.backbone.path datta", "Did you mean data?"),
     ("--trainer.callbacks EarlyStoping", "Did you mean EarlyStopping?"),
     ("--trainer.callbacks lightning.pytorch.callbacks.EarlyStoping", "Did you mean EarlyStopping?"),
     ("--trainer.callbacks EarlyStopping", "--trainer.callbacks.monitor is missing."),

@@ -17,10 +17,8 @@ from tests.helpers.terminal import redrawn
 def fits(
     family: Family, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Fits]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIGHTNING_MM_RUN", raising=False)
     console.message_console.cache_clear()
-    yield short_fits(family("llava"), data, tmp_path, capfd)
+    yield short_fits(family("llava"), data, tmp_path, capfd, monkeypatch)
     console.message_console.cache_clear()
 
 

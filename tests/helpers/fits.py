@@ -72,15 +72,20 @@ Fits = Callable[..., Fitted]
 """Runs ``fit`` with further options in an empty folder."""
 
 
-def short_fits(model: Path, data: Data, folder: Path, capfd: pytest.CaptureFixture[str]) -> Fits:
+def short_fits(
+    model: Path, data: Data, folder: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Fits:
     """Fits of two steps on the connector of a tiny model, which validate nothing and ask nothing.
 
     Args:
         model: The model's folder.
         data: train (12 rows) and val.
-        folder: The current folder.
+        folder: Becomes the current folder.
         capfd: What is written is read from it.
+        monkeypatch: Undoes the change of folder.
     """
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("LIGHTNING_MM_RUN", raising=False)
     common = {
         **{"model.backbone.path": model, "model.tuning": "ConnectorOnly", "model.optimizer.lr": "0.01"},
         **{"data.train": data["train"], "data.val": data["val"], "data.num_workers": 0, "data.batch_size": 2},

@@ -78,7 +78,7 @@ def test_it_says_which_run_is_better_and_what_differs(tmp_path):
     page = page_of(good, alike, bad)
     assert "good answers most questions exactly: 90 %, more than bad; not told apart from alike." in page.text
     assert "lower (-45 to -35 points)" in page.text
-    assert "No run is told apart by exact match: good 90 % and alike 89.5 %." in page_of(good, alike).text
+    assert "The intervals of exact match separate no two runs: good 90 % and alike 89.5 %." in page_of(good, alike).text
     assert "model.lr" in page.text
     assert "model.backbone" not in page.text  # alike in all
     shares = {(row["run"], row["question type"]): row for row in rows_in(chart_of(page, "Exact match"))}

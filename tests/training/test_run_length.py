@@ -17,7 +17,7 @@ CONSTANT = OptimizerSettings(schedule="constant", warmup=0)
 
 
 class Reads(Callback):
-    """Reads why a run ends, which it stops after a step if it is told to."""
+    """Records why the run ends; stops it after the step ``stop_at``, if given."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.stop_at = stop_at

@@ -3,6 +3,7 @@
 Data flow: options -> ``fit`` of two steps through the command line, in this process -> its files and its output.
 """
 
+import json
 import shlex
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -21,9 +22,7 @@ Check = Callable[[Fitted], bool]
 def fits(
     family: Family, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Fits]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIGHTNING_MM_RUN", raising=False)
-    yield short_fits(family("llava"), data, tmp_path, capfd)
+    yield short_fits(family("llava"), data, tmp_path, capfd, monkeypatch)
     torch.use_deterministic_algorithms(False)  # Lightning leaves both as they were asked for
     torch.backends.cudnn.benchmark = False
 
@@ -258,3 +257,15 @@ def test_is_refused_in_one_line(cell: str, fits: Fits) -> None:
     assert said in fit.error
     assert "Traceback" not in fit.output
     assert not fit.run.exists()
+
+
+def test_the_score_of_one_question_type_may_be_watched(fits: Fits, data: Data) -> None:
+    """Its name is close to that of all types, and is no spelling of it."""
+    rows = json.loads(data["val"].read_text())
+    for index, row in enumerate(rows):
+        row["conversations"][1]["type"] = "any" if index else "colour"
+    data["val"].write_text(json.dumps(rows))
+    watched = callback("ModelCheckpoint", monitor="val/exact_match/any", mode="max", filename="any")
+    fit = fits(*shlex.split(watched), "--trainer.limit_val_batches=4", "--trainer.val_check_interval=1")
+    assert fit.status == 0, fit.output
+    assert (fit.run / "checkpoints/any.ckpt").is_file()

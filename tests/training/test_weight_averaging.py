@@ -20,9 +20,7 @@ OPTIONS = (
 def test_an_average_is_saved_and_gone_on_from(
     family: Family, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("LIGHTNING_MM_RUN", raising=False)
-    fit = short_fits(family("llava"), data, tmp_path, capfd)
+    fit = short_fits(family("llava"), data, tmp_path, capfd, monkeypatch)
 
     def run(name: str, *more: str) -> None:
         fitted = fit(*OPTIONS, f"--run.name={name}", *more)

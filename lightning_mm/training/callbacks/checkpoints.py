@@ -41,6 +41,10 @@ class LastCheckpoint(ModelCheckpoint):
         self._signals = StopSignals()
         self._started = False
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._started = False
+        super().setup(trainer, pl_module, stage)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_global_step_saved, self._started = trainer.global_step, True
         self._signals.install()
