@@ -9,7 +9,6 @@ early in training few answers are right. Only rank 0 computes, on the unwrapped 
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -38,6 +37,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 
@@ -228,7 +228,7 @@ def first_turns(samples: Sequence[Sample]) -> tuple[Question, ...]:
         turns = [turn for turn in sample.turns if turn.role != "system"]
         if len(turns) >= 2 and turns[0].role == "user" and turns[1].role == "assistant":
             text = turns[0].text.replace(IMAGE_MARK, "").strip()
-            images = tuple(Path(image) for image in sample.images[: turns[0].text.count(IMAGE_MARK)])
+            images = tuple(image_file(image) for image in sample.images[: turns[0].text.count(IMAGE_MARK)])
             group = str(images[0]) if images else sample.id
             made.append(Question(sample.id, text, images, (), turns[1].text, group=group, kind=turns[1].question_type))
     return tuple(made)

@@ -15,12 +15,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from warnings import catch_warnings, simplefilter
 
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
 from lightning_mm.core.decisions import log_decision
+from lightning_mm.data.image_source import ImageSource
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Rejection, Sample
 
@@ -51,11 +53,11 @@ class BadImage(ValueError):
     """An image that cannot be used.
 
     Args:
-        path: The file.
+        path: The image.
         reason: ``category: detail``, as rejections are counted.
     """
 
-    def __init__(self, path: Path, reason: str) -> None:
+    def __init__(self, path: ImageSource, reason: str) -> None:
         super().__init__(path, reason)
         self.path, self.reason = path, reason
 
@@ -78,11 +80,11 @@ class DecodedImage:
     is_turned: bool = False
 
 
-def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
+def check_header(path: ImageSource, max_megapixels: float = 40.0) -> tuple[int, int]:
     """Width and height in pixels as displayed (after EXIF rotation, where the header holds it), from the header only.
 
     Args:
-        path: The file.
+        path: The file, or where its content is.
         max_megapixels: Limit on width times height, in megapixels.
 
     Raises:
@@ -95,11 +97,11 @@ def check_header(path: Path, max_megapixels: float = 40.0) -> tuple[int, int]:
         return (height, width) if is_turned else (width, height)
 
 
-def load(path: Path, max_megapixels: float = 40.0) -> DecodedImage:
+def load(path: ImageSource, max_megapixels: float = 40.0) -> DecodedImage:
     """The decoded image.
 
     Args:
-        path: The file.
+        path: The file, or where its content is.
         max_megapixels: Limit on width times height, in megapixels.
 
     Raises:
@@ -120,12 +122,12 @@ def load(path: Path, max_megapixels: float = 40.0) -> DecodedImage:
 
 
 @contextmanager
-def _open(path: Path, max_megapixels: float) -> Iterator[Image.Image]:
+def _open(path: ImageSource, max_megapixels: float) -> Iterator[Image.Image]:
     try:
         with catch_warnings():
             # PIL warns from 89 megapixels on; our own limit is checked next.
             simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path if isinstance(path, Path) else BytesIO(path.read_bytes()), formats=FORMATS)
     except _DECODE_ERRORS as error:
         raise BadImage(path, _why_not_opened(path, error)) from error
     with image:
@@ -133,17 +135,17 @@ def _open(path: Path, max_megapixels: float) -> Iterator[Image.Image]:
         yield image
 
 
-def _why_not_opened(path: Path, error: Exception) -> str:
-    if not path.is_file():
+def _why_not_opened(path: ImageSource, error: Exception) -> str:
+    if isinstance(path, Path) and not path.is_file():
         return f"missing image: {path.name}"
     if isinstance(error, Image.DecompressionBombError):
         return f"image too large: {error}"
-    if path.stat().st_size == 0:
+    if not path.read_bytes()[:1]:
         return "not an image: the file is empty"
     return f"not an image: {error}"
 
 
-def _check_size(path: Path, size: tuple[int, int], max_megapixels: float) -> None:
+def _check_size(path: ImageSource, size: tuple[int, int], max_megapixels: float) -> None:
     width, height = size
     if width * height > max_megapixels * 1e6:
         raise BadImage(path, f"image too large: {width} x {height} is over {max_megapixels:g} megapixels")
@@ -163,7 +165,7 @@ def _whole_files_only() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _to_rgb(path: Path, image: Image.Image) -> Image.Image:
+def _to_rgb(path: ImageSource, image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise BadImage(path, "image has floating-point pixels: there is no one way to show them")
     if image.mode.startswith("I"):
@@ -193,8 +195,8 @@ class ImageHeaderCheck:
 
     def __init__(self, rejected: RejectedSamples, max_megapixels: float) -> None:
         self._rejected, self._max_megapixels = rejected, max_megapixels
-        self._faults: dict[Path, str | None] = {}
-        self.sizes: dict[Path, tuple[int, int]] = {}
+        self._faults: dict[ImageSource, str | None] = {}
+        self.sizes: dict[ImageSource, tuple[int, int]] = {}
 
     def with_valid_headers(self, samples: Sequence[Sample]) -> Iterator[Sample]:
         """The samples whose images all have valid headers."""
@@ -205,7 +207,7 @@ class ImageHeaderCheck:
             else:
                 self._rejected.add([Rejection(sample.origin, fault)])
 
-    def _fault(self, path: Path) -> str | None:
+    def _fault(self, path: ImageSource) -> str | None:
         if path not in self._faults:
             if len(self._faults) >= _MAX_HEADERS:
                 log_decision(

@@ -1,18 +1,21 @@
-"""A conversation about zero or more images as read from disk, and its questions, one per answer.
+"""A conversation about zero or more images or videos as read from disk, and its questions, one per answer.
 
-Data flow: ``readers`` -> ``Sample`` or ``Rejection`` -> ``collator`` -> ``Batch``; Samples -> ``questions_of`` ->
-prompts, and the majority baseline.
+Data flow: ``readers`` -> ``Sample`` or ``Rejection`` -> ``table`` -> ``Sample`` -> ``collator`` -> ``Batch``;
+Samples -> ``questions_of`` -> prompts, and the majority baseline.
 """
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-Role = Literal["system", "user", "assistant"]
+from lightning_mm.data.image_source import ImageSource
+
+Role = Literal["system", "user", "assistant", "tool"]
 IMAGE_MARK = "<image>"
 """Placeholder of an image in the text of a user turn, as in LLaVA's files."""
+VIDEO_MARK = "<video>"
+"""Placeholder of a video, likewise."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,17 @@ class Turn:
         role: Speaker.
         text: Content; a user's may hold ``<image>`` marks.
         question_type: Type of the question that an assistant turn answers, for accuracy per type.
+        train: Whether an assistant turn is learned; if not, it is context like a user's.
+        reasoning: What an assistant turn thinks before it answers; '' for nothing.
+        tool_calls: Calls of tools by an assistant turn, as a JSON list in OpenAI's form; '' for none.
     """
 
     role: Role
     text: str
     question_type: str = "any"
+    train: bool = True
+    reasoning: str = ""
+    tool_calls: str = ""
 
 
 @dataclass(frozen=True)
@@ -37,16 +46,22 @@ class Sample:
     Args:
         id: Identifier, unique within its file.
         turns: Messages in order; the texts of user turns hold one ``<image>`` mark per image, in image order.
-        images: Absolute paths.
+        images: Absolute paths, or images that are not files of their own.
         origin: ``file:line`` for error messages.
         extra: Further columns of the row (boxes, choices, ...), unchanged.
+        videos: As images; the texts of user turns hold one ``<video>`` mark per video, in order.
+        tools: Tools that the assistant may call, as a JSON list in OpenAI's form; '' for none.
+        source: Name of the source that the row is from, for mixtures.
     """
 
     id: str
     turns: tuple[Turn, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageSource, ...] = ()
     origin: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    videos: tuple[ImageSource, ...] = ()
+    tools: str = ""
+    source: str = ""
 
     @property
     def answers(self) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.data.chat import ChatError, ChatRenderer
 from lightning_mm.data.collator import ENCODE_ERRORS
+from lightning_mm.data.image_source import ImageSource
 from lightning_mm.data.images import BadImage, check_header
 from lightning_mm.data.sample import IMAGE_MARK, Sample, Turn
 from lightning_mm.models.processor import ModelProcessor
@@ -70,7 +70,7 @@ def measure_token_lengths(
     *,
     max_length: int | None = None,
     max_megapixels: float = 40.0,
-    sizes: Mapping[Path, Size] | None = None,
+    sizes: Mapping[ImageSource, Size] | None = None,
 ) -> TokenLengths:
     """Lengths of samples, equal on every rank; each rank measures its share.
 
@@ -97,10 +97,10 @@ def measure_token_lengths(
 class _LengthMeter:
     """Measures samples with one processor; keeps the sizes and token counts of images."""
 
-    def __init__(self, processing: ModelProcessor, max_megapixels: float, sizes: dict[Path, Size]) -> None:
+    def __init__(self, processing: ModelProcessor, max_megapixels: float, sizes: dict[ImageSource, Size]) -> None:
         self._processing, self._max_megapixels = processing, max_megapixels
         self._chat = ChatRenderer(processing)
-        self._sizes: dict[Path, Size | None] = {**sizes}
+        self._sizes: dict[ImageSource, Size | None] = {**sizes}
         self._questions = [
             self._chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)
         ]
@@ -128,12 +128,12 @@ class _LengthMeter:
         except ChatError:
             return "".join(turn.text for turn in sample.turns)
 
-    def _read_headers(self, paths: set[Path]) -> None:
-        missing = sorted(paths - self._sizes.keys())
+    def _read_headers(self, paths: set[ImageSource]) -> None:
+        missing = sorted(paths - self._sizes.keys(), key=str)
         with ThreadPoolExecutor(8) as pool:
             self._sizes.update(zip(missing, pool.map(self._size, missing), strict=True))
 
-    def _size(self, path: Path) -> Size | None:
+    def _size(self, path: ImageSource) -> Size | None:
         try:
             return check_header(path, self._max_megapixels)
         except BadImage:

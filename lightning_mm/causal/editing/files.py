@@ -25,6 +25,7 @@ from typing import Any
 from lightning_mm.causal.questions.files import QuestionReader
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.errors import UserError
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.readers import conversations
 from lightning_mm.data.readers.conversations import InvalidRow, RowReader
 from lightning_mm.data.sample import Rejection
@@ -133,7 +134,9 @@ def _locality_question(reader: QuestionReader, row: Any, origin: str) -> Questio
 
 def _images(reader: RowReader, names: Any, origin: str) -> tuple[Path, ...]:
     row = {"images": names if isinstance(names, list) else [names]}
-    return reader.sample({**row, "conversations": [{"from": "human", "value": "?"}]}, origin).images
+    return tuple(
+        map(image_file, reader.sample({**row, "conversations": [{"from": "human", "value": "?"}]}, origin).images)
+    )
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

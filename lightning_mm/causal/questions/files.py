@@ -44,6 +44,7 @@ from lightning_mm.causal.questions.constraint_matching import Span
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.readers import conversations
@@ -107,12 +108,12 @@ class QuestionReader:
         named = {key: row[key] for key in ("image", "images") if row.get(key) is not None}
         conversation = {"conversations": [{"from": "human", "value": "What?"}]}  # RowReader needs one
         if "image_url" not in row:
-            return self._rows.sample({**named, **conversation}, origin).images
+            return tuple(map(image_file, self._rows.sample({**named, **conversation}, origin).images))
         for names in _candidate_names(row["image_url"]):
             found: list[Path] = []
             for name in names:
                 try:
-                    found += self._rows.sample({"image": name, **conversation}, origin).images
+                    found += map(image_file, self._rows.sample({"image": name, **conversation}, origin).images)
                 except InvalidRow as error:
                     if not str(error).startswith("missing image"):
                         raise

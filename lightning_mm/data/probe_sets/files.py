@@ -16,6 +16,7 @@ from typing import Any, Literal, get_args
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_atomically
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.sample import Sample, Turn
 
 Role = Literal["entailment", "picture", "text"]
@@ -130,7 +131,7 @@ def write_probe_set(
         source: File that it was drawn from.
         hash: Hash of the set.
     """
-    folders = {image.parent for row in rows for image in row.sample.images}
+    folders = {image_file(image).parent for row in rows for image in row.sample.images}
     root = Path(os.path.commonpath(folders)) if folders else Path()
     content = {
         "format": FORMAT,
@@ -139,7 +140,10 @@ def write_probe_set(
         "source": source,
         "image_root": str(root),
         "classes": {probe: list(names) for probe, names in classes.items()},
-        "rows": [{**row.to_dict(), "images": [str(i.relative_to(root)) for i in row.sample.images]} for row in rows],
+        "rows": [
+            {**row.to_dict(), "images": [str(image_file(i).relative_to(root)) for i in row.sample.images]}
+            for row in rows
+        ],
     }
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.probe_sets.files import Label, ObjectBox, ProbeRow, Role, read_probe_set, write_probe_set
 from lightning_mm.data.sample import Rejection
 
@@ -52,13 +53,15 @@ class ProbeSet:
     @cached_property
     def images(self) -> tuple[Path, ...]:
         """Every image once, sorted."""
-        return tuple(sorted({path for row in self.rows for path in row.sample.images}))
+        return tuple(sorted({image_file(image) for row in self.rows for image in row.sample.images}))
 
     @cached_property
     def hash(self) -> str:
         """SHA-256 over ids, texts, labels, boxes, classes and image bytes, independent of the order of the rows."""
         digests = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in self.images}
-        rows = sorted(_digest([row.to_dict(), [digests[path] for path in row.sample.images]]) for row in self.rows)
+        rows = sorted(
+            _digest([row.to_dict(), [digests[image_file(image)] for image in row.sample.images]]) for row in self.rows
+        )
         return _digest([rows, {probe: list(names) for probe, names in self.classes.items()}])
 
     def subset(self, max_pictures: int) -> "ProbeSet":

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from lightning_mm.data.batch import Batch, CachedFeatures, CachedStates, TokenRegion
 from lightning_mm.data.collator import Collator
+from lightning_mm.data.image_source import ImageSource
 from lightning_mm.data.sample import Rejection, Sample
 from lightning_mm.execution.cache.store import RecordStore
 
@@ -122,7 +123,7 @@ class RowKeys:
     """Computes the keys of rows; an image file is read again only if its size or modification time changes."""
 
     def __init__(self) -> None:
-        self._digests: dict[tuple[Path, int, int], str] = {}
+        self._digests: dict[tuple[ImageSource, int, int], str] = {}
 
     def __call__(self, sample: Sample) -> str:
         """SHA-256 (hexadecimal) of the sample's turns and of the bytes of its images."""
@@ -130,10 +131,10 @@ class RowKeys:
         images = [self._digest(path) for path in sample.images]
         return hashlib.sha256(json.dumps([turns, images]).encode()).hexdigest()
 
-    def _digest(self, path: Path) -> str:
+    def _digest(self, path: ImageSource) -> str:
         try:
-            stat = path.stat()
-            file_state = (path, stat.st_size, stat.st_mtime_ns)
+            stat = path.stat() if isinstance(path, Path) else None  # a table on disk never changes
+            file_state = (path, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0)
             if file_state not in self._digests:
                 self._digests[file_state] = hashlib.sha256(path.read_bytes()).hexdigest()
         except OSError:

@@ -19,6 +19,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
 from lightning_mm.core.run_directory import WritesToRun
 from lightning_mm.data.batch import PromptBatch
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 from lightning_mm.training.answer_metrics import ALL, is_correct
 from lightning_mm.training.eval_context import data_of, evaluation_mode, live
@@ -147,7 +148,7 @@ class HeldOutEvaluation(Callback, WritesToRun):
         assert self.run is not None
         self.run.pictures.mkdir(exist_ok=True)
         kept = []
-        for number, path in enumerate(question.sample.images):
+        for number, path in enumerate(map(image_file, question.sample.images)):
             target = self.run.pictures / f"{index:04d}-{number}{path.suffix.lower()}"
             shutil.copyfile(path, target)
             kept.append(f"samples/{target.name}")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_mm.data.image_source import image_file
 from lightning_mm.data.readers.conversations import InvalidRow
 from lightning_mm.data.sample import IMAGE_MARK, Sample
 
@@ -148,7 +149,7 @@ def scene_of_sample(sample: Sample) -> Scene:
     group = extra.get("group")
     return Scene(
         sample.id,
-        sample.images[0],
+        image_file(sample.images[0]),
         sample.origin,
         captions,
         false_captions,
