@@ -1,0 +1,99 @@
+"""What kind of file a file is, by its first bytes, and who reads it.
+
+Data flow: path -> ``open_row_file`` -> ``RowFile``; ``UserError`` with what the file really is where it is not read.
+"""
+
+import itertools
+from pathlib import Path
+
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.readers.compression import SUFFIXES, compression_of, open_bytes
+from lightning_mm.data.readers.json_rows import stream_rows
+from lightning_mm.data.readers.object_rows import JsonObject
+from lightning_mm.data.readers.row_files import JsonLines, JsonList, JsonStream, RowFile
+from lightning_mm.data.readers.source_spec import Source
+
+_LISTED = "Give JSON, JSONL, CSV, parquet, Arrow or a WebDataset tar"
+_REFUSED: tuple[tuple[bytes, str, str], ...] = (
+    (b"version https://git-lfs.github.com", "a Git LFS pointer, not the file itself", "Run git lfs pull in its clone"),
+    (b"PK\x03\x04", "a zip archive", "Unzip it, and name the file in it"),
+    (b"PK\x05\x06", "an empty zip archive", "Name the file that was meant"),
+    (b"Rar!", "a rar archive", "Unpack it, and name the file in it"),
+    (b"7z\xbc\xaf", "a 7z archive", "Unpack it, and name the file in it"),
+    (b"\x89HDF\r\n", "an HDF5 file", _LISTED),
+    (b"\x93NUMPY", "a NumPy array", _LISTED),
+    (b"SQLite format 3", "an SQLite database", _LISTED),
+    (b"%PDF", "a PDF", _LISTED),
+    (b"\xff\xd8\xff", "a JPEG picture", "Name the file with the rows about it"),
+    (b"\x89PNG", "a PNG picture", "Name the file with the rows about it"),
+    (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "Save it as CSV"),
+    (b"ORC", "an ORC file", _LISTED),
+    (b"Obj\x01", "an Avro file", _LISTED),
+    (b"\xff\xfe", "text in UTF-16", "Save it as UTF-8"),
+    (b"\xfe\xff", "text in UTF-16", "Save it as UTF-8"),
+)  # fmt: skip
+_MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML file"))
+
+
+def open_row_file(path: Path, name: str, source: Source, split: str) -> RowFile:
+    """The reader of a file.
+
+    Args:
+        path: The file.
+        name: What it is called in origins.
+        source: What the user named, with its options.
+        split: Which split is wanted, where the file has several.
+
+    Raises:
+        UserError: It is of a kind that is not read, or empty.
+    """
+    try:
+        with open_bytes(path) as file:
+            head = file.read(1 << 16)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read.", f"{error}.", "Check its permissions.") from error
+    _refuse_other_kinds(path, head)
+    return _json_file(path, name, head, source, split)
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a file in lower case, before that of its compression."""
+    suffixes = [each.lower() for each in path.suffixes]
+    while suffixes and suffixes[-1] in SUFFIXES:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _refuse_other_kinds(path: Path, head: bytes) -> None:
+    kind, fix = next(((kind, fix) for magic, kind, fix in _REFUSED if head.startswith(magic)), ("", ""))
+    lower = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:200].lower()
+    if markup := next((kind for start, kind in _MARKUP if lower.startswith(start)), ""):
+        kind, fix = markup, "Download the file itself: a page about it was saved, or it needs a log-in"
+    if len(head) > 2 and head[0] == 0x80 and head[1] in range(2, 6):
+        kind, fix = "a pickle, which is not read because it can run code", _LISTED
+    if head.startswith(b"PK\x03\x04") and path.suffix.lower() in (".xlsx", ".xls"):
+        kind, fix = "an Excel workbook", "Save it as CSV"
+    if head.startswith(b"PK\x03\x04") and path.suffix.lower() in (".pt", ".pth", ".bin"):
+        kind, fix = "a file of torch.save, which is not read because it can run code", _LISTED
+    if kind:
+        packed = compression_of(path)
+        raise UserError(f"{path} is not read.", f"It is {kind}{f', within {packed}' if packed else ''}.", f"{fix}.")
+
+
+def _json_file(path: Path, name: str, head: bytes, source: Source, split: str) -> RowFile:
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if start == b"[":
+        return JsonList(path, name)
+    if start == b"{":
+        try:
+            first_two = list(itertools.islice(stream_rows(path, name), 2))
+        except UserError:
+            lines = head.strip().splitlines()
+            if len(lines) > 1 and not lines[0].rstrip().endswith(b"}"):  # one object over many lines, and broken
+                raise
+            return JsonLines(path, name)
+        if len(first_two) == 1 and isinstance(first_two[0][1], dict):
+            return JsonObject(path, name, split, source.columns)
+        if b"\n" in head.strip() and head.strip().splitlines()[0].rstrip() in (b"{", b'{"'):
+            return JsonStream(path, name)
+    return JsonLines(path, name)

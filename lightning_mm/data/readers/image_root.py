@@ -1,0 +1,63 @@
+"""The folder that picture names are relative to and may not leave.
+
+Data flow: a name in a row -> ``ImageRoot.resolve`` -> the path of a file, or ``InvalidRow`` with the reason.
+"""
+
+import os
+from pathlib import Path
+
+from lightning_mm.data.readers.invalid_row import InvalidRow
+
+
+class ImageRoot:
+    """Resolves the names of pictures and videos.
+
+    Args:
+        root: Folder that names are relative to; an absolute name must be within it.
+        follow_links: Whether symbolic links within the folder may lead out of it, as in the cache of Hugging Face's hub
+            and in picture stores; ``..`` and absolute names never do.
+    """
+
+    def __init__(self, root: Path, follow_links: bool = False) -> None:
+        self.root, self.follow_links = root.resolve(), follow_links
+        self._given = Path(os.path.abspath(root))
+        self._known: dict[str, Path] = {}
+
+    def resolve(self, name: str) -> Path:
+        """The file of this name.
+
+        Args:
+            name: Path relative to the root, or an absolute one within it.
+
+        Raises:
+            InvalidRow: It is a URL, leads out of the root, is no possible path, or there is no such file.
+        """
+        if name not in self._known:
+            self._known[name] = self._confined(name)
+        return self._known[name]
+
+    def _confined(self, name: str) -> Path:
+        if "://" in name or name.startswith("data:"):
+            raise InvalidRow(f"image is a URL: {name[:80]!r}, nothing is fetched from the network; download it first")
+        try:
+            path = (self.root / name).resolve()
+            written = Path(os.path.normpath(self.root / name))  # as it is written: links are not followed
+            inside = path.is_relative_to(self.root) or (self.follow_links and self._holds(written, name))
+            exists = path.is_file()
+        except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links
+            raise InvalidRow(f"impossible image path: {error}") from error
+        if not inside:
+            raise InvalidRow(f"image outside the image root: {name!r} leads to {path}{self._advice(written, name)}")
+        if not exists:
+            raise InvalidRow(
+                f"missing image: {name!r} is {'no regular file' if path.exists() else 'not'} in {self.root}"
+            )
+        return path
+
+    def _holds(self, written: Path, name: str) -> bool:
+        """Whether a name stays in the folder before its links are followed."""
+        return ".." not in Path(name).parts and any(written.is_relative_to(root) for root in (self.root, self._given))
+
+    def _advice(self, written: Path, name: str) -> str:
+        by_link = not self.follow_links and self._holds(written, name)
+        return " by a symbolic link; data.follow_links allows that" if by_link else ""

@@ -1,0 +1,253 @@
+"""Rows of JSON files, one after the other in constant memory, each with the line it begins at.
+
+Data flow: path -> ``compression.open_bytes`` -> ``list_rows`` (a list: a window slides over its text), ``line_rows``
+(JSONL) or ``stream_rows`` (objects of several lines, one after the other) -> rows, each a JSON value or an
+``InvalidRow``.
+"""
+
+import codecs
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.readers.compression import open_bytes
+from lightning_mm.data.readers.invalid_row import InvalidRow
+
+MAX_ROW_CHARACTERS = 32_000_000
+"""Limit on a row, pictures in base64 included; a longer one is no row of a dataset."""
+_CHUNK = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+_SPACE = " \n\r\t"
+
+
+def iter_json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row with its origin; a row that is not valid JSON as an ``InvalidRow``.
+
+    Args:
+        path: A ``.json`` list or a ``.jsonl`` file.
+
+    Raises:
+        UserError: A JSON list is not valid or not UTF-8.
+    """
+    return (list_rows if first_character(path) == "[" else line_rows)(path, path.name)
+
+
+def first_character(path: Path) -> str:
+    """The first character of a file behind white space; '' if there is none."""
+    with open_bytes(path) as file:
+        head = file.read(1 << 16).removeprefix(_BOM).lstrip()
+    return head[:1].decode("latin-1")
+
+
+class _Decoder(json.JSONDecoder):
+    """JSON decoder that rejects NaN and Infinity."""
+
+    def __init__(self) -> None:
+        super().__init__(parse_constant=self._note)
+        self.constants: list[str] = []
+
+    def _note(self, name: str) -> None:
+        self.constants.append(name)
+
+    def row(self, text: str, start: int = 0) -> tuple[Any, int]:
+        """The row at ``start`` and where it ends; an ``InvalidRow`` in its place if it ends but breaks a rule."""
+        self.constants.clear()
+        row, end = self.raw_decode(text, start)
+        if self.constants:
+            row = InvalidRow(f"not JSON: {self.constants[0]} is no JSON number")
+        elif end - start > MAX_ROW_CHARACTERS:
+            row = InvalidRow(f"row too large: {end - start} characters, the limit is {MAX_ROW_CHARACTERS}")
+        return row, end
+
+
+def line_rows(
+    path: Path, name: str, start: int = 0, stop: int | None = None, line: int = 1
+) -> Iterator[tuple[str, Any]]:
+    """Rows of a file with one row per line.
+
+    Args:
+        path: The file.
+        name: What it is called in origins.
+        start: Byte to begin at, the first of a line; for files that are not compressed.
+        stop: Byte to end before; None for the end of the file.
+        line: Number of the first line that is read.
+    """
+    decoder, at = _Decoder(), start
+    with open_bytes(path) as file:
+        if start:
+            file.seek(start)
+        while (stop is None or at < stop) and (content := file.readline(4 * MAX_ROW_CHARACTERS + 2)):
+            at += len(content)
+            row: Any = None
+            if len(content) > 4 * MAX_ROW_CHARACTERS:
+                at += _skip_line(file, content)
+                row = InvalidRow(f"row too large: the line is over {4 * MAX_ROW_CHARACTERS} bytes")
+            elif text := (content.removeprefix(_BOM) if line == 1 else content).strip():
+                row = _line_row(decoder, text)
+            if row is not None or content.strip():
+                yield f"{name}:{line}", row
+            line += 1
+
+
+def _skip_line(file: IO[bytes], content: bytes) -> int:
+    """Read to the end of the line that ``content`` is the beginning of; returns the number of bytes."""
+    skipped = 0
+    while content and not content.endswith(b"\n"):
+        content = file.readline(_CHUNK)
+        skipped += len(content)
+    return skipped
+
+
+def _line_row(decoder: _Decoder, line: bytes) -> Any:
+    try:
+        text = line.decode("utf-8").strip()
+        row, end = decoder.row(text)
+    except UnicodeDecodeError as error:
+        return InvalidRow(f"not UTF-8: byte {error.start} of the line")
+    except (ValueError, RecursionError) as error:
+        return InvalidRow(f"not JSON: {error}")
+    return row if end == len(text) else InvalidRow(f"not JSON: more text after the row, at character {end + 1}")
+
+
+class _Window:
+    """A part of a text file that slides over it.
+
+    Attributes:
+        text: The part that is in memory.
+        at: Position in ``text``.
+        line: Line of that position, from 1.
+    """
+
+    def __init__(self, file: IO[bytes], path: Path) -> None:
+        self._file, self._path = file, path
+        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
+        self._bytes, self._ended = 0, False
+        self.text, self.at, self.line = "", 0, 1
+        self._counted = 0  # lines are counted up to here
+        self._dropped, self._line_start = 0, 0  # characters before the window, and where the line began
+
+    def fill(self, size: int) -> bool:
+        """Have at least ``size`` characters from ``at`` on; whether there were any more."""
+        grown = False
+        while not self._ended and len(self.text) - self.at < size:
+            chunk = self._file.read(max(_CHUNK, size - (len(self.text) - self.at)))
+            try:
+                self.text += self._decode.decode(chunk, final=not chunk)
+            except UnicodeDecodeError as error:
+                place = self._bytes + error.start
+                raise UserError(
+                    f"{self._path} is not UTF-8.", f"Byte {place}: {error.reason}.", "Save it as UTF-8."
+                ) from error
+            self._bytes += len(chunk)
+            self._ended, grown = not chunk, grown or bool(chunk)
+        return grown
+
+    def peek(self) -> str:
+        """The next character behind white space, which becomes the position; '' at the end."""
+        while True:
+            while self.at < len(self.text) and self.text[self.at] in _SPACE:
+                self.at += 1
+            if self.at < len(self.text) or not self.fill(1):
+                return self.text[self.at : self.at + 1]
+
+    def count_lines(self) -> int:
+        """The line of the position; drops the text before it."""
+        breaks = self.text.count("\n", self._counted, self.at)
+        if breaks:
+            self.line += breaks
+            self._line_start = self._dropped + self.text.rindex("\n", self._counted, self.at) + 1
+        self._counted = self.at
+        if self.at > _CHUNK:
+            self.text, self._dropped = self.text[self.at :], self._dropped + self.at
+            self.at = self._counted = 0
+        return self.line
+
+    def value(self, decoder: _Decoder) -> Any:
+        """The JSON value at the position, which moves behind it.
+
+        Raises:
+            ValueError: It is not JSON; places count from the beginning of the file.
+            RecursionError: It is nested too deeply.
+        """
+        size = _CHUNK // 4
+        while True:
+            self.fill(size)
+            try:
+                row, end = decoder.row(self.text, self.at)
+            except ValueError as error:
+                if len(self.text) - self.at >= 8 * MAX_ROW_CHARACTERS or not self.fill(size := 2 * size):
+                    raise self._placed(error) from error
+                continue
+            if end < len(self.text) or self._ended:
+                self.at = end
+                return row
+            size = 2 * size  # a number may go on
+
+    def _placed(self, error: ValueError) -> ValueError:
+        if not isinstance(error, json.JSONDecodeError):
+            return error
+        before = self.text[: error.pos]
+        line = self.line + before.count("\n", self._counted)
+        start = self._dropped + before.rindex("\n") + 1 if "\n" in before[self._counted :] else self._line_start
+        place = self._dropped + error.pos
+        return ValueError(f"{error.msg}: line {line} column {place - start + 1} (char {place})")
+
+
+def list_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """Elements of a JSON list, each with its first line and its index.
+
+    Args:
+        path: The file.
+        name: What it is called in origins.
+
+    Raises:
+        UserError: It is not a JSON list, or not UTF-8.
+    """
+    decoder = _Decoder()
+    with open_bytes(path) as file:
+        window = _Window(file, path)
+        assert window.peek() == "["
+        window.at += 1
+        index, line = 0, 1
+        while window.peek() != "]":
+            line = window.count_lines()
+            try:
+                row = window.value(decoder)
+                if window.peek() not in (",", "]"):
+                    raise ValueError(f"Expecting ',' delimiter at character {window._dropped + window.at}")
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is not JSON.",
+                    f"Element {index}, which begins at line {line}: {error}.",
+                    "Mend it there, or write one row per line (JSONL), where one bad row does not spoil the rest.",
+                ) from error
+            yield f"{name}:{line}[{index}]", row
+            window.at, index = window.at + (window.peek() == ","), index + 1
+        window.at += 1
+        if window.peek():
+            raise UserError(f"{path} is not JSON.", "There is more text after the list.", "Keep one list per file.")
+
+
+def stream_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+    """JSON objects that follow one another, each over any number of lines.
+
+    Args:
+        path: The file.
+        name: What it is called in origins.
+
+    Raises:
+        UserError: What follows is not JSON, or not UTF-8.
+    """
+    decoder = _Decoder()
+    with open_bytes(path) as file:
+        window = _Window(file, path)
+        while window.peek():
+            line = window.count_lines()
+            try:
+                yield f"{name}:{line}", window.value(decoder)
+            except (ValueError, RecursionError) as error:
+                raise UserError(
+                    f"{path} is not JSON.", f"The row that begins at line {line}: {error}.", "Mend it there."
+                ) from error

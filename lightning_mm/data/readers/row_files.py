@@ -1,0 +1,103 @@
+"""Files of rows: what every format provides, and JSON's formats.
+
+Data flow: path -> ``formats.open_row_file`` -> ``RowFile`` -> ``parts`` -> ``rows`` of each part -> ``row_reader``.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning_mm.data.readers import json_rows
+from lightning_mm.data.readers.compression import compression_of
+
+PART_BYTES = 32_000_000
+"""About as much of a file is one part."""
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """A piece of a file.
+
+    Args:
+        start: Where it begins, in the file's own unit: a byte, a row group, a record batch.
+        stop: Where it ends; None for the end of the file.
+        first: Line or row number that ``start`` has.
+    """
+
+    start: int = 0
+    stop: int | None = None
+    first: int = 1
+
+
+@dataclass(frozen=True)
+class RowFile(ABC):
+    """A file of rows; picklable.
+
+    Args:
+        path: The file.
+        name: What it is called in origins.
+    """
+
+    path: Path
+    name: str
+    format: ClassVar[str]
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Every file whose content decides the rows."""
+        return (self.path,)
+
+    def parts(self) -> list[FilePart]:
+        """Pieces that can be read on their own, in order."""
+        return [FilePart()]
+
+    @abstractmethod
+    def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
+        """Origin and content of each row of a part; ``InvalidRow`` in place of one that cannot be read."""
+
+
+@dataclass(frozen=True)
+class JsonList(RowFile):
+    """A JSON list of rows."""
+
+    format = "JSON list"
+
+    def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
+        return json_rows.list_rows(self.path, self.name)
+
+
+@dataclass(frozen=True)
+class JsonLines(RowFile):
+    """One row per line."""
+
+    format = "JSONL"
+
+    def parts(self) -> list[FilePart]:
+        """Pieces of whole lines; one where the file is compressed, whose middle cannot be read alone."""
+        if compression_of(self.path) is not None:
+            return [FilePart()]
+        made: list[FilePart] = []
+        start, first, at, line = 0, 1, 0, 1
+        with self.path.open("rb") as file:
+            while block := file.read(1 << 20):
+                end = block.rfind(b"\n") + 1
+                if end and at + end - start >= PART_BYTES:
+                    made.append(FilePart(start, at + end, first))
+                    start, first = at + end, line + block.count(b"\n")
+                at, line = at + len(block), line + block.count(b"\n")
+        return [*made, FilePart(start, None, first)]
+
+    def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
+        return json_rows.line_rows(self.path, self.name, part.start, part.stop, part.first)
+
+
+@dataclass(frozen=True)
+class JsonStream(RowFile):
+    """JSON objects that follow one another, each over several lines."""
+
+    format = "JSON objects of several lines"
+
+    def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
+        return json_rows.stream_rows(self.path, self.name)
