@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import Strategy, StrategyRegistry
 
 from lightning_mm import tuning
 from lightning_mm.core.errors import UserError, first_line
-from lightning_mm.data.dataloader import worker_killed_error
+from lightning_mm.core.processes import worker_killed_error
 
 _HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1 shows where it was refused."
 _TRAINER = "Change the trainer's options, or its -c file."

@@ -181,6 +181,7 @@ def length_batched_loader(
     batch_size: int = 1,
     seed: int = 0,
     num_workers: int = 0,
+    fingerprint: int = 0,
 ) -> ResumableDataLoader:
     """The training loader of this rank (of torch.distributed), with batches by length.
 
@@ -192,6 +193,7 @@ def length_batched_loader(
         batch_size: Samples per batch; not used with ``max_tokens``.
         seed: Random seed of the order.
         num_workers: Number of worker processes.
+        fingerprint: Digest of the content of the dataset, which a checkpoint is resumed with; 0: not known.
     """
     rank, world_size = rank_and_world_size()
     sampler: TokenBudgetSampler | LengthGroupedSampler
@@ -207,7 +209,9 @@ def length_batched_loader(
             f"{sampler.num_repeated} samples are seen twice in each epoch",
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
-    return ResumableDataLoader(**loader_options(_BatchDataset(dataset), collate, sampler, None, num_workers))
+    loader = ResumableDataLoader(**loader_options(_BatchDataset(dataset), collate, sampler, None, num_workers))
+    loader.fingerprint = fingerprint
+    return loader
 
 
 class _BatchDataset(Dataset[list[Any]]):

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.processes import worker_killed_error
 
 Collate = Callable[[list[Any]], Any]
 _POSITION = ("epoch", "batches", "num_batches")
@@ -111,17 +112,6 @@ class CheckedDataLoader(DataLoader[Any]):
             raise killed from error
 
 
-def worker_killed_error(error: RuntimeError) -> UserError | None:
-    """The UserError for a killed worker, or None; torch may raise it anywhere, not only in a loader."""
-    if not str(error).startswith("DataLoader worker"):
-        return None
-    return UserError(
-        "A data worker was killed.",
-        f"{error} Most often the machine ran out of memory, or of shared memory (/dev/shm).",
-        "Lower data.num_workers or data.batch_size; in a container, raise --shm-size.",
-    )
-
-
 class ResumableDataLoader(CheckedDataLoader):
     """A training loader with a position (epoch, batches done) that can be saved and restored.
 
@@ -129,11 +119,13 @@ class ResumableDataLoader(CheckedDataLoader):
     at its first batch: on a restart Lightning makes the iterator before it sets the epoch.
 
     Attributes:
+        fingerprint: Digest of the content of the dataset; 0: not known.
         processed: Returns how many batches of this epoch the loop has finished, since a batch that was handed out but
             whose step failed is not done; None counts the batches handed out.
     """
 
     processed: Callable[[], int] | None = None
+    fingerprint: int = 0
     _place: tuple[int, int] = (0, 0)
     _resume: tuple[int, int] | None = None
 
@@ -192,6 +184,7 @@ class ResumableDataLoader(CheckedDataLoader):
         return {
             "seed": sampler.seed,
             "num_samples": sampler.num_samples,
+            "rows": self.fingerprint,
             "batch_size": self.batch_size or 0,
             "world_size": sampler.world_size,
             **sampler.identity(),
@@ -199,7 +192,13 @@ class ResumableDataLoader(CheckedDataLoader):
 
 
 def training_loader(
-    dataset: Sequence[Any], collate: Collate, *, batch_size: int, seed: int = 0, num_workers: int = 0
+    dataset: Sequence[Any],
+    collate: Collate,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    num_workers: int = 0,
+    fingerprint: int = 0,
 ) -> ResumableDataLoader:
     """The training loader of this rank (of torch.distributed).
 
@@ -209,6 +208,7 @@ def training_loader(
         batch_size: Samples per batch of one rank.
         seed: Random seed of the order.
         num_workers: Number of worker processes.
+        fingerprint: Digest of the content of the dataset, which a checkpoint is resumed with; 0: not known.
     """
     rank, world_size = rank_and_world_size()
     if extra := -len(dataset) % world_size:
@@ -218,7 +218,9 @@ def training_loader(
             f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
         )
     sampler = EpochSampler(len(dataset), seed, rank, world_size)
-    return ResumableDataLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
+    loader = ResumableDataLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
+    loader.fingerprint = fingerprint
+    return loader
 
 
 def evaluation_loader(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Never
 
 import lightning as L
+import numpy as np
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lightning_mm.core.choices import refuse_unknown
@@ -21,16 +22,18 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
 from lightning_mm.data.collator import Collator, PromptCollator
 from lightning_mm.data.dataloader import CheckedDataLoader, ResumableDataLoader, evaluation_loader, training_loader
-from lightning_mm.data.images import ImageHeaderCheck
-from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, file_for_probes, open_probe_set
+from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.data.sample import Sample, SampleQuestion, majority_answers, questions_of, sort_by_answer_length
+from lightning_mm.data.row_table import RowTable
+from lightning_mm.data.sample import Sample, SampleQuestion, most_frequent_answers, questions_of, sort_by_answer_length
+from lightning_mm.data.split import Split, SplitOptions, open_split, rows_unchecked
 from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 
+DataSource = str | dict[str, Any] | list[str | dict[str, Any]] | None
+"""A path, a source with options (arguments of ``Source``), or several of them."""
 _ELSEWHERE = {
     "shuffle": "Training rows are shuffled with the seed: give seed=0.",
     "tokenizer": "Give processor=processor, which holds the tokenizer.",
@@ -38,6 +41,10 @@ _ELSEWHERE = {
     **dict.fromkeys(("image_folder", "image_dir", "images", "root"), 'Give image_root="images".'),
 }
 """What is meant by an argument that a user may guess."""
+
+
+_TRIALS = 64
+"""Batches that are tried for an example, before none is found."""
 
 
 class MMDataModule(L.LightningDataModule):
@@ -60,6 +67,10 @@ class MMDataModule(L.LightningDataModule):
         seed: Of the order of samples.
         max_bad_fraction: Stop if more rows than this fraction cannot be used.
         max_megapixels: Largest picture that is decoded.
+        follow_links: Whether links in the image root may lead out of it, as in a store of linked files.
+        fetch: Whether pictures named by http addresses are downloaded; a row with one is dropped if not.
+        cache_dir: Folder that rows are kept in, once read; ``lightning_mm/data`` in ``$XDG_CACHE_HOME`` or ``~/.cache``
+            if not given.
         generation_samples: How many validation questions, from the first on, are answered by generation; all if not
             given.
         processor: Folder or hub name of the model that the processor is loaded from, or a loaded processor; the
@@ -77,10 +88,10 @@ class MMDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        train: str | None = None,
-        val: str | None = None,
-        test: str | None = None,
-        predict: str | None = None,
+        train: DataSource = None,
+        val: DataSource = None,
+        test: DataSource = None,
+        predict: DataSource = None,
         image_root: str | None = None,
         batch_size: int = 4,
         eval_batch_size: int | None = None,
@@ -91,6 +102,9 @@ class MMDataModule(L.LightningDataModule):
         seed: int = 0,
         max_bad_fraction: float = 0.01,
         max_megapixels: float = 40.0,
+        follow_links: bool = False,
+        fetch: bool = False,
+        cache_dir: str | None = None,
         generation_samples: int | None = None,
         processor: Any = "",
         revision: str | None = None,
@@ -115,8 +129,8 @@ class MMDataModule(L.LightningDataModule):
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
         self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
-        self._samples: dict[str, tuple[Sample, ...]] = {}
-        self._header_check = ImageHeaderCheck(self.rejected_samples, max_megapixels)
+        self._splits: dict[str, Split] = {}
+        self._reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels)
         self._probe_set: ProbeSet | None = None
         self._measured: tuple[ModelProcessor, TokenLengths] | None = None
 
@@ -139,16 +153,14 @@ class MMDataModule(L.LightningDataModule):
             else:
                 log_decision("data.val", "no validation during fit", "data.val is not set")
 
-    def samples(self, split: str) -> tuple[Sample, ...]:
+    def samples(self, split: str) -> Sequence[Sample]:
         """The usable conversations of train, val, test or predict, in file order; empty without a file."""
-        path = self.paths[split]
-        if split not in self._samples and path is not None:
-            rows = read_conversations(path, self.image_root, answers_required=split != "predict")
-            self.rejected_samples.num_rows += rows.num_rows
-            self.rejected_samples.add(rows.rejections)
-            self._samples[split] = tuple(self._header_check.with_valid_headers(rows.samples))
-            self.rejected_samples.check()
-        return self._samples.get(split, ())
+        return () if self.paths[split] is None else self._split(split).samples
+
+    def _split(self, name: str) -> Split:
+        if name not in self._splits:
+            self._splits[name] = open_split(name, self.paths[name], self._reading, self.rejected_samples)
+        return self._splits[name]
 
     @property
     def processing(self) -> ModelProcessor:
@@ -174,11 +186,15 @@ class MMDataModule(L.LightningDataModule):
             return load_processor(str(self.processor), self.revision)
         return wrap_processor(self.processor, self._module_processing.config)
 
+    def _table(self, split: str) -> RowTable:
+        return self._split(split).samples
+
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""
-        samples = self.samples("train")
+        samples = self._table("train")
         collate = self._wrapped_collator(samples)
         options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
+        options["fingerprint"] = samples.fingerprint
         if self.max_tokens is None and not self.group_by_length:
             loader = training_loader(samples, collate, **options)
         else:
@@ -205,7 +221,6 @@ class MMDataModule(L.LightningDataModule):
                 self.processing,
                 max_length=self.max_length,
                 max_megapixels=self.max_megapixels,
-                sizes=self._header_check.sizes,
             )
             self._measured = self.processing, lengths
         return self._measured[1]
@@ -252,15 +267,28 @@ class MMDataModule(L.LightningDataModule):
             UserError: There is no file to draw from, or nothing in it can be probed.
         """
         if self._probe_set is None:
-            self._probe_set = open_probe_set(
-                self.probes or file_for_probes(self.paths),
-                self.image_root,
-                self.rejected_samples,
-                max_pictures=self.probe_images,
-                prompt=self.probe_prompt,
-                max_megapixels=self.max_megapixels,
-            )
+            self._probe_set = self.draw_probe_set(self.probe_images)
         return self._probe_set
+
+    def draw_probe_set(self, max_pictures: int) -> ProbeSet:
+        """A probe set of this module's pictures; see ``probe_set``.
+
+        Args:
+            max_pictures: Largest number of pictures.
+        """
+        return open_probe_set(
+            self.probes or self._probe_source(split_for_probes(self.paths)),
+            self.image_root,
+            self.rejected_samples,
+            max_pictures=max_pictures,
+            prompt=self.probe_prompt,
+            max_megapixels=self.max_megapixels,
+        )
+
+    def _probe_source(self, split: str) -> str | Sequence[Sample]:
+        """The file of a split where it may hold more than conversations, else its rows."""
+        path = self.paths[split]
+        return path if isinstance(path, str) and path.endswith((".json", ".jsonl")) else self.samples(split)
 
     def probe_loader(self, probe_set: ProbeSet) -> CheckedDataLoader:
         """This rank's share of a probe set, each row once over all ranks, rows of similar length together."""
@@ -279,7 +307,7 @@ class MMDataModule(L.LightningDataModule):
         collator = self.collator(samples)
         cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
         made = [collator(part) for part in cut]
-        self.rejected_samples.add(rejection for batch in made for rejection in batch.rejected)
+        self.rejected_samples.add((rejection for batch in made for rejection in batch.rejected), "train")
         return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self, count: int = 1) -> Batch:
@@ -291,11 +319,13 @@ class MMDataModule(L.LightningDataModule):
         Raises:
             UserError: No file is given, or nothing in it can be used.
         """
-        samples = next((s for split in self.paths if (s := self.samples(split))), ())
-        if not samples:
+        split = next((split for split, path in self.paths.items() if path is not None), None)
+        if split is None:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
+        samples = self._table(split)
         collator = self.collator()
-        ordered = sorted(samples, key=lambda sample: not sample.images)
+        with_images = np.argsort(samples.num_images() == 0, kind="stable")[: _TRIALS * count].tolist()
+        ordered = [samples[index] for index in with_images]
         for start in range(0, len(ordered) - count, count):
             try:
                 return collator(ordered[start : start + count])
@@ -309,18 +339,21 @@ class MMDataModule(L.LightningDataModule):
         Training rows that are not in use otherwise are read without opening their pictures, and none of them counts as
         lost; empty, which is said, where none can be used.
         """
-        path = self.paths["train"]
-        if "train" in self._samples:
-            return majority_answers(self.questions("train"))
-        if path is None:
+        if self.paths["train"] is None:
             log_decision("majority", "not computed", "data.train is not set")
             return {}
         try:
-            samples = read_conversations(path, self.image_root).samples
+            table = self._splits["train"].samples if "train" in self._splits else self._unchecked("train")
+            counts = table.answer_counts()
         except UserError as error:
             log_decision("majority", "not computed", f"data.train: {error.what}")
             return {}
-        return majority_answers(questions_of(samples))
+        if not counts:
+            log_decision("majority", "not computed", "no row of data.train can be used")
+        return most_frequent_answers(counts)
+
+    def _unchecked(self, split: str) -> RowTable:
+        return rows_unchecked(split, self.paths[split], self._reading)
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
@@ -330,7 +363,7 @@ class MMDataModule(L.LightningDataModule):
     def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
 
-    def _wrapped_collator(self, samples: tuple[Sample, ...]) -> Callable[..., Any]:
+    def _wrapped_collator(self, samples: Sequence[Sample]) -> Callable[..., Any]:
         """Makes training or validation batches: the collator, or what the module's ``wrap_collator`` returns."""
         collator = self.collator(samples)
         module = None if self.trainer is None else self.trainer.lightning_module

@@ -51,8 +51,8 @@ class StoredImage:
 
     def read_bytes(self) -> bytes:
         """Content of the file that it would be."""
-        cell = open_arrow(self.file).column(self.column)[self.row]
-        content: bytes = cell[self.number]["bytes"].as_py()
+        contents = open_arrow(self.file).column(f"{self.column}_bytes")[self.row]
+        content: bytes = contents[self.number].as_py()
         return content
 
 
@@ -77,7 +77,7 @@ def image_file(image: ImageSource) -> Path:
     return copy
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4096)
 def open_arrow(file: Path) -> pa.Table:
     """A table in Arrow's stream format, mapped into memory: its pages are read when they are touched."""
     return pa.ipc.open_stream(pa.memory_map(str(file))).read_all()

@@ -1,4 +1,4 @@
-"""Image files: headers checked before a run, pixels decoded within limits to 8-bit RGB, or a reason why not.
+"""Images: headers and ends checked before a run, pixels decoded within limits to 8-bit RGB, or a reason why not.
 
 Checked on the header before a pixel is decoded: only formats whose decoders run in this process (EPS would start
 Ghostscript); at most ``max_megapixels``; no side under 4 pixels, where rows and color channels of an array cannot be
@@ -6,13 +6,14 @@ told apart; no side more than 100 times the other, since resizing to a fixed sho
 the whole file must decode; EXIF rotation is applied; transparency is put on white; 16-bit grayscale keeps its high
 byte; of an animation the first frame is used.
 
-Data flow: Samples -> ``ImageHeaderCheck`` (``datamodule``) -> Samples with valid headers, others to
-``RejectedSamples``; path -> ``load`` (``collator``, in the loader's workers) -> ``DecodedImage``.
+Data flow: image -> ``check_image`` (``picture_check``, before a run) -> size or ``BadImage``; image -> ``load``
+(``collator``, in the loader's workers) -> ``DecodedImage``.
 """
 
+import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -21,10 +22,7 @@ from warnings import catch_warnings, simplefilter
 
 from PIL import ExifTags, Image, ImageFile, ImageOps
 
-from lightning_mm.core.decisions import log_decision
 from lightning_mm.data.image_source import ImageSource
-from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.data.sample import Rejection, Sample
 
 Image.init()
 FORMATS = tuple(
@@ -97,6 +95,51 @@ def check_header(path: ImageSource, max_megapixels: float = 40.0) -> tuple[int, 
         return (height, width) if is_turned else (width, height)
 
 
+def check_image(path: ImageSource, max_megapixels: float, decode: bool) -> tuple[int, int]:
+    """Width and height in pixels as displayed, of an image that is whole; of a larger one than the limit, unchecked.
+
+    A JPEG, PNG, GIF or WebP that has its end is taken as whole; all else is decoded, at a lower resolution where the
+    format allows it.
+
+    Args:
+        path: The file, or where its content is.
+        max_megapixels: No larger image is decoded, in megapixels.
+        decode: Whether it is decoded in any case, which finds damage in its middle too.
+
+    Raises:
+        BadImage: Not an image, too small or too narrow, or damaged.
+    """
+    size = check_header(path, float("inf"))
+    if size[0] * size[1] <= max_megapixels * 1e6 and (decode or not _has_end(path)):
+        with _open(path, max_megapixels) as image, _bad_if_not_decoded(path):
+            image.draft(None, (1, 1))
+            image.load()
+    return size
+
+
+_TAIL = 12
+
+
+def _has_end(path: ImageSource) -> bool:
+    """Whether an encoded image has the mark that its format ends with."""
+    if isinstance(path, Path):
+        with path.open("rb") as file:
+            head = file.read(_TAIL)
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - _TAIL))
+            tail = file.read()
+    else:
+        content = path.read_bytes()
+        head, tail, length = content[:_TAIL], content[-_TAIL:], len(content)
+    if head.startswith(b"\xff\xd8"):
+        return tail.endswith(b"\xff\xd9")
+    if head.startswith(b"\x89PNG"):
+        return tail[4:8] == b"IEND"
+    if head.startswith(b"RIFF"):
+        return length >= 8 + int.from_bytes(head[4:8], "little")
+    return head.startswith(b"GIF") and tail.endswith(b";")
+
+
 def load(path: ImageSource, max_megapixels: float = 40.0) -> DecodedImage:
     """The decoded image.
 
@@ -107,18 +150,23 @@ def load(path: ImageSource, max_megapixels: float = 40.0) -> DecodedImage:
     Raises:
         BadImage: Not an image, outside the limits, truncated or damaged.
     """
-    with _open(path, max_megapixels) as image:
-        try:
-            with _whole_files_only():
-                # The second frame of an MPO is a camera's by-product (gain map, stereo view).
-                is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
-                image.load()
-            is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-            return DecodedImage(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
-        except BadImage:
-            raise
-        except _DECODE_ERRORS as error:
-            raise BadImage(path, f"image does not decode: {error}") from error
+    with _open(path, max_megapixels) as image, _bad_if_not_decoded(path):
+        # The second frame of an MPO is a camera's by-product (gain map, stereo view).
+        is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
+        image.load()
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return DecodedImage(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
+
+
+@contextmanager
+def _bad_if_not_decoded(path: ImageSource) -> Iterator[None]:
+    try:
+        with _whole_files_only():
+            yield
+    except BadImage:
+        raise
+    except _DECODE_ERRORS as error:
+        raise BadImage(path, f"image does not decode: {error}") from error
 
 
 @contextmanager
@@ -131,13 +179,13 @@ def _open(path: ImageSource, max_megapixels: float) -> Iterator[Image.Image]:
     except _DECODE_ERRORS as error:
         raise BadImage(path, _why_not_opened(path, error)) from error
     with image:
-        _check_size(path, image.size, max_megapixels)
+        check_size(path, image.size, max_megapixels)
         yield image
 
 
 def _why_not_opened(path: ImageSource, error: Exception) -> str:
     if isinstance(path, Path) and not path.is_file():
-        return f"missing image: {path.name}"
+        return f"missing image: {path.name!r} is {'no regular file' if path.exists() else 'not'} in {path.parent}"
     if isinstance(error, Image.DecompressionBombError):
         return f"image too large: {error}"
     if not path.read_bytes()[:1]:
@@ -145,7 +193,8 @@ def _why_not_opened(path: ImageSource, error: Exception) -> str:
     return f"not an image: {error}"
 
 
-def _check_size(path: ImageSource, size: tuple[int, int], max_megapixels: float) -> None:
+def check_size(path: ImageSource, size: tuple[int, int], max_megapixels: float) -> None:
+    """Raise a ``BadImage`` where width and height in pixels are outside the limits."""
     width, height = size
     if width * height > max_megapixels * 1e6:
         raise BadImage(path, f"image too large: {width} x {height} is over {max_megapixels:g} megapixels")
@@ -177,46 +226,3 @@ def _to_rgb(path: ImageSource, image: Image.Image) -> Image.Image:
         background = Image.new("RGBA", image.size, "white")
         return Image.alpha_composite(background, image).convert("RGB")
     return image.convert("RGB")
-
-
-_MAX_HEADERS = 20_000
-
-
-class ImageHeaderCheck:
-    """Reads the header of each image once and rejects samples whose images cannot be used.
-
-    Args:
-        rejected: Takes the samples that are rejected.
-        max_megapixels: Limit on the size of an image, in megapixels.
-
-    Attributes:
-        sizes: Width and height in pixels of every image with a valid header.
-    """
-
-    def __init__(self, rejected: RejectedSamples, max_megapixels: float) -> None:
-        self._rejected, self._max_megapixels = rejected, max_megapixels
-        self._faults: dict[ImageSource, str | None] = {}
-        self.sizes: dict[ImageSource, tuple[int, int]] = {}
-
-    def with_valid_headers(self, samples: Sequence[Sample]) -> Iterator[Sample]:
-        """The samples whose images all have valid headers."""
-        for sample in samples:
-            fault = next((fault for path in sample.images if (fault := self._fault(path))), None)
-            if fault is None:
-                yield sample
-            else:
-                self._rejected.add([Rejection(sample.origin, fault)])
-
-    def _fault(self, path: ImageSource) -> str | None:
-        if path not in self._faults:
-            if len(self._faults) >= _MAX_HEADERS:
-                log_decision(
-                    "data.preflight", f"{_MAX_HEADERS} image headers", "the others are checked as they are decoded"
-                )
-                return None
-            try:
-                self.sizes[path] = check_header(path, self._max_megapixels)
-                self._faults[path] = None
-            except BadImage as error:
-                self._faults[path] = str(error)
-        return self._faults[path]

@@ -1,13 +1,13 @@
 """Rejected samples: everything that is not used of the data, and why.
 
-Data flow: ``readers``, ``images`` (at setup), ``Batch.rejected`` (while running) -> ``RejectedSamples`` ->
-``ledger.jsonl`` of the run directory, and counts in the report.
+Data flow: ``split`` (before a run), ``Batch.rejected`` (while running) -> ``RejectedSamples`` -> ``ledger.jsonl`` of
+the run directory, and counts in the report.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
@@ -20,15 +20,15 @@ class RejectedSamples:
     """Rejections in order of arrival, each once (an epoch may repeat them).
 
     Args:
-        max_bad_fraction: Largest fraction of dropped rows among all rows read, 0 to 1; more stop the run.
+        max_bad_fraction: Largest fraction of dropped rows among all rows read of a split, 0 to 1; more stop the run.
 
     Attributes:
-        num_rows: Number of rows read; readers add to it.
+        num_rows: Split -> number of rows read; readers add to it.
     """
 
     def __init__(self, max_bad_fraction: float = 0.01) -> None:
         self.max_bad_fraction = max_bad_fraction
-        self.num_rows = 0
+        self.num_rows: Counter[str] = Counter()
         self._entries: dict[Rejection, None] = {}
 
     def __iter__(self) -> Iterator[Rejection]:
@@ -37,34 +37,60 @@ class RejectedSamples:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def add(self, rejections: Iterable[Rejection]) -> None:
-        """Add rejections; known ones are ignored."""
-        self._entries.update(dict.fromkeys(rejections))
+    def add(self, rejections: Iterable[Rejection], split: str = "") -> None:
+        """Add rejections; known ones are ignored.
+
+        Args:
+            rejections: What is not used.
+            split: Of those that do not say it: train, val, test or predict.
+        """
+        for each in rejections:
+            self._entries[each if each.split or not split else replace(each, split=split)] = None
+
+    def dropped(self, split: str | None = None) -> dict[tuple[str, str], Rejection]:
+        """The first rejection of each row that is not used at all, of one split or of all."""
+        found: dict[tuple[str, str], Rejection] = {}
+        for entry in self:
+            if entry.kind == "dropped" and split in (None, entry.split):
+                found.setdefault((entry.split, entry.origin), entry)
+        return found
 
     @property
     def num_dropped(self) -> int:
         """Number of rows that are not used at all, each counted once."""
-        return len({entry.origin for entry in self if entry.kind == "dropped"})
+        return len(self.dropped())
 
     def counts(self) -> dict[str, int]:
         """Category (reason up to its colon) -> number of rejections, the most frequent first."""
-        return dict(Counter(entry.reason.partition(":")[0] for entry in self).most_common())
+        return _by_reason(self)
 
-    def check(self) -> None:
-        """Stop if too many rows are dropped.
+    def check(self, ledger: Path | None = None) -> None:
+        """Stop if too many rows of a split are dropped.
+
+        Args:
+            ledger: File to write all rejections to before it stops; None: the run has one.
 
         Raises:
-            UserError: The dropped rows are more than ``max_bad_fraction`` of the rows read.
+            UserError: The dropped rows of a split are more than ``max_bad_fraction`` of its rows.
         """
-        if self.num_dropped <= self.max_bad_fraction * self.num_rows:
-            return
-        first = [f"{entry.origin}: {entry.reason}" for entry in self if entry.kind == "dropped"][:5]
-        reasons = ", ".join(f"{count} x {reason}" for reason, count in self.counts().items())
-        raise UserError(
-            f"{self.num_dropped} of {self.num_rows} rows cannot be used, the limit is {self.max_bad_fraction:.2%}.",
-            f"{reasons}. The first of them:\n    " + "\n    ".join(first),
-            "Mend these rows, or allow more with data.max_bad_fraction; ledger.jsonl of a run that goes on lists all.",
-        )
+        for split, num_rows in self.num_rows.items():
+            dropped = self.dropped(split)
+            if len(dropped) <= self.max_bad_fraction * num_rows:
+                continue
+            if ledger is not None:
+                ledger.parent.mkdir(parents=True, exist_ok=True)
+                self.write(ledger)
+            entries = list(dropped.values())
+            first = [f"{entry.origin}: {entry.reason}" for entry in entries[:5]]
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in _by_reason(entries).items())
+            name = f"data.{split}" if split in ("train", "val", "test", "predict") else split
+            raise UserError(
+                f"{len(dropped)} of {num_rows} rows{f' of {name}' if name else ''} cannot be used, "
+                f"the limit is {self.max_bad_fraction:.2%}.",
+                f"{reasons}. The first of them:\n    " + "\n    ".join(first),
+                "Mend these rows, or allow more with data.max_bad_fraction. "
+                f"All are listed in {ledger or 'ledger.jsonl of the run'}.",
+            )
 
     def gather(self) -> None:
         """Add the rejections of all other ranks; a collective call of every rank."""
@@ -74,5 +100,9 @@ class RejectedSamples:
             self.add(part)
 
     def write(self, path: Path) -> None:
-        """Write one JSON object per line: origin, reason, kind."""
+        """Write one JSON object per line: origin, reason, kind, split, source."""
         write_atomically(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self))
+
+
+def _by_reason(entries: Iterable[Rejection]) -> dict[str, int]:
+    return dict(Counter(entry.reason.partition(":")[0] for entry in entries).most_common())

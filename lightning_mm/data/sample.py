@@ -52,6 +52,7 @@ class Sample:
         videos: As images; the texts of user turns hold one ``<video>`` mark per video, in order.
         tools: Tools that the assistant may call, as a JSON list in OpenAI's form; '' for none.
         source: Name of the source that the row is from, for mixtures.
+        sizes: Width and height of each image in pixels, as displayed, where they are known from before.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Sample:
     videos: tuple[ImageSource, ...] = ()
     tools: str = ""
     source: str = ""
+    sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @property
     def answers(self) -> tuple[int, ...]:
@@ -77,11 +79,15 @@ class Rejection:
         origin: ``file:line`` of the row.
         reason: ``category: detail``.
         kind: ``dropped`` rows are not used; ``cut`` rows are used in part; ``probe`` rows fell out of a probe set.
+        split: train, val, test or predict; '' where it is not known.
+        source: Path of the file, folder or data set that the row is from; '' where it is not known.
     """
 
     origin: str
     reason: str
     kind: Literal["dropped", "cut", "probe"] = "dropped"
+    split: str = ""
+    source: str = ""
 
 
 SampleQuestion = tuple[Sample, int]
@@ -98,10 +104,13 @@ def sort_by_answer_length(questions: Iterable[SampleQuestion]) -> tuple[SampleQu
     return tuple(sorted(questions, key=lambda question: len(question[0].turns[question[1]].text)))
 
 
-def majority_answers(questions: Iterable[SampleQuestion]) -> dict[str, str]:
-    """Question type -> its most frequent answer, in lower case and without a full stop."""
+def most_frequent_answers(given: Mapping[tuple[str, str], int]) -> dict[str, str]:
+    """Question type -> its most frequent answer, in lower case and without a full stop.
+
+    Args:
+        given: (question type, answer) -> how often it is given.
+    """
     counts: dict[str, Counter[str]] = {}
-    for sample, index in questions:
-        turn = sample.turns[index]
-        counts.setdefault(turn.question_type, Counter())[turn.text.strip().rstrip(".").casefold()] += 1
+    for (question_type, answer), count in given.items():
+        counts.setdefault(question_type, Counter())[answer.strip().rstrip(".").casefold()] += count
     return {question_type: counter.most_common(1)[0][0] for question_type, counter in counts.items()}

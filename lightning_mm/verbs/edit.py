@@ -224,7 +224,7 @@ def _ways(apply: Literal["each", "together", "both"], exported: bool, num_edits:
 
 def _rejected(study: EditStudy) -> RejectedSamples:
     ledger = RejectedSamples(1.0)
-    ledger.num_rows = study.file.num_rows
+    ledger.num_rows["edit"] = study.file.num_rows
     ledger.add([*study.file.rejections, *study.scorer.rejected])
     if len(ledger):
         log.warning("not asked: %s", ", ".join(f"{count} x {reason}" for reason, count in ledger.counts().items()))

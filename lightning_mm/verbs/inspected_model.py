@@ -19,7 +19,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.probe_sets.build import file_for_probes, open_probe_set
+from lightning_mm.data.probe_sets.build import open_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.layer_selection.forward_criteria import drift_criterion
@@ -219,11 +219,14 @@ def read_probe_set(data: MMDataModule, options: ReadingOptions) -> ProbeSet:
             "A model folder comes without pictures, and no run here has data.probes, data.val or data.test.",
             "Give --probes FILE, in Python probes=: pictures with captions and objects, as in nano/data/probes.json.",
         )
+    max_pictures = options.images or data.probe_images
+    if not options.probes:
+        return data.draw_probe_set(max_pictures)
     return open_probe_set(
-        options.probes or data.probes or file_for_probes(data.paths),
-        options.image_root if options.probes else data.image_root,
+        options.probes,
+        options.image_root,
         data.rejected_samples,
-        max_pictures=options.images or data.probe_images,
+        max_pictures=max_pictures,
         prompt=data.probe_prompt,
         max_megapixels=data.max_megapixels,
     )
@@ -257,7 +260,7 @@ def own_data(given: MMDataModule | None, options: ReadingOptions) -> MMDataModul
         return made
     data = copy.copy(given)
     data.rejected_samples = RejectedSamples(given.rejected_samples.max_bad_fraction)
-    data.rejected_samples.num_rows = given.rejected_samples.num_rows
+    data.rejected_samples.num_rows.update(given.rejected_samples.num_rows)
     data.rejected_samples.add(given.rejected_samples)
     data.batch_size = data.eval_batch_size = options.batch_size
     data.max_length = options.max_length or data.max_length

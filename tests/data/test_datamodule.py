@@ -218,17 +218,17 @@ def test_the_majority_costs_a_test_nothing(module: Make, folder: Path) -> None:
     """Training pictures are not opened, training rows are not in the ledger, and without them the test goes on."""
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:20])
     train = write(folder / "t.json", [row(index, image="cut.png") for index in range(7)])
-    gone = write(folder / "g.json", [row(0, image="gone.png")])
+    gone = write(folder / "g.json", [{"id": "0", "conversations": [{"from": "human", "value": "No answer?"}]}])
     test = write(folder / "e.json", [row(0)])
     data = module(train=train, test=test)
     data.setup("test")
     assert data.majority_answers() == {"colour": "red", "number": "0"}
-    assert data.rejected_samples.num_rows == 1
+    assert data.rejected_samples.num_rows == {"test": 1}
     assert not list(data.rejected_samples)
     for file in (None, folder / "nowhere.json", gone):
         with DecisionLog().opened() as decisions:
             assert module(train=file, test=test).majority_answers() == {}
-            assert [decision.name for decision in decisions] == ["majority"]
+            assert [decision.value for decision in decisions if decision.name == "majority"] == ["not computed"]
 
 
 def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
@@ -241,8 +241,8 @@ def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
         "t.json:1[1]": "missing image",
         "t.json:1[2]": "not an image",
     }
-    assert (data.rejected_samples.num_dropped, data.rejected_samples.num_rows) == (2, 9)
-    with pytest.raises(UserError, match="2 of 4 rows cannot be used"):
+    assert (data.rejected_samples.num_dropped, data.rejected_samples.num_rows) == (2, {"train": 4, "val": 5})
+    with pytest.raises(UserError, match=r"2 of 4 rows of data\.train cannot be used"):
         module(train=str(folder / "t.json")).setup("fit")
 
 

@@ -16,10 +16,11 @@ class ImageRoot:
         root: Folder that names are relative to; an absolute name must be within it.
         follow_links: Whether symbolic links within the folder may lead out of it, as in the cache of Hugging Face's hub
             and in picture stores; ``..`` and absolute names never do.
+        must_exist: Whether there must be such a file; if not, it is looked for when it is needed.
     """
 
-    def __init__(self, root: Path, follow_links: bool = False) -> None:
-        self.root, self.follow_links = root.resolve(), follow_links
+    def __init__(self, root: Path, follow_links: bool = False, must_exist: bool = True) -> None:
+        self.root, self.follow_links, self.must_exist = root.resolve(), follow_links, must_exist
         self._given = Path(os.path.abspath(root))
         self._known: dict[str, Path] = {}
 
@@ -43,7 +44,7 @@ class ImageRoot:
             path = (self.root / name).resolve()
             written = Path(os.path.normpath(self.root / name))  # as it is written: links are not followed
             inside = path.is_relative_to(self.root) or (self.follow_links and self._holds(written, name))
-            exists = path.is_file()
+            exists = not self.must_exist or path.is_file()
         except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links
             raise InvalidRow(f"impossible image path: {error}") from error
         if not inside:

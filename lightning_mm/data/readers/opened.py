@@ -105,7 +105,7 @@ class OpenSource:
 
     def reader(self) -> RowReader:
         """Converts the rows of this source."""
-        root = ImageRoot(self.image_root, self.options.follow_links)
+        root = ImageRoot(self.image_root, self.options.follow_links, self.options.must_exist)
         fetcher = Fetcher(self.options.cache) if self.options.fetch and self.options.cache is not None else None
         return RowReader(
             self.image_root,

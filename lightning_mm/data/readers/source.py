@@ -107,6 +107,9 @@ def _check_names(source: Source) -> None:
 
 def _row_files(source: Source, options: ReadOptions) -> list[RowFile]:
     path = Path(source.path)
+    if not path.exists():
+        fix = "Check the path; it is relative to the folder the command runs in."
+        raise UserError(f"No data file {path}.", "It does not exist.", fix)
     return [open_row_file(path, path.name, source, source.split or options.split)]
 
 

@@ -62,6 +62,7 @@ class ReadOptions:
         fetch: Whether pictures behind links are downloaded.
         cache: Folder for what is downloaded; needed with ``fetch``.
         split: Which split the option stands for, where a dataset has several: train, validation, test or predict.
+        must_exist: Whether a row whose picture is no file is rejected; if not, pictures are looked for later.
     """
 
     answers_required: bool = True
@@ -69,3 +70,4 @@ class ReadOptions:
     fetch: bool = False
     cache: Path | None = None
     split: str = "train"
+    must_exist: bool = True

@@ -107,14 +107,14 @@ class RunRecorder(Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch, "train")
         lost = sum(entry.kind != "probe" for entry in data_of(trainer).rejected_samples)
         pl_module.log(metric_names.REJECTED, float(lost))
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: int
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch, "val")
         if isinstance(batch, PromptBatch) and batch_idx == 0 and trainer.is_global_zero and not trainer.sanity_checking:
             append_jsonl(
                 self.run.path / "generations.jsonl", _generations(trainer.global_step, batch, outputs["answers"])
@@ -123,12 +123,12 @@ class RunRecorder(Callback):
     def on_test_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch, "test")
 
     def on_predict_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *_: int
     ) -> None:
-        self._note(trainer, batch)
+        self._note(trainer, batch, "predict")
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
@@ -186,10 +186,10 @@ class RunRecorder(Callback):
             self.run.begin()
         self._marked = True
 
-    def _note(self, trainer: L.Trainer, batch: Any) -> None:
+    def _note(self, trainer: L.Trainer, batch: Any, split: str) -> None:
         if batch.rejected:
             ledger = data_of(trainer).rejected_samples
-            ledger.add(batch.rejected)
+            ledger.add(batch.rejected, split)
             ledger.check()
 
     def _write(self, trainer: L.Trainer) -> None:

@@ -132,7 +132,7 @@ def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
     data = module(max_bad_fraction=0.5)
     assert len(data.probe_set().images) == NUM_PICTURES - 2
     assert set(data.rejected_samples.counts()) == {"missing image", "not an image"}
-    with pytest.raises(UserError, match="2 of 24 rows cannot be used"):
+    with pytest.raises(UserError, match=r"2 of 24 rows of data\.probes cannot be used"):
         module().probe_set()
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
-from lightning_mm.data.probe_sets.build import file_for_probes, open_probe_set
+from lightning_mm.data.probe_sets.build import open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
 from lightning_mm.data.probe_sets.build.sampling import select_images
 from lightning_mm.data.probe_sets.build.scenes import caption_from_answer
@@ -100,8 +100,8 @@ def test_too_many_bad_rows_stop_the_run(write: Write) -> None:
     path = write([*rows, {"image": "gone.png", "caption": "a cat"}])
     ledger = RejectedSamples(0.2)
     open_probe_set(path, None, ledger, max_pictures=8)
-    assert (ledger.num_dropped, ledger.num_rows) == (1, 6)
-    with pytest.raises(UserError, match="1 of 6 rows cannot be used"):
+    assert (ledger.num_dropped, ledger.num_rows) == (1, {"data.probes": 6})
+    with pytest.raises(UserError, match=r"1 of 6 rows of data\.probes cannot be used"):
         open_probe_set(path, None, RejectedSamples(0.1), max_pictures=8)
     with pytest.raises(UserError, match="None of the 1 rows"):
         opened(write([{"image": "gone.png", "caption": "a cat"}]))
@@ -465,9 +465,9 @@ def test_a_caption_that_the_question_says_too_is_not_asked(write: Write) -> None
     assert not [row for row in probe_set.rows if row.role == "entailment"], "half of a trade would be a cue"
 
 
-def test_file_for_probes(caplog: pytest.LogCaptureFixture) -> None:
+def test_split_for_probes(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    assert file_for_probes({"val": "v.json", "test": "t.json"}) == "v.json"
-    assert file_for_probes({"val": None, "test": "t.json"}) == "t.json"
+    assert split_for_probes({"val": "v.json", "test": "t.json"}) == "val"
+    assert split_for_probes({"val": None, "test": "t.json"}) == "test"
     with pytest.raises(UserError, match="nothing to look inside"):
-        file_for_probes({"val": None, "test": None})
+        split_for_probes({"val": None, "test": None})

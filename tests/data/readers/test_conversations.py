@@ -263,17 +263,23 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, d
 
 def test_the_ledger_counts_and_stops(tmp_path: Path) -> None:
     ledger = RejectedSamples(max_bad_fraction=0.02)
-    ledger.num_rows = 100
-    ledger.add([Rejection("t.json:1", "missing image: 'a'"), Rejection("t.json:2", "missing image: 'b'")])
-    ledger.add([Rejection("t.json:2", "missing image: 'b'"), Rejection("t.json:9", "cut: 9 tokens", "cut")])
+    ledger.num_rows["train"] = 100
+    ledger.add([Rejection("t.json:1", "missing image: 'a'"), Rejection("t.json:2", "missing image: 'b'")], "train")
+    ledger.add([Rejection("t.json:2", "missing image: 'b'"), Rejection("t.json:9", "cut: 9 tokens", "cut")], "train")
     ledger.check()
     assert ledger.counts() == {"missing image": 2, "cut": 1}
-    ledger.add([Rejection("t.json:3", "not JSON: x")])
-    with pytest.raises(UserError, match="3 of 100 rows") as caught:
+    ledger.add([Rejection("t.json:3", "not JSON: x")], "train")
+    with pytest.raises(UserError, match=r"3 of 100 rows of data\.train") as caught:
         ledger.check()
     assert "2 x missing image" in caught.value.why
     assert "t.json:1: missing image: 'a'" in caught.value.why
     ledger.write(tmp_path / "ledger.jsonl")
     written = [json.loads(line) for line in (tmp_path / "ledger.jsonl").read_text().splitlines()]
     assert len(written) == 4
-    assert written[2] == {"origin": "t.json:9", "reason": "cut: 9 tokens", "kind": "cut"}
+    assert written[2] == {
+        "origin": "t.json:9",
+        "reason": "cut: 9 tokens",
+        "kind": "cut",
+        "split": "train",
+        "source": "",
+    }

@@ -4,23 +4,24 @@ Data flow: file -> ``coco`` (all formats; with ``scenes``) -> ``sampling.select_
 boxes) -> ``entailment`` (with ``false_captions``) and ``objects`` -> ``sampling.build_probe_rows`` -> ``ProbeSet``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.images import load
-from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes
+from lightning_mm.data.probe_sets.build.coco import SceneFile, read_scenes, scenes_of_samples
 from lightning_mm.data.probe_sets.build.sampling import ENTAILMENT_PROMPT, build_probe_rows, select_images
 from lightning_mm.data.probe_sets.files import is_probe_set
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.sample import Sample
 
-__all__ = ["ENTAILMENT_PROMPT", "file_for_probes", "open_probe_set"]
+__all__ = ["ENTAILMENT_PROMPT", "open_probe_set", "split_for_probes"]
 
 
 def open_probe_set(
-    path: Path | str,
+    source: Path | str | Sequence[Sample],
     image_root: Path | str | None,
     rejected: RejectedSamples,
     *,
@@ -32,7 +33,7 @@ def open_probe_set(
     """A saved probe set, or one drawn from a file.
 
     Args:
-        path: A file of ``ProbeSet.save``, or one in a format of ``coco``.
+        source: A file of ``ProbeSet.save``, or one in a format of ``coco``; or conversations that have been read.
         image_root: Folder that image paths are relative to; None takes the file's own folder. A saved set has its own.
         rejected: Takes rows that cannot be used.
         max_pictures: Largest number of images.
@@ -43,22 +44,26 @@ def open_probe_set(
     Raises:
         UserError: The file cannot be read, or nothing in it can be probed.
     """
-    path = Path(path)
-    if path.is_file():
-        with path.open("rb") as file:
-            if is_probe_set(file.read(4096).decode("utf-8", errors="replace")):
-                return ProbeSet.load(path).subset(max_pictures)
-    read = read_scenes(path, image_root)
-    _check_any(path, read)
+    if isinstance(source, (str, Path)):
+        path, name = Path(source), str(source)
+        if path.is_file():
+            with path.open("rb") as file:
+                if is_probe_set(file.read(4096).decode("utf-8", errors="replace")):
+                    return ProbeSet.load(path).subset(max_pictures)
+        read = read_scenes(path, image_root)
+    else:
+        name = source[0].source if source else "no rows"
+        read = scenes_of_samples(source, name)
+    _check_any(name, read)
     selected, bad_pictures = select_images(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
-    sampled = build_probe_rows(selected, source=str(path), prompt=prompt, seed=seed)
-    rejected.num_rows += read.num_rows
-    rejected.add([*read.rejections, *bad_pictures, *sampled.rejections])
+    sampled = build_probe_rows(selected, source=name, prompt=prompt, seed=seed)
+    rejected.num_rows["data.probes"] += read.num_rows
+    rejected.add([*read.rejections, *bad_pictures, *sampled.rejections], split="data.probes")
     rejected.check()
     return sampled.probe_set
 
 
-def _check_any(path: Path, read: SceneFile) -> None:
+def _check_any(path: str, read: SceneFile) -> None:
     if read.rejections and not read.scenes:
         first = "\n    ".join(f"{each.origin}: {each.reason}" for each in read.rejections[:5])
         raise UserError(
@@ -68,11 +73,11 @@ def _check_any(path: Path, read: SceneFile) -> None:
         )
 
 
-def file_for_probes(paths: Mapping[str, str | None]) -> str:
-    """The file that probes are drawn from where none is given: val, or else test, never train.
+def split_for_probes(paths: Mapping[str, object]) -> str:
+    """The split that probes are drawn from where none is given: val, or else test, never train.
 
     Args:
-        paths: Split -> its file, or None.
+        paths: Split -> what is given for it, or None.
 
     Raises:
         UserError: There is neither.
@@ -80,7 +85,7 @@ def file_for_probes(paths: Mapping[str, str | None]) -> str:
     for split in ("val", "test"):
         if (path := paths[split]) is not None:
             log_decision("data.probes", path, f"it is not set; what {split} tells of its pictures is used")
-            return path
+            return split
     raise UserError(
         "There is nothing to look inside the model with.",
         "data.probes is not set, and neither are data.val and data.test.",

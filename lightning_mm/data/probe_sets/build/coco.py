@@ -31,8 +31,9 @@ import json
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from lightning_mm.data.probe_sets.build.sampling import incomplete_group
 from lightning_mm.data.probe_sets.build.scenes import RULE, NotProbeable, Scene, scene_of_sample
 from lightning_mm.data.readers import conversations
 from lightning_mm.data.readers.conversations import InvalidRow, RowReader
-from lightning_mm.data.sample import Rejection
+from lightning_mm.data.sample import Rejection, Sample
 
 _SEPARATORS = re.compile(r"[\s,:]*")
 _LIST_OF_OBJECTS = re.compile(r"\[\s*[{\]]")
@@ -232,17 +233,44 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
             "Name a file that is there: --data.probes FILE, or probes= in Python.",
         )
     reader = RowReader(Path(image_root) if image_root else path.parent, answers_required=False)
+
+    def made() -> Iterator[tuple[str, str, Callable[[], Scene]]]:
+        for origin, row in _rows(path):
+            yield (
+                origin,
+                str(row.get("group", "")) if isinstance(row, dict) else "",
+                partial(_scene, reader, row, origin),
+            )
+
+    return _scene_file(path.name, made())
+
+
+def scenes_of_samples(samples: Iterable[Sample], name: str) -> SceneFile:
+    """The scenes of conversations that have been read.
+
+    Args:
+        samples: Conversations, most of which describe a picture.
+        name: What they are called in messages.
+    """
+    return _scene_file(
+        name,
+        ((each.origin, str(each.extra.get("group", "")), partial(_scene_of_conversation, each)) for each in samples),
+    )
+
+
+def _scene_file(name: str, rows: Iterable[tuple[str, str, Callable[[], Scene]]]) -> SceneFile:
+    """The scenes of rows, each with its origin, its group and what makes its scene."""
     scenes: dict[Path, Scene] = {}
     rejections: list[Rejection] = []
     unused: Counter[str] = Counter()
     num_rows, torn = 0, set[str]()
-    for origin, row in _rows(path):
+    for origin, group, make in rows:
         num_rows += 1
         try:
-            found = _scene(reader, row, origin)
+            found = make()
         except InvalidRow as error:
             rejections.append(Rejection(origin, str(error)))
-            torn.add(str(row.get("group", "")) if isinstance(row, dict) else "")
+            torn.add(group)
         except NotProbeable as why:
             unused[str(why)] += 1
         else:
@@ -253,7 +281,7 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
     torn &= {each.group for each in scenes.values() if each.group and each.false_captions}
     rejections += [incomplete_group(each) for each in scenes.values() if each.group in torn]
     whole = [each for each in scenes.values() if each.group not in torn]
-    _log_scenes(path, len(whole), num_rows, unused)
+    _log_scenes(name, len(whole), num_rows, unused)
     return SceneFile(_with_unique_ids(whole), tuple(rejections), num_rows)
 
 
@@ -268,7 +296,10 @@ def _scene(reader: RowReader, row: Any, origin: str) -> Scene:
         if row.get("image") is None:
             raise InvalidRow("no picture: the row has no 'image'")
         return scene_of_sample(reader.sample({**row, **_DUMMY_CONVERSATION}, origin))
-    sample = reader.sample(row, origin)
+    return _scene_of_conversation(reader.sample(row, origin))
+
+
+def _scene_of_conversation(sample: Sample) -> Scene:
     try:
         return scene_of_sample(sample)
     except InvalidRow as error:  # a conversation may have such keys with another meaning
@@ -284,10 +315,10 @@ def _with_unique_ids(scenes: Iterable[Scene]) -> tuple[Scene, ...]:
     return tuple(made.values())
 
 
-def _log_scenes(path: Path, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
+def _log_scenes(name: str, num_scenes: int, num_rows: int, unused: Counter[str]) -> None:
     left_out = ", ".join(f"{count} {why}" for why, count in unused.most_common() if count)
     log_decision(
         "data.probes.captions",
-        f"{num_scenes} pictures of {num_rows} rows in {path.name}",
+        f"{num_scenes} pictures of {num_rows} rows in {name}",
         RULE + (f"; not used: {left_out}" if left_out else ""),
     )

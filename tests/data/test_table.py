@@ -1,0 +1,220 @@
+"""The table on disk holds what the readers gave, is made once for the same content, and anew for other content."""
+
+import json
+import os
+import pickle
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.image_source import ImageBytes, StoredImage, image_file
+from lightning_mm.data.images import load
+from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.row_table import RowTable, TablePart
+from lightning_mm.data.sample import Rejection, Sample, Turn
+from lightning_mm.data.split import Split, SplitOptions, open_split
+from lightning_mm.data.table import store_table
+
+Open = Callable[..., Split]
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Open:
+    def make(path: Path | str, rejected: RejectedSamples | None = None, **options: Any) -> Split:
+        options = {"cache": tmp_path / "cache", **options}
+        return open_split("train", str(path), SplitOptions(**options), rejected or RejectedSamples(0.5))
+
+    return make
+
+
+def rows(number: int, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "id": str(index),
+            "image": f"{index % 3}.png",
+            "conversations": [
+                {"from": "human", "value": f"<image>\nWhat, {index}?"},
+                {"from": "gpt", "value": f"Ünd {index}.", "type": "t"},
+            ],
+            "boxes": [index, None, {"a": 1.5}],
+            **more,
+        }
+        for index in range(number)
+    ]
+
+
+def write(folder: Path, content: list[dict[str, Any]], name: str = "t.json") -> Path:
+    folder.mkdir(exist_ok=True)
+    for index in range(3):
+        if not (folder / f"{index}.png").exists():
+            Image.new("RGB", (20 + index, 30)).save(folder / f"{index}.png")
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return folder / name
+
+
+def test_rows_are_what_the_reader_gives(tmp_path: Path, split: Open) -> None:
+    file = write(tmp_path, rows(50))
+    table, read = split(file).samples, read_conversations(file).samples
+    assert [replace(sample, source="") for sample in table] == list(read)
+    assert table[-1].sizes == ((21, 30),)
+    assert [sample.id for sample in table[1::20]] == ["1", "21", "41"]
+    assert table.num_images().tolist() == [1] * 50
+    assert table.answer_counts() == {("t", f"Ünd {index}."): 1 for index in range(50)}
+
+
+class _Given:
+    """Samples that stand for a source."""
+
+    def __init__(self, samples: Sequence[Sample | Rejection]) -> None:
+        from lightning_mm.data.readers.source import Source
+
+        self.samples, self.source, self.shape, self.files = samples, Source("memory", "memory"), "as given", ()
+
+    def identity(self) -> dict[str, Any]:
+        return {"samples": pickle.dumps(self.samples).hex()}
+
+    def parts(self) -> list[Any]:
+        return [None]
+
+    def read(self, part: Any, report: Any) -> Any:
+        return iter(self.samples)
+
+
+_TEXT = st.text(max_size=20)
+_IMAGES = st.lists(
+    st.one_of(st.binary(max_size=8).map(lambda data: ImageBytes("a.png", data)), st.just(Path("/a/b.png"))), max_size=3
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    turns=st.lists(
+        st.builds(Turn, st.sampled_from(["user", "assistant", "system", "tool"]), _TEXT, _TEXT, st.booleans(), _TEXT),
+        max_size=4,
+    ),
+    images=_IMAGES,
+    videos=_IMAGES,
+    extra=st.dictionaries(_TEXT, st.one_of(st.integers(), _TEXT, st.none(), st.lists(st.booleans()))),
+    tools=_TEXT,
+)
+def test_any_sample_survives(
+    tmp_path: Path, turns: list[Turn], images: list[Any], videos: list[Any], extra: dict[str, Any], tools: str
+) -> None:
+    sample = Sample("7", tuple(turns), tuple(images), "t:1", extra, tuple(videos), tools)
+    stored = store_table(_Given([sample, Rejection("t:2", "why")]), tmp_path)  # type: ignore[arg-type]
+    assert [each.reason for each in stored.rejections] == ["why"]
+    (part,) = stored.parts
+    (found,) = _unchecked(RowTable([TablePart(part.file, "", part.num_rows, part.digest)]))
+    assert replace(found, images=(), videos=()) == replace(sample, images=(), videos=())
+    for before_all, kept in ((images, found.images), (videos, found.videos)):
+        assert [each.name for each in kept] == [each.name for each in before_all]
+        for before, after in zip(before_all, kept, strict=True):
+            assert after == before if isinstance(before, Path) else after.read_bytes() == before.data
+
+
+def _unchecked(table: RowTable) -> list[Sample]:
+    from lightning_mm.data.picture_check import check_pictures
+
+    check_pictures([part.file for part in table.parts], 0, 40.0)
+    return list(table)
+
+
+def test_half_a_surrogate_pair_is_a_reason(tmp_path: Path) -> None:
+    turns = (Turn("user", "What?"), Turn("assistant", "broken \ud83d"))
+    stored = store_table(_Given([Sample("1", turns, origin="t:1")]), tmp_path)  # type: ignore[arg-type]
+    assert (stored.num_read, stored.num_rows) == (1, 0)
+    assert [each.reason for each in stored.rejections] == ["not text: the assistant holds half of a surrogate pair"]
+
+
+def test_pictures_in_the_table(tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((40, 30)).save(tmp_path / "a.png")
+    image = ImageBytes("inside.png", (tmp_path / "a.png").read_bytes())
+    sample = Sample("1", (Turn("user", "<image>"), Turn("assistant", "a")), (tmp_path / "a.png", image), "t:1")
+    stored = store_table(_Given([sample]), tmp_path / "cache")  # type: ignore[arg-type]
+    (found,) = _unchecked(RowTable([TablePart(stored.parts[0].file, "", 1, "")]))
+    assert found.sizes == ((40, 30), (40, 30))
+    file, inside = found.images
+    assert isinstance(inside, StoredImage)
+    assert load(inside).image.tobytes() == load(file).image.tobytes()
+    assert image_file(inside).read_bytes() == image.data
+    assert image_file(file) == tmp_path / "a.png"
+    opened = datasets.Dataset.from_file(str(stored.parts[0].file))
+    assert opened[0]["images_bytes"] == [None, image.data]
+
+
+def test_a_table_is_made_once_for_its_content(tmp_path: Path, split: Open) -> None:
+    content = rows(9)
+    file = write(tmp_path / "a", content)
+    first = split(file)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    os.utime(file, (1, 1))
+    again = split(file)
+    assert again.tables == first.tables
+    assert made == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.arrow")}
+    elsewhere = split(write(tmp_path / "b", content))
+    assert elsewhere.samples.fingerprint == first.samples.fingerprint
+    assert elsewhere.samples[0].images[0].read_bytes() == first.samples[0].images[0].read_bytes()
+
+
+@pytest.mark.parametrize("change", ["order", "answer", "picture", "number"])
+def test_other_content_is_another_table(change: str, tmp_path: Path, split: Open) -> None:
+    content = rows(9)
+    first = split(write(tmp_path, content)).samples
+    if change == "order":
+        random.Random(0).shuffle(content)
+    elif change == "answer":
+        content[3]["conversations"][1]["value"] = "Other."
+    elif change == "picture":
+        content[3]["image"] = "1.png"
+    else:
+        content.pop()
+    second = split(write(tmp_path, content)).samples
+    assert second.fingerprint != first.fingerprint
+    assert [sample.id for sample in second] == [row["id"] for row in content]
+
+
+def test_a_row_that_falls_out_changes_the_fingerprint(tmp_path: Path, split: Open) -> None:
+    file = write(tmp_path, rows(9))
+    before = split(file).samples.fingerprint
+    (tmp_path / "2.png").unlink()
+    after = split(file).samples
+    assert (len(after), after.fingerprint != before) == (6, True)
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path, split: Open) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    file = write(folder, rows(3))
+    table = split(file).samples
+    assert [load(sample.images[0]).image.size for sample in table] == [(20, 30), (21, 30), (22, 30)]
+
+
+def _in_other_process(table: RowTable, index: int, queue: Any) -> None:
+    queue.put(table[index])
+
+
+def test_a_table_goes_to_other_processes(tmp_path: Path, split: Open) -> None:
+    table = split(write(tmp_path, rows(9))).samples
+    context = get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_in_other_process, args=(table, 5, queue))
+    process.start()
+    assert queue.get(timeout=60) == table[5]
+    process.join()
+
+
+def test_a_cache_that_cannot_be_written(tmp_path: Path, split: Open) -> None:
+    (tmp_path / "full").write_text("a file")
+    with pytest.raises(UserError, match=r"The table of .* cannot be written") as caught:
+        split(write(tmp_path, rows(3)), cache=tmp_path / "full" / "cache")
+    assert "--data.cache_dir" in caught.value.fix
