@@ -29,6 +29,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.pixel_bounds import PixelBounds, set_pixel_bounds
 
 
 @contextmanager
@@ -135,6 +136,18 @@ class ModelProcessor:
             )
         self._recording = copy.copy(processor)
         self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
+        self.bounds, self._resized_to = PixelBounds(), PixelBounds()
+
+    def bound_pixels(self, bounds: PixelBounds) -> None:
+        """Keep images within bounds from now on, by options of the image processor where it has them.
+
+        They are saved with the processor, so that an exported model reads images as it was trained on.
+
+        Args:
+            bounds: Bounds on an image; without any, nothing changes.
+        """
+        if bounds not in (self.bounds, PixelBounds()):
+            self.bounds, self._resized_to = bounds, set_pixel_bounds(self.processor.image_processor, bounds)
 
     @property
     def eos_token(self) -> str | None:
@@ -156,15 +169,38 @@ class ModelProcessor:
         own = {v for k, v in vars(self.processor).items() if k.endswith("_token") and isinstance(v, str)}
         return frozenset(token for token in special | own | set(tokenizer.all_special_tokens) if token.strip())
 
-    def render(self, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    @cached_property
+    def named_tokens(self) -> frozenset[str]:
+        """Special tokens with a purpose of their own: of the tokenizer, of the processor and in the model's config."""
+        tokenizer = self.processor.tokenizer
+        named = {getattr(tokenizer, name, None) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
+        named |= {getattr(tokenizer, name, None) for name in ("sep_token", "cls_token", "mask_token")}
+        named |= {value for name, value in vars(self.processor).items() if name.endswith("_token")}
+        for config in (self.config, self.config.get_text_config()):
+            ids = (value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index")))
+            listed = [each for value in ids for each in (value if isinstance(value, (list, tuple)) else [value])]
+            named |= {tokenizer.convert_ids_to_tokens(each) for each in listed if isinstance(each, int) and each >= 0}
+        return frozenset(token for token in named if isinstance(token, str))
+
+    def render(
+        self,
+        messages: list[Message],
+        add_generation_prompt: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> str:
         """The conversation rendered by the chat template, whose exceptions are not caught.
 
         Args:
             messages: Messages of the conversation, as the chat template takes them.
             add_generation_prompt: Whether to append the start of an answer; False by default.
+            tools: Tools that the assistant may call, in OpenAI's form; None (default): none.
         """
         text: str = self.processor.apply_chat_template(
-            messages, chat_template=self.template, add_generation_prompt=add_generation_prompt, tokenize=False
+            messages,
+            chat_template=self.template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+            tools=tools,
         )
         return text
 
@@ -186,7 +222,7 @@ class ModelProcessor:
         }
         features = self._recording(
             text=list(texts),
-            images=[list(row) for row in images] if any(images) else None,
+            images=[[self._resized_to.resized(image) for image in row] for row in images] if any(images) else None,
             text_kwargs=options,
             return_tensors="pt",
         )

@@ -112,6 +112,7 @@ def processor_digest(processing: ModelProcessor) -> str:
     """SHA-256 of what turns a row into inputs: tokenizer, image processor, chat template, processor options."""
     processor = processing.processor
     parts = [processor.tokenizer.backend_tokenizer.to_str(), processing.template, type(processor).__name__]
+    parts += [repr(processing.bounds)]
     parts += [repr(sorted((k, str(v)) for k, v in processor.image_processor.to_dict().items()))]
     parts += [repr(sorted((k, str(v)) for k, v in vars(processor).items() if isinstance(v, str | int | float | bool)))]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
