@@ -64,8 +64,8 @@ class Batch:
 
     @property
     def has_images(self) -> bool:
-        """Whether any sample has an image."""
-        return any(sample.images for sample in self.samples)
+        """Whether any sample has an image or a video."""
+        return any(sample.has_images for sample in self.samples)
 
     def to(self, device: torch.device | str, non_blocking: bool | None = None) -> "Batch":
         """A copy on a device; asynchronous for CUDA (see ``_copies_asynchronously``)."""

@@ -1,15 +1,20 @@
-"""A conversation in the model's own chat template, and which tokens of it are answers.
+"""A conversation in the model's own chat template, and which tokens of it are learned.
 
-Templates do not mark answers, so each is located by rendering up to it: the text of the turns before with the
-generation prompt must be a prefix of the whole text, and the answer's span starts after it. The span ends with the last
-stop token that the template writes after the answer, without the line break that follows. Where a template writes no
-stop token, the tokenizer's EOS token is inserted.
+Learned is exactly what the model would generate: for each assistant turn that trains, the text that the template writes
+for it after its generation prompt, up to the last stop token, without the line break that follows. Templates do not
+mark answers, so each is located by rendering up to it: the text of the turns before with the generation prompt must be
+a prefix of the whole text. Where a template writes no stop token, the tokenizer's EOS token is inserted.
+
+Templates of models that reason write a turn in two ways. The last answer has its reasoning, or an empty place for it;
+answers before the last question have not. Such an earlier answer is not what would be generated at its place, so it is
+context, and counted (``Rendered.num_context``); a row for each answer trains all of them. Where the generation prompt
+opens the place for reasoning and the template writes none for an answer without, the answer begins before that opening.
 
 The processor then changes the text only by expanding image placeholders, so the pieces between them are found again in
 order. A piece with an answer also contains the headers of its turns, which no expansion contains.
 
-Data flow: turns of a Sample -> ``ChatRenderer.render`` -> ``Rendered`` (text, character spans) -> processor ->
-``locate_answer_spans`` (spans in the tokenized text) -> ``tokens_of_span`` -> ``collator``.
+Data flow: turns of a Sample -> ``ChatRenderer.render`` (text by ``chat_template``) -> ``Rendered`` (text, character
+spans) -> processor -> ``locate_answer_spans`` (spans in the tokenized text) -> ``tokens_of_span`` -> ``collator``.
 
 Shapes: L tokens of one row.
 """
@@ -17,32 +22,26 @@ Shapes: L tokens of one row.
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from jinja2.exceptions import TemplateError
 from torch import Tensor
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
-from lightning_mm.models.processor import Message, ModelProcessor
-
-_FIRST_QUESTION, _FIRST_ANSWER, _SECOND_QUESTION, _SECOND_ANSWER = (
-    "Lorem ipsum",
-    "dolor sit",
-    "amet consectetur",
-    "adipiscing elit",
+from lightning_mm.data.chat_template import (
+    ANSWER,
+    TRIAL_TURNS,
+    ChatTemplate,
+    any_of,
+    common_length,
+    tool_calls,
 )
-_TRIAL_TURNS = (
-    Turn("user", _FIRST_QUESTION),
-    Turn("assistant", _FIRST_ANSWER),
-    Turn("user", _SECOND_QUESTION),
-    Turn("assistant", _SECOND_ANSWER),
-)
+from lightning_mm.data.chat_template import ChatError as ChatError
+from lightning_mm.data.sample import IMAGE_MARK, Turn
+from lightning_mm.models.processor import ModelProcessor
 
-
-class ChatError(ValueError):
-    """Why a conversation cannot be rendered with this template, as ``category: detail``."""
+_THINK = re.compile("think", re.IGNORECASE)
+_THINK_MARKS = re.compile(r"</?think>|◁/?think▷")
 
 
 @dataclass(frozen=True)
@@ -51,38 +50,41 @@ class Rendered:
 
     Args:
         text: Text with one placeholder per image.
-        spans: First character and one past the last of each answer with its stop token, one per assistant turn.
+        spans: First character and one past the last of each learned answer with its stop token, in order.
+        num_context: Number of answers that should train and are context only, since the template writes them otherwise
+            than the model generates them.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
+    num_context: int = 0
 
 
 class ChatRenderer:
-    """Renders conversations with a model's chat template, whose properties it finds by trial renderings.
+    """Renders conversations with a model's chat template and locates their answers.
 
     Args:
         processing: The model's processor.
+        special_tokens: Special tokens that texts may contain nevertheless, such as ``<|box_start|>``; () for none.
 
     Raises:
-        UserError: The template cannot be used for training: it ignores images, or rewrites earlier turns.
+        UserError: The template cannot be used for training: it ignores images, or rewrites earlier turns; or a token of
+            ``special_tokens`` cannot be allowed.
 
     Attributes:
         placeholder: Text that the template writes for an image.
     """
 
-    def __init__(self, processing: ModelProcessor) -> None:
+    def __init__(self, processing: ModelProcessor, special_tokens: Sequence[str] = ()) -> None:
         self._processing = processing
-        self._special = _any_of(processing.special_tokens)
-        self._stop = _any_of(processing.added_tokens)
-        self._in_parts: dict[Role, bool] = {"user": True, "assistant": True, "system": True}
-        self._head, self._has_stop = 0, True
-        self.placeholder = ""
+        self._stop = any_of(processing.added_tokens)
+        self._head, self._tail, self._has_stop, self._opening = 0, "", True, ""
         try:
-            self._learn_layout()
-            self.placeholder = self._learn_placeholder()
+            self._template = ChatTemplate(processing, special_tokens)
+            self.placeholder = self._template.placeholder
             self._learn_answer()
-            self.render(_TRIAL_TURNS)
+            if self.render(TRIAL_TURNS).num_context and not self._thinks():
+                raise ChatError("template rewrites turns: in front of later turns an answer is not what it was without")
         except ChatError as error:
             raise UserError(
                 "The model's chat template cannot be used to train.",
@@ -91,158 +93,142 @@ class ChatRenderer:
                 "placeholder for each picture.",
             ) from error
 
-    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> Rendered:
+    def render(self, turns: Sequence[Turn], add_generation_prompt: bool = False, tools: str = "") -> Rendered:
         """The rendered conversation with the spans of its answers.
 
         Args:
             turns: Messages with one ``<image>`` mark per image.
             add_generation_prompt: Whether the text ends with the header of an assistant turn.
+            tools: Tools that the assistant may call, as a JSON list; '' for none.
 
         Raises:
-            ChatError: The template refuses it or changes an answer, or a turn contains a special token.
+            ChatError: The template refuses or loses a part of it, or a turn contains a special token.
         """
-        self._refuse_special(turns)
-        full = self._raw(turns, add_generation_prompt)
-        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns)
+        self._template.check(turns, tools)
+        full = self._template.write(turns, add_generation_prompt, tools)
+        num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
         if full.count(self.placeholder) != num_images:
             raise ChatError(f"template loses pictures: {full.count(self.placeholder)} of {num_images} are written")
-        text, done, spans = "", 0, []
+        text, done, num_context = "", 0, 0
+        spans: list[Span] = []
         for i, turn in enumerate(turns):
-            if turn.role != "assistant":
+            if turn.role != "assistant" or (self._has_stop and not turn.train):
                 continue
-            start = self._prefix(full, turns[:i], True)
             is_last = i + 1 == len(turns) and not add_generation_prompt
-            end = len(full) if is_last else self._prefix(full, turns[: i + 1], False)
-            stop, has_stop = self._answer_end(full[start:end], turn.text)
-            text += full[done:start]
-            spans.append((len(text), len(text) + stop + (0 if has_stop else len(self._eos()))))
-            text += full[start : start + stop] + ("" if has_stop else self._eos())
-            done = start + stop
-        return Rendered(text + full[done:], tuple(spans))
+            alone = full if is_last else self._template.write(turns[: i + 1], False, tools)
+            start = self._answer_start(self._template.write(turns[:i], True, tools), alone)
+            stop = start + self._answer_end(alone[start:], turn)
+            if not full.startswith(alone):
+                num_context += turn.train
+                if self._has_stop:
+                    continue
+                said = replace(turn, reasoning="", text=_THINK_MARKS.split(turn.text)[-1])
+                stop = self._end_within(full, common_length(full, alone), said)
+            elif turn.train:
+                spans.append((len(text) + start - done, len(text) + stop - done + len(self._missing_stop)))
+            text += full[done:stop] + self._missing_stop
+            done = stop
+        return Rendered(text + full[done:], tuple(spans), num_context)
 
-    def render_unmarked(self, turns: Sequence[Turn]) -> str:
+    def render_unmarked(self, turns: Sequence[Turn], tools: str = "") -> str:
         """Text with as many tokens as the rendered conversation, without locating answers (faster).
 
         Args:
             turns: Messages with one ``<image>`` mark per image.
+            tools: Tools that the assistant may call, as a JSON list; '' for none.
 
         Raises:
             ChatError: The template refuses it.
         """
-        answers = sum(turn.role == "assistant" for turn in turns)
-        return self._raw(turns) + ("" if self._has_stop else self._eos() * answers)
+        return self._template.write(turns, False, tools) + self._missing_stop * sum(
+            t.role == "assistant" for t in turns
+        )
 
-    def _prefix(self, full: str, turns: Sequence[Turn], add_generation_prompt: bool) -> int:
-        """Length of the text of ``turns``, which must be a prefix of ``full``."""
-        text = self._raw(turns, add_generation_prompt)
-        if not full.startswith(text):
-            what = "after its generation prompt" if add_generation_prompt else "in front of later turns"
-            raise ChatError(f"template rewrites turns: {what} the text is not what it was without")
-        return len(text)
-
-    def _answer_end(self, segment: str, answer: str) -> tuple[int, bool]:
-        """End of the answer's last stop token in its segment and True, or end of the answer and False."""
-        for text in (answer, answer.strip()):
-            at = self._head if segment.startswith(text, self._head) else segment.find(text)
-            if at >= 0:
-                end = at + len(text)
-                stops = list(self._stop.finditer(segment, end))
-                return (stops[-1].end(), True) if stops else (end, False)
-        raise ChatError(f"template changes an answer: {answer[:60]!r} became {segment[:60]!r}")
-
-    def _eos(self) -> str:
+    @property
+    def _missing_stop(self) -> str:
+        """What ends an answer besides the template's own text: the EOS token, or nothing."""
+        if self._has_stop:
+            return ""
         eos = self._processing.eos_token
         if eos is None:
             raise ChatError("no stop token: neither the template nor the tokenizer has one")
         return eos
 
-    def _raw(self, turns: Sequence[Turn], add_generation_prompt: bool = False) -> str:
-        try:
-            return self._processing.render([self._message(turn) for turn in turns], add_generation_prompt)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise ChatError(f"template refuses the conversation: {str(error).strip()[:200]}") from error
+    def _answer_start(self, prompt: str, alone: str) -> int:
+        """Where an answer begins in the conversation that ends with it, whose prompt for generation is ``prompt``."""
+        header = prompt.removesuffix(self._opening)
+        for before in (prompt, header):
+            if alone.startswith(before):
+                return len(before)
+        raise ChatError("template rewrites turns: after its generation prompt the text is not what it was without")
 
-    def _message(self, turn: Turn) -> Message:
-        if not self._in_parts[turn.role]:
-            return {"role": turn.role, "content": turn.text.replace(IMAGE_MARK, self.placeholder)}
-        content: list[dict[str, str]] = []
-        pieces = turn.text.split(IMAGE_MARK)
-        for i, piece in enumerate(pieces):
-            # LLaVA's files put a line break beside a mark; the template writes its own.
-            text = piece.lstrip("\n") if i > 0 else piece
-            text = text.rstrip("\n") if i < len(pieces) - 1 else text
-            content += [{"type": "image"}] if i > 0 else []
-            content += [{"type": "text", "text": text}] if text else []
-        return {"role": turn.role, "content": content}
+    def _answer_end(self, segment: str, turn: Turn) -> int:
+        """End of the answer in what follows its prompt: after its last stop token, or before the template's tail."""
+        at = self._end_within(segment, 0, turn)
+        if not self._has_stop:
+            return max(at, len(segment) - len(self._tail) if segment.endswith(self._tail) else 0)
+        stops = list(self._stop.finditer(segment, at))
+        if not stops:
+            raise ChatError(f"template changes an answer: no stop token after {turn.text[:60]!r}")
+        return stops[-1].end()
 
-    def _refuse_special(self, turns: Sequence[Turn]) -> None:
-        for turn in turns:
-            text = turn.text.replace(IMAGE_MARK, "") if turn.role == "user" else turn.text
-            if found := self._special.search(text):
-                raise ChatError(f"special token in the text: the {turn.role} says {found.group()!r}")
+    def _end_within(self, text: str, start: int, turn: Turn) -> int:
+        """End of all that a turn says and calls, which must stand in a text from ``start`` on."""
+        at = start
+        for said in self._parts(turn, text):
+            first = at + self._head if not turn.reasoning and at == start else at
+            found = next(
+                (place + len(each) for each in (said, said.strip()) if (place := _find(text, each, first, at)) >= 0), -1
+            )
+            if found < 0:
+                raise ChatError(f"template changes an answer: {said[:60]!r} became {text[start:][:60]!r}")
+            at = found
+        for call in tool_calls(turn):
+            name = call["function"]["name"]
+            if (found := text.find(name, start)) < 0:
+                raise ChatError(f"template changes an answer: the call of {name} is not written")
+            at = max(at, found + len(name))
+        return at
 
-    def _learn_layout(self) -> None:
-        """Find out whether the template takes each role's content as parts or as a string."""
-        wanted: dict[Role, list[Turn]] = {
-            "user": [Turn("user", _FIRST_QUESTION)],
-            "assistant": [Turn("user", _FIRST_QUESTION), Turn("assistant", _FIRST_ANSWER)],
-            "system": [Turn("system", _SECOND_ANSWER), Turn("user", _FIRST_QUESTION)],
-        }
-        for role, turns in wanted.items():
-            if not self._understands(role, turns):
-                self._in_parts[role] = False
-                if not self._understands(role, turns) and role != "system":  # an error only where a system turn occurs
-                    self._raw(turns)
-                    raise ChatError(f"template loses text: a turn of the {role} is not written")
-
-    def _understands(self, role: Role, turns: list[Turn]) -> bool:
-        try:
-            text = self._raw(turns)
-        except ChatError:
-            return False
-        said = next(turn.text for turn in turns if turn.role == role)
-        return said in text and "'type'" not in text and '"type"' not in text
-
-    def _learn_placeholder(self) -> str:
-        if not self._in_parts["user"]:
-            token = getattr(self._processing.processor, "image_token", None)
-            if not isinstance(token, str):
-                raise ChatError("no image placeholder: neither the template nor the processor has one")
-            return token
-        with_image = self._raw([Turn("user", IMAGE_MARK + _FIRST_QUESTION)])
-        without = self._raw([Turn("user", _FIRST_QUESTION)])
-        for head_first in (True, False):
-            added = _inserted(with_image, without, head_first)
-            if self._special.search(added):
-                return added
-        raise ChatError("template loses pictures: it writes no placeholder for one")
+    def _parts(self, turn: Turn, text: str) -> list[str]:
+        said = [turn.text]
+        if turn.text.strip() not in text:  # reasoning within the answer, which the template takes apart
+            said = [piece for piece in _THINK_MARKS.split(turn.text) if piece.strip()]
+        return [turn.reasoning, *said] if turn.reasoning else said
 
     def _learn_answer(self) -> None:
-        """Find out where an answer begins in its segment, and whether the template ends it with a stop token."""
-        full = self._raw(_TRIAL_TURNS[:2])
-        segment = full[self._prefix(full, _TRIAL_TURNS[:1], True) :]
-        self._head = max(0, segment.find(_FIRST_ANSWER))
-        self._has_stop = self._answer_end(segment, _FIRST_ANSWER)[1]
+        """Find out where an answer begins and ends in its segment, and whether the template writes a stop token."""
+        prompt, alone = self._template.write(TRIAL_TURNS[:1], True), self._template.write(TRIAL_TURNS[:2])
+        if not alone.startswith(prompt):
+            header = common_length(prompt, alone)
+            self._opening = prompt[header:]
+            added = prompt[common_length(prompt, self._template.write(TRIAL_TURNS[:1])) :]
+            if not _THINK.search(added):
+                raise ChatError(
+                    "template rewrites turns: after its generation prompt the text is not what it was without"
+                )
+            log_decision(
+                "data.generation_prompt",
+                f"answers are learned without {self._opening!r}",
+                "the chat template writes them without what its generation prompt ends with",
+            )
+        segment = alone[self._answer_start(prompt, alone) :]
+        self._head = max(0, segment.find(ANSWER))
+        self._tail = segment[self._head + len(ANSWER) :]
+        self._has_stop = self._stop.search(self._tail) is not None
         if not self._has_stop:
-            log_decision("data.stop_token", self._eos(), "the tokenizer's eos: the chat template ends no answer itself")
+            log_decision(
+                "data.stop_token", self._missing_stop, "the tokenizer's eos: the chat template ends no answer itself"
+            )
+
+    def _thinks(self) -> bool:
+        """Whether the template has a place for reasoning, so that it may write earlier answers without one."""
+        texts = (self._template.write(TRIAL_TURNS[:1], True), self._template.write(TRIAL_TURNS[:2]))
+        return self._template.reads_reasoning or any(_THINK.search(text) for text in texts)
 
 
-def _any_of(texts: frozenset[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
-
-
-def _inserted(longer: str, shorter: str, head_first: bool) -> str:
-    """The middle part that ``longer`` has in addition; where ambiguous, the common part is matched at one end first."""
-    head, tail = _common(longer, shorter), _common(longer[::-1], shorter[::-1])
-    if head_first:
-        tail = min(tail, len(shorter) - head)
-    else:
-        head = min(head, len(shorter) - tail)
-    return longer[head : len(longer) - tail].strip()
-
-
-def _common(a: str, b: str) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+def _find(text: str, said: str, first: int, at: int) -> int:
+    return first if text.startswith(said, first) else text.find(said, at)
 
 
 Span = tuple[int, int]

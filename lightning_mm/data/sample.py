@@ -66,9 +66,17 @@ class Sample:
     sizes: tuple[tuple[int, int], ...] = field(default=(), compare=False)
 
     @property
+    def has_images(self) -> bool:
+        """Whether there is anything to see, frames of a video included."""
+        return bool(self.images or self.videos)
+
+    @property
     def answers(self) -> tuple[int, ...]:
-        """Indices of the assistant turns, each the answer to one question."""
-        return tuple(i for i, turn in enumerate(self.turns) if turn.role == "assistant")
+        """Indices of the assistant turns that are learned, each the answer to one question.
+
+        A turn that is context only is no reference either: nobody asks for it in validation or test.
+        """
+        return tuple(i for i, turn in enumerate(self.turns) if turn.role == "assistant" and turn.train)
 
 
 @dataclass(frozen=True)

@@ -200,7 +200,7 @@ USELESS = {
         "rewrites turns",
     ),
     "begins an answer otherwise": (
-        CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>"),
+        CHATML.replace("<|im_start|>assistant\n", "<|im_start|>assistant\nSure: "),
         "generation",
     ),
     "is not Jinja": ("{% for %}", "template refuses"),
