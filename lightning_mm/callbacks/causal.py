@@ -38,7 +38,7 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.image_source import image_file
-from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
+from lightning_mm.data.sample import IMAGE_MARK, VIDEO_MARK, Rejection, Sample, Turn
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 
 PARTS = ("ablation", "knockout", "flow", "trace")
@@ -222,11 +222,16 @@ def conversation(question: Question) -> Sample:
 
 
 def first_turns(samples: Sequence[Sample]) -> tuple[Question, ...]:
-    """The first question and answer of each conversation, without constraints; system turns are left out."""
+    """The first question and answer of each conversation, without constraints; system turns are left out.
+
+    So are conversations whose first answer is context only, or whose first question is about a video.
+    """
     made = []
     for sample in samples:
         turns = [turn for turn in sample.turns if turn.role != "system"]
-        if len(turns) >= 2 and turns[0].role == "user" and turns[1].role == "assistant":
+        if len(turns) < 2 or VIDEO_MARK in turns[0].text:
+            continue
+        if turns[0].role == "user" and turns[1].role == "assistant" and turns[1].train:
             text = turns[0].text.replace(IMAGE_MARK, "").strip()
             images = tuple(image_file(image) for image in sample.images[: turns[0].text.count(IMAGE_MARK)])
             group = str(images[0]) if images else sample.id

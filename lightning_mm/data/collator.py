@@ -3,114 +3,29 @@
 A sample that cannot be used is rejected with its reason; the rest of the batch stays. Collators use no randomness and
 keep no state between calls.
 
-Data flow: list[Sample] -> decoded images, text of the chat template -> one call of the processor -> ``Batch``;
+Data flow: list[Sample] -> ``sample_encoder`` (decoded images, text of the chat template, one call of the processor) ->
+token positions of the answers, truncation -> ``Batch``;
 list[(Sample, turn)] -> the same up to that turn, ending with the generation prompt -> ``PromptBatch``.
 
 Shapes: B samples, L tokens after padding, S supervised positions of the whole batch.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
+from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import chat
 from lightning_mm.data import images as pictures
 from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
-from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
-from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample
+from lightning_mm.data.chat import ChatError
+from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder, gray_image
 from lightning_mm.models.processor import Encoding, ModelProcessor
 
-Side = Literal["left", "right"]
-# What image processors raise on an image that they cannot process.
-ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, OSError)
-
-
-@dataclass(frozen=True)
-class RenderedSample:
-    """One sample, ready for the processor.
-
-    Args:
-        sample: The conversation.
-        images: Its decoded images.
-        rendered: Its text by the chat template.
-        turn: Index of the turn to be generated, in prompts; -1 otherwise.
-    """
-
-    sample: Sample
-    images: list[Image.Image]
-    rendered: Rendered
-    turn: int = -1
-
-
-class SampleEncoder:
-    """Decodes images and calls the processor; used by every collator.
-
-    Args:
-        processing: The model's processor.
-        max_length: Limit on the tokens of a row; None sets none.
-        max_megapixels: Limit on the size of an image, in megapixels.
-    """
-
-    def __init__(self, processing: ModelProcessor, max_length: int | None, max_megapixels: float) -> None:
-        self.processing, self.max_length, self.max_megapixels = processing, max_length, max_megapixels
-        self.chat = ChatRenderer(processing)
-
-    def images(self, sample: Sample, num_images: int, rejected: list[Rejection]) -> list[Image.Image]:
-        """The decoded images of a sample.
-
-        Args:
-            sample: The conversation.
-            num_images: Number of images to decode, from the first on.
-            rejected: A note on animated images is added to it.
-        """
-        loaded = [pictures.load(path, self.max_megapixels) for path in sample.images[:num_images]]
-        if any(picture.is_animated for picture in loaded):
-            rejected.append(Rejection(sample.origin, "animated image: its first frame is used", "cut"))
-        return [picture.image for picture in loaded]
-
-    def encode(
-        self, rows: list[RenderedSample], side: Side, rejected: list[Rejection]
-    ) -> tuple[list[RenderedSample], Encoding | None]:
-        """The rows that the processor accepts, and their encoding (None where it accepts none).
-
-        All rows are encoded in one call; if the processor raises, those that it accepts one by one.
-
-        Args:
-            rows: Samples to encode.
-            side: Side of the padding.
-            rejected: Samples that the processor refuses are added to it.
-        """
-        if not rows:
-            return [], None
-        try:
-            return rows, self._call(rows, side)
-        except ENCODE_ERRORS as error:
-            if len(rows) == 1:
-                rejected.append(Rejection(rows[0].sample.origin, f"processor refuses: {_first_line(error)}"))
-                return [], None
-            good = [row for row in rows if self.encode([row], side, rejected)[0]]
-            if len(good) < len(rows):
-                return self.encode(good, side, rejected)
-            raise UserError(
-                "The model's processor takes these samples one by one but not together.",
-                f"{_first_line(error)} ({', '.join(row.sample.origin for row in rows)})",
-                "Set data.batch_size to 1.",
-            ) from error
-
-    def _call(self, rows: list[RenderedSample], side: Side) -> Encoding:
-        return self.processing.encode([row.rendered.text for row in rows], [row.images for row in rows], side)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().split("\n")[0] or type(error).__name__)[:300]
-
-
-_GRAY = (127, 127, 127)
 _MAX_SUBSTITUTES = 64
 
 
@@ -124,6 +39,7 @@ class Collator:
         max_megapixels: Limit on the size of an image, in megapixels.
         reserve: Samples that replace a batch of which every sample is rejected. The batch then supervises nothing, but
             the model runs, and no rank waits for another.
+        options: Further arguments of ``SampleEncoder``: max_images, video_frames, special_tokens.
 
     Raises:
         UserError: The model's chat template cannot be used.
@@ -136,14 +52,20 @@ class Collator:
         *,
         max_megapixels: float = 40.0,
         reserve: Sequence[Sample] = (),
+        **options: Any,
     ) -> None:
-        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels, **options)
         self._reserve = reserve
 
     @property
     def processing(self) -> ModelProcessor:
         """The model's processor."""
         return self._encoder.processing
+
+    @property
+    def video_frames(self) -> int:
+        """Frames per video."""
+        return self._encoder.video_frames
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A batch of the samples that can be used.
@@ -165,7 +87,7 @@ class Collator:
             raise UserError(
                 f"None of {len(samples)} samples can be made into a batch.",
                 f"{first.origin}: {first.reason}.",
-                "If it is the length, raise data.max_length; otherwise mend or remove such rows.",
+                "If it is the length, raise data.max_length or set data.max_pixels; else mend or remove such rows.",
             )
         return replace(batch, rejected=tuple(rejected))
 
@@ -194,16 +116,18 @@ class Collator:
 
     def _row(self, sample: Sample, rejected: list[Rejection], blank_images: bool) -> RenderedSample | None:
         try:
-            rendered = self._encoder.chat.render(sample.turns)
-            if blank_images:
-                limit = self._encoder.max_megapixels
-                return RenderedSample(
-                    sample, [_gray_image(pictures.check_header(path, limit)) for path in sample.images], rendered
-                )
-            return RenderedSample(sample, self._encoder.images(sample, len(sample.images), rejected), rendered)
+            if not sample.answers:
+                raise ChatError("no answer: no turn of the row is to be learned")
+            row = self._encoder.row(sample, len(sample.turns), rejected, blank_images=blank_images)
+            if not row.rendered.spans:
+                raise ChatError("no answer: the chat template writes every one to be learned as context only")
         except (ChatError, pictures.BadImage) as error:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
+        if num := row.rendered.num_context:
+            reason = f"earlier answers: {num} only context, since the chat template writes them without reasoning"
+            rejected.append(Rejection(sample.origin, reason, "cut"))
+        return row
 
     def _answers(self, row: RenderedSample, encoding: Encoding, b: int) -> list[int]:
         """Token positions of the answers of row ``b``."""
@@ -219,7 +143,8 @@ class Collator:
             return None
         image_positions = self._is_image(encoding.inputs["input_ids"][b]).nonzero()
         if len(image_positions) and int(image_positions[-1]) >= limit:
-            return f"too long: image tokens up to {int(image_positions[-1]) + 1}, the limit is {limit}"
+            last = int(image_positions[-1]) + 1
+            return f"too long: image tokens up to {last}, the limit is {limit}; data.max_pixels makes pictures smaller"
         if answer[0] >= limit:
             return f"too long: the first answer begins at token {answer[0] + 1}, the limit is {limit}"
         return None
@@ -257,6 +182,7 @@ class PromptCollator:
         max_length: Limit on the tokens of a question; a longer one is rejected, never truncated. None sets no limit.
         max_megapixels: Limit on the size of an image, in megapixels.
         blank_images: Whether each image is replaced by a gray one of its size: the baseline without image content.
+        options: Further arguments of ``SampleEncoder``: max_images, video_frames, special_tokens.
     """
 
     def __init__(
@@ -266,8 +192,9 @@ class PromptCollator:
         *,
         max_megapixels: float = 40.0,
         blank_images: bool = False,
+        **options: Any,
     ) -> None:
-        self._encoder = SampleEncoder(processing, max_length, max_megapixels)
+        self._encoder = SampleEncoder(processing, max_length, max_megapixels, **options)
         self._blank_images = blank_images
 
     def __call__(self, questions: Sequence[tuple[Sample, int]]) -> PromptBatch:
@@ -294,21 +221,12 @@ class PromptCollator:
         )
 
     def _row(self, sample: Sample, turn: int, rejected: list[Rejection]) -> RenderedSample | None:
-        before = sample.turns[:turn]
         try:
-            rendered = self._encoder.chat.render(before, add_generation_prompt=True)
-            num_images = sum(turn.text.count(IMAGE_MARK) for turn in before)
-            images = self._encoder.images(sample, num_images, rejected)
+            row = self._encoder.row(sample, turn, rejected, to_generate=True)
         except (ChatError, pictures.BadImage) as error:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
-        if self._blank_images:
-            images = [_gray_image(image.size) for image in images]
-        return RenderedSample(sample, images, rendered, turn)
-
-
-def _gray_image(size: tuple[int, int]) -> Image.Image:
-    return Image.new("RGB", size, _GRAY)
+        return replace(row, images=[gray_image(image.size) for image in row.images]) if self._blank_images else row
 
 
 def _truncate(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:

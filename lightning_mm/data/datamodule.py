@@ -27,9 +27,17 @@ from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable
-from lightning_mm.data.sample import Sample, SampleQuestion, most_frequent_answers, questions_of, sort_by_answer_length
+from lightning_mm.data.sample import (
+    Rejection,
+    Sample,
+    SampleQuestion,
+    most_frequent_answers,
+    questions_of,
+    sort_by_answer_length,
+)
 from lightning_mm.data.split import Split, SplitOptions, open_split, rows_unchecked
-from lightning_mm.data.token_lengths import TokenLengths, measure_token_lengths
+from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths, measure_token_lengths
+from lightning_mm.models.pixel_bounds import PixelBounds
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 
 DataSource = str | dict[str, Any] | list[str | dict[str, Any]] | None
@@ -43,8 +51,8 @@ _ELSEWHERE = {
 """What is meant by an argument that a user may guess."""
 
 
-_TRIALS = 64
-"""Batches that are tried for an example, before none is found."""
+_MAX_EXAMPLES = 32
+"""Rows from the first on, and as many from all over the data, that are tried until one can be used."""
 
 
 class MMDataModule(L.LightningDataModule):
@@ -71,6 +79,16 @@ class MMDataModule(L.LightningDataModule):
         fetch: Whether pictures named by http addresses are downloaded; a row with one is dropped if not.
         cache_dir: Folder that rows are kept in, once read; ``lightning_mm/data`` in ``$XDG_CACHE_HOME`` or ``~/.cache``
             if not given.
+        min_pixels: Smallest width times height that the model sees; a smaller picture is enlarged. As its processor has
+            it if not given.
+        max_pixels: Largest width times height that the model sees; a larger picture is reduced. Fewer pixels are fewer
+            tokens. As its processor has it if not given. Both are exported with the processor where that has options
+            for them.
+        max_images: Most pictures of a row, frames of videos not counted; a row with more falls out. No limit if not
+            given.
+        video_frames: Frames of a video that the model sees, evenly spaced in time.
+        special_tokens: Special tokens of the tokenizer that texts may contain, such as those around boxes; a row with
+            another one falls out.
         generation_samples: How many validation questions, from the first on, are answered by generation; all if not
             given.
         processor: Folder or hub name of the model that the processor is loaded from, or a loaded processor; the
@@ -105,6 +123,11 @@ class MMDataModule(L.LightningDataModule):
         follow_links: bool = False,
         fetch: bool = False,
         cache_dir: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        max_images: int | None = None,
+        video_frames: int = 8,
+        special_tokens: list[str] | None = None,
         generation_samples: int | None = None,
         processor: Any = "",
         revision: str | None = None,
@@ -118,7 +141,7 @@ class MMDataModule(L.LightningDataModule):
         refuse_unknown(MMDataModule, unknown, _ELSEWHERE)
         self.arguments = arguments
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
-        _refuse_below(1, max_tokens=max_tokens)
+        _refuse_below(1, max_tokens=max_tokens, max_images=max_images, video_frames=video_frames)
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
         self.paths = {"train": train, "val": val, "test": test, "predict": predict}
@@ -126,6 +149,14 @@ class MMDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.max_megapixels = max_length, max_megapixels
         self.max_tokens, self.group_by_length = max_tokens, group_by_length
+        self.bounds = PixelBounds(min_pixels, max_pixels)
+        self.video_frames = video_frames
+        self._row_options: dict[str, Any] = {
+            "max_megapixels": max_megapixels,
+            "max_images": max_images,
+            "video_frames": video_frames,
+            "special_tokens": tuple(special_tokens or ()),
+        }
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
         self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
@@ -165,8 +196,12 @@ class MMDataModule(L.LightningDataModule):
     @property
     def processing(self) -> ModelProcessor:
         """The model's processor: this data module's own, or that of the module in training."""
-        if isinstance(self.processor, ModelProcessor):
-            return self.processor
+        found = self.processor if isinstance(self.processor, ModelProcessor) else self._unbounded_processing
+        found.bound_pixels(self.bounds)
+        return found
+
+    @property
+    def _unbounded_processing(self) -> ModelProcessor:
         return self._own_processing if self.processor else self._module_processing
 
     @property
@@ -221,6 +256,7 @@ class MMDataModule(L.LightningDataModule):
                 self.processing,
                 max_length=self.max_length,
                 max_megapixels=self.max_megapixels,
+                video_frames=self.video_frames,
             )
             self._measured = self.processing, lengths
         return self._measured[1]
@@ -311,27 +347,42 @@ class MMDataModule(L.LightningDataModule):
         return [batch for batch in made if batch.num_supervised]
 
     def example_batch(self, count: int = 1) -> Batch:
-        """A batch of the first conversations with images, to measure a step with.
+        """A batch of the first conversations with images, to measure a step with; of others where these are unusable.
 
         Args:
             count: Number of conversations, or fewer where there are fewer.
 
         Raises:
-            UserError: No file is given, or nothing in it can be used.
+            UserError: No file is given, or none of the rows tried can be used.
         """
         split = next((split for split, path in self.paths.items() if path is not None), None)
         if split is None:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
         samples = self._table(split)
-        collator = self.collator()
-        with_images = np.argsort(samples.num_images() == 0, kind="stable")[: _TRIALS * count].tolist()
-        ordered = [samples[index] for index in with_images]
-        for start in range(0, len(ordered) - count, count):
-            try:
-                return collator(ordered[start : start + count])
-            except UserError:  # a loader will record the rejection; here other samples serve as well
-                continue
-        return collator(ordered[-count:])
+        rows = np.argsort(samples.num_images() == 0, kind="stable")  # those with images first
+        drawn = dict.fromkeys([*rows[:_MAX_EXAMPLES], *rows[:: max(1, len(rows) // _MAX_EXAMPLES)]])
+        tried = [samples[int(row)] for row in drawn]
+        collator, rejected = self.collator(), list[Rejection]()
+        for start in range(0, len(tried), count):
+            # A loader will record the rejections; here other samples serve as well.
+            if (batch := collator.collate_valid(tried[start : start + count], rejected)) is not None:
+                return batch
+        raise self._no_example(tried, rejected)
+
+    def _no_example(self, tried: Sequence[Sample], rejected: Sequence[Rejection]) -> UserError:
+        """Why none of the first rows can be made into a batch; with their lengths where these are the reason."""
+        first = next(each for each in rejected if each.kind == "dropped")
+        what = f"None of {len(tried)} rows from all over the data can be used."
+        cause = f"{first.origin}: {first.reason}."
+        if not all(each.reason.startswith("too long") for each in rejected if each.kind == "dropped"):
+            return UserError(what, cause, "Mend or remove such rows.")
+        lengths = sorted(local_token_lengths(tried, self.processing, self.max_megapixels, self.video_frames))
+        return UserError(
+            what,
+            f"They have {lengths[0]} tokens and more, {lengths[len(lengths) // 2]} in the median; data.max_length is "
+            f"{self.max_length}. The first of them: {cause}",
+            "Raise data.max_length, or give data.max_pixels, so that pictures take fewer tokens.",
+        )
 
     def majority_answers(self) -> dict[str, str]:
         """Question type -> most frequent training answer: the baseline that ignores the question.
@@ -372,12 +423,10 @@ class MMDataModule(L.LightningDataModule):
 
     def collator(self, reserve: Sequence[Sample] = ()) -> Collator:
         """Makes training batches of this model; ``reserve`` stands in where all rows of a batch are unusable."""
-        return Collator(self.processing, self.max_length, max_megapixels=self.max_megapixels, reserve=reserve)
+        return Collator(self.processing, self.max_length, reserve=reserve, **self._row_options)
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
-        return PromptCollator(
-            self.processing, self.max_length, max_megapixels=self.max_megapixels, blank_images=blank_images
-        )
+        return PromptCollator(self.processing, self.max_length, blank_images=blank_images, **self._row_options)
 
 
 def _refuse_below(least: int, **options: int | None) -> None:

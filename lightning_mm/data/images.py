@@ -32,7 +32,7 @@ MIN_SIDE = 4
 MAX_ASPECT = 100
 _ON_ITS_SIDE = range(5, 9)
 # What PIL's decoders raise on malformed files.
-_DECODE_ERRORS = (
+DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -88,7 +88,7 @@ def check_header(path: ImageSource, max_megapixels: float = 40.0) -> tuple[int, 
     Raises:
         BadImage: Not an image, or outside the limits.
     """
-    with _open(path, max_megapixels) as image:
+    with opened(path, max_megapixels) as image:
         width, height = image.size
         # Without "exif", getexif() would decode a whole PNG to look behind its pixels.
         is_turned = "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation, 1) in _ON_ITS_SIDE
@@ -111,7 +111,7 @@ def check_image(path: ImageSource, max_megapixels: float, decode: bool) -> tuple
     """
     size = check_header(path, float("inf"))
     if size[0] * size[1] <= max_megapixels * 1e6 and (decode or not _has_end(path)):
-        with _open(path, max_megapixels) as image, _bad_if_not_decoded(path):
+        with opened(path, max_megapixels) as image, _bad_if_not_decoded(path):
             image.draft(None, (1, 1))
             image.load()
     return size
@@ -150,12 +150,12 @@ def load(path: ImageSource, max_megapixels: float = 40.0) -> DecodedImage:
     Raises:
         BadImage: Not an image, outside the limits, truncated or damaged.
     """
-    with _open(path, max_megapixels) as image, _bad_if_not_decoded(path):
+    with opened(path, max_megapixels) as image, _bad_if_not_decoded(path):
         # The second frame of an MPO is a camera's by-product (gain map, stereo view).
         is_animated = bool(getattr(image, "is_animated", False)) and image.format != "MPO"
         image.load()
         is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return DecodedImage(_to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
+        return DecodedImage(to_rgb(path, ImageOps.exif_transpose(image)), is_animated, is_turned)
 
 
 @contextmanager
@@ -165,18 +165,24 @@ def _bad_if_not_decoded(path: ImageSource) -> Iterator[None]:
             yield
     except BadImage:
         raise
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise BadImage(path, f"image does not decode: {error}") from error
 
 
 @contextmanager
-def _open(path: ImageSource, max_megapixels: float) -> Iterator[Image.Image]:
+def opened(path: ImageSource, max_megapixels: float) -> Iterator[Image.Image]:
+    """An image whose header is within the limits, with no pixel decoded yet. Raises BadImage otherwise.
+
+    Args:
+        path: The file, or where its content is.
+        max_megapixels: Limit on width times height, in megapixels.
+    """
     try:
         with catch_warnings():
             # PIL warns from 89 megapixels on; our own limit is checked next.
             simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path if isinstance(path, Path) else BytesIO(path.read_bytes()), formats=FORMATS)
-    except _DECODE_ERRORS as error:
+    except DECODE_ERRORS as error:
         raise BadImage(path, _why_not_opened(path, error)) from error
     with image:
         check_size(path, image.size, max_megapixels)
@@ -194,7 +200,16 @@ def _why_not_opened(path: ImageSource, error: Exception) -> str:
 
 
 def check_size(path: ImageSource, size: tuple[int, int], max_megapixels: float) -> None:
-    """Raise a ``BadImage`` where width and height in pixels are outside the limits."""
+    """Refuse an image by its width and height in pixels.
+
+    Args:
+        path: The image.
+        size: Width and height.
+        max_megapixels: Limit on their product, in megapixels.
+
+    Raises:
+        BadImage: It is outside the limits.
+    """
     width, height = size
     if width * height > max_megapixels * 1e6:
         raise BadImage(path, f"image too large: {width} x {height} is over {max_megapixels:g} megapixels")
@@ -214,7 +229,13 @@ def _whole_files_only() -> Iterator[None]:
         ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
-def _to_rgb(path: ImageSource, image: Image.Image) -> Image.Image:
+def to_rgb(path: ImageSource, image: Image.Image) -> Image.Image:
+    """An image in mode RGB, 8 bit. Raises BadImage for floating-point pixels.
+
+    Args:
+        path: The image, for the message.
+        image: Its pixels.
+    """
     if image.mode == "F":
         raise BadImage(path, "image has floating-point pixels: there is no one way to show them")
     if image.mode.startswith("I"):

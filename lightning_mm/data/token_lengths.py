@@ -18,20 +18,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
+from lightning_mm.data import videos
 from lightning_mm.data.chat import ChatError, ChatRenderer
-from lightning_mm.data.collator import ENCODE_ERRORS
 from lightning_mm.data.image_source import ImageSource
 from lightning_mm.data.images import BadImage, check_header
 from lightning_mm.data.sample import IMAGE_MARK, Sample, Turn
+from lightning_mm.data.sample_encoder import ENCODE_ERRORS, gray_image, with_frames
 from lightning_mm.models.processor import ModelProcessor
 
 Size = tuple[int, int]
-_GRAY = (127, 127, 127)
 _CHUNK = 1024
 _MAX_SIZES = 256
 _CELL = math.log(1.05)
@@ -71,6 +70,7 @@ def measure_token_lengths(
     max_length: int | None = None,
     max_megapixels: float = 40.0,
     sizes: Mapping[ImageSource, Size] | None = None,
+    video_frames: int = 8,
 ) -> TokenLengths:
     """Lengths of samples, equal on every rank; each rank measures its share.
 
@@ -80,9 +80,10 @@ def measure_token_lengths(
         max_length: Length in tokens at which longer rows are truncated; None truncates none.
         max_megapixels: Limit on the size of an image, in megapixels.
         sizes: Width and height in pixels, as displayed, of images whose headers have been read; None reads all headers.
+        video_frames: Frames per video.
     """
     rank, world_size = rank_and_world_size()
-    meter = _LengthMeter(processing, max_megapixels, dict(sizes or {}))
+    meter = _LengthMeter(processing, max_megapixels, dict(sizes or {}), video_frames)
     rows = meter.measure(samples[rank::world_size])
     parts = all_gather_object(rows)
     whole = torch.zeros(len(samples), 2, dtype=torch.float64)
@@ -94,11 +95,27 @@ def measure_token_lengths(
     return TokenLengths(tokens, whole[:, 1].contiguous())
 
 
+def local_token_lengths(
+    samples: Sequence[Sample], processing: ModelProcessor, max_megapixels: float = 40.0, video_frames: int = 8
+) -> list[int]:
+    """Tokens of each sample, measured by this rank alone.
+
+    Args:
+        samples: As for ``measure_token_lengths``.
+        processing: As for ``measure_token_lengths``.
+        max_megapixels: As for ``measure_token_lengths``.
+        video_frames: As for ``measure_token_lengths``.
+    """
+    return [tokens for tokens, _ in _LengthMeter(processing, max_megapixels, {}, video_frames).measure(samples)]
+
+
 class _LengthMeter:
     """Measures samples with one processor; keeps the sizes and token counts of images."""
 
-    def __init__(self, processing: ModelProcessor, max_megapixels: float, sizes: dict[ImageSource, Size]) -> None:
-        self._processing, self._max_megapixels = processing, max_megapixels
+    def __init__(
+        self, processing: ModelProcessor, max_megapixels: float, sizes: dict[ImageSource, Size], video_frames: int
+    ) -> None:
+        self._processing, self._max_megapixels, self._video_frames = processing, max_megapixels, video_frames
         self._chat = ChatRenderer(processing)
         self._sizes: dict[ImageSource, Size | None] = {**sizes}
         self._questions = [
@@ -107,24 +124,29 @@ class _LengthMeter:
         self._text_tokens = processing.num_tokens(self._questions)
         self._weight = vision_weight(processing.config)
         self._image_costs: dict[tuple[Size, bool], tuple[int, float]] = {}
+        self._clips: dict[ImageSource, list[Size]] = {}
 
     def measure(self, samples: Sequence[Sample]) -> list[tuple[int, float]]:
         """Tokens and vision cost of each sample."""
         self._read_headers({path for sample in samples for path in sample.images})
-        representatives = _representative_sizes({size for size in self._sizes.values() if size})
+        self._clips = {video: self._clip(video) for sample in samples for video in sample.videos}
+        frames = {size for sizes in self._clips.values() for size in sizes}
+        representatives = _representative_sizes({size for size in self._sizes.values() if size} | frames)
         rows = []
         for start in range(0, len(samples), _CHUNK):
             chunk = samples[start : start + _CHUNK]
             texts = self._processing.num_tokens([self._text(sample) for sample in chunk])
             for sample, tokens in zip(chunk, texts, strict=True):
                 sizes = [size for path in sample.images if (size := self._sizes[path])]
+                sizes += [size for video in sample.videos for size in self._clips[video]]
                 seen = [self._image_cost(representatives[size], len(sizes) > 1) for size in sizes]
                 rows.append((tokens + sum(t for t, _ in seen), sum(v for _, v in seen)))
         return rows
 
     def _text(self, sample: Sample) -> str:
+        turns = with_frames(sample.turns, [len(self._clips[video]) for video in sample.videos])
         try:
-            return self._chat.render_unmarked(sample.turns)
+            return self._chat.render_unmarked(turns, sample.tools)
         except ChatError:
             return "".join(turn.text for turn in sample.turns)
 
@@ -132,6 +154,13 @@ class _LengthMeter:
         missing = sorted(paths - self._sizes.keys(), key=str)
         with ThreadPoolExecutor(8) as pool:
             self._sizes.update(zip(missing, pool.map(self._size, missing), strict=True))
+
+    def _clip(self, video: ImageSource) -> list[Size]:
+        """Width and height of each frame of a video; empty where it cannot be read."""
+        try:
+            return videos.check_header(video, self._video_frames, self._max_megapixels)
+        except BadImage:
+            return []
 
     def _size(self, path: ImageSource) -> Size | None:
         try:
@@ -143,7 +172,7 @@ class _LengthMeter:
         """Tokens that an image adds to its placeholder, alone or beside another image, and its vision cost."""
         if (size, has_others) not in self._image_costs:
             count = 2 if has_others else 1
-            blanks = [Image.new("RGB", size, _GRAY)] * count
+            blanks = [gray_image(size)] * count
             try:
                 inputs = self._processing.encode([self._questions[has_others]], [blanks], "right").inputs
                 tokens = inputs["input_ids"].shape[1] - self._text_tokens[has_others]

@@ -189,6 +189,7 @@ class TrainingStep:
         storage_dtype: StorageDtype = (
             ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         )
+        facts = {**facts, "video_frames": collator.video_frames}
         store = open_store(settings, part, collator.processing, facts, storage_dtype)
         if settings.mode == "auto" and epochs < _MIN_EPOCHS and not len(store):
             log_decision(

@@ -38,9 +38,15 @@ class ModelAndData(EvaluationSteps):
                 self._loaded = (loaded,)
         return loaded
 
-    @cached_property
+    @property
     def processing(self) -> ModelProcessor:
-        """The model's processor, which the data module takes too."""
+        """The model's processor, which the data module takes too, with its bounds on pixels."""
+        if (data := self._files) is not None:
+            self._unbounded_processing.bound_pixels(data.bounds)
+        return self._unbounded_processing
+
+    @cached_property
+    def _unbounded_processing(self) -> ModelProcessor:
         (loaded,) = self._loaded
         if self._given_processor is not None:
             config: Any = loaded.config if loaded is not None else read_config(self.backbone)

@@ -68,7 +68,7 @@ def micro_batches(
         own.batch_size = own.batch_size if batch_size is None else batch_size
         if (own.processor, own.revision) != (backbone.path, backbone.revision):
             own.processor, own.revision = backbone.path, backbone.revision
-            vars(own).pop("processing", None)
+            vars(own).pop("_own_processing", None)
         return list(islice(iter(own.train_dataloader()), _BATCHES))
     text, supervised = lengths.text_tokens or _TEXT, lengths.supervised or _SUPERVISED
     if not lengths.are_given:

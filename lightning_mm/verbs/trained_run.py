@@ -33,6 +33,7 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
     saved = state.read_checkpoint(checkpoint)
     module: MMModule = config.model
     module.resume_from(saved)
+    module.processing.bound_pixels(config.data.bounds)
     if not quantized and module.backbone.quantization != "none":
         held = module.backbone.quantization
         module.backbone = replace(module.backbone, quantization="none")

@@ -20,9 +20,9 @@ from torch import Tensor
 from lightning_mm.data import chat
 from lightning_mm.data import images as image_files
 from lightning_mm.data.chat import ChatError
-from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Sample, Turn
+from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder
 from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import ModelProcessor

@@ -25,12 +25,12 @@ from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.data import chat
 from lightning_mm.data import images as pictures
 from lightning_mm.data.chat import ChatError, Rendered
-from lightning_mm.data.collator import RenderedSample, SampleEncoder
 from lightning_mm.data.dataloader import CheckedDataLoader, evaluation_loader
 from lightning_mm.data.probe_sets.build.patch_grids import NO_OBJECT_SITES, PatchGrids
 from lightning_mm.data.probe_sets.files import ProbeRow
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
+from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder
 from lightning_mm.models.processor import Encoding, ModelProcessor
 
 GRAY = (127, 127, 127)

@@ -102,6 +102,8 @@ def _values_by_row(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
     """The part of an input that belongs to each row: (L, ...) if the input is by token, else (n, ...)."""
     if _by_token(value, batch):
         return list(value)
+    if any(sample.videos for sample in batch.samples):
+        raise InseparableRowsError(f"{name}: a row does not say how many frames its videos gave")
     counts = [len(sample.images) for sample in batch.samples]
     by_row, by_image = len(value) == len(batch), len(value) == sum(counts)
     if by_row and (not by_image or set(counts) == {1}):
@@ -126,13 +128,15 @@ class RowKeys:
         self._digests: dict[tuple[ImageSource, int, int], str] = {}
 
     def __call__(self, sample: Sample) -> str:
-        """SHA-256 (hexadecimal) of the sample's turns and of the bytes of its images."""
-        turns = [[turn.role, turn.text] for turn in sample.turns]
-        images = [self._digest(path) for path in sample.images]
-        return hashlib.sha256(json.dumps([turns, images]).encode()).hexdigest()
+        """SHA-256 (hexadecimal) of all of a sample that decides its row of a batch, with the bytes of its images."""
+        turns = [[turn.role, turn.text, turn.train, turn.reasoning, turn.tool_calls] for turn in sample.turns]
+        files = [[self._digest(path) for path in given] for given in (sample.images, sample.videos)]
+        return hashlib.sha256(json.dumps([turns, files, sample.tools]).encode()).hexdigest()
 
     def _digest(self, path: ImageSource) -> str:
         try:
+            if isinstance(path, Path) and path.is_dir():
+                return hashlib.sha256("".join(map(self._digest, sorted(path.iterdir()))).encode()).hexdigest()
             stat = path.stat() if isinstance(path, Path) else None  # a table on disk never changes
             file_state = (path, stat.st_size if stat else 0, stat.st_mtime_ns if stat else 0)
             if file_state not in self._digests:

@@ -47,7 +47,7 @@ def caption_from_answer(sample: Sample) -> tuple[str, ...]:
         ('Two dogs on a beach',)
     """
     users = [turn for turn in sample.turns if turn.role == "user"]
-    answers = [turn for turn in sample.turns if turn.role == "assistant"]
+    answers = [sample.turns[i] for i in sample.answers]
     if len(users) != 1 or len(answers) != 1:
         return ()
     question = users[0].text.replace(IMAGE_MARK, "")
