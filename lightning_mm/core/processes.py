@@ -6,7 +6,10 @@ tell when one of them was killed.
 Data flow: a function and the arguments of each call -> worker processes, or this one -> what the calls return.
 """
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -90,7 +93,12 @@ def _unchanged(result: Any) -> Any:
     return result
 
 
+_PR_SET_PDEATHSIG = 1
+
+
 def _begin(worker: int) -> None:
+    if sys.platform == "linux":  # torch's workers notice the end of their parent only between two calls
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     # Threads of the tokenizers do not outlive a fork, and would be waited for.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

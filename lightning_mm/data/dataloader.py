@@ -165,7 +165,10 @@ class ResumableDataLoader(CheckedDataLoader):
         keys = [key for key in {**identity, **state} if key not in _POSITION]
         changed = {key: (state.get(key), identity.get(key)) for key in keys if state.get(key) != identity.get(key)}
         if changed and state["batches"] < state["num_batches"]:
-            changes = "; ".join(f"{key} was {old}, is {new}" for key, (old, new) in changed.items())
+            changes = "; ".join(
+                "the rows of data.train differ, or their order" if key == "rows" else f"{key} was {old}, is {new}"
+                for key, (old, new) in changed.items()
+            )
             raise UserError(
                 f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']} of "
                 f"{state['num_batches']} of epoch {state['epoch']}.",

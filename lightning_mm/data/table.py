@@ -164,6 +164,8 @@ def store_table(source: OpenSource, cache: Path, num_workers: int = 0) -> Stored
 
 
 def _convert(source: OpenSource, parts: list[tuple[int, Part]], folder: Path, num_workers: int) -> None:
+    for left in folder.glob("*.tmp"):  # by a process that was killed
+        left.unlink()
     jobs = [(source, part, folder, number) for number, part in parts]
     run_in_processes(_write_part, jobs, num_workers, f"reading {source.source.name}")
     size = sum(file.stat().st_size for file in folder.glob("*.arrow"))

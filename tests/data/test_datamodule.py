@@ -130,6 +130,20 @@ def test_fit_kill_and_resume(order: dict[str, Any], stop: int, module: Make, fol
     assert torch.equal(second.weight, whole.weight)
 
 
+@pytest.mark.parametrize("order", [{}, {"group_by_length": True}, {"max_tokens": 190}], ids=str)
+def test_a_shuffled_file_is_not_gone_on_with(order: dict[str, Any], module: Make, folder: Path) -> None:
+    """As many rows of the same lengths in another order: batches would be repeated and left out."""
+    with pytest.raises(InterruptedError):
+        trainer(folder, StopAt(4, folder / "k.ckpt")).fit(Recorder(), datamodule=module(**order))
+    rows = [row(index) for index in range(NUM_ROWS)]
+    write(folder / "train.json", [rows[1], rows[0], *rows[2:]])
+    with pytest.raises(UserError, match="order of samples cannot be continued") as caught:
+        trainer(folder).fit(Recorder(), datamodule=module(**order), ckpt_path=folder / "k.ckpt", weights_only=True)
+    assert "the rows of data.train differ" in caught.value.why
+    write(folder / "train.json", rows)
+    trainer(folder).fit(Recorder(), datamodule=module(**order), ckpt_path=folder / "k.ckpt", weights_only=True)
+
+
 def test_a_fit_without_validation_leaves_the_trainer_as_it_is(
     module: Make, folder: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

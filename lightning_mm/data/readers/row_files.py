@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from lightning_mm.data.readers import json_rows
 from lightning_mm.data.readers.compression import compression_of
 
-PART_BYTES = 32_000_000
+PART_BYTES = 8_000_000
 """About as much of a file is one part."""
 
 
