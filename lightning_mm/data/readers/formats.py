@@ -10,8 +10,11 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers.compression import SUFFIXES, compression_of, open_bytes
 from lightning_mm.data.readers.json_rows import stream_rows
 from lightning_mm.data.readers.object_rows import JsonObject
+from lightning_mm.data.readers.question_files import files_of
 from lightning_mm.data.readers.row_files import JsonLines, JsonList, JsonStream, RowFile
-from lightning_mm.data.readers.source_spec import Source
+from lightning_mm.data.readers.source_spec import ReadOptions, Source
+from lightning_mm.data.readers.table_files import ArrowFile, CsvFile, ParquetFile
+from lightning_mm.data.readers.tar_files import TarFile
 
 _LISTED = "Give JSON, JSONL, CSV, parquet, Arrow or a WebDataset tar"
 _REFUSED: tuple[tuple[bytes, str, str], ...] = (
@@ -35,14 +38,14 @@ _REFUSED: tuple[tuple[bytes, str, str], ...] = (
 _MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML file"))
 
 
-def open_row_file(path: Path, name: str, source: Source, split: str) -> RowFile:
+def open_row_file(path: Path, name: str, source: Source, options: ReadOptions) -> RowFile:
     """The reader of a file.
 
     Args:
         path: The file.
         name: What it is called in origins.
         source: What the user named, with its options.
-        split: Which split is wanted, where the file has several.
+        options: How it is read.
 
     Raises:
         UserError: It is of a kind that is not read, or empty.
@@ -53,7 +56,25 @@ def open_row_file(path: Path, name: str, source: Source, split: str) -> RowFile:
     except OSError as error:
         raise UserError(f"{path} cannot be read.", f"{error}.", "Check its permissions.") from error
     _refuse_other_kinds(path, head)
-    return _json_file(path, name, head, source, split)
+    packed = compression_of(path)
+    if head.startswith((b"PAR1", b"ARROW1", b"\xff\xff\xff\xff")) and packed is not None:
+        kind = "a parquet" if head.startswith(b"PAR1") else "an Arrow"
+        raise UserError(f"{path} is not read.", f"It is {kind} file within {packed}.", "Decompress it first.")
+    if head.startswith(b"PAR1"):
+        return ParquetFile(path, name)
+    if head.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+        return ArrowFile(path, name)
+    if head[257:262] == b"ustar":
+        return TarFile(path, name)
+    if suffix_of(path) in (".csv", ".tsv") or (suffix_of(path) == ".txt" and head[:1] not in (b"[", b"{")):
+        return CsvFile(path, name, "\t" if _is_tabbed(path, head) else ",")
+    return _json_file(path, name, head, source, options)
+
+
+def _is_tabbed(path: Path, head: bytes) -> bool:
+    """Whether a table's cells are between tabs: by its suffix, or a first line with tabs and no commas."""
+    first = head.partition(b"\n")[0]
+    return suffix_of(path) == ".tsv" or (b"\t" in first and b"," not in first)
 
 
 def suffix_of(path: Path) -> str:
@@ -80,7 +101,7 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
         raise UserError(f"{path} is not read.", f"It is {kind}{f', within {packed}' if packed else ''}.", f"{fix}.")
 
 
-def _json_file(path: Path, name: str, head: bytes, source: Source, split: str) -> RowFile:
+def _json_file(path: Path, name: str, head: bytes, source: Source, options: ReadOptions) -> RowFile:
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     if start == b"[":
         return JsonList(path, name)
@@ -93,7 +114,8 @@ def _json_file(path: Path, name: str, head: bytes, source: Source, split: str) -
                 raise
             return JsonLines(path, name)
         if len(first_two) == 1 and isinstance(first_two[0][1], dict):
-            return JsonObject(path, name, split, source.columns)
+            others = files_of(path, first_two[0][1])[1:]
+            return JsonObject(path, name, options.split, source.split, source.columns, options.answers_required, others)
         if b"\n" in head.strip() and head.strip().splitlines()[0].rstrip() in (b"{", b'{"'):
             return JsonStream(path, name)
     return JsonLines(path, name)

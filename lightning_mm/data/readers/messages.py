@@ -125,7 +125,10 @@ class MessageReader:
             more: Fields of ``Turn``.
         """
         calls: list[Any] = []
+        before = len(self.found.turns)
         text = content if isinstance(content, str) else self._joined(content, role, calls, more)
+        if role == "user" and not text and len(self.found.turns) > before:
+            return  # its parts were the results of tools, which are turns of their own
         if role == "user" and "<img>" in text:
             text = _QWEN_IMAGE.sub(lambda match: self.found.add_media("images", match[1].strip()), text)
         if calls:

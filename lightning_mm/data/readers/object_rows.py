@@ -13,8 +13,10 @@ from typing import Any
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers.compression import open_bytes
 from lightning_mm.data.readers.invalid_row import InvalidRow
+from lightning_mm.data.readers.question_files import is_joined, joined_rows
 from lightning_mm.data.readers.row_files import FilePart, RowFile
 from lightning_mm.data.readers.shapes import find_shape
+from lightning_mm.data.readers.splits import choose_split
 
 
 @dataclass(frozen=True)
@@ -24,16 +26,32 @@ class JsonObject(RowFile):
     Args:
         path: The file.
         name: What it is called in origins.
-        split: Which split is wanted, where its keys are splits.
+        option: What its rows are for: train, validation, test or predict.
+        split: The split that the user named, where its keys are splits.
         columns: Our name -> the file's column.
+        answers_required: Whether questions without answers are of no use.
+        others: The file with the other half of its rows, if that is how it is released.
     """
 
-    split: str = "train"
+    option: str = "train"
+    split: str | None = None
     columns: Mapping[str, str] | None = None
+    answers_required: bool = True
+    others: tuple[Path, ...] = ()
     format = "JSON object"
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The file, and the one with the other half of its rows."""
+        return (self.path, *self.others)
+
     def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
-        yield from rows_of_object(load_object(self.path), self)
+        value = load_object(self.path)
+        if is_joined(value):
+            other = load_object(self.others[0]) if self.others else None
+            yield from joined_rows(self.path, self.name, value, other, self.answers_required)
+        else:
+            yield from rows_of_object(value, self)
 
 
 def load_object(path: Path) -> dict[str, Any]:
@@ -57,12 +75,7 @@ def load_object(path: Path) -> dict[str, Any]:
     return value
 
 
-_SPLITS = {
-    "train": ("train", "training", "train_split"),
-    "validation": ("validation", "val", "valid", "dev", "minival", "test"),
-    "test": ("test", "testing", "validation", "val", "valid", "dev"),
-    "predict": ("test", "predict", "validation", "val"),
-}
+_SPLITS = frozenset({"train", "training", "validation", "val", "valid", "dev", "minival", "test", "testing", "predict"})
 
 
 def rows_of_object(value: dict[str, Any], file: JsonObject) -> Iterator[tuple[str, Any]]:
@@ -114,11 +127,9 @@ def _is_rows(value: Any) -> bool:
 
 def _of_split(lists: dict[str, Any], file: JsonObject) -> dict[str, Any]:
     """The list of the wanted split, where the keys are splits."""
-    known = {name for names in _SPLITS.values() for name in names}
-    if set(map(str.casefold, lists)) <= known:
-        for name in (file.split, *_SPLITS.get(file.split, ())):
-            if found := next((key for key in lists if key.casefold() == name), None):
-                return {found: lists[found]}
+    if {key.casefold() for key in lists} <= _SPLITS:
+        name = choose_split(str(file.path), lists, file.option, file.split)
+        return {name: lists[name]}
     raise UserError(
         f"{file.path} holds several lists.",
         f"It is one JSON object with lists of rows under {', '.join(map(repr, lists))}.",

@@ -5,6 +5,7 @@ their readers, the first rows their shape) -> ``OpenSource``.
 """
 
 import itertools
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
@@ -15,8 +16,11 @@ from lightning_mm.core.choices import refuse_unknown
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers.formats import open_row_file
+from lightning_mm.data.readers.imagefolder import ImageFolder
 from lightning_mm.data.readers.invalid_row import InvalidRow
+from lightning_mm.data.readers.locate import Located, locate
 from lightning_mm.data.readers.opened import OpenSource, Part, PartReport, check_any
+from lightning_mm.data.readers.recipes import sources_of_file
 from lightning_mm.data.readers.row_files import RowFile
 from lightning_mm.data.readers.source_spec import COLUMNS, TAGS, ReadOptions, Source
 from lightning_mm.data.sample import Rejection
@@ -32,7 +36,8 @@ def parse_sources(
     """The sources of an option.
 
     Args:
-        given: A path, a mapping with the fields of ``Source``, or a list of these.
+        given: A path, a mapping with the fields of ``Source``, or a list of these. A file that lists sources
+            (``recipes``) stands for them.
         image_root: Image root of sources that have none of their own.
 
     Raises:
@@ -52,15 +57,24 @@ def _sources_of(entry: Any) -> list[Source]:
     if isinstance(entry, Source):
         return [entry]
     if isinstance(entry, (str, Path)):
-        return [Source(str(entry))]
+        entry = {"path": str(entry)}
     if isinstance(entry, Mapping):
-        refuse_unknown(Source, {key: None for key in entry if key not in {each.name for each in fields(Source)}}, {})
         if not isinstance(entry.get("path"), (str, Path)):
             raise UserError(f"A source has no path: {dict(entry)!r:.200}.", "path names its data.", "Give it a path.")
-        return [Source(**{**entry, "path": str(entry["path"])})]
+        listed = sources_of_file(str(entry["path"]))
+        if listed is None:
+            return [_source({**entry, "path": str(entry["path"])})]
+        own = {key: value for key, value in entry.items() if key not in ("path", "name")}
+        return [_source({**each, **own}) for each in listed]
     raise UserError(
         f"A source is {type(entry).__name__}: {entry!r:.100}.", "It is a path, or an object with one.", "Give a path."
     )
+
+
+def _source(entry: Mapping[str, Any]) -> Source:
+    known = {each.name for each in fields(Source)}
+    refuse_unknown(Source, {str(key): None for key in entry if key not in known}, {})
+    return Source(**{**entry, "columns": dict(entry.get("columns") or {}), "tags": dict(entry.get("tags") or {})})
 
 
 def _uniquely_named(sources: list[Source]) -> list[Source]:
@@ -89,9 +103,11 @@ def open_source(source: Source, options: ReadOptions) -> OpenSource:
         UserError: There is no such data, it is of a kind that is not read, or its rows have no known shape.
     """
     _check_names(source)
-    files = _row_files(source, options)
-    root = Path(source.image_root) if source.image_root is not None else files[0].path.parent
-    opened = OpenSource(source, options, tuple(files), root)
+    located = locate(source, options.split)
+    root = Path(source.image_root) if source.image_root is not None else located.root
+    if located.follow_links and source.image_root is None:
+        options = replace(options, follow_links=True)
+    opened = OpenSource(source, options, tuple(_row_files(source, located, options)), root)
     return _with_shape(opened)
 
 
@@ -105,12 +121,25 @@ def _check_names(source: Source) -> None:
             )
 
 
-def _row_files(source: Source, options: ReadOptions) -> list[RowFile]:
-    path = Path(source.path)
-    if not path.exists():
-        fix = "Check the path; it is relative to the folder the command runs in."
-        raise UserError(f"No data file {path}.", "It does not exist.", fix)
-    return [open_row_file(path, path.name, source, source.split or options.split)]
+def _row_files(source: Source, located: Located, options: ReadOptions) -> list[RowFile]:
+    """Readers of the files, called by as much of their path as tells them apart."""
+    made: list[RowFile] = []
+    for file, name in zip(located.files, _short_names(located.files), strict=True):
+        reader = open_row_file(file, name, source, options)
+        if located.is_imagefolder:
+            folder = os.path.relpath(file.parent, located.root)
+            reader = ImageFolder(file, name, reader, folder, located.pictures)
+        made.append(reader)
+    return made
+
+
+def _short_names(files: Sequence[Path]) -> list[str]:
+    """The shortest ends of these paths that differ."""
+    for depth in itertools.count(1):
+        names = ["/".join(file.parts[-depth:]) for file in files]
+        if len(set(names)) == len(names) or depth > max(len(file.parts) for file in files):
+            return names
+    raise AssertionError
 
 
 def _with_shape(opened: OpenSource) -> OpenSource:
