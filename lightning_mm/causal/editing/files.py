@@ -25,9 +25,9 @@ from typing import Any
 from lightning_mm.causal.questions.files import QuestionReader
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.image_source import image_file
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import InvalidRow, RowReader
+from lightning_mm.data.readers.image_root import ImageRoot, named_images
+from lightning_mm.data.readers.invalid_row import InvalidRow
 from lightning_mm.data.sample import Rejection
 
 
@@ -81,7 +81,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     if not path.is_file():
         raise UserError(f"No file of edits {path}.", "It does not exist.", "Check the path given as --edits.")
     root = Path(image_root) if image_root else path.parent
-    reader, images = QuestionReader(root), RowReader(root, answers_required=False)
+    reader, images = QuestionReader(root), ImageRoot(root)
     requests: list[EditRequest] = []
     locality: list[Question] = []
     rejections: list[Rejection] = []
@@ -104,7 +104,7 @@ def read_edits(path: Path | str, image_root: Path | str | None = None) -> EditFi
     )
 
 
-def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str) -> EditRequest | Question:
+def _parse_row(reader: QuestionReader, images: ImageRoot, row: Any, origin: str) -> EditRequest | Question:
     if isinstance(row, InvalidRow):
         raise row
     if not isinstance(row, dict):
@@ -117,7 +117,7 @@ def _parse_row(reader: QuestionReader, images: RowReader, row: Any, origin: str)
     near = [
         _locality_question(reader, each, f"{origin} neighbours[{i}]") for i, each in enumerate(_list(row, "neighbours"))
     ]
-    others = [_images(images, each, f"{origin} other_images[{i}]") for i, each in enumerate(_list(row, "other_images"))]
+    others = [named_images({"images": each}, images) for each in _list(row, "other_images")]
     paraphrases = [_text({"paraphrases": each}, "paraphrases") for each in _list(row, "paraphrases")]
     return EditRequest(question, _text(row, "new_answer"), tuple(paraphrases), tuple(others), tuple(near))
 
@@ -130,13 +130,6 @@ def _locality_question(reader: QuestionReader, row: Any, origin: str) -> Questio
     plain = {key: value for key, value in row.items() if key not in ("constraint", "boxes")}
     question = reader.read_row({**plain, "question": text, "spans": [[0, len(text)]]}, origin)[0]
     return replace(question, spans=())
-
-
-def _images(reader: RowReader, names: Any, origin: str) -> tuple[Path, ...]:
-    row = {"images": names if isinstance(names, list) else [names]}
-    return tuple(
-        map(image_file, reader.sample({**row, "conversations": [{"from": "human", "value": "?"}]}, origin).images)
-    )
 
 
 def _text(row: Mapping[str, Any], key: str) -> str:

@@ -44,11 +44,11 @@ from lightning_mm.causal.questions.constraint_matching import Span
 from lightning_mm.causal.questions.question import Question
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.image_source import image_file
 from lightning_mm.data.probe_sets.build import scenes
 from lightning_mm.data.probe_sets.files import ObjectBox
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import InvalidRow, RowReader
+from lightning_mm.data.readers.image_root import ImageRoot, named_images
+from lightning_mm.data.readers.invalid_row import InvalidRow
 from lightning_mm.data.sample import IMAGE_MARK, Rejection
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -63,7 +63,7 @@ class QuestionReader:
     """
 
     def __init__(self, image_root: Path) -> None:
-        self._rows = RowReader(image_root, answers_required=False)
+        self._root = ImageRoot(image_root)
         self._taken: set[str] = set()
 
     def read_row(self, row: object, origin: str) -> tuple[Question, str]:
@@ -87,7 +87,7 @@ class QuestionReader:
             raise InvalidRow(f"misplaced image mark: {IMAGE_MARK} in the question; 'image' names its picture")
         boxes = _boxes(row)
         spans, rule = _spans(row, text, bool(boxes))
-        images = self._images(row, origin)
+        images = self._images(row)
         name = str(origin if row.get("id") in (None, "") else row["id"])
         name = name if name not in self._taken else f"{name} ({origin})"
         self._taken.add(name)
@@ -103,17 +103,15 @@ class QuestionReader:
             _text_field(row, "kind") or "",
         ), rule
 
-    def _images(self, row: Mapping[str, Any], origin: str) -> tuple[Path, ...]:
+    def _images(self, row: Mapping[str, Any]) -> tuple[Path, ...]:
         """Image files of a row, inside the image root."""
-        named = {key: row[key] for key in ("image", "images") if row.get(key) is not None}
-        conversation = {"conversations": [{"from": "human", "value": "What?"}]}  # RowReader needs one
         if "image_url" not in row:
-            return tuple(map(image_file, self._rows.sample({**named, **conversation}, origin).images))
+            return named_images(row, self._root)
         for names in _candidate_names(row["image_url"]):
             found: list[Path] = []
             for name in names:
                 try:
-                    found += map(image_file, self._rows.sample({"image": name, **conversation}, origin).images)
+                    found.append(self._root.resolve(name))
                 except InvalidRow as error:
                     if not str(error).startswith("missing image"):
                         raise

@@ -5,7 +5,6 @@ Data flow: name -> ``download_dataset`` (``huggingface_hub``; data files only, n
 
 from pathlib import Path
 
-import httpx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -53,7 +52,7 @@ def download_dataset(name: str, revision: str | None) -> Path:
             _short(error),
             "Check the name; paths are relative to the current folder, and private datasets need hf auth login.",
         ) from error
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
             f"No data file {name}, and the dataset of this name cannot be had from Hugging Face's hub.",
             _short(error),

@@ -4,9 +4,11 @@ Data flow: a name in a row -> ``ImageRoot.resolve`` -> the path of a file, or ``
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from lightning_mm.data.readers.invalid_row import InvalidRow
+from lightning_mm.data.readers.invalid_row import InvalidRow, require_text
 
 
 class ImageRoot:
@@ -62,3 +64,20 @@ class ImageRoot:
     def _advice(self, written: Path, name: str) -> str:
         by_link = not self.follow_links and self._holds(written, name)
         return " by a symbolic link; data.follow_links allows that" if by_link else ""
+
+
+def named_images(row: Mapping[str, Any], root: ImageRoot) -> tuple[Path, ...]:
+    """The pictures that ``image`` or ``images`` of a row name, in order.
+
+    Args:
+        row: The row.
+        root: Folder that the names are relative to.
+
+    Raises:
+        InvalidRow: Both are given, a name is no text, or it is no file of the folder.
+    """
+    given = [row[key] for key in ("image", "images") if row.get(key) is not None]
+    if len(given) > 1:
+        raise InvalidRow("two image lists: both 'image' and 'images' are given")
+    names = given[0] if given else []
+    return tuple(root.resolve(require_text(name, "image")) for name in (names if isinstance(names, list) else [names]))

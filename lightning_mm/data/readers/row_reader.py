@@ -102,7 +102,7 @@ class RowReader:
             turns=self._marked(turns, len(images), len(videos)),
             images=tuple(self._picture(value, f"{origin} image {i}", "image") for i, value in enumerate(images)),
             origin=origin,
-            extra={key: as_plain(value) for key, value in named.items() if key not in read},
+            extra={key: as_plain(value) for key, value in named.items() if key not in read or key == "caption"},
             videos=tuple(self._picture(value, f"{origin} video {i}", "video") for i, value in enumerate(videos)),
             tools=tools,
         )

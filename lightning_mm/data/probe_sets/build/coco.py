@@ -42,7 +42,9 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.probe_sets.build.sampling import incomplete_group
 from lightning_mm.data.probe_sets.build.scenes import RULE, NotProbeable, Scene, scene_of_sample
 from lightning_mm.data.readers import conversations
-from lightning_mm.data.readers.conversations import InvalidRow, RowReader
+from lightning_mm.data.readers.image_root import ImageRoot, named_images
+from lightning_mm.data.readers.invalid_row import InvalidRow
+from lightning_mm.data.readers.row_reader import RowReader
 from lightning_mm.data.sample import Rejection, Sample
 
 _SEPARATORS = re.compile(r"[\s,:]*")
@@ -196,10 +198,6 @@ def _box_edges(box: object) -> list[float] | None:
     return [x, y, x + width, y + height] if width > 0 and height > 0 and max(x + width, y + height) > 1 else None
 
 
-_DUMMY_CONVERSATION = {"conversations": [{"from": "human", "value": "What is in the picture?"}]}
-"""Added to rows without a conversation, so that ``RowReader`` checks the path of their image."""
-
-
 @dataclass(frozen=True)
 class SceneFile:
     """The content of a file.
@@ -232,14 +230,15 @@ def read_scenes(path: Path | str, image_root: Path | str | None = None) -> Scene
             conversations.missing_file_reason(path)[0],
             "Name a file that is there: --data.probes FILE, or probes= in Python.",
         )
-    reader = RowReader(Path(image_root) if image_root else path.parent, answers_required=False)
+    root = ImageRoot(Path(image_root) if image_root else path.parent)
+    reader = RowReader(root.root, answers_required=False)
 
     def made() -> Iterator[tuple[str, str, Callable[[], Scene]]]:
         for origin, row in _rows(path):
             yield (
                 origin,
                 str(row.get("group", "")) if isinstance(row, dict) else "",
-                partial(_scene, reader, row, origin),
+                partial(_scene, reader, root, row, origin),
             )
 
     return _scene_file(path.name, made())
@@ -291,11 +290,12 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     return coco_rows(path) if is_coco(head) else conversations.iter_json_rows(path)
 
 
-def _scene(reader: RowReader, row: Any, origin: str) -> Scene:
+def _scene(reader: RowReader, root: ImageRoot, row: Any, origin: str) -> Scene:
     if isinstance(row, dict) and "conversations" not in row and "messages" not in row:
         if row.get("image") is None:
             raise InvalidRow("no picture: the row has no 'image'")
-        return scene_of_sample(reader.sample({**row, **_DUMMY_CONVERSATION}, origin))
+        extra = {key: value for key, value in row.items() if key not in ("id", "image", "images")}
+        return scene_of_sample(Sample(str(row.get("id", origin)), (), named_images(row, root), origin, extra))
     return _scene_of_conversation(reader.sample(row, origin))
 
 
