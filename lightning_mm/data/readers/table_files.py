@@ -213,7 +213,7 @@ def _decoder(feature: Any) -> Callable[[Any], Any] | None:
 
     if isinstance(feature, datasets.ClassLabel):
         return lambda value: feature.int2str(value) if isinstance(value, int) and value >= 0 else None
-    if isinstance(feature, datasets.Json):
+    if isinstance(feature, getattr(datasets, "Json", ())):  # newer than the oldest that is allowed
         return lambda value: json.loads(value) if isinstance(value, (str, bytes)) else value
     inner = getattr(feature, "feature", None)
     if isinstance(feature, (datasets.List, datasets.LargeList)):
