@@ -44,7 +44,7 @@ def opened(file: Path, cache: Path) -> Split:
 
 def has_ended(process: str) -> bool:
     """Whether a process is gone, or waits for its new parent to notice that it is."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 3  # torch alone would look after 5 s
     while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
