@@ -25,6 +25,7 @@ from lightning_mm.data.dataloader import CheckedDataLoader, ResumableDataLoader,
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.data.readers.rows import in_cache
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import (
@@ -36,6 +37,7 @@ from lightning_mm.data.sample import (
     sort_by_answer_length,
 )
 from lightning_mm.data.split import Split, SplitOptions, open_split, rows_unchecked
+from lightning_mm.data.table import cache_folder
 from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths, measure_token_lengths
 from lightning_mm.models.pixel_bounds import PixelBounds
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
@@ -56,10 +58,11 @@ _MAX_EXAMPLES = 32
 
 
 class MMDataModule(L.LightningDataModule):
-    """Conversations about pictures, from JSON files.
+    """Conversations about pictures, from files, folders and hub datasets in any of the forms that ``readers`` knows.
 
     Args:
-        train: Training conversations: a JSON list or JSONL, in LLaVA's or HF's form.
+        train: Training conversations: a file, a folder, a pattern or a hub name; a source with options
+            (``{"path": ..., "weight": 2}``); or a list of these. In Python also rows, or a ``datasets.Dataset``.
         val: Validation conversations.
         test: Test conversations.
         predict: Questions; they need no answers.
@@ -144,7 +147,10 @@ class MMDataModule(L.LightningDataModule):
         _refuse_below(1, max_tokens=max_tokens, max_images=max_images, video_frames=video_frames)
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
-        self.paths = {"train": train, "val": val, "test": test, "predict": predict}
+        given = {"train": train, "val": val, "test": test, "predict": predict}
+        cache = cache_folder(cache_dir)
+        self.paths = {split: in_cache(each, image_root, split, cache) for split, each in given.items()}
+        arguments.update(self.paths)
         self.image_root, self.processor, self.revision = image_root, processor, revision
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.max_length, self.max_megapixels = max_length, max_megapixels

@@ -1,16 +1,19 @@
 """Rows in memory, where a file of rows is taken: each door that a file has, and its checks, are theirs too.
 
-Data flow: mappings, as ``json`` would load them -> a temporary JSON file -> the reader of that kind of file.
+Data flow: mappings, as ``json`` would load them, or a dataset of ``datasets`` -> a file (temporary for one call, in the
+cache for a data module) -> the reader of that kind of file.
 """
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.io import staged_folder, write_atomically
 
 PathLike = str | Path
 Rows = Iterable[Mapping[str, Any]]
@@ -47,6 +50,52 @@ def as_file(
     file = folder / f"{what}.json"
     file.write_text(json.dumps([_absolute(row) if image_root is None else dict(row) for row in rows], default=str))
     return file, Path("/") if image_root is None else image_root
+
+
+def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) -> Any:
+    """What was given where it names files; for rows or a dataset in memory, a source in the cache that holds them.
+
+    A file is named after its content, so that the same rows are the same source in a later run.
+
+    Args:
+        given: Paths and sources, rows, a ``datasets.Dataset`` or ``DatasetDict``; None is returned.
+        image_root: Folder that the pictures are relative to; None: the current folder.
+        what: Name of the argument, for errors.
+        cache: Folder of the cache.
+
+    Raises:
+        UserError: Rows cannot be written as JSON, or it is a stream.
+    """
+    if hasattr(given, "save_to_disk"):
+        fingerprint = getattr(given, "_fingerprint", None) or [each._fingerprint for each in given.values()]
+        folder = cache / "given" / hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:32]
+        if not folder.exists():
+            with staged_folder(folder) as staged:
+                given.save_to_disk(staged)
+        return {"path": str(folder), "name": what, "image_root": str(image_root or Path.cwd())}
+    if isinstance(given, Sequence) and not isinstance(given, str) and given and all(map(_is_row, given)):
+        rows = [_absolute(row) if image_root is None else dict(row) for row in given]
+        try:
+            content = json.dumps(rows)
+        except (TypeError, ValueError) as error:
+            fix = "Give datasets.Dataset.from_list(rows), which takes pictures in memory, or rows with their paths."
+            raise UserError(f"Rows of {what} cannot be written as JSON.", f"{error}.", fix) from error
+        file = cache / "given" / f"{what}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
+        if not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, content)
+        return {"path": str(file), "name": what, "image_root": str("/" if image_root is None else image_root)}
+    if not isinstance(given, (str, Path, Mapping, Sequence, type(None))):
+        raise UserError(
+            f"{what} is {type(given).__name__}.",
+            "It is a path, a source with a path, a list of these, rows, or a datasets.Dataset.",
+            "Save a stream first, or give the files that it reads.",
+        )
+    return str(given) if isinstance(given, Path) else given
+
+
+def _is_row(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and "path" not in entry
 
 
 def _absolute(row: Mapping[str, Any]) -> dict[str, Any]:
