@@ -56,7 +56,7 @@ OPTIONS = [
     ("--trainer.callbacks EarlyStopping --trainer.callbacks.monitr x", "Did you mean monitor?"),
     ("--trainer.plugins TorchCheckpointIo", "Did you mean TorchCheckpointIO?"),
     ("--data.train nowhere.json", "No data file nowhere.json"),
-    ("--data.train data", "It is a folder."),
+    ("--data.train texts", "texts holds no file of rows."),
     ("--data.batch_size 0", "data.batch_size is 0."),
     ("--run.name a/b", "cannot name a run"),
     ("--run.wandb onlin", "Did you mean online?"),
@@ -94,6 +94,8 @@ def _files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name, content in FILES.items():
         Path(name).write_bytes(content)
+    Path("texts").mkdir()
+    Path("texts/a.txt").write_text("No row.")
 
 
 def check(status: int, said: str, capfd: pytest.CaptureFixture[str]) -> None:

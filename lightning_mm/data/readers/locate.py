@@ -61,7 +61,7 @@ def locate(source: Source, option: str) -> Located:
     """
     path = Path(source.path)
     if path.is_dir():
-        return _folder(path, source, option)
+        return _folder(path.absolute(), source, option)
     if path.exists():
         return Located((path,), path.parent)
     if any(mark in source.path for mark in "*?[") and (found := _matching(source.path)):
@@ -198,7 +198,7 @@ def _resolved(folder: Path, patterns: dict[str, list[str]], files: list[Path]) -
         names = [name for pattern in given for name in _resolve(pattern, folder)]
         if matched := [wanted[name] for name in dict.fromkeys(map(os.path.normpath, names)) if name in wanted]:
             splits[str(split)] = matched
-    return splits or ({} if patterns else {"train": files})
+    return {"train": files} if found == _ALL and not splits else splits
 
 
 def _resolve(pattern: str, folder: Path) -> list[str]:
