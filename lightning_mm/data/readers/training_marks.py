@@ -15,6 +15,7 @@ TRAIN_KEYS = (
 )  # fmt: skip
 """Keys by which a turn, or a row, says whether it is learned: 0 and false are not, 1 and true are."""
 _UNCLEAR = ("mask", "masked", "train_detail", "labels_mask")
+_MARKS = frozenset(TRAIN_KEYS + _UNCLEAR)
 _WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 _REJECTED = ("rejected", "rejected_response", "rejected_images", "rejected_messages", "ranking", "margin")
 _SUPERVISED = "supervised fine-tuning has no use for a rejected answer"
@@ -30,6 +31,8 @@ def read_train_mark(given: Mapping[str, Any], what: str) -> bool | None:
     Raises:
         InvalidRow: It gives a weight other than 0 and 1, two that differ, or one whose meaning is not clear.
     """
+    if _MARKS.isdisjoint(given):
+        return None
     unclear = next((key for key in _UNCLEAR if given.get(key) is not None), "")
     if unclear and (what == "turn" or isinstance(given[unclear], (bool, int, float))):  # a row's may be a picture
         raise InvalidRow(
