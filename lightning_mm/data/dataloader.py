@@ -1,25 +1,28 @@
 """Data loaders whose order depends only on (seed, epoch) and can be resumed within an epoch.
 
-Training: one permutation per epoch, distributed over the ranks by stride. Where samples do not divide by the number of
-ranks, the first ones of the permutation are repeated, so that all ranks have equally many batches; none is dropped.
+Training: one permutation per epoch (of all samples, or of those that a mixture of sources gives to the epoch),
+distributed over the ranks by stride. Where samples do not divide by the number of ranks, the first ones of the
+permutation are repeated, so that all ranks have equally many batches; none is dropped.
 Evaluation: file order, each sample exactly once over all ranks.
 
 Data flow: dataset -> sampler -> (workers: dataset[i], collate) -> training or evaluation loop. A training loader's
 ``state_dict`` is saved in the checkpoint by Lightning and restored by ``load_state_dict``.
 """
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence, Sized
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.processes import worker_killed_error
+from lightning_mm.data.mixture import Mixture
+from lightning_mm.data.order_seed import order_seed
 
 Collate = Callable[[list[Any]], Any]
 _POSITION = ("epoch", "batches", "num_batches")
@@ -33,14 +36,20 @@ class EpochSampler(Sampler[int]):
         seed: Random seed of the order, together with the epoch.
         rank: Rank of this process.
         world_size: Number of ranks.
+        mixture: Which samples an epoch holds, of several sources; None: each once.
 
     Attributes:
+        num_samples: Number of samples of an epoch.
         epoch: Current epoch.
         skip: Number of samples (or batches) that the next iterator leaves out.
     """
 
-    def __init__(self, num_samples: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
-        self.num_samples, self.seed, self.rank, self.world_size = num_samples, seed, rank, world_size
+    def __init__(
+        self, num_samples: int, seed: int, rank: int = 0, world_size: int = 1, mixture: Mixture | None = None
+    ) -> None:
+        self.mixture = None if mixture is None or mixture.is_plain else mixture
+        self.num_samples = num_samples if self.mixture is None else self.mixture.num_rows
+        self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
         self.skip = 0
 
@@ -48,16 +57,32 @@ class EpochSampler(Sampler[int]):
         """Set the epoch; Lightning calls it at the start of an epoch, after asking for the first iterator."""
         self.epoch = epoch
 
-    def identity(self) -> dict[str, int]:
-        """What else the order depends on, by name."""
-        return {}
+    def rows(self, epoch: int) -> Tensor:
+        """(N,) samples of an epoch before they are shuffled, as indices into the dataset."""
+        if self.mixture is None:
+            return torch.arange(self.num_samples)
+        return torch.from_numpy(self.mixture.rows(epoch))
+
+    def identity(self) -> dict[str, Any]:
+        """What the order depends on, by name."""
+        found = {"seed": self.seed, "num_samples": self.num_samples, "world_size": self.world_size}
+        return found if self.mixture is None else {**found, "mixture": str(self.mixture)}
+
+    def num_batches(self, batch_size: int | None, epoch: int) -> int:
+        """Batches of an epoch; -1 where that is not known.
+
+        Args:
+            batch_size: Samples of a batch; None: the sampler yields batches.
+            epoch: Number of the epoch; all have as many, unless they are streamed.
+        """
+        return -(-len(self) // (batch_size or 1))
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.world_size)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
-        order = torch.randperm(self.num_samples, generator=generator)
+        generator = torch.Generator().manual_seed(order_seed(self.seed, self.epoch))
+        order = self.rows(self.epoch)[torch.randperm(self.num_samples, generator=generator)]
         dealt = order[torch.arange(self.rank, len(self) * self.world_size, self.world_size) % self.num_samples]
         yield from dealt[self.skip :].tolist()
 
@@ -139,20 +164,22 @@ class ResumableDataLoader(CheckedDataLoader):
         self._place, self._resume = (epoch, done), None
         sampler.skip = done * (self.batch_size or 1)  # without a batch_size, the sampler counts batches
         assert self.generator is not None
-        self.generator.manual_seed(epoch_seed(sampler.seed, epoch))
+        self.generator.manual_seed(order_seed(sampler.seed, epoch))
         for batch in super().__iter__():
             done += 1
             self._place = (epoch, done)
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The position, and what the order depends on."""
         epoch, done = self._resume or self._place
         if self.processed is not None and self._resume is None:
             done = min(done, self.processed())
-        return {"epoch": epoch, "batches": done, "num_batches": len(self), **self._identity()}
+        sampler = self.sampler
+        known = sampler.num_batches(self.batch_size, epoch) if isinstance(sampler, EpochSampler) else len(self)
+        return {"epoch": epoch, "batches": done, "num_batches": known, **self._identity()}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore the position of a checkpoint.
 
         Args:
@@ -164,34 +191,34 @@ class ResumableDataLoader(CheckedDataLoader):
         identity = self._identity()
         keys = [key for key in {**identity, **state} if key not in _POSITION]
         changed = {key: (state.get(key), identity.get(key)) for key in keys if state.get(key) != identity.get(key)}
-        if changed and state["batches"] < state["num_batches"]:
+        if changed and state["batches"] != state["num_batches"]:
             changes = "; ".join(
                 "the rows of data.train differ, or their order" if key == "rows" else f"{key} was {old}, is {new}"
                 for key, (old, new) in changed.items()
             )
+            of = f" of {state['num_batches']}" if state["num_batches"] >= 0 else ""
             raise UserError(
-                f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']} of "
-                f"{state['num_batches']} of epoch {state['epoch']}.",
+                f"The checkpoint's order of samples cannot be continued: it stopped at batch {state['batches']}{of} of "
+                f"epoch {state['epoch']}.",
                 f"Samples would be lost or seen twice: {changes}.",
-                "Resume with the same data, model, data.seed, data.batch_size, data.max_tokens, data.group_by_length "
-                "and number of devices, or from the end of an epoch.",
+                "Resume with the same data (sources with their weights, repeats and limits, data.temperature), model, "
+                "data.seed, data.batch_size, data.max_tokens, data.group_by_length and number of devices, or from the "
+                "end of an epoch.",
             )
-        self._resume = (state["epoch"], state["batches"])
-        if isinstance(self.sampler, EpochSampler):
-            self.sampler.set_epoch(state["epoch"])
+        epoch, done = state["epoch"], state["batches"]
+        sampler = self.sampler
+        if isinstance(sampler, EpochSampler):
+            # Of a loader without a length Lightning takes the first batch before it sets the epoch.
+            if done == state["num_batches"] and sampler.num_batches(self.batch_size, epoch) < 0:
+                epoch, done = epoch + 1, 0
+            sampler.set_epoch(epoch)
+        self._resume = (epoch, done)
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, Any]:
         sampler = self.sampler
         if not isinstance(sampler, EpochSampler):
             return {}
-        return {
-            "seed": sampler.seed,
-            "num_samples": sampler.num_samples,
-            "rows": self.fingerprint,
-            "batch_size": self.batch_size or 0,
-            "world_size": sampler.world_size,
-            **sampler.identity(),
-        }
+        return {"rows": self.fingerprint, "batch_size": self.batch_size or 0, **sampler.identity()}
 
 
 def training_loader(
@@ -202,6 +229,7 @@ def training_loader(
     seed: int = 0,
     num_workers: int = 0,
     fingerprint: int = 0,
+    mixture: Mixture | None = None,
 ) -> ResumableDataLoader:
     """The training loader of this rank (of torch.distributed).
 
@@ -212,18 +240,30 @@ def training_loader(
         seed: Random seed of the order.
         num_workers: Number of worker processes.
         fingerprint: Digest of the content of the dataset, which a checkpoint is resumed with; 0: not known.
+        mixture: Which samples an epoch holds; None: each once.
     """
     rank, world_size = rank_and_world_size()
-    if extra := -len(dataset) % world_size:
-        log_decision(
-            "data.train",
-            f"{extra} samples are seen twice in each epoch",
-            f"{len(dataset)} samples do not divide by {world_size} ranks, and all ranks need as many batches",
-        )
-    sampler = EpochSampler(len(dataset), seed, rank, world_size)
+    sampler = EpochSampler(len(dataset), seed, rank, world_size, mixture)
+    log_repeated(-sampler.num_samples % world_size, sampler)
     loader = ResumableDataLoader(**loader_options(dataset, collate, sampler, batch_size, num_workers))
     loader.fingerprint = fingerprint
     return loader
+
+
+def log_repeated(num_repeated: int, sampler: EpochSampler) -> None:
+    """Say how many samples an epoch repeats so that all ranks have as many batches, if any.
+
+    Args:
+        num_repeated: Number of samples.
+        sampler: Whose epochs.
+    """
+    if num_repeated:
+        log_decision(
+            "data.train",
+            f"{num_repeated} samples are seen twice in each epoch",
+            f"{sampler.num_samples} samples do not divide by {sampler.world_size} ranks, and all ranks need as many "
+            "batches",
+        )
 
 
 def evaluation_loader(
@@ -267,8 +307,3 @@ def loader_options(
         # The workers' base seeds must not be drawn from the global generator, which dropout uses.
         "generator": torch.Generator().manual_seed(0),
     }
-
-
-def epoch_seed(seed: int, epoch: int) -> int:
-    """Generator seed of an epoch; a hash, since with ``seed + epoch`` runs of other seeds would share orders."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")

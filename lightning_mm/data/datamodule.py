@@ -21,7 +21,14 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.batch_samplers import TokenBudgetSampler, length_batched_loader
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.dataloader import CheckedDataLoader, ResumableDataLoader, evaluation_loader, training_loader
+from lightning_mm.data.dataloader import (
+    CheckedDataLoader,
+    Collate,
+    ResumableDataLoader,
+    evaluation_loader,
+    training_loader,
+)
+from lightning_mm.data.mixture import Mixture
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -36,7 +43,8 @@ from lightning_mm.data.sample import (
     questions_of,
     sort_by_answer_length,
 )
-from lightning_mm.data.split import Split, SplitOptions, open_split, rows_unchecked
+from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, rows_unchecked
+from lightning_mm.data.streaming import SampleStream, check_streaming_trainer, refuse_with_streaming, streaming_loader
 from lightning_mm.data.table import cache_folder
 from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths, measure_token_lengths
 from lightning_mm.models.pixel_bounds import PixelBounds
@@ -75,7 +83,9 @@ class MMDataModule(L.LightningDataModule):
         max_length: Longest conversation in tokens. A longer one loses its end, or falls out if image tokens or all of
             its answers would be lost.
         num_workers: Processes per device that prepare batches.
-        seed: Of the order of samples.
+        seed: Of the order of samples, and of which rows a source with a limit has.
+        temperature: Above 0: the share of a training source is its weight times (rows * repeats)^(1 / temperature);
+            1 if not given, inf for shares that are the weights. See ``data.mixture``.
         max_bad_fraction: Stop if more rows than this fraction cannot be used.
         max_megapixels: Largest picture that is decoded.
         follow_links: Whether links in the image root may lead out of it, as in a store of linked files.
@@ -92,6 +102,9 @@ class MMDataModule(L.LightningDataModule):
         video_frames: Frames of a video that the model sees, evenly spaced in time.
         special_tokens: Special tokens of the tokenizer that texts may contain, such as those around boxes; a row with
             another one falls out.
+        streaming: Read training rows as they are needed and keep no table of them, for what does not fit a disk; needs
+            ``trainer.max_steps``. See ``data.streaming``.
+        shuffle_buffer: With streaming: number of rows in memory among which the next one is drawn.
         generation_samples: How many validation questions, from the first on, are answered by generation; all if not
             given.
         processor: Folder or hub name of the model that the processor is loaded from, or a loaded processor; the
@@ -131,6 +144,9 @@ class MMDataModule(L.LightningDataModule):
         max_images: int | None = None,
         video_frames: int = 8,
         special_tokens: list[str] | None = None,
+        temperature: float | None = None,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
         generation_samples: int | None = None,
         processor: Any = "",
         revision: str | None = None,
@@ -147,6 +163,15 @@ class MMDataModule(L.LightningDataModule):
         _refuse_below(1, max_tokens=max_tokens, max_images=max_images, video_frames=video_frames)
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
+        _refuse_below(0, shuffle_buffer=shuffle_buffer)
+        if streaming:
+            refuse_with_streaming(
+                {
+                    "data.max_tokens": (max_tokens is not None, "Give data.batch_size."),
+                    "data.group_by_length": (group_by_length, "Leave it out."),
+                    "data.temperature": (temperature is not None, "Give weights, which are the shares."),
+                }
+            )
         given = {"train": train, "val": val, "test": test, "predict": predict}
         cache = cache_folder(cache_dir)
         self.paths = {split: in_cache(each, image_root, split, cache) for split, each in given.items()}
@@ -167,7 +192,10 @@ class MMDataModule(L.LightningDataModule):
         self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
         self._splits: dict[str, Split] = {}
-        self._reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels)
+        self._reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels, seed)
+        self.temperature, self.streaming, self.shuffle_buffer = temperature, streaming, shuffle_buffer
+        self._mixture: Mixture | None = None
+        self._stream: SampleStream | None = None
         self._probe_set: ProbeSet | None = None
         self._measured: tuple[ModelProcessor, TokenLengths] | None = None
 
@@ -181,6 +209,8 @@ class MMDataModule(L.LightningDataModule):
             UserError: A file is missing or cannot be used, or too many of its rows cannot.
         """
         stage = getattr(stage, "value", stage)  # Lightning's TrainerFn, which would be printed as that
+        if self.streaming and stage == "fit" and self.trainer is not None:
+            check_streaming_trainer(self.trainer)
         needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
         for split in needed:
             if self.paths[split] is not None:
@@ -191,12 +221,41 @@ class MMDataModule(L.LightningDataModule):
                 log_decision("data.val", "no validation during fit", "data.val is not set")
 
     def samples(self, split: str) -> Sequence[Sample]:
-        """The usable conversations of train, val, test or predict, in file order; empty without a file."""
-        return () if self.paths[split] is None else self._split(split).samples
+        """The usable conversations of train, val, test or predict, in file order; empty without a file.
+
+        Of a stream, the first rows of each source.
+        """
+        if self.paths[split] is None:
+            return ()
+        return self.stream.first if self._is_streamed(split) else self._split(split).samples
+
+    def _is_streamed(self, split: str) -> bool:
+        return self.streaming and split == "train"
+
+    @property
+    def stream(self) -> SampleStream:
+        """The training rows, where they are streamed."""
+        if self._stream is None:
+            sources = open_sources("train", self.paths["train"], self._reading, must_exist=True)
+            self._stream = SampleStream(sources, self.seed, self.shuffle_buffer, self.rejected_samples)
+        return self._stream
+
+    @property
+    def num_train_rows(self) -> int | None:
+        """Number of different training rows; None where they are streamed."""
+        return None if self.streaming else len(self.samples("train"))
+
+    def source_names(self, split: str) -> tuple[str, ...]:
+        """Names of the sources of a split, in their order; empty without a file."""
+        if self.paths[split] is None:
+            return ()
+        return self.stream.names if self._is_streamed(split) else self._table(split).sources
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:
             self._splits[name] = open_split(name, self.paths[name], self._reading, self.rejected_samples)
+            if name == "train":
+                self.mixture.log()
         return self._splits[name]
 
     @property
@@ -230,28 +289,61 @@ class MMDataModule(L.LightningDataModule):
     def _table(self, split: str) -> RowTable:
         return self._split(split).samples
 
+    @property
+    def mixture(self) -> Mixture:
+        """Which training rows an epoch holds."""
+        if self._mixture is None:
+            split = self._split("train")
+            self._mixture = Mixture(split.sources, split.num_used, self.temperature, self.seed)
+        return self._mixture
+
+    def source_counts(self) -> list[dict[str, Any]]:
+        """Rows read, dropped before training and in use of each source of train, val and test, as far as they are read.
+
+        ``per_epoch``: rows that a training source gives to an epoch; None for others, and for a stream.
+        """
+        found = []
+        for name, split in self._splits.items():
+            counts: Sequence[int | None] = self.mixture.counts if name == "train" else [None] * len(split.sources)
+            parts = zip(split.sources, split.tables, split.num_usable, split.num_used, counts, strict=True)
+            found += [
+                {"split": name, "name": source.name, "path": source.path, "read": table.num_read}
+                | {"dropped": table.num_read - usable, "used": used, "per_epoch": count}
+                for source, table, usable, used, count in parts
+            ]
+        if self._stream is not None:
+            found += self._stream.source_counts()
+        return found
+
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""
-        samples = self._table("train")
-        collate = self._wrapped_collator(samples)
-        options = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
-        options["fingerprint"] = samples.fingerprint
-        if self.max_tokens is None and not self.group_by_length:
-            loader = training_loader(samples, collate, **options)
+        collate = self._wrapped_collator(self.samples("train"))
+        options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
+        if self.streaming:
+            loader = streaming_loader(self.stream, collate, **options)
         else:
-            loader = length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
+            loader = self._table_loader(collate, **options)
         if self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress.current
             assert isinstance(progress, _ProcessedTracker)
             loader.processed = lambda: progress.processed
         return loader
 
+    def _table_loader(self, collate: Collate, **options: Any) -> ResumableDataLoader:
+        samples = self._table("train")
+        options |= {"fingerprint": samples.fingerprint, "mixture": self.mixture}
+        if self.max_tokens is None and not self.group_by_length:
+            return training_loader(samples, collate, **options)
+        return length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
+
     @property
     def rows_per_batch(self) -> float:
         """Average number of conversations in a training batch of one rank."""
         if self.max_tokens is None:
             return float(self.batch_size)
-        return len(self._lengths) / len(TokenBudgetSampler(self._lengths, self.max_tokens, self.seed))
+        return self.mixture.num_rows / len(
+            TokenBudgetSampler(self._lengths, self.max_tokens, self.seed, mixture=self.mixture)
+        )
 
     @property
     def _lengths(self) -> TokenLengths:
@@ -364,8 +456,9 @@ class MMDataModule(L.LightningDataModule):
         split = next((split for split, path in self.paths.items() if path is not None), None)
         if split is None:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
-        samples = self._table(split)
-        rows = np.argsort(samples.num_images() == 0, kind="stable")  # those with images first
+        samples = self.samples(split)
+        counts = samples.num_images() if isinstance(samples, RowTable) else [len(each.images) for each in samples]
+        rows = np.argsort(np.asarray(counts) == 0, kind="stable")  # those with images first
         drawn = dict.fromkeys([*rows[:_MAX_EXAMPLES], *rows[:: max(1, len(rows) // _MAX_EXAMPLES)]])
         tried = [samples[int(row)] for row in drawn]
         collator, rejected = self.collator(), list[Rejection]()
@@ -398,6 +491,9 @@ class MMDataModule(L.LightningDataModule):
         """
         if self.paths["train"] is None:
             log_decision("majority", "not computed", "data.train is not set")
+            return {}
+        if self.streaming:
+            log_decision("majority", "not computed", "data.streaming: the training rows are not read before")
             return {}
         try:
             table = self._splits["train"].samples if "train" in self._splits else self._unchecked("train")

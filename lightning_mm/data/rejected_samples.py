@@ -15,6 +15,9 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_atomically
 from lightning_mm.data.sample import Rejection
 
+MIN_ROWS = 1000
+"""Rows of a stream that are read before too many that cannot be used end a run."""
+
 
 class RejectedSamples:
     """Rejections in order of arrival, each once (an epoch may repeat them).
@@ -24,11 +27,13 @@ class RejectedSamples:
 
     Attributes:
         num_rows: Split -> number of rows read; readers add to it.
+        is_counted: Split -> whether that is all of its rows; it is not while they are streamed.
     """
 
     def __init__(self, max_bad_fraction: float = 0.01) -> None:
         self.max_bad_fraction = max_bad_fraction
         self.num_rows: Counter[str] = Counter()
+        self.is_counted: dict[str, bool] = {}
         self._entries: dict[Rejection, None] = {}
 
     def __iter__(self) -> Iterator[Rejection]:
@@ -65,7 +70,7 @@ class RejectedSamples:
         return _by_reason(self)
 
     def check(self, ledger: Path | None = None) -> None:
-        """Stop if too many rows of a split are dropped.
+        """Stop if too many rows of a split are dropped; of one that is streamed, once ``MIN_ROWS`` were read.
 
         Args:
             ledger: File to write all rejections to before it stops; None: the run has one.
@@ -74,6 +79,8 @@ class RejectedSamples:
             UserError: The dropped rows of a split are more than ``max_bad_fraction`` of its rows.
         """
         for split, num_rows in self.num_rows.items():
+            if not self.is_counted.get(split, True) and num_rows < MIN_ROWS:
+                continue
             dropped = self.dropped(split)
             if len(dropped) <= self.max_bad_fraction * num_rows:
                 continue

@@ -13,17 +13,22 @@ from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.image_source import open_arrow
+from lightning_mm.data.mixture import check_limit, check_weights
+from lightning_mm.data.order_seed import permutation
 from lightning_mm.data.picture_check import check_pictures, checked_part, is_checked
-from lightning_mm.data.readers.source import ReadOptions, Source, open_source, parse_sources
+from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable, TablePart
 from lightning_mm.data.sample import Rejection
 from lightning_mm.data.table import StoredTable, cache_folder, store_table
+
+PartRows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class SplitOptions:
         fetch: Whether images are downloaded.
         cache: Folder of the tables; None: as ``cache_folder``.
         max_megapixels: Largest picture that is decoded.
+        seed: Draws the rows of a source with a limit.
     """
 
     image_root: str | Path | None = None
@@ -43,6 +49,7 @@ class SplitOptions:
     fetch: bool = False
     cache: str | Path | None = None
     max_megapixels: float = 40.0
+    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,11 +60,19 @@ class Split:
         samples: Rows in use.
         sources: As given, in their order.
         tables: The table of each source.
+        num_usable: Rows of each that can be used, before its limit.
     """
 
     samples: RowTable
     sources: tuple[Source, ...]
     tables: tuple[StoredTable, ...]
+    num_usable: tuple[int, ...] = ()
+
+    @property
+    def num_used(self) -> list[int]:
+        """Rows in use of each source."""
+        found: list[int] = np.bincount(self.samples.source_of_rows(), minlength=len(self.sources)).tolist()
+        return found
 
 
 def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedSamples) -> Split:
@@ -75,10 +90,12 @@ def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
     sources, tables = _read(name, given, options)
     _check_all_pictures(tables, options.max_megapixels)
     unused: list[Rejection] = []
-    rows = []
+    rows, num_usable = [], list[int]()
     for source, table in zip(sources, tables, strict=True):
-        used, faults = _usable_rows(table, options.max_megapixels)
+        usable, faults = _usable_rows(table, options.max_megapixels)
+        used = _limited(usable, source, options.seed)
         rows += used
+        num_usable.append(sum(map(len, usable)))
         dropped = [replace(each, split=name, source=source.path) for each in (*table.rejections, *faults)]
         _check_any(source, table, sum(map(len, used)), dropped)
         _log_source(name, source, table, sum(map(len, used)), dropped)
@@ -86,30 +103,74 @@ def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
     rejected.num_rows[name] += sum(table.num_read for table in tables)
     rejected.add(unused)
     rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
-    parts = _parts(tables)
-    starts = np.cumsum([0, *(part.num_rows for part in parts)])
-    in_use = np.concatenate([np.zeros(0, np.int64), *(start + each for start, each in zip(starts, rows, strict=False))])
-    return Split(RowTable(parts, in_use), sources, tables)
+    return Split(RowTable(_parts(tables), _over_all_parts(tables, rows)), sources, tables, tuple(num_usable))
 
 
 def rows_unchecked(name: str, given: Any, options: SplitOptions) -> RowTable:
     """The rows of a split whose pictures nobody looks at; arguments and errors as of ``open_split``."""
-    return RowTable(_parts(_read(name, given, options)[1]))
+    sources, tables = _read(name, given, options)
+    everything = [[np.arange(part.num_rows, dtype=np.int64) for part in table.parts] for table in tables]
+    limited = [_limited(rows, source, options.seed) for rows, source in zip(everything, sources, strict=True)]
+    return RowTable(_parts(tables), _over_all_parts(tables, [part for rows in limited for part in rows]))
+
+
+def _over_all_parts(tables: Sequence[StoredTable], rows: Sequence[PartRows]) -> PartRows:
+    """Rows of each part, counted over all parts."""
+    starts = np.cumsum([0, *(part.num_rows for part in _parts(tables))])
+    return np.concatenate([np.zeros(0, np.int64), *(start + each for start, each in zip(starts, rows, strict=False))])
+
+
+def _limited(rows: list[PartRows], source: Source, seed: int) -> list[PartRows]:
+    """Rows of each part that are in use: the first, and of these some drawn with the seed; the same in every epoch."""
+    total = sum(map(len, rows))
+    first = total if source.first is None else min(total, source.first)
+    limit = first if source.limit is None else min(first, source.limit)
+    kept = np.zeros(total, dtype=bool)
+    kept[permutation(first, seed, "limit", source.name)[:limit].numpy() if limit < first else slice(first)] = True
+    return [each[mask] for each, mask in zip(rows, np.split(kept, np.cumsum([*map(len, rows)])[:-1]), strict=True)]
 
 
 def _read(name: str, given: Any, options: SplitOptions) -> tuple[tuple[Source, ...], tuple[StoredTable, ...]]:
-    cache = cache_folder(options.cache)
+    opened = open_sources(name, given, options)
+    tables = tuple(store_table(each, cache_folder(options.cache), _num_processes()) for each in opened)
+    return tuple(each.source for each in opened), tables
+
+
+def open_sources(name: str, given: Any, options: SplitOptions, *, must_exist: bool = False) -> list[OpenSource]:
+    """The sources of a split, their options checked and their first rows looked at.
+
+    Args:
+        name: As of ``open_split``, like the next two.
+        given: Paths or sources.
+        options: How files are read.
+        must_exist: Whether a row is rejected for a picture that is missing; if not, pictures are checked later.
+
+    Raises:
+        UserError: A source cannot be read, or has an option that is none.
+    """
     reading = ReadOptions(
         answers_required=name != "predict",
         follow_links=options.follow_links,
         fetch=options.fetch,
-        cache=cache / "fetched",
+        cache=cache_folder(options.cache) / "fetched",
         split={"val": "validation"}.get(name, name),
-        must_exist=False,
+        must_exist=must_exist,
     )
     sources = parse_sources(given, options.image_root)
-    opened = [open_source(source, reading) for source in sources]
-    return sources, tuple(store_table(source, cache, _num_processes()) for source in opened)
+    for source in sources:
+        check_limit(source)
+    if name == "train":
+        check_weights(sources, None)
+    else:
+        _log_unmixed(name, sources)
+    return [open_source(source, reading) for source in sources]
+
+
+def _log_unmixed(split: str, sources: Sequence[Source]) -> None:
+    """Say where a source outside of training has a weight or repeats."""
+    if given := [source.name for source in sources if source.weight != 1 or source.repeats != 1]:
+        why = "only training is mixed: each row is evaluated once"
+        log_decision(f"data.{split}", f"weight and repeats of {', '.join(given)} are not used", why)
 
 
 def _parts(tables: Sequence[StoredTable]) -> list[TablePart]:
@@ -136,7 +197,7 @@ def _check_all_pictures(tables: Sequence[StoredTable], max_megapixels: float) ->
         check()
 
 
-def _usable_rows(table: StoredTable, max_megapixels: float) -> tuple[list[np.ndarray[Any, Any]], list[Rejection]]:
+def _usable_rows(table: StoredTable, max_megapixels: float) -> tuple[list[PartRows], list[Rejection]]:
     """Rows of each part whose pictures can be used, and why the others cannot."""
     rows, rejections = [], []
     for part in table.parts:
@@ -165,5 +226,7 @@ def _log_source(split: str, source: Source, table: StoredTable, used: int, rejec
     reasons = Counter(each.reason.partition(":")[0] for each in rejections if each.kind == "dropped").most_common()
     unread = ", ".join(sorted(table.ignored))
     why = [table.shape, *(f"{count} x {reason}" for reason, count in reasons)]
+    why += [f"limit {source.limit}, drawn with data.seed"] if source.limit == used else []
+    why += [f"the first {source.first}"] if source.first is not None else []
     why += [f"columns not read: {unread}"] if unread else []
     log_decision(f"data.{split} {table.name}", f"{used} of {table.num_read} rows", "; ".join(why))

@@ -46,8 +46,7 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
         trainer: The trainer of the fit.
         data: Where its rows come from.
     """
-    seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
-    epochs = seen / len(data.samples("train")) if trainer.max_steps > 0 else float(trainer.max_epochs or 1)
+    epochs = _times_seen(trainer, data)
     model = step.mm.transformers
     facts = {
         "precision": str(trainer.precision),
@@ -63,6 +62,17 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
 
     with trainer.precision_plugin.forward_context():
         step.open_cache(settings, data.collator(), example, epochs, facts)
+
+
+def _times_seen(trainer: L.Trainer, data: MMDataModule) -> float:
+    """How often a run sees a row, on average; once, where the number of rows is not known."""
+    num_rows = data.num_train_rows
+    if num_rows is None:
+        return 1.0
+    seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
+    if trainer.max_steps < 0:
+        seen = (trainer.max_epochs or 1) * data.mixture.num_rows
+    return seen / num_rows
 
 
 def refuse_cache(settings: CacheSettings, why: str) -> None:

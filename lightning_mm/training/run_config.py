@@ -18,10 +18,11 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_atomically
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.data.readers.source import Source
 from lightning_mm.training.eval_context import LiveModule, data_of, live
 from lightning_mm.tuning.policy import TuningPolicy
 
-_PATHS = ("train", "val", "test", "predict", "image_root", "probes")
+_SOURCES, _PATHS = ("train", "val", "test", "predict"), ("image_root", "probes")
 
 
 def write_config(run: RunDirectory, trainer: L.Trainer) -> None:
@@ -73,7 +74,20 @@ def data_options(arguments: Mapping[str, Any]) -> dict[str, Any]:
     for name in _PATHS:
         if kept.get(name) is not None:
             kept[name] = str(Path(kept[name]).absolute())
+    kept |= {name: _absolute(kept[name]) for name in _SOURCES if name in kept}
     return {name: _plain(value) for name, value in kept.items()}
+
+
+def _absolute(given: Any) -> Any:
+    """Sources with absolute paths; what is no path here (a name on the hub) as it is."""
+    if isinstance(given, (str, Path)):
+        return str(Path(given).absolute()) if Path(given).exists() or "*" in str(given) else str(given)
+    if isinstance(given, Mapping):
+        paths = {key: _absolute(given[key]) for key in ("path", "image_root") if given.get(key) is not None}
+        return {**given, **paths}
+    if isinstance(given, Source):
+        return _absolute({field.name: getattr(given, field.name) for field in fields(given)})
+    return [_absolute(each) for each in given] if isinstance(given, (list, tuple)) else given
 
 
 def read_policy(options: Mapping[str, Any]) -> TuningPolicy:

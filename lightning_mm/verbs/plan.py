@@ -170,9 +170,14 @@ def plan(
         own = _fixed(_policy(policy, module), meta.layout.num_layers)
         estimates = [_own(meta, own, batches, setting, on)]
         left_out = _compare(estimates, meta, batches, setting, on) if compare else {}
-    samples = len(run.samples("train")) if run is not None and run.paths["train"] is not None else 0
+    samples = _rows_of_an_epoch(run) if run is not None and run.paths["train"] is not None else 0
     steps = max(0, max_steps) * accumulate_grad_batches
     return PlanResult(tuple(estimates), left_out, mean_lengths(batches), on, samples, steps, tuple(decisions))
+
+
+def _rows_of_an_epoch(data: MMDataModule) -> int:
+    """Rows of a training epoch; 0 where they are streamed."""
+    return 0 if data.streaming else data.mixture.num_rows
 
 
 def _is_bf16(precision: str) -> bool:

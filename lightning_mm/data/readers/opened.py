@@ -87,7 +87,7 @@ class OpenSource:
         source = {
             key: value
             for key, value in asdict(self.source).items()
-            if key not in ("path", "weight", "repeats", "limit")
+            if key not in ("path", "weight", "repeats", "first", "limit")
         }
         options = {key: value for key, value in asdict(self.options).items() if key != "cache"}
         return {

@@ -191,7 +191,7 @@ def _sampling(path: Path, strategy: str) -> dict[str, Any]:
     kind, _, number = strategy.partition(":")
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "all": dict,
-        "first": lambda: {"limit": int(number)},
+        "first": lambda: {"first": int(number)},
         "random": lambda: {"repeats": float(number.removesuffix("%")) / 100},
     }
     fits = kind == "random" if number.endswith("%") else kind in ("all", "first")

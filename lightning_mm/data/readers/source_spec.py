@@ -15,9 +15,10 @@ class Source:
     Args:
         path: A file, a folder, a pattern (``data/*.parquet``) or the name of a dataset on Hugging Face's hub.
         name: What it is called in metrics and reports; '' takes the path's stem.
-        weight: Its share when sources are mixed, relative to the others.
-        repeats: How often each row is used in an epoch; below 1 for a part of the rows.
-        limit: Number of rows that are used, from the first on; None for all.
+        weight: Of its share when training sources are mixed, relative to the others (``data.mixture``); 0 for none.
+        repeats: How often each training row is used in an epoch; below 1 for a part of the rows.
+        first: Most rows that are in use, from the first on, of those that can be used; None for all.
+        limit: Most rows that are in use, drawn at random with ``data.seed`` (from the ``first``); None for all.
         image_root: Folder that its picture names are relative to and may not leave; None for the data's own folder.
         columns: Our name -> the file's column, where it is not found: messages; prompt, query, response, history;
             question, answer, options; system, tools, images, videos, id, question_type.
@@ -33,6 +34,7 @@ class Source:
     name: str = ""
     weight: float = 1.0
     repeats: float = 1.0
+    first: int | None = None
     limit: int | None = None
     image_root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
