@@ -30,6 +30,7 @@ DATA_WAIT = "train/data_wait"
 PADDING = "train/padding"
 PEAK_MEMORY = "train/peak_memory"
 LEARNING_RATE = "train/lr"
+TOKEN_SHARE = "train/token_share"
 REJECTED = "data/rejected"
 VAL_LOSS = "val/loss"
 VAL_TOKEN_ACCURACY = "val/token_accuracy"
@@ -96,8 +97,9 @@ _FIXED = (
 )
 _HELD_OUT = tuple(f"evaluation/{moment}" for moment in get_args(Moment))
 _PER_TYPE = ("val/exact_match", "test/exact_match", "test/no_image", "test/majority", *_HELD_OUT)
+_PER_SOURCE = (TRAIN_LOSS, VAL_LOSS, "test/loss", TOKEN_SHARE)
 FIXED = tuple(metric.name for metric in _FIXED)
-"""Names of the metrics that depend on no question type, layer or group."""
+"""Names of the metrics that depend on no question type, source, layer or group."""
 _BY_NAME = {metric.name: metric for metric in _FIXED}
 
 
@@ -119,6 +121,16 @@ def majority(question_type: str | None = None) -> str:
 def held_out(moment: Moment, question_type: str | None = None) -> str:
     """The key of exact match on a run's held-out questions at one moment, over all of them or those of one type."""
     return _join(f"evaluation/{moment}", question_type)
+
+
+def source_loss(stage: Literal["train", "val", "test"], source: str) -> str:
+    """The key of the loss on one source of several."""
+    return _join(f"{stage}/loss", source)
+
+
+def token_share(source: str) -> str:
+    """The key of the share that one source of several has in the supervised tokens of training."""
+    return _join(TOKEN_SHARE, source)
 
 
 def learning_rate(group: str) -> str:
@@ -144,7 +156,10 @@ def layer_metric(name: str, site: str, what: LayerFact) -> str:
 
 
 def declare(
-    question_types: Iterable[str], groups: Iterable[str] = (), profiles: Iterable[tuple[str, str]] = ()
+    question_types: Iterable[str],
+    groups: Iterable[str] = (),
+    profiles: Iterable[tuple[str, str]] = (),
+    sources: Iterable[str] = (),
 ) -> dict[str, Metric]:
     """All metrics that a run may log, by key, in a fixed order: the same on every rank.
 
@@ -152,6 +167,7 @@ def declare(
         question_types: Question types of the data, in any order.
         groups: Names of the optimizer's parameter groups; none by default.
         profiles: (measure, site) pairs whose profiles are logged; none by default.
+        sources: Names of the sources of the data, where there are several; none by default.
 
     Example:
         >>> [key for key in declare(["colour", "shape"]) if key.startswith("val/exact_match")]
@@ -160,16 +176,22 @@ def declare(
     types = sorted(set(question_types))
     typed = [_of_type(parent, kind) for parent in _PER_TYPE for kind in types]
     inside = [_of_layers(*pair, what) for pair in sorted(set(profiles)) for what in get_args(LayerFact)]
-    return _BY_NAME | {metric.name: metric for metric in (*typed, *map(_of_group, sorted(set(groups))), *inside)}
+    mixed = [_of_source(parent, source) for parent in _PER_SOURCE for source in sorted(set(sources))]
+    return _BY_NAME | {
+        metric.name: metric for metric in (*typed, *map(_of_group, sorted(set(groups))), *inside, *mixed)
+    }
 
 
 def lookup(name: str) -> Metric | None:
-    """The metric of a key, with any question type or parameter group; None where the vocabulary has none."""
+    """The metric of a key, with any question type, source or parameter group; None where the vocabulary has none."""
     if name in _BY_NAME:
         return _BY_NAME[name]
     for parent in _PER_TYPE:
         if name.startswith(parent + "/"):
             return _of_type(parent, name.removeprefix(parent + "/"))
+    for parent in _PER_SOURCE:
+        if name.startswith(parent + "/"):
+            return _of_source(parent, name.removeprefix(parent + "/"))
     start, *middle = name.split("/")
     if start == "inside" and len(middle) > 2 and middle[-1] in get_args(LayerFact):
         return _of_layers("/".join(middle[:-2]), middle[-2], middle[-1])
@@ -179,6 +201,13 @@ def lookup(name: str) -> Metric | None:
 def _of_type(parent: str, kind: str) -> Metric:
     metric = _BY_NAME[parent]
     return replace(metric, name=_join(parent, kind), meaning=f"{metric.meaning}, for questions of type {kind!r}")
+
+
+def _of_source(parent: str, source: str) -> Metric:
+    name = _join(parent, source)
+    if parent == TOKEN_SHARE:
+        return Metric(name, "fraction", f"share of the answer tokens trained on that are of the source {source!r}")
+    return replace(_BY_NAME[parent], name=name, meaning=f"{_BY_NAME[parent].meaning}, of the source {source!r}")
 
 
 def _of_group(group: str) -> Metric:

@@ -126,6 +126,10 @@ class RunDirectory:
         return self.path / "ledger.jsonl"
 
     @property
+    def sources(self) -> Path:
+        return self.path / "sources.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples.json"
 

@@ -27,6 +27,21 @@ class TokenRegion(IntEnum):
 
 
 @dataclass(frozen=True)
+class TargetSources:
+    """Which source of a mixture each supervised token of a batch is from.
+
+    Args:
+        names: The sources of the batch's rows.
+        counts: Number of supervised tokens of each.
+        index: (S,) index into ``names`` of each supervised token; None where there is one source.
+    """
+
+    names: tuple[str, ...]
+    counts: tuple[int, ...]
+    index: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Batch:
     """Conversations for teacher forcing.
 
@@ -56,6 +71,16 @@ class Batch:
     def real(self) -> Tensor:
         """(T,) flat indices into B * L of all tokens that are not padding."""
         return (self.regions != TokenRegion.PAD).flatten().nonzero().squeeze(1)
+
+    @cached_property
+    def target_sources(self) -> TargetSources:
+        """Which source each supervised token is from, and how many of each are known without a synchronization."""
+        names = tuple(dict.fromkeys(sample.source for sample in self.samples))
+        if len(names) == 1:
+            return TargetSources(names, (self.num_supervised,))
+        of_rows = torch.tensor([names.index(sample.source) for sample in self.samples], device=self.supervised.device)
+        index = of_rows[self.supervised // self.regions.shape[1]]
+        return TargetSources(names, tuple(torch.bincount(index, minlength=len(names)).tolist()), index)
 
     @property
     def num_supervised(self) -> int:
@@ -87,6 +112,9 @@ class Batch:
         )
         # Computed on the host, where it needs no synchronization.
         made.__dict__["real"] = fn(self.real)
+        sources = self.target_sources
+        index = None if sources.index is None else fn(sources.index)
+        made.__dict__["target_sources"] = replace(sources, index=index)
         return made
 
 

@@ -33,11 +33,13 @@ class LossOutput:
         nll: () summed negative log-likelihood in nats, attached to the autograd graph.
         num_tokens: Number of supervised tokens S.
         num_correct: () number of supervised tokens that were the model's most likely token.
+        token_nll: (S,) negative log-likelihood of each supervised token, detached.
     """
 
     nll: Tensor
     num_tokens: int
     num_correct: Tensor
+    token_nll: Tensor
 
 
 def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> LossOutput:
@@ -63,13 +65,13 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
     with select_positions_before_head(head, batch.supervised), split.record_head_inputs() as held:
         model(**batch.inputs, use_cache=False)
 
-    def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor]:
+    def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
         return _loss_terms(split.logits(hidden_1CD, batch.inputs), targets_C)
 
     parts = zip(held[0].split(rows, 1), batch.targets.split(rows), strict=True)
     found = [LossOutput(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
     nll, correct = (torch.stack(each).sum() for each in zip(*((f.nll, f.num_correct) for f in found), strict=True))
-    return LossOutput(nll, batch.num_supervised, correct)
+    return LossOutput(nll, batch.num_supervised, correct, torch.cat([f.token_nll for f in found]))
 
 
 def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
@@ -104,12 +106,18 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
     return rows if apart else whole
 
 
-def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor]:
-    """The fields of a ``LossOutput``: () summed NLL, S, and () number of correct tokens, of logits (..., V)."""
+def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
+    """The fields of a ``LossOutput``, of logits (..., V).
+
+    The sum is that of ``F.cross_entropy``, bit for bit: these are its two steps, and backward keeps what is between
+    them anyway.
+    """
     logits_SV = logits.reshape(-1, logits.shape[-1]).float()
-    nll = F.cross_entropy(logits_SV, targets, reduction="sum")
+    log_p_SV = F.log_softmax(logits_SV, dim=-1)
+    nll = F.nll_loss(log_p_SV, targets, reduction="sum")
     with torch.no_grad():
-        return nll, len(targets), (logits_SV.argmax(-1) == targets).sum()
+        token_nll = -log_p_SV.gather(1, targets.unsqueeze(1)).squeeze(1)
+        return nll, len(targets), (logits_SV.argmax(-1) == targets).sum(), token_nll
 
 
 class HeadSplit:

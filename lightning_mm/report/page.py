@@ -19,12 +19,14 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.report.optional_file import PARSE_ERRORS, read_optional
 from lightning_mm.report.sections import causal, layers, run, selection
 from lightning_mm.report.sections.samples import samples
+from lightning_mm.report.sections.sources import sources
 from lightning_mm.report.tables.curves import read_curves
 from lightning_mm.report.tables.panels import StepLabels, TrainedLayers
 
 _PARTS = {
     "accuracy": "Accuracy",
     "curves": "Curves",
+    "sources": "Sources",
     "trains": "What trains",
     "chosen": "Why these layers",
     "inside": "Inside the model",
@@ -63,6 +65,9 @@ def page_content(directory: RunDirectory) -> dict[str, Any]:
         "scores": scores,
         "samples": read_optional(directory.samples, lambda: samples(directory.path, read_json(directory.samples))),
         "decisions": read_optional(directory.decisions, lambda: run.decisions(read_json(directory.decisions))),
+        "sources": read_optional(
+            directory.sources, lambda: sources(read_json(directory.sources), curves.content or {})
+        ),
         "ledger": read_optional(directory.ledger, lambda: _ledger(directory.ledger)),
         "config": config,
         **inside,
@@ -134,6 +139,7 @@ def _parts(directory: RunDirectory, looked: Mapping[str, Any]) -> set[str]:
     files = {
         "accuracy": [directory.evaluation],
         "curves": [directory.metrics],
+        "sources": [directory.sources],
         "trains": [directory.census],
         "chosen": [directory.selection],
         "inside": [directory.matrices, directory.probes, directory.inspections],
@@ -147,7 +153,7 @@ def _parts(directory: RunDirectory, looked: Mapping[str, Any]) -> set[str]:
     only_causes = looked["causes"] and looked["inside"].content and not looked["inside"].content.holds_any
     there |= {"inside"} if directory.layers.exists() and not only_causes else set()
     if not _is_inspection(directory):
-        return there | (files.keys() - {"chosen", "inside"})
+        return there | (files.keys() - {"chosen", "inside", "sources"})
     return there - {"trains"} if _census_is_short(directory) else there
 
 

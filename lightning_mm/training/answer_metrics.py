@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, SumMetric
 
 from lightning_mm.core import metric_names
+from lightning_mm.data.batch import Batch
+from lightning_mm.execution.loss import LossOutput
+from lightning_mm.training.source_losses import SourceScores
 
 ALL = "all"
 
@@ -79,20 +82,28 @@ class SplitScores(nn.Module):
     Args:
         types: Question types that can occur, the same on every rank.
         majority: Question type -> the answer that a guess gives; empty (default): guesses are not scored.
+        sources: Names of the split's sources, the same on every rank.
     """
 
-    def __init__(self, types: Iterable[str], majority: Mapping[str, str] = MappingProxyType({})) -> None:
+    def __init__(
+        self,
+        types: Iterable[str],
+        majority: Mapping[str, str] = MappingProxyType({}),
+        sources: Sequence[str] = (),
+    ) -> None:
         super().__init__()
+        self.source_scores = SourceScores(sources)
         self.loss, self.token_accuracy = MeanMetric(), MeanMetric()
         types = tuple(types)
         self.answers, self.blank_answers, self.guesses = (AnswerScores(types) for _ in range(3))
         self.majority = majority
 
-    def add(self, nll: Tensor, num_correct: Tensor, num_tokens: int) -> None:
+    def add(self, objective: LossOutput, batch: Batch) -> None:
         """Count a teacher-forced batch: sums over its supervised tokens."""
-        if num_tokens:
-            self.loss.update(nll / num_tokens, num_tokens)
-            self.token_accuracy.update(num_correct / num_tokens, num_tokens)
+        if num_tokens := objective.num_tokens:
+            self.loss.update(objective.nll / num_tokens, num_tokens)
+            self.token_accuracy.update(objective.num_correct / num_tokens, num_tokens)
+            self.source_scores.add(objective, batch)
 
     def add_answers(self, answers: Sequence[str], references: Sequence[str], types: Sequence[str], blank: bool) -> None:
         """Count a batch of answers, given with the pictures or with blank ones."""
@@ -104,6 +115,7 @@ class SplitScores(nn.Module):
         """Every metric by its name, over all ranks."""
         values: dict[str, Tensor | float] = {f"{split}/loss": self.loss.compute()}
         values[f"{split}/token_accuracy"] = self.token_accuracy.compute()
+        values |= self.source_scores.compute(split)
         for name, value in self.answers.compute().items():
             values[metric_names.exact_match(split, None if name == ALL else name)] = value
         for name, value in self.blank_answers.compute().items():

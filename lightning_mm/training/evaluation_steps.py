@@ -105,7 +105,7 @@ class EvaluationSteps(L.LightningModule):
     def _begin_scores(self, split: metric_names.Stage) -> None:
         data = data_of(self.trainer)
         majority = data.majority_answers() if split == "test" else {}
-        self.scores = SplitScores(data.question_types(split), majority).to(self.device)
+        self.scores = SplitScores(data.question_types(split), majority, data.source_names(split)).to(self.device)
 
     def validation_step(
         self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0
@@ -117,7 +117,7 @@ class EvaluationSteps(L.LightningModule):
         """
         if isinstance(batch, Batch):
             objective = self.objective(batch)
-            self.scores.add(objective.nll, objective.num_correct, objective.num_tokens)
+            self.scores.add(objective, batch)
             return None
         answers = self.answer(batch)
         self.scores.add_answers(answers, batch.references, batch.question_types, blank=dataloader_idx == 2)

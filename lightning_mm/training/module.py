@@ -48,9 +48,10 @@ from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.model_and_data import ModelAndData
-from lightning_mm.training.resume_point import ResumePoint
+from lightning_mm.training.resume_point import ResumePoint, at_step_end
 from lightning_mm.training.run_config import model_options
 from lightning_mm.training.run_length import total_steps
+from lightning_mm.training.source_losses import SourceLosses
 from lightning_mm.training.standard_callbacks import add_standard_callbacks
 from lightning_mm.training.trainer_checks import check_trainer
 from lightning_mm.training.unreached import drop_picture_gradients, say_unreached
@@ -127,7 +128,7 @@ class MMModule(ModelAndData):
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
-        self._window = LossAccumulator()
+        self._window, self._source_losses = LossAccumulator(), SourceLosses()
         self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
         self.loaded_step: int | None = None
@@ -238,6 +239,7 @@ class MMModule(ModelAndData):
         """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
         self._window.add(objective, batch.has_images)
+        self._source_losses.add(objective, batch)
         if batch.has_images and batch.num_supervised:
             return objective.nll
         return add_zero_grad_term(objective.nll, iter(self.trainable.values()))
@@ -265,8 +267,11 @@ class MMModule(ModelAndData):
         self.resume_point.end_update()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
-        """Remember where the run can be resumed."""
+        """Remember where the run can be resumed; log the losses of the sources now and then."""
         self.resume_point.record(self.trainer)
+        every = max(1, self.trainer.log_every_n_steps)  # type: ignore[attr-defined]  # set by its logger connector
+        if at_step_end(self.trainer) and self.trainer.global_step % every == 0:
+            self.log_dict(self._source_losses.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum")))
 
     def configure_gradient_clipping(
         self,
@@ -366,6 +371,7 @@ class MMModule(ModelAndData):
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
+        self._source_losses = SourceLosses(() if self._files is None else self._files.source_names("train"))
         if not self.step.cache_decided:
             own = "DataLoader" if self._files is None else "configure_optimizers"
             refuse_cache(self.cache, f"your own {own} takes the place of what opens it")

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import lightning as L
@@ -86,11 +87,12 @@ def losses_of(module: MMModule, batch: Batch, optimizer: torch.optim.Optimizer, 
 
 def train(
     model: Path,
-    data: dict[str, Path],
+    data: Mapping[str, Any],
     folder: Path,
     *,
     tuning: TuningPolicy | None = None,
     optimizer: OptimizerSettings | None = None,
+    data_options: Mapping[str, Any] = MappingProxyType({}),
     on_start: Callable[[MMModule], None] | None = None,
     batch_size: int = 2,
     num_workers: int = 0,
@@ -103,7 +105,7 @@ def train(
     cache: CacheSettings | None = None,
     **trainer_options: Any,
 ) -> tuple[MMModule, L.Trainer]:
-    """Fit; returns the module and its trainer."""
+    """Fit on the files, or sources, of each split; returns the module and its trainer."""
     L.seed_everything(0, verbose=False)
     module = BareModule(
         Backbone(path=str(model)),
@@ -114,10 +116,9 @@ def train(
         compute=compute or Compute(),
         cache=cache or CacheSettings(mode="off"),
     )
-    files = {split: str(path) for split, path in data.items()}
-    datamodule = MMDataModule(
-        **files, batch_size=batch_size, num_workers=num_workers, max_length=max_length, processor=str(model)
-    )
+    files = {split: str(given) if isinstance(given, Path) else given for split, given in data.items()}
+    options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_length": max_length}
+    datamodule = MMDataModule(**files, **options, **data_options, processor=str(model))
     trainer = L.Trainer(
         default_root_dir=folder,
         logger=False,

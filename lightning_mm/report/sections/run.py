@@ -50,6 +50,16 @@ def charts(curves: Curves) -> list[Curve]:
         for i, group in enumerate(groups)
     ]
 
+    mixed = sorted(key for key in curves if key.startswith(metric_names.TRAIN_LOSS + "/"))
+    by_source = [
+        Series(
+            key.removeprefix(metric_names.TRAIN_LOSS + "/"),
+            curves[key],
+            LineStyle(theme.TEAL if i % 2 else theme.INK, dash=theme.DASHES[i // 2 % len(theme.DASHES)]),
+        )
+        for i, key in enumerate(mixed)
+    ]
+
     def only(key: str, label: str, style: LineStyle = ACCENT) -> list[Series]:
         return [Series(label, curves.get(key, []), style)]
 
@@ -66,6 +76,7 @@ def charts(curves: Curves) -> list[Curve]:
     norm = only(metric_names.GRAD_NORM, "all trained weights")
     drawn = [
         line_chart("Loss", "nats per token", [train, *mean, *validation]),
+        line_chart("Training loss by source", "nats per token", by_source),
         line_chart("Exact match", "share of answers", exact, share=True),
         line_chart("Token accuracy", "share of tokens", tokens, share=True),
         line_chart("Throughput", "answer tokens/s", speed, zero=True),

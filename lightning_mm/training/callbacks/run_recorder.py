@@ -198,7 +198,11 @@ class RunRecorder(Callback):
             self._write_files(trainer)
 
     def _write_files(self, trainer: L.Trainer) -> None:
-        data_of(trainer).rejected_samples.write(self.run.ledger)
+        data = data_of(trainer)
+        data.rejected_samples.write(self.run.ledger)
+        counts = data.source_counts()
+        if len(counts) > len({each["split"] for each in counts}):  # a split of several sources
+            write_json(self.run.sources, counts)
         write_json(self.run.decisions, [asdict(decision) for decision in decision_log()])
         for logger in trainer.loggers:
             logger.save()
