@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
 import pytest
 import torch
@@ -126,6 +127,32 @@ def test_fit_kill_and_resume(order: dict[str, Any], stop: int, module: Make, fol
         trainer(folder, StopAt(stop, folder / "k.ckpt")).fit(first, datamodule=module(num_workers=2, **order))
     again = module(num_workers=2, **order)
     trainer(folder).fit(second, datamodule=again, ckpt_path=folder / "k.ckpt", weights_only=True)
+    assert first.trained + second.trained == whole.trained
+    assert torch.equal(second.weight, whole.weight)
+
+
+@pytest.mark.parametrize("form", ["parquet", "saved", "folder"])
+def test_kill_and_resume_from_other_forms(form: str, module: Make, folder: Path) -> None:
+    """Rows that hold their pictures are trained in the order of the JSON file, killed and resumed with workers too."""
+    rows = [row(index) for index in range(NUM_ROWS)]
+    content = [{**each, "image": {"bytes": (folder / each["image"]).read_bytes(), "path": None}} for each in rows]
+    data = datasets.Dataset.from_list(content)
+    given = folder / form
+    given.mkdir()
+    if form == "saved":
+        data.save_to_disk(given)
+    elif form == "parquet":
+        data.to_parquet(given / "rows.parquet")
+        given /= "rows.parquet"
+    else:
+        for part in range(2):
+            data.shard(2, part, contiguous=True).to_parquet(given / f"train-{part:05d}-of-00002.parquet")
+    whole, first, second = Recorder(), Recorder(), Recorder()
+    trainer(folder).fit(whole, datamodule=module())
+    options = {"train": str(given), "num_workers": 2}
+    with pytest.raises(InterruptedError):
+        trainer(folder, StopAt(4, folder / "k.ckpt")).fit(first, datamodule=module(**options))
+    trainer(folder).fit(second, datamodule=module(**options), ckpt_path=folder / "k.ckpt", weights_only=True)
     assert first.trained + second.trained == whole.trained
     assert torch.equal(second.weight, whole.weight)
 
