@@ -146,10 +146,10 @@ def store_table(source: OpenSource, cache: Path, num_workers: int = 0) -> Stored
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        folder = cache / "tables" / _key(source, cache)
+        parts = source.parts()
+        folder = cache / "tables" / _key(source, parts, cache)
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            parts = source.parts()
             missing = [number for number in range(len(parts)) if not _report_file(folder, number).exists()]
             if missing:
                 _convert(source, [(number, parts[number]) for number in missing], folder, num_workers)
@@ -291,9 +291,9 @@ def _report_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.json"
 
 
-def _key(source: OpenSource, cache: Path) -> str:
-    """Name of a source's table: the content of its files, and everything else that its rows depend on."""
+def _key(source: OpenSource, parts: Sequence[Part], cache: Path) -> str:
+    """Name of a source's table: the content of its files, everything else that its rows depend on, and its parts."""
     digests = FileDigests(cache / "digests.json")
-    content = [FORMAT, source.identity(), [digests(file) for file in source.files]]
+    content = [FORMAT, source.identity(), [digests(file) for file in source.files], [repr(part) for part in parts]]
     digests.save()
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

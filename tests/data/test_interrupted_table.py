@@ -56,6 +56,18 @@ def has_ended(process: str) -> bool:
     return False
 
 
+def test_a_table_that_was_cut_otherwise_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a table in parts of one size, and the rest in parts of another, would lose rows or double them."""
+    file, cache = tmp_path / "t.jsonl", tmp_path / "cache"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows(500)))
+    monkeypatch.setattr(row_files, "PART_BYTES", 3_000_000)
+    opened(file, cache)
+    (report,) = cache.rglob("part-00001.json")
+    report.unlink()
+    monkeypatch.setattr(row_files, "PART_BYTES", 1_000_000)
+    assert [sample.id for sample in opened(file, cache).samples] == [str(index) for index in range(500)]
+
+
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
 def test_a_killed_conversion_goes_on(by: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, cache = tmp_path / "t.jsonl", tmp_path / "cache"

@@ -136,6 +136,7 @@ class RunRecorder(Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._write(trainer)
+            data_of(trainer).rejected_samples.check()  # each rank has checked what it dropped itself
 
     def on_test_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
