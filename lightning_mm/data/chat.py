@@ -227,6 +227,19 @@ class ChatRenderer:
         return self._template.reads_reasoning or any(_THINK.search(text) for text in texts)
 
 
+def without_reasoning(generated: str) -> str:
+    """What a generated text answers after its reasoning, whose beginning may be in the prompt.
+
+    Args:
+        generated: New text of a model.
+
+    Example:
+        >>> without_reasoning("It has whiskers.</think> A cat.")
+        'A cat.'
+    """
+    return re.split(r"</think>|◁/think▷", generated)[-1].strip()
+
+
 def _find(text: str, said: str, first: int, at: int) -> int:
     return first if text.startswith(said, first) else text.find(said, at)
 

@@ -133,7 +133,7 @@ class ChatTemplate:
         if not self._in_parts[turn.role]:
             return turn.text.replace(IMAGE_MARK, self.placeholder) if turn.role == "user" else turn.text
         content: list[dict[str, str]] = []
-        pieces = turn.text.split(IMAGE_MARK)
+        pieces = turn.text.split(IMAGE_MARK) if turn.role == "user" else [turn.text]
         for i, piece in enumerate(pieces):
             # LLaVA's files put a line break beside a mark; the template writes its own.
             text = piece.lstrip("\n") if i > 0 else piece

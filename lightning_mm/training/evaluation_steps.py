@@ -3,6 +3,7 @@
 Data flow: Batch -> loss and token accuracy; PromptBatch -> ``answer`` -> exact match; image and question -> text.
 """
 
+import re
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -16,7 +17,8 @@ from lightning_mm.core import metric_names
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import images as pictures
 from lightning_mm.data.batch import Batch, PromptBatch
-from lightning_mm.data.chat import ChatError, ChatRenderer
+from lightning_mm.data.chat import ChatError, ChatRenderer, without_reasoning
+from lightning_mm.data.chat_template import any_of
 from lightning_mm.data.sample import IMAGE_MARK, Turn
 from lightning_mm.execution.loss import LossOutput
 from lightning_mm.models.generation import greedy_answers
@@ -49,6 +51,10 @@ class EvaluationSteps(L.LightningModule):
     @cached_property
     def _chat(self) -> ChatRenderer:
         return ChatRenderer(self.processing)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return any_of(self.processing.special_tokens)
 
     def generate(
         self, image: Picture | Sequence[Picture] | None, question: str, max_new_tokens: int | None = None
@@ -120,7 +126,10 @@ class EvaluationSteps(L.LightningModule):
             self.scores.add(objective, batch)
             return None
         answers = self.answer(batch)
-        self.scores.add_answers(answers, batch.references, batch.question_types, blank=dataloader_idx == 2)
+        # A reference has neither reasoning nor, as answers are decoded, special tokens.
+        said = [without_reasoning(answer) for answer in answers]
+        references = [self._special.sub("", reference).strip() for reference in batch.references]
+        self.scores.add_answers(said, references, batch.question_types, blank=dataloader_idx == 2)
         return {"answers": answers}
 
     test_step = validation_step

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.data import videos
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.collator import Collator, PromptCollator
-from lightning_mm.data.sample import Sample, Turn
+from lightning_mm.data.sample import Rejection, Sample, Turn
+from lightning_mm.models.pixel_bounds import PixelBounds
 from lightning_mm.models.processor import ModelProcessor
+from tests.helpers.chat_templates import QWEN3_VL_THINKING
+from tests.helpers.videos import write_video
 
 FAMILIES = (
     "llava",
@@ -274,3 +279,112 @@ def test_the_first_frame_of_an_animation_is_told(processing: Load, tmp_path: Pat
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     batch = Collator(processing("llava"))([sample("<image>?", "Red", images=(tmp_path / "x.gif",))])
     assert [(r.kind, r.reason) for r in batch.rejected] == [("cut", "animated image: its first frame is used")]
+
+
+def test_turns_that_are_not_to_be_learned_are_context(processing: Load, samples: list[Sample]) -> None:
+    made, row = processing("qwen2_5_vl"), samples[0]
+    whole = Collator(made)([row])
+    turns = tuple(replace(turn, train=i != 1) for i, turn in enumerate(row.turns))
+    batch = Collator(made)([replace(row, turns=turns)])
+    assert torch.equal(batch.inputs["input_ids"], whole.inputs["input_ids"])
+    assert made.processor.tokenizer.decode(batch.targets) == "Yes, I am sure.<|im_end|>"
+    assert batch.samples[0].answers == (3,)
+    none = replace(row, turns=tuple(replace(turn, train=False) for turn in row.turns))
+    rejected: list[Rejection] = []
+    assert Collator(made).collate_valid([none], rejected) is None
+    assert [each.reason for each in rejected] == ["no answer: no turn of the row is to be learned"]
+
+
+def test_answers_without_the_reasoning_of_generation_are_counted(processing: Load, samples: list[Sample]) -> None:
+    made = processing("qwen3_vl")
+    made.template = QWEN3_VL_THINKING
+    batch = Collator(made)([samples[0]])
+    assert made.processor.tokenizer.decode(batch.targets) == "\n</think>\n\nYes, I am sure.<|im_end|>"
+    assert [(each.kind, each.reason.partition(":")[0]) for each in batch.rejected] == [("cut", "earlier answers")]
+
+
+def test_too_many_images_are_refused_by_name(processing: Load, samples: list[Sample]) -> None:
+    batch = Collator(processing("llava"), max_images=1)(samples)
+    assert batch.samples == tuple(samples[:2])
+    assert {each.reason for each in batch.rejected} == {"too many images: the row has 2, data.max_images is 1"}
+    assert not Collator(processing("llava"), max_images=2)(samples).rejected
+
+
+def test_special_tokens_that_are_named(processing: Load) -> None:
+    made = processing("qwen2_5_vl")
+    made.processor.tokenizer.add_tokens(["<|box_start|>", "<|box_end|>"], special_tokens=True)
+    made = ModelProcessor(made.processor, made.config)
+    row = sample("Where?", "<|box_start|>(1,2)<|box_end|>")
+    batch = Collator(made, special_tokens=["<|box_start|>", "<|box_end|>"])([row])
+    assert made.processor.tokenizer.decode(batch.targets) == "<|box_start|>(1,2)<|box_end|><|im_end|>"
+    with pytest.raises(UserError, match="special token in the text"):
+        Collator(made, special_tokens=["<|box_start|>"])([row])
+
+
+@pytest.fixture(scope="session")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("videos") / "a.mp4", 40)
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl", "llava_onevision", "smolvlm", "internvl", "gemma3", "mllama"])
+def test_a_video_is_its_frames(
+    name: str, processing: Load, video: Path, pictures: dict[str, Path], tmp_path: Path
+) -> None:
+    """The same batch as of a row with the frames as images, in their place among others."""
+    frames = [pictures["wide"], *(tmp_path / f"{i}.png" for i in range(3)), pictures["tall"]]
+    for file, frame in zip(frames[1:4], videos.load(video, 3), strict=True):
+        frame.save(file)
+    turns = (Turn("user", "<image> and <video> and <image>?"), Turn("assistant", "All."))
+    row = Sample("1", turns, (pictures["wide"], pictures["tall"]), "t.json:1", videos=(video,))
+    batch = Collator(processing(name), video_frames=3)([row])
+    truth = Collator(processing(name))(
+        [sample("<image> and <image><image><image> and <image>?", "All.", images=tuple(frames))]
+    )
+    assert not batch.rejected
+    assert batch.inputs.keys() == truth.inputs.keys()
+    assert all(torch.equal(batch.inputs[key], truth.inputs[key]) for key in truth.inputs)
+    assert torch.equal(batch.supervised, truth.supervised)
+    asked = PromptCollator(processing(name), video_frames=3)([(row, 1)])
+    assert asked.inputs["input_ids"].shape[0] == 1
+    blank = Collator(processing(name), video_frames=3).collate_valid([row], [], blank_images=True)
+    assert blank is not None
+    assert torch.equal(blank.inputs["input_ids"], batch.inputs["input_ids"])
+    assert blank.inputs["pixel_values"].shape == batch.inputs["pixel_values"].shape
+
+
+def test_a_video_is_never_letters(processing: Load, video: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, turns = processing("qwen2_vl"), (Turn("user", "<video>\nWhat?"), Turn("assistant", "A <video> tag."))
+    cases = {
+        "marks and files differ": Sample("1", turns, (), "t.json:1"),
+        "marks and files": Sample("1", turns, (), "t.json:1", videos=(video, video)),
+        "missing video": Sample("1", turns, (), "t.json:1", videos=(video.with_name("none.mp4"),)),
+    }
+    for reason, row in cases.items():
+        rejected: list[Rejection] = []
+        assert Collator(made).collate_valid([row], rejected) is None
+        assert [each.reason.startswith(reason) for each in rejected] == [True]
+    encode = ModelProcessor.encode
+
+    def one_image(self: ModelProcessor, texts: Any, images: Any, side: Any) -> Any:
+        if any(len(row) > 1 for row in images):
+            raise ValueError("one image at most")
+        return encode(self, texts, images, side)
+
+    monkeypatch.setattr(ModelProcessor, "encode", one_image)
+    with pytest.raises(UserError, match="video: this model takes none"):
+        Collator(made)([Sample("1", turns, (), "t.json:1", videos=(video,))])
+
+
+def test_a_large_photo_fits_within_bounds(processing: Load, tmp_path: Path) -> None:
+    """12 megapixels, at the patch sizes of Qwen2.5-VL itself."""
+    Image.new("RGB", (4000, 3000)).save(tmp_path / "photo.jpg")
+    made = processing("qwen2_5_vl")
+    image_processor = made.processor.image_processor
+    image_processor.patch_size = 14
+    image_processor.size = type(image_processor.size)(shortest_edge=56 * 56, longest_edge=12_845_056)
+    row, rejected = sample("<image>\nWhat?", "A.", images=(tmp_path / "photo.jpg",)), list[Rejection]()
+    assert Collator(made, 2048).collate_valid([row], rejected) is None
+    assert "image tokens up to 15" in rejected[0].reason
+    assert "data.max_pixels" in rejected[0].reason
+    made.bound_pixels(PixelBounds(max_pixels=1_000_000))
+    assert not Collator(made, 2048)([row]).rejected
