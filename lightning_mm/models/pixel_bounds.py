@@ -82,10 +82,8 @@ def set_pixel_bounds(image_processor: Any, bounds: PixelBounds) -> PixelBounds:
         said = "no effect: every image gets the same size"
     else:
         said, rest = "images are resized before the processor, which the exported one does not do", bounds
-    wanted = f"{bounds.min_pixels or 'no minimum'} to {bounds.max_pixels or 'no maximum'}"
-    log_decision(
-        "data.pixels", said, f"data.min_pixels, data.max_pixels: {wanted}, by {type(image_processor).__name__}"
-    )
+    wanted = f"{bounds.min_pixels or 'any number'} to {bounds.max_pixels or 'any number'}"
+    log_decision("data.pixels", said, f"{wanted} of pixels by options of {type(image_processor).__name__}")
     return rest
 
 

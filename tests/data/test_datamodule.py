@@ -18,6 +18,8 @@ from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.models.pixel_bounds import PixelBounds
+from tests.helpers.videos import write_video
 
 # Lightning's advice on numbers of workers is not what is tested; that it calls a deprecated torch class is its own to
 # mend.
@@ -349,3 +351,55 @@ def test_workers_are_quiet(
     list(data.train_dataloader())
     assert capfd.readouterr().err == ""
     assert not caplog.records
+
+
+def test_bounds_on_pictures(module: Make, folder: Path, family: Callable[[str], Path]) -> None:
+    """Fewer tokens, known before a batch is made; more pictures than allowed drop a row by name."""
+    qwen = str(family("qwen2_5_vl"))
+    whole, data = module(processor=qwen), module(processor=qwen, max_pixels=512, group_by_length=True)
+    assert data.example_batch().inputs["input_ids"].shape[1] < whole.example_batch().inputs["input_ids"].shape[1]
+    assert data.processing.bounds == PixelBounds(None, 512)
+    assert int(data._lengths.tokens.max()) < int(whole._lengths.tokens.max())
+    (folder / "two.png").write_bytes((folder / "0.png").read_bytes())
+    turns = [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "Yes."}]
+    rows = [row(0), {"image": ["0.png", "two.png"], "conversations": turns}]
+    data = module(train=write(folder / "t.json", rows), max_images=1)
+    batch = data.collator().collate_valid(data.samples("train"), rejected := [])
+    assert batch is not None
+    assert [each.reason for each in rejected] == ["too many images: the row has 2, data.max_images is 1"]
+
+
+def test_videos_of_a_file(module: Make, folder: Path) -> None:
+    write_video(folder / "a.mp4", 20)
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    data = module(train=write(folder / "t.json", [{"video": "a.mp4", "conversations": turns}] * 2), video_frames=3)
+    batch = data.example_batch()
+    assert batch.has_images
+    one = module(train=write(folder / "o.json", [row(0)])).example_batch()
+    assert len(batch.inputs["pixel_values"].flatten(0, -4)) == 3 * len(one.inputs["pixel_values"].flatten(0, -4))
+    lengths = module(train=str(folder / "t.json"), video_frames=3, group_by_length=True)._lengths
+    assert lengths.tokens.tolist() == [batch.inputs["input_ids"].shape[1]] * 2
+
+
+def test_special_tokens_of_answers(module: Make, folder: Path) -> None:
+    file = write(folder / "t.json", [row(0, conversations=[])])
+    with pytest.raises(UserError, match=r"data\.special_tokens cannot allow '<no>'"):
+        module(train=file, special_tokens=["<no>"]).collator()
+
+
+def test_no_row_that_fits_is_said_with_lengths(module: Make) -> None:
+    with pytest.raises(UserError, match="None of") as caught:
+        module(max_length=8).example_batch()
+    assert "in the median; data.max_length is 8" in caught.value.why
+    assert "data.max_pixels" in caught.value.fix
+
+
+def test_unusable_rows_at_the_start_end_nothing(module: Make, folder: Path) -> None:
+    """Rows that only the model's template refuses, before and after the only one with a picture that can be used."""
+    bad = {"image": "0.png", "conversations": [{"from": "human", "value": "</s>"}, {"from": "gpt", "value": "Ho"}]}
+    data = module(train=write(folder / "t.json", [bad] * 40 + [row(0)] + [bad] * 100))
+    assert data.example_batch().num_supervised
+    data = module(train=write(folder / "u.json", [bad] * 200))
+    with pytest.raises(UserError, match="None of") as caught:
+        data.example_batch()
+    assert "special token in the text" in caught.value.why
