@@ -16,7 +16,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.sample import IMAGE_MARK, VIDEO_MARK, Role, Turn
+from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
 from lightning_mm.models.processor import Message, ModelProcessor
 
 QUESTION, ANSWER, SECOND_QUESTION, SECOND_ANSWER = "Lorem ipsum", "dolor sit", "amet consectetur", "adipiscing elit"
@@ -107,7 +107,7 @@ class ChatTemplate:
         if lost := next((name for name, is_lost in wanted.items() if is_lost), None):
             raise ChatError(f"template has no place for {lost}: it would not write them")
         for turn in turns:
-            text = turn.text.replace(IMAGE_MARK, "").replace(VIDEO_MARK, "") if turn.role == "user" else turn.text
+            text = turn.text.replace(IMAGE_MARK, "") if turn.role == "user" else turn.text
             calls = json.dumps(tool_calls(turn), ensure_ascii=False)
             if found := next(filter(None, map(self._special.search, (text, turn.reasoning, calls))), None):
                 raise ChatError(f"special token in the text: the {turn.role} says {found.group()!r}")

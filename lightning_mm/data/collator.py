@@ -27,6 +27,7 @@ from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder, gray
 from lightning_mm.models.processor import Encoding, ModelProcessor
 
 _MAX_SUBSTITUTES = 64
+_FEWER = "; data.max_pixels makes pictures take fewer tokens"
 
 
 class Collator:
@@ -144,7 +145,7 @@ class Collator:
         image_positions = self._is_image(encoding.inputs["input_ids"][b]).nonzero()
         if len(image_positions) and int(image_positions[-1]) >= limit:
             last = int(image_positions[-1]) + 1
-            return f"too long: image tokens up to {last}, the limit is {limit}; data.max_pixels makes pictures smaller"
+            return f"too long: image tokens up to {last}, the limit is {limit}{_FEWER}"
         if answer[0] >= limit:
             return f"too long: the first answer begins at token {answer[0] + 1}, the limit is {limit}"
         return None
@@ -207,9 +208,7 @@ class PromptCollator:
             lengths = encoding.inputs["attention_mask"].sum(1).tolist()
             if max(lengths) > limit:
                 rejected += [
-                    Rejection(row.sample.origin, f"too long: a question of {length} tokens, the limit is {limit}")
-                    for row, length in zip(rows, lengths, strict=True)
-                    if length > limit
+                    _too_long(row, length, limit) for row, length in zip(rows, lengths, strict=True) if length > limit
                 ]
                 rows = [row for row, length in zip(rows, lengths, strict=True) if length <= limit]
                 rows, encoding = self._encoder.encode(rows, "left", rejected)
@@ -227,6 +226,11 @@ class PromptCollator:
             rejected.append(Rejection(sample.origin, str(error)))
             return None
         return replace(row, images=[gray_image(image.size) for image in row.images]) if self._blank_images else row
+
+
+def _too_long(row: RenderedSample, length: int, limit: int) -> Rejection:
+    reason = f"too long: a question of {length} tokens, the limit is {limit}"
+    return Rejection(row.sample.origin, reason + (_FEWER if row.images else ""))
 
 
 def _truncate(inputs: dict[str, Tensor], length: int) -> dict[str, Tensor]:

@@ -182,6 +182,12 @@ def test_a_models_own_image_token_in_the_text_is_refused(processing: Callable[[s
     assert chat.placeholder == "<|vision_start|><|image_pad|><|vision_end|>"
 
 
+def test_a_video_mark_that_is_a_token_is_refused(processing: Callable[[str], ModelProcessor]) -> None:
+    """Frames take the place of marks before; what is left would be read as the model's own placeholder."""
+    with pytest.raises(ChatError, match="special token"):
+        ChatRenderer(processing("llava_onevision")).render([Turn("user", "<video>?"), Turn("assistant", "Ho")])
+
+
 def test_what_a_template_refuses_is_told(make: Make) -> None:
     with pytest.raises(ChatError, match="no system turns here"):
         ChatRenderer(make(LLAMA_STRINGS)).render([Turn("system", "Be brief."), *TURNS])
