@@ -105,29 +105,40 @@ class ChatRenderer:
             ChatError: The template refuses or loses a part of it, or a turn contains a special token.
         """
         self._template.check(turns, tools)
+        return self._located(turns, add_generation_prompt, tools, frozenset())
+
+    def _located(
+        self, turns: Sequence[Turn], add_generation_prompt: bool, tools: str, ended: frozenset[int]
+    ) -> Rendered:
+        """The rendered conversation; the text of turns in ``ended`` holds a stop token already."""
         full = self._template.write(turns, add_generation_prompt, tools)
         num_images = sum(turn.text.count(IMAGE_MARK) for turn in turns if turn.role == "user")
         if full.count(self.placeholder) != num_images:
             raise ChatError(f"template loses pictures: {full.count(self.placeholder)} of {num_images} are written")
-        text, done, num_context = "", 0, 0
+        text, done = "", 0
         spans: list[Span] = []
+        context = set()
         for i, turn in enumerate(turns):
-            if turn.role != "assistant" or (self._has_stop and not turn.train):
+            if turn.role != "assistant" or i in ended or (self._has_stop and not turn.train):
                 continue
             is_last = i + 1 == len(turns) and not add_generation_prompt
             alone = full if is_last else self._template.write(turns[: i + 1], False, tools)
             start = self._answer_start(self._template.write(turns[:i], True, tools), alone)
             stop = start + self._answer_end(alone[start:], turn)
             if not full.startswith(alone):
-                num_context += turn.train
-                if self._has_stop:
-                    continue
-                said = replace(turn, reasoning="", text=_THINK_MARKS.split(turn.text)[-1])
-                stop = self._end_within(full, common_length(full, alone), said)
-            elif turn.train:
+                context.add(i)
+                continue
+            if turn.train:
                 spans.append((len(text) + start - done, len(text) + stop - done + len(self._missing_stop)))
             text += full[done:stop] + self._missing_stop
             done = stop
+        if context and not self._has_stop:
+            # Where such an answer ends cannot be told from a text in which nothing marks it.
+            if any(turns[i].tool_calls for i in context):
+                raise ChatError("template rewrites turns: an earlier call of a tool, and marks no end of it")
+            marked = [replace(t, text=t.text + self._missing_stop) if i in context else t for i, t in enumerate(turns)]
+            return self._located(marked, add_generation_prompt, tools, ended | context)
+        num_context = sum(turns[i].train for i in context | ended)
         return Rendered(text + full[done:], tuple(spans), num_context)
 
     def render_unmarked(self, turns: Sequence[Turn], tools: str = "") -> str:
@@ -164,30 +175,28 @@ class ChatRenderer:
 
     def _answer_end(self, segment: str, turn: Turn) -> int:
         """End of the answer in what follows its prompt: after its last stop token, or before the template's tail."""
-        at = self._end_within(segment, 0, turn)
+        at = self._end_of_words(segment, turn)
         if not self._has_stop:
-            return max(at, len(segment) - len(self._tail) if segment.endswith(self._tail) else 0)
+            return len(segment) - len(self._tail) if segment.endswith(self._tail) else at
         stops = list(self._stop.finditer(segment, at))
         if not stops:
             raise ChatError(f"template changes an answer: no stop token after {turn.text[:60]!r}")
         return stops[-1].end()
 
-    def _end_within(self, text: str, start: int, turn: Turn) -> int:
-        """End of all that a turn says and calls, which must stand in a text from ``start`` on."""
-        at = start
-        for said in self._parts(turn, text):
-            first = at + self._head if not turn.reasoning and at == start else at
-            found = next(
-                (place + len(each) for each in (said, said.strip()) if (place := _find(text, each, first, at)) >= 0), -1
-            )
-            if found < 0:
-                raise ChatError(f"template changes an answer: {said[:60]!r} became {text[start:][:60]!r}")
-            at = found
+    def _end_of_words(self, segment: str, turn: Turn) -> int:
+        """End of all that a turn says and calls, which must stand in the segment in this order."""
+        at = 0
+        for number, said in enumerate(self._parts(turn, segment)):
+            first = self._head if number == 0 and not turn.reasoning else at
+            places = ((_find(segment, each, first, at), len(each)) for each in (said, said.strip()))
+            at = next((place + length for place, length in places if place >= 0), -1)
+            if at < 0:
+                raise ChatError(f"template changes an answer: {said[:60]!r} became {segment[:60]!r}")
         for call in tool_calls(turn):
             name = call["function"]["name"]
-            if (found := text.find(name, start)) < 0:
+            if name not in segment:
                 raise ChatError(f"template changes an answer: the call of {name} is not written")
-            at = max(at, found + len(name))
+            at = max(at, segment.index(name) + len(name))
         return at
 
     def _parts(self, turn: Turn, text: str) -> list[str]:
