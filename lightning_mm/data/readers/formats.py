@@ -67,14 +67,16 @@ def open_row_file(path: Path, name: str, source: Source, options: ReadOptions) -
     if head[257:262] == b"ustar":
         return TarFile(path, name)
     if suffix_of(path) in (".csv", ".tsv") or (suffix_of(path) == ".txt" and head[:1] not in (b"[", b"{")):
-        return CsvFile(path, name, "\t" if _is_tabbed(path, head) else ",")
+        return CsvFile(path, name, "\t" if suffix_of(path) == ".tsv" else _delimiter(head))
+    if b"\0" in head[:512]:
+        raise UserError(f"{path} is not read.", "It is a binary file of an unknown kind.", f"{_LISTED}.")
     return _json_file(path, name, head, source, options)
 
 
-def _is_tabbed(path: Path, head: bytes) -> bool:
-    """Whether a table's cells are between tabs: by its suffix, or a first line with tabs and no commas."""
-    first = head.partition(b"\n")[0]
-    return suffix_of(path) == ".tsv" or (b"\t" in first and b"," not in first)
+def _delimiter(head: bytes) -> str:
+    """What is between the cells of a table: the most frequent of four characters in its first line."""
+    first = head.partition(b"\n")[0].decode("utf-8", "replace")
+    return max(",\t;|", key=first.count)
 
 
 def suffix_of(path: Path) -> str:
@@ -113,7 +115,8 @@ def _json_file(path: Path, name: str, head: bytes, source: Source, options: Read
             if len(lines) > 1 and not lines[0].rstrip().endswith(b"}"):  # one object over many lines, and broken
                 raise
             return JsonLines(path, name)
-        if len(first_two) == 1 and isinstance(first_two[0][1], dict):
+        is_lines = suffix_of(path) in (".jsonl", ".ndjson")
+        if len(first_two) == 1 and isinstance(first_two[0][1], dict) and not is_lines:
             others = files_of(path, first_two[0][1])[1:]
             return JsonObject(path, name, options.split, source.split, source.columns, options.answers_required, others)
         if b"\n" in head.strip() and head.strip().splitlines()[0].rstrip() in (b"{", b'{"'):

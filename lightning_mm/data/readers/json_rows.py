@@ -128,29 +128,28 @@ class _Window:
         self._counted = 0  # lines are counted up to here
         self._dropped, self._line_start = 0, 0  # characters before the window, and where the line began
 
-    def fill(self, size: int) -> bool:
-        """Have at least ``size`` characters from ``at`` on; whether there were any more."""
-        grown = False
+    def fill(self, size: int) -> None:
+        """Have at least ``size`` characters from the position on, or all that are left."""
         while not self._ended and len(self.text) - self.at < size:
             chunk = self._file.read(max(_CHUNK, size - (len(self.text) - self.at)))
             try:
                 self.text += self._decode.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                place = self._bytes + error.start
+                place = self._bytes + error.start - len(self._decode.getstate()[0])
                 raise UserError(
                     f"{self._path} is not UTF-8.", f"Byte {place}: {error.reason}.", "Save it as UTF-8."
                 ) from error
             self._bytes += len(chunk)
-            self._ended, grown = not chunk, grown or bool(chunk)
-        return grown
+            self._ended = not chunk
 
     def peek(self) -> str:
         """The next character behind white space, which becomes the position; '' at the end."""
         while True:
             while self.at < len(self.text) and self.text[self.at] in _SPACE:
                 self.at += 1
-            if self.at < len(self.text) or not self.fill(1):
+            if self.at < len(self.text) or self._ended:
                 return self.text[self.at : self.at + 1]
+            self.fill(1)
 
     def count_lines(self) -> int:
         """The line of the position; drops the text before it."""
@@ -171,19 +170,20 @@ class _Window:
             ValueError: It is not JSON; places count from the beginning of the file.
             RecursionError: It is nested too deeply.
         """
-        size = _CHUNK // 4
+        self.fill(_CHUNK // 4)
         while True:
-            self.fill(size)
+            have = len(self.text) - self.at
             try:
                 row, end = decoder.row(self.text, self.at)
             except ValueError as error:
-                if len(self.text) - self.at >= 8 * MAX_ROW_CHARACTERS or not self.fill(size := 2 * size):
+                if self._ended or have >= 8 * MAX_ROW_CHARACTERS:
                     raise self._placed(error) from error
-                continue
-            if end < len(self.text) or self._ended:
-                self.at = end
-                return row
-            size = 2 * size  # a number may go on
+            else:
+                goes_on = isinstance(row, (int, float)) and self.text[end : end + 1] not in (*_SPACE, ",", "]", "}")
+                if self._ended or (end < len(self.text) and not goes_on):
+                    self.at = end
+                    return row
+            self.fill(2 * have + 1)
 
     def _placed(self, error: ValueError) -> ValueError:
         if not isinstance(error, json.JSONDecodeError):

@@ -15,8 +15,10 @@ from lightning_mm.data.readers.invalid_row import InvalidRow
 from lightning_mm.data.readers.literals import list_of
 from lightning_mm.data.readers.media import ENDINGS, VIDEO_ENDINGS
 
-_PICTURES = ("image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "image_bytes", "image_base64",
-             "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")  # fmt: skip
+_PICTURES = (
+    "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "image_bytes", "image_base64",
+    "image_base64_str", "jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff",
+)  # fmt: skip
 _NUMBERED = re.compile(r"(?:image|img|picture)_?(\d+)")
 _FILES = ("image_path", "image_paths", "img_path", "image_file", "image_files", "image_name", "imgname", "img_name",
           "image_filename", "image_file_name", "image_local_name", "file_name", "filename", "file_path", "filepath",

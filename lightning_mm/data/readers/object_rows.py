@@ -17,6 +17,7 @@ from lightning_mm.data.readers.question_files import is_joined, joined_rows
 from lightning_mm.data.readers.row_files import FilePart, RowFile
 from lightning_mm.data.readers.shapes import find_shape
 from lightning_mm.data.readers.splits import choose_split
+from lightning_mm.data.readers.training_marks import refuse_preference
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,10 @@ def _is_row(value: dict[str, Any], columns: Mapping[str, str]) -> bool:
         return True
     if _columns(value):
         return False
+    if not any(isinstance(each, (dict, list)) for each in value.values()):
+        return bool(value)
     try:
+        refuse_preference(value, False)
         find_shape(value, {})
     except InvalidRow as error:
         return str(error).startswith(("two ", "preference"))

@@ -146,10 +146,17 @@ def check_any(path: object, samples: bool, rejections: Iterable[Rejection], num_
         return
     if not num_rows:
         raise UserError(f"{path} is empty.", "It holds no row.", "Name a file with at least one conversation.")
-    first = "\n    ".join(f"{r.origin}: {r.reason}" for r in list(rejections)[:5])
+    rejections = list(rejections)
+    first = "\n    ".join(f"{each.origin}: {each.reason}" for each in rejections[:5])
+    has_no_shape = any(each.reason.startswith(("no conversation", "not an object")) for each in rejections)
     raise UserError(
         f"None of the {num_rows} rows of {path} can be used.",
         f"The first of them:\n    {first}",
-        'Rows look like {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
-        '{"from": "gpt", "value": "A cat."}]}; the docs have all forms that are read.',
+        f"{_ROWS if has_no_shape else 'Mend the rows as the reasons say'}; docs/data-forms.md lists what is read.",
     )
+
+
+_ROWS = (
+    'Rows look like {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
+    '{"from": "gpt", "value": "A cat."}]}; columns of other names are named by the columns of the source'
+)

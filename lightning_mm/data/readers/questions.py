@@ -17,9 +17,11 @@ from lightning_mm.data.readers.literals import value_of
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
 """Asked where a row has a picture and a caption only, in LLaVA 1.5's words."""
 CHOICE_QUESTION = "Answer with the option's letter from the given choices directly."
-_QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "user", "human")
-_ANSWERS = ("answer", "answers", "response", "output", "completion", "multiple_choice_answer", "target", "targets",
-            "label", "solution", "assistant", "gpt", "correct_answer", "direct_answers")  # fmt: skip
+_QUESTIONS = ("question", "query", "prompt", "instruction", "problem", "input", "inputs", "user", "human")
+_ANSWERS = (
+    "answer", "answers", "response", "output", "outputs", "completion", "multiple_choice_answer", "target", "targets",
+    "label", "solution", "assistant", "gpt", "correct_answer", "direct_answers",
+)  # fmt: skip
 _OPTIONS = ("choices", "options", "multiple_choices", "mc_options")
 _CHOSEN = ("answer", "answerkey", "answer_key", "answer_idx", "answer_index", "correct_choice_idx", "correct_answer",
            "correct", "correct_option", "answers", "response", "output", "target", "gold", "label")  # fmt: skip
@@ -46,8 +48,8 @@ def question_columns(row: Mapping[str, Any], named: Mapping[str, str]) -> list[s
         return [name for name in given if row.get(name) not in (None, "")] or given[:1]
     keys = keys_of(row)
     found = [keys[name] for name in _QUESTIONS if name in keys and isinstance(row[keys[name]], (str, list))]
-    if "instruction" in keys and set(map(str.casefold, found)) <= {"instruction", "input"}:
-        return [keys["instruction"]] + ([keys["input"]] if row.get(keys.get("input", "")) else [])
+    if "instruction" in keys and set(map(str.casefold, found)) <= {"instruction", "input", "inputs"}:
+        return [keys["instruction"], *(key for key in found if key != keys["instruction"] and row[key])]
     full = [key for key in found if row[key] not in ("", [])]
     if len(full) > 1:
         raise InvalidRow(

@@ -9,6 +9,7 @@
 Data flow: path -> ``sources_of_file`` -> sources with absolute paths, or None where the file lists none.
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -192,16 +193,13 @@ def _sampling(path: Path, strategy: str) -> dict[str, Any]:
     made: dict[str, Callable[[], dict[str, Any]]] = {
         "all": dict,
         "first": lambda: {"first": int(number)},
-        "random": lambda: {"repeats": float(number.removesuffix("%")) / 100},
+        "random": lambda: {"limit": int(number)},
+        "random%": lambda: {"repeats": float(number.removesuffix("%")) / 100},
     }
-    fits = kind == "random" if number.endswith("%") else kind in ("all", "first")
-    try:
-        if fits:
-            return made[kind]()
-    except (ValueError, KeyError):
-        pass
+    with contextlib.suppress(ValueError, KeyError):
+        return made[kind + "%" * number.endswith("%")]()
     raise UserError(
         f"{path}: sampling_strategy {strategy!r} is not read.",
-        "all, first:N (the first N rows) and random:P% (another part of the rows in each epoch) are.",
+        "all, first:N (the first N rows), random:N (N rows) and random:P% (another part in each epoch) are.",
         "Write one of these, or the rows that are meant into a file of their own.",
     )

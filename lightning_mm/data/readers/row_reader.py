@@ -4,6 +4,7 @@ Data flow: row -> ``RowReader.sample``: ``shapes`` finds the conversation, ``med
 Sample or ``InvalidRow``.
 """
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -164,6 +165,7 @@ class RowReader:
 
     def _marked(self, turns: list[Turn], num_images: int, num_videos: int) -> tuple[Turn, ...]:
         """The turns with one mark per image or video: as written, or before the first question where there are none."""
+        turns = _with_marks_for_numbers(turns, num_images)
         asked = " ".join(turn.text for turn in turns if turn.role == "user")
         if _AUDIO_MARK in asked:
             raise InvalidRow(f"audio: a turn of the user has {_AUDIO_MARK}, and audio is not trained on")
@@ -185,10 +187,13 @@ class RowReader:
             return self._media.read(value, name, what)
         for candidate in value.names():
             try:
-                return self._media.read(candidate, name, what)
+                found = self._media.read(candidate, name, what)
             except InvalidRow as error:
                 if not str(error).startswith("missing image"):
                     raise
+            else:
+                if not isinstance(found, Path) or found.is_file():
+                    return found
         raise InvalidRow(f"missing image: no file is named after the id {str(value)!r}, as {value.names()[1]}")
 
     def _count(self, row: Mapping[str, Any], shape: Shape, read: set[str], found: Conversation) -> None:
@@ -197,6 +202,18 @@ class RowReader:
         self.columns_read.update(self._columns.get(key, key) for key in given if key in read)
         self.ignored.update(self._columns.get(key, key) for key in given if key not in read)
         self.ignored.update(found.ignored)
+
+
+_NUMBER = re.compile(r"<image[ _]?(\d+)>")
+
+
+def _with_marks_for_numbers(turns: list[Turn], num_images: int) -> list[Turn]:
+    """The turns with a mark for ``<image 1>``, ``<image 2>``, ... where each stands once and in order, as in MMMU."""
+    numbers = [int(found) for turn in turns if turn.role == "user" for found in _NUMBER.findall(turn.text)]
+    plain = any(IMAGE_MARK in turn.text for turn in turns)
+    if plain or not numbers or numbers not in (list(range(1, num_images + 1)), list(range(num_images))):
+        return turns
+    return [replace(turn, text=_NUMBER.sub(IMAGE_MARK, turn.text)) if turn.role == "user" else turn for turn in turns]
 
 
 def _refuse_boxes(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:

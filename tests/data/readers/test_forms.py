@@ -45,3 +45,10 @@ def test_a_form_reads_as_its_twin(tmp_path: Path, name: str) -> None:
             assert ImageChops.difference(mine, its).getbbox() is None
         assert json.dumps(dict(sample.extra)).count("bytes") == 0
     assert any(decision.name.startswith("data.source.") for decision in decision_log())
+
+
+def test_the_docs_list_every_form() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "data-forms.md").read_text(encoding="utf-8")
+    listed = {line.split(" | ")[0].removeprefix("| ") for line in page.splitlines() if line.startswith("| ")}
+    assert [name for name in FORMS if name not in listed] == []
+    assert len(FORMS) >= 60
