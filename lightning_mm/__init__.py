@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
         UniformSparse,
     )
     from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
+    from lightning_mm.verbs.check import check
+    from lightning_mm.verbs.check_result import CheckResult
     from lightning_mm.verbs.edit import EditResult, edit
     from lightning_mm.verbs.export_model import export_model
     from lightning_mm.verbs.inspect import InspectionResult, inspect
@@ -62,6 +64,7 @@ __all__ = [
     "AutoRange",
     "Backbone",
     "CausalCallback",
+    "CheckResult",
     "Compute",
     "ConnectorOnly",
     "DriftCallback",
@@ -96,6 +99,7 @@ __all__ = [
     "UniformSparse",
     "UserError",
     "apply_policy",
+    "check",
     "compare_hidden_states",
     "edit",
     "export_model",
@@ -137,6 +141,8 @@ _MODULES = {
     "tuning.policies": "ConnectorOnly EarlyLayers Full IntermediateOnly LateLayers LoRAOnMiddle PerRegion RandomLayers "
     "UniformSparse",
     "tuning.policy": "TuningPlan TuningPolicy",
+    "verbs.check": "check",
+    "verbs.check_result": "CheckResult",
     "verbs.edit": "EditResult edit",
     "verbs.export_model": "export_model",
     "verbs.inspect": "InspectionResult inspect",

@@ -162,6 +162,7 @@ class TrainingCLI(LightningCLI):
         super().instantiate_classes()
         if self.checkpoint is not None:
             self.model.resume_from(self.checkpoint)
+            self.datamodule.resume_from(self.checkpoint[state.KEY]["settings"])
             self.checkpoint = None  # the trainer takes it, and lets go of it
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

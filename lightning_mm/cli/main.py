@@ -25,11 +25,12 @@ _KNOWN = (
     ".*is set, but there is no last checkpoint.*",  # the same
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
-VERBS = ("fit", "validate", "test", "predict", "plan", "inspect", "trace", "edit", "export", "report")
+VERBS = ("fit", "validate", "test", "predict", "check", "plan", "inspect", "trace", "edit", "export", "report")
 _ALSO_CALLED = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "run", "sft"), "fit"),
     **dict.fromkeys(("val", "eval", "evaluate"), "validate"),
     **dict.fromkeys(("generate", "infer", "answer", "chat"), "predict"),
+    **dict.fromkeys(("data", "dataset", "preview", "verify", "dry-run"), "check"),
     **dict.fromkeys(("estimate", "cost", "profile"), "plan"),
     **dict.fromkeys(("probe", "look", "analyze", "analyse", "select"), "inspect"),
     **dict.fromkeys(("merge", "save", "push", "convert"), "export"),
@@ -71,6 +72,10 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.export import export
 
         return export
+    if name == "check":
+        from lightning_mm.cli.check import check
+
+        return check
     if name == "plan":
         from lightning_mm.cli.plan import plan
 

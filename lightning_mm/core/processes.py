@@ -21,6 +21,11 @@ from tqdm import tqdm
 from lightning_mm.core.errors import UserError
 
 
+def num_processes() -> int:
+    """Number of processes that this one may run at the same time."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def run_in_processes(
     function: Callable[..., Any], jobs: Sequence[tuple[Any, ...]], num_workers: int, what: str
 ) -> list[Any]:

@@ -4,15 +4,18 @@ Data flow: paths -> ``readers`` -> header check of the images -> ``collator`` be
 loops; what is not used is in ``rejected_samples``.
 """
 
+import copy
 import random
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Never
+from typing import Any, Literal, Never
 
 import lightning as L
 import numpy as np
+import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
 from lightning_mm.core.choices import refuse_unknown
@@ -34,6 +37,7 @@ from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.readers.rows import in_cache
 from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.row_meter import RowMeter
 from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import (
     Rejection,
@@ -43,10 +47,11 @@ from lightning_mm.data.sample import (
     questions_of,
     sort_by_answer_length,
 )
-from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, rows_unchecked
+from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, read_split, rows_unchecked
+from lightning_mm.data.stored_lengths import longest_needed, stored_token_lengths
 from lightning_mm.data.streaming import SampleStream, check_streaming_trainer, refuse_with_streaming, streaming_loader
 from lightning_mm.data.table import cache_folder
-from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths, measure_token_lengths
+from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths
 from lightning_mm.models.pixel_bounds import PixelBounds
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 
@@ -81,7 +86,7 @@ class MMDataModule(L.LightningDataModule):
         group_by_length: Put conversations of like length into one batch, which saves padding.
         eval_batch_size: Conversations, or questions, per device and step of evaluation; as batch_size if not given.
         max_length: Longest conversation in tokens. A longer one loses its end, or falls out if image tokens or all of
-            its answers would be lost.
+            its answers would be lost. auto: as the longest training conversation needs, within the model's context.
         num_workers: Processes per device that prepare batches.
         seed: Of the order of samples, and of which rows a source with a limit has.
         temperature: Above 0: the share of a training source is its weight times (rows * repeats)^(1 / temperature);
@@ -117,6 +122,7 @@ class MMDataModule(L.LightningDataModule):
 
     Attributes:
         rejected_samples: Rows and parts of rows that are not used, with reasons.
+        reading: How files are read.
         arguments: The arguments as given, by name.
     """
 
@@ -129,7 +135,7 @@ class MMDataModule(L.LightningDataModule):
         image_root: str | None = None,
         batch_size: int = 4,
         eval_batch_size: int | None = None,
-        max_length: int | None = 2048,
+        max_length: int | Literal["auto"] | None = 2048,
         max_tokens: int | None = None,
         group_by_length: bool = False,
         num_workers: int = 2,
@@ -159,7 +165,8 @@ class MMDataModule(L.LightningDataModule):
         super().__init__()
         refuse_unknown(MMDataModule, unknown, _ELSEWHERE)
         self.arguments = arguments
-        _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size, max_length=max_length)
+        _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        _refuse_below(1, max_length=None if max_length == "auto" else max_length)
         _refuse_below(1, max_tokens=max_tokens, max_images=max_images, video_frames=video_frames)
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
@@ -178,7 +185,8 @@ class MMDataModule(L.LightningDataModule):
         arguments.update(self.paths)
         self.image_root, self.processor, self.revision = image_root, processor, revision
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.max_length, self.max_megapixels = max_length, max_megapixels
+        self._max_length: int | Literal["auto"] | None = max_length
+        self.max_megapixels = max_megapixels
         self.max_tokens, self.group_by_length = max_tokens, group_by_length
         self.bounds = PixelBounds(min_pixels, max_pixels)
         self.video_frames = video_frames
@@ -192,12 +200,47 @@ class MMDataModule(L.LightningDataModule):
         self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
         self._splits: dict[str, Split] = {}
-        self._reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels, seed)
+        self._open_split: Callable[..., Split] = open_split
+        self.reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels, seed)
         self.temperature, self.streaming, self.shuffle_buffer = temperature, streaming, shuffle_buffer
         self._mixture: Mixture | None = None
         self._stream: SampleStream | None = None
         self._probe_set: ProbeSet | None = None
         self._measured: tuple[ModelProcessor, TokenLengths] | None = None
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest conversation in tokens."""
+        self.decide_max_length()
+        assert self._max_length != "auto"
+        return self._max_length
+
+    @max_length.setter
+    def max_length(self, value: int | None) -> None:
+        self._max_length = value
+
+    def decide_max_length(self) -> None:
+        """Make a number of ``auto``; a collective call of all ranks, the first time."""
+        if self._max_length != "auto":
+            return
+        context = self.processing.context_length
+        if self.paths["train"] is None or self.streaming or not len(self._table("train")):
+            why = "training rows are streamed" if self.streaming else "there are no training rows"
+            log_decision("data.max_length", context, f"auto: the model's context; {why}")
+            self._max_length = context
+            return
+        with torch.device("cpu"):  # Lightning configures models with the accelerator as the default device
+            self._max_length = longest_needed(self._whole_lengths, context)
+
+    def resume_from(self, settings: Mapping[str, Any]) -> None:
+        """Take what ``auto`` was from the settings of a checkpoint.
+
+        Args:
+            settings: Of a run, by option name.
+        """
+        if self._max_length == "auto" and "data.max_length" in settings:
+            self._max_length = settings["data.max_length"]
+            log_decision("data.max_length", self._max_length, "auto: as the checkpoint has it")
 
     def setup(self, stage: str) -> None:
         """Read the files of this stage, on every rank, so that errors show before the model is loaded.
@@ -236,7 +279,7 @@ class MMDataModule(L.LightningDataModule):
     def stream(self) -> SampleStream:
         """The training rows, where they are streamed."""
         if self._stream is None:
-            sources = open_sources("train", self.paths["train"], self._reading, must_exist=True)
+            sources = open_sources("train", self.paths["train"], self.reading, must_exist=True)
             self._stream = SampleStream(sources, self.seed, self.shuffle_buffer, self.rejected_samples)
         return self._stream
 
@@ -253,10 +296,20 @@ class MMDataModule(L.LightningDataModule):
 
     def _split(self, name: str) -> Split:
         if name not in self._splits:
-            self._splits[name] = open_split(name, self.paths[name], self._reading, self.rejected_samples)
-            if name == "train":
+            self._splits[name] = self._open_split(name, self.paths[name], self.reading, self.rejected_samples)
+            if name == "train" and self._open_split is open_split:
                 self.mixture.log()
         return self._splits[name]
+
+    def without_limits(self) -> "MMDataModule":
+        """A copy that reads its splits anew, and goes on however few of their rows can be used: to look at them."""
+        made = copy.copy(self)
+        made._splits, made._measured, made._mixture, made._open_split = {}, None, None, read_split
+        if self.streaming:
+            log_decision("data.streaming", "not used here", "rows are read into a table, so that they can be counted")
+            made.streaming = False
+        made.rejected_samples = RejectedSamples(self.rejected_samples.max_bad_fraction)
+        return made
 
     @property
     def processing(self) -> ModelProcessor:
@@ -347,12 +400,18 @@ class MMDataModule(L.LightningDataModule):
 
     @property
     def _lengths(self) -> TokenLengths:
-        """Lengths of the training conversations in tokens of the processor in use, measured once."""
+        """Lengths of the training conversations in tokens of the processor in use, within ``max_length``."""
+        whole = self._whole_lengths
+        return replace(whole, tokens=whole.tokens.clamp(1, self.max_length))
+
+    @property
+    def _whole_lengths(self) -> TokenLengths:
+        """Lengths of the training conversations before any is cut, measured once."""
         if self._measured is None or self._measured[0] is not self.processing:
-            lengths = measure_token_lengths(
-                self.samples("train"),
+            lengths = stored_token_lengths(
+                self._table("train"),
                 self.processing,
-                max_length=self.max_length,
+                cache_folder(self.reading.cache),
                 max_megapixels=self.max_megapixels,
                 video_frames=self.video_frames,
             )
@@ -506,7 +565,7 @@ class MMDataModule(L.LightningDataModule):
         return most_frequent_answers(counts)
 
     def _unchecked(self, split: str) -> RowTable:
-        return rows_unchecked(split, self.paths[split], self._reading)
+        return rows_unchecked(split, self.paths[split], self.reading)
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
@@ -526,6 +585,10 @@ class MMDataModule(L.LightningDataModule):
     def collator(self, reserve: Sequence[Sample] = ()) -> Collator:
         """Makes training batches of this model; ``reserve`` stands in where all rows of a batch are unusable."""
         return Collator(self.processing, self.max_length, reserve=reserve, **self._row_options)
+
+    def row_meter(self, processing: ModelProcessor) -> RowMeter:
+        """The collator of training batches, with a processor like the model's, that keeps the length of a row."""
+        return RowMeter(processing, self.max_length, **self._row_options)
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
         return PromptCollator(self.processing, self.max_length, blank_images=blank_images, **self._row_options)

@@ -9,7 +9,7 @@ import json
 import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -95,6 +95,12 @@ class RowTable(Sequence[Sample]):
         names = {name: number for number, name in enumerate(self.sources)}
         of_part = np.array([names[part.source] for part in self.parts], dtype=np.int64)
         return of_part[np.searchsorted(self._starts, self.rows, side="right") - 1]
+
+    def rows_by_part(self) -> Iterator[tuple[TablePart, Indices]]:
+        """Each part with those of its rows that are in use, ascending, each once."""
+        for start, part in zip(self._starts, self.parts, strict=False):
+            inside = self.rows[(self.rows >= start) & (self.rows < start + part.num_rows)]
+            yield part, np.unique(inside - start)
 
     def num_images(self) -> NDArray[np.int64]:
         """(N,) number of images and videos of each row in use."""

@@ -106,8 +106,8 @@ class SampleEncoder:
         rendered = self.chat.render(turns, to_generate, sample.tools)
         num_images = marks.count(IMAGE_MARK)
         if blank_images:
-            sizes = [pictures.check_header(path, self.max_megapixels) for path in sample.images[:num_images]]
-            loaded = [gray_image(size) for size in sizes]
+            known = sample.sizes or [pictures.check_header(path, self.max_megapixels) for path in sample.images]
+            loaded = [gray_image(size) for size in known[:num_images]]
             clips = [[gray_image(frame.size) for frame in clip] for clip in clips]
         else:
             loaded = self.images(sample, num_images, rejected)

@@ -4,7 +4,6 @@ Data flow: paths as given -> ``readers`` -> ``table`` (one per source) -> ``pict
 in use; what is not used goes to ``RejectedSamples``.
 """
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size, run_on_all_ranks
 from lightning_mm.core.errors import UserError
+from lightning_mm.core.processes import num_processes
 from lightning_mm.data.image_source import open_arrow
 from lightning_mm.data.mixture import check_limit, check_weights
 from lightning_mm.data.order_seed import permutation
@@ -87,9 +87,19 @@ def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
     Raises:
         UserError: A source cannot be read, none of its rows can be used, or too many rows cannot.
     """
+    split = read_split(name, given, options, rejected)
+    refuse_losses(name, split, rejected, options)
+    return split
+
+
+def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedSamples) -> Split:
+    """Read a split however many of its rows can be used; arguments as of ``open_split``.
+
+    Raises:
+        UserError: A source cannot be read.
+    """
     sources, tables = _read(name, given, options)
     _check_all_pictures(tables, options.max_megapixels)
-    unused: list[Rejection] = []
     rows, num_usable = [], list[int]()
     for source, table in zip(sources, tables, strict=True):
         usable, faults = _usable_rows(table, options.max_megapixels)
@@ -97,13 +107,19 @@ def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
         rows += used
         num_usable.append(sum(map(len, usable)))
         dropped = [replace(each, split=name, source=source.path) for each in (*table.rejections, *faults)]
-        _check_any(source, table, sum(map(len, used)), dropped)
         _log_source(name, source, table, sum(map(len, used)), dropped)
-        unused += dropped
+        rejected.add(dropped)
     rejected.num_rows[name] += sum(table.num_read for table in tables)
-    rejected.add(unused)
-    rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
     return Split(RowTable(_parts(tables), _over_all_parts(tables, rows)), sources, tables, tuple(num_usable))
+
+
+def refuse_losses(name: str, split: Split, rejected: RejectedSamples, options: SplitOptions) -> None:
+    """Stop where no row of a source, or too few rows of the split, can be used; arguments as of ``open_split``."""
+    used = Counter(split.samples.sources[number] for number in split.samples.source_of_rows().tolist())
+    for source, table in zip(split.sources, split.tables, strict=True):
+        its_own = [each for each in rejected if (each.split, each.source) == (name, source.path)]
+        _check_any(source, table, used[table.name], its_own)
+    rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
 
 
 def rows_unchecked(name: str, given: Any, options: SplitOptions) -> RowTable:
@@ -132,7 +148,7 @@ def _limited(rows: list[PartRows], source: Source, seed: int) -> list[PartRows]:
 
 def _read(name: str, given: Any, options: SplitOptions) -> tuple[tuple[Source, ...], tuple[StoredTable, ...]]:
     opened = open_sources(name, given, options)
-    tables = tuple(store_table(each, cache_folder(options.cache), _num_processes()) for each in opened)
+    tables = tuple(store_table(each, cache_folder(options.cache), num_processes()) for each in opened)
     return tuple(each.source for each in opened), tables
 
 
@@ -177,17 +193,13 @@ def _parts(tables: Sequence[StoredTable]) -> list[TablePart]:
     return [TablePart(part.file, table.name, part.num_rows, part.digest) for table in tables for part in table.parts]
 
 
-def _num_processes() -> int:
-    return len(os.sched_getaffinity(0))
-
-
 def _check_all_pictures(tables: Sequence[StoredTable], max_megapixels: float) -> None:
     """Check pictures on rank 0, and on other ranks where they do not see its files."""
     files = [part.file for table in tables for part in table.parts]
 
     def check() -> None:
         with FileLock(tables[0].folder / "lock"):
-            check_pictures(files, _num_processes(), max_megapixels)
+            check_pictures(files, num_processes(), max_megapixels)
 
     is_first = rank_and_world_size()[0] == 0
     _, failure = run_on_all_ranks(lambda: check() if is_first else None)

@@ -128,10 +128,12 @@ class _LengthMeter:
 
     def measure(self, samples: Sequence[Sample]) -> list[tuple[int, float]]:
         """Tokens and vision cost of each sample."""
+        for sample in samples:
+            self._sizes.update(zip(sample.images, sample.sizes, strict=False))
         self._read_headers({path for sample in samples for path in sample.images})
         self._clips = {video: self._clip(video) for sample in samples for video in sample.videos}
         frames = {size for sizes in self._clips.values() for size in sizes}
-        representatives = _representative_sizes({size for size in self._sizes.values() if size} | frames)
+        representatives = representative_sizes({size for size in self._sizes.values() if size} | frames)
         rows = []
         for start in range(0, len(samples), _CHUNK):
             chunk = samples[start : start + _CHUNK]
@@ -183,7 +185,7 @@ class _LengthMeter:
         return self._image_costs[size, has_others]
 
 
-def _representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
+def representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
     """Size -> size that it is measured as: itself, or, with very many sizes, the largest within about 5 %."""
     if len(sizes) <= _MAX_SIZES:
         return {size: size for size in sizes}

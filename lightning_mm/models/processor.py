@@ -10,6 +10,7 @@ Shapes: B texts, L tokens after padding.
 """
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -74,6 +75,7 @@ def video_processor_argument(name: str) -> dict[str, Any]:
 
 
 Message = dict[str, Any]
+_PLAIN = (str, int, float, tuple, list, type(None))
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,29 @@ class ModelProcessor:
         """
         if bounds not in (self.bounds, PixelBounds()):
             self.bounds, self._resized_to = bounds, set_pixel_bounds(self.processor.image_processor, bounds)
+
+    @property
+    def context_length(self) -> int | None:
+        """Longest text of the model, in tokens; None if its config does not say."""
+        length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        return length if isinstance(length, int) and length > 0 else None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that decides how many tokens a row has, and what its pictures cost."""
+        parts = (
+            transformers.__version__,
+            type(self.processor).__name__,
+            self.template,
+            self.processor.tokenizer.backend_tokenizer.to_str(),
+            self.processor.image_processor.to_json_string(),
+            repr(
+                {k: v for k, v in sorted(vars(self.processor).items()) if isinstance(v, (str, int, float, tuple, list))}
+            ),
+            self.config.to_json_string(),
+            repr(self.bounds),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     @property
     def eos_token(self) -> str | None:

@@ -36,14 +36,24 @@ def write_report(run: str | Path, *more: str | Path, out: str | Path | None = No
         from lightning_mm.report.page import page_content  # late, with altair: most commands write no report
 
         path, content = directories[0].report, page_content(directories[0])
-        return _write(Path(out) if out else path, "report.html.jinja", content)
+        return write_page(Path(out) if out else path, "report.html.jinja", content)
     from lightning_mm.report.comparison import comparison_content, default_path
 
     content = comparison_content(directories)
-    return _write(Path(out) if out else default_path(directories), "compare.html.jinja", content)
+    return write_page(Path(out) if out else default_path(directories), "compare.html.jinja", content)
 
 
-def _write(path: Path, template: str, content: dict[str, Any]) -> Path:
+def write_page(path: Path, template: str, content: dict[str, Any]) -> Path:
+    """Write a page; returns its path.
+
+    Args:
+        path: The file.
+        template: Name of its template.
+        content: What the template shows, by name.
+
+    Raises:
+        UserError: It cannot be written.
+    """
     page = _rendered(template, content)
     try:
         write_atomically(path, page.encode("utf-8", errors="replace"))

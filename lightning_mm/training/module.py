@@ -148,6 +148,8 @@ class MMModule(ModelAndData):
             return
         (loaded,) = self._loaded
         self.processor = self.processing.processor
+        if self._files is not None:
+            self._files.decide_max_length()
         if auto_layers_option(self.tuning):
             self.tuning, self.selection = self._resolve_auto_layers()
         mm, self.plan = prepare_model(self.backbone, self.tuning, loaded)

@@ -4,6 +4,7 @@ Data flow: module + data module -> plain values -> ``config.yaml``, which every 
 checkpoints too, and ``read_policy`` makes the policy again from it.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from enum import Enum
@@ -26,8 +27,12 @@ _SOURCES, _PATHS = ("train", "val", "test", "predict"), ("image_root", "probes")
 
 
 def write_config(run: RunDirectory, trainer: L.Trainer) -> None:
-    """Write ``config.yaml`` of a run, unless the command line has done so."""
+    """Write ``config.yaml`` of a run; where the command line has done so, only what ``auto`` has become."""
+    data = data_of(trainer)
     if run.config.exists():
+        written = run.config.read_text(encoding="utf-8")
+        found = f"max_length: {'null' if data.max_length is None else data.max_length}"
+        write_atomically(run.config, re.sub(r"(?<=^  )max_length: auto$", found, written, flags=re.MULTILINE))
         return
     module = live(trainer.lightning_module)
     if not module.backbone.path:
@@ -36,7 +41,7 @@ def write_config(run: RunDirectory, trainer: L.Trainer) -> None:
     config = {
         "trainer": {"max_steps": trainer.max_steps, "max_epochs": trainer.max_epochs},
         "model": model_options(module),
-        "data": data_options(data_of(trainer).arguments),
+        "data": data_options({**data.arguments, "max_length": data.max_length}),
     }
     config["trainer"] |= {
         "accumulate_grad_batches": trainer.accumulate_grad_batches,

@@ -256,14 +256,16 @@ def own_data(given: MMDataModule | None, options: ReadingOptions) -> MMDataModul
             num_workers=0,
             probe_images=options.images or _IMAGES,
         )
-        made.max_length = options.max_length or made.max_length
+        if options.max_length is not None:
+            made.max_length = options.max_length
         return made
     data = copy.copy(given)
     data.rejected_samples = RejectedSamples(given.rejected_samples.max_bad_fraction)
     data.rejected_samples.num_rows.update(given.rejected_samples.num_rows)
     data.rejected_samples.add(given.rejected_samples)
     data.batch_size = data.eval_batch_size = options.batch_size
-    data.max_length = options.max_length or data.max_length
+    if options.max_length is not None:
+        data.max_length = options.max_length
     return data
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_mm.core.decisions import DecisionLog, decision_log, run_is_open
 
@@ -21,7 +22,7 @@ class PrintedResult(ABC):
     """A result that is printed as its tables."""
 
     @abstractmethod
-    def tables(self) -> Sequence[Table | str]:
+    def tables(self) -> Sequence[Table | Text | str]:
         """What is printed of it, in order."""
 
     def __str__(self) -> str:

@@ -11,12 +11,14 @@ import xml.etree.ElementTree as ET
 from importlib.resources import files
 
 import pytest
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from lightning_mm.__main__ import main
 from lightning_mm.core.io import write_json
 from lightning_mm.core.layer_table import append_layers
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.report.check_page import write_check_page
 from lightning_mm.report.html import write_report
 from tests.helpers.causal_files import effects, trace_of, traced_rows
 from tests.helpers.cli import QUICK
@@ -63,11 +65,39 @@ def trained_run(root, name, late=0.0):
     return run
 
 
+def checked():
+    """What ``check`` finds of two sources, one with lost rows; one sample without a picture and one with ten."""
+    tokens = {"min": 5, "median": 50.0, "p95": 900.0, "max": 1200}
+    kinds = ("text", "image", "supervised", "total")
+    lengths = {**dict.fromkeys(kinds, tokens), "measured": 90, "over_max_length": {"cut": 0.1, "dropped": 0.05}}
+    source = {"split": "train", "path": "a.json", "shape": "LLaVA (conversations: from/value)", "read": 100, "cut": 3}
+    good = {**source, "name": "good", "used": 100, "dropped": 0, "reasons": {}, "examples": {}, "ignored": {}}
+    words = {"a_very_long_name_of_a_column_without_a_blank_" * 3: 7}
+    bad = {**source, "name": "bad" * 30, "used": 90, "dropped": 10, "reasons": {"too long": 10}, "ignored": words}
+    bad["examples"] = {"too long": "a.json:17: too long: image tokens up to 15586, the limit is 2048"}
+    sample = {"id": "0", "split": "train", "source": "good", "origin": "a.json:1", "tokens": dict.fromkeys(kinds, 9)}
+    overlap = {"num_rows": 9, "rows": 1, "pictures": 2, "examples": [["val.json:1", "a.json:2"]]}
+    found = {
+        "rows": {"read": 200, "used": 190, "dropped": 10},
+        "error": "10 of 200 rows of data.train cannot be used",
+        "max_length": 2048,
+        "lengths_are_exact": False,
+        "sources": [good, bad],
+        "splits": {"train": {"lengths": lengths}, "val": {"lengths": {}}},
+        "duplicates": {"within": {"train": 1, "val": 0}, "with_train": {"val": overlap}},
+        "samples": [{**sample, "images": []}, {**sample, "images": [[640, 480]] * 10}],
+    }
+    parts = [("context", "USER: What?\n" + "x" * 500), ("learned", "A thing.</s>"), ("cut", "and so on")]
+    pictures = [[], [Image.new("RGB", (640, 480), "orange")] * 10]
+    return found, [parts, parts], pictures
+
+
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     one, other = trained_run(root, "middle"), trained_run(root, "late", 0.2)
-    return {"run": write_report(one.path), "comparison": write_report(one.path, other.path)}
+    check = write_check_page(root / "check.html", *checked())
+    return {"run": write_report(one.path), "comparison": write_report(one.path, other.path), "check": check}
 
 
 @pytest.fixture(scope="module")
@@ -125,11 +155,11 @@ def all_live(page):
     return page.locator("[data-live]").count()
 
 
-@pytest.mark.parametrize("which", ["run", "comparison"])
+@pytest.mark.parametrize("which", ["run", "comparison", "check"])
 def test_no_rule_of_accessibility_is_broken(opened, which):
     """With every chart live and all details open, in both themes, on a phone and on a screen."""
     page = opened(which)
-    assert all_live(page) > 20
+    assert all_live(page) > 20 or which == "check"
     page.evaluate(AXE)
     for width in (390, 1280):
         page.set_viewport_size({"width": width, "height": 900})
@@ -139,11 +169,21 @@ def test_no_rule_of_accessibility_is_broken(opened, which):
             assert page.evaluate(PROBLEMS) == [], (width, theme)
 
 
-@pytest.mark.parametrize("which", ["run", "comparison"])
+@pytest.mark.parametrize("which", ["run", "comparison", "check"])
 def test_it_is_quick_and_small(opened, pages, which):
     page = opened(which)
     assert float(page.get_attribute("html", "data-ready")) < 1000 * SECONDS
     assert pages[which].stat().st_size < BYTES
+
+
+def test_the_page_of_a_check_shows_rows_lengths_and_samples(opened):
+    page = opened("check", width=390)
+    assert page.locator("mark").all_inner_texts() == ["A thing.</s>"] * 2
+    assert page.locator("del").all_inner_texts() == ["and so on"] * 2
+    assert page.locator("article img").count() == 8
+    assert "and 2 more" in page.locator("article").nth(1).inner_text()
+    assert "10 of 200 rows" in page.locator("#error").inner_text()
+    assert "measured as one" in page.locator("#lengths").inner_text()
 
 
 def test_pointing_at_a_layer_says_its_numbers_and_marks_it_everywhere(opened):

@@ -123,7 +123,14 @@ function tableOf({ title, columns, values, note }) {
 async function start() {
   startTheme();
   for (const table of document.querySelectorAll('table')) makeSortable(table);
-  if (!byId('charts') || !('DecompressionStream' in window)) return;
+  if (byId('charts')) {
+    if (!('DecompressionStream' in window)) return;
+    await startCharts();
+  }
+  document.documentElement.dataset.ready = performance.now().toFixed(0);
+}
+
+async function startCharts() {
   const box = Object.assign(document.createElement('div'), { id: 'readout', hidden: true });
   box.setAttribute('aria-hidden', 'true');
   document.body.append(box);
@@ -137,7 +144,6 @@ async function start() {
     for (const entry of entries) if (entry.isIntersecting) charts.find((chart) => chart.box === entry.target).wake();
   }, { rootMargin: '200px' });
   for (const chart of charts) near.observe(chart.box);
-  document.documentElement.dataset.ready = performance.now().toFixed(0);
 }
 
 start();

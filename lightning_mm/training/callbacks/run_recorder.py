@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from rich.table import Table
 
 from lightning_mm.core import metric_names
@@ -23,6 +24,7 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.report.html import write_report
 from lightning_mm.training.eval_context import data_of, live
+from lightning_mm.training.first_samples import first_samples
 from lightning_mm.training.hyperparameters import hyperparameters
 from lightning_mm.training.run_config import write_config
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
@@ -180,6 +182,9 @@ class RunRecorder(Callback):
         for logger in trainer.loggers:
             logger.log_hyperparams(settings)
         message_console().print(census_table(census))
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.ckpt_path:
+            for text in first_samples(data_of(trainer)):
+                message_console().print(text, highlight=False)
         self._write_files(trainer)
 
     def _mark_begun(self, trainer: L.Trainer) -> None:
