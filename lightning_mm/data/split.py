@@ -115,10 +115,9 @@ def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
 
 def refuse_losses(name: str, split: Split, rejected: RejectedSamples, options: SplitOptions) -> None:
     """Stop where no row of a source, or too few rows of the split, can be used; arguments as of ``open_split``."""
-    used = Counter(split.samples.sources[number] for number in split.samples.source_of_rows().tolist())
-    for source, table in zip(split.sources, split.tables, strict=True):
+    for source, table, num_used in zip(split.sources, split.tables, split.num_used, strict=True):
         its_own = [each for each in rejected if (each.split, each.source) == (name, source.path)]
-        _check_any(source, table, used[table.name], its_own)
+        _check_any(source, table, num_used, its_own)
     rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
 
 
