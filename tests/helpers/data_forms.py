@@ -24,6 +24,8 @@ import yaml
 import zstandard
 from PIL import Image
 
+from tests.helpers.videos import write_video
+
 COLORS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
 ASK = "What color is it?"
 Rows = list[dict[str, Any]]
@@ -1092,7 +1094,7 @@ def _(folder: Path) -> Made:
 @form("video")
 def _(folder: Path) -> Made:
     pictures(folder)
-    (folder / "a.mp4").write_bytes(b"\0\0\0\x18ftypmp42")
+    write_video(folder / "a.mp4", 12)
     rows = [
         {
             "messages": [
