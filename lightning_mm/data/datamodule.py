@@ -90,7 +90,7 @@ class MMDataModule(L.LightningDataModule):
         num_workers: Processes per device that prepare batches.
         seed: Of the order of samples, and of which rows a source with a limit has.
         temperature: Above 0: the share of a training source is its weight times (rows * repeats)^(1 / temperature);
-            1 if not given, inf for shares that are the weights. See ``data.mixture``.
+            1 if not given, .inf for shares that are the weights. See ``data.mixture``.
         max_bad_fraction: Stop if more rows than this fraction cannot be used.
         max_megapixels: Largest picture that is decoded.
         follow_links: Whether links in the image root may lead out of it, as in a store of linked files.

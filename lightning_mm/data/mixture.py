@@ -191,7 +191,7 @@ def check_weights(sources: Sequence[Source], temperature: float | None) -> None:
         raise UserError(
             f"data.temperature is {temperature}.",
             "Shares follow size^(1 / temperature): 1 keeps the sizes, 2 and more makes shares more equal.",
-            "Give a number above 0, or inf for shares that are the weights.",
+            "Give a number above 0, or .inf (math.inf in Python) for shares that are the weights.",
         )
 
 

@@ -20,6 +20,7 @@ import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Any, cast
 
@@ -90,8 +91,12 @@ class SampleStream:
         """Names of the sources."""
         return tuple(each.source.name for each in self.sources)
 
+    @cached_property
     def identity(self) -> dict[str, str | int]:
-        """What the order of rows depends on: files by name, size and time, how they are read, and the options."""
+        """What the order of rows depends on: files by name, size and time, how they are read, and the options.
+
+        Looked up once: each optimizer step asks for it.
+        """
         weights = [f"{each.source.name} {each.source.weight:g}" for each in self.sources]
         files = [
             [_reading(each), [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in each.files]]
@@ -248,7 +253,7 @@ class StreamSampler(EpochSampler):
             "seed": self.seed,
             "world_size": self.world_size,
             "batch_size": self.batch_size,
-            **self.stream.identity(),
+            **self.stream.identity,
         }
 
 

@@ -262,6 +262,7 @@ def own_data(given: MMDataModule | None, options: ReadingOptions) -> MMDataModul
     data = copy.copy(given)
     data.rejected_samples = RejectedSamples(given.rejected_samples.max_bad_fraction)
     data.rejected_samples.num_rows.update(given.rejected_samples.num_rows)
+    data.rejected_samples.is_counted.update(given.rejected_samples.is_counted)
     data.rejected_samples.add(given.rejected_samples)
     data.batch_size = data.eval_batch_size = options.batch_size
     if options.max_length is not None:

@@ -8,12 +8,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Callback
+from PIL import Image
 
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
@@ -351,3 +354,44 @@ def test_few_first_rows_are_kept(tmp_path: Path) -> None:
     jsonl(tmp_path / "a.jsonl", rows("a", 100))
     jsonl(tmp_path / "b.jsonl", rows("b", 1))
     assert len(stream(tmp_path).first) == streaming._FIRST_ROWS + 1
+
+
+def test_one_part_is_in_another_order_in_each_epoch(folder: Path) -> None:
+    orders = [ids(stream(folder, 5, b=0).samples(epoch)) for epoch in range(3)]
+    assert len(set(map(tuple, orders))) == 3
+
+
+def test_a_row_is_the_same_with_and_without_a_table(family: Callable[[str], Path], tmp_path: Path) -> None:
+    """Rows of parquet, with their pictures inside."""
+    generator = np.random.default_rng(0)
+    talk = [{"role": "user", "content": "<image>\nWhich?"}, {"role": "assistant", "content": "This one."}]
+    pictures = [Image.fromarray(generator.integers(0, 255, (30, 40 + n, 3), dtype=np.uint8)) for n in range(6)]
+    rows = [{"id": f"r{n}", "messages": talk, "images": [picture]} for n, picture in enumerate(pictures)]
+    features = datasets.Features(
+        {
+            "id": datasets.Value("string"),
+            "messages": [{"role": datasets.Value("string"), "content": datasets.Value("string")}],
+            "images": [datasets.Image()],
+        }
+    )
+    datasets.Dataset.from_list(rows, features=features).to_parquet(str(tmp_path / "p.parquet"))
+    found: list[dict[str, Batch]] = []
+    for streaming_ in (False, True):
+        data = MMDataModule(
+            train=str(tmp_path / "p.parquet"), streaming=streaming_, batch_size=1, num_workers=0,
+            processor=str(family("llava")),
+        )  # fmt: skip
+        found.append({batch.samples[0].id: batch for batch in data.train_dataloader()})
+    table, streamed = found
+    assert table.keys() == streamed.keys() == {f"r{n}" for n in range(6)}
+    for name, batch in table.items():
+        assert batch.inputs.keys() == streamed[name].inputs.keys()
+        assert all(torch.equal(tensor, streamed[name].inputs[key]) for key, tensor in batch.inputs.items())
+        assert torch.equal(batch.targets, streamed[name].targets)
+
+
+def test_an_error_in_the_stream_ends_a_run_with_workers(family: Callable[[str], Path], tmp_path: Path) -> None:
+    jsonl(tmp_path / "a.jsonl", bad(rows("a", 300), 20))
+    jsonl(tmp_path / "b.jsonl", rows("b", 1))
+    with pytest.raises(UserError, match="15 of 301 rows"):
+        seen(module(tmp_path, family("llava"), num_workers=2, batch_size=50))

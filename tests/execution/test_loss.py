@@ -8,7 +8,7 @@ import lightning_mm.execution.loss as objective
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import Chunk, LossOutput, supervised_nll
+from lightning_mm.execution.loss import Chunk, LossOutput, _loss_terms, supervised_nll
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, PerRegion, TuningPolicy
@@ -136,3 +136,18 @@ def test_a_head_inside_a_part_is_not_cut_off(family: Family, data: Data, monkeyp
     assert any("head is inside a part" in str(each) for each in decision_log())
     with pytest.raises(UserError, match="loss_chunk: 2 is not available"):
         supervised_nll(Wrapped(module.model), head, batch, 2)
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (300, 1000)])
+def test_the_loss_is_torchs_cross_entropy_bit_for_bit(shape: tuple[int, int]) -> None:
+    """What is measured of single tokens comes from within it, and changes neither its value nor its gradient."""
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(shape, generator=generator) * 5).requires_grad_()
+    targets = torch.randint(shape[1], shape[:1], generator=generator)
+    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    nll, count, _, token_nll = _loss_terms(logits, targets)
+    assert torch.equal(nll, expected)
+    assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (nll, expected)))
+    assert torch.equal(token_nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    assert count == len(token_nll) == shape[0]
+    assert not token_nll.requires_grad
