@@ -73,7 +73,7 @@ class Mixture:
     @property
     def is_same_in_all_epochs(self) -> bool:
         """Whether every epoch holds the same rows."""
-        return all(count % size == 0 for count, size in zip(self.counts, self.sizes, strict=True))
+        return all(count % max(1, size) == 0 for count, size in zip(self.counts, self.sizes, strict=True))
 
     def rows(self, epoch: int) -> Rows:
         """(N,) rows of an epoch, as indices into the table and in its order; a row may be there several times.
@@ -87,7 +87,7 @@ class Mixture:
 
     def _rows_of(self, number: int, epoch: int) -> Rows:
         size = self.sizes[number]
-        whole, rest = divmod(self.counts[number], size)
+        whole, rest = divmod(self.counts[number], max(1, size))
         times = np.full(size, whole)
         if rest:
             turn = np.arange(rest, dtype=np.int64) + epoch * rest % size
@@ -115,7 +115,7 @@ class Mixture:
 
     def _most_below_of(self, number: int, classes: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
         size = self.sizes[number]
-        whole, rest = divmod(self.counts[number], size)
+        whole, rest = divmod(self.counts[number], max(1, size))
         most = whole * _num_below(np.bincount(classes, minlength=num_classes))
         if not rest:
             return most
@@ -137,7 +137,7 @@ class Mixture:
 
     def log(self) -> None:
         """Say what an epoch holds, where that is not each row once."""
-        if self.is_plain:
+        if self.is_plain or not self.num_rows:
             return
         parts = zip(self.names, self.counts, self.sizes, strict=True)
         why = [f"{name}: {share_words(count, size, self.num_rows)}" for name, count, size in parts]
@@ -161,7 +161,7 @@ def share_words(count: int, size: int, total: int) -> str:
         '5 of 20 rows, all of them in 4 epochs, 5.0% of the epoch'
     """
     if not count:
-        return f"none of {size} rows, its weight is 0"
+        return f"none of {size} rows, its weight is 0" if size else "it has none"
     if count < size:
         turns = f"all of them in {-(-size // count)} epochs"
     else:
@@ -215,8 +215,11 @@ def _bad(source: Source, option: str, why: str) -> UserError:
 
 def _counts(weights: Sequence[float], counted: Sequence[float], temperature: float) -> tuple[int, ...]:
     """Whole numbers of rows by largest remainder; at least one of each source with a weight."""
-    if len(set(weights)) == 1 and temperature == 1:
-        return tuple(max(1, round(size)) for size in counted)
+    weights = [weight if size else 0.0 for weight, size in zip(weights, counted, strict=True)]
+    if not any(weights):
+        return tuple(0 for _ in weights)
+    if len({weight for weight in weights if weight}) == 1 and temperature == 1:
+        return tuple(max(1, round(size)) if weight else 0 for weight, size in zip(weights, counted, strict=True))
     wanted = [weight * size ** (1 / temperature) for weight, size in zip(weights, counted, strict=True)]
     total = max(1, round(sum(size for size, weight in zip(counted, weights, strict=True) if weight)))
     quotas = [total * each / sum(wanted) for each in wanted]

@@ -108,6 +108,16 @@ def test_shares(options: dict[str, Any], counts: tuple[int, ...]) -> None:
     assert mixed.counts == counts
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0}, {"weight": [1, 2]}, {"weight": [0, 2]}], ids=str)
+def test_a_source_without_rows_gives_none(options: dict[str, Any]) -> None:
+    """A source is refused elsewhere if none of its rows can be used; here nothing divides by their number."""
+    mixed = mixture([0, 4], **options)
+    assert mixed.counts == (0, 4)
+    assert mixed.rows(1).tolist() == [0, 1, 2, 3]
+    mixed.log()
+    assert mixture([0, 0], **options).num_rows == 0
+
+
 def test_half_of_the_rows_then_the_other_half() -> None:
     mixed = mixture([10], repeats=[0.5])
     assert not mixed.is_same_in_all_epochs
