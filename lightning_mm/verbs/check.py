@@ -79,12 +79,6 @@ def check(
         raise UserError(f"samples is {samples}.", f"It is 0 to {_MOST_SAMPLES}.", "Give --samples 3.")
     with open_decisions() as decisions:
         own = _data(data, val, image_root)
-        if own.streaming:
-            raise UserError(
-                "check does not go with data.streaming.",
-                "It reads every row into a table, which a stream is meant to do without.",
-                "Check a part of the files, or all of them with --data.streaming false where the disk holds them.",
-            )
         processing = _processing(model, own)
         splits = [_check_split(own, name, processing) for name in SPLITS if own.paths[name] is not None]
         if not splits:

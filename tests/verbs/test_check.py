@@ -212,8 +212,3 @@ def test_pictures_are_shown_as_they_are_trained(tmp_path: Path, family: Family) 
     (tmp_path / "train.json").write_text(json.dumps(rows))
     found = check(str(family("llava")), tmp_path / "train.json")
     assert found.to_dict()["samples"][0]["images"] == [[30, 90]]
-
-
-def test_a_stream_is_refused(data: Data) -> None:
-    with pytest.raises(UserError, match="check does not go"):
-        check(None, options(data, streaming=True))
