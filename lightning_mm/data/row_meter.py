@@ -75,11 +75,10 @@ class ShownRow:
 
 
 class RowMeter(Collator):
-    """A collator that keeps the lengths, and the parts, of the last row that it tokenized."""
+    """A collator that keeps the last row that it tokenized, and its lengths."""
 
     tokens: tuple[int, ...] = ()
-    row: RenderedSample
-    parts: tuple[Part, ...] = ()
+    _last: tuple[RenderedSample, Encoding, int]
 
     @property
     def max_length(self) -> int | None:
@@ -110,14 +109,15 @@ class RowMeter(Collator):
         """A row with its decoded pictures; None where it is dropped."""
         if self.collate_valid([sample], []) is None:
             return None
-        return ShownRow(sample, self.parts, self.tokens, tuple(self.row.images))
+        row, encoding, b = self._last
+        return ShownRow(sample, self._parts(row, encoding, b), self.tokens, tuple(row.images))
 
     def _answers(self, row: RenderedSample, encoding: Encoding, b: int) -> list[int]:
         answer = super()._answers(row, encoding, b)
         num_images = int(self._is_image(encoding.inputs["input_ids"][b]).sum())
         total = int(encoding.inputs["attention_mask"][b].sum())
         self.tokens = (total - num_images, num_images, len(answer), total)
-        self.row, self.parts = row, self._parts(row, encoding, b)
+        self._last = row, encoding, b
         return answer
 
     def _parts(self, row: RenderedSample, encoding: Encoding, b: int) -> tuple[Part, ...]:

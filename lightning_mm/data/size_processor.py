@@ -17,11 +17,14 @@ from PIL import Image
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.processes import run_in_processes
+from lightning_mm.data import token_lengths
 from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.sample import IMAGE_MARK, Turn
 from lightning_mm.data.sample_encoder import ENCODE_ERRORS, gray_image
 from lightning_mm.data.token_lengths import Size, representative_sizes
 from lightning_mm.models.processor import Encoding, ModelProcessor
+
+_PROVED_GROUPS, _MOST_GROUPS = 8, 1024
 
 
 class SizeProcessor(ModelProcessor):
@@ -29,7 +32,10 @@ class SizeProcessor(ModelProcessor):
 
     Args:
         processing: The model's processor.
-        sizes: Width and height of all pictures that will come; very many are measured as fewer (``is_exact``).
+        sizes: Width and height of all pictures that will come.
+
+    Attributes:
+        is_exact: Whether a picture has as many tokens as at its own size; if not, sizes within 5 % are measured as one.
     """
 
     def __init__(self, processing: ModelProcessor, sizes: set[Size]) -> None:
@@ -38,14 +44,11 @@ class SizeProcessor(ModelProcessor):
         chat = ChatRenderer(processing)
         self._placeholder = chat.placeholder
         self._questions = [chat.render_unmarked((Turn("user", f"{IMAGE_MARK * n}\nLorem ipsum"),)) for n in (1, 2)]
-        self._measured_as = representative_sizes(sizes)
         self._expansions: dict[tuple[Size, bool], str | Exception] = {}
         self._is_proved = True
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether each size of a picture is measured itself."""
-        return all(size == measured for size, measured in self._measured_as.items())
+        groups = {size: size for size in sizes} if len(sizes) <= token_lengths.MAX_SIZES else self._equal_sizes(sizes)
+        self.is_exact = groups is not None
+        self._measured_as = representative_sizes(sizes) if groups is None else groups
 
     def encode(
         self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]], padding_side: Literal["left", "right"]
@@ -102,6 +105,29 @@ class SizeProcessor(ModelProcessor):
         if not self._is_proved:
             reason = "the processor writes more of a picture than its size says"
             log_decision("data.lengths", "blank pictures through the processor, which is slow", reason)
+
+    def _equal_sizes(self, sizes: set[Size]) -> dict[Size, Size] | None:
+        """Size -> one with as many tokens, by what the processor says of itself; None where that proves wrong."""
+        listed = sorted(sizes, key=lambda size: (size[0] * size[1], size))
+        counts = self._processing.image_token_counts(listed)
+        if counts is None:
+            return None
+        groups: dict[int, list[Size]] = {}
+        for size, count in zip(listed, counts, strict=True):
+            groups.setdefault(count, []).append(size)
+        several = [group for group in groups.values() if len(group) > 1]
+        proved = several[:: max(1, len(several) // _PROVED_GROUPS)]
+        if len(groups) > _MOST_GROUPS or not all(self._equal(group[0], group[-1]) for group in proved):
+            return None
+        return {size: group[0] for group in groups.values() for size in group}
+
+    def _equal(self, one: Size, other: Size) -> bool:
+        """Whether the processor makes as many tokens of a picture of either size."""
+        written = [self._ask(size, False) for size in (one, other)]
+        if any(isinstance(text, Exception) for text in written):
+            return False
+        first, second = self._processing.num_tokens([str(text) for text in written])
+        return first == second
 
     def _expanded(self, text: str, sizes: Sequence[Size]) -> str:
         pieces = text.split(self._placeholder)

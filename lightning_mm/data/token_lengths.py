@@ -32,7 +32,8 @@ from lightning_mm.models.processor import ModelProcessor
 
 Size = tuple[int, int]
 _CHUNK = 1024
-_MAX_SIZES = 256
+MAX_SIZES = 256
+"""Sizes of pictures that are measured one by one."""
 _CELL = math.log(1.05)
 
 
@@ -187,7 +188,7 @@ class _LengthMeter:
 
 def representative_sizes(sizes: set[Size]) -> dict[Size, Size]:
     """Size -> size that it is measured as: itself, or, with very many sizes, the largest within about 5 %."""
-    if len(sizes) <= _MAX_SIZES:
+    if len(sizes) <= MAX_SIZES:
         return {size: size for size in sizes}
     cells: dict[Size, Size] = {}
     for width, height in sizes:

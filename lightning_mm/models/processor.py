@@ -256,6 +256,21 @@ class ModelProcessor:
         assert recorder.offsets.shape[:2] == inputs["input_ids"].shape, "the last text tokenized is not the batch"
         return Encoding(inputs, recorder.texts, recorder.offsets)
 
+    def image_token_counts(self, sizes: Sequence[tuple[int, int]]) -> list[int] | None:
+        """Image tokens that the processor says it makes of images; None if it does not say.
+
+        Args:
+            sizes: Width and height of each image.
+        """
+        count = getattr(self.processor, "_get_num_multimodal_tokens", None)
+        if count is None or self._resized_to != PixelBounds():
+            return None
+        try:  # not public, so that whatever it does it is not relied on
+            counts = list(count(image_sizes=[(height, width) for width, height in sizes]).num_image_tokens)
+        except Exception:
+            return None
+        return counts if len(counts) == len(sizes) else None
+
     def num_tokens(self, texts: Sequence[str]) -> list[int]:
         """Number of tokens of each rendered conversation, with image placeholders not expanded."""
         if not texts:

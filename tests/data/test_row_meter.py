@@ -98,13 +98,33 @@ def test_very_many_sizes_are_measured_as_fewer(
     processing: Load, table: RowTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = measure_rows(table, processing("qwen2_5_vl"), lambda by: RowMeter(by, None), num_workers=1)
-    monkeypatch.setattr(token_lengths, "_MAX_SIZES", 2)
+    monkeypatch.setattr(ModelProcessor, "image_token_counts", lambda self, sizes: None)
+    monkeypatch.setattr(token_lengths, "MAX_SIZES", 2)
     monkeypatch.setattr(token_lengths, "_CELL", 5.0)  # all sizes are one, the largest width by the largest height
     rough = measure_rows(table, processing("qwen2_5_vl"), lambda by: RowMeter(by, None), num_workers=1)
     assert exact.is_exact
     assert not rough.is_exact
     assert (rough.tokens >= exact.tokens).all()
     assert (rough.tokens[:, 1] > exact.tokens[:, 1]).any()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_very_many_sizes_are_exact_where_the_processor_says_its_counts(
+    name: str, processing: Load, table: RowTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = processing(name)
+    exact = measure_rows(table, made, lambda by: RowMeter(by, None), num_workers=1)
+    monkeypatch.setattr(token_lengths, "MAX_SIZES", 2)
+    grouped = measure_rows(table, made, lambda by: RowMeter(by, None), num_workers=1)
+    assert grouped.is_exact == (name != "mllama")
+    if grouped.is_exact:
+        assert grouped.tokens.tolist() == exact.tokens.tolist()
+
+
+def test_counts_that_prove_wrong_are_not_used(processing: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_lengths, "MAX_SIZES", 2)
+    monkeypatch.setattr(ModelProcessor, "image_token_counts", lambda self, sizes: [7] * len(sizes))
+    assert not SizeProcessor(processing("qwen2_5_vl"), {*SIZES, (300, 300)}).is_exact
 
 
 class WritesTheHour(ModelProcessor):

@@ -101,7 +101,7 @@ def test_very_many_sizes_are_measured_as_few(processing: Load, monkeypatch: pyte
     monkeypatch.setattr(made, "encode", lambda *args: calls.append(1) or encode(*args))
     rough = measure_token_lengths(samples, made, sizes=paths).tokens
     assert len(calls) < 30
-    monkeypatch.setattr(token_lengths, "_MAX_SIZES", 1000)
+    monkeypatch.setattr(token_lengths, "MAX_SIZES", 1000)
     exact = measure_token_lengths(samples, made, sizes=paths).tokens
     assert len(calls) > 400
     assert (rough >= exact).all()
