@@ -30,6 +30,7 @@ from lightning_mm.core.file_digests import FileDigests
 from lightning_mm.core.io import write_atomically
 from lightning_mm.core.processes import run_in_processes
 from lightning_mm.data.image_source import ImageBytes, ImageSource
+from lightning_mm.data.readers import row_files
 from lightning_mm.data.readers.source import OpenSource, Part, PartReport
 from lightning_mm.data.sample import Rejection, Sample
 
@@ -146,8 +147,8 @@ def store_table(source: OpenSource, cache: Path, num_workers: int = 0) -> Stored
     """
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        parts = source.parts()
-        folder = cache / "tables" / _key(source, parts, cache)
+        parts, key = _parts_and_key(source, cache)
+        folder = cache / "tables" / key
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
             missing = [number for number in range(len(parts)) if not _report_file(folder, number).exists()]
@@ -291,9 +292,23 @@ def _report_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.json"
 
 
-def _key(source: OpenSource, parts: Sequence[Part], cache: Path) -> str:
-    """Name of a source's table: the content of its files, everything else that its rows depend on, and its parts."""
+def _parts_and_key(source: OpenSource, cache: Path) -> tuple[list[Part], str]:
+    """The parts of a source, and the name of its table: all that its rows depend on, and its parts.
+
+    Finding parts can take a pass over the text, so they are remembered for the content of its files.
+    """
     digests = FileDigests(cache / "digests.json")
-    content = [FORMAT, source.identity(), [digests(file) for file in source.files], [repr(part) for part in parts]]
+    content = [FORMAT, source.identity(), [digests(file) for file in source.files]]
     digests.save()
+    remembered = cache / "parts" / f"{_digest([*content, row_files.PART_BYTES])}.json"
+    try:
+        parts = [Part.of(given) for given in json.loads(remembered.read_text(encoding="utf-8"))]
+    except (OSError, ValueError):
+        parts = source.parts()
+        remembered.parent.mkdir(exist_ok=True)
+        write_atomically(remembered, json.dumps([asdict(part) for part in parts]))
+    return parts, _digest([*content, [repr(part) for part in parts]])
+
+
+def _digest(content: list[Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:32]

@@ -56,10 +56,14 @@ def has_ended(process: str) -> bool:
     return False
 
 
-def test_a_table_that_was_cut_otherwise_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json"])
+def test_a_table_that_was_cut_otherwise_is_made_anew(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Half a table in parts of one size, and the rest in parts of another, would lose rows or double them."""
-    file, cache = tmp_path / "t.jsonl", tmp_path / "cache"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows(500)))
+    file, cache = tmp_path / name, tmp_path / "cache"
+    lines = [json.dumps(row) for row in rows(500)]
+    file.write_text("\n".join(lines) if name.endswith("l") else f"[{','.join(lines)}]")
     monkeypatch.setattr(row_files, "PART_BYTES", 3_000_000)
     opened(file, cache)
     (report,) = cache.rglob("part-00001.json")

@@ -19,7 +19,9 @@ from PIL import Image
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.image_source import ImageBytes, StoredImage, image_file
 from lightning_mm.data.images import load
+from lightning_mm.data.readers import json_rows, row_files
 from lightning_mm.data.readers.conversations import read_conversations
+from lightning_mm.data.readers.source import Part
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable, TablePart
 from lightning_mm.data.sample import Rejection, Sample, Turn
@@ -84,8 +86,8 @@ class _Given:
     def identity(self) -> dict[str, Any]:
         return {"samples": pickle.dumps(self.samples).hex()}
 
-    def parts(self) -> list[Any]:
-        return [None]
+    def parts(self) -> list[Part]:
+        return [Part(0, row_files.FilePart())]
 
     def read(self, part: Any, report: Any) -> Any:
         return iter(self.samples)
@@ -182,6 +184,17 @@ def test_other_content_is_another_table(change: str, tmp_path: Path, split: Open
     second = split(write(tmp_path, content)).samples
     assert second.fingerprint != first.fingerprint
     assert [sample.id for sample in second] == [row["id"] for row in content]
+
+
+def test_parts_of_a_list_are_found_once(tmp_path: Path, split: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "PART_BYTES", 500_000)
+    path = write(tmp_path, rows(3000, more="x" * 500))
+    first = split(path)
+    assert len(first.tables[0].parts) > 2
+    monkeypatch.setattr(json_rows, "list_places", lambda *_: pytest.fail("looked for parts again"))
+    again = split(path)
+    assert again.tables == first.tables
+    assert [sample.origin for sample in again.samples] == [f"t.json:1[{index}]" for index in range(3000)]
 
 
 def test_a_row_that_falls_out_changes_the_fingerprint(tmp_path: Path, split: Open) -> None:

@@ -2,12 +2,14 @@
 
 Data flow: path -> ``compression.open_bytes`` -> ``list_rows`` (a list: a window slides over its text), ``line_rows``
 (JSONL) or ``stream_rows`` (objects of several lines, one after the other) -> rows, each a JSON value or an
-``InvalidRow``.
+``InvalidRow``. ``list_places`` and ``stream_places`` find where reading may begin in the middle of a file.
 """
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -111,22 +113,63 @@ def _line_row(decoder: _Decoder, line: bytes) -> Any:
     return row if end == len(text) else InvalidRow(f"not JSON: more text after the row, at character {end + 1}")
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where reading may begin: the start of a file, or directly behind one of its elements.
+
+    Args:
+        index: Index of the element that comes next.
+        line: Line, from 1.
+        byte: Byte of the file.
+        character: Character of the text, a byte order mark not counted.
+        line_start: Character that begins the line.
+    """
+
+    index: int = 0
+    line: int = 1
+    byte: int = 0
+    character: int = 0
+    line_start: int = 0
+
+
+_START = Place()
+
+
 class _Window:
     """A part of a text file that slides over it.
+
+    Args:
+        file: The file.
+        path: What it is called in errors.
+        place: Where it begins.
 
     Attributes:
         text: The part that is in memory.
         at: Position in ``text``.
         line: Line of that position, from 1.
+        num_bytes: Bytes of the file that were read.
     """
 
-    def __init__(self, file: IO[bytes], path: Path) -> None:
-        self._file, self._path = file, path
-        self._decode = codecs.getincrementaldecoder("utf-8-sig")()
-        self._bytes, self._ended = 0, False
-        self.text, self.at, self.line = "", 0, 1
+    def __init__(self, file: IO[bytes], path: Path, place: Place = _START) -> None:
+        self.path = path
+        self._file, self._decode = file, codecs.getincrementaldecoder("utf-8-sig")()
+        if place.byte:
+            file.seek(place.byte)
+        self.num_bytes, self._ended = place.byte, False
+        self.text, self.at, self.line = "", 0, place.line
         self._counted = 0  # lines are counted up to here
-        self._dropped, self._line_start = 0, 0  # characters before the window, and where the line began
+        self._dropped, self._line_start = place.character, place.line_start  # what is before the window
+
+    @property
+    def character(self) -> int:
+        """The position in the whole text."""
+        return self._dropped + self.at
+
+    def place(self, index: int) -> Place:
+        """The position, behind which the element ``index`` comes."""
+        line = self.count_lines()
+        left = len(self._decode.getstate()[0]) + len(self.text[self.at :].encode())
+        return Place(index, line, self.num_bytes - left, self.character, self._line_start)
 
     def fill(self, size: int) -> None:
         """Have at least ``size`` characters from the position on, or all that are left."""
@@ -135,11 +178,11 @@ class _Window:
             try:
                 self.text += self._decode.decode(chunk, final=not chunk)
             except UnicodeDecodeError as error:
-                place = self._bytes + error.start - len(self._decode.getstate()[0])
+                place = self.num_bytes + error.start - len(self._decode.getstate()[0])
                 raise UserError(
-                    f"{self._path} is not UTF-8.", f"Byte {place}: {error.reason}.", "Save it as UTF-8."
+                    f"{self.path} is not UTF-8.", f"Byte {place}: {error.reason}.", "Save it as UTF-8."
                 ) from error
-            self._bytes += len(chunk)
+            self.num_bytes += len(chunk)
             self._ended = not chunk
 
     def peek(self) -> str:
@@ -195,59 +238,102 @@ class _Window:
         return ValueError(f"{error.msg}: line {line} column {place - start + 1} (char {place})")
 
 
-def list_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def list_rows(path: Path, name: str, place: Place = _START, stop: int | None = None) -> Iterator[tuple[str, Any]]:
     """Elements of a JSON list, each with its first line and its index.
 
     Args:
         path: The file.
         name: What it is called in origins.
+        place: Where to begin, one of ``list_places``.
+        stop: Index of the element to end before; None for the end of the file.
 
     Raises:
         UserError: It is not a JSON list, or not UTF-8.
     """
-    decoder = _Decoder()
     with open_bytes(path) as file:
-        window = _Window(file, path)
-        assert window.peek() == "["
-        window.at += 1
-        index, line = 0, 1
-        while window.peek() != "]":
-            line = window.count_lines()
-            try:
-                row = window.value(decoder)
-                if window.peek() not in (",", "]"):
-                    raise ValueError(f"Expecting ',' delimiter at character {window._dropped + window.at}")
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path} is not JSON.",
-                    f"Element {index}, which begins at line {line}: {error}.",
-                    "Mend it there, or write one row per line (JSONL), where one bad row does not spoil the rest.",
-                ) from error
+        for index, line, row in _list_elements(_Window(file, path, place), place.index, stop):
             yield f"{name}:{line}[{index}]", row
-            window.at, index = window.at + (window.peek() == ","), index + 1
-        window.at += 1
-        if window.peek():
-            raise UserError(f"{path} is not JSON.", "There is more text after the list.", "Keep one list per file.")
 
 
-def stream_rows(path: Path, name: str) -> Iterator[tuple[str, Any]]:
+def stream_rows(path: Path, name: str, place: Place = _START, stop: int | None = None) -> Iterator[tuple[str, Any]]:
     """JSON objects that follow one another, each over any number of lines.
 
     Args:
         path: The file.
         name: What it is called in origins.
+        place: Where to begin, one of ``stream_places``.
+        stop: Index of the object to end before; None for the end of the file.
 
     Raises:
         UserError: What follows is not JSON, or not UTF-8.
     """
-    decoder = _Decoder()
     with open_bytes(path) as file:
+        for _, line, row in _stream_elements(_Window(file, path, place), place.index, stop):
+            yield f"{name}:{line}", row
+
+
+def list_places(path: Path, part_bytes: int) -> list[Place]:
+    """Where the parts of a list begin, about as many bytes apart; a broken list has none behind its first fault."""
+    return _places(path, part_bytes, _list_elements)
+
+
+def stream_places(path: Path, part_bytes: int) -> list[Place]:
+    """``list_places`` for objects that follow one another."""
+    return _places(path, part_bytes, _stream_elements)
+
+
+_Elements = Iterator[tuple[int, int, Any]]
+"""Index, first line and value of each element."""
+
+
+def _places(path: Path, part_bytes: int, elements: Callable[[_Window, int, int | None], _Elements]) -> list[Place]:
+    found = [_START]
+    with open_bytes(path) as file, suppress(UserError):  # whoever reads the last part meets the fault again
         window = _Window(file, path)
-        while window.peek():
-            line = window.count_lines()
-            try:
-                yield f"{name}:{line}", window.value(decoder)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path} is not JSON.", f"The row that begins at line {line}: {error}.", "Mend it there."
-                ) from error
+        for index, _, _ in elements(window, 0, None):
+            if window.num_bytes - found[-1].byte >= part_bytes and window.peek() not in ("]", ""):
+                found.append(window.place(index + 1))
+    return found
+
+
+def _list_elements(window: _Window, index: int, stop: int | None) -> _Elements:
+    decoder = _Decoder()
+    assert window.peek() == ("," if index else "[")
+    while index != stop:
+        window.at += 1
+        if window.peek() == "]":
+            break
+        line = window.count_lines()
+        try:
+            row = window.value(decoder)
+            if window.peek() not in (",", "]"):
+                raise ValueError(f"Expecting ',' delimiter at character {window.character}")
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{window.path} is not JSON.",
+                f"Element {index}, which begins at line {line}: {error}.",
+                "Mend it there, or write one row per line (JSONL), where one bad row does not spoil the rest.",
+            ) from error
+        yield index, line, row
+        index += 1
+        if window.peek() == "]":
+            break
+    else:
+        return
+    window.at += 1
+    if window.peek():
+        raise UserError(f"{window.path} is not JSON.", "There is more text after the list.", "Keep one list per file.")
+
+
+def _stream_elements(window: _Window, index: int, stop: int | None) -> _Elements:
+    decoder = _Decoder()
+    while index != stop and window.peek():
+        line = window.count_lines()
+        try:
+            row = window.value(decoder)
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{window.path} is not JSON.", f"The row that begins at line {line}: {error}.", "Mend it there."
+            ) from error
+        yield index, line, row
+        index += 1

@@ -4,7 +4,7 @@ Data flow: ``source.open_source`` -> ``OpenSource`` -> ``parts`` -> ``read`` (in
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.readers.fetching import Fetcher
 from lightning_mm.data.readers.image_root import ImageRoot
 from lightning_mm.data.readers.invalid_row import InvalidRow
+from lightning_mm.data.readers.json_rows import Place
 from lightning_mm.data.readers.media import MediaReader
-from lightning_mm.data.readers.row_files import FilePart, RowFile
+from lightning_mm.data.readers.row_files import FilePart, JsonPart, RowFile
 from lightning_mm.data.readers.row_reader import RowReader
 from lightning_mm.data.readers.source_spec import ReadOptions, Source
 from lightning_mm.data.sample import Rejection, Sample
@@ -34,6 +35,14 @@ class Part:
 
     file: int
     piece: FilePart
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Part":
+        """The part that ``asdict`` made a mapping of."""
+        piece = given["piece"]
+        if "place" in piece:
+            return cls(given["file"], JsonPart(**{**piece, "place": Place(**piece["place"])}))
+        return cls(given["file"], FilePart(**piece))
 
 
 @dataclass

@@ -4,13 +4,14 @@ Data flow: path -> ``formats.open_row_file`` -> ``RowFile`` -> ``parts`` -> ``ro
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning_mm.data.readers import json_rows
 from lightning_mm.data.readers.compression import compression_of
+from lightning_mm.data.readers.json_rows import Place
 
 PART_BYTES = 8_000_000
 """About as much of a file is one part."""
@@ -29,6 +30,17 @@ class FilePart:
     start: int = 0
     stop: int | None = None
     first: int = 1
+
+
+@dataclass(frozen=True)
+class JsonPart(FilePart):
+    """A piece of JSON text; ``start`` and ``stop`` count its elements.
+
+    Args:
+        place: Where it begins.
+    """
+
+    place: Place = field(default_factory=Place)
 
 
 @dataclass(frozen=True)
@@ -64,8 +76,12 @@ class JsonList(RowFile):
 
     format = "JSON list"
 
+    def parts(self) -> list[FilePart]:
+        """Pieces of whole elements, found in one pass over the text; one where the file is compressed."""
+        return _json_parts(self.path, json_rows.list_places)
+
     def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
-        return json_rows.list_rows(self.path, self.name)
+        return json_rows.list_rows(self.path, self.name, _place(part), part.stop)
 
 
 @dataclass(frozen=True)
@@ -99,5 +115,21 @@ class JsonStream(RowFile):
 
     format = "JSON objects of several lines"
 
+    def parts(self) -> list[FilePart]:
+        """Pieces of whole objects, found in one pass over the text; one where the file is compressed."""
+        return _json_parts(self.path, json_rows.stream_places)
+
     def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
-        return json_rows.stream_rows(self.path, self.name)
+        return json_rows.stream_rows(self.path, self.name, _place(part), part.stop)
+
+
+def _json_parts(path: Path, places_of: Callable[[Path, int], list[Place]]) -> list[FilePart]:
+    if compression_of(path) is not None or path.stat().st_size <= PART_BYTES:
+        return [FilePart()]
+    places = places_of(path, PART_BYTES)
+    stops = [*(place.index for place in places[1:]), None]
+    return [JsonPart(place.index, stop, place.line, place) for place, stop in zip(places, stops, strict=True)]
+
+
+def _place(part: FilePart) -> Place:
+    return part.place if isinstance(part, JsonPart) else Place()

@@ -21,7 +21,7 @@ from lightning_mm.data.readers.invalid_row import InvalidRow
 from lightning_mm.data.readers.locate import Located, locate
 from lightning_mm.data.readers.opened import OpenSource, Part, PartReport, check_any
 from lightning_mm.data.readers.recipes import sources_of_file
-from lightning_mm.data.readers.row_files import RowFile
+from lightning_mm.data.readers.row_files import FilePart, RowFile
 from lightning_mm.data.readers.source_spec import COLUMNS, TAGS, ReadOptions, Source
 from lightning_mm.data.sample import Rejection
 
@@ -148,7 +148,7 @@ def _with_shape(opened: OpenSource) -> OpenSource:
     kinds: Counter[str] = Counter()
     rejections: list[Rejection] = []
     columns: dict[str, None] = {}
-    rows = (row for file in opened.row_files for part in file.parts()[:1] for row in file.rows(part))
+    rows = (row for file in opened.row_files for row in file.rows(FilePart()))
     number = 0
     for origin, row in itertools.islice(rows, _NUM_LOOKED_AT):
         number += 1
