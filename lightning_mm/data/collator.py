@@ -44,6 +44,9 @@ class Collator:
 
     Raises:
         UserError: The model's chat template cannot be used.
+
+    Attributes:
+        encoder: Decodes images and calls the processor, within the limits.
     """
 
     def __init__(
@@ -55,18 +58,18 @@ class Collator:
         reserve: Sequence[Sample] = (),
         **options: Any,
     ) -> None:
-        self._encoder = SampleEncoder(processing, max_length, max_megapixels, **options)
+        self.encoder = SampleEncoder(processing, max_length, max_megapixels, **options)
         self._reserve = reserve
 
     @property
     def processing(self) -> ModelProcessor:
         """The model's processor."""
-        return self._encoder.processing
+        return self.encoder.processing
 
     @property
     def video_frames(self) -> int:
         """Frames per video."""
-        return self._encoder.video_frames
+        return self.encoder.video_frames
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A batch of the samples that can be used.
@@ -104,7 +107,7 @@ class Collator:
         """
         rows = [row for sample in samples if (row := self._row(sample, rejected, blank_images))]
         while rows:
-            rows, encoding = self._encoder.encode(rows, "right", rejected)
+            rows, encoding = self.encoder.encode(rows, "right", rejected)
             if encoding is None:
                 return None
             answers = [self._answers(row, encoding, b) for b, row in enumerate(rows)]
@@ -119,7 +122,7 @@ class Collator:
         try:
             if not sample.answers:
                 raise ChatError("no answer: no turn of the row is to be learned")
-            row = self._encoder.row(sample, len(sample.turns), rejected, blank_images=blank_images)
+            row = self.encoder.row(sample, len(sample.turns), rejected, blank_images=blank_images)
             if not row.rendered.spans:
                 raise ChatError("no answer: the chat template writes every one to be learned as context only")
         except (ChatError, pictures.BadImage) as error:
@@ -132,12 +135,12 @@ class Collator:
 
     def _answers(self, row: RenderedSample, encoding: Encoding, b: int) -> list[int]:
         """Token positions of the answers of row ``b``."""
-        found = chat.locate_answer_spans(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        found = chat.locate_answer_spans(row.rendered, self.encoder.chat.placeholder, encoding.texts[b])
         return [t for span in found for t in chat.tokens_of_span(span, encoding.offsets[b])]
 
     def _fault(self, encoding: Encoding, b: int, answer: list[int]) -> str | None:
         """Why row ``b`` cannot be used within ``max_length``; None if it can."""
-        limit = self._encoder.max_length
+        limit = self.encoder.max_length
         if not answer:
             return "no answer: its text has no token"
         if limit is None:
@@ -155,7 +158,7 @@ class Collator:
     ) -> Batch:
         """The batch of encoded rows, truncated to ``max_length``."""
         lengths = encoding.inputs["attention_mask"].sum(1).tolist()
-        limit = self._encoder.max_length or max(lengths)
+        limit = self.encoder.max_length or max(lengths)
         for row, length in zip(rows, lengths, strict=True):
             if length > limit:
                 rejected.append(Rejection(row.sample.origin, f"cut: {length} tokens, the limit is {limit}", "cut"))
@@ -172,7 +175,7 @@ class Collator:
         return Batch(inputs, regions_BL, answered - 1, ids_BL.flatten()[answered], samples)
 
     def _is_image(self, ids: Tensor) -> Tensor:
-        return torch.isin(ids, torch.tensor(self._encoder.processing.image_token_ids))
+        return torch.isin(ids, torch.tensor(self.encoder.processing.image_token_ids))
 
 
 class PromptCollator:

@@ -5,7 +5,6 @@ loops; what is not used is in ``rejected_samples``.
 """
 
 import copy
-import random
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, Never
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.pytorch.loops.progress import _ProcessedTracker
 
@@ -31,27 +29,25 @@ from lightning_mm.data.dataloader import (
     evaluation_loader,
     training_loader,
 )
-from lightning_mm.data.mixture import Mixture
+from lightning_mm.data.example_batches import example_batch, random_batches
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.readers.rows import in_cache
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_meter import RowMeter
-from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import (
-    Rejection,
     Sample,
     SampleQuestion,
-    most_frequent_answers,
     questions_of,
     sort_by_answer_length,
 )
-from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, read_split, rows_unchecked
+from lightning_mm.data.split import SplitOptions
+from lightning_mm.data.splits import Splits
 from lightning_mm.data.stored_lengths import longest_needed, stored_token_lengths
-from lightning_mm.data.streaming import SampleStream, check_streaming_trainer, refuse_with_streaming, streaming_loader
+from lightning_mm.data.streaming import check_streaming_trainer, refuse_with_streaming, streaming_loader
 from lightning_mm.data.table import cache_folder
-from lightning_mm.data.token_lengths import TokenLengths, local_token_lengths
+from lightning_mm.data.token_lengths import TokenLengths
 from lightning_mm.models.pixel_bounds import PixelBounds
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
 
@@ -64,10 +60,6 @@ _ELSEWHERE = {
     **dict.fromkeys(("image_folder", "image_dir", "images", "root"), 'Give image_root="images".'),
 }
 """What is meant by an argument that a user may guess."""
-
-
-_MAX_EXAMPLES = 32
-"""Rows from the first on, and as many from all over the data, that are tried until one can be used."""
 
 
 class MMDataModule(L.LightningDataModule):
@@ -121,7 +113,7 @@ class MMDataModule(L.LightningDataModule):
         probe_prompt: Asks whether a caption, put in the place of {caption}, is right about the picture.
 
     Attributes:
-        rejected_samples: Rows and parts of rows that are not used, with reasons.
+        rows: The rows of each split.
         reading: How files are read.
         arguments: The arguments as given, by name.
     """
@@ -197,14 +189,16 @@ class MMDataModule(L.LightningDataModule):
             "special_tokens": tuple(special_tokens or ()),
         }
         self.num_workers, self.seed, self.generation_samples = num_workers, seed, generation_samples
-        self.rejected_samples = RejectedSamples(max_bad_fraction)
         self.probes, self.probe_images, self.probe_prompt = probes, probe_images, probe_prompt
-        self._splits: dict[str, Split] = {}
-        self._open_split: Callable[..., Split] = open_split
+        self.streaming = streaming
         self.reading = SplitOptions(image_root, follow_links, fetch, cache_dir, max_megapixels, seed)
-        self.temperature, self.streaming, self.shuffle_buffer = temperature, streaming, shuffle_buffer
-        self._mixture: Mixture | None = None
-        self._stream: SampleStream | None = None
+        self.rows = Splits(
+            self.paths,
+            self.reading,
+            RejectedSamples(max_bad_fraction),
+            temperature,
+            shuffle_buffer if streaming else None,
+        )
         self._probe_set: ProbeSet | None = None
         self._measured: tuple[ModelProcessor, TokenLengths] | None = None
 
@@ -224,7 +218,7 @@ class MMDataModule(L.LightningDataModule):
         if self._max_length != "auto":
             return
         context = self.processing.context_length
-        if self.paths["train"] is None or self.streaming or not len(self._table("train")):
+        if self.paths["train"] is None or self.streaming or not len(self.rows.table("train")):
             why = "training rows are streamed" if self.streaming else "there are no training rows"
             log_decision("data.max_length", context, f"auto: the model's context; {why}")
             self._max_length = context
@@ -241,6 +235,15 @@ class MMDataModule(L.LightningDataModule):
         if self._max_length == "auto" and "data.max_length" in settings:
             self._max_length = settings["data.max_length"]
             log_decision("data.max_length", self._max_length, "auto: as the checkpoint has it")
+
+    @property
+    def rejected_samples(self) -> RejectedSamples:
+        """Rows and parts of rows that are not used, with reasons."""
+        return self.rows.rejected
+
+    @rejected_samples.setter
+    def rejected_samples(self, value: RejectedSamples) -> None:
+        self.rows = self.rows.reporting_to(value)
 
     def setup(self, stage: str) -> None:
         """Read the files of this stage, on every rank, so that errors show before the model is loaded.
@@ -262,54 +265,6 @@ class MMDataModule(L.LightningDataModule):
                 raise UserError(f"data.{split} is not set.", f"{stage} needs it.", f"Give --data.{split} FILE.")
             else:
                 log_decision("data.val", "no validation during fit", "data.val is not set")
-
-    def samples(self, split: str) -> Sequence[Sample]:
-        """The usable conversations of train, val, test or predict, in file order; empty without a file.
-
-        Of a stream, the first rows of each source.
-        """
-        if self.paths[split] is None:
-            return ()
-        return self.stream.first if self._is_streamed(split) else self._split(split).samples
-
-    def _is_streamed(self, split: str) -> bool:
-        return self.streaming and split == "train"
-
-    @property
-    def stream(self) -> SampleStream:
-        """The training rows, where they are streamed."""
-        if self._stream is None:
-            sources = open_sources("train", self.paths["train"], self.reading, must_exist=True)
-            self._stream = SampleStream(sources, self.seed, self.shuffle_buffer, self.rejected_samples)
-        return self._stream
-
-    @property
-    def num_train_rows(self) -> int | None:
-        """Number of different training rows; None where they are streamed."""
-        return None if self.streaming else len(self.samples("train"))
-
-    def source_names(self, split: str) -> tuple[str, ...]:
-        """Names of the sources of a split, in their order; empty without a file."""
-        if self.paths[split] is None:
-            return ()
-        return self.stream.names if self._is_streamed(split) else self._table(split).sources
-
-    def _split(self, name: str) -> Split:
-        if name not in self._splits:
-            self._splits[name] = self._open_split(name, self.paths[name], self.reading, self.rejected_samples)
-            if name == "train" and self._open_split is open_split:
-                self.mixture.log()
-        return self._splits[name]
-
-    def without_limits(self) -> "MMDataModule":
-        """A copy that reads its splits anew, and goes on however few of their rows can be used: to look at them."""
-        made = copy.copy(self)
-        made._splits, made._measured, made._mixture, made._open_split = {}, None, None, read_split
-        if self.streaming:
-            log_decision("data.streaming", "not used here", "rows are read into a table, so that they can be counted")
-            made.streaming = False
-        made.rejected_samples = RejectedSamples(self.rejected_samples.max_bad_fraction)
-        return made
 
     @property
     def processing(self) -> ModelProcessor:
@@ -339,41 +294,19 @@ class MMDataModule(L.LightningDataModule):
             return load_processor(str(self.processor), self.revision)
         return wrap_processor(self.processor, self._module_processing.config)
 
-    def _table(self, split: str) -> RowTable:
-        return self._split(split).samples
-
-    @property
-    def mixture(self) -> Mixture:
-        """Which training rows an epoch holds."""
-        if self._mixture is None:
-            split = self._split("train")
-            self._mixture = Mixture(split.sources, split.num_used, self.temperature, self.seed)
-        return self._mixture
-
-    def source_counts(self) -> list[dict[str, Any]]:
-        """Rows read, dropped before training and in use of each source of train, val and test, as far as they are read.
-
-        ``per_epoch``: rows that a training source gives to an epoch; None for others, and for a stream.
-        """
-        found = []
-        for name, split in self._splits.items():
-            counts: Sequence[int | None] = self.mixture.counts if name == "train" else [None] * len(split.sources)
-            parts = zip(split.sources, split.tables, split.num_usable, split.num_used, counts, strict=True)
-            found += [
-                {"split": name, "name": source.name, "path": source.path, "read": table.num_read}
-                | {"dropped": table.num_read - usable, "used": used, "per_epoch": count}
-                for source, table, usable, used, count in parts
-            ]
-        if self._stream is not None:
-            found += self._stream.source_counts()
-        return found
+    def without_limits(self) -> "MMDataModule":
+        """A copy that reads its splits anew, and goes on however few of their rows can be used: to look at them."""
+        made = copy.copy(self)
+        made.rows = self.rows.without_limits(RejectedSamples(self.rejected_samples.max_bad_fraction))
+        made.streaming, made._measured = False, None
+        return made
 
     def train_dataloader(self) -> ResumableDataLoader:
         """Training batches in the order of (seed, epoch)."""
         collate = self._wrapped_collator(self.samples("train"))
         options: dict[str, Any] = {"batch_size": self.batch_size, "seed": self.seed, "num_workers": self.num_workers}
         if self.streaming:
-            loader = streaming_loader(self.stream, collate, **options)
+            loader = streaming_loader(self.rows.stream, collate, **options)
         else:
             loader = self._table_loader(collate, **options)
         if self.trainer is not None:
@@ -383,8 +316,8 @@ class MMDataModule(L.LightningDataModule):
         return loader
 
     def _table_loader(self, collate: Collate, **options: Any) -> ResumableDataLoader:
-        samples = self._table("train")
-        options |= {"fingerprint": samples.fingerprint, "mixture": self.mixture}
+        samples = self.rows.table("train")
+        options |= {"fingerprint": samples.fingerprint, "mixture": self.rows.mixture}
         if self.max_tokens is None and not self.group_by_length:
             return training_loader(samples, collate, **options)
         return length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
@@ -394,8 +327,8 @@ class MMDataModule(L.LightningDataModule):
         """Average number of conversations in a training batch of one rank."""
         if self.max_tokens is None:
             return float(self.batch_size)
-        return self.mixture.num_rows / len(
-            TokenBudgetSampler(self._lengths, self.max_tokens, self.seed, mixture=self.mixture)
+        return self.rows.mixture.num_rows / len(
+            TokenBudgetSampler(self._lengths, self.max_tokens, self.seed, mixture=self.rows.mixture)
         )
 
     @property
@@ -409,7 +342,7 @@ class MMDataModule(L.LightningDataModule):
         """Lengths of the training conversations before any is cut, measured once."""
         if self._measured is None or self._measured[0] is not self.processing:
             lengths = stored_token_lengths(
-                self._table("train"),
+                self.rows.table("train"),
                 self.processing,
                 cache_folder(self.reading.cache),
                 max_megapixels=self.max_megapixels,
@@ -434,6 +367,13 @@ class MMDataModule(L.LightningDataModule):
     def predict_dataloader(self) -> CheckedDataLoader:
         """Questions for generation."""
         return self._loader(self.questions("predict"), self._prompt_collator())
+
+    def samples(self, split: str) -> Sequence[Sample]:
+        """The usable conversations of train, val, test or predict, in file order; empty without a file.
+
+        Of a stream, the first rows of each source.
+        """
+        return self.rows.samples(split)
 
     def question_types(self, split: str) -> tuple[str, ...]:
         """Types of the split's questions, sorted; equal on every rank."""
@@ -496,10 +436,7 @@ class MMDataModule(L.LightningDataModule):
             size: Conversations per batch.
         """
         samples = self.samples("train")
-        drawn = random.Random(self.seed).sample(samples, min(len(samples), count * size))
-        collator = self.collator(samples)
-        cut = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-        made = [collator(part) for part in cut]
+        made = random_batches(samples, self.collator(samples), count, size, self.seed)
         self.rejected_samples.add((rejection for batch in made for rejection in batch.rejected), "train")
         return [batch for batch in made if batch.num_supervised]
 
@@ -515,57 +452,7 @@ class MMDataModule(L.LightningDataModule):
         split = next((split for split, path in self.paths.items() if path is not None), None)
         if split is None:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
-        samples = self.samples(split)
-        counts = samples.num_images() if isinstance(samples, RowTable) else [len(each.images) for each in samples]
-        rows = np.argsort(np.asarray(counts) == 0, kind="stable")  # those with images first
-        drawn = dict.fromkeys([*rows[:_MAX_EXAMPLES], *rows[:: max(1, len(rows) // _MAX_EXAMPLES)]])
-        tried = [samples[int(row)] for row in drawn]
-        collator, rejected = self.collator(), list[Rejection]()
-        for start in range(0, len(tried), count):
-            # A loader will record the rejections; here other samples serve as well.
-            if (batch := collator.collate_valid(tried[start : start + count], rejected)) is not None:
-                return batch
-        raise self._no_example(tried, rejected)
-
-    def _no_example(self, tried: Sequence[Sample], rejected: Sequence[Rejection]) -> UserError:
-        """Why none of the first rows can be made into a batch; with their lengths where these are the reason."""
-        first = next(each for each in rejected if each.kind == "dropped")
-        what = f"None of {len(tried)} rows from all over the data can be used."
-        cause = f"{first.origin}: {first.reason}."
-        if not all(each.reason.startswith("too long") for each in rejected if each.kind == "dropped"):
-            return UserError(what, cause, "Mend or remove such rows.")
-        lengths = sorted(local_token_lengths(tried, self.processing, self.max_megapixels, self.video_frames))
-        return UserError(
-            what,
-            f"They have {lengths[0]} tokens and more, {lengths[len(lengths) // 2]} in the median; data.max_length is "
-            f"{self.max_length}. The first of them: {cause}",
-            "Raise data.max_length, or give data.max_pixels, so that pictures take fewer tokens.",
-        )
-
-    def majority_answers(self) -> dict[str, str]:
-        """Question type -> most frequent training answer: the baseline that ignores the question.
-
-        Training rows that are not in use otherwise are read without opening their pictures, and none of them counts as
-        lost; empty, which is said, where none can be used.
-        """
-        if self.paths["train"] is None:
-            log_decision("majority", "not computed", "data.train is not set")
-            return {}
-        if self.streaming:
-            log_decision("majority", "not computed", "data.streaming: the training rows are not read before")
-            return {}
-        try:
-            table = self._splits["train"].samples if "train" in self._splits else self._unchecked("train")
-            counts = table.answer_counts()
-        except UserError as error:
-            log_decision("majority", "not computed", f"data.train: {error.what}")
-            return {}
-        if not counts:
-            log_decision("majority", "not computed", "no row of data.train can be used")
-        return most_frequent_answers(counts)
-
-    def _unchecked(self, split: str) -> RowTable:
-        return rows_unchecked(split, self.paths[split], self.reading)
+        return example_batch(self.samples(split), self.collator(), count)
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))

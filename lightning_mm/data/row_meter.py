@@ -83,7 +83,7 @@ class RowMeter(Collator):
     @property
     def max_length(self) -> int | None:
         """Longest row in tokens; None: no limit."""
-        return self._encoder.max_length
+        return self.encoder.max_length
 
     def measure(self, sample: Sample, rejected: list[Rejection]) -> bool:
         """Whether a row is trained, with its pictures known by their sizes only.
@@ -123,9 +123,9 @@ class RowMeter(Collator):
     def _parts(self, row: RenderedSample, encoding: Encoding, b: int) -> tuple[Part, ...]:
         """The rendered text, cut where tokens begin or cease to be learned."""
         text, offsets = row.rendered.text, encoding.offsets[b]
-        spans = chat.locate_answer_spans(row.rendered, self._encoder.chat.placeholder, encoding.texts[b])
+        spans = chat.locate_answer_spans(row.rendered, self.encoder.chat.placeholder, encoding.texts[b])
         end = len(text)
-        limit = self._encoder.max_length
+        limit = self.encoder.max_length
         if limit is not None and int(encoding.inputs["attention_mask"][b].sum()) > limit:
             # No image token is cut off, so that the text behind the last one is as it was rendered.
             end = max(0, int(offsets[limit, 0]) - len(encoding.texts[b]) + len(text))

@@ -110,8 +110,8 @@ class EvaluationSteps(L.LightningModule):
 
     def _begin_scores(self, split: metric_names.Stage) -> None:
         data = data_of(self.trainer)
-        majority = data.majority_answers() if split == "test" else {}
-        self.scores = SplitScores(data.question_types(split), majority, data.source_names(split)).to(self.device)
+        majority = data.rows.majority_answers() if split == "test" else {}
+        self.scores = SplitScores(data.question_types(split), majority, data.rows.source_names(split)).to(self.device)
 
     def validation_step(
         self, batch: Batch | PromptBatch, batch_idx: int, dataloader_idx: int = 0

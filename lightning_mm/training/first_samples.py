@@ -27,7 +27,7 @@ def first_samples(data: MMDataModule) -> Iterator[Text]:
     """
     if data.paths["train"] is None:
         return
-    names = data.source_names("train")
+    names = data.rows.source_names("train")
     if len(names) > _MOST_SOURCES:
         return
     with torch.device("cpu"):

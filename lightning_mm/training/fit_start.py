@@ -66,12 +66,12 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
 
 def _times_seen(trainer: L.Trainer, data: MMDataModule) -> float:
     """How often a run sees a row, on average; once, where the number of rows is not known."""
-    num_rows = data.num_train_rows
+    num_rows = data.rows.num_train_rows
     if num_rows is None:
         return 1.0
     seen = trainer.max_steps * trainer.accumulate_grad_batches * data.rows_per_batch * trainer.world_size
     if trainer.max_steps < 0:
-        seen = (trainer.max_epochs or 1) * data.mixture.num_rows
+        seen = (trainer.max_epochs or 1) * data.rows.mixture.num_rows
     return seen / num_rows
 
 

@@ -373,7 +373,7 @@ class MMModule(ModelAndData):
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
-        self._source_losses = SourceLosses(() if self._files is None else self._files.source_names("train"))
+        self._source_losses = SourceLosses(() if self._files is None else self._files.rows.source_names("train"))
         if not self.step.cache_decided:
             own = "DataLoader" if self._files is None else "configure_optimizers"
             refuse_cache(self.cache, f"your own {own} takes the place of what opens it")

@@ -128,7 +128,7 @@ def _model_processor(model: ModelLike) -> ModelProcessor:
 
 
 def _check_split(data: MMDataModule, name: str, processing: ModelProcessor | None) -> _CheckedSplit:
-    split = data._split(name)
+    split = data.rows.split(name)
     unread = tuple(each for each in data.rejected_samples if each.split == name)
     if processing is None or not len(split.samples):
         return _CheckedSplit(name, split, None, unread)

@@ -177,7 +177,7 @@ def plan(
 
 def _rows_of_an_epoch(data: MMDataModule) -> int:
     """Rows of a training epoch; 0 where they are streamed."""
-    return 0 if data.streaming else data.mixture.num_rows
+    return 0 if data.streaming else data.rows.mixture.num_rows
 
 
 def _is_bf16(precision: str) -> bool:

@@ -254,7 +254,7 @@ def test_example_and_majority(module: Make, folder: Path) -> None:
     batch = data.example_batch()
     assert [sample.id for sample in batch.samples] == ["0"]
     assert batch.num_supervised > 0
-    assert data.majority_answers() == {"any": "ho", "colour": "red", "number": "0"}
+    assert data.rows.majority_answers() == {"any": "ho", "colour": "red", "number": "0"}
 
 
 def test_the_majority_costs_a_test_nothing(module: Make, folder: Path) -> None:
@@ -265,12 +265,12 @@ def test_the_majority_costs_a_test_nothing(module: Make, folder: Path) -> None:
     test = write(folder / "e.json", [row(0)])
     data = module(train=train, test=test)
     data.setup("test")
-    assert data.majority_answers() == {"colour": "red", "number": "0"}
+    assert data.rows.majority_answers() == {"colour": "red", "number": "0"}
     assert data.rejected_samples.num_rows == {"test": 1}
     assert not list(data.rejected_samples)
     for file in (None, folder / "nowhere.json", gone):
         with DecisionLog().opened() as decisions:
-            assert module(train=file, test=test).majority_answers() == {}
+            assert module(train=file, test=test).rows.majority_answers() == {}
             assert [decision.value for decision in decisions if decision.name == "majority"] == ["not computed"]
 
 
@@ -348,6 +348,7 @@ def test_workers_are_quiet(
     caplog.set_level(logging.WARNING)
     data = module(num_workers=2, **order)
     data.example_batch()  # the tokenizer has run before the workers are forked
+    capfd.readouterr()  # the tiny model may have been written just now
     list(data.train_dataloader())
     assert capfd.readouterr().err == ""
     assert not caplog.records

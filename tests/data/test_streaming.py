@@ -339,11 +339,11 @@ def test_rows_are_looked_at_without_a_table(folder: Path, family: Callable[[str]
     decision_log().clear()
     data = module(folder, family("llava"))
     assert len(data.samples("train")) == 27
-    assert data.num_train_rows is None
+    assert data.rows.num_train_rows is None
     assert data.rows_per_batch == 2
     assert len(data.sample_batches(2)) == 2
     assert len(data.example_batch(3)) == 3
-    assert data.majority_answers() == {}
+    assert data.rows.majority_answers() == {}
     said = "\n".join(map(str, decision_log()))
     assert "data.streaming: the first 27 rows stand for all" in said
     assert "majority: not computed" in said

@@ -104,7 +104,7 @@ class HeldOutEvaluation(Callback, WritesToRun):
             answered = self._generate_answers(trainer, pl_module, split, blank=moment == "no_image")
             self._answers[moment] = {question.key: question.answer for question in answered}
         if self.run is not None and trainer.is_global_zero:
-            majority = data_of(trainer).majority_answers()
+            majority = data_of(trainer).rows.majority_answers()
             rows = self._rows(answered, majority)
             write_json(self.run.evaluation, {"split": split, "rows": rows})
             _log_accuracies(trainer, rows, moments)

@@ -206,7 +206,7 @@ class RunRecorder(Callback):
     def _write_files(self, trainer: L.Trainer) -> None:
         data = data_of(trainer)
         data.rejected_samples.write(self.run.ledger)
-        counts = data.source_counts()
+        counts = data.rows.source_counts()
         if len(counts) > len({each["split"] for each in counts}):  # a split of several sources
             write_json(self.run.sources, counts)
         write_json(self.run.decisions, [asdict(decision) for decision in decision_log()])

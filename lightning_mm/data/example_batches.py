@@ -1,0 +1,71 @@
+"""Batches of a few rows outside of any loader: to measure a step with, and gradients.
+
+Data flow: Samples -> the collator -> ``Batch``; rows that cannot be used are left to the loader to record.
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.collator import Collator
+from lightning_mm.data.row_table import RowTable
+from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.token_lengths import local_token_lengths
+
+_MAX_EXAMPLES = 32
+"""Rows from the first on, and as many from all over the data, that are tried until one can be used."""
+
+
+def random_batches(samples: Sequence[Sample], collator: Collator, count: int, size: int, seed: int) -> list[Batch]:
+    """Random batches without replacement; fewer where there are fewer samples.
+
+    Args:
+        samples: What is drawn from.
+        collator: Makes a batch.
+        count: Number of batches.
+        size: Samples per batch.
+        seed: Of the draw.
+    """
+    drawn = random.Random(seed).sample(samples, min(len(samples), count * size))
+    return [collator(drawn[start : start + size]) for start in range(0, len(drawn), size)]
+
+
+def example_batch(samples: Sequence[Sample], collator: Collator, count: int) -> Batch:
+    """A batch of the first samples with images; of others where these cannot be used.
+
+    Args:
+        samples: What is tried: some of the first, and some from everywhere.
+        collator: Makes a batch.
+        count: Samples of the batch, or fewer where there are fewer.
+
+    Raises:
+        UserError: None of those tried can be used.
+    """
+    counts = samples.num_images() if isinstance(samples, RowTable) else [len(each.images) for each in samples]
+    rows = np.argsort(np.asarray(counts) == 0, kind="stable")  # those with images first
+    drawn = dict.fromkeys([*rows[:_MAX_EXAMPLES], *rows[:: max(1, len(rows) // _MAX_EXAMPLES)]])
+    tried, rejected = [samples[int(row)] for row in drawn], list[Rejection]()
+    for start in range(0, len(tried), count):
+        if (batch := collator.collate_valid(tried[start : start + count], rejected)) is not None:
+            return batch
+    raise _no_example(tried, rejected, collator)
+
+
+def _no_example(tried: Sequence[Sample], rejected: Sequence[Rejection], collator: Collator) -> UserError:
+    """Why none of the rows tried can be made into a batch; with their lengths where these are the reason."""
+    dropped = [each for each in rejected if each.kind == "dropped"]
+    what = f"None of {len(tried)} rows from all over the data can be used."
+    cause = f"{dropped[0].origin}: {dropped[0].reason}."
+    if not all(each.reason.startswith("too long") for each in dropped):
+        return UserError(what, cause, "Mend or remove such rows.")
+    limits = collator.encoder
+    lengths = sorted(local_token_lengths(tried, collator.processing, limits.max_megapixels, limits.video_frames))
+    return UserError(
+        what,
+        f"They have {lengths[0]} tokens and more, {lengths[len(lengths) // 2]} in the median; data.max_length is "
+        f"{limits.max_length}. The first of them: {cause}",
+        "Raise data.max_length, or give data.max_pixels, so that pictures take fewer tokens.",
+    )

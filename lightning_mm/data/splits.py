@@ -1,0 +1,157 @@
+"""The rows of train, val, test and predict, each read when it is asked for.
+
+Data flow: what each option names -> ``split.open_split`` -> ``RowTable`` and ``Mixture``, or ``streaming`` ->
+``SampleStream`` -> ``datamodule``.
+"""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lightning_mm.core.decisions import log_decision
+from lightning_mm.core.errors import UserError
+from lightning_mm.data.mixture import Mixture
+from lightning_mm.data.rejected_samples import RejectedSamples
+from lightning_mm.data.row_table import RowTable
+from lightning_mm.data.sample import Sample, most_frequent_answers
+from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, read_split, rows_unchecked
+from lightning_mm.data.streaming import SampleStream
+
+
+class Splits:
+    """Rows by split.
+
+    Args:
+        paths: Split -> what is given for it; None for nothing.
+        reading: How files are read; its seed also orders a stream.
+        rejected: Takes what is not used.
+        temperature: Of the mixture of training sources; None for 1.
+        shuffle_buffer: Training rows are streamed, this number of them in memory; None: they are kept in a table.
+    """
+
+    def __init__(
+        self,
+        paths: Mapping[str, Any],
+        reading: SplitOptions,
+        rejected: RejectedSamples,
+        temperature: float | None,
+        shuffle_buffer: int | None,
+    ) -> None:
+        self.paths, self.reading, self.rejected = paths, reading, rejected
+        self.temperature, self.shuffle_buffer = temperature, shuffle_buffer
+        self._splits: dict[str, Split] = {}
+        self._open: Callable[..., Split] = open_split
+        self._mixture: Mixture | None = None
+        self._stream: SampleStream | None = None
+
+    def reporting_to(self, rejected: RejectedSamples) -> "Splits":
+        """A copy with what is read so far, which gives what it does not use from now on to another place."""
+        made = copy.copy(self)
+        made.rejected, made._splits = rejected, dict(self._splits)
+        return made
+
+    def samples(self, split: str) -> Sequence[Sample]:
+        """The usable conversations of train, val, test or predict, in file order; empty without a file.
+
+        Of a stream, the first rows of each source.
+        """
+        if self.paths[split] is None:
+            return ()
+        return self.stream.first if self.is_streamed(split) else self.split(split).samples
+
+    def is_streamed(self, split: str) -> bool:
+        """Whether no table of a split is kept."""
+        return self.shuffle_buffer is not None and split == "train"
+
+    @property
+    def stream(self) -> SampleStream:
+        """The training rows, where they are streamed."""
+        if self._stream is None:
+            sources = open_sources("train", self.paths["train"], self.reading, must_exist=True)
+            self._stream = SampleStream(sources, self.reading.seed, self.shuffle_buffer or 0, self.rejected)
+        return self._stream
+
+    @property
+    def num_train_rows(self) -> int | None:
+        """Number of different training rows; None where they are streamed."""
+        return None if self.is_streamed("train") else len(self.samples("train"))
+
+    def source_names(self, split: str) -> tuple[str, ...]:
+        """Names of the sources of a split, in their order; empty without a file."""
+        if self.paths[split] is None:
+            return ()
+        return self.stream.names if self.is_streamed(split) else self.table(split).sources
+
+    def split(self, name: str) -> Split:
+        if name not in self._splits:
+            self._splits[name] = self._open(name, self.paths[name], self.reading, self.rejected)
+            if name == "train" and self._open is open_split:
+                self.mixture.log()
+        return self._splits[name]
+
+    def without_limits(self, rejected: RejectedSamples) -> "Splits":
+        """A copy that reads everything anew into tables, however few of the rows can be used: to look at them.
+
+        Args:
+            rejected: Takes what is not used.
+        """
+        if self.is_streamed("train"):
+            log_decision("data.streaming", "not used here", "rows are read into a table, so that they can be counted")
+        made = Splits(self.paths, self.reading, rejected, self.temperature, None)
+        made._open = read_split
+        return made
+
+    def table(self, split: str) -> RowTable:
+        """The usable conversations of a split that is not streamed."""
+        return self.split(split).samples
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which training rows an epoch holds."""
+        if self._mixture is None:
+            split = self.split("train")
+            self._mixture = Mixture(split.sources, split.num_used, self.temperature, self.reading.seed)
+        return self._mixture
+
+    def source_counts(self) -> list[dict[str, Any]]:
+        """Rows read, dropped before training and in use of each source of train, val and test, as far as they are read.
+
+        ``per_epoch``: rows that a training source gives to an epoch; None for others, and for a stream.
+        """
+        found = []
+        for name, split in self._splits.items():
+            counts: Sequence[int | None] = self.mixture.counts if name == "train" else [None] * len(split.sources)
+            parts = zip(split.sources, split.tables, split.num_usable, split.num_used, counts, strict=True)
+            found += [
+                {"split": name, "name": source.name, "path": source.path, "read": table.num_read}
+                | {"dropped": table.num_read - usable, "used": used, "per_epoch": count}
+                for source, table, usable, used, count in parts
+            ]
+        if self._stream is not None:
+            found += self._stream.source_counts()
+        return found
+
+    def majority_answers(self) -> dict[str, str]:
+        """Question type -> most frequent training answer: the baseline that ignores the question.
+
+        Training rows that are not in use otherwise are read without opening their pictures, and none of them counts as
+        lost; empty, which is said, where none can be used.
+        """
+        if self.paths["train"] is None:
+            log_decision("majority", "not computed", "data.train is not set")
+            return {}
+        if self.is_streamed("train"):
+            log_decision("majority", "not computed", "data.streaming: the training rows are not read before")
+            return {}
+        try:
+            table = self._splits["train"].samples if "train" in self._splits else self._unchecked()
+            counts = table.answer_counts()
+        except UserError as error:
+            log_decision("majority", "not computed", f"data.train: {error.what}")
+            return {}
+        if not counts:
+            log_decision("majority", "not computed", "no row of data.train can be used")
+        return most_frequent_answers(counts)
+
+    def _unchecked(self) -> RowTable:
+        return rows_unchecked("train", self.paths["train"], self.reading)
