@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data import chat
+from lightning_mm.data import chat, videos
 from lightning_mm.data import images as pictures
 from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
 from lightning_mm.data.chat import ChatError
@@ -70,6 +70,15 @@ class Collator:
     def video_frames(self) -> int:
         """Frames per video."""
         return self.encoder.video_frames
+
+    def require_decoder(self) -> None:
+        """Refuse to train on videos without the package that decodes them, if the model takes any.
+
+        Raises:
+            UserError: It is not installed.
+        """
+        if self._encoder.takes_several_images:
+            videos.require_decoder()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """A batch of the samples that can be used.

@@ -465,6 +465,8 @@ class MMDataModule(L.LightningDataModule):
     def _wrapped_collator(self, samples: Sequence[Sample]) -> Callable[..., Any]:
         """Makes training or validation batches: the collator, or what the module's ``wrap_collator`` returns."""
         collator = self.collator(samples)
+        if isinstance(samples, RowTable) and not samples.all_videos_checked:
+            collator.require_decoder()
         module = None if self.trainer is None else self.trainer.lightning_module
         wrap: Callable[[Collator], Callable[..., Any]] | None = getattr(module, "wrap_collator", None)
         return collator if wrap is None else wrap(collator)

@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from lightning_mm.data.image_source import ImageSource, StoredImage, open_arrow
-from lightning_mm.data.picture_check import checked_part
+from lightning_mm.data.picture_check import checked_part, is_checked
 from lightning_mm.data.sample import Sample, Turn
 
 Indices = NDArray[np.int64]
@@ -109,6 +109,11 @@ class RowTable(Sequence[Sample]):
             for table in map(_light, (part.file for part in self.parts))
         ]
         return np.concatenate([np.zeros(0, np.int64), *counts])[self.rows]
+
+    @property
+    def all_videos_checked(self) -> bool:
+        """Whether each video was looked at, which some need a package for."""
+        return all(checked_part(part.file, "videos").all_decoded for part in self.parts if is_checked(part.file))
 
     def answer_counts(self) -> Counter[tuple[str, str]]:
         """(question type, answer) -> number of turns that give it and are learned, over the rows in use."""

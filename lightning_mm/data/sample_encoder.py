@@ -123,11 +123,11 @@ class SampleEncoder:
             count = marks.count(mark)
             if count > len(given) or (is_whole and count < len(given)):
                 raise ChatError(f"marks and files differ: {count} {mark} marks for {len(given)}")
-        if VIDEO_MARK in marks and not self._takes_several_images:
+        if VIDEO_MARK in marks and not self.takes_several_images:
             raise ChatError("video: this model takes none")
 
     @cached_property
-    def _takes_several_images(self) -> bool:
+    def takes_several_images(self) -> bool:
         """Whether frames of a video can be given to the model; said once."""
         try:
             text = self.chat.render((Turn("user", f"{IMAGE_MARK * 2}\n?"),), True).text

@@ -21,7 +21,7 @@ from lightning_mm.core.processes import num_processes
 from lightning_mm.data.image_source import open_arrow
 from lightning_mm.data.mixture import check_limit, check_weights
 from lightning_mm.data.order_seed import permutation
-from lightning_mm.data.picture_check import check_pictures, checked_part, is_checked
+from lightning_mm.data.picture_check import COLUMNS, check_pictures, checked_part, is_checked
 from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable, TablePart
@@ -209,10 +209,12 @@ def _check_all_pictures(tables: Sequence[StoredTable], max_megapixels: float) ->
 
 
 def _usable_rows(table: StoredTable, max_megapixels: float) -> tuple[list[PartRows], list[Rejection]]:
-    """Rows of each part whose pictures can be used, and why the others cannot."""
+    """Rows of each part whose pictures and videos can be used, and why the others cannot."""
     rows, rejections = [], []
     for part in table.parts:
-        faults = checked_part(part.file).row_faults(max_megapixels)
+        faults: dict[int, str] = {}
+        for column in COLUMNS:
+            faults = {**checked_part(part.file, column).row_faults(max_megapixels), **faults}
         origins = open_arrow(part.file)["origin"]
         rejections += [Rejection(origins[row].as_py(), fault) for row, fault in sorted(faults.items())]
         rows.append(np.delete(np.arange(part.num_rows, dtype=np.int64), sorted(faults)))

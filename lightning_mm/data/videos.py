@@ -9,6 +9,7 @@ opened.
 Data flow: path or bytes -> ``load`` (``collator``, in the loader's workers) -> frames -> an image mark each (``chat``).
 """
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
@@ -31,6 +32,7 @@ _MAX_DECODED = 10_000
 _MAX_ANIMATION = 5000
 _FORWARD_SECONDS = 10
 _MAX_STILL_SECONDS = 2
+_MAX_CHECKED = 64
 _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
 
@@ -73,10 +75,64 @@ def check_header(video: ImageSource, num_frames: int, max_megapixels: float = 40
         with images.opened(video, max_megapixels) as animation:
             return [animation.size] * min(num_frames, getattr(animation, "n_frames", 1))
     with _stream(video, max_megapixels) as (container, stream):
-        first = next(iter(container.decode(stream)), None)
-        if first is None:
-            raise BadImage(video, "video does not decode: it has no frame")
+        first = _first_frame(video, container, stream)
         return [_upright(first).size] * min(num_frames, stream.frames or num_frames)
+
+
+def can_decode(video: ImageSource) -> bool:
+    """Whether a video can be looked at here: PyAV is installed, or it is none of the files that need it."""
+    try:
+        if (isinstance(video, Path) and not video.is_file()) or _is_animation(video):
+            return True
+    except BadImage:
+        return True
+    return importlib.util.find_spec("av") is not None
+
+
+def require_decoder() -> None:
+    """Refuse to go on without PyAV.
+
+    Raises:
+        UserError: It is not installed.
+    """
+    _pyav()
+
+
+def check_video(video: ImageSource, max_megapixels: float) -> tuple[int, int]:
+    """Width and height of a video that can be opened, and whose first frame decodes (of an animation, one frame).
+
+    Of a folder, up to 64 pictures are looked at. A larger video than the limit is not decoded.
+
+    Args:
+        video: As for ``load``.
+        max_megapixels: No larger frame is decoded, in megapixels.
+
+    Raises:
+        BadImage: As for ``load``, as far as this shows it; the limit on the size is not one of the reasons.
+        UserError: It needs PyAV, which is not installed.
+    """
+    if isinstance(video, Path) and video.is_dir():
+        pictures = _pictures(video, _MAX_CHECKED)
+        sizes = [images.check_image(file, max_megapixels, decode=False) for file in pictures]
+        return max(sizes, key=lambda size: size[0] * size[1])
+    if _is_animation(video):
+        with images.opened(video, float("inf")) as animation:
+            size = animation.size
+        if size[0] * size[1] <= max_megapixels * 1e6:
+            _frames_of_animation(video, 1, max_megapixels)
+        return size
+    with _stream(video, float("inf")) as (container, stream):
+        size = (stream.codec_context.width, stream.codec_context.height)
+        if size[0] * size[1] > max_megapixels * 1e6:
+            return size
+        _checked_span(video, container, stream)
+        return _upright(_first_frame(video, container, stream)).size
+
+
+def _first_frame(video: ImageSource, container: Any, stream: Any) -> Any:
+    if (first := next(iter(container.decode(stream)), None)) is None:
+        raise BadImage(video, "video does not decode: it has no frame")
+    return first
 
 
 def _pictures(folder: Path, num_frames: int) -> list[Path]:
@@ -124,9 +180,7 @@ def _frames_of_animation(video: ImageSource, num_frames: int, max_megapixels: fl
 def _decode(video: ImageSource, num_frames: int, max_megapixels: float) -> list[Any]:
     """PyAV's frames at the middles of ``num_frames`` equal parts of the video's time."""
     with _stream(video, max_megapixels) as (container, stream):
-        start, seconds = _span(container, stream)
-        if seconds > MAX_SECONDS:
-            raise BadImage(video, f"video too long: {float(seconds):.0f} s, the limit is {MAX_SECONDS} s")
+        start, seconds = _checked_span(video, container, stream)
         targets = [start + (i + Fraction(1, 2)) * seconds / num_frames for i in range(num_frames)]
         frames = _frames_at(video, container, stream, targets)
     if not frames:
@@ -173,6 +227,13 @@ def _open(av: Any, file: Any) -> Any:
         raise OSError(f"it names another file: {url}")
 
     return av.open(file, io_open=refuse, options={"format_whitelist": CONTAINERS}, metadata_errors="replace")
+
+
+def _checked_span(video: ImageSource, container: Any, stream: Any) -> tuple[Fraction, Fraction]:
+    start, seconds = _span(container, stream)
+    if seconds > MAX_SECONDS:
+        raise BadImage(video, f"video too long: {float(seconds):.0f} s, the limit is {MAX_SECONDS} s")
+    return start, seconds
 
 
 def _span(container: Any, stream: Any) -> tuple[Fraction, Fraction]:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.sample_encoder import SampleEncoder
 from lightning_mm.models.pixel_bounds import PixelBounds
 from tests.helpers.videos import write_video
 
@@ -370,6 +372,9 @@ def test_bounds_on_pictures(module: Make, folder: Path, family: Callable[[str], 
     assert [each.reason for each in rejected] == ["too many images: the row has 2, data.max_images is 1"]
 
 
+VIDEOS = ("a.mp4", "a.gif")
+
+
 def test_videos_of_a_file(module: Make, folder: Path) -> None:
     write_video(folder / "a.mp4", 20)
     turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
@@ -380,6 +385,25 @@ def test_videos_of_a_file(module: Make, folder: Path) -> None:
     assert len(batch.inputs["pixel_values"].flatten(0, -4)) == 3 * len(one.inputs["pixel_values"].flatten(0, -4))
     lengths = module(train=str(folder / "t.json"), video_frames=3, group_by_length=True)._lengths
     assert lengths.tokens.tolist() == [batch.inputs["input_ids"].shape[1]] * 2
+
+
+def test_videos_without_their_decoder(module: Make, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the first step where the model takes videos; an animation needs no decoder."""
+    write_video(folder / "a.mp4", 20)
+    Image.new("RGB", (32, 32)).save(folder / "a.gif", save_all=True, append_images=[Image.new("RGB", (32, 32), "red")])
+    turns = [{"from": "human", "value": "<video>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    files = {name: write(folder / f"{name}.json", [{"video": name, "conversations": turns}]) for name in VIDEOS}
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "av", None)
+        with pytest.raises(UserError, match="package av"):
+            module(train=files["a.mp4"]).train_dataloader()
+        module(train=files["a.gif"]).train_dataloader()
+        one_picture = module(train=files["a.mp4"])
+        patch.setattr(SampleEncoder, "takes_several_images", False)
+        one_picture.train_dataloader()
+    (folder / "a.mp4").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="None of the 1 rows"):
+        module(train=files["a.mp4"]).samples("train")
 
 
 def test_special_tokens_of_answers(module: Make, folder: Path) -> None:
