@@ -77,7 +77,7 @@ class Collator:
         Raises:
             UserError: It is not installed.
         """
-        if self._encoder.takes_several_images:
+        if self.encoder.takes_several_images:
             videos.require_decoder()
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:

@@ -36,6 +36,7 @@ from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.readers.rows import in_cache
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_meter import RowMeter
+from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import (
     Sample,
     SampleQuestion,

@@ -19,6 +19,7 @@ Shapes: K sources, M rows of a source, N rows of an epoch.
 """
 
 import math
+import re
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -195,8 +196,35 @@ def check_weights(sources: Sequence[Source], temperature: float | None) -> None:
         )
 
 
+_SAMPLING = re.compile(r"(first|end|random):(?:(\d+)|(\d+)%|(0?\.\d+|[\d.]+e-\d+))")
+
+
+def sampled_part(source: Source, total: int) -> tuple[str, int]:
+    """Which rows the sampling of a source takes, and how many.
+
+    Args:
+        source: The source.
+        total: Number of its rows that can be used.
+
+    Returns:
+        first, end or random, and a number up to ``total``, at least 1 where there are rows.
+
+    Raises:
+        UserError: It is no such sampling.
+    """
+    if source.sampling in (None, "all"):
+        return "first", total
+    match = _SAMPLING.fullmatch(str(source.sampling))
+    if match is None or not float(next(filter(None, match.groups()[1:]))):
+        raise _bad(source, "sampling", "It is all, first:N, end:N or random:N; N is 100, 10% or 0.1, and more than 0.")
+    kind, number, percent, share = match.groups()
+    wanted = int(number) if number else -(-int(percent) * total // 100) if percent else int(total * float(share))
+    return kind, min(total, max(1, wanted))
+
+
 def check_limit(source: Source) -> None:
     """Refuse numbers of rows in use that are none, with a ``UserError``."""
+    sampled_part(source, 1)
     for option in ("first", "limit"):
         given = getattr(source, option)
         if given is not None and (not isinstance(given, int) or isinstance(given, bool) or given < 1):

@@ -19,7 +19,7 @@ from lightning_mm.core.distributed import rank_and_world_size, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.processes import num_processes
 from lightning_mm.data.image_source import open_arrow
-from lightning_mm.data.mixture import check_limit, check_weights
+from lightning_mm.data.mixture import check_limit, check_weights, sampled_part
 from lightning_mm.data.order_seed import permutation
 from lightning_mm.data.picture_check import COLUMNS, check_pictures, checked_part, is_checked
 from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
@@ -136,12 +136,17 @@ def _over_all_parts(tables: Sequence[StoredTable], rows: Sequence[PartRows]) -> 
 
 
 def _limited(rows: list[PartRows], source: Source, seed: int) -> list[PartRows]:
-    """Rows of each part that are in use: the first, and of these some drawn with the seed; the same in every epoch."""
+    """Rows of each part that are in use, the same in every epoch: sampled, the first, and some drawn with the seed."""
     total = sum(map(len, rows))
-    first = total if source.first is None else min(total, source.first)
-    limit = first if source.limit is None else min(first, source.limit)
+    kind, number = sampled_part(source, total)
+    used = np.arange(total)[:number] if kind == "first" else np.arange(total)[total - number :]
+    if kind == "random":
+        used = np.sort(permutation(total, seed, "sampling", source.name)[:number].numpy())
+    used = used[: source.first]
+    if source.limit is not None and source.limit < len(used):
+        used = used[permutation(len(used), seed, "limit", source.name)[: source.limit].numpy()]
     kept = np.zeros(total, dtype=bool)
-    kept[permutation(first, seed, "limit", source.name)[:limit].numpy() if limit < first else slice(first)] = True
+    kept[used] = True
     return [each[mask] for each, mask in zip(rows, np.split(kept, np.cumsum([*map(len, rows)])[:-1]), strict=True)]
 
 
@@ -240,6 +245,7 @@ def _log_source(split: str, source: Source, table: StoredTable, used: int, rejec
     unread = ", ".join(sorted(table.ignored))
     why = [table.shape, *(f"{count} x {reason}" for reason, count in reasons)]
     why += [f"limit {source.limit}, drawn with data.seed"] if source.limit == used else []
+    why += [f"sampling {source.sampling}"] if source.sampling is not None else []
     why += [f"the first {source.first}"] if source.first is not None else []
     why += [f"columns not read: {unread}"] if unread else []
     log_decision(f"data.{split} {table.name}", f"{used} of {table.num_read} rows", "; ".join(why))

@@ -294,12 +294,12 @@ def check_streamed(sources: Sequence[Any]) -> None:
         sources: The sources of training.
 
     Raises:
-        UserError: A source has ``first``, ``limit`` or ``repeats``, or its weight is none.
+        UserError: A source has ``first``, ``limit``, ``sampling`` or ``repeats``, or its weight is none.
     """
     check_weights(sources, None)
     ends = "Leave it out; trainer.max_steps ends the run."
     for source in sources:
-        for option, fix in (("first", ends), ("limit", ends), ("repeats", "Give a weight.")):
+        for option, fix in (("first", ends), ("limit", ends), ("sampling", ends), ("repeats", "Give a weight.")):
             if getattr(source, option) not in (None, 1):
                 raise UserError(
                     f"{source.name}: {option} does not go with data.streaming.",

@@ -148,7 +148,7 @@ def _sources(checked: _CheckedSplit) -> list[CheckedSource]:
         its_own = [each for each in checked.rejections if each.source in (source.path, table.name)]
         dropped = [each for each in its_own if each.kind == "dropped"]
         if usable > kept:  # no fault of the rows, and no part of max_bad_fraction
-            limit = f"{_BEYOND}: limit {source.limit}, first {source.first}"
+            limit = f"{_BEYOND}: limit {source.limit}, first {source.first}, sampling {source.sampling}"
             dropped += [Rejection(table.name, limit)] * (usable - kept)
         found.append(
             CheckedSource(

@@ -1,6 +1,7 @@
 """Which rows of a split are in use: limits of its sources, the same wherever they are asked for."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 
 from lightning_mm.core.decisions import decision_log
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.split import SplitOptions, open_split, rows_unchecked
 
@@ -51,6 +53,39 @@ def test_first_rows_are_the_first_that_can_be_used(ids: Ids) -> None:
     both = ids(first=6, limit=2)
     assert len(both) == 2
     assert set(both) < set(USABLE[:6])
+
+
+def of_onevision(rows: list[str], strategy: str) -> list[str]:
+    """Rows as LLaVA-OneVision takes them by a sampling strategy (``random`` shuffles before it takes the first)."""
+    kind, _, given = strategy.partition(":")
+    number = math.ceil(int(given[:-1]) * len(rows) / 100) if given.endswith("%") else int(given)
+    return rows[-number:] if kind == "end" else rows[:number]
+
+
+@pytest.mark.parametrize("number", ["1", "7", "19", "500", "10%", "33%", "50%", "100%", "1%"])
+def test_rows_are_sampled_as_onevision_does(number: str, ids: Ids) -> None:
+    for kind in ("first", "end"):
+        assert ids(sampling=f"{kind}:{number}") == of_onevision(USABLE, f"{kind}:{number}")
+    drawn = ids(sampling=f"random:{number}")
+    assert len(set(drawn)) == len(of_onevision(USABLE, f"first:{number}"))
+    assert set(drawn) <= set(USABLE)
+    assert drawn == sorted(drawn, key=int) == ids("val", sampling=f"random:{number}")
+    if len(drawn) in range(3, 15):
+        assert drawn not in (USABLE[: len(drawn)], USABLE[-len(drawn) :], ids(sampling=f"random:{number}", seed=1))
+
+
+@pytest.mark.parametrize("repeat_time", [0.3, 0.5, 0.99, 0.06, 1e-5])
+def test_a_share_of_rows_is_the_first_as_in_internvl(repeat_time: float, ids: Ids) -> None:
+    assert ids(sampling=f"first:{repeat_time}") == (USABLE[: int(len(USABLE) * repeat_time)] or USABLE[:1])
+
+
+def test_sampling_goes_before_first_and_limit(ids: Ids) -> None:
+    assert ids(sampling="all") == USABLE
+    assert ids(sampling="end:6", first=2) == USABLE[-6:][:2]
+    assert set(ids(sampling="end:6", limit=2)) < set(USABLE[-6:])
+    for wrong in ("last:3", "first", "first:0", "first:-3", "random:x%", "first:1.5", "first:0%", 5):
+        with pytest.raises(UserError, match="sampling is"):
+            ids(sampling=wrong)
 
 
 def test_it_is_said(ids: Ids) -> None:

@@ -96,7 +96,7 @@ class OpenSource:
         source = {
             key: value
             for key, value in asdict(self.source).items()
-            if key not in ("path", "weight", "repeats", "first", "limit")
+            if key not in ("path", "weight", "repeats", "first", "limit", "sampling")
         }
         options = {key: value for key, value in asdict(self.options).items() if key != "cache"}
         return {

@@ -9,10 +9,9 @@
 Data flow: path -> ``sources_of_file`` -> sources with absolute paths, or None where the file lists none.
 """
 
-import contextlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +78,8 @@ def _of_internvl(path: Path, name: str, entry: Mapping[str, Any]) -> dict[str, A
     if not isinstance(repeats, (int, float)) or isinstance(repeats, bool) or repeats <= 0:
         raise UserError(f"{path}: repeat_time of {name} is {repeats!r}.", "It is above 0.", "Mend it there.")
     root = _beside(path, str(entry["root"])) if entry["root"] else str(path.parent.absolute())
-    return {
-        "path": _beside(path, str(entry["annotation"])),
-        "name": name,
-        "image_root": root,
-        "repeats": float(repeats),
-    }
+    used = {"repeats": float(repeats)} if repeats >= 1 else {"sampling": f"first:{repeats}"}
+    return {"path": _beside(path, str(entry["annotation"])), "name": name, "image_root": root, **used}
 
 
 _LOCATIONS = ("file_name", "hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name")
@@ -168,7 +163,8 @@ def _yaml_entry(path: Path, entry: dict[str, Any]) -> list[dict[str, Any]]:
         if "path" not in entry:
             raise UserError(f"{path}: an entry has no path: {entry!r:.200}.", "path names its data.", "Give it a path.")
         return [{**entry, "path": _beside(path, str(entry["path"]))}]
-    taken = _sampling(path, str(entry.get("sampling_strategy", "all")))
+    strategy = str(entry.get("sampling_strategy", "all"))
+    taken = {} if strategy == "all" else {"sampling": strategy}
     unread = [key for key in entry if key not in ("json_path", "sampling_strategy")]
     if unread:
         log_decision(
@@ -184,22 +180,4 @@ def _braces(name: str) -> list[str]:
         [name[: match.start()] + each.strip() + name[match.end() :] for each in match[1].split(",")]
         if match
         else [name]
-    )
-
-
-def _sampling(path: Path, strategy: str) -> dict[str, Any]:
-    """A sampling strategy of LLaVA-OneVision as fields of ``Source``."""
-    kind, _, number = strategy.partition(":")
-    made: dict[str, Callable[[], dict[str, Any]]] = {
-        "all": dict,
-        "first": lambda: {"first": int(number)},
-        "random": lambda: {"limit": int(number)},
-        "random%": lambda: {"repeats": float(number.removesuffix("%")) / 100},
-    }
-    with contextlib.suppress(ValueError, KeyError):
-        return made[kind + "%" * number.endswith("%")]()
-    raise UserError(
-        f"{path}: sampling_strategy {strategy!r} is not read.",
-        "all, first:N (the first N rows), random:N (N rows) and random:P% (another part in each epoch) are.",
-        "Write one of these, or the rows that are meant into a file of their own.",
     )

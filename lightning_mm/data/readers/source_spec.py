@@ -19,6 +19,9 @@ class Source:
         repeats: How often each training row is used in an epoch; below 1 for a part of the rows.
         first: Most rows that are in use, from the first on, of those that can be used; None for all.
         limit: Most rows that are in use, drawn at random with ``data.seed`` (from the ``first``); None for all.
+        sampling: Which rows that can be used are in use, the same in every epoch, before ``first`` and ``limit``: all,
+            first:N, end:N or random:N (drawn with ``data.seed``), where N is a number of rows, a percentage rounded up
+            (10%), or a share rounded down (0.1); None for all.
         image_root: Folder that its picture names are relative to and may not leave; None for the data's own folder.
         columns: Our name -> the file's column, where it is not found: messages; prompt, query, response, history;
             question, answer, options; system, tools, images, videos, id, question_type.
@@ -36,6 +39,7 @@ class Source:
     repeats: float = 1.0
     first: int | None = None
     limit: int | None = None
+    sampling: str | None = None
     image_root: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     tags: Mapping[str, str] = field(default_factory=dict)

@@ -290,9 +290,6 @@ def test_named_columns_and_entries_that_are_not_there(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=why):
             opened(str(tmp_path / "dataset_info.json") + name)
-    (tmp_path / "d.yaml").write_text("datasets:\n- json_path: t.jsonl\n  sampling_strategy: end:10\n")
-    with pytest.raises(UserError, match="sampling_strategy 'end:10' is not read"):
-        opened(str(tmp_path / "d.yaml"))
 
 
 def test_splits(tmp_path: Path) -> None:

@@ -231,20 +231,23 @@ def test_settings_of_other_trainers_become_ours(tmp_path: Path) -> None:
     meta = {"few": {"root": "", "annotation": "rows.json", "data_augment": True, "repeat_time": 0.3, "length": 3}}
     with DecisionLog().opened() as log:
         (source,) = parse_sources(write_json(tmp_path, meta, "meta.json"))
-    assert (source.name, source.repeats, source.image_root) == ("few", 0.3, str(tmp_path))
+    assert (source.name, source.repeats, source.sampling, source.image_root) == ("few", 1, "first:0.3", str(tmp_path))
     assert "data_augment not applied" in str(next(iter(log)))
+    meta["few"]["repeat_time"] = 3
+    (source,) = parse_sources(write_json(tmp_path, meta, "meta.json"))
+    assert (source.repeats, source.sampling) == (3, None)
     entries = [
         {"json_path": "{rows,more}.json", "sampling_strategy": "first:2"},
         {"json_path": "rows.json", "sampling_strategy": "random:10%"},
-        {"json_path": "rows.json", "sampling_strategy": "random:7"},
+        {"json_path": "rows.json", "sampling_strategy": "all"},
     ]
     (tmp_path / "d.yaml").write_text(yaml.safe_dump({"datasets": entries}))
     sources = parse_sources(str(tmp_path / "d.yaml"))
-    assert [(Path(each.path).name, each.first, each.limit, each.repeats) for each in sources] == [
-        ("rows.json", 2, None, 1.0),
-        ("more.json", 2, None, 1.0),
-        ("rows.json", None, None, 0.1),
-        ("rows.json", None, 7, 1.0),
+    assert [(Path(each.path).name, each.sampling, each.repeats) for each in sources] == [
+        ("rows.json", "first:2", 1.0),
+        ("more.json", "first:2", 1.0),
+        ("rows.json", "random:10%", 1.0),
+        ("rows.json", None, 1.0),
     ]
     info = {"hub": {"hf_hub_url": "org/name", "split": "dev", "subset": "sub", "num_samples": 5}}
     (source,) = parse_sources(write_json(tmp_path, info, "dataset_info.json"))
