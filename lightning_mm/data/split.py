@@ -22,6 +22,7 @@ from lightning_mm.data.image_source import open_arrow
 from lightning_mm.data.mixture import check_limit, check_weights, sampled_part
 from lightning_mm.data.order_seed import permutation
 from lightning_mm.data.picture_check import COLUMNS, check_pictures, checked_part, is_checked
+from lightning_mm.data.readers.questions import OTHER_TEXTS
 from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable, TablePart
@@ -242,10 +243,12 @@ def _check_any(source: Source, table: StoredTable, num_used: int, rejections: Se
 
 def _log_source(split: str, source: Source, table: StoredTable, used: int, rejections: Sequence[Rejection]) -> None:
     reasons = Counter(each.reason.partition(":")[0] for each in rejections if each.kind == "dropped").most_common()
-    unread = ", ".join(sorted(table.ignored))
+    others = [f"{count} {name}" for name, count in table.ignored.items() if name.startswith(OTHER_TEXTS)]
+    unread = ", ".join(sorted(name for name in table.ignored if not name.startswith(OTHER_TEXTS)))
     why = [table.shape, *(f"{count} x {reason}" for reason, count in reasons)]
     why += [f"limit {source.limit}, drawn with data.seed"] if source.limit == used else []
     why += [f"sampling {source.sampling}"] if source.sampling is not None else []
     why += [f"the first {source.first}"] if source.first is not None else []
     why += [f"columns not read: {unread}"] if unread else []
+    why += [f"left out, since one is learned: {', '.join(others)}"] if others else []
     log_decision(f"data.{split} {table.name}", f"{used} of {table.num_read} rows", "; ".join(why))

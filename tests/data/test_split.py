@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
@@ -86,6 +87,31 @@ def test_sampling_goes_before_first_and_limit(ids: Ids) -> None:
     for wrong in ("last:3", "first", "first:0", "first:-3", "random:x%", "first:1.5", "first:0%", 5):
         with pytest.raises(UserError, match="sampling is"):
             ids(sampling=wrong)
+
+
+def test_captions_and_answers_that_are_left_out_are_said(tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    rows: list[dict[str, Any]] = [
+        {"image": "a.png", "caption": ["a cat", "one cat", "a pet"]},
+        {"image": "a.png", "caption": ["a dog"]},
+        {"image": "a.png", "question": "What?", "answers": ["cat", "dog", "dog"]},
+        {"image": "a.png", "question": "What?", "answers": [{"answer": "cat"}, {"answer": "cat"}]},
+        {"image": "a.png", "question": "What?", "answers": {"start": [1, 2], "text": ["cat", "a cat"]}},
+        {"image": "a.png", "question": "What?", "answers": "cat"},
+    ]
+    for name, some in (("captions", rows[:2]), ("answers", rows[2:])):
+        (tmp_path / f"{name}.json").write_text(json.dumps(some))
+    decision_log().clear()
+    given = [str(tmp_path / "captions.json"), str(tmp_path / "answers.json")]
+    split = open_split("train", given, SplitOptions(cache=tmp_path / "cache"), RejectedSamples())
+    assert [sample.turns[1].text for sample in split.samples] == ["a cat", "a dog", "dog", "cat", "cat", "cat"]
+    said = "\n".join(map(str, decision_log()))
+    assert "left out, since one is learned: 2 other texts of 'caption'" in said
+    assert "left out, since one is learned: 2 other texts of 'answers'" in said
+    assert [table.ignored for table in split.tables] == [
+        {"other texts of 'caption'": 2},
+        {"other texts of 'answers'": 2},
+    ]
 
 
 def test_it_is_said(ids: Ids) -> None:

@@ -26,6 +26,9 @@ _OPTIONS = ("choices", "options", "multiple_choices", "mc_options")
 _CHOSEN = ("answer", "answerkey", "answer_key", "answer_idx", "answer_index", "correct_choice_idx", "correct_answer",
            "correct", "correct_option", "answers", "response", "output", "target", "gold", "label")  # fmt: skip
 _CAPTIONS = ("caption", "captions", "text", "txt")
+OTHER_TEXTS = "other texts of"
+"""Begins what is counted where a column holds several captions or answers, of which one is learned."""
+_TEXTS = ("answer", "text", "value", "answers")
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -119,7 +122,7 @@ def answer_text(value: Any, key: str) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping):
-        given = next((value[name] for name in ("answer", "text", "value", "answers") if value.get(name)), None)
+        given = next((value[name] for name in _TEXTS if value.get(name)), None)
         if given is not None:
             return answer_text(given, key)
     if isinstance(value, list):
@@ -129,6 +132,20 @@ def answer_text(value: Any, key: str) -> str:
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return f"{value:g}" if isinstance(value, float) and value.is_integer() else str(value)
     raise InvalidRow(f"wrong type: {key!r} is {kind_of(value)}, not text")
+
+
+def other_texts(value: Any, learned: str, key: str) -> Counter[str]:
+    """Texts of a column besides the one that is learned, under words that say so; empty if there are none.
+
+    Args:
+        value: What the column holds.
+        learned: The one that is learned.
+        key: Its column.
+    """
+    if isinstance(value, Mapping):
+        value = next((value[name] for name in _TEXTS if value.get(name)), None)
+    number = sum(answer_text(each, key) != learned for each in value) if isinstance(value, list) else 0
+    return Counter({f"{OTHER_TEXTS} {key!r}": number} if number else {})
 
 
 def options_of(row: Mapping[str, Any], named: Mapping[str, str]) -> tuple[list[str], dict[str, str]]:

@@ -165,7 +165,9 @@ def _read_answer(row: Row, answered: list[str], reader: MessageReader, options: 
     if isinstance(value, list) and value and isinstance(value[0], dict) and {"role", "from"} & set(value[0]):
         reader.read(value)
     elif value is not None:
-        reader.add("assistant", questions.answer_text(value, answered[0]), question_type=reader.question_type)
+        text = questions.answer_text(value, answered[0])
+        reader.add("assistant", text, question_type=reader.question_type)
+        reader.found.ignored.update(questions.other_texts(value, text, answered[0]))
 
 
 def _read_history(history: Any, reader: MessageReader) -> None:
@@ -189,8 +191,9 @@ def _caption_shape(row: Row) -> Shape | None:
     def read(row: Row, reader: MessageReader) -> None:
         reader.add("user", questions.CAPTION_QUESTION)
         value = row[column]
-        text = value[0] if isinstance(value, list) and value else value
-        reader.add("assistant", questions.answer_text(text, column), question_type=reader.question_type)
+        text = questions.answer_text(value[0] if isinstance(value, list) and value else value, column)
+        reader.add("assistant", text, question_type=reader.question_type)
+        reader.found.ignored.update(questions.other_texts(value, text, column))
 
     return Shape(
         f"picture and caption ({column}), asked for with {questions.CAPTION_QUESTION!r}",
