@@ -22,6 +22,7 @@ from lightning_mm.data.image_source import open_arrow
 from lightning_mm.data.mixture import check_limit, check_weights, sampled_part
 from lightning_mm.data.order_seed import permutation
 from lightning_mm.data.picture_check import COLUMNS, check_pictures, checked_part, is_checked
+from lightning_mm.data.readers.opened import check_any
 from lightning_mm.data.readers.questions import OTHER_TEXTS
 from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
 from lightning_mm.data.rejected_samples import RejectedSamples
@@ -118,7 +119,7 @@ def refuse_losses(name: str, split: Split, rejected: RejectedSamples, options: S
     """Stop where no row of a source, or too few rows of the split, can be used; arguments as of ``open_split``."""
     for source, table, num_used in zip(split.sources, split.tables, split.num_used, strict=True):
         its_own = [each for each in rejected if (each.split, each.source) == (name, source.path)]
-        _check_any(source, table, num_used, its_own)
+        check_any(source.path, num_used > 0, its_own, table.num_read)
     rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
 
 
@@ -225,20 +226,6 @@ def _usable_rows(table: StoredTable, max_megapixels: float) -> tuple[list[PartRo
         rejections += [Rejection(origins[row].as_py(), fault) for row, fault in sorted(faults.items())]
         rows.append(np.delete(np.arange(part.num_rows, dtype=np.int64), sorted(faults)))
     return rows, rejections
-
-
-def _check_any(source: Source, table: StoredTable, num_used: int, rejections: Sequence[Rejection]) -> None:
-    if num_used:
-        return
-    if not table.num_read:
-        raise UserError(f"{source.path} is empty.", "It holds no row.", "Name a file with at least one conversation.")
-    first = "\n    ".join(f"{each.origin}: {each.reason}" for each in rejections[:5])
-    raise UserError(
-        f"None of the {table.num_read} rows of {source.path} can be used.",
-        f"The first of them:\n    {first}",
-        'Rows look like {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
-        '{"from": "gpt", "value": "A cat."}]}.',
-    )
 
 
 def _log_source(split: str, source: Source, table: StoredTable, used: int, rejections: Sequence[Rejection]) -> None:

@@ -126,6 +126,11 @@ def _(folder: Path) -> Made:
     return Made(write_lines(folder, llava()), llava())
 
 
+@form("JSONL named .csv")
+def _(folder: Path) -> Made:
+    return Made(write_lines(folder, llava(), "train.csv"), llava())
+
+
 @form("JSONL named .json")
 def _(folder: Path) -> Made:
     return Made(write_lines(folder, llava(), "train.json"), llava())
@@ -952,6 +957,104 @@ def _(folder: Path) -> Made:
     return Made(write_json(folder, each(lambda color: {"image": f"{color}.png", "caption": color})), _caption_twin())
 
 
+def _numbered(ask: str = ASK) -> Rows:
+    """The rows as a choice between options with numbers from 0."""
+    lines = "\n".join(f"{number}. {color}" for number, color in enumerate(COLORS))
+    rows = llava(ask=f"{ask}\n{lines}\nAnswer with the option's number from the given choices directly.")
+    for number, row in enumerate(rows):
+        row["conversations"][1]["value"] = str(number)
+    return rows
+
+
+@form("multiple choice, one column per option (SEED-Bench, MMBench)")
+def _(folder: Path) -> Made:
+    pictures(folder)
+    rows = [
+        {
+            "image": picture(color),
+            "question": ASK,
+            "choice_a": "red",
+            "choice_b": "green",
+            "choice_c": "blue",
+            "choice_d": "nan",
+            "answer": letter,
+        }
+        for letter, color in zip("ABC", COLORS, strict=True)
+    ]
+    pandas.DataFrame(rows).to_parquet(folder / "train.parquet")
+    return Made(str(folder / "train.parquet"), choices())
+
+
+@form("multiple choice, numbered columns (NExT-QA)")
+def _(folder: Path) -> Made:
+    rows = [
+        {
+            "image": f"{color}.png",
+            "question": ASK,
+            "answer": number,
+            **{f"a{index}": option for index, option in enumerate(COLORS)},
+        }
+        for number, color in enumerate(COLORS)
+    ]
+    return Made(write_json(folder, rows), _numbered())
+
+
+@form("multiple choice of a CSV, Choice A and Figure_path (PMC-VQA)")
+def _(folder: Path) -> Made:
+    pictures(folder)
+    rows = [
+        {
+            "Figure_path": f"{color}.png",
+            "Question": ASK,
+            "Answer": color,
+            **{f"Choice {label}": f"{label}:{option}" for label, option in zip("ABC", COLORS, strict=True)},
+            "Answer_label": letter,
+        }
+        for letter, color in zip("ABC", COLORS, strict=True)
+    ]
+    pandas.DataFrame(rows).to_csv(folder / "train.csv", index=False)
+    return Made(str(folder / "train.csv"), choices())
+
+
+@form("answers as text in a CSV")
+def _(folder: Path) -> Made:
+    pictures(folder)
+    rows = each(lambda color: {"image": f"{color}.png", "question": ASK, "answers": [color, "x", color]})
+    pandas.DataFrame(rows).to_csv(folder / "train.csv", index=False)
+    return Made(str(folder / "train.csv"), llava())
+
+
+@form("messages with parts, text under content (torchtune)")
+def _(folder: Path) -> Made:
+    rows = each(
+        lambda color: {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image", "content": f"{color}.png"}, {"type": "text", "content": ASK}],
+                },
+                {"role": "assistant", "content": [{"type": "text", "content": color}]},
+            ]
+        }
+    )
+    return Made(write_lines(folder, rows), llava("<image>"))
+
+
+@form("messages behind an empty system prompt")
+def _(folder: Path) -> Made:
+    rows = each(lambda color: {"messages": [{"role": "System ", "content": ""}, *chat(color)], "image": f"{color}.png"})
+    return Made(write_json(folder, rows), llava())
+
+
+@form("marks of other models in the text")
+def _(folder: Path) -> Made:
+    marks = ("<|image|>", "<start_of_image>", "<|vision_start|><|image_pad|><|vision_end|>")
+    rows = llava()
+    for row, mark in zip(rows, marks, strict=True):
+        row["conversations"][0]["value"] = f"{mark}\n{ASK}"
+    return Made(write_json(folder, rows), llava())
+
+
 # Pictures, system prompts, tools, reasoning, boxes
 
 
@@ -964,6 +1067,7 @@ def _pictured(name: str, value: Callable[[str], Any]) -> None:
 
 _pictured("data URI", _uri)
 _pictured("{path}", lambda color: {"path": f"{color}.png", "bytes": None})
+_pictured("base64 of URLs without padding", lambda color: base64.urlsafe_b64encode(picture(color)).decode().rstrip("="))
 _pictured("{bytes} in base64", lambda color: {"bytes": base64.b64encode(picture(color)).decode()})
 
 
@@ -980,6 +1084,14 @@ def _(folder: Path) -> Made:
     )
     twin = [{**row, "image": [row["image"], "red.png"]} for row in llava("<image>\n<image>\n")]
     return Made(write_json(folder, rows), twin)
+
+
+@form("picture in a column of another name, with its content")
+def _(folder: Path) -> Made:
+    pictures(folder)
+    rows = each(lambda color: {"screenshot": {"bytes": picture(color), "path": None}, "question": ASK, "answer": color})
+    datasets.Dataset.from_list(rows).cast_column("screenshot", datasets.Image()).to_parquet(folder / "train.parquet")
+    return Made(str(folder / "train.parquet"), llava())
 
 
 @form("system prompt in a column")
@@ -1023,6 +1135,27 @@ def _(folder: Path) -> Made:
                 {"role": "user", "content": f"<image>\n{ASK}"},
                 {"role": "assistant", "content": None, "tool_calls": [text]},
                 {"role": "tool", "content": color},
+                {"role": "assistant", "content": color},
+            ],
+        }
+    )
+    return Made(write_lines(folder, rows), _tool_twin())
+
+
+@form("tools of OpenAI's older form: function_call of a turn")
+def _(folder: Path) -> Made:
+    rows = each(
+        lambda color: {
+            "images": [f"{color}.png"],
+            "functions": [TOOL],
+            "messages": [
+                {"role": "user", "content": f"<image>\n{ASK}"},
+                {
+                    "role": "assistant",
+                    "content": None,
+                    "function_call": {"name": "look", "arguments": json.dumps({"at": "it"})},
+                },
+                {"role": "function", "name": "look", "content": color},
                 {"role": "assistant", "content": color},
             ],
         }
@@ -1110,3 +1243,13 @@ def _(folder: Path) -> Made:
         }
     ]
     return Made(write_json(folder, rows), twin)
+
+
+@form("video marked by <image> (LLaVA-Video)")
+def _(folder: Path) -> Made:
+    pictures(folder)
+    write_video(folder / "a.mp4", 12)
+    talk = [{"from": "human", "value": f"<image>\n{ASK}"}, {"from": "gpt", "value": "red"}]
+    twin = [{"from": "human", "value": f"<video>\n{ASK}"}, {"from": "gpt", "value": "red"}]
+    rows = [{"id": "a", "data_source": "0_30_s", "video": "a.mp4", "conversations": talk}]
+    return Made(write_json(folder, rows), [{"id": "a", "video": "a.mp4", "conversations": twin}])

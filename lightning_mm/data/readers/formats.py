@@ -4,6 +4,7 @@ Data flow: path -> ``open_row_file`` -> ``RowFile``; ``UserError`` with what the
 """
 
 import itertools
+import re
 from pathlib import Path
 
 from lightning_mm.core.errors import UserError
@@ -30,11 +31,16 @@ _REFUSED: tuple[tuple[bytes, str, str], ...] = (
     (b"\xff\xd8\xff", "a JPEG picture", "Name the file with the rows about it"),
     (b"\x89PNG", "a PNG picture", "Name the file with the rows about it"),
     (b"\xd0\xcf\x11\xe0", "an old Excel or Word file", "Save it as CSV"),
+    (b"PARE", "a parquet file whose footer is encrypted", "Decrypt it first"),
+    (b"FEA1", "a Feather file of version 1", "Write it with version 2"),
+    (b"\x04\x22\x4d\x18", "compressed by lz4", "Decompress it first"),
     (b"ORC", "an ORC file", _LISTED),
     (b"Obj\x01", "an Avro file", _LISTED),
     (b"\xff\xfe", "text in UTF-16", "Save it as UTF-8"),
     (b"\xfe\xff", "text in UTF-16", "Save it as UTF-8"),
 )  # fmt: skip
+_JSON = re.compile(rb'(?:\xef\xbb\xbf)?\s*(?:\[\s*)?[\[{]\s*["\]}]')
+"""How rows in JSON begin, which no line with the names of columns does."""
 _MARKUP = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?xml", "an XML file"))
 
 
@@ -50,6 +56,8 @@ def open_row_file(path: Path, name: str, source: Source, options: ReadOptions) -
     Raises:
         UserError: It is of a kind that is not read, or empty.
     """
+    if not path.is_file():  # a pipe would be waited for, and can be read only once
+        raise UserError(f"{path} is not read.", "It is a pipe or a device, not a file.", "Save its content to a file.")
     try:
         with open_bytes(path) as file:
             head = file.read(1 << 16)
@@ -66,8 +74,9 @@ def open_row_file(path: Path, name: str, source: Source, options: ReadOptions) -
         return ArrowFile(path, name)
     if head[257:262] == b"ustar":
         return TarFile(path, name)
-    if suffix_of(path) in (".csv", ".tsv") or (suffix_of(path) == ".txt" and head[:1] not in (b"[", b"{")):
-        return CsvFile(path, name, "\t" if suffix_of(path) == ".tsv" else _delimiter(head))
+    if suffix_of(path) in (".csv", ".tsv", ".txt") and not _JSON.match(head):
+        tabs = suffix_of(path) == ".tsv" and b"\t" in head.partition(b"\n")[0]
+        return CsvFile(path, name, "\t" if tabs else _delimiter(head))
     if b"\0" in head[:512]:
         raise UserError(f"{path} is not read.", "It is a binary file of an unknown kind.", f"{_LISTED}.")
     return _json_file(path, name, head, source, options)
@@ -91,7 +100,10 @@ def _refuse_other_kinds(path: Path, head: bytes) -> None:
     kind, fix = next(((kind, fix) for magic, kind, fix in _REFUSED if head.startswith(magic)), ("", ""))
     lower = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:200].lower()
     if markup := next((kind for start, kind in _MARKUP if lower.startswith(start)), ""):
-        kind, fix = markup, "Download the file itself: a page about it was saved, or it needs a log-in"
+        page = "Download the file itself: a page about it was saved, or it needs a log-in"
+        kind, fix = markup, _LISTED if markup == "an XML file" else page
+    if head[:4:2] in (b"[{", b'{"', b"[\n", b"{\n") and head[1:4:2] == b"\0\0":
+        kind, fix = "text in UTF-16", "Save it as UTF-8"
     if len(head) > 2 and head[0] == 0x80 and head[1] in range(2, 6):
         kind, fix = "a pickle, which is not read because it can run code", _LISTED
     if head.startswith(b"PK\x03\x04") and path.suffix.lower() in (".xlsx", ".xls"):

@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning_mm.data.readers.invalid_row import InvalidRow, require_text
 
+_MAX_NAME_BYTES = 255  # NAME_MAX of Linux' and macOS' file systems
+
 
 class ImageRoot:
     """Resolves the names of pictures and videos.
@@ -46,7 +48,11 @@ class ImageRoot:
             path = (self.root / name).resolve()
             written = Path(os.path.normpath(self.root / name))  # as it is written: links are not followed
             inside = path.is_relative_to(self.root) or (self.follow_links and self._holds(written, name))
+            if long := next((part for part in path.parts if len(os.fsencode(part)) > _MAX_NAME_BYTES), ""):
+                raise InvalidRow(f"impossible image path: {long[:40]!r}... is longer than a file name can be")
             exists = not self.must_exist or path.is_file()
+        except InvalidRow:
+            raise
         except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links
             raise InvalidRow(f"impossible image path: {error}") from error
         if not inside:

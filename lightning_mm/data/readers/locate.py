@@ -71,6 +71,16 @@ def locate(source: Source, option: str) -> Located:
         folder = download_dataset(name, source.revision)
         located = _folder(folder, source, option)
         return Located(located.files, located.root, True, located.pictures, located.is_imagefolder)
+    if "://" in source.path:
+        raise UserError(
+            f"{source.path} is not read.",
+            "It is an address, and only datasets of Hugging Face's hub are downloaded.",
+            "Download it, and name the file; or name a dataset of the hub as org/name.",
+        )
+    if glob.has_magic(source.path) and glob.glob(source.path, recursive=True):
+        raise UserError(
+            f"No file matches {source.path}.", "Only folders do.", "Name one of the folders, or the files in them."
+        )
     what = "No file matches" if glob.has_magic(source.path) else "No data file"
     raise UserError(
         f"{what} {source.path}.",

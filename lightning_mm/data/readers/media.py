@@ -25,11 +25,17 @@ ENDINGS = frozenset({
 """Suffixes of pictures."""
 VIDEO_ENDINGS = frozenset({".mp4", ".webm", ".mkv", ".avi", ".mov", ".m4v", ".gif"})
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"BM", b"II*\x00", b"MM\x00*")
-_BASE64 = ("/9j/", "iVBORw0KGg", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")
+_BASE64 = ("/9j/", "_9j_", "iVBORw0KGg", "R0lGOD", "UklGR", "Qk", "SUkq", "TU0AK")
 """How base64 of pictures begins: JPEG, PNG, GIF, WebP, BMP, TIFF."""
 _CONTENT = ("bytes", "base64", "b64_json", "data", "image_base64")
 _PLACE = ("path", "url", "image", "video", "image_url", "video_url", "file", "file_name", "filename", "fileUri",
           "file_uri", "source", "image_path")  # fmt: skip
+
+
+def is_picture(value: Any) -> bool:
+    """Whether a value is the content of a picture, as bytes or as ``{bytes, path}`` of ``datasets``."""
+    content = value.get("bytes") if isinstance(value, Mapping) else value
+    return isinstance(content, (bytes, bytearray)) and bytes(content[:8]).startswith(_MAGIC)
 
 
 class MediaReader:
@@ -77,7 +83,9 @@ class MediaReader:
         if isinstance(content, (bytes, bytearray, memoryview)):
             return ImageBytes(named or name, bytes(content))
         if isinstance(content, str):
-            return self.read(content, named, what) if content.startswith("data:") else _decoded(content, named, what)
+            return (
+                self.read(content, named, what) if content[:5].casefold() == "data:" else _decoded(content, named, what)
+            )
         if isinstance(content, list) and all(type(each) is int and 0 <= each < 256 for each in content):
             return ImageBytes(named or name, bytes(content))  # bytes that went through JSON
         if place is None or content is not None:
@@ -85,9 +93,9 @@ class MediaReader:
         return self.read(place, name, what)
 
     def _named(self, value: str, name: str, what: str) -> Path | ImageBytes:
-        if value.startswith("data:"):
+        if value[:5].casefold() == "data:":
             head, comma, content = value.partition(",")
-            if not comma or not head.endswith(";base64"):
+            if not comma or not head.casefold().endswith(";base64"):
                 raise InvalidRow(f"invalid base64: {value[:40]!r} is no data URI in base64")
             return _decoded(content, name, what)
         if value.startswith("file://"):
@@ -106,14 +114,20 @@ class MediaReader:
 
 def _decoded(text: str, name: str, what: str) -> ImageBytes:
     try:
-        return ImageBytes(name, base64.b64decode("".join(text.split()), validate=True))
+        return ImageBytes(name, _bytes_of(text))
     except (ValueError, binascii.Error) as error:
         raise InvalidRow(f"invalid base64: the {what} {name!r} does not decode, {error}") from error
 
 
+def _bytes_of(text: str) -> bytes:
+    """The bytes of base64 in either alphabet, with white space in it and the padding left out or not."""
+    packed = "".join(text.split()).translate({ord("-"): "+", ord("_"): "/"})
+    return base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
+
+
 def _picture_in_base64(text: str) -> bytes | None:
     try:
-        content = base64.b64decode("".join(text.split()), validate=True)
+        content = _bytes_of(text)
     except ValueError:
         return None
     return content if content.startswith(_MAGIC) else None

@@ -13,7 +13,7 @@ from typing import Any
 
 from lightning_mm.data.readers.invalid_row import InvalidRow
 from lightning_mm.data.readers.literals import list_of
-from lightning_mm.data.readers.media import ENDINGS, VIDEO_ENDINGS
+from lightning_mm.data.readers.media import ENDINGS, VIDEO_ENDINGS, is_picture
 
 _PICTURES = (
     "image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "image_bytes", "image_base64",
@@ -23,6 +23,10 @@ _NUMBERED = re.compile(r"(?:image|img|picture)_?(\d+)")
 _FILES = ("image_path", "image_paths", "img_path", "image_file", "image_files", "image_name", "imgname", "img_name",
           "image_filename", "image_file_name", "image_local_name", "file_name", "filename", "file_path", "filepath",
           "path", "file", "image_url", "image_urls", "imageurl", "img_url", "url")  # fmt: skip
+_LINKS = frozenset({"image_url", "image_urls", "imageurl", "img_url"})
+"""Those that name a picture even where a link has no suffix."""
+_WITH_PICTURES = re.compile(r"image|img|picture|photo|figure|screenshot|frame")
+_NO_PICTURES = re.compile(r"mask|depth|seg|thumb|heatmap|rejected|output|target|edited|generated")
 _IDS = ("image_id", "imageid", "img_id")
 _VIDEOS = ("video", "videos", "mp4", "webm", "avi", "mkv", "mov", "video_bytes")
 _VIDEO_FILES = ("video_path", "video_paths", "video_file", "video_name", "video_url")
@@ -48,8 +52,12 @@ def image_columns(row: Mapping[str, Any], with_ids: bool) -> tuple[list[str], li
     if numbered := sorted((int(match[1]), key) for name, key in keys.items() if (match := _NUMBERED.fullmatch(name))):
         return [key for _, key in numbered], [row[key] for _, key in numbered]
     for name in _FILES:
-        if name in keys and (values := values_of(row[keys[name]])) and all(_is_file(value) for value in values):
+        if name not in keys or not (values := values_of(row[keys[name]])):
+            continue
+        if all(_is_file(value) or (name in _LINKS and is_link(value)) for value in values):
             return [keys[name]], values
+    if unnamed := _unnamed_pictures(row, with_ids):
+        return unnamed, [value for column in unnamed for value in values_of(row[column])]
     for name in _IDS:
         if with_ids and name in keys and isinstance(row[keys[name]], (str, int)):
             return [keys[name]], [ImageId(row[keys[name]])]
@@ -74,6 +82,25 @@ def video_columns(row: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
         if name in keys and (values := values_of(row[keys[name]])):
             return [keys[name]], values
     return [], []
+
+
+def _unnamed_pictures(row: Mapping[str, Any], with_names: bool) -> list[str]:
+    """Columns with other names that hold pictures (screenshot, image_left, Figure_path), in order of the row.
+
+    Args:
+        row: The row, which has no picture in a column of a known name.
+        with_names: Whether the name of a picture is enough; if not, only its content is.
+    """
+    found = []
+    for column, value in row.items():
+        word = column.casefold()
+        if _NO_PICTURES.search(word) or word in (*_VIDEOS, *_VIDEO_FILES) or value is None or value == []:
+            continue
+        named = with_names and _WITH_PICTURES.search(word) is not None and "://" not in str(value)[:4096]
+        values = values_of(value)
+        if values and all(is_picture(each) or (named and _is_file(each)) for each in values):
+            found.append(column)
+    return found
 
 
 class ImageId(str):
@@ -107,6 +134,11 @@ def _is_file(value: Any) -> bool:
     """Whether a column of names means pictures here: a file name with a picture's suffix."""
     name = value.partition("?")[0] if isinstance(value, str) else ""
     return PurePosixPath(name).suffix.lower() in ENDINGS if len(name) < 4096 else False
+
+
+def is_link(value: Any) -> bool:
+    """Whether a value is a link to a page or file of the network."""
+    return isinstance(value, str) and value.startswith(("http://", "https://"))
 
 
 def is_video(name: str) -> bool:

@@ -36,7 +36,7 @@ PAIRS = (
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _MEDIA_KEYS = {"image": "images", "images": "images", "video": "videos", "videos": "videos"}
 _MARKS = {"images": IMAGE_MARK, "videos": VIDEO_MARK}
-_TURN_KEYS = {"type", "tool_calls", *_REASONING_KEYS, *_MEDIA_KEYS, *TRAIN_KEYS}
+_TURN_KEYS = {"type", "tool_calls", "function_call", *_REASONING_KEYS, *_MEDIA_KEYS, *TRAIN_KEYS}
 _QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>([^<>\n]+)</img>\n?")
 
 
@@ -148,12 +148,15 @@ class MessageReader:
         role_key = self._tags.role or next((key for key in _ROLE_KEYS if message.get(key) is not None), "role")
         content_key = self._tags.content or next((key for key in _CONTENT_KEYS if message.get(key) is not None), "")
         name = require_text(message.get(role_key), "role")
-        said = self._tags.roles.get(name.casefold(), ROLES.get(name.casefold()))
+        word = name.strip().casefold()
+        said = self._tags.roles.get(word, ROLES.get(word))
         if said is None:
             raise InvalidRow(f"unknown role: {name!r}, known are {', '.join({**ROLES, **self._tags.roles})}")
         self._ignore(message, {role_key, content_key})
         content = message.get(content_key)
         mark = read_train_mark(message, "turn")
+        if said == "system" and isinstance(content, str) and not content.strip():
+            return  # as if there were none
         if said == "function_call":
             self._add_calls(content, mark)
             return
@@ -161,8 +164,8 @@ class MessageReader:
         role: Role = said  # type: ignore[assignment]
         if role == "assistant":
             more = self._of_answer(message, mark)
-            if message.get("tool_calls"):
-                more["tool_calls"] = json.dumps(as_calls(message["tool_calls"]), ensure_ascii=False)
+            if calls := message.get("tool_calls") or message.get("function_call"):  # OpenAI's, and their older one
+                more["tool_calls"] = json.dumps(as_calls(calls), ensure_ascii=False)
                 content = "" if content is None else content
         elif mark:
             raise InvalidRow(f"training mark on the {role}: only turns of the assistant are learned")
@@ -223,7 +226,7 @@ class MessageReader:
                 raise InvalidRow(f"unknown content part: {part!r:.80}")
             kind = part_kind(given)
             if kind == "text":
-                texts.append(require_text(given.get("text"), "text"))
+                texts.append(require_text(given.get("content" if given.get("text") is None else "text"), "text"))
             elif kind in ("images", "videos"):
                 texts.append(self.found.add_media(kind, media_of_part(given)))
             elif kind == "reasoning" and role == "assistant":
@@ -275,7 +278,8 @@ def part_kind(part: Mapping[str, Any]) -> str:
 def media_of_part(part: Mapping[str, Any]) -> Any:
     """What a part gives for its picture or video; None if it only marks the place."""
     for key in ("image", "image_url", "video", "video_url", "path", "url", "source", "bytes", "base64", "data",
-                "inline_data", "inlineData", "fileData", "file_data", "image_path", "image_base64"):  # fmt: skip
+                "inline_data", "inlineData", "fileData", "file_data", "image_path", "image_base64",
+                "content"):  # fmt: skip
         if part.get(key) is not None:
             return part[key]
     return MediaIndex(part["index"]) if type(part.get("index")) is int else None

@@ -20,7 +20,7 @@ from lightning_mm.data.readers.row_reader import RowReader
 from lightning_mm.data.readers.source_spec import ReadOptions, Source
 from lightning_mm.data.sample import Rejection, Sample
 
-READER_VERSION = 1
+READER_VERSION = 2
 """Raised when the same files give other samples than before."""
 
 
@@ -157,14 +157,17 @@ def check_any(path: object, samples: bool, rejections: Iterable[Rejection], num_
         raise UserError(f"{path} is empty.", "It holds no row.", "Name a file with at least one conversation.")
     rejections = list(rejections)
     first = "\n    ".join(f"{each.origin}: {each.reason}" for each in rejections[:5])
+    is_link = all("is a URL" in each.reason for each in rejections)
     has_no_shape = any(each.reason.startswith(("no conversation", "not an object")) for each in rejections)
+    fix = _ROWS if has_no_shape else _LINKS if is_link else "Mend the rows as the reasons say"
     raise UserError(
         f"None of the {num_rows} rows of {path} can be used.",
         f"The first of them:\n    {first}",
-        f"{_ROWS if has_no_shape else 'Mend the rows as the reasons say'}; docs/data-forms.md lists what is read.",
+        f"{fix}; docs/data-forms.md lists what is read.",
     )
 
 
+_LINKS = "Give --data.fetch true, which downloads the pictures once, or download them and name the files"
 _ROWS = (
     'Rows look like {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
     '{"from": "gpt", "value": "A cat."}]}; columns of other names are named by the columns of the source'

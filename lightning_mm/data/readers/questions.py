@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_mm.data.readers.invalid_row import InvalidRow, kind_of
-from lightning_mm.data.readers.literals import value_of
+from lightning_mm.data.readers.literals import list_of, value_of
 
 CAPTION_QUESTION = "Provide a one-sentence caption for the provided image."
 """Asked where a row has a picture and a caption only, in LLaVA 1.5's words."""
@@ -23,8 +23,11 @@ _ANSWERS = (
     "label", "solution", "assistant", "gpt", "correct_answer", "direct_answers",
 )  # fmt: skip
 _OPTIONS = ("choices", "options", "multiple_choices", "mc_options")
-_CHOSEN = ("answer", "answerkey", "answer_key", "answer_idx", "answer_index", "correct_choice_idx", "correct_answer",
+_CHOSEN = ("answer", "answer_label", "cop",
+           "answerkey", "answer_key", "answer_idx", "answer_index", "correct_choice_idx", "correct_answer",
            "correct", "correct_option", "answers", "response", "output", "target", "gold", "label")  # fmt: skip
+_OPTION_COLUMN = re.compile(r"(?:(?:option|choice|opt|op)[ _-]?([a-j]|\d)|a(\d))")
+"""Columns of one option each: option_a, option1, "Choice A" (PMC-VQA), choice_a (SEED), opa (MedMCQA), a0 (NExT-QA)."""
 _CAPTIONS = ("caption", "captions", "text", "txt")
 OTHER_TEXTS = "other texts of"
 """Begins what is counted where a column holds several captions or answers, of which one is learned."""
@@ -120,7 +123,8 @@ def answer_text(value: Any, key: str) -> str:
         ('dog', '3')
     """
     if isinstance(value, str):
-        return value
+        written = list_of(value) if key.casefold() in ("answers", "direct_answers") else None  # a cell of a CSV
+        return answer_text(written, key) if written else value
     if isinstance(value, Mapping):
         given = next((value[name] for name in _TEXTS if value.get(name)), None)
         if given is not None:
@@ -159,7 +163,7 @@ def options_of(row: Mapping[str, Any], named: Mapping[str, str]) -> tuple[list[s
     name = "options" if "options" in named else next((keys[name] for name in _OPTIONS if name in keys), "")
     if name:
         value = row[name]
-        value = value_of(value) if isinstance(value, str) else value
+        value = _written_options(value, row, name) if isinstance(value, str) else value
         if isinstance(value, Mapping) and isinstance(value.get("text"), list):  # ARC's {"text": [...], "label": [...]}
             labels = value.get("label") or _LETTERS
             return [name], {str(label): str(text) for label, text in zip(labels, value["text"], strict=False)}
@@ -168,9 +172,38 @@ def options_of(row: Mapping[str, Any], named: Mapping[str, str]) -> tuple[list[s
         if isinstance(value, list) and value and len(value) <= len(_LETTERS):
             return [name], _lettered([_option_text(each) for each in value])
         return [], {}
-    letters = [letter for letter in _LETTERS if isinstance(row.get(letter), (str, int, float))]
-    given = {letter: str(row[letter]) for letter in letters if row[letter] != ""}
-    return (letters, given) if {"A", "B"} <= set(given) else ([], {})
+    columns = {letter: letter for letter in _LETTERS if isinstance(row.get(letter), (str, int, float))}
+    for key, column in keys.items():
+        if (match := _OPTION_COLUMN.fullmatch(key)) and isinstance(row[column], (str, int, float)):
+            columns[(match[1] or match[2]).upper()] = column
+    given = {label: str(row[column]) for label, column in sorted(columns.items()) if row[column] != ""}
+    while given and next(reversed(given.values())) == "nan":  # what pandas made of an option that is missing
+        given.popitem()
+    starts = ({"A", "B"}, {"1", "2"}, {"0", "1"})
+    if len({label.isdecimal() for label in given}) != 1 or not any(start <= set(given) for start in starts):
+        return [], {}
+    texts = dict(zip(given, _lettered(list(given.values())).values(), strict=True))
+    return list(columns.values()), given if "1" in given else texts
+
+
+def _written_options(text: str, row: Mapping[str, Any], name: str) -> Any:
+    """The options that a text writes: a list, or lines that begin with their letters.
+
+    Raises:
+        InvalidRow: It writes neither, and the answer is a letter or a number, which says nothing alone.
+    """
+    if (value := value_of(text)) is not None:
+        return value
+    lines = text.strip().splitlines()
+    if len(lines) > 1 and list(_lettered(lines).values()) != lines:
+        return lines
+    keys = keys_of(row)
+    answers = [row[keys[key]] for key in _CHOSEN if key in keys]
+    if any(re.fullmatch(r"\(?[A-Z\d][.)]?", str(answer).strip()) for answer in answers) and text.strip() not in (
+        "", "nan", "None"
+    ):  # fmt: skip
+        raise InvalidRow(f"options are no list: {name!r} is {text!r:.60}; write it as JSON")
+    return None
 
 
 def _option_text(value: Any) -> str:
@@ -183,7 +216,7 @@ def _option_text(value: Any) -> str:
 
 def _lettered(options: list[str]) -> dict[str, str]:
     """Letter -> option; letters that the options begin with already are not doubled."""
-    pattern = [rf"\s*\(?{letter}[.):]\s*" for letter in _LETTERS]
+    pattern = [rf"\s*\(?{letter}\s*[.):]\s*" for letter in _LETTERS]
     starts = [re.match(prefix, option) for prefix, option in zip(pattern, options, strict=False)]
     if all(starts):
         options = [option[start.end() :] for option, start in zip(options, starts, strict=True) if start]
@@ -196,7 +229,8 @@ def choice_question(question: str, options: Mapping[str, str]) -> str:
         re.search(rf"(?<!\w){re.escape(label)}\W+{re.escape(text)}", question) for label, text in options.items()
     )
     lines = [] if listed else [f"{label}. {text}" for label, text in options.items()]
-    return "\n".join([question, *lines, CHOICE_QUESTION])
+    by_number = all(label.isdecimal() for label in options)
+    return "\n".join([question, *lines, CHOICE_QUESTION.replace("letter", "number") if by_number else CHOICE_QUESTION])
 
 
 def chosen_label(value: Any, options: Mapping[str, str], key: str) -> str:
@@ -217,6 +251,10 @@ def chosen_label(value: Any, options: Mapping[str, str], key: str) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     labels = list(options)
+    if isinstance(value, float) and value.is_integer():  # pandas' whole numbers beside missing ones
+        value = int(value)
+    if type(value) is int and str(value) in labels:
+        return str(value)
     if type(value) is int:
         if not 0 <= value < len(labels):
             raise InvalidRow(f"answer is no option: {key!r} is {value}, indices of {len(labels)} options begin at 0")

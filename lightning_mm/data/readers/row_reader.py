@@ -165,7 +165,7 @@ class RowReader:
 
     def _marked(self, turns: list[Turn], num_images: int, num_videos: int) -> tuple[Turn, ...]:
         """The turns with one mark per image or video: as written, or before the first question where there are none."""
-        turns = _with_marks_for_numbers(turns, num_images)
+        turns = _with_our_marks(_with_marks_for_numbers(turns, num_images), num_images, num_videos)
         asked = " ".join(turn.text for turn in turns if turn.role == "user")
         if _AUDIO_MARK in asked:
             raise InvalidRow(f"audio: a turn of the user has {_AUDIO_MARK}, and audio is not trained on")
@@ -214,6 +214,30 @@ def _with_marks_for_numbers(turns: list[Turn], num_images: int) -> list[Turn]:
     if plain or not numbers or numbers not in (list(range(1, num_images + 1)), list(range(num_images))):
         return turns
     return [replace(turn, text=_NUMBER.sub(IMAGE_MARK, turn.text)) if turn.role == "user" else turn for turn in turns]
+
+
+_FOREIGN = re.compile(
+    r"(?:<\|vision_start\|>)?<\|image_pad\|>(?:<\|vision_end\|>)?|<\|image\|>|<start_of_image>|<ImageHere>|\[IMG\]|"
+    r"<\|image_\d+\|>|<image_placeholder>|<IMAGE>|<image/>|<image_soft_token>"
+)
+"""Marks of pictures that single models use: Qwen, Llama, Gemma, InternLM, Mistral, Phi, DeepSeek."""
+
+
+def _with_our_marks(turns: list[Turn], num_images: int, num_videos: int) -> list[Turn]:
+    """The turns with our marks for those of single models; ``<image>`` for a video (LLaVA-Video) is ``<video>``.
+
+    Raises:
+        InvalidRow: There are other marks than pictures.
+    """
+    asked = " ".join(turn.text for turn in turns if turn.role == "user")
+    if num_videos and not num_images and VIDEO_MARK not in asked and asked.count(IMAGE_MARK) == num_videos:
+        return [replace(turn, text=turn.text.replace(IMAGE_MARK, VIDEO_MARK)) for turn in turns]
+    foreign = _FOREIGN.findall(asked)
+    if not foreign or not num_images or IMAGE_MARK in asked:
+        return turns
+    if len(foreign) != num_images:
+        raise InvalidRow(f"marks and images differ: {len(foreign)} {foreign[0]} marks, {num_images} images")
+    return [replace(turn, text=_FOREIGN.sub(IMAGE_MARK, turn.text)) if turn.role == "user" else turn for turn in turns]
 
 
 def _refuse_boxes(turns: list[Turn], row: Mapping[str, Any]) -> list[Turn]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from lightning_mm.core.choices import refuse_unknown
 from lightning_mm.core.decisions import log_decision
@@ -52,6 +53,14 @@ def parse_sources(
     return tuple(_uniquely_named(sources))
 
 
+def _local(path: Any) -> str:
+    """A path with ~ and file:// resolved, which no shell does behind an equals sign."""
+    path = str(path)
+    if path.startswith("file://"):
+        return unquote(urlsplit(path).path)
+    return os.path.expanduser(path) if path.startswith("~/") else path
+
+
 def _sources_of(entry: Any) -> list[Source]:
     """The sources of one entry."""
     if isinstance(entry, Source):
@@ -61,9 +70,10 @@ def _sources_of(entry: Any) -> list[Source]:
     if isinstance(entry, Mapping):
         if not isinstance(entry.get("path"), (str, Path)):
             raise UserError(f"A source has no path: {dict(entry)!r:.200}.", "path names its data.", "Give it a path.")
-        listed = sources_of_file(str(entry["path"]))
+        path = _local(entry["path"])
+        listed = sources_of_file(path)
         if listed is None:
-            return [_source({**entry, "path": str(entry["path"])})]
+            return [_source({**entry, "path": path})]
         own = {key: value for key, value in entry.items() if key not in ("path", "name")}
         return [_source({**each, **own}) for each in listed]
     raise UserError(

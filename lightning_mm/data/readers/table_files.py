@@ -11,9 +11,10 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lightning_mm.core.errors import UserError
@@ -105,6 +106,7 @@ class ParquetFile(RowFile):
             stop = file.metadata.num_row_groups if part.stop is None else part.stop
             groups = list(range(part.start, stop))
             batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=groups) if groups else iter(())
+            _check_names(file.schema_arrow, self.path)
             yield from _table_rows(batches, file.schema_arrow, self.name, part.first)
 
 
@@ -128,6 +130,7 @@ class ArrowFile(RowFile):
         with _named_errors(self.path, "Arrow"), self.path.open("rb") as content:
             batches, schema = _batches(content, _is_stream(self.path), part)
             small = (batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, batch.num_rows, _BATCH_ROWS))
+            _check_names(schema, self.path)
             yield from _table_rows(small, schema, self.name, part.first)
 
 
@@ -185,13 +188,31 @@ def _table_rows(batches: Any, schema: pa.Schema, name: str, first: int) -> Itera
     decoders = _decoders(schema)
     number = first
     for batch in batches:
-        for row in batch.to_pylist():
-            cells = {key: value for key, value in row.items() if not key.startswith(_INDEX)}
+        columns = {
+            key: _values(batch.column(key), f"{name}: {key!r}") for key in schema.names if not key.startswith(_INDEX)
+        }
+        for index in range(batch.num_rows):
+            cells = {key: values[index] for key, values in columns.items()}
             for key, decode in decoders.items():
                 if cells[key] is not None:
                     cells[key] = decode(cells[key])
             yield f"{name}:{number}", cells
             number += 1
+
+
+def _values(column: pa.Array, name: str) -> list[Any]:
+    """The cells of a column; where Python has no such date, the number that is stored."""
+    try:
+        return cast(list[Any], column.to_pylist())
+    except (ValueError, OverflowError, LookupError) as error:  # years after 9999, time zones that are not known
+        if pa.types.is_temporal(column.type):
+            return cast(list[Any], pc.cast(column, pa.int64()).to_pylist())
+        raise UserError(f"{name} cannot be read.", f"{error}.", "Leave the column out.") from error
+
+
+def _check_names(schema: pa.Schema, path: Path) -> None:
+    if twice := next((each for each in schema.names if schema.names.count(each) > 1), None):
+        raise UserError(f"{path} has two columns {twice!r}.", "A row has one of each.", "Rename one of them.")
 
 
 def _decoders(schema: pa.Schema) -> dict[str, Callable[[Any], Any]]:

@@ -18,6 +18,7 @@ from lightning_mm.data.readers.media import ENDINGS, VIDEO_ENDINGS
 from lightning_mm.data.readers.row_files import FilePart, RowFile
 
 MAX_MEMBER_BYTES = 2_000_000_000
+_NO_END = "it stops without the mark of its end"
 _TEXT = frozenset({"txt", "text", "caption", "transcript", "cls", "question", "answer", "prompt", "response"})
 
 
@@ -29,7 +30,7 @@ class TarFile(RowFile):
 
     def rows(self, part: FilePart) -> Iterator[tuple[str, Any]]:
         try:
-            with open_bytes(self.path) as content, tarfile.open(fileobj=content, mode="r|") as tar:
+            with open_bytes(self.path) as content, tarfile.open(fileobj=content, mode="r|", tarinfo=_Member) as tar:
                 yield from self._groups(tar)
         except (tarfile.TarError, EOFError) as error:
             raise UserError(
@@ -38,6 +39,7 @@ class TarFile(RowFile):
 
     def _groups(self, tar: tarfile.TarFile) -> Iterator[tuple[str, Any]]:
         key, group = "", dict[str, Any]()
+        earlier: set[str] = set()
         for member in tar:
             path = PurePosixPath(member.name)
             stem, _, field = path.name.partition(".")
@@ -47,7 +49,13 @@ class TarFile(RowFile):
             if name != key and group:
                 yield f"{self.name}:{key}", _row(key, group)
                 group = {}
+                earlier.add(key)
             key = name
+            if key in earlier:
+                group[""] = InvalidRow(
+                    f"members apart: those of {key!r} do not follow one another; sort the tar by name"
+                )
+                continue
             if field.lower() in group:
                 group[""] = InvalidRow(f"two members of one name: {member.name!r} comes twice")
             elif member.size > MAX_MEMBER_BYTES:
@@ -57,6 +65,20 @@ class TarFile(RowFile):
                 group[field.lower()] = b"" if file is None else file.read()
         if group:
             yield f"{self.name}:{key}", _row(key, group)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose header is whole: ``tarfile`` takes a damaged one, and a missing end, for the end of the tar."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(tarfile_)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise  # the mark of the end
+        except tarfile.HeaderError as error:
+            no_end = isinstance(error, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]
+            raise tarfile.ReadError(_NO_END if no_end else str(error)) from error
 
 
 def _row(key: str, group: dict[str, Any]) -> Any:

@@ -11,13 +11,21 @@ from lightning_mm.data.readers.invalid_row import InvalidRow
 
 TRAIN_KEYS = (
     "loss", "train", "weight", "loss_weight", "loss_scale", "sample_weight", "loss_mask", "trainable", "training",
-    "train_on_turn",
+    "train_on_turn", "is_trainable", "do_train", "calculate_loss", "compute_loss",
 )  # fmt: skip
 """Keys by which a turn, or a row, says whether it is learned: 0 and false are not, 1 and true are."""
-_UNCLEAR = ("mask", "masked", "train_detail", "labels_mask")
+_UNCLEAR = ("mask", "masked", "ignore", "no_loss", "ignore_loss", "train_detail", "labels_mask")
 _MARKS = frozenset(TRAIN_KEYS + _UNCLEAR)
-_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
-_REJECTED = ("rejected", "rejected_response", "rejected_images", "rejected_messages", "ranking", "margin")
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False, "yes": True, "no": False}
+_REJECTED = (
+    "non_preferred_output",
+    "rejected",
+    "rejected_response",
+    "rejected_images",
+    "rejected_messages",
+    "ranking",
+    "margin",
+)
 _SUPERVISED = "supervised fine-tuning has no use for a rejected answer"
 
 
@@ -47,6 +55,10 @@ def read_train_mark(given: Mapping[str, Any], what: str) -> bool | None:
 
 def _mark(value: Any, key: str, what: str) -> bool | None:
     if isinstance(value, str):
+        if what == "turn" and value.strip() and value.strip().casefold() not in _WORDS:
+            raise InvalidRow(
+                f"unclear training mark: {key!r} of the turn is {value!r:.40}; use true or false, or drop it"
+            )
         value = _WORDS.get(value.strip().casefold())  # other words, such as the name of a split, say nothing of it
     if isinstance(value, list) and what == "turn":
         raise InvalidRow(f"training weight: {key!r} of the turn is a list, only 0 and 1 for a whole turn are obeyed")
@@ -88,4 +100,6 @@ def refuse_preference(row: Mapping[str, Any], response_named: bool) -> None:
 
 def _compares(row: Mapping[str, Any], key: str) -> bool:
     """Whether a key is about answers here: 'margin' and 'ranking' are words of other data too."""
-    return key.startswith("rejected") or any(other in row for other in ("chosen", "rejected", "responses"))
+    return key.startswith(("rejected", "non_preferred")) or any(
+        other in row for other in ("chosen", "rejected", "responses")
+    )

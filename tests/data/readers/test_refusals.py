@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lightning_mm.core.errors import UserError
@@ -28,6 +31,25 @@ def opened(given: Any, **options: Any) -> list[Any]:
 def zipped(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as file:
         file.writestr("train.json", "[]")
+
+
+def tar_of(members: list[tuple[str, bytes]]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
+        for name, text in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(text)
+            tar.addfile(member, io.BytesIO(text))
+    return content.getvalue()
+
+
+ANSWERED = json.dumps({"question": "Q?", "answer": "a"}).encode()
+TAR = tar_of([(f"{index}.json", ANSWERED) for index in range(6)])
+
+
+def two_answers(path: Path) -> None:
+    table = pa.Table.from_arrays([pa.array(["Q"]), pa.array(["a"]), pa.array(["b"])], ["question", "answer", "answer"])
+    pq.write_table(table, path)
 
 
 PARQUET = "parquet of the form"
@@ -75,6 +97,28 @@ FILES: dict[str, tuple[str, bytes | Callable[[Path], object], str, str]] = {
         "Copy or download it",
     ),
     "broken tar": ("a.tar", b"a" * 257 + b"ustar" + b"b" * 999, "The tar is cut off or damaged: ", "Copy it again."),
+    "a tar with a damaged header": (
+        "a.tar",
+        TAR[:2048] + b"X" * 99 + TAR[2147:],
+        "The tar is cut off or damaged: bad checksum.",
+        "Copy it again.",
+    ),
+    "a tar without its end": (
+        "a.tar",
+        TAR[:4096],
+        "The tar is cut off or damaged: it stops without the mark of its end.",
+        "Copy it again.",
+    ),
+    "parquet with a column twice": ("a.parquet", two_answers, "A row has one of each.", "Rename one of them."),
+    "a pipe": ("a.json", os.mkfifo, "It is a pipe or a device, not a file.", "Save its content to a file."),
+    "lz4": ("a.jsonl.lz4", b"\x04\x22\x4d\x18" + bytes(9), "It is compressed by lz4.", "Decompress it first."),
+    "UTF-16 without its mark": (
+        "a.json",
+        '[{"a": 1}]'.encode("utf-16-le"),
+        "It is text in UTF-16.",
+        "Save it as UTF-8.",
+    ),
+    "XML": ("a.xml", b"<?xml version='1.0'?><a/>", "It is an XML file.", "Give JSON, "),
     "broken CSV": (
         "a.csv",
         b'question,answer\nq,"a\n',
@@ -123,6 +167,14 @@ SHAPES: dict[str, tuple[dict[str, Any], str]] = {
         {"prompt": "Q?", "chosen": "a", "rejected": "b"},
         "preference row: it has 'rejected', and supervised fine-tuning has no use for a rejected answer; to learn "
         "'chosen' alone, name it: columns response=chosen",
+    ),
+    "OpenAI's DPO": (
+        {
+            "input": {"messages": chat("a")[:1]},
+            "preferred_output": chat("a")[1:],
+            "non_preferred_output": chat("b")[1:],
+        },
+        "preference row: it has 'non_preferred_output', and supervised fine-tuning has no use for a rejected answer",
     ),
     "ms-swift's DPO": (
         {"messages": chat("a"), "rejected_response": "b"},
@@ -186,6 +238,27 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {
     "a mask": (
         {"messages": chat("a", mask=True)},
         "unclear training mark: 'mask' of the turn may mean learned or left out; use 'loss': true or false, or drop it",
+    ),
+    "a mark in other words": (
+        {"messages": chat("a", loss="maybe")},
+        "unclear training mark: 'loss' of the turn is 'maybe'; use true or false, or drop it",
+    ),
+    "more marks of other models than pictures": (
+        {"image": "red.png", **asked("<|image|><|image|>Q?")},
+        "marks and images differ: 2 <|image|> marks, 1 images",
+    ),
+    "options that are no list": (
+        {"question": "Q?", "choices": "['b' 'c']", "answer": 1},
+        "options are no list: 'choices' is \"['b' 'c']\"; write it as JSON",
+    ),
+    "a link without a suffix": (
+        {"image_url": "https://example.org/a", "question": "Q?", "answer": "a"},
+        "image is a URL: 'https://example.org/a', nothing is fetched from the network; download it first, or give "
+        "data.fetch true",
+    ),
+    "a name longer than one can be": (
+        {"image": "x" * 300, "question": "Q?", "answer": "a"},
+        f"impossible image path: {'x' * 40!r}... is longer than a file name can be",
     ),
     "marks that differ": (
         {"messages": chat("a", loss=0, weight=1)},
@@ -266,6 +339,9 @@ def test_what_only_looks_like_a_refusal_is_read(tmp_path: Path) -> None:
         {"prompt": "Q?", "completion": "<video> is a tag.", "url": "https://example.org", "file_path": "src/a.py"},
         asked("Is <b> a tag?"),
         {"question": "Q?", "answer": "a", "choices": []},
+        {"question": "Q?", "answer": "It depends.", "options": "none given"},
+        {"question": "Q?", "answer": "a", "figure_url": "https://example.org/a.png", "mask_image": "m.png", "a1": "b"},
+        {"question": "What does <|image|> mean?", "answer": "It marks a picture."},
     ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert [row for row in opened(str(tmp_path / "t.jsonl")) if isinstance(row, Rejection)] == []
@@ -329,6 +405,32 @@ def test_a_tar_writes_nothing_and_reads_no_link(tmp_path: Path) -> None:
     rows = opened(str(tmp_path / "t.tar"))
     assert [row.turns[1].text for row in rows] == ["a", "b"]
     assert sorted(tmp_path.iterdir()) == [tmp_path / "t.tar"]
+
+
+def test_members_apart_are_not_read_as_two_rows(tmp_path: Path) -> None:
+    members = [("a.png", picture("red")), ("b.json", ANSWERED), ("a.json", ANSWERED)]
+    (tmp_path / "t.tar").write_bytes(tar_of(members))
+    _, read, apart = opened(str(tmp_path / "t.tar"))
+    assert [turn.text for turn in read.turns] == ["Q?", "a"]
+    assert apart == Rejection("t.tar:a", "members apart: those of 'a' do not follow one another; sort the tar by name")
+
+
+def test_dates_that_python_does_not_have(tmp_path: Path) -> None:
+    table = pa.table({"question": ["Q?"], "answer": ["a"], "at": pa.array([2**60], pa.timestamp("ms"))})
+    with pa.ipc.new_file(str(tmp_path / "t.arrow"), table.schema) as file:
+        file.write_table(table)
+    (row,) = opened(str(tmp_path / "t.arrow"))
+    assert row.extra["at"] == 2**60
+
+
+def test_addresses_and_patterns_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "my rows").mkdir()
+    (tmp_path / "my rows/t.jsonl").write_bytes(ANSWERED)
+    assert opened((tmp_path / "my rows/t.jsonl").as_uri())[0].turns[1].text == "a"
+    with pytest.raises(UserError, match="It is an address"):
+        opened("https://example.org/t.jsonl")
+    with pytest.raises(UserError, match="Only folders do"):
+        opened(str(tmp_path / "my*"))
 
 
 def test_a_bomb_is_one_bad_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
