@@ -69,7 +69,10 @@ class ImageRoot:
 
     def _advice(self, written: Path, name: str) -> str:
         by_link = not self.follow_links and self._holds(written, name)
-        return " by a symbolic link; data.follow_links allows that" if by_link else ""
+        if by_link:
+            return " by a symbolic link; data.follow_links allows that"
+        is_plain = ".." not in Path(name).parts and Path(name).is_absolute()
+        return "; data.image_root names the folder that pictures are below" if is_plain else ""
 
 
 def named_images(row: Mapping[str, Any], root: ImageRoot) -> tuple[Path, ...]:

@@ -4,13 +4,17 @@ Data flow: mappings, as ``json`` would load them, or a dataset of ``datasets`` -
 cache for a data module) -> the reader of that kind of file.
 """
 
+import base64
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+from PIL import Image
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import staged_folder, write_atomically
@@ -64,7 +68,7 @@ def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) ->
         cache: Folder of the cache.
 
     Raises:
-        UserError: Rows cannot be written as JSON, or it is a stream.
+        UserError: Rows hold something besides JSON and pictures, or it is a stream.
     """
     if hasattr(given, "save_to_disk"):
         fingerprint = getattr(given, "_fingerprint", None) or [each._fingerprint for each in given.values()]
@@ -76,9 +80,9 @@ def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) ->
     if isinstance(given, Sequence) and not isinstance(given, str) and given and all(map(_is_row, given)):
         rows = [_absolute(row) if image_root is None else dict(row) for row in given]
         try:
-            content = json.dumps(rows)
+            content = json.dumps(rows, default=_picture_text)
         except (TypeError, ValueError) as error:
-            fix = "Give datasets.Dataset.from_list(rows), which takes pictures in memory, or rows with their paths."
+            fix = "Give text, numbers, lists, mappings and pictures, or a datasets.Dataset."
             raise UserError(f"Rows of {what} cannot be written as JSON.", f"{error}.", fix) from error
         file = cache / "given" / f"{what}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.json"
         if not file.exists():
@@ -92,6 +96,17 @@ def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) ->
             "Save a stream first, or give the files that it reads.",
         )
     return str(given) if isinstance(given, Path) else given
+
+
+def _picture_text(value: object) -> str:
+    """A picture in memory as text that the readers decode: PNG, whose pixels are the picture's."""
+    if isinstance(value, Image.Image):
+        stream = io.BytesIO()
+        value.save(stream, "PNG")
+        value = stream.getvalue()
+    if isinstance(value, (bytes, bytearray)):
+        return f"data:image/png;base64,{base64.b64encode(value).decode()}"
+    raise TypeError(f"{type(value).__name__} is no JSON: {str(value)[:60]!r}")
 
 
 def _is_row(entry: Any) -> bool:
