@@ -29,6 +29,9 @@ class ImageFolder(RowFile):
     pictures: frozenset[str] | None = None
     format = "imagefolder"
 
+    def identity(self) -> list[str]:
+        return [*super().identity(), self.folder, "*" if self.pictures is None else "\n".join(sorted(self.pictures))]
+
     def parts(self) -> list[FilePart]:
         return self.table.parts()
 

@@ -3,6 +3,7 @@
 Data flow: ``source.open_source`` -> ``OpenSource`` -> ``parts`` -> ``read`` (in workers) -> Sample or Rejection.
 """
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -103,8 +104,8 @@ class OpenSource:
             "reader": READER_VERSION,
             "source": {**source, "columns": dict(source["columns"]), "tags": dict(source["tags"])},
             "options": options,
-            "image_root": str(self.image_root),
-            "files": [[file.name, file.format] for file in self.row_files],
+            "image_root": os.fsencode(self.image_root.resolve()).hex(),  # rows hold absolute paths
+            "files": [file.identity() for file in self.row_files],
             "kinds": list(self.kinds),
         }
 

@@ -61,6 +61,10 @@ class RowFile(ABC):
         """Every file whose content decides the rows."""
         return (self.path,)
 
+    def identity(self) -> list[str]:
+        """All that its rows depend on besides the content of ``files``."""
+        return [self.name, self.format]
+
     def parts(self) -> list[FilePart]:
         """Pieces that can be read on their own, in order."""
         return [FilePart()]
