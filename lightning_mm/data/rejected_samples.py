@@ -52,12 +52,12 @@ class RejectedSamples:
         for each in rejections:
             self._entries[each if each.split or not split else replace(each, split=split)] = None
 
-    def dropped(self, split: str | None = None) -> dict[tuple[str, str], Rejection]:
-        """The first rejection of each row that is not used at all, of one split or of all."""
-        found: dict[tuple[str, str], Rejection] = {}
+    def dropped(self, split: str | None = None) -> dict[tuple[str, str, str], Rejection]:
+        """The first rejection of each row that is not used at all, of one split or of all, by split, source, origin."""
+        found: dict[tuple[str, str, str], Rejection] = {}
         for entry in self:
             if entry.kind == "dropped" and split in (None, entry.split):
-                found.setdefault((entry.split, entry.origin), entry)
+                found.setdefault((entry.split, entry.source, entry.origin), entry)
         return found
 
     @property
@@ -108,7 +108,8 @@ class RejectedSamples:
 
     def write(self, path: Path) -> None:
         """Write one JSON object per line: origin, reason, kind, split, source."""
-        write_atomically(path, "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self))
+        lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self)
+        write_atomically(path, lines.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
 
 
 def _by_reason(entries: Iterable[Rejection]) -> dict[str, int]:

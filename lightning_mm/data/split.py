@@ -111,7 +111,7 @@ def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
         dropped = [replace(each, split=name, source=source.path) for each in (*table.rejections, *faults)]
         _log_source(name, source, table, sum(map(len, used)), dropped)
         rejected.add(dropped)
-    rejected.num_rows[name] += sum(table.num_read for table in tables)
+    rejected.num_rows[name] = sum(table.num_read for table in tables)
     return Split(RowTable(_parts(tables), _over_all_parts(tables, rows)), sources, tables, tuple(num_usable))
 
 
