@@ -60,7 +60,8 @@ class BadImage(ValueError):
         self.path, self.reason = path, reason
 
     def __str__(self) -> str:
-        return f"{self.reason} ({self.path.name})"
+        text = f"{self.reason} ({self.path.name})"
+        return text.encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 A source is converted in parts, each by one worker process, into a folder of the cache that is named after the content
 of the source's files and everything else that its rows depend on. A part that is finished stays: a conversion that was
-interrupted goes on where it was. Processes wait for each other at a lock, so that each table is written once.
+interrupted goes on where it was. Processes wait for each other at a lock, so that each table is written once. Only a
+part without some rows for a reason that lies beside the file (a link that leads out, a picture that could not be
+downloaded) is converted again at the next start; other rows then are another Arrow file, as processes may read the old.
 
 Data flow: ``OpenSource`` -> ``write_table`` -> ``part-00000.arrow`` (rows), ``part-00000.json`` (what was not used, and
 a digest of the rows) -> ``StoredTable`` -> ``row_table``, which gives Samples.
@@ -10,13 +12,15 @@ a digest of the rows) -> ``StoredTable`` -> ``row_table``, which gives Samples.
 Shapes: a part has R rows of up to about 10,000.
 """
 
+import filecmp
 import hashlib
 import json
 import os
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from lightning_mm.core.io import write_atomically
 from lightning_mm.core.processes import run_in_processes
 from lightning_mm.data.image_source import ImageBytes, ImageSource
 from lightning_mm.data.readers import row_files
+from lightning_mm.data.readers.invalid_row import BESIDE_THE_ROWS
 from lightning_mm.data.readers.source import OpenSource, Part, PartReport
 from lightning_mm.data.sample import Rejection, Sample
 
@@ -62,6 +67,9 @@ SCHEMA = pa.schema(
     ]
 )
 """``images_bytes`` is empty, or aligned with ``images``: null for an image that is a file."""
+_START = time.time()
+_SEEN: set[Path] = set()
+"""Reports that this process has used: it looks again where others of the same start, which wait, do not."""
 _LARGE = 10_000_000
 """Bytes from which on it is said where a table is."""
 _ROWS_AT_ONCE, _BYTES_AT_ONCE = 1024, 64 << 20
@@ -151,7 +159,7 @@ def store_table(source: OpenSource, cache: Path, num_workers: int = 0) -> Stored
         folder = cache / "tables" / key
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock"):
-            missing = [number for number in range(len(parts)) if not _report_file(folder, number).exists()]
+            missing = [number for number in range(len(parts)) if not _is_done(_report_file(folder, number))]
             if missing:
                 _convert(source, [(number, parts[number]) for number in missing], folder, num_workers)
     except OSError as error:
@@ -162,6 +170,14 @@ def store_table(source: OpenSource, cache: Path, num_workers: int = 0) -> Stored
         ) from error
     stored = tuple(_stored_part(folder, number) for number in range(len(parts)))
     return StoredTable(folder, stored, source.source.name, source.shape)
+
+
+def _is_done(report: Path) -> bool:
+    """Whether a part is complete, and would not become another one now."""
+    if not report.exists():
+        return False
+    content = json.loads(report.read_text(encoding="utf-8"))
+    return content["is_settled"] or (content["time"] >= _START and report not in _SEEN)
 
 
 def _convert(source: OpenSource, parts: list[tuple[int, Part]], folder: Path, num_workers: int) -> None:
@@ -177,8 +193,7 @@ def _convert(source: OpenSource, parts: list[tuple[int, Part]], folder: Path, nu
 def _write_part(source: OpenSource, part: Part, folder: Path, number: int) -> None:
     """Convert one part; its report is written last, and says that the part is complete."""
     report, rejections, digest = PartReport(), list[Rejection](), xxhash.xxh3_128()
-    file = _part_file(folder, number)
-    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary = folder / f"part-{number:05d}.{os.getpid()}.tmp"
     num_rows = 0
     try:
         with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
@@ -187,11 +202,14 @@ def _write_part(source: OpenSource, part: Part, folder: Path, number: int) -> No
                 num_rows += len(rows)
                 for row in rows:
                     _update(digest, row)
-        temporary.replace(file)
+        file = _put(temporary, folder, number)
     finally:
         temporary.unlink(missing_ok=True)
     dropped = sum(rejection.kind == "dropped" for rejection in rejections)
     content = {
+        "file": file.name,
+        "time": time.time(),
+        "is_settled": not any(rejection.reason.startswith(BESIDE_THE_ROWS) for rejection in rejections),
         "num_rows": num_rows,
         "num_read": num_rows + dropped,
         "digest": digest.hexdigest(),
@@ -201,10 +219,23 @@ def _write_part(source: OpenSource, part: Part, folder: Path, number: int) -> No
     write_atomically(_report_file(folder, number), json.dumps(content))
 
 
+def _put(written: Path, folder: Path, number: int) -> Path:
+    """The file of a part: the one with this content, or a new one."""
+    for turn in count():
+        file = folder / (f"part-{number:05d}-{turn}.arrow" if turn else f"part-{number:05d}.arrow")
+        if not file.exists():
+            return written.replace(file)
+        if filecmp.cmp(written, file, shallow=False):
+            return file
+    raise AssertionError
+
+
 def _stored_part(folder: Path, number: int) -> StoredPart:
-    report = json.loads(_report_file(folder, number).read_text(encoding="utf-8"))
+    file = _report_file(folder, number)
+    report = json.loads(file.read_text(encoding="utf-8"))
+    _SEEN.add(file)
     return StoredPart(
-        _part_file(folder, number),
+        folder / report["file"],
         report["num_rows"],
         report["num_read"],
         report["digest"],
@@ -220,8 +251,8 @@ def _columns(read: Iterable[Sample | Rejection], rejections: list[Rejection]) ->
             rejections.append(sample)
             continue
         row = {
-            "origin": sample.origin,
-            "id": sample.id,
+            "origin": _as_utf8(sample.origin),
+            "id": _as_utf8(sample.id),
             "turns": [
                 {
                     "role": turn.role,
@@ -247,16 +278,33 @@ def _columns(read: Iterable[Sample | Rejection], rejections: list[Rejection]) ->
 def _image_columns(name: str, images: Sequence[ImageSource]) -> dict[str, Any]:
     """One column of paths or names, and one of contents."""
     stored = [isinstance(image, ImageBytes) for image in images]
-    paths = [os.fsencode(image.name if isinstance(image, ImageBytes) else str(image)) for image in images]
+    paths = [_name_bytes(image.name) if isinstance(image, ImageBytes) else os.fsencode(str(image)) for image in images]
     contents = [image.data if isinstance(image, ImageBytes) else None for image in images] if any(stored) else []
     cells = [{"path": path, "stored": is_stored} for path, is_stored in zip(paths, stored, strict=True)]
     return {name: cells, f"{name}_bytes": contents}
 
 
+def _name_bytes(name: str) -> bytes:
+    """What a stored picture is called; a row may give any name, also one that no file can have."""
+    try:
+        return os.fsencode(name)
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "replace")
+
+
+def _as_utf8(name: str) -> str:
+    """A name by which a row is found again; those of a tar's members need not be UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def _not_text(row: dict[str, Any]) -> str:
     """Name of the first text of a row that no UTF-8 can hold; '' if there is none."""
-    texts = [("id", row["id"]), ("tools", row["tools"])]
-    texts += [(f"the {turn['role']}", turn[key]) for turn in row["turns"] for key in ("text", "reasoning", "type")]
+    texts = [("tools", row["tools"])]
+    texts += [
+        (f"the {turn['role']}", turn[key])
+        for turn in row["turns"]
+        for key in ("text", "reasoning", "type", "tool_calls")
+    ]
     return next((name for name, text in texts if not text.isascii() and _has_surrogate(text)), "")
 
 
@@ -265,15 +313,20 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _batches(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Lists of rows, cut by number and by bytes of their images, so that memory stays bounded."""
+    """Lists of rows, cut by number and by bytes, so that memory stays bounded."""
     while batch := list(islice(rows, 1)):
-        size = 0
-        for row in islice(rows, _ROWS_AT_ONCE - 1):
+        size = _size(batch[0])
+        while size <= _BYTES_AT_ONCE and len(batch) < _ROWS_AT_ONCE and (row := next(rows, None)) is not None:
             batch.append(row)
-            size += sum(len(content or b"") for name in ("images_bytes", "videos_bytes") for content in row[name])
-            if size > _BYTES_AT_ONCE:
-                break
+            size += _size(row)
         yield batch
+
+
+def _size(row: dict[str, Any]) -> int:
+    """Bytes of a row's images and videos, and characters of its texts."""
+    contents = [*row["images_bytes"], *row["videos_bytes"], row["extra"], row["tools"]]
+    contents += [turn[key] for turn in row["turns"] for key in ("text", "reasoning", "tool_calls")]
+    return sum(len(content or b"") for content in contents)
 
 
 def _update(digest: Any, row: dict[str, Any]) -> None:
@@ -282,10 +335,6 @@ def _update(digest: Any, row: dict[str, Any]) -> None:
     digest.update(repr((row["id"], row["turns"], row["tools"], row["extra"], names)).encode())
     for content in (*row["images_bytes"], *row["videos_bytes"]):
         digest.update(content or b"")
-
-
-def _part_file(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.arrow"
 
 
 def _report_file(folder: Path, number: int) -> Path:

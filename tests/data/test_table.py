@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
@@ -11,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.data import table
 from lightning_mm.data.image_source import ImageBytes, StoredImage, image_file
 from lightning_mm.data.images import load
 from lightning_mm.data.readers import json_rows, row_files
@@ -35,7 +38,9 @@ Open = Callable[..., Split]
 def split(tmp_path: Path) -> Open:
     def make(path: Path | str, rejected: RejectedSamples | None = None, **options: Any) -> Split:
         options = {"cache": tmp_path / "cache", **options}
-        return open_split("train", str(path), SplitOptions(**options), rejected or RejectedSamples(0.5))
+        return open_split(
+            "train", str(path), SplitOptions(**options), RejectedSamples(0.5) if rejected is None else rejected
+        )
 
     return make
 
@@ -231,3 +236,105 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, split: Open) -> None:
     with pytest.raises(UserError, match=r"The table of .* cannot be written") as caught:
         split(write(tmp_path, rows(3)), cache=tmp_path / "full" / "cache")
     assert "--data.cache_dir" in caught.value.fix
+
+
+def test_a_relative_path_is_another_table_in_another_folder(
+    tmp_path: Path, split: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("a", "b"):
+        write(tmp_path / folder, rows(3))
+        monkeypatch.chdir(tmp_path / folder)
+        assert split("t.json").samples[0].images[0].is_relative_to(tmp_path / folder)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("fault", ["link", "id"])
+def test_what_lies_beside_the_rows_is_looked_for_again(fault: str, tmp_path: Path, split: Open) -> None:
+    file = write(tmp_path / "data", rows(3))
+    picture = tmp_path / "data" / "2.png"
+    kept = picture.rename(tmp_path / "elsewhere.png")
+    if fault == "id":
+        questions = [{"image_id": each, "question": f"What, {each}?", "answer": "A."} for each in range(3)]
+        file.write_text(json.dumps(questions))
+    else:
+        picture.symlink_to(kept)
+    before = split(file)
+    assert (len(before.samples), before.tables[0].num_read) == (2, 3)
+    assert split(file).samples.parts == before.samples.parts
+    picture.unlink(missing_ok=True)
+    kept.rename(picture)
+    after = split(file).samples
+    assert [sample.images[0].name for sample in after] == ["0.png", "1.png", "2.png"]
+    assert [sample.sizes for sample in after] == [((20, 30),), ((21, 30),), ((22, 30),)]
+    assert [sample.images[0].name for sample in before.samples] == ["0.png", "1.png"]
+
+
+def test_processes_of_one_start_look_once(tmp_path: Path, split: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path, rows(3))
+    (tmp_path / "2.png").unlink()
+    (tmp_path / "2.png").symlink_to("/dev/null")
+    first = split(file)
+    monkeypatch.setattr(table, "_SEEN", set())  # as in another rank, which waited at the lock
+    monkeypatch.setattr(table, "_write_part", lambda *_: pytest.fail("converted again"))
+    assert split(file).tables == first.tables
+
+
+def test_a_split_that_was_refused_is_refused_again(tmp_path: Path, split: Open) -> None:
+    file = write(tmp_path, [*rows(66), {"id": "bad"}])
+    rejected = RejectedSamples(0.01)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"1 of 67 rows of data\.train cannot be used"):
+            split(file, rejected)
+
+
+def test_rows_of_two_sources_with_one_name_are_two(tmp_path: Path) -> None:
+    files = [str(write(tmp_path / folder, [*rows(3), {"id": "bad"}])) for folder in ("a", "b")]
+    rejected = RejectedSamples(0.5)
+    open_split("train", files, SplitOptions(cache=tmp_path / "cache"), rejected)
+    assert (rejected.num_rows["train"], rejected.num_dropped) == (8, 2)
+
+
+def test_half_a_surrogate_pair_in_any_text(tmp_path: Path, split: Open) -> None:
+    whole, half = "\U0001f600", "\ud83d"
+    image = {"bytes": b64encode((write(tmp_path, rows(3)).parent / "0.png").read_bytes()).decode()}
+
+    def row(text: str) -> list[dict[str, Any]]:
+        call = {"function": {"name": "look", "arguments": {"at": text}}}
+        called = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+        answered = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": "Yes."}]
+        return [{"messages": called}, {"messages": answered, "image": {**image, "path": f"{text}.png"}}]
+
+    (tmp_path / "t.json").write_text(json.dumps([*row(whole), *row(half)]))
+    rejected = RejectedSamples(0.5)
+    made = split(tmp_path / "t.json", rejected).samples
+    assert [sample.images[0].name if sample.images else "" for sample in made] == ["", f"{whole}.png", "?.png"]
+    assert [each.reason for each in rejected] == ["not text: the assistant holds half of a surrogate pair"]
+
+
+def test_a_row_that_is_nested_too_deeply_is_a_reason(tmp_path: Path, split: Open) -> None:
+    deep, flat = rows(2)
+    for _ in range(600):
+        deep["image"] = {"image": deep["image"]}
+    flat["image"] = {"image": {"url": flat["image"]}}
+    write(tmp_path, rows(2))
+    (tmp_path / "t.json").write_text(json.dumps([flat, deep]))
+    rejected = RejectedSamples(0.5)
+    assert [sample.id for sample in split(tmp_path / "t.json", rejected).samples] == ["1"]
+    assert [each.reason.partition(":")[0] for each in rejected] == ["nested too deeply"]
+
+
+def test_names_that_are_not_utf8(tmp_path: Path, split: Open) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/f\xff"))
+    file = write(folder, rows(3)).rename(folder / os.fsdecode(b"t\xff.json"))
+    (folder / "1.png").unlink()
+    rejected = RejectedSamples(0.5)
+    table = split(file, rejected).samples
+    assert [sample.origin for sample in table] == [r"t\udcff.json:1[0]", r"t\udcff.json:1[2]"]
+    rejected.write(tmp_path / "ledger.jsonl")
+    assert json.loads((tmp_path / "ledger.jsonl").read_text())["reason"].startswith("missing image")
+
+
+def test_long_texts_are_cut_into_batches(tmp_path: Path, split: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_BYTES_AT_ONCE", 10_000)
+    made = split(write(tmp_path, rows(20, mask="x" * 4000)))
+    batches = pa.ipc.open_stream(pa.memory_map(str(made.tables[0].parts[0].file)))
+    assert [batch.num_rows for batch in batches] == [3] * 6 + [2]

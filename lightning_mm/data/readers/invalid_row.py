@@ -5,6 +5,11 @@ Data flow: the readers of files and shapes raise ``InvalidRow`` -> ``source`` ma
 
 from typing import Any
 
+BESIDE_THE_ROWS = (
+    "missing image", "image outside the image root", "impossible image path", "image not fetched", "video not fetched",
+)  # fmt: skip
+"""Categories of reasons that lie beside the file with the rows, so that they may be gone at the next start."""
+
 
 class InvalidRow(ValueError):
     """Why a row cannot be used, as ``category: detail``, by which rejections are counted."""

@@ -7,6 +7,7 @@ import ast
 import io
 import json
 import tokenize
+import warnings
 from typing import Any
 
 
@@ -39,7 +40,9 @@ def value_of(text: str) -> Any:
     if len(text) > 1_000_000:
         return None
     try:
-        tree = ast.parse(text, mode="eval")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of LaTeX's backslashes, which stay as they are
+            tree = ast.parse(text, mode="eval")
         value = ast.literal_eval(tree)
         # NumPy prints lists without commas: Python would read neighboring texts as one.
         written = sum(token.type == tokenize.STRING for token in tokenize.generate_tokens(io.StringIO(text).readline))

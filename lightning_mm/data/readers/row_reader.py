@@ -78,6 +78,12 @@ class RowReader:
         Raises:
             InvalidRow: It cannot be used.
         """
+        try:
+            return self._sample(row, origin)
+        except RecursionError as error:
+            raise InvalidRow("nested too deeply: lists or objects within one another") from error
+
+    def _sample(self, row: object, origin: str) -> Sample:
         self.last_kind = ""
         if isinstance(row, InvalidRow):
             raise row

@@ -147,6 +147,7 @@ def _short_names(files: Sequence[Path]) -> list[str]:
     """The shortest ends of these paths that differ."""
     for depth in itertools.count(1):
         names = ["/".join(file.parts[-depth:]) for file in files]
+        names = [name.encode("utf-8", "backslashreplace").decode() for name in names]  # a name need not be UTF-8
         if len(set(names)) == len(names) or depth > max(len(file.parts) for file in files):
             return names
     raise AssertionError
