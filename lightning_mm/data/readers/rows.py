@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from filelock import FileLock
 from PIL import Image
 
 from lightning_mm.core.errors import UserError
@@ -73,9 +74,11 @@ def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) ->
     if hasattr(given, "save_to_disk"):
         fingerprint = getattr(given, "_fingerprint", None) or [each._fingerprint for each in given.values()]
         folder = cache / "given" / hashlib.sha256(repr(fingerprint).encode()).hexdigest()[:32]
-        if not folder.exists():
-            with staged_folder(folder) as staged:
-                given.save_to_disk(staged)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / "lock"):  # all ranks come here at the same time
+            if not folder.exists():
+                with staged_folder(folder) as staged:
+                    given.save_to_disk(staged)
         return {"path": str(folder), "name": what, "image_root": str(image_root or Path.cwd())}
     if isinstance(given, Sequence) and not isinstance(given, str) and given and all(map(_is_row, given)):
         rows = [_absolute(row) if image_root is None else dict(row) for row in given]

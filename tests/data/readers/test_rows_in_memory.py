@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.images import load
+from lightning_mm.data.readers.rows import in_cache
 from lightning_mm.data.sample import Sample
 
 Read = Callable[..., list[Sample]]
@@ -88,3 +90,11 @@ def test_a_resumed_program_has_the_same_source(rows: list[dict[str, Any]], tmp_p
 def test_what_cannot_be_given(given: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         MMDataModule(train=given)
+
+
+def test_ranks_that_start_together_write_a_dataset_once(tmp_path: Path) -> None:
+    given = datasets.Dataset.from_list([{"question": "What?", "answer": "A."}] * 5000)
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(lambda _: in_cache(given, None, "train", tmp_path), range(4)))
+    assert made == [made[0]] * 4
+    assert len(datasets.load_from_disk(made[0]["path"])) == 5000
