@@ -5,23 +5,23 @@ in use; what is not used goes to ``RejectedSamples``.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
 
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.core.distributed import rank_and_world_size, run_on_all_ranks
+from lightning_mm.core.distributed import all_gather_object, rank_and_world_size, run_on_all_ranks
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.processes import num_processes
 from lightning_mm.data.image_source import open_arrow
 from lightning_mm.data.mixture import check_limit, check_weights, sampled_part
 from lightning_mm.data.order_seed import permutation
-from lightning_mm.data.picture_check import COLUMNS, check_pictures, checked_part, is_checked
+from lightning_mm.data.picture_check import COLUMNS, check_pictures, check_state, checked_part
 from lightning_mm.data.readers.opened import check_any
 from lightning_mm.data.readers.questions import OTHER_TEXTS
 from lightning_mm.data.readers.source import OpenSource, ReadOptions, Source, open_source, parse_sources
@@ -100,7 +100,7 @@ def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
     Raises:
         UserError: A source cannot be read.
     """
-    sources, tables = _read(name, given, options)
+    sources, tables = _on_all_ranks(lambda: _read(name, given, options))
     _check_all_pictures(tables, options.max_megapixels)
     rows, num_usable = [], list[int]()
     for source, table in zip(sources, tables, strict=True):
@@ -112,7 +112,20 @@ def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
         _log_source(name, source, table, sum(map(len, used)), dropped)
         rejected.add(dropped)
     rejected.num_rows[name] = sum(table.num_read for table in tables)
-    return Split(RowTable(_parts(tables), _over_all_parts(tables, rows)), sources, tables, tuple(num_usable))
+    samples = RowTable(_parts(tables), _over_all_parts(tables, rows))
+    _refuse_others(name, samples)
+    return Split(samples, sources, tables, tuple(num_usable))
+
+
+def _refuse_others(name: str, samples: RowTable) -> None:
+    """Stop where ranks hold other rows than the first, of which each would train its share of another order."""
+    found = all_gather_object((len(samples), samples.fingerprint))
+    if others := [rank for rank, rows in enumerate(found) if rows != found[0]]:
+        raise UserError(
+            f"Rank {others[0]} reads other rows of data.{name} than rank 0.",
+            f"It has {found[others[0]][0]} rows in use, rank 0 has {found[0][0]}.",
+            "Give all machines the same files of rows and pictures.",
+        )
 
 
 def refuse_losses(name: str, split: Split, rejected: RejectedSamples, options: SplitOptions) -> None:
@@ -207,12 +220,23 @@ def _check_all_pictures(tables: Sequence[StoredTable], max_megapixels: float) ->
         with FileLock(tables[0].folder / "lock"):
             check_pictures(files, num_processes(), max_megapixels)
 
-    is_first = rank_and_world_size()[0] == 0
-    _, failure = run_on_all_ranks(lambda: check() if is_first else None)
+    rank = rank_and_world_size()[0]
+    _on_all_ranks(lambda: check() if rank == 0 else None)
+    states = all_gather_object([check_state(file) for file in files])
+    _on_all_ranks(lambda: check() if states[rank] != states[0] else None)
+
+
+_Made = TypeVar("_Made")
+
+
+def _on_all_ranks(attempt: Callable[[], _Made]) -> _Made:
+    """What a call without collectives returns; a failure of one rank is raised on all."""
+    if rank_and_world_size()[1] == 1:
+        return attempt()
+    made, failure = run_on_all_ranks(attempt)
     if failure:
         raise failure if isinstance(failure, UserError) else RuntimeError(failure)
-    if not all(map(is_checked, files)):
-        check()
+    return cast(_Made, made)
 
 
 def _usable_rows(table: StoredTable, max_megapixels: float) -> tuple[list[PartRows], list[Rejection]]:

@@ -2,11 +2,14 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from PIL import Image
 
 from lightning_mm.core.decisions import decision_log
@@ -121,3 +124,44 @@ def test_it_is_said(ids: Ids) -> None:
     assert "data.val a: 2 of 20 rows" in said
     assert "limit 2, drawn with data.seed" in said
     assert "weight and repeats of a are not used" in said
+
+
+def _rank_of_two(rank: int, folder: str) -> None:
+    """Reads what a rank sees of a cache and of files of its own, as on machines without a common disk."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    os.chdir(Path(folder) / str(rank))
+    for scene in ("checks", "cache", "rows"):
+        options = SplitOptions(cache="full" if scene == "cache" else "cache")
+        try:
+            samples = open_split("train", f"{scene}.json", options, RejectedSamples(0.5)).samples
+            found = [sample.id for sample in samples]
+        except UserError as error:
+            found = [error.what]
+        Path(f"{scene}.found").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def test_ranks_hold_the_same_rows_or_none(tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "Which?"}, {"from": "gpt", "value": "This."}]
+    rows = [{"id": str(number), "conversations": talk, "image": "a.png"} for number in range(3)]
+    late = {"id": "late", "conversations": talk, "image": "late.png"}
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        Image.new("RGB", (20, 20)).save(folder / "a.png")
+        for scene, content in (("checks", [*rows, late]), ("cache", rows), ("rows", rows[rank:])):
+            (folder / f"{scene}.json").write_text(json.dumps(content))
+    (folders[1] / "full").write_text("a file where a folder should be")
+    options = SplitOptions(cache=folders[1] / "cache")
+    assert len(open_split("train", str(folders[1] / "checks.json"), options, RejectedSamples(0.5)).samples) == 3
+    for folder in folders:  # rank 1 knows from before that it is missing
+        Image.new("RGB", (20, 20)).save(folder / "late.png")
+    mp.spawn(_rank_of_two, args=(str(tmp_path),), nprocs=2)
+    names = ("checks", "cache", "rows")
+    found = [[json.loads((folder / f"{name}.found").read_text()) for name in names] for folder in folders]
+    assert found[0] == found[1]
+    assert found[0] == [
+        ["0", "1", "2", "late"],
+        ["The table of cache.json cannot be written."],
+        ["Rank 1 reads other rows of data.train than rank 0."],
+    ]
