@@ -26,6 +26,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.readers.source import ReadOptions, open_source, parse_sources
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.sample import Sample
+from lightning_mm.data.split import SplitOptions, open_sources
 from lightning_mm.data.streaming import SampleStream, StreamSampler, streaming_loader
 
 pytestmark = [
@@ -395,3 +396,18 @@ def test_an_error_in_the_stream_ends_a_run_with_workers(family: Callable[[str], 
     jsonl(tmp_path / "b.jsonl", rows("b", 1))
     with pytest.raises(UserError, match="15 of 301 rows"):
         seen(module(tmp_path, family("llava"), num_workers=2, batch_size=50))
+
+
+@pytest.mark.parametrize("column", ["video", "image"])
+def test_a_folder_of_frames_is_a_video_and_no_picture(column: str, tmp_path: Path) -> None:
+    (tmp_path / "frames").mkdir()
+    row = {column: "frames", "question": "What?", "answer": "A."}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**row, column: "none"}))
+    options = SplitOptions(cache=tmp_path / "cache")
+    sources = open_sources("train", str(tmp_path / "t.jsonl"), options, must_exist=True)
+    if column == "image":
+        with pytest.raises(UserError, match="'frames' is no regular file"):
+            SampleStream(sources, 0, 0, RejectedSamples())
+    else:
+        (sample,) = SampleStream(sources, 0, 0, RejectedSamples(0.5)).first
+        assert sample.videos == (tmp_path / "frames",)

@@ -26,22 +26,23 @@ class ImageRoot:
     def __init__(self, root: Path, follow_links: bool = False, must_exist: bool = True) -> None:
         self.root, self.follow_links, self.must_exist = root.resolve(), follow_links, must_exist
         self._given = Path(os.path.abspath(root))
-        self._known: dict[str, Path] = {}
+        self._known: dict[tuple[str, bool], Path] = {}
 
-    def resolve(self, name: str) -> Path:
+    def resolve(self, name: str, may_be_folder: bool = False) -> Path:
         """The file of this name.
 
         Args:
             name: Path relative to the root, or an absolute one within it.
+            may_be_folder: Whether it may be a folder, as a video's frames are.
 
         Raises:
             InvalidRow: It is a URL, leads out of the root, is no possible path, or there is no such file.
         """
-        if name not in self._known:
-            self._known[name] = self._confined(name)
-        return self._known[name]
+        if (name, may_be_folder) not in self._known:
+            self._known[name, may_be_folder] = self._confined(name, may_be_folder)
+        return self._known[name, may_be_folder]
 
-    def _confined(self, name: str) -> Path:
+    def _confined(self, name: str, may_be_folder: bool) -> Path:
         if "://" in name or name.startswith("data:"):
             raise InvalidRow(f"image is a URL: {name[:80]!r}, nothing is fetched from the network; download it first")
         try:
@@ -50,7 +51,7 @@ class ImageRoot:
             inside = path.is_relative_to(self.root) or (self.follow_links and self._holds(written, name))
             if long := next((part for part in path.parts if len(os.fsencode(part)) > _MAX_NAME_BYTES), ""):
                 raise InvalidRow(f"impossible image path: {long[:40]!r}... is longer than a file name can be")
-            exists = not self.must_exist or path.is_file()
+            exists = not self.must_exist or path.is_file() or (may_be_folder and path.is_dir())
         except InvalidRow:
             raise
         except (OSError, ValueError, RuntimeError) as error:  # too long, contains NUL, or circular links

@@ -71,7 +71,7 @@ class MediaReader:
             value.save(file, "PNG")  # lossless
             return ImageBytes(f"{name}.png", file.getvalue())
         if isinstance(value, Path):
-            return self._root.resolve(str(value))
+            return self._root.resolve(str(value), what == "video")
         if isinstance(value, list) and what == "video":
             raise InvalidRow(f"video as frames: a list of {len(value)} pictures; give a video file, or images")
         raise InvalidRow(f"wrong type: {what!r} is {kind_of(value)}, not text")
@@ -99,7 +99,7 @@ class MediaReader:
                 raise InvalidRow(f"invalid base64: {value[:40]!r} is no data URI in base64")
             return _decoded(content, name, what)
         if value.startswith("file://"):
-            return self._root.resolve(unquote(urlsplit(value).path))
+            return self._root.resolve(unquote(urlsplit(value).path), what == "video")
         if value.startswith(("http://", "https://")) and self._fetcher is not None:
             return self._fetcher.fetch(value, what)
         if value.startswith(("http://", "https://")):
@@ -109,7 +109,7 @@ class MediaReader:
             )
         if len(value) > 100 and value.startswith(_BASE64) and (picture := _picture_in_base64(value)) is not None:
             return ImageBytes(name, picture)
-        return self._root.resolve(value)
+        return self._root.resolve(value, what == "video")
 
 
 def _decoded(text: str, name: str, what: str) -> ImageBytes:
