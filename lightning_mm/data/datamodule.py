@@ -382,7 +382,7 @@ class MMDataModule(L.LightningDataModule):
 
     def questions(self, split: str, limit: int | None = None) -> tuple[SampleQuestion, ...]:
         """The questions of a split in file order, at most ``limit`` (None: all)."""
-        return questions_of(self.samples(split))[:limit]
+        return questions_of(self.samples(split), limit)
 
     def question_loader(self, split: str, blank_images: bool = False, limit: int | None = None) -> CheckedDataLoader:
         """Questions of a split for generation, short answers first.

@@ -7,6 +7,7 @@ Samples -> ``questions_of`` -> prompts, and the majority baseline.
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from lightning_mm.data.image_source import ImageSource
@@ -102,9 +103,14 @@ SampleQuestion = tuple[Sample, int]
 """A conversation, and the index of the turn that answers."""
 
 
-def questions_of(samples: Iterable[Sample]) -> tuple[SampleQuestion, ...]:
-    """Every question of these conversations, in order."""
-    return tuple((sample, index) for sample in samples for index in sample.answers)
+def questions_of(samples: Iterable[Sample], limit: int | None = None) -> tuple[SampleQuestion, ...]:
+    """The questions of these conversations, in order.
+
+    Args:
+        samples: Conversations; none is read behind that with the last question.
+        limit: Most questions, from the first on; None for all.
+    """
+    return tuple(islice(((sample, index) for sample in samples for index in sample.answers), limit))
 
 
 def sort_by_answer_length(questions: Iterable[SampleQuestion]) -> tuple[SampleQuestion, ...]:

@@ -19,6 +19,7 @@ from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.sample import Sample, Turn, questions_of
 from lightning_mm.data.sample_encoder import SampleEncoder
 from lightning_mm.models.pixel_bounds import PixelBounds
 from tests.helpers.videos import write_video
@@ -218,6 +219,14 @@ def test_rows_of_a_batch_are_foretold(module: Make, folder: Path) -> None:
     batches = [len(batch) for batch in data.train_dataloader()]
     assert data.rows_per_batch == pytest.approx(sum(batches) / len(batches))
     assert module(train=str(folder / "train.json"), batch_size=3).rows_per_batch == 3
+
+
+def test_a_few_questions_read_a_few_rows() -> None:
+    turns = (Turn("user", "What?"), Turn("assistant", "A."), Turn("user", "And?"), Turn("assistant", "B."))
+    samples = iter([Sample(str(number), turns) for number in range(10)])
+    assert [(sample.id, index) for sample, index in questions_of(samples, 3)] == [("0", 1), ("0", 3), ("1", 1)]
+    assert next(samples).id == "2"
+    assert len(questions_of(samples)) == 14
 
 
 def test_questions_with_short_answers_come_first(module: Make, folder: Path) -> None:
