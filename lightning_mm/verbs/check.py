@@ -80,6 +80,7 @@ def check(
     with open_decisions() as decisions:
         own = _data(data, val, image_root)
         processing = _processing(model, own)
+        own.rows.open(SPLITS)
         splits = [_check_split(own, name, processing) for name in SPLITS if own.paths[name] is not None]
         if not splits:
             raise UserError("There is no data to check.", "No file is given.", "Give --data.train FILE.")
@@ -148,7 +149,8 @@ def _sources(checked: _CheckedSplit) -> list[CheckedSource]:
         its_own = [each for each in checked.rejections if each.source in (source.path, table.name)]
         dropped = [each for each in its_own if each.kind == "dropped"]
         if usable > kept:  # no fault of the rows, and no part of max_bad_fraction
-            limit = f"{_BEYOND}: limit {source.limit}, first {source.first}, sampling {source.sampling}"
+            bounds = {"first": source.first, "limit": source.limit, "sampling": source.sampling}
+            limit = f"{_BEYOND}: {', '.join(f'{name} {given}' for name, given in bounds.items() if given is not None)}"
             dropped += [Rejection(table.name, limit)] * (usable - kept)
         found.append(
             CheckedSource(

@@ -42,7 +42,7 @@ def _rows(found: "CheckResult") -> Table:
     for source in found.sources:
         counts = [f"{count:,}" for count in (source.read, source.used, source.dropped, source.cut)]
         table.add_row(source.split, _cell(source.name), *counts, _cell(source.shape))
-    if not found.lengths:
+    if not found.lengths and any(source.used for source in found.sources):  # with a model, what is used has lengths
         table.caption = "read only: what the model's template and length drop is known with a model"
     return table
 

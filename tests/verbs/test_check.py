@@ -122,6 +122,7 @@ def test_nothing_that_can_be_used_is_told_too(tmp_path: Path, family: Family) ->
     (tmp_path / "train.json").write_text(json.dumps(rows))
     found = check(str(family("llava")), tmp_path / "train.json")
     assert found.rows == {"read": 3, "used": 0, "dropped": 3}
+    assert "known with a model" not in str(found), "a model is named"
     assert found.error is not None
     assert "None of the 3 rows" in found.error.what
 
@@ -179,6 +180,7 @@ def test_rows_beyond_a_limit_are_told_and_are_no_fault(tmp_path: Path, family: F
     found = check(str(family("llava")), data)
     assert found.rows == {"read": 8, "used": 3, "dropped": 5}
     assert found.sources[0].reasons == {"beyond the limit of the source": 5}
+    assert found.sources[0].examples["beyond the limit of the source"].endswith(": limit 3")
     assert found.error is None
 
 
