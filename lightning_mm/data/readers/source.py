@@ -4,6 +4,7 @@ Data flow: ``data.train`` -> ``parse_sources`` -> ``Source`` -> ``open_source`` 
 their readers, the first rows their shape) -> ``OpenSource``.
 """
 
+import difflib
 import itertools
 import os
 from collections import Counter
@@ -124,10 +125,14 @@ def open_source(source: Source, options: ReadOptions) -> OpenSource:
 def _check_names(source: Source) -> None:
     for what, given, known in (("columns", source.columns, COLUMNS), ("tags", source.tags, TAGS)):
         if wrong := [name for name in given if name not in known]:
+            near = difflib.get_close_matches(wrong[0], known, n=1)
+            theirs = "COLUMN" if what == "columns" else "NAME"
             raise UserError(
                 f"{what} of {source.path} name {wrong[0]!r}.",
-                f"Names are {', '.join(known)}.",
-                f"Write {known[0]}=THEIRS for the name {'of the column' if what == 'columns' else 'in the file'}.",
+                f"Our names, which come first, are {', '.join(known)}.",
+                f"Did you mean {near[0]}?"
+                if near
+                else f"Write {what}: {{{known[0]}: {theirs}}}, {theirs} as in the file.",
             )
 
 

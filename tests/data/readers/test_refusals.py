@@ -353,7 +353,7 @@ def test_named_columns_and_entries_that_are_not_there(tmp_path: Path) -> None:
     assert opened({"path": path, "columns": {"prompt": "a", "response": "b"}})[0].turns[1].text == "A."
     with pytest.raises(UserError, match=r"has no column 'c'(.|\n)*Its columns are 'a', 'b'"):
         opened({"path": path, "columns": {"prompt": "a", "response": "c"}})
-    with pytest.raises(UserError, match=r"columns of .* name 'prmpt'"):
+    with pytest.raises(UserError, match=r"columns of .* name 'prmpt'(.|\n)*Did you mean prompt\?"):
         opened({"path": path, "columns": {"prmpt": "a"}})
     with pytest.raises(UserError, match="Source has no argument colums"):
         opened({"path": path, "colums": {}})
