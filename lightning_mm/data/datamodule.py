@@ -30,6 +30,7 @@ from lightning_mm.data.dataloader import (
     training_loader,
 )
 from lightning_mm.data.example_batches import example_batch, random_batches
+from lightning_mm.data.mixture import check_temperature
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
@@ -164,6 +165,7 @@ class MMDataModule(L.LightningDataModule):
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
         _refuse_below(0, shuffle_buffer=shuffle_buffer)
+        check_temperature(temperature)
         if streaming:
             refuse_with_streaming(
                 {
@@ -259,6 +261,7 @@ class MMDataModule(L.LightningDataModule):
         if self.streaming and stage == "fit" and self.trainer is not None:
             check_streaming_trainer(self.trainer)
         needed = {"fit": ("train", "val"), "validate": ("val",)}.get(stage, (stage,))
+        self.rows.open(needed)
         for split in needed:
             if self.paths[split] is not None:
                 self.samples(split)

@@ -56,7 +56,8 @@ class Mixture:
     def __init__(
         self, sources: Sequence[Source], sizes: Sequence[int], temperature: float | None = None, seed: int = 0
     ) -> None:
-        check_weights(sources, temperature)
+        check_weights(sources)
+        check_temperature(temperature)
         self.names = tuple(source.name for source in sources)
         self.sizes, self._seed = tuple(sizes), seed
         weights = [float(source.weight) for source in sources]
@@ -170,12 +171,11 @@ def share_words(count: int, size: int, total: int) -> str:
     return f"{count} of {size} rows, {turns}, {count / total:.1%} of the epoch"
 
 
-def check_weights(sources: Sequence[Source], temperature: float | None) -> None:
-    """Refuse what is no weight, no number of repeats, no limit or no temperature.
+def check_weights(sources: Sequence[Source]) -> None:
+    """Refuse what is no weight, no number of repeats or no limit.
 
     Args:
         sources: The sources of training.
-        temperature: Of their shares; None: not given.
 
     Raises:
         UserError: A number is out of its range, or all weights are 0.
@@ -188,6 +188,10 @@ def check_weights(sources: Sequence[Source], temperature: float | None) -> None:
         check_limit(source)
     if not any(source.weight for source in sources):
         raise UserError("All weights of data.train are 0.", "No row would be trained on.", "Give one a weight of 1.")
+
+
+def check_temperature(temperature: float | None) -> None:
+    """Refuse what is no temperature of a mixture, with a ``UserError``; None: not given."""
     if temperature is not None and not (_is_number(temperature) and temperature > 0):
         raise UserError(
             f"data.temperature is {temperature}.",

@@ -89,18 +89,25 @@ def open_split(name: str, given: Any, options: SplitOptions, rejected: RejectedS
     Raises:
         UserError: A source cannot be read, none of its rows can be used, or too many rows cannot.
     """
-    split = read_split(name, given, options, rejected)
+    opened = on_all_ranks(lambda: open_sources(name, given, options))
+    split = read_split(name, opened, options, rejected)
     refuse_losses(name, split, rejected, options)
     return split
 
 
-def read_split(name: str, given: Any, options: SplitOptions, rejected: RejectedSamples) -> Split:
-    """Read a split however many of its rows can be used; arguments as of ``open_split``.
+def read_split(name: str, opened: Sequence[OpenSource], options: SplitOptions, rejected: RejectedSamples) -> Split:
+    """Read a split however many of its rows can be used.
+
+    Args:
+        name: As of ``open_split``, like ``options`` and ``rejected``.
+        opened: Of ``open_sources``.
+        options: How files are read.
+        rejected: Takes what is not used, and the number of rows read.
 
     Raises:
         UserError: A source cannot be read.
     """
-    sources, tables = _on_all_ranks(lambda: _read(name, given, options))
+    sources, tables = on_all_ranks(lambda: _read(opened, options))
     _check_all_pictures(tables, options.max_megapixels)
     rows, num_usable = [], list[int]()
     for source, table in zip(sources, tables, strict=True):
@@ -136,9 +143,9 @@ def refuse_losses(name: str, split: Split, rejected: RejectedSamples, options: S
     rejected.check(cache_folder(options.cache) / f"rejected-{name}.jsonl")
 
 
-def rows_unchecked(name: str, given: Any, options: SplitOptions) -> RowTable:
-    """The rows of a split whose pictures nobody looks at; arguments and errors as of ``open_split``."""
-    sources, tables = _read(name, given, options)
+def rows_unchecked(opened: Sequence[OpenSource], options: SplitOptions) -> RowTable:
+    """The rows of a split whose pictures nobody looks at; arguments and errors as of ``read_split``."""
+    sources, tables = _read(opened, options)
     everything = [[np.arange(part.num_rows, dtype=np.int64) for part in table.parts] for table in tables]
     limited = [_limited(rows, source, options.seed) for rows, source in zip(everything, sources, strict=True)]
     return RowTable(_parts(tables), _over_all_parts(tables, [part for rows in limited for part in rows]))
@@ -165,8 +172,7 @@ def _limited(rows: list[PartRows], source: Source, seed: int) -> list[PartRows]:
     return [each[mask] for each, mask in zip(rows, np.split(kept, np.cumsum([*map(len, rows)])[:-1]), strict=True)]
 
 
-def _read(name: str, given: Any, options: SplitOptions) -> tuple[tuple[Source, ...], tuple[StoredTable, ...]]:
-    opened = open_sources(name, given, options)
+def _read(opened: Sequence[OpenSource], options: SplitOptions) -> tuple[tuple[Source, ...], tuple[StoredTable, ...]]:
     tables = tuple(store_table(each, cache_folder(options.cache), num_processes()) for each in opened)
     return tuple(each.source for each in opened), tables
 
@@ -195,7 +201,7 @@ def open_sources(name: str, given: Any, options: SplitOptions, *, must_exist: bo
     for source in sources:
         check_limit(source)
     if name == "train":
-        check_weights(sources, None)
+        check_weights(sources)
     else:
         _log_unmixed(name, sources)
     return [open_source(source, reading) for source in sources]
@@ -221,15 +227,15 @@ def _check_all_pictures(tables: Sequence[StoredTable], max_megapixels: float) ->
             check_pictures(files, num_processes(), max_megapixels)
 
     rank = rank_and_world_size()[0]
-    _on_all_ranks(lambda: check() if rank == 0 else None)
+    on_all_ranks(lambda: check() if rank == 0 else None)
     states = all_gather_object([check_state(file) for file in files])
-    _on_all_ranks(lambda: check() if states[rank] != states[0] else None)
+    on_all_ranks(lambda: check() if states[rank] != states[0] else None)
 
 
 _Made = TypeVar("_Made")
 
 
-def _on_all_ranks(attempt: Callable[[], _Made]) -> _Made:
+def on_all_ranks(attempt: Callable[[], _Made]) -> _Made:
     """What a call without collectives returns; a failure of one rank is raised on all."""
     if rank_and_world_size()[1] == 1:
         return attempt()

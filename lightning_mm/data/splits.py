@@ -1,20 +1,30 @@
 """The rows of train, val, test and predict, each read when it is asked for.
 
-Data flow: what each option names -> ``split.open_split`` -> ``RowTable`` and ``Mixture``, or ``streaming`` ->
-``SampleStream`` -> ``datamodule``.
+Data flow: what each option names -> ``split.open_sources`` -> ``split.read_split`` -> ``RowTable`` and ``Mixture``, or
+``streaming`` -> ``SampleStream`` -> ``datamodule``.
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.mixture import Mixture
+from lightning_mm.data.readers.source import OpenSource
 from lightning_mm.data.rejected_samples import RejectedSamples
 from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import Sample, most_frequent_answers
-from lightning_mm.data.split import Split, SplitOptions, open_sources, open_split, read_split, rows_unchecked
+from lightning_mm.data.split import (
+    Split,
+    SplitOptions,
+    on_all_ranks,
+    open_sources,
+    read_split,
+    refuse_losses,
+    rows_unchecked,
+)
 from lightning_mm.data.streaming import SampleStream
 
 
@@ -39,16 +49,38 @@ class Splits:
     ) -> None:
         self.paths, self.reading, self.rejected = paths, reading, rejected
         self.temperature, self.shuffle_buffer = temperature, shuffle_buffer
+        self._opened: dict[str, list[OpenSource]] = {}
         self._splits: dict[str, Split] = {}
-        self._open: Callable[..., Split] = open_split
+        self._refuses_losses = True
         self._mixture: Mixture | None = None
         self._stream: SampleStream | None = None
 
     def reporting_to(self, rejected: RejectedSamples) -> "Splits":
         """A copy with what is read so far, which gives what it does not use from now on to another place."""
         made = copy.copy(self)
-        made.rejected, made._splits = rejected, dict(self._splits)
+        made.rejected, made._splits, made._opened = rejected, dict(self._splits), dict(self._opened)
         return made
+
+    def open(self, splits: Iterable[str]) -> None:
+        """Look at the first rows of every source, so that a wrong path shows before the first split is read whole.
+
+        A collective call of all ranks.
+
+        Args:
+            splits: Names of splits; those without a file are passed over.
+
+        Raises:
+            UserError: A source cannot be read, or has an option that is none.
+        """
+        for split in splits:
+            if self.paths[split] is not None:
+                on_all_ranks(partial(self._sources, split))
+
+    def _sources(self, split: str) -> list[OpenSource]:
+        if split not in self._opened:
+            given, is_streamed = self.paths[split], self.is_streamed(split)
+            self._opened[split] = open_sources(split, given, self.reading, must_exist=is_streamed)
+        return self._opened[split]
 
     def samples(self, split: str) -> Sequence[Sample]:
         """The usable conversations of train, val, test or predict, in file order; empty without a file.
@@ -67,8 +99,9 @@ class Splits:
     def stream(self) -> SampleStream:
         """The training rows, where they are streamed."""
         if self._stream is None:
-            sources = open_sources("train", self.paths["train"], self.reading, must_exist=True)
-            self._stream = SampleStream(sources, self.reading.seed, self.shuffle_buffer or 0, self.rejected)
+            self._stream = SampleStream(
+                self._sources("train"), self.reading.seed, self.shuffle_buffer or 0, self.rejected
+            )
         return self._stream
 
     @property
@@ -84,8 +117,12 @@ class Splits:
 
     def split(self, name: str) -> Split:
         if name not in self._splits:
-            self._splits[name] = self._open(name, self.paths[name], self.reading, self.rejected)
-            if name == "train" and self._open is open_split:
+            self.open([name])
+            split = read_split(name, self._opened.pop(name), self.reading, self.rejected)
+            if self._refuses_losses:
+                refuse_losses(name, split, self.rejected, self.reading)
+            self._splits[name] = split
+            if name == "train" and self._refuses_losses:
                 self.mixture.log()
         return self._splits[name]
 
@@ -98,7 +135,7 @@ class Splits:
         if self.is_streamed("train"):
             log_decision("data.streaming", "not used here", "rows are read into a table, so that they can be counted")
         made = Splits(self.paths, self.reading, rejected, self.temperature, None)
-        made._open = read_split
+        made._refuses_losses = False
         return made
 
     def table(self, split: str) -> RowTable:
@@ -154,4 +191,4 @@ class Splits:
         return most_frequent_answers(counts)
 
     def _unchecked(self) -> RowTable:
-        return rows_unchecked("train", self.paths["train"], self.reading)
+        return rows_unchecked(self._sources("train"), self.reading)

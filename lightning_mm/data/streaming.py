@@ -296,7 +296,7 @@ def check_streamed(sources: Sequence[Any]) -> None:
     Raises:
         UserError: A source has ``first``, ``limit``, ``sampling`` or ``repeats``, or its weight is none.
     """
-    check_weights(sources, None)
+    check_weights(sources)
     ends = "Leave it out; trainer.max_steps ends the run."
     for source in sources:
         for option, fix in (("first", ends), ("limit", ends), ("sampling", ends), ("repeats", "Give a weight.")):

@@ -285,6 +285,30 @@ def test_the_majority_costs_a_test_nothing(module: Make, folder: Path) -> None:
             assert [decision.value for decision in decisions if decision.name == "majority"] == ["not computed"]
 
 
+def test_every_split_is_looked_at_before_one_is_read_whole(module: Make) -> None:
+    with (
+        DecisionLog().opened() as decisions,
+        pytest.raises(UserError, match=r"No data file nowhere\.json"),
+    ):
+        module(val="nowhere.json").setup("fit")
+    assert [decision.name for decision in decisions] == ["data.source.train"], "no row is read, no picture is checked"
+
+
+def test_a_temperature_that_is_none_is_refused_before_anything_is_read(module: Make) -> None:
+    with pytest.raises(UserError, match=r"data\.temperature is 0"):
+        module(temperature=0.0)
+    assert module(temperature=float("inf"))
+
+
+def test_where_all_pictures_are_missing_the_image_root_is_named(module: Make, folder: Path) -> None:
+    (folder / "pictures").mkdir()
+    for index in range(3):
+        (folder / f"{index}.png").rename(folder / "pictures" / f"{index}.png")
+    with pytest.raises(UserError, match=r"can be used(.|\n)*Give --data\.image_root"):
+        module().setup("fit")
+    module(image_root=str(folder / "pictures")).setup("fit")
+
+
 def test_what_falls_out_is_in_the_ledger(module: Make, folder: Path) -> None:
     (folder / "cut.png").write_bytes((folder / "0.png").read_bytes()[:20])
     rows = [row(0), row(1, image="gone.png"), row(2, image="cut.png"), row(3)]

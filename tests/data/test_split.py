@@ -15,7 +15,7 @@ from PIL import Image
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.rejected_samples import RejectedSamples
-from lightning_mm.data.split import SplitOptions, open_split, rows_unchecked
+from lightning_mm.data.split import SplitOptions, open_sources, open_split, rows_unchecked
 
 Ids = Callable[..., list[str]]
 
@@ -31,7 +31,7 @@ def ids(tmp_path: Path) -> Ids:
         given = [{"path": str(tmp_path / "a.json"), **options}]
         reading = SplitOptions(cache=tmp_path / "cache", seed=seed)
         if not checked:
-            return [sample.id for sample in rows_unchecked(name, given, reading)]
+            return [sample.id for sample in rows_unchecked(open_sources(name, given, reading), reading)]
         return [sample.id for sample in open_split(name, given, reading, RejectedSamples(0.5)).samples]
 
     return read

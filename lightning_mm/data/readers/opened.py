@@ -5,7 +5,7 @@ Data flow: ``source.open_source`` -> ``OpenSource`` -> ``parts`` -> ``read`` (in
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -158,17 +158,27 @@ def check_any(path: object, samples: bool, rejections: Iterable[Rejection], num_
         raise UserError(f"{path} is empty.", "It holds no row.", "Name a file with at least one conversation.")
     rejections = list(rejections)
     first = "\n    ".join(f"{each.origin}: {each.reason}" for each in rejections[:5])
-    is_link = all("is a URL" in each.reason for each in rejections)
-    has_no_shape = any(each.reason.startswith(("no conversation", "not an object")) for each in rejections)
-    fix = _ROWS if has_no_shape else _LINKS if is_link else "Mend the rows as the reasons say"
     raise UserError(
         f"None of the {num_rows} rows of {path} can be used.",
         f"The first of them:\n    {first}",
-        f"{fix}; docs/data-forms.md lists what is read.",
+        _fix([each.reason for each in rejections]),
     )
 
 
+def _fix(reasons: Sequence[str]) -> str:
+    if all("is a URL" in reason for reason in reasons):
+        fix = _LINKS
+    elif all(reason.startswith("missing image") for reason in reasons):
+        fix = _IMAGE_ROOT
+    elif any(reason.startswith(("no conversation", "not an object")) for reason in reasons):
+        fix = _ROWS
+    else:
+        fix = "Mend the rows as the reasons say"
+    return f"{fix}; docs/data-forms.md lists what is read."
+
+
 _LINKS = "Give --data.fetch true, which downloads the pictures once, or download them and name the files"
+_IMAGE_ROOT = "Give --data.image_root, or image_root of the source, the folder that names of pictures are relative to"
 _ROWS = (
     'Rows look like {"image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"}, '
     '{"from": "gpt", "value": "A cat."}]}; columns of other names are named by the columns of the source'
