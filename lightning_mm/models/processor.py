@@ -24,12 +24,13 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
-from transformers import AutoConfig, AutoProcessor, PretrainedConfig, ProcessorMixin
+from transformers import AutoProcessor, PretrainedConfig, ProcessorMixin
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.models.pixel_bounds import PixelBounds, set_pixel_bounds
 
 
@@ -297,10 +298,10 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
         revision: Commit, tag or branch of a hub model; None (default): the hub's default.
 
     Raises:
-        UserError: There is no processor, it needs remote code, or it does not take images and text.
+        UserError: There is no model or no processor, it needs remote code, or it does not take images and text.
     """
+    config = read_config(Backbone(path, revision=revision))
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
         loader: Any = AutoProcessor
         with optional_video_processor():
             processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)

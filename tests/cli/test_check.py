@@ -117,6 +117,7 @@ def test_without_a_model(data: Data, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--data.train", "empty.json"], "empty"),
         ([], "There is no data to check."),
         (["--samples", "-3"], "samples is -3"),
+        (["--samples", "3", "--model.backbone.path", "/no/model"], "there is no folder /no/model."),
     ],
 )
 def test_mistakes(

@@ -227,7 +227,7 @@ class RecordStore:
         if self.stats.written and self._pid == os.getpid():
             error = self.stats.relative_error
             what = f"{self.stats.written} records written in {self._dtype}, {error:.2%} RMS from what was given"
-            log.info("%s: %s", self.folder, what)
+            log.info("model.cache: %s (%s)", what, self.folder)
 
     def __enter__(self) -> Self:
         return self
