@@ -347,7 +347,7 @@ def test_impossible_numbers(name: str) -> None:
 def test_no_processor(module: Make) -> None:
     with pytest.raises(UserError, match=r"data\.processor is not set"):
         module(processor="").train_dataloader()
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="there is no folder"):
         module(processor="/nowhere/at/all").train_dataloader()
 
 
