@@ -195,7 +195,8 @@ def _why_not_opened(path: ImageSource, error: Exception) -> str:
         return f"missing image: {path.name!r} is {'no regular file' if path.exists() else 'not'} in {path.parent}"
     if isinstance(error, Image.DecompressionBombError):
         return f"image too large: {error}"
-    if not path.read_bytes()[:1]:
+    size = path.stat().st_size if isinstance(path, Path) else len(path.read_bytes())
+    if size == 0:
         return "not an image: the file is empty"
     return f"not an image: {error}"
 

@@ -62,7 +62,8 @@ class ImageRoot:
             raise InvalidRow(
                 f"missing image: {name!r} is {'no regular file' if path.exists() else 'not'} in {self.root}"
             )
-        return path
+        # As it is written, a link that later leads to another file is noticed.
+        return written if self.follow_links and self._holds(written, name) else path
 
     def _holds(self, written: Path, name: str) -> bool:
         """Whether a name stays in the folder before its links are followed."""
