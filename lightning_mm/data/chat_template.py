@@ -105,7 +105,7 @@ class ChatTemplate:
             "turns of tools": any(turn.role == "tool" for turn in turns) and not self._takes_results,
         }
         if lost := next((name for name, is_lost in wanted.items() if is_lost), None):
-            raise ChatError(f"template has no place for {lost}: it would not write them")
+            raise ChatError(f"template has no place for {lost}: it writes nothing of it")
         for turn in turns:
             text = turn.text.replace(IMAGE_MARK, "") if turn.role == "user" else turn.text
             calls = json.dumps(tool_calls(turn), ensure_ascii=False)

@@ -95,7 +95,7 @@ class RejectedSamples:
                 f"{len(dropped)} of {num_rows} rows{f' of {name}' if name else ''} cannot be used, "
                 f"the limit is {self.max_bad_fraction:.2%}.",
                 f"{reasons}. The first of them:\n    " + "\n    ".join(first),
-                "Mend these rows, or allow more with data.max_bad_fraction. "
+                f"{_fix(entries)}, or allow more with data.max_bad_fraction. "
                 f"All are listed in {ledger or 'ledger.jsonl of the run'}.",
             )
 
@@ -110,6 +110,12 @@ class RejectedSamples:
         """Write one JSON object per line: origin, reason, kind, split, source."""
         lines = "".join(json.dumps(asdict(entry), ensure_ascii=False) + "\n" for entry in self)
         write_atomically(path, lines.encode("utf-8", "backslashreplace"))  # names of files need not be UTF-8
+
+
+def _fix(entries: Iterable[Rejection]) -> str:
+    if all(entry.reason.startswith("too long") for entry in entries):
+        return "Raise data.max_length, or give data.max_pixels, so that pictures take fewer tokens"
+    return "Mend these rows"
 
 
 def _by_reason(entries: Iterable[Rejection]) -> dict[str, int]:

@@ -283,3 +283,16 @@ def test_the_ledger_counts_and_stops(tmp_path: Path) -> None:
         "split": "train",
         "source": "",
     }
+
+
+def test_rows_that_are_too_long_name_their_options() -> None:
+    ledger = RejectedSamples()
+    ledger.num_rows["train"] = 2
+    ledger.add([Rejection("t.json:1", "too long: the first answer begins at token 9, the limit is 4")], "train")
+    with pytest.raises(UserError) as caught:
+        ledger.check()
+    assert caught.value.fix.startswith("Raise data.max_length, or give data.max_pixels")
+    ledger.add([Rejection("t.json:2", "missing image: 'a'")], "train")
+    with pytest.raises(UserError) as caught:
+        ledger.check()
+    assert caught.value.fix.startswith("Mend these rows, or allow more")
