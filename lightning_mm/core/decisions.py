@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from lightning_utilities.core.rank_zero import rank_zero_only
 
+from lightning_mm.core.errors import printable
+
 log = logging.getLogger("lightning_mm")
 
 
@@ -92,6 +94,6 @@ def log_decision(name: str, value: object, reason: str) -> Decision:
         value: What was chosen.
         reason: Why, in a few words.
     """
-    decision = Decision(name, str(value), reason)
+    decision = Decision(*map(printable, (name, str(value), reason)))
     decision_log().record(decision)
     return decision

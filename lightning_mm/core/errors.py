@@ -20,11 +20,17 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, why: str, fix: str) -> None:
+        what, why, fix = map(printable, (what, why, fix))
         super().__init__(what, why, fix)
         self.what, self.why, self.fix = what, why, fix
 
     def __str__(self) -> str:
         return f"{self.what}\n  why: {self.why}\n  fix: {self.fix}"
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold, as in names of files in other encodings, written as escapes."""
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def first_line(error: Exception) -> str:

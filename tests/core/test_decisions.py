@@ -1,10 +1,12 @@
 """Decisions belong to the run that they were made in, each run has all of its own."""
 
 import logging
+import os
 
 import pytest
 
 from lightning_mm.core.decisions import DecisionLog, decision_log, log_decision
+from lightning_mm.core.errors import UserError
 
 
 def names(log: DecisionLog) -> list[str]:
@@ -45,3 +47,9 @@ def test_a_run_that_fails_closes_its_log() -> None:
     log_decision("later", "1", "outside")
     assert names(decision_log()) == ["later"]
     decision_log().clear()
+
+
+def test_a_name_in_another_encoding_can_be_printed() -> None:
+    name = os.fsdecode(b"t\xff \xc3\xa4.json")
+    assert str(log_decision(name, name, "read")).encode() == r"t\udcff ä.json: t\udcff ä.json (read)".encode()
+    assert str(UserError(f"No {name}.", "It is gone.", "Look.")).encode().startswith(r"No t\udcff ä.json.".encode())
