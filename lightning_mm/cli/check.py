@@ -10,12 +10,10 @@ from pathlib import Path
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mm.cli.fit import TrainingCLI
-from lightning_mm.cli.parser import Parser
+from lightning_mm.cli.fit import TrainingCLI, parse_only
 from lightning_mm.core.console import result_console
 from lightning_mm.core.io import write_atomically
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs import check as verb
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
@@ -23,17 +21,7 @@ from lightning_mm.verbs.config_classes import refuse_foreign_classes
 def check(arguments: list[str]) -> int:
     """Tell what is in the data; returns the exit status: 1 where a fit would stop on it."""
     refuse_foreign_classes(arguments)
-    cli = CheckingCLI(
-        ModuleOptions,
-        MMDataModule,
-        parser_class=Parser,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        load_from_checkpoint_support=False,
-        run=False,
-        args=arguments[1:],
-    )
+    cli = parse_only(CheckingCLI, arguments[1:])
     config = cli.config
     found = verb.check(None, MMDataModule(**config.data.as_dict()), samples=config.samples)
     console = result_console()

@@ -81,6 +81,26 @@ def _no_folder_of_a_failed_start() -> Iterator[None]:
         raise
 
 
+def parse_only(cli: "type[TrainingCLI]", arguments: list[str]) -> "TrainingCLI":
+    """The options of a verb that takes those of ``fit`` and runs no trainer.
+
+    Args:
+        cli: Its command line.
+        arguments: Behind the verb.
+    """
+    return cli(
+        ModuleOptions,
+        MMDataModule,
+        parser_class=Parser,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        seed_everything_default=0,
+        load_from_checkpoint_support=False,
+        run=False,
+        args=arguments,
+    )
+
+
 def _run(arguments: list[str]) -> None:
     TrainingCLI(
         ModuleOptions,

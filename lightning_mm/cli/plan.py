@@ -10,13 +10,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from lightning_mm.cli.fit import TrainingCLI
-from lightning_mm.cli.parser import Parser
+from lightning_mm.cli.fit import TrainingCLI, parse_only
 from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.planning.devices import DEVICES
-from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs import plan as verb
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
@@ -24,17 +21,7 @@ from lightning_mm.verbs.config_classes import refuse_foreign_classes
 def plan(arguments: list[str]) -> int:
     """Tell what a run will cost; returns the exit status."""
     refuse_foreign_classes(arguments)
-    cli = PlanningCLI(
-        ModuleOptions,
-        MMDataModule,
-        parser_class=Parser,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        seed_everything_default=0,
-        load_from_checkpoint_support=False,
-        run=False,
-        args=arguments[1:],
-    )
+    cli = parse_only(PlanningCLI, arguments[1:])
     config = cli.config
     lengths = {name: config[name] for name in ("image_tokens", "text_tokens", "supervised")}
     if config.data.train is None and all(length is None for length in lengths.values()):

@@ -13,7 +13,7 @@ import xxhash
 from lightning_mm.core.io import write_atomically
 
 _SETTLED = 2.0
-"""Seconds after which a file that changes again has another time, whatever its file system resolves."""
+"""Seconds after which another change gives a file another time, also where a file system keeps whole seconds."""
 _BLOCK = 1 << 20
 
 

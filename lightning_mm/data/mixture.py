@@ -101,7 +101,7 @@ class Mixture:
         return order
 
     def most_below(self, classes: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-        """(num_classes,) at c: any epoch holds at most so many rows of classes below c, repeated ones counted.
+        """(num_classes,) upper bound at c on the rows of classes below c in any epoch, repeated ones counted.
 
         Exact for sources of up to 4096 rows; of a larger one, rows in the same 4096th of its order are taken together.
 

@@ -98,9 +98,10 @@ class RowTable(Sequence[Sample]):
 
     def rows_by_part(self) -> Iterator[tuple[TablePart, Indices]]:
         """Each part with those of its rows that are in use, ascending, each once."""
-        for start, part in zip(self._starts, self.parts, strict=False):
-            inside = self.rows[(self.rows >= start) & (self.rows < start + part.num_rows)]
-            yield part, np.unique(inside - start)
+        rows = np.unique(self.rows)
+        bounds = np.searchsorted(rows, self._starts)
+        for start, part, first, last in zip(self._starts, self.parts, bounds, bounds[1:], strict=False):
+            yield part, rows[first:last] - start
 
     def num_images(self) -> NDArray[np.int64]:
         """(N,) number of images and videos of each row in use."""
@@ -118,9 +119,8 @@ class RowTable(Sequence[Sample]):
     def answer_counts(self) -> Counter[tuple[str, str]]:
         """(question type, answer) -> number of turns that give it and are learned, over the rows in use."""
         total: Counter[tuple[str, str]] = Counter()
-        for start, part in zip(self._starts, self.parts, strict=False):
-            inside = self.rows[(self.rows >= start) & (self.rows < start + part.num_rows)] - start
-            turns = pc.list_flatten(_light(part.file)["turns"].take(pa.array(inside)))
+        for part, rows in self.rows_by_part():
+            turns = pc.list_flatten(_light(part.file)["turns"].take(pa.array(rows)))
             table = pa.table({name: pc.struct_field(turns, name) for name in ("role", "type", "text", "train")})
             answers = table.filter((pc.field("role") == "assistant") & pc.field("train"))
             counted = answers.group_by(["type", "text"]).aggregate([([], "count_all")])

@@ -5,6 +5,7 @@ import os
 import pickle
 import random
 from base64 import b64encode
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing import get_context
@@ -20,8 +21,9 @@ from PIL import Image
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.data import table
-from lightning_mm.data.image_source import ImageBytes, StoredImage, image_file
+from lightning_mm.data.image_source import ImageBytes, StoredImage, image_file, open_arrow
 from lightning_mm.data.images import load
+from lightning_mm.data.picture_check import check_pictures
 from lightning_mm.data.readers import json_rows, row_files
 from lightning_mm.data.readers.conversations import read_conversations
 from lightning_mm.data.readers.source import Part
@@ -338,3 +340,26 @@ def test_long_texts_are_cut_into_batches(tmp_path: Path, split: Open, monkeypatc
     made = split(write(tmp_path, rows(20, mask="x" * 4000)))
     batches = pa.ipc.open_stream(pa.memory_map(str(made.tables[0].parts[0].file)))
     assert [batch.num_rows for batch in batches] == [3] * 6 + [2]
+
+
+def test_rows_in_use_by_part(tmp_path: Path, split: Open) -> None:
+    """Counts of answers are those of the samples, over several parts, one of which has no row in use."""
+    whole = split(write(tmp_path, rows(40))).samples
+    kept = whole.rows[(whole.rows < 3) | (whole.rows > 30)]
+    table = RowTable(_cut(whole.parts[0], tmp_path), kept)
+    expected = Counter((sample.turns[1].question_type, sample.turns[1].text) for sample in table)
+    assert len(expected) == len(kept) == 12
+    assert table.answer_counts() == expected
+    assert [len(own) for _, own in table.rows_by_part()] == [3, 0, 9]
+
+
+def _cut(part: TablePart, folder: Path) -> list[TablePart]:
+    """One part as three files, of 10, 15 and 15 rows."""
+    content, made = open_arrow(part.file), []
+    for number, (start, length) in enumerate(((0, 10), (10, 15), (25, 15))):
+        file = folder / f"cut-{number}.arrow"
+        with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, content.schema) as writer:
+            writer.write_table(content.slice(start, length))
+        made.append(TablePart(file, part.source, length, str(number)))
+    check_pictures([each.file for each in made], 0, 40.0)
+    return made

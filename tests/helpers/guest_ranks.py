@@ -5,8 +5,6 @@ Data flow: tiny model, pictures to probe with -> Lightning's DDP with loaders of
 """
 
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,37 +16,16 @@ from lightning_mm.callbacks.hf import InspectionCallback
 from lightning_mm.models.processor import optional_video_processor
 from tests.helpers import strangers
 from tests.helpers.data import make_probe_rows
+from tests.helpers.ranks import launch_ranks
 
 LOOPS = ("lightning", "transformers")
 LOOKS = Schedule(every=2, end=False, budget=None)
 
 
 def launch(out: Path, model: Path, ranks: int = 2) -> None:
-    """Run this module on some ranks, and wait for them.
-
-    Raises:
-        AssertionError: One of them failed; what it printed is the message.
-        subprocess.TimeoutExpired: They wait for each other.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    """Run this module on some ranks; errors as of ``launch_ranks``."""
     make_probe_rows(out / "probes", 25)  # not the same number for every rank
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    shared |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.guest_ranks", str(out), str(model)]
-    running = []
-    for rank in range(ranks):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running.append(subprocess.Popen(command, env=own, text=True, **pipes))  # type: ignore[call-overload]
-    try:
-        for process in running:
-            told, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, told
-    finally:
-        for process in running:
-            process.kill()
+    launch_ranks("tests.helpers.guest_ranks", [out, model], ranks)
 
 
 def _callbacks(out: Path, processor: Any) -> list[Any]:

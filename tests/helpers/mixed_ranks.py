@@ -6,8 +6,6 @@ was given in the whole run and in the two parts of the killed one, and whether t
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.data.batch import Batch
+from tests.helpers.ranks import launch_ranks
 from tests.helpers.training import DROPOUT, train
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -64,30 +63,8 @@ def run(model: Path, out: Path, options: Mapping[str, Any], callbacks: list[Call
 
 
 def launch(out: Path, model: Path, ranks: int = 2) -> None:
-    """Run this module on some ranks, and wait for them.
-
-    Raises:
-        AssertionError: One of them failed; what it printed is the message.
-        subprocess.TimeoutExpired: They wait for each other.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks)}
-    shared |= {"LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0", "TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.helpers.mixed_ranks", str(out), str(model)]
-    running = []
-    for rank in range(ranks):
-        own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        running.append(subprocess.Popen(command, env=own, text=True, **pipes))  # type: ignore[call-overload]
-    try:
-        for process in running:
-            told, _ = process.communicate(timeout=240)
-            assert process.returncode == 0, told
-    finally:
-        for process in running:
-            process.kill()
+    """Run this module on some ranks; errors as of ``launch_ranks``."""
+    launch_ranks("tests.helpers.mixed_ranks", [out, model], ranks)
 
 
 def main(out: Path, model: Path) -> None:

@@ -54,7 +54,7 @@ def download_dataset(name: str, revision: str | None) -> Path:
         ) from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise UserError(
-            f"No data file {name}, and the dataset of this name cannot be had from Hugging Face's hub.",
+            f"No data file {name}, and no dataset of this name can be downloaded from Hugging Face's hub.",
             _short(error),
             "Check the path; or download it where there is a network: hf download --repo-type dataset " + name,
         ) from error

@@ -62,8 +62,17 @@ class ImageRoot:
             raise InvalidRow(
                 f"missing image: {name!r} is {'no regular file' if path.exists() else 'not'} in {self.root}"
             )
+        if may_be_folder and path.is_dir() and not self.follow_links:
+            self._refuse_links_out(path)
         # As it is written, a link that later leads to another file is noticed.
         return written if self.follow_links and self._holds(written, name) else path
+
+    def _refuse_links_out(self, folder: Path) -> None:
+        """Refuse a folder of frames one of which is a link that leads out of the root."""
+        for frame in folder.iterdir():
+            if frame.is_symlink() and not frame.resolve().is_relative_to(self.root):
+                what = f"image outside the image root: {frame.name!r} of {folder.name!r} leads to {frame.resolve()}"
+                raise InvalidRow(f"{what} by a symbolic link; data.follow_links allows that")
 
     def _holds(self, written: Path, name: str) -> bool:
         """Whether a name stays in the folder before its links are followed."""

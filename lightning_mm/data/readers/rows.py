@@ -60,7 +60,9 @@ def as_file(
 def in_cache(given: Any, image_root: PathLike | None, what: str, cache: Path) -> Any:
     """What was given where it names files; for rows or a dataset in memory, a source in the cache that holds them.
 
-    A file is named after its content, so that the same rows are the same source in a later run.
+    Rows are a file named after their content, a dataset a folder named after its fingerprint, which ``datasets`` makes
+    from its data and transforms: the same is the same source in a later run. After a transform that ``datasets`` cannot
+    hash, each run keeps a copy of its own.
 
     Args:
         given: Paths and sources, rows, a ``datasets.Dataset`` or ``DatasetDict``; None is returned.

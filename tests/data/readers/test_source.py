@@ -286,6 +286,20 @@ def test_links_out_of_the_root_are_followed_on_demand(tmp_path: Path) -> None:
         assert reason(only(read(opened(path, follow_links=True)))).startswith("image outside the image root")
 
 
+def test_frames_that_are_links_out_of_the_root(tmp_path: Path) -> None:
+    pictures(tmp_path / "store")
+    root = tmp_path / "root"
+    said = [{"from": "human", "value": "<video>Q?"}, {"from": "gpt", "value": "a"}]
+    path = write_json(root, [{"video": "clip", "conversations": said}])
+    pictures(root / "clip")
+    assert only(read(opened(path))).videos == (root / "clip",)
+    (root / "clip/more.png").symlink_to(root / "clip/red.png")
+    assert only(read(opened(path))).videos == (root / "clip",)
+    (root / "clip/out.png").symlink_to(tmp_path / "store/red.png")
+    assert "'out.png' of 'clip' leads to" in reason(only(read(opened(path))))
+    assert only(read(opened(path, follow_links=True))).videos == (root / "clip",)
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
     try:
@@ -378,7 +392,7 @@ def test_a_dataset_of_the_hub_is_read_from_its_cache(tmp_path: Path, monkeypatch
     rows = read(opened("org/colors"))
     assert [row.turns[1].text for row in rows] == list(COLORS)
     assert all(isinstance(row.images[0], ImageBytes) for row in rows)
-    with pytest.raises(UserError, match=r"No data file org/other, and the dataset of this name cannot be had"):
+    with pytest.raises(UserError, match=r"No data file org/other, and no dataset of this name can be downloaded"):
         opened("org/other")
 
 
