@@ -2,7 +2,8 @@
 
 Sites of one position: ``picture`` and ``text`` (last prompt token, of a question about a picture or about its caption),
 ``image`` (mean of the image tokens). Site pairs: ``last`` (those two), ``image~text`` (mean of the image tokens against
-mean of the caption tokens), ``token`` (one random token of each, as Palacios et al. 2026, arXiv:2606.03871).
+mean of the caption tokens), ``token`` (one random token of each, each read alone), ``token_last`` (one random token of
+each, both in one prompt, the one that is read last; Palacios et al. 2026, arXiv:2606.03871; where it is asked for).
 
 Data flow: ``HiddenStates`` -> one centered Gram matrix per position -> every measure of ``lightning_mm.geometry`` ->
 ``Findings``.
@@ -33,8 +34,9 @@ from lightning_mm.geometry import (
     modality_gap,
     rsa,
 )
+from lightning_mm.geometry.distance_correlation import distance_correlation
 from lightning_mm.geometry.information_imbalance import information_imbalance
-from lightning_mm.geometry.knn_overlap import label_overlap, overlap
+from lightning_mm.geometry.knn_overlap import label_overlap, overlap, overlap_matrix
 from lightning_mm.geometry.neighbors import Neighbors
 from lightning_mm.geometry.procrustes import procrustes
 from lightning_mm.geometry.representations import Representations
@@ -45,8 +47,12 @@ SITE_PAIRS: Mapping[str, tuple[str, str]] = {
     "last": ("picture/last", "text/last"),
     "image~text": ("picture/image", "text/text"),
     "token": ("picture/token", "text/token"),
+    "token_last": ("picture_last/token", "text_last/token"),
 }
 """Site of pair measures -> the two positions that are compared."""
+
+SVCCA_VARIANCE = 0.99
+"""Share of the variance that SVCCA's directions explain (Raghu et al. 2017)."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +62,19 @@ class PositionData:
     Args:
         selected: (T, N, D) features with their rows and pictures.
         k: Number of neighbors.
+        variance: Share of its variance that SVCCA's directions explain.
     """
 
     selected: SelectedRows
     k: int
+    variance: float = SVCCA_VARIANCE
 
     @classmethod
-    def of(cls, selected: SelectedRows, k: int, device: torch.device) -> "PositionData":
+    def of(
+        cls, selected: SelectedRows, k: int, device: torch.device, variance: float = SVCCA_VARIANCE
+    ) -> "PositionData":
         """Vectors on a device, and k for their number."""
-        return cls(selected.to(device), num_neighbors(k, len(selected)))
+        return cls(selected.to(device), num_neighbors(k, len(selected)), variance)
 
     @cached_property
     def reps(self) -> Representations:
@@ -93,6 +103,7 @@ SINGLE_MEASURES: Mapping[str, Callable[[PositionData], list[Estimate]]] = {
     "effective_rank": lambda p: effective_rank(p.spectrum, p.groups),
     "rankme": lambda p: rankme(p.reps, p.groups),
     "entropy": lambda p: entropy(p.spectrum, p.groups),
+    "entropy_unit_rows": lambda p: entropy(Spectrum.of(p.reps, unit_rows=True), p.groups),
     "alpha_req": lambda p: alpha_req(p.spectrum, groups=p.groups),
     "anisotropy": lambda p: isotropy.anisotropy(p.reps, p.groups),
     "uniformity": lambda p: isotropy.uniformity(p.reps, groups=p.groups),
@@ -106,9 +117,10 @@ PAIR_MEASURES: Mapping[str, Callable[[PositionData, PositionData], list[Estimate
     "cka": lambda a, b: cka.cka(a.reps, b.reps, a.groups),
     "cka_rbf": lambda a, b: cka.cka_rbf(a.reps, b.reps, groups=a.groups),
     "cka_biased": lambda a, b: cka.cka_biased(a.reps, b.reps, a.groups),
-    "svcca": lambda a, b: cca.svcca(a.reps, b.reps, groups=a.groups),
+    "svcca": lambda a, b: cca.svcca(a.reps, b.reps, a.variance, a.groups),
     "pwcca": lambda a, b: cca.pwcca(a.reps, b.reps, groups=a.groups),
     "procrustes": lambda a, b: procrustes(a.reps, b.reps, groups=a.groups),
+    "distance_correlation": lambda a, b: distance_correlation(a.reps, b.reps, groups=a.groups),
     "rsa": lambda a, b: rsa.rsa(a.reps, b.reps, groups=a.groups),
     "imbalance_image_to_text": lambda a, b: information_imbalance(a.reps, b.reps, groups=a.groups),
     "imbalance_text_to_image": lambda a, b: information_imbalance(b.reps, a.reps, groups=a.groups),
@@ -143,7 +155,10 @@ DEFAULT_MEASURES = (
 _MIN_PICTURES = 3
 """Pictures from which on one can be nearer to another than to a third."""
 
-ALL_MEASURES = (*SINGLE_MEASURES, *PAIR_MEASURES, "label_overlap", "cka_matrix")
+MATRIX_MEASURES = ("cka_matrix", "overlap_matrix")
+"""One number for every layer of the one position with every layer of the other, or of the same."""
+
+ALL_MEASURES = (*SINGLE_MEASURES, *PAIR_MEASURES, "label_overlap", *MATRIX_MEASURES)
 
 
 def resolve_measures(measures: Sequence[str]) -> tuple[str, ...]:
@@ -161,7 +176,12 @@ def resolve_measures(measures: Sequence[str]) -> tuple[str, ...]:
 
 
 def measure_geometry(
-    states: HiddenStates, probe_set: ProbeSet, measures: Collection[str], k: int, device: torch.device
+    states: HiddenStates,
+    probe_set: ProbeSet,
+    measures: Collection[str],
+    k: int,
+    device: torch.device,
+    variance: float = SVCCA_VARIANCE,
 ) -> Findings:
     """All chosen measures of every layer.
 
@@ -171,6 +191,7 @@ def measure_geometry(
         measures: Names, as ``resolve_measures`` returns them.
         k: Number of neighbors; fewer where there are fewer than ten times as many samples.
         device: Where to compute.
+        variance: Share of its variance that SVCCA's directions explain, where there are samples enough.
     """
     found = Findings(states.step)
     for site, position in SITES.items():
@@ -181,22 +202,30 @@ def measure_geometry(
             found.problems.append(f"geometry of {site}: {position} was not read of any row")
     for site, (one, other) in SITE_PAIRS.items():
         pair = select_pairs(states, probe_set, one, other)
+        if pair is None and site == "token_last" and not any(row.role == "picture_last" for row in probe_set.rows):
+            continue  # not asked for
         if pair is None:
             found.problems.append(f"geometry of {site}: no picture has both {one} and {other}")
             continue
-        a, b = (PositionData.of(half, k, device) for half in pair)
+        a, b = (PositionData.of(half, k, device, variance) for half in pair)
         for measure in (name for name in PAIR_MEASURES if name in measures):
             found.add("geometry", measure, site, PAIR_MEASURES[measure](a, b))
-        if "cka_matrix" in measures:
-            found.matrices.append(LayerMatrix("cka", site, cka.cka_matrix(a.reps, b.reps).cpu()))
+        _add_matrices(found, site, a, b, measures)
     return found
+
+
+def _add_matrices(found: Findings, site: str, a: PositionData, b: PositionData, measures: Collection[str]) -> None:
+    """Add the matrices of two positions, or of one with itself: layers of the first by layers of the second."""
+    if "cka_matrix" in measures:
+        found.matrices.append(LayerMatrix("cka", site, cka.cka_matrix(a.reps, None if a is b else b.reps).cpu()))
+    if "overlap_matrix" in measures:
+        found.matrices.append(LayerMatrix("overlap", site, overlap_matrix(a.neighbors, b.neighbors, a.k).cpu()))
 
 
 def _measure_site(found: Findings, site: str, data: PositionData, measures: Collection[str]) -> None:
     for measure in (name for name in SINGLE_MEASURES if name in measures):
         found.add("geometry", measure, site, SINGLE_MEASURES[measure](data))
-    if "cka_matrix" in measures:
-        found.matrices.append(LayerMatrix("cka", site, cka.cka_matrix(data.reps).cpu()))
+    _add_matrices(found, site, data, data, measures)
     if "label_overlap" in measures and (estimates := _object_overlap(data)) is not None:
         found.add("geometry", "label_overlap", site, estimates)
     elif "label_overlap" in measures and any("objects" in row.labels for row in data.selected.rows):

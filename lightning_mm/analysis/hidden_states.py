@@ -32,6 +32,8 @@ ROLE_SITES: Mapping[str, tuple[str, ...]] = {
     "entailment": ("last",),
     "picture": ("last", "image", "token", "object"),
     "text": ("last", "text", "token"),
+    "text_last": ("token",),
+    "picture_last": ("token",),
 }
 """Sites that are kept of each role of row. A position is written ``role/site``, such as ``picture/last``."""
 

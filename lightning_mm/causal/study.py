@@ -26,7 +26,7 @@ from lightning_mm.causal.effects.knockout_curves import KnockoutConfig, knockout
 from lightning_mm.causal.effects.layer_ablation import ABLATIONS, ablation_curves
 from lightning_mm.causal.effects.logit_lens import picture_words
 from lightning_mm.causal.interventions.activation_cache import cache_activations
-from lightning_mm.causal.interventions.corruption import CORRUPTIONS, CorruptionKind, corrupt_question
+from lightning_mm.causal.interventions.corruption import CORRUPTIONS, CorruptionKind, Places, corrupt_question
 from lightning_mm.causal.questions.scoring import Answer
 from lightning_mm.core.decisions import log, log_decision
 from lightning_mm.core.errors import UserError
@@ -49,6 +49,7 @@ class StudyConfig:
         num_ablated: Largest number of questions that layers are ablated for; each needs full runs.
         num_shown: Largest number of questions whose trace maps and image overlays are kept.
         seed: Seed of the corruptions.
+        places: Which places of a constraint are corrupted: all, or the first alone, as in 2406.04236's code.
     """
 
     parts: tuple[str, ...] = PARTS
@@ -59,6 +60,7 @@ class StudyConfig:
     num_ablated: int = 16
     num_shown: int = 12
     seed: int = 0
+    places: Places = "all"
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -70,6 +72,15 @@ class StudyConfig:
                 "It is not one of ours.",
                 f"Use {', '.join(CORRUPTIONS)}.",
             )
+
+    @classmethod
+    def p2(cls, width: int = 1) -> "StudyConfig":
+        """Settings of the code released with Basu et al. 2024, arXiv:2406.04236; its prompt is ``P2_PROMPT``.
+
+        Args:
+            width: w of the window: one layer for 1, else the 2w + 1 layers from l - w to l + w that exist.
+        """
+        return cls(corruption="token", places="first", trace=TraceConfig(width=width, convention="p2"))
 
 
 @dataclass
@@ -172,7 +183,15 @@ def _trace_questions(
     donors = [answer.encoded for answer in correct]
     refused: UserError | None = None
     for number, answer in enumerate(correct):
-        corrupted = corrupt_question(answer.encoded, config.corruption, donors, mm.required_processor, mm, config.seed)
+        corrupted = corrupt_question(
+            answer.encoded,
+            config.corruption,
+            donors,
+            mm.required_processor,
+            mm,
+            config.seed,
+            places=config.places,
+        )
         if isinstance(corrupted, Rejection):
             result.rejected.append(corrupted)
             continue

@@ -4,12 +4,13 @@ Data flow: options -> ``verbs.edit`` -> a folder with report.html, causal.json (
 -> with --out the edited model as a complete Hugging Face folder; the tables are printed.
 """
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from lightning_mm.causal.editing.multedit import EditConfig
-from lightning_mm.cli.parser import Parser
+from lightning_mm.causal.editing.multedit import P2_LAYER, EditConfig
+from lightning_mm.causal.questions.question import P2_PROMPT
+from lightning_mm.cli.parser import Parser, parse_with_convention
 from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.decisions import log
 from lightning_mm.verbs import edit as verb
@@ -18,7 +19,7 @@ from lightning_mm.verbs.model_source import model_label
 
 def edit(arguments: list[str]) -> int:
     """Give questions new answers by a closed-form change of one weight, and measure what else changed."""
-    options = vars(_parser().parse_args(arguments[1:]))
+    options = parse_with_convention(_parser, {"p2": _p2()}, arguments[1:])
     config = EditConfig(**{each.name: options.pop(each.name) for each in fields(EditConfig)})
     folder = Path(options.pop("root")) / (options.pop("name") or f"edit-{model_label(options['model'])}")
     export_to, verify = options.pop("out"), options.pop("prove")
@@ -27,6 +28,11 @@ def edit(arguments: list[str]) -> int:
         PlainConsole().print(table)
     log.info("report: %s", found.report)
     return 0
+
+
+def _p2() -> dict[str, Any]:
+    """Defaults under ``--convention p2``: each edit alone, in the layer of the released code."""
+    return {"prompt": P2_PROMPT, "layer": P2_LAYER, "apply": "each", **asdict(EditConfig.p2())}
 
 
 def _parser() -> Parser:

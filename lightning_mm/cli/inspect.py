@@ -56,6 +56,13 @@ def _parser() -> Parser:
     parser.add_argument("--checkpoint", type=str, default="last", help="Of a run: name in its checkpoints.")
     parser.add_argument("--measures", type=list[str] | None, default=None, help="Geometry measures, or [all].")
     parser.add_argument("--neighbours", type=int, default=10, help="k of the neighbourhood measures.")
+    parser.add_argument("--svcca_variance", type=float, default=0.99, help="Variance that SVCCA's directions explain.")
+    parser.add_argument(
+        "--both_last",
+        type=bool,
+        default=False,
+        help="Read picture and caption in one prompt too, each once as the last of the two (site token_last).",
+    )
     parser.add_class_arguments(ProbingOptions, "probing")
     parser.set_defaults({"probing.selectivity": True})
     parser.add_argument("--text_only", type=bool, default=True, help="Probe the captions alone too.")

@@ -5,11 +5,15 @@ causal.json; the strongest effects are printed.
 """
 
 from pathlib import Path
+from typing import Any
 
 from lightning_mm.causal.effects.activation_patching import TraceConfig
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
+from lightning_mm.causal.effects.layer_transplant import TransplantConfig
+from lightning_mm.causal.interventions.corruption import Places
+from lightning_mm.causal.questions.question import P2_PROMPT
 from lightning_mm.causal.study import PARTS, StudyConfig
-from lightning_mm.cli.parser import Parser
+from lightning_mm.cli.parser import Parser, parse_with_convention
 from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.decisions import log
 from lightning_mm.verbs import trace as verb
@@ -18,7 +22,7 @@ from lightning_mm.verbs.model_source import model_label
 
 def trace(arguments: list[str]) -> int:
     """Find what causes a model's answers: causal traces, flow, knockout, ablation, lens, transplantation."""
-    options = vars(_parser().parse_args(arguments[1:]))
+    options = parse_with_convention(_parser, {"p2": _p2()}, arguments[1:])
     study = StudyConfig(
         parts=tuple(options.pop("parts")),
         corruption=options.pop("corruption"),
@@ -26,13 +30,22 @@ def trace(arguments: list[str]) -> int:
         knockout=KnockoutConfig(**vars(options.pop("knocking"))),
         num_shown=options.pop("shown"),
         seed=options.pop("seed"),
+        places=options.pop("places"),
     )
+    options["transplant"] = TransplantConfig(**vars(options["transplant"]))
     folder = Path(options.pop("root")) / (options.pop("name") or f"trace-{model_label(options['model'])}")
     found = verb.trace(**options, study=study, out=folder)
     for table in found.tables():
         PlainConsole().print(table)
     log.info("report: %s", found.report)
     return 0
+
+
+def _p2() -> dict[str, Any]:
+    """Defaults under ``--convention p2``."""
+    study = StudyConfig.p2()
+    tracing = {f"tracing.{name}": getattr(study.trace, name) for name in ("width", "convention", "sites")}
+    return {"prompt": P2_PROMPT, "corruption": study.corruption, "places": study.places, **tracing}
 
 
 def _parser() -> Parser:
@@ -51,10 +64,12 @@ def _parser() -> Parser:
     parser.add_argument("--limit", type=int, default=48, help="Most right answers that are looked into.")
     parser.add_argument("--parts", type=list[str], default=list(PARTS), help="What to find out.")
     parser.add_argument("--corruption", type=str, default="token", help="token, symmetric, image, gaussian or grey.")
+    parser.add_argument("--places", type=Places, default="all", help="Places of a constraint that are corrupted.")
     parser.add_class_arguments(TraceConfig, "tracing")
     parser.add_class_arguments(KnockoutConfig, "knocking")
     parser.add_argument("--against", type=str | None, default=None, help="A tuned model whose layers are transplanted.")
     parser.add_argument("--data", type=str | None, default=None, help="Conversations that hybrids are asked.")
+    parser.add_class_arguments(TransplantConfig, "transplant")
     parser.add_argument("--batches", type=int, default=8, help="Batches of them.")
     parser.add_argument("--shown", type=int, default=12, help="Questions whose maps and pictures are drawn.")
     parser.add_argument("--seed", type=int, default=0, help="Of corruptions.")

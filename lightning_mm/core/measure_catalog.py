@@ -96,7 +96,8 @@ def _kept(name: str, title: str, meaning: str, low: float = 0, main: int = 0) ->
 
 def _cause(name: str, title: str, meaning: str, unit: str, seek: Literal["min", "max"], main: int = 0) -> Measure:
     """Effect of an intervention on the answer."""
-    low, high = (0, 1) if unit == "accuracy" else (0 if seek == "max" and name != "trace" else None, None)
+    signed = name in ("trace", "trace_effect") or seek == "min"
+    low, high = (0, 1) if unit in ("accuracy", "probability") else (None if signed else 0, None)
     return Measure(name, title, meaning, "causal", unit, None, low, high, seek, main)
 
 
@@ -117,6 +118,7 @@ _KNOWN = (
     _likeness("svcca", "SVCCA", "mean correlation of the leading directions"),
     _likeness("pwcca", "PWCCA", "correlation of directions, weighted by what they carry"),
     _likeness("procrustes", "Procrustes", "likeness after the best rotation"),
+    _likeness("distance_correlation", "Distance correlation", "of rows of length 1; high by chance alone"),
     _likeness("rsa", "RSA", "rank correlation of all distances", -1),
     _likeness("matched_cosine", "Matched cosine", "cosine of matching pairs less that of others", -2),
     _likeness("token_cosine", "Cosine of tokens", "median cosine of one token of each", -1),
@@ -137,6 +139,7 @@ _KNOWN = (
     _shape("rankme", "RankMe", "effective rank without centring", "dimensions"),
     _shape("alpha_req", "Spectral decay", "how steeply the spectrum falls: 1 is balanced", "exponent"),
     _shape("entropy", "Spectral entropy", "how evenly the variance is spread, 0 to 1", "share of the most"),
+    _shape("entropy_unit_rows", "Dataset entropy", "spectral entropy of rows of length 1, 0 to 1", "share of the most"),
     _shape("anisotropy", "Anisotropy", "mean cosine of two samples: 1 is a narrow cone", "cosine"),
     _shape("uniformity", "Uniformity", "how evenly samples cover the sphere: lower is more even", "log kernel"),
     _shape("label_overlap", "Neighbours of one kind", "nearest neighbours with the same label", "fraction"),
@@ -154,6 +157,8 @@ _KNOWN = (
     _cause("ablation", "Layers taken away", "change of the answer's probability without it", "share", "min", 4),
     _cause("transplant", "Layers transplanted", "accuracy of the old model with trained layers", "accuracy", "max", 4),
     _cause("trace", "Put back", "share of the lost probability that comes back", "share", "max"),
+    _cause("trace_effect", "Put back, probability", "what the answer's probability gains", "change", "max"),
+    _cause("trace_restored", "Put back, restored", "the answer's probability with it put back", "probability", "max"),
     Measure("score", "Selection score", "mean of the chosen criteria, standardised", "selection", "z", "max"),
 )
 _BY_NAME = {measure.name: measure for measure in _KNOWN}
@@ -214,6 +219,7 @@ SITE_WORDS = {
     "image": "picture tokens",
     "object": "object tokens",
     "token": "one random token",
+    "token_last": "one random token, both in one prompt",
     "image~text": "picture and caption tokens",
     "skip": "whole layer skipped",
 }

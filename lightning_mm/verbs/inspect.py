@@ -15,7 +15,7 @@ from rich.table import Table
 
 from lightning_mm.analysis.drift import measure_drift
 from lightning_mm.analysis.findings import Findings, FindingsWriter
-from lightning_mm.analysis.geometry import DEFAULT_MEASURES, measure_geometry, resolve_measures
+from lightning_mm.analysis.geometry import DEFAULT_MEASURES, SVCCA_VARIANCE, measure_geometry, resolve_measures
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.probing import ProbingOptions, run_probes
 from lightning_mm.analysis.summary import MAIN_PROFILES, summarize_profile
@@ -123,6 +123,8 @@ def inspect(
     checkpoint: str = "last",
     measures: str | Sequence[str] | None = None,
     neighbours: int = 10,
+    svcca_variance: float = SVCCA_VARIANCE,
+    both_last: bool = False,
     probing: ProbingOptions = ProbingOptions(selectivity=True),  # noqa: B008  (frozen)
     text_only: bool = True,
     select: bool = True,
@@ -146,6 +148,9 @@ def inspect(
         checkpoint: Of a run: name in its checkpoints, 'last' by default.
         measures: Geometry measures; None: one of each kind; 'all': all.
         neighbours: k of the neighbourhood measures.
+        svcca_variance: Share of its variance that SVCCA's directions explain, where there are samples enough.
+        both_last: Whether to read each picture and its caption in one prompt too, once with the caption last and once
+            with the picture last (site ``token_last``; Palacios et al. 2026, arXiv:2606.03871).
         probing: Which probes, and what is measured beside their accuracy.
         text_only: Whether to probe the captions alone too: what language alone gives.
         select: Whether to say which layers are worth training.
@@ -166,7 +171,9 @@ def inspect(
         max_length=max_length,
         batch_size=batch_size,
         bf16=bf16,
+        both_last=both_last,
     )
+    geometry = _Geometry(wanted, neighbours, svcca_variance)
     with open_decisions() as decisions, ExitStack() as stack:
         named = [model] if against is None else [model, against]
         sources = [ModelSource.of(each, checkpoint, processor) for each in named]
@@ -175,7 +182,7 @@ def inspect(
         found: list[ModelFindings] = []
         for step, (one, source) in enumerate(zip(models, sources, strict=True)):
             first = found[0].reading if found else None
-            seen = _read(one, source, probe_set, step, wanted, neighbours, probing, text_only, first)
+            seen = _read(one, source, probe_set, step, geometry, probing, text_only, first)
             found.append(seen)
             if run is not None:
                 _write(run, seen, probe_set, sources)
@@ -194,13 +201,26 @@ def inspect(
     return result
 
 
+@dataclass(frozen=True)
+class _Geometry:
+    """What geometry is measured of, and how."""
+
+    measures: Sequence[str]
+    neighbours: int
+    svcca_variance: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.svcca_variance <= 1:
+            given = f"svcca_variance is {self.svcca_variance}."
+            raise UserError(given, "It is a share of the variance.", "Give a number above 0, at most 1.")
+
+
 def _read(
     model: InspectedModel,
     source: ModelSource,
     probe_set: ProbeSet,
     step: int,
-    measures: Sequence[str],
-    neighbours: int,
+    geometry: _Geometry,
     probing: ProbingOptions,
     text_only: bool,
     first: HiddenStates | None,
@@ -213,9 +233,10 @@ def _read(
     forward = time.perf_counter() - began
     found = run_probes(reading, alone, probe_set, probing, model.device)
     found.problems[:0] = problems
-    found.extend(measure_geometry(reading, probe_set, measures, neighbours, model.device))
+    k, variance = geometry.neighbours, geometry.svcca_variance
+    found.extend(measure_geometry(reading, probe_set, geometry.measures, k, model.device, variance))
     if first is not None:
-        found.extend(measure_drift(first, reading, probe_set, neighbours, model.device))
+        found.extend(measure_drift(first, reading, probe_set, k, model.device))
     analyses = time.perf_counter() - began - forward
     log.info("%s: read in %.1f s, analysed in %.1f s", model.name, forward, analyses)
     for problem in found.problems:

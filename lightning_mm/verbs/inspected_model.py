@@ -47,6 +47,8 @@ class ReadingOptions:
         max_length: Longest row in tokens; None: a run's own, else 2048.
         batch_size: Rows per forward pass.
         bf16: Whether forward passes run under bfloat16 autocast.
+        both_last: Whether a probe set that is drawn holds each picture with its caption in one prompt too, once with
+            either of them last.
     """
 
     probes: PathLike | ProbeSet | None = None
@@ -56,6 +58,7 @@ class ReadingOptions:
     max_length: int | None = None
     batch_size: int = 16
     bf16: bool = False
+    both_last: bool = False
 
     def __post_init__(self) -> None:
         if self.images is not None and self.images < 2:
@@ -212,6 +215,7 @@ def open_models(
 def read_probe_set(data: MMDataModule, options: ReadingOptions) -> ProbeSet:
     """The probe set that was given, else the one of the data module."""
     if isinstance(options.probes, ProbeSet):
+        _check_both_last(options, options.probes)
         return options.probes if options.images is None else options.probes.subset(options.images)
     if not (options.probes or data.probes or data.paths["val"] or data.paths["test"]):
         raise UserError(
@@ -221,7 +225,9 @@ def read_probe_set(data: MMDataModule, options: ReadingOptions) -> ProbeSet:
         )
     max_pictures = options.images or data.probe_images
     if not options.probes:
-        return data.draw_probe_set(max_pictures)
+        drawn = data.draw_probe_set(max_pictures)
+        _check_both_last(options, drawn)
+        return drawn
     return open_probe_set(
         options.probes,
         options.image_root,
@@ -229,7 +235,18 @@ def read_probe_set(data: MMDataModule, options: ReadingOptions) -> ProbeSet:
         max_pictures=max_pictures,
         prompt=data.probe_prompt,
         max_megapixels=data.max_megapixels,
+        both_last=options.both_last,
     )
+
+
+def _check_both_last(options: ReadingOptions, probe_set: ProbeSet) -> None:
+    """Raise a ``UserError`` where a set that is drawn already lacks the rows that ``both_last`` asks for."""
+    if options.both_last and not any(row.role == "picture_last" for row in probe_set.rows):
+        raise UserError(
+            "both_last cannot be had with this probe set.",
+            "It is drawn already, without prompts that hold picture and caption.",
+            "Give --probes FILE, from which one with them is drawn.",
+        )
 
 
 def open_model(source: ModelSource, options: ReadingOptions, auto: AutoRange, stack: ExitStack) -> InspectedModel:

@@ -16,7 +16,7 @@ import torch
 from rich.table import Table
 
 from lightning_mm.analysis.findings import Findings, FindingsWriter
-from lightning_mm.causal.effects.layer_transplant import add_transplant_curves
+from lightning_mm.causal.effects.layer_transplant import TransplantConfig, add_transplant_curves
 from lightning_mm.causal.questions.files import QuestionFile, read_questions
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import Answer, answer_until
@@ -35,7 +35,7 @@ from lightning_mm.verbs.model_source import ModelLike, ModelSource, ProcessorLik
 from lightning_mm.verbs.result import PrintedResult, open_decisions
 from lightning_mm.verbs.rows import PathLike, Rows, as_file
 
-HEADLINES = ("trace", "flow", "knockout", "ablation", "transplant")
+HEADLINES = ("trace", "trace_effect", "flow", "knockout", "ablation", "transplant")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -88,6 +88,7 @@ def trace(
     ask: int = 256,
     limit: int = 48,
     study: StudyConfig = StudyConfig(),  # noqa: B008  (frozen)
+    transplant: TransplantConfig = TransplantConfig(),  # noqa: B008  (frozen)
     batches: int = 8,
     batch_size: int = 8,
     max_length: int | None = None,
@@ -109,6 +110,7 @@ def trace(
         ask: Most questions that are asked.
         limit: Most right answers that are looked into.
         study: Which analyses are run, and how.
+        transplant: Which windows of layers are transplanted, with ``against``.
         batches: Batches of conversations.
         batch_size: Conversations per forward pass.
         max_length: Longest conversation, in tokens; None: a run's own, else 2048.
@@ -142,7 +144,7 @@ def trace(
         with torch.autocast(first.device.type, torch.bfloat16, enabled=bf16):
             found = run_study(mm, answers, study, pictures)
             if len(models) > 1:
-                add_transplant_curves(found.findings, mm, models[1].mm.model, hybrids)
+                add_transplant_curves(found.findings, mm, models[1].mm.model, hybrids, transplant)
         seconds = time.perf_counter() - began
     ledger = RejectedSamples()
     ledger.add([*file.rejected, *rejected, *found.rejected])

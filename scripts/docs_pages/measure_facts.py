@@ -79,6 +79,12 @@ FACTS = {
         "expected nuclear norm of unrelated data with these spectra",
         "all samples coincide; fewer than 3 samples",
     ),
+    "distance_correlation": Fact(
+        "geometry.distance_correlation.distance_correlation",
+        "√(⟨A, B⟩ / √(⟨A, A⟩ · ⟨B, B⟩)) of doubly centered distances of rows of length 1",
+        "mean over random pairings",
+        "all distances are equal",
+    ),
     "rsa": Fact(
         "geometry.rsa.rsa",
         "Spearman correlation of the distances of all pairs of samples",
@@ -185,6 +191,12 @@ FACTS = {
         "the same of isotropic noise",
         _PAIR,
     ),
+    "entropy_unit_rows": Fact(
+        "geometry.spectrum.entropy",
+        "entropy, with the centered rows brought to length 1 first",
+        "that of isotropic noise with as many samples and features",
+        "all samples coincide",
+    ),
     "anisotropy": Fact(
         "geometry.isotropy.anisotropy",
         "(‖Σ unit rows‖² − N) / (N(N−1))",
@@ -272,6 +284,18 @@ FACTS = {
         "(p restored − p corrupted) / (p clean − p corrupted)",
         "0",
         "the corruption lowers the answer's probability by less than 0.05",
+    ),
+    "trace_effect": Fact(
+        "causal.effects.aggregate.average_traces",
+        "mean over all traced questions of p restored − p corrupted",
+        "0",
+        _FEW_TRACES,
+    ),
+    "trace_restored": Fact(
+        "causal.effects.aggregate.average_traces",
+        "mean over all traced questions of p restored",
+        "mean p corrupted",
+        _FEW_TRACES,
     ),
     "score": Fact(
         "layer_selection.layer_range_search.combine_criteria",

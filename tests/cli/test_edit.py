@@ -98,6 +98,21 @@ def test_a_layer_that_is_named_is_taken(work: Path) -> None:
     assert told["outcomes"][0]["measures"]["efficacy"]["value"] == 0
 
 
+def test_a_convention_is_that_of_the_released_code(work: Path) -> None:
+    more = ["--convention", "p2", "--control", "false", "--name", "p2"]
+    assert main(["edit", "model", "--edits", "edits.json", *more]) == 0
+    told = json.loads((work / "runs/p2/edits.json").read_text())
+    assert (told["layer"], len(told["outcomes"])) == (2, 1)
+    released = {"steps": 10, "lr": 0.1, "decay": 0.001, "clamp": "p2", "ridge": 0.01, "target": "first", "until": 0.0}
+    assert told["options"] == released
+    assert told["edits"][0]["delta"] <= 1.001e-4 * told["edits"][0]["value"]
+    assert (
+        main(["edit", "model", "--edits", "edits.json", *more[:4], "--layer", "0", "--clamp", "4", "--name", "n"]) == 0
+    )
+    told = json.loads((work / "runs/n/edits.json").read_text())
+    assert (told["layer"], told["options"]) == (0, released | {"clamp": 4.0})
+
+
 @pytest.mark.parametrize(
     ("more", "told"),
     [

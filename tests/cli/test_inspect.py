@@ -67,6 +67,24 @@ def test_a_row_that_comes_twice_counts_once(probes: Path) -> None:
     assert torch.equal(kept.features["picture/last"], features[:, [1, 2, 0, 4]])
 
 
+def test_inspect_measures_what_the_third_paper_does(family: Family, probes: Path, tmp_path: Path) -> None:
+    """Every option that the protocol of 2606.03871 needs, on one model."""
+    measures = "[overlap_matrix,entropy_unit_rows,svcca,distance_correlation,cka_biased,token_cosine]"
+    more = ("--probes", str(probes), "--measures", measures, "--neighbours", "30", "--svcca_variance", "0.5")
+    assert inspect(tmp_path, str(family("llava")), *more, "--both_last", "true", "--select", "false") == 0
+    (run,) = (tmp_path / "runs").iterdir()
+    assert {(row.measure, row.site) for row in rows_of(run)} >= {
+        ("entropy_unit_rows", "picture"),
+        ("svcca", "last"),
+        ("distance_correlation", "last"),
+        ("cka_biased", "image~text"),
+        ("token_cosine", "token_last"),
+    }
+    matrices = json.loads((run / "matrices.json").read_text())
+    assert ("overlap", "last") in {(each["measure"], each["site"]) for each in matrices}
+    assert "Shared neighbours" in (run / "report.html").read_text()
+
+
 def test_inspect_reads_a_model_folder(
     family: Family, data: dict[str, Path], probes: Path, tmp_path: Path, capsys
 ) -> None:  # type: ignore[no-untyped-def]

@@ -86,6 +86,28 @@ def test_headlines_name_the_largest_share_and_the_farthest_effect() -> None:
     assert list(strongest_table(found).columns[2].cells) == ["1", "2"]
 
 
+def test_a_convention_sets_defaults_and_options_stand(work: Path) -> None:
+    write(work, [{k: v for k, v in row(word).items() if k != "answer"} for word in KNOWN])
+    assert traced("--convention", "p2", "--tracing.width", "2", "--parts", "[trace]", "--name", "p2") == 0
+    maps = json.loads((work / "runs/p2/traces.json").read_text())
+    assert {each["window"] for each in maps} == {"p2:2"}
+    said = "".join(maps[0]["tokens"]).replace(" ", "")
+    assert "?Answerinafewwords." in said
+    assert traced("--convention", "p2", "--prompt", "{question}", "--parts", "[trace]", "--name", "own") == 0
+    maps = json.loads((work / "runs/own/traces.json").read_text())
+    assert "Answer" not in "".join(maps[0]["tokens"])
+
+
+def test_transplants_take_the_windows_that_are_asked_for(work: Path, data: dict[str, Path]) -> None:
+    write(work, [row("b")])
+    against = ["--against", "model", "--data", str(data["train"]), "--batches", "2", "--batch_size", "2"]
+    assert traced("--parts", "[flow]", "--transplant.width", "1", "--transplant.step", "2", *against) == 0
+    with (work / "runs/trace-model/layers.csv").open() as held:
+        rows = [each for each in csv.DictReader(held) if each["measure"] == "transplant"]
+    assert {each["layer"] for each in rows if each["site"] == "sliding/picture"} == {"0", "2"}
+    assert {each["layer"] for each in rows if each["site"] == "cumulative/picture"} == {"1", "3"}
+
+
 @pytest.mark.parametrize("corruption", ["symmetric", "image", "gaussian"])
 def test_every_corruption_traces(corruption: str, work: Path) -> None:
     Image.linear_gradient("L").convert("RGB").resize((48, 40)).save(work / "other.png")

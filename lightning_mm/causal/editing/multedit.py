@@ -32,6 +32,9 @@ from lightning_mm.execution.activation_checkpointing import without_recomputatio
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import logits_of
 
+P2_LAYER = 2
+"""Layer that the code of Basu et al. 2024 edits."""
+
 P2_CLAMP = 1e-4
 """Clamp in the code of Basu et al. 2024: the value hardly moves, so hardly anything is edited."""
 

@@ -52,17 +52,20 @@ def layer_means(
 
 
 def average_traces(traces: Sequence[CausalTrace]) -> Iterator[tuple[str, str, list[Estimate]]]:
-    """Yields measure, ``site/token class`` and one Estimate per layer: the mean normalized indirect effect; null is 0.
+    """Yields measure, ``site/token class`` and one Estimate per layer.
 
-    Every question counts once, however many tokens of a class it has. Traces that are not valid are left out, and
-    counted in the notes.
+    ``trace`` and ``trace_logit`` are means of the normalized indirect effect over valid traces; those that are not are
+    counted in the notes. ``trace_effect`` is the mean indirect effect over all traces, which is less noisy than a mean
+    of ratios, and ``trace_restored`` the mean probability with the site put back (what Basu et al. 2024 store), whose
+    null is the mean of the corrupted runs. Every question counts once, however many tokens of a class it has.
     """
     valid = [trace for trace in traces if trace.is_valid]
     note = f"{len(traces) - len(valid)} of {len(traces)} questions left out: the corruption hardly changed the answer"
     notes: tuple[str, ...] = (note,) if len(valid) < len(traces) else ()
-    if any(each.restored.isnan().any() for each in valid):
-        # Those that attribution patching ranks first are not like the others.
-        notes += ("means over the shortlist only, which is drawn by size of effect",)
+    # Those that attribution patching ranks first are not like the others.
+    cut = ("means over the shortlist only, which is drawn by size of effect",)
+    short = cut if any(each.restored.isnan().any() for each in traces) else ()
+    notes += short
     for measure, values in (
         ("trace", [t.normalized_effect for t in valid]),
         ("trace_logit", [t.normalized_logit_effect for t in valid]),
@@ -72,18 +75,34 @@ def average_traces(traces: Sequence[CausalTrace]) -> Iterator[tuple[str, str, li
                 profile = _class_means([v[s] for v in values], valid, name)
                 if profile is not None:
                     yield measure, f"{site}/{name}", [e.noted(*notes) for e in profile]
+    for s, site in enumerate(traces[0].sites if traces else ()):
+        for name in TOKEN_CLASSES:
+            effect = _class_means([t.effect[s] for t in traces], traces, name)
+            restored = _class_means([t.restored[s] for t in traces], traces, name, [t.p_corrupt for t in traces])
+            if effect is not None and restored is not None:
+                clean = sum(t.p_clean for t in traces) / len(traces)
+                corrupt = sum(t.p_corrupt for t in traces) / len(traces)
+                said = f"of all traced questions the mean probability is {clean:.3f} clean, {corrupt:.3f} corrupted"
+                yield "trace_effect", f"{site}/{name}", [e.noted(*short, said) for e in effect]
+                yield "trace_restored", f"{site}/{name}", [e.noted(*short, said) for e in restored]
 
 
-def _class_means(values: Sequence[Tensor], traces: Sequence[CausalTrace], name: str) -> list[Estimate] | None:
-    """Means of one token class for each layer; None if no question has such tokens."""
-    rows, questions = [], []
-    for value_NU, trace in zip(values, traces, strict=True):
+def _class_means(
+    values: Sequence[Tensor], traces: Sequence[CausalTrace], name: str, nulls: Sequence[float] | None = None
+) -> list[Estimate] | None:
+    """Means of one token class for each layer, with one null per trace (None: 0); None if no question has such tokens."""
+    rows, questions, null_Q = [], [], []
+    for number, (value_NU, trace) in enumerate(zip(values, traces, strict=True)):
         inside = [u for u, token_class in enumerate(trace.classes) if token_class == name]
         if inside:
             rows.append(value_NU[:, inside].nanmean(1))
             questions.append(trace.encoded.question)
+            null_Q.append(0.0 if nulls is None else nulls[number])
     missing = "no question has a number here: nothing on the shortlist, or no fall to share out"
-    return layer_means(torch.stack(rows), questions, missing) if rows else None
+    if not rows:
+        return None
+    value_QN = torch.stack(rows)
+    return layer_means(value_QN, questions, missing, torch.tensor(null_Q)[:, None].expand_as(value_QN))
 
 
 def to_rows(trace: CausalTrace, config: TraceConfig, answer: str, image: str | None) -> Iterator[dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_mm.analysis.findings import Findings
+from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import select_positions_before_head
@@ -207,17 +208,44 @@ def transplant_rows(
         )
 
 
+@dataclass(frozen=True)
+class TransplantConfig:
+    """Which windows of layers are transplanted.
+
+    Args:
+        width: Layers of a sliding window; None: twice the step and one. Palacios et al. 2026 (arXiv:2606.03871): 1.
+        step: Layers from one window to the next, and from one cumulative hybrid to the next; None: about a fifteenth of
+            all layers. Palacios et al. 2026: 2.
+    """
+
+    width: int | None = None
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("width", "step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}.", "Nothing would be transplanted.", "Give 1 or more.")
+
+    def windows(self, mode: Mode, num_layers: int) -> dict[int, tuple[int, ...]]:
+        """The windows of a mode, by the layer that stands for each."""
+        step = self.step or max(1, num_layers // 15)
+        return transplant_windows(mode, num_layers, self.width or 2 * step + 1, step)
+
+
 def add_transplant_curves(
-    findings: Findings, base: MultimodalModel, tuned: nn.Module, batches: Sequence[Batch]
+    findings: Findings,
+    base: MultimodalModel,
+    tuned: nn.Module,
+    batches: Sequence[Batch],
+    config: TransplantConfig = TransplantConfig(),
 ) -> None:
-    """Add the cumulative and sliding curves of two models of equal architecture, at about 15 layers each."""
+    """Add the cumulative and sliding curves of two models of equal architecture."""
     hybrid = hybrid_from_models(base, tuned)
     untouched = score_conversations(base, batches, base.device)
-    num_layers = base.layout.num_layers
-    step = max(1, num_layers // 15)
     modes: tuple[Mode, ...] = ("cumulative", "sliding")
     for mode in modes:
-        layers = transplant_windows(mode, num_layers, width=2 * step + 1, step=step)
+        layers = config.windows(mode, base.layout.num_layers)
         curve = transplant_curve(base, hybrid, batches, base.device, layers)
         for site, estimates in transplant_rows(mode, curve, untouched):
             for layer, estimate in estimates.items():

@@ -32,6 +32,8 @@ from lightning_mm.data.sample import Rejection
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.processor import ModelProcessor
 
+Places = Literal["all", "first"]
+"""Which places of a constraint that stands in the question more than once."""
 CorruptionKind = Literal["token", "symmetric", "image", "gaussian", "grey"]
 CORRUPTIONS: tuple[CorruptionKind, ...] = get_args(CorruptionKind)
 NOISE_SCALE = 3.0
@@ -104,6 +106,7 @@ def corrupt_question(
     mm: MultimodalModel,
     seed: int = 0,
     word: str = "Paris",
+    places: Places = "all",
 ) -> CorruptedQuestion | Rejection:
     """Corrupt a question; a ``Rejection`` with the reason if it cannot be corrupted.
 
@@ -116,6 +119,8 @@ def corrupt_question(
         mm: The unwrapped model; only its token embedding is used.
         seed: Seed of the noise and of the donor's choice, combined with the question's id, so that order has no effect.
         word: Word that ``token`` writes.
+        places: Which places of the constraint ``token``, ``symmetric`` and ``gaussian`` corrupt: 'all', or the 'first'
+            alone, as in the code released with Basu et al. 2024.
 
     Raises:
         UserError: There is no such kind.
@@ -125,14 +130,15 @@ def corrupt_question(
     if kind in ("token", "symmetric", "gaussian") and not len(encoded.constraint):
         return Rejection(encoded.question.id, _NO_CONSTRAINT)
     chance = random.Random(f"{seed}:{kind}:{encoded.question.id}")
+    spans = encoded.spans if places == "all" else encoded.spans[:1]
     if kind == "token":
         ids = encoded.inputs["input_ids"].clone()
-        ids[:, encoded.constraint] = first_token(processing, word)
+        ids[:, torch.cat(spans)] = first_token(processing, word)
         return _replace_tokens(encoded, kind, ids)
     if kind == "symmetric":
-        return _swap_constraint(encoded, others, chance)
+        return _swap_constraint(encoded, spans, others, chance)
     if kind == "gaussian":
-        return _add_noise(encoded, mm, chance.getrandbits(63))
+        return _add_noise(encoded, torch.cat(spans).unique(), mm, chance.getrandbits(63))
     return _grey_boxes(encoded, processing) if kind == "grey" else _swap_picture(encoded, others, processing, chance)
 
 
@@ -157,24 +163,25 @@ def _replace_tokens(
 
 
 def _swap_constraint(
-    encoded: EncodedQuestion, others: Sequence[EncodedQuestion], chance: random.Random
+    encoded: EncodedQuestion, spans: Sequence[Tensor], others: Sequence[EncodedQuestion], chance: random.Random
 ) -> CorruptedQuestion | Rejection:
-    """Replace each range of the constraint by a donor's constraint of equal length; one donor for all ranges."""
+    """Replace each of these ranges by a donor's constraint of equal length; one donor for all of them."""
     for other in _rank_donors(encoded, others, chance):
         lent = {len(span): other.inputs["input_ids"][0, span] for span in reversed(other.spans)}
-        if all(len(span) in lent for span in encoded.spans):
+        if all(len(span) in lent for span in spans):
             ids = encoded.inputs["input_ids"].clone()
-            for span in encoded.spans:
+            for span in spans:
                 ids[0, span] = lent[len(span)].to(ids.device)
             swapped = _replace_tokens(encoded, "symmetric", ids, other.question.id)
             if isinstance(swapped, CorruptedQuestion):
                 return swapped
-    lengths = ", ".join(str(len(span)) for span in encoded.spans)
+    lengths = ", ".join(str(len(span)) for span in spans)
     return Rejection(encoded.question.id, f"no lender: no other question has another constraint of {lengths} tokens")
 
 
-def _add_noise(encoded: EncodedQuestion, mm: MultimodalModel, seed: int) -> CorruptedQuestion | Rejection:
-    positions = encoded.constraint.unique()
+def _add_noise(
+    encoded: EncodedQuestion, positions: Tensor, mm: MultimodalModel, seed: int
+) -> CorruptedQuestion | Rejection:
     with torch.no_grad():
         ids = to_model_device(mm, encoded.inputs)["input_ids"][0, positions]
         embedded_PD = mm.model.get_submodule(mm.layout.embedding)(ids).float().cpu()

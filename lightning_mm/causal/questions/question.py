@@ -30,6 +30,9 @@ from lightning_mm.models.processor import ModelProcessor
 LATE_IMAGE_FRACTION = 1 / 16
 """Fraction of an image's tokens that count as late (Basu et al. 2024, arXiv:2406.04236: 540 to 576 of 576)."""
 
+P2_PROMPT = "{question}? Answer in a few words."
+"""Wording of the code released with Basu et al. 2024, arXiv:2406.04236; it ends every question, complete or not."""
+
 TOKEN_CLASSES = ("image_early", "image_late", "constraint", "question", "template", "last")
 """Every token has one class: image, constraint, rest of the question, chat template, or the last token, whose logits
 give the answer."""
@@ -122,8 +125,7 @@ class QuestionEncoder:
 
     Args:
         processing: The model's processor.
-        prompt: Format of the user turn, containing ``{question}`` once (Basu et al. 2024, arXiv:2406.04236:
-            "{question} Answer in a few words.").
+        prompt: Format of the user turn, containing ``{question}`` once, such as ``P2_PROMPT``.
         max_megapixels: Larger images are rejected, in millions of pixels.
     """
 

@@ -1,9 +1,10 @@
 """Batches of probe rows: model inputs, and the tokens that belong to each site of a row.
 
 Sites of a row: ``last`` is its last token; ``image`` the image tokens; ``text`` the tokens of the row's span; ``token``
-one image token (or one of the span, without an image), chosen by a hash of the row's id; ``object:i`` the image tokens
-whose patches overlap the i-th box, weighted by the overlap. Whole batches are distributed over the ranks, so that which
-rows share a batch, and every digit of a hidden state, does not depend on the number of ranks.
+one image token (one of the span, without an image or in a row of role ``text_last``), chosen by a hash of the row's id;
+``object:i`` the image tokens whose patches overlap the i-th box, weighted by the overlap. Whole batches are distributed
+over the ranks, so that which rows share a batch, and every digit of a hidden state, does not depend on the number of
+ranks.
 
 Data flow: rows of a ``ProbeSet`` -> ``probe_loader`` (batches of rows of similar length) -> ``ProbeCollator`` (images
 decoded or gray; chat template up to where an answer would begin; one call of the processor) -> ``ProbeBatch`` ->
@@ -140,8 +141,14 @@ class ProbeCollator:
         (span,) = chat.locate_answer_spans(made.rendered, self._encoder.chat.placeholder, encoding.texts[b])
         text = torch.tensor(list(chat.tokens_of_span(span, encoding.offsets[b])), dtype=torch.long)
         assert len(text), "a span of characters has tokens"
-        token = _pick_by_hash(image if len(image) else text, row.id)
+        token = _pick_by_hash(image if len(image) and row.role != "text_last" else text, row.id)
         read = {"last": attended_L.nonzero()[-1], "image": image, "text": text, "token": token}
+        if row.role in ("text_last", "picture_last") and (int(image.min()) < int(text.min())) != (
+            row.role == "text_last"
+        ):
+            reason = "order not kept: the chat template moves the picture"
+            rejected.append(Rejection(row.sample.origin, reason, "cut"))
+            del read["token"]
         sites = {name: _scatter(torch.ones(len(at)), at, len(ids_L)) for name, at in read.items() if len(at)}
         thw = encoding.inputs.get("image_grid_thw")
         for number, each in enumerate(row.boxes):

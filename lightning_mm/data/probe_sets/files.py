@@ -19,7 +19,7 @@ from lightning_mm.core.io import write_atomically
 from lightning_mm.data.image_source import image_file
 from lightning_mm.data.sample import Sample, Turn
 
-Role = Literal["entailment", "picture", "text"]
+Role = Literal["entailment", "picture", "text", "picture_last", "text_last"]
 Label = int | tuple[int, ...]
 
 
@@ -40,8 +40,9 @@ class ProbeRow:
         group: Rows of one group must not be divided by splits and intervals: the image, or the group given by its file;
             for entailment rows all images that exchange captions, since a caption that is true in one row is false in
             another.
-        role: ``entailment`` (image and caption: do they agree?), ``picture`` (image and question) or ``text`` (its
-            caption in place of the image, and the same question).
+        role: ``entailment`` (image and caption: do they agree?), ``picture`` (image and question), ``text`` (its
+            caption in place of the image, and the same question), ``text_last`` (image, then caption) or
+            ``picture_last`` (caption, then image).
         sample: One user turn; without an image for role ``text``.
         span: Part of the turn that is site ``text``: the caption, or the question of a ``picture`` row.
         labels: Probe -> index into its classes; for ``objects`` one 0 or 1 per class; for ``object_at_patches`` one

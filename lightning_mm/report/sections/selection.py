@@ -67,7 +67,7 @@ def matrices(
         tips = len(cards) < _OPEN
         figures = [(names.long(step), _matrix(by_step[step], trained, tips)) for step in ends]
         drawn = tuple((words, figure.drawn() if tips else figure) for words, figure in figures)
-        pair = "~" in site or site in ("last", "token")
+        pair = "~" in site or site in ("last", "token", "token_last")
         cards.append(LayerMatrix(measure(name).title, describe_site(site), pair, drawn))
     return tuple(cards[:_OPEN]), tuple(cards[_OPEN:])
 

@@ -134,6 +134,13 @@ def test_averages_count_questions_once_and_tell_what_is_left_out(family: Callabl
     assert row.value == pytest.approx(float(expected), abs=1e-9)
     assert (row.n, row.null) == (3, 0.0)
     assert row.notes == ("1 of 4 questions left out: the corruption hardly changed the answer",)
+    restored = torch.stack([each.restored[0, 1, inside].mean() for each in (*known, blind)])
+    effect, level = rows["trace_effect", "mlp/constraint"][1], rows["trace_restored", "mlp/constraint"][1]
+    fallen = torch.tensor([0.1, 0.1, 0.1, 0.49], dtype=torch.float64)
+    assert effect.value == pytest.approx(float((restored - fallen).mean()), abs=1e-9)
+    assert level.value == pytest.approx(float(restored.mean()), abs=1e-9)
+    assert (effect.n, effect.null, level.null) == (4, 0.0, pytest.approx(float(fallen.mean())))
+    assert effect.notes == ("of all traced questions the mean probability is 0.800 clean, 0.198 corrupted",)
 
 
 def test_a_corruption_that_changes_nothing_is_an_error(family: Callable[[str], Path], tmp_path: Path) -> None:

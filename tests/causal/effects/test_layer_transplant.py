@@ -11,6 +11,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from lightning_mm.causal.effects.layer_transplant import (
     Hybrid,
+    TransplantConfig,
     combine_hybrids,
     hybrid_from_adapters,
     hybrid_from_models,
@@ -21,6 +22,7 @@ from lightning_mm.causal.effects.layer_transplant import (
     transplant_windows,
 )
 from lightning_mm.causal.questions.question import last_logits
+from lightning_mm.core.errors import UserError
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.handle import MultimodalModel
@@ -122,3 +124,14 @@ def test_curves_count_whole_answers(family: Callable[[str], Path], data: dict[st
     assert site == "sliding/picture"
     assert set(rows) == {0, 2}
     assert all((each.value, each.null, each.n) == (0.0, float(found.right.mean()), 6) for each in rows.values())
+
+
+def test_windows_are_about_fifteen_or_those_that_are_asked_for() -> None:
+    assert len(TransplantConfig().windows("sliding", 32)) == 16
+    assert TransplantConfig().windows("sliding", 32)[4] == (2, 3, 4, 5, 6)
+    # Palacios et al.: one layer at a time, every second one.
+    single = TransplantConfig(width=1, step=2)
+    assert single.windows("sliding", 32) == {layer: (layer,) for layer in range(0, 32, 2)}
+    assert single.windows("cumulative", 6) == {1: (0, 1), 3: (0, 1, 2, 3), 5: (0, 1, 2, 3, 4, 5)}
+    with pytest.raises(UserError, match="width is 0"):
+        TransplantConfig(width=0)

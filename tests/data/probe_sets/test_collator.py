@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lightning_mm.analysis.hidden_states import ROLE_SITES
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.data.collator import PromptCollator
 from lightning_mm.data.probe_sets.collator import ProbeCollator
@@ -20,6 +21,14 @@ from lightning_mm.models.processor import ModelProcessor
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "smolvlm", "internvl", "gemma3", "mllama")
 Load = Callable[[str], ModelProcessor]
 CAPTION = 'a naïve cat, and 2 dogs – "here"'
+
+PICTURES_FIRST = (
+    "{% for message in messages %}{{ message['role'].upper() + ': ' }}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+"""The template of LLaVA-1.5 as transformers has it, in short."""
 
 
 def probe(name: str, text: str, span: str, image: Path | None, *, role: Role = "entailment", **others: Any) -> ProbeRow:
@@ -167,3 +176,36 @@ def test_it_goes_to_workers(processing: Load, rows: list[ProbeRow]) -> None:
     again = pickle.loads(pickle.dumps(batch))
     assert torch.equal(again.weights, batch.weights)
     assert [row.id for row in again.rows] == [row.id for row in rows]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_token_is_of_what_is_read_last(name: str, processing: Load, rows: list[ProbeRow]) -> None:
+    """Picture and caption in one prompt: one token of the caption behind the picture, and the other way round."""
+    made, image = processing(name), Path(str(rows[0].sample.images[0]))
+    batch = ProbeCollator(made)(
+        [
+            probe("1", f"<image>\n{CAPTION}", CAPTION, image, role="text_last"),
+            probe("2", f"{CAPTION}\n<image>", CAPTION, image, role="picture_last"),
+        ]
+    )
+    if batch.rejected:
+        assert name == "llava_next"  # its template writes pictures first
+        assert {each.reason for each in batch.rejected} == {"order not kept: the chat template moves the picture"}
+        assert "token" in batch.sites[0]
+        assert "token" not in batch.sites[1]
+        return
+    for b, (site, other) in enumerate([("text", "image"), ("image", "text")]):
+        (token,) = read(batch, b, "token")
+        assert token in read(batch, b, site)
+        assert token > max(read(batch, b, other))
+        assert f"{batch.rows[b].role}/token" in {
+            f"{role}/{name}" for role, sites in ROLE_SITES.items() for name in sites
+        }
+
+
+def test_a_template_that_moves_the_picture_is_told(processing: Load, rows: list[ProbeRow]) -> None:
+    made, image = processing("llava"), Path(str(rows[0].sample.images[0]))
+    made.template = PICTURES_FIRST
+    batch = ProbeCollator(made)([probe("2", f"{CAPTION}\n<image>", CAPTION, image, role="picture_last")])
+    assert [each.reason for each in batch.rejected] == ["order not kept: the chat template moves the picture"]
+    assert "token" not in batch.sites[0]

@@ -29,6 +29,7 @@ def open_probe_set(
     prompt: str = ENTAILMENT_PROMPT,
     seed: int = 0,
     max_megapixels: float = 40.0,
+    both_last: bool = False,
 ) -> ProbeSet:
     """A saved probe set, or one drawn from a file.
 
@@ -40,6 +41,8 @@ def open_probe_set(
         prompt: Prompt of entailment rows, with ``{caption}`` in it. A saved set has its own.
         seed: Random seed of the draw.
         max_megapixels: Limit on the size of an image, in megapixels.
+        both_last: Whether each image and its caption stand in one prompt too, once with either of them last. A saved
+            set is as it was drawn.
 
     Raises:
         UserError: The file cannot be read, or nothing in it can be probed.
@@ -56,7 +59,7 @@ def open_probe_set(
         read = scenes_of_samples(source, name)
     _check_any(name, read)
     selected, bad_pictures = select_images(read.scenes, max_pictures, lambda image: load(image, max_megapixels), seed)
-    sampled = build_probe_rows(selected, source=name, prompt=prompt, seed=seed)
+    sampled = build_probe_rows(selected, source=name, prompt=prompt, seed=seed, both_last=both_last)
     rejected.num_rows["data.probes"] += read.num_rows
     rejected.add([*read.rejections, *bad_pictures, *sampled.rejections], split="data.probes")
     rejected.check()

@@ -4,7 +4,8 @@ Image files are decoded at selection, so that none is missing later and leaves i
 ``entailment``: does the caption describe the image (the global question of arXiv:2402.17304), with the true caption, a
 random false one and a hard one. ``picture``: the image and a question, to probe for its objects (the local question of
 arXiv:2402.17304). ``text``: the caption in place of the image and the same question; with ``picture`` a pair of equal
-meaning (arXiv:2606.03871).
+meaning (arXiv:2606.03871). ``text_last`` and ``picture_last``, where they are asked for: image and caption in one
+prompt, in either order (arXiv:2606.03871).
 
 Data flow: Scenes -> ``select_images`` -> ``SelectedImage`` -> ``entailment`` (false captions), ``objects`` (classes)
 -> ``build_probe_rows`` -> ``ProbeSet``.
@@ -153,7 +154,12 @@ class SampledProbeSet:
 
 
 def build_probe_rows(
-    selected: Sequence[SelectedImage], *, source: str, prompt: str = ENTAILMENT_PROMPT, seed: int = 0
+    selected: Sequence[SelectedImage],
+    *,
+    source: str,
+    prompt: str = ENTAILMENT_PROMPT,
+    seed: int = 0,
+    both_last: bool = False,
 ) -> SampledProbeSet:
     """The probe set with every row that can be built from the selected images.
 
@@ -162,6 +168,7 @@ def build_probe_rows(
         source: File that they are from, for the record.
         prompt: Prompt of entailment rows, with ``{caption}`` where the caption goes.
         seed: Random seed of the pairing.
+        both_last: Whether to add rows of roles ``text_last`` and ``picture_last``.
 
     Raises:
         UserError: The prompt has no place for a caption, or no row can be built.
@@ -176,6 +183,7 @@ def build_probe_rows(
     drafts = [
         made for each in selected for made in _rows(each, false_captions.get(each.scene.id), object_probes, prompt)
     ]
+    drafts += [made for each in selected if both_last for made in _both_last(each.scene)]
     torn = {made.group for made in drafts if made.role == "entailment" and not made.is_clear}
     for made in drafts:
         if not made.is_clear:
@@ -237,6 +245,19 @@ def _rows(
     if scene.captions:
         text = f"{scene.caption}\n{PICTURE_QUESTION}"
         yield _RowDraft(f"{scene.id}:text", scene.family, "text", text, scene.caption, None, {}, scene.origin)
+
+
+def _both_last(scene: Scene) -> Iterator[_RowDraft]:
+    """Rows with image and caption in one prompt, each once as the last of the two (arXiv:2606.03871)."""
+    if scene.captions:
+        orders: tuple[tuple[Role, str], ...] = (
+            ("text_last", f"{IMAGE_MARK}\n{scene.caption}"),
+            ("picture_last", f"{scene.caption}\n{IMAGE_MARK}"),
+        )
+        for role, text in orders:
+            yield _RowDraft(
+                f"{scene.id}:{role}", scene.family, role, text, scene.caption, scene.image, {}, scene.origin
+            )
 
 
 def _entailment(scene: Scene, false_captions: FalseCaptions, prompt: str) -> Iterator[_RowDraft]:
