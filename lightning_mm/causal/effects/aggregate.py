@@ -90,7 +90,7 @@ def average_traces(traces: Sequence[CausalTrace]) -> Iterator[tuple[str, str, li
 def _class_means(
     values: Sequence[Tensor], traces: Sequence[CausalTrace], name: str, nulls: Sequence[float] | None = None
 ) -> list[Estimate] | None:
-    """Means of one token class for each layer, with one null per trace (None: 0); None if no question has such tokens."""
+    """Means of one token class by layer, with one null per trace (None: 0); None if no question has such tokens."""
     rows, questions, null_Q = [], [], []
     for number, (value_NU, trace) in enumerate(zip(values, traces, strict=True)):
         inside = [u for u, token_class in enumerate(trace.classes) if token_class == name]
