@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,18 @@ class TargetSources:
     index: Tensor | None = None
 
 
+class SharedPrefix(NamedTuple):
+    """Which first tokens of a row an earlier row of the batch has too, so that they are computed once.
+
+    Args:
+        owner: Row that computes them, for each of the B rows; a row that shares nothing owns itself.
+        length: Number of those tokens, for each of the B rows; 0 for a row that owns itself.
+    """
+
+    owner: tuple[int, ...]
+    length: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Batch:
     """Conversations for teacher forcing.
@@ -54,6 +67,7 @@ class Batch:
         rejected: Samples that were dropped from this batch, or truncated.
         cached: Activations from the cache: hidden states (``inputs`` then hold no pixels) or vision features (images
             are then gray); None without a cache.
+        shared: Tokens that several rows have in common, with the same pictures; None: every row is computed whole.
     """
 
     inputs: dict[str, Tensor]
@@ -63,14 +77,19 @@ class Batch:
     samples: tuple[Sample, ...]
     rejected: tuple[Rejection, ...] = ()
     cached: "CachedStates | CachedFeatures | None" = None
+    shared: SharedPrefix | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @cached_property
     def real(self) -> Tensor:
-        """(T,) flat indices into B * L of all tokens that are not padding."""
-        return (self.regions != TokenRegion.PAD).flatten().nonzero().squeeze(1)
+        """(T,) flat indices into B * L of all tokens that are computed: no padding, and none shared before."""
+        is_real = self.regions != TokenRegion.PAD
+        if self.shared is not None:
+            lengths_B = torch.tensor(self.shared.length, device=is_real.device)
+            is_real = is_real & (torch.arange(is_real.shape[1], device=is_real.device) >= lengths_B[:, None])
+        return is_real.flatten().nonzero().squeeze(1)
 
     @cached_property
     def target_sources(self) -> TargetSources:
@@ -86,6 +105,15 @@ class Batch:
     def num_supervised(self) -> int:
         """S, known without synchronizing with the device."""
         return self.targets.shape[0]
+
+    @property
+    def picture_share(self) -> float:
+        """Share of the rows' pictures that are computed: below 1 where rows share pictures."""
+        counts = [len(sample.images) + len(sample.videos) for sample in self.samples]
+        if self.shared is None or not sum(counts):
+            return 1.0
+        own = [count for count, shared in zip(counts, self.shared.length, strict=True) if not shared]
+        return sum(own) / sum(counts)
 
     @property
     def has_images(self) -> bool:

@@ -44,6 +44,7 @@ from lightning_mm.data.sample import (
     questions_of,
     sort_by_answer_length,
 )
+from lightning_mm.data.shared_images import ImageGroups, SharedImageCollator
 from lightning_mm.data.split import SplitOptions
 from lightning_mm.data.splits import Splits
 from lightning_mm.data.stored_lengths import longest_needed, stored_token_lengths
@@ -81,6 +82,10 @@ class MMDataModule(L.LightningDataModule):
         eval_batch_size: Conversations, or questions, per device and step of evaluation; as batch_size if not given.
         max_length: Longest conversation in tokens. A longer one loses its end, or falls out if image tokens or all of
             its answers would be lost. auto: as the longest training conversation needs, within the model's context.
+        share_images: Whether training and validation rows with the same pictures are put into one batch, and what they
+            have in common is computed once; batch_size and eval_batch_size then count pictures. Losses and gradients
+            are those of each row alone, which is proved before the first step. See ``data.shared_images``.
+        rows_per_image: With share_images: most rows of a picture in a batch; no limit if not given.
         num_workers: Processes per device that prepare batches.
         seed: Of the order of samples, and of which rows a source with a limit has.
         temperature: Above 0: the share of a training source is its weight times (rows * repeats)^(1 / temperature);
@@ -132,6 +137,8 @@ class MMDataModule(L.LightningDataModule):
         max_length: int | Literal["auto"] | None = 2048,
         max_tokens: int | None = None,
         group_by_length: bool = False,
+        share_images: bool = False,
+        rows_per_image: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         max_bad_fraction: float = 0.01,
@@ -162,6 +169,11 @@ class MMDataModule(L.LightningDataModule):
         _refuse_below(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
         _refuse_below(1, max_length=None if max_length == "auto" else max_length)
         _refuse_below(1, max_tokens=max_tokens, max_images=max_images, video_frames=video_frames)
+        _refuse_below(1, rows_per_image=rows_per_image)
+        if share_images:
+            _refuse_with_sharing(
+                max_tokens=max_tokens is not None, group_by_length=group_by_length, streaming=streaming
+            )
         _refuse_below(2, probe_images=probe_images)
         _refuse_below(0, num_workers=num_workers, seed=seed, generation_samples=generation_samples)
         _refuse_below(0, shuffle_buffer=shuffle_buffer)
@@ -183,6 +195,7 @@ class MMDataModule(L.LightningDataModule):
         self._max_length: int | Literal["auto"] | None = max_length
         self.max_megapixels = max_megapixels
         self.max_tokens, self.group_by_length = max_tokens, group_by_length
+        self.share_images, self.rows_per_image = share_images, rows_per_image
         self.bounds = PixelBounds(min_pixels, max_pixels)
         self.video_frames = video_frames
         self._row_options: dict[str, Any] = {
@@ -303,6 +316,7 @@ class MMDataModule(L.LightningDataModule):
         made = copy.copy(self)
         made.rows = self.rows.without_limits(RejectedSamples(self.rejected_samples.max_bad_fraction))
         made.streaming, made._measured = False, None
+        vars(made).pop("_train_groups", None)
         return made
 
     def train_dataloader(self) -> ResumableDataLoader:
@@ -321,14 +335,25 @@ class MMDataModule(L.LightningDataModule):
 
     def _table_loader(self, collate: Collate, **options: Any) -> ResumableDataLoader:
         samples = self.rows.table("train")
+        if self.share_images:
+            groups = self._train_groups
+            groups.log()
+            options |= {"fingerprint": groups.fingerprint, "mixture": self.rows.mixture_of(groups.per_source)}
+            return training_loader(groups, SharedImageCollator(collate), **options)
         options |= {"fingerprint": samples.fingerprint, "mixture": self.rows.mixture}
         if self.max_tokens is None and not self.group_by_length:
             return training_loader(samples, collate, **options)
         return length_batched_loader(samples, collate, self._lengths, max_tokens=self.max_tokens, **options)
 
+    @cached_property
+    def _train_groups(self) -> ImageGroups:
+        return ImageGroups(self.rows.table("train"), self.rows_per_image)
+
     @property
     def rows_per_batch(self) -> float:
         """Average number of conversations in a training batch of one rank."""
+        if self.share_images:
+            return self.batch_size * self._train_groups.mean_size
         if self.max_tokens is None:
             return float(self.batch_size)
         return self.rows.mixture.num_rows / len(
@@ -460,8 +485,25 @@ class MMDataModule(L.LightningDataModule):
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))
-        loaders = [self._loader(samples, self._wrapped_collator(samples))] if samples else []
+        loaders = [self._conversation_loader(samples)] if samples else []
         return loaders + ([self._loader(questions, self._prompt_collator())] if questions else [])
+
+    def _conversation_loader(self, samples: Sequence[Sample]) -> CheckedDataLoader:
+        collate = self._wrapped_collator(samples)
+        if not (self.share_images and isinstance(samples, RowTable)):
+            return self._loader(samples, collate)
+        return self._loader(ImageGroups(samples, self.rows_per_image), SharedImageCollator(collate))
+
+    def shared_example(self) -> Batch | None:
+        """A training batch of rows that share pictures, to prove sharing with; None where no rows do."""
+        groups = self._train_groups
+        found = [number for number, rows in enumerate(groups.groups[:_SHARED_TRIED]) if len(rows) > 1]
+        batch = SharedImageCollator(self.collator())([groups[number] for number in found[:2]]) if found else None
+        if batch is None or batch.shared is None:
+            why = "no rows have the same picture" if not found else "what they have in common ends before the picture"
+            log_decision("data.share_images", "no effect", f"{why} among the first {_SHARED_TRIED} groups")
+            return None
+        return batch
 
     def _loader(self, dataset: Sequence[Any], collate: Callable[..., Any]) -> CheckedDataLoader:
         return evaluation_loader(dataset, collate, batch_size=self.eval_batch_size, num_workers=self.num_workers)
@@ -485,6 +527,20 @@ class MMDataModule(L.LightningDataModule):
 
     def _prompt_collator(self, blank_images: bool = False) -> PromptCollator:
         return PromptCollator(self.processing, self.max_length, blank_images=blank_images, **self._row_options)
+
+
+_SHARED_TRIED = 1000
+"""Groups, from the first on, among which rows that share a picture are looked for."""
+
+
+def _refuse_with_sharing(**options: bool) -> None:
+    for name, is_set in options.items():
+        if is_set:
+            raise UserError(
+                f"data.share_images and data.{name} do not go together.",
+                "Rows with the same picture come in one batch, whatever their lengths, and all rows must be known.",
+                f"Leave data.{name} out, and give data.batch_size, in pictures.",
+            )
 
 
 def _refuse_below(least: int, **options: int | None) -> None:

@@ -111,6 +111,17 @@ class RowTable(Sequence[Sample]):
         ]
         return np.concatenate([np.zeros(0, np.int64), *counts])[self.rows]
 
+    def image_keys(self) -> Indices:
+        """(N,) equal for rows with the same pictures (paths of files, or contents); 0 for rows without, or with videos.
+
+        A file and a copy of it have different keys.
+        """
+        keys = np.zeros(self._starts[-1], dtype=np.int64)
+        for start, (part, rows) in zip(self._starts, self.rows_by_part(), strict=False):
+            cells = _light(part.file).select(["images", "videos"]).take(pa.array(rows)).to_pylist()
+            keys[start + rows] = [_image_key(part.file, *cell) for cell in zip(rows.tolist(), cells, strict=True)]
+        return keys[self.rows]
+
     @property
     def all_videos_checked(self) -> bool:
         """Whether each video was looked at, which some need a package for."""
@@ -152,6 +163,16 @@ def _sample(part: TablePart, row: int) -> Sample:
         source=part.source,
         sizes=checked_part(part.file).sizes_of(row) if cells["images"] else (),
     )
+
+
+def _image_key(file: Path, row: int, cells: dict[str, list[dict[str, bytes]]]) -> int:
+    """Digest of the pictures of a row; 0 where it has none, or videos."""
+    if cells["videos"] or not cells["images"]:
+        return 0
+    digest = xxhash.xxh3_64()
+    for image in _images(file, row, cells["images"], "images"):
+        digest.update(b"/" + (os.fsencode(image) if isinstance(image, Path) else image.read_bytes()))
+    return (digest.intdigest() >> 1) or 1
 
 
 def _images(file: Path, row: int, cells: list[dict[str, bytes]], column: str) -> tuple[ImageSource, ...]:

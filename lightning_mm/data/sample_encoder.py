@@ -28,6 +28,8 @@ Side = Literal["left", "right"]
 ENCODE_ERRORS = (ValueError, RuntimeError, LookupError, ArithmeticError, TypeError, OSError)
 _MARKS = re.compile(f"{IMAGE_MARK}|{VIDEO_MARK}")
 _GRAY = (127, 127, 127)
+ANIMATED = "animated image"
+"""Begins the reason why a row is used in part that only its decoded images show."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class SampleEncoder:
         """
         loaded = [pictures.load(path, self.max_megapixels) for path in sample.images[:num_images]]
         if any(picture.is_animated for picture in loaded):
-            rejected.append(Rejection(sample.origin, "animated image: its first frame is used", "cut"))
+            rejected.append(Rejection(sample.origin, f"{ANIMATED}: its first frame is used", "cut"))
         return [picture.image for picture in loaded]
 
     def encode(

@@ -150,6 +150,14 @@ class Splits:
             self._mixture = Mixture(split.sources, split.num_used, self.temperature, self.reading.seed)
         return self._mixture
 
+    def mixture_of(self, sizes: Sequence[int]) -> Mixture:
+        """The training mixture of other units than rows, such as groups of rows.
+
+        Args:
+            sizes: Units of each training source.
+        """
+        return Mixture(self.split("train").sources, sizes, self.temperature, self.reading.seed)
+
     def source_counts(self) -> list[dict[str, Any]]:
         """Rows read, dropped before training and in use of each source of train, val and test, as far as they are read.
 

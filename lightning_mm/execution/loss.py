@@ -32,14 +32,20 @@ class LossOutput:
     Args:
         nll: () summed negative log-likelihood in nats, attached to the autograd graph.
         num_tokens: Number of supervised tokens S.
-        num_correct: () number of supervised tokens that were the model's most likely token.
         token_nll: (S,) negative log-likelihood of each supervised token, detached.
+        token_correct: (S,) whether each was the most likely token: an answer of which all are is the one that greedy
+            decoding gives.
     """
 
     nll: Tensor
     num_tokens: int
-    num_correct: Tensor
     token_nll: Tensor
+    token_correct: Tensor
+
+    @property
+    def num_correct(self) -> Tensor:
+        """() number of supervised tokens that were the model's most likely token."""
+        return self.token_correct.sum()
 
 
 def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> LossOutput:
@@ -70,8 +76,10 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
 
     parts = zip(held[0].split(rows, 1), batch.targets.split(rows), strict=True)
     found = [LossOutput(*checkpoint(scored, *part, use_reentrant=False)) for part in parts]
-    nll, correct = (torch.stack(each).sum() for each in zip(*((f.nll, f.num_correct) for f in found), strict=True))
-    return LossOutput(nll, batch.num_supervised, correct, torch.cat([f.token_nll for f in found]))
+    token_nll, correct = (
+        torch.cat(each) for each in zip(*((f.token_nll, f.token_correct) for f in found), strict=True)
+    )
+    return LossOutput(torch.stack([f.nll for f in found]).sum(), batch.num_supervised, token_nll, correct)
 
 
 def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
@@ -117,7 +125,7 @@ def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor, T
     nll = F.nll_loss(log_p_SV, targets, reduction="sum")
     with torch.no_grad():
         token_nll = -log_p_SV.gather(1, targets.unsqueeze(1)).squeeze(1)
-        return nll, len(targets), (logits_SV.argmax(-1) == targets).sum(), token_nll
+        return nll, len(targets), token_nll, logits_SV.argmax(-1) == targets
 
 
 class HeadSplit:

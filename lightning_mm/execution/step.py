@@ -17,11 +17,12 @@ from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, split_verified_prefix
 from lightning_mm.execution.cache.fingerprint import open_store
-from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
+from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix, temporary_eval_mode
 from lightning_mm.execution.cache.store import RecordStore, StorageDtype
 from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, split_verified_tower
 from lightning_mm.execution.loss import LossOutput, supervised_nll
 from lightning_mm.execution.prepare import Compute, apply_techniques
+from lightning_mm.execution.shared_images import encode_images_once, verify_sharing
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.handle import MultimodalModel
@@ -73,7 +74,7 @@ class TrainingStep:
     def objective(self, batch: Batch) -> LossOutput:
         """Loss of a batch, summed over its supervised tokens."""
         head = self.mm.head
-        with self._apply_cached(batch), unpadded(self._tokens(batch)):
+        with self._apply_cached(batch), unpadded(self._tokens(batch)), encode_images_once(self.mm, batch):
             return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
 
     def open_cache(
@@ -113,6 +114,24 @@ class TrainingStep:
             if settings.mode == "on":
                 raise
             log_decision("model.cache", "off", error.why)
+
+    def verify_sharing(self, batch: Batch) -> None:
+        """Prove that rows which share pictures train as if each stood alone.
+
+        Args:
+            batch: Rows of the run on the model's device; nothing is to be proved where they share nothing.
+
+        Raises:
+            UserError: They do not, or packing is off.
+        """
+        if batch.shared is None:
+            return
+        if not self.compute.packing:
+            why = "What rows share is left out of a block with the padding, and model.compute.packing is off."
+            raise UserError("data.share_images is not possible here.", why, "Leave model.compute.packing on.")
+        exact = self.mm.transformers.dtype == torch.float32 and not torch.is_autocast_enabled(batch.regions.device.type)
+        with temporary_eval_mode(self.mm.model, batch.regions.device):
+            verify_sharing(self.mm, batch, lambda given: self.objective(given).token_nll, exact)
 
     @property
     def cache_decided(self) -> bool:
@@ -202,7 +221,9 @@ class TrainingStep:
         return store, storage_dtype, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
-        return RealTokens(batch.real, *batch.regions.shape) if self.compute.packing else None
+        if not self.compute.packing:
+            return None
+        return RealTokens(batch.real, len(batch), batch.regions.shape[1], batch.shared)
 
     def _apply_cached(self, batch: Batch) -> AbstractContextManager[None]:
         if batch.cached is None:
@@ -214,6 +235,8 @@ class TrainingStep:
                 return self.cache.tower.starting_from(self.cache.states(batch.cached))
         assert isinstance(self.cache, PrefixCache), "hidden states belong to a prefix cache"
         uncached = batch.cached.uncached
-        with unpadded(None if uncached is None else self._tokens(uncached)):
+        if uncached is None:
+            return self.cache.prefix.starting_from(self.cache.states(batch.cached))
+        with unpadded(self._tokens(uncached)), encode_images_once(self.mm, uncached):
             states = self.cache.states(batch.cached)
         return self.cache.prefix.starting_from(states)

@@ -292,7 +292,8 @@ def executed_flops(cost: StepCost, batches: Sequence[Batch], packed: bool, on_cp
         real, padded = StepShape.of(batch), StepShape.of(batch, padded=True)
         without_padding = cost.at(real).by_part
         apart = packed and on_cpu and attends_row_by_row((batch.regions != TokenRegion.PAD).sum(1).tolist())
-        for part, flops in cost.at(replace(padded, tokens=real.tokens) if packed else padded).by_part.items():
+        run = replace(padded, tokens=real.tokens, pixels=real.pixels, picture_pairs=real.picture_pairs)
+        for part, flops in cost.at(run if packed else padded).by_part.items():
             spent = without_padding[part] if apart and flops.input_gradients else flops
             by_part[part] += spent.scaled(1 / len(batches))
     return StepFlops(dict(by_part))

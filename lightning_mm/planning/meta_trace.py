@@ -81,7 +81,7 @@ def trace_step(
             if bf16:
                 stack.enter_context(MetaAutocast(recorder.record_weight_copy))
             stack.enter_context(MetaWeightsMode(recorder.record_op))
-            stack.enter_context(unpadded(RealTokens(batch.real, *batch.regions.shape)))
+            stack.enter_context(unpadded(RealTokens(batch.real, len(batch), batch.regions.shape[1], batch.shared)))
             loss = supervised_nll(skeleton, skeleton.get_submodule(layout.head), batch).nll
     except (RuntimeError, NotImplementedError, KeyError, AttributeError, TypeError, ValueError, IndexError) as error:
         if equal_once:  # blocks may pass tensors to one another beside their outputs

@@ -8,6 +8,7 @@ Shapes: B rows, L tokens after padding, N pictures.
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from lightning_mm.data.batch import Batch, TokenRegion
@@ -19,7 +20,7 @@ class StepShape:
 
     Args:
         tokens: Tokens of all rows.
-        pairs: Squared tokens of each row, summed: the size of self-attention.
+        pairs: Tokens of each row that are computed, times all of its tokens, summed: the size of self-attention.
         supervised: Positions whose next token is trained.
         pixels: Elements of the pictures' tensors.
         picture_pairs: Squared patches of each picture, summed, in families whose pictures keep their size; else 0.
@@ -43,18 +44,22 @@ class StepShape:
 
         Args:
             batch: As the collator makes it.
-            padded: Whether padding counts as tokens, as in the batch's tensors.
+            padded: Whether padding counts as tokens, and what rows share in each of them, as in the batch's tensors.
         """
         rows, length = batch.regions.shape
         pairs = rows * length**2 if padded else int(token_pairs(batch))
-        tokens = batch.regions.numel() if padded else int((batch.regions != TokenRegion.PAD).sum())
-        pixels, picture_pairs = count_pixels(batch.inputs), sum(count**2 for count in patch_counts(batch.inputs))
-        return cls(float(tokens), float(pairs), float(batch.num_supervised), float(pixels), float(picture_pairs))
+        tokens = batch.regions.numel() if padded else len(batch.real)
+        share = 1.0 if padded else batch.picture_share
+        pixels = share * count_pixels(batch.inputs)
+        picture_pairs = share * sum(count**2 for count in patch_counts(batch.inputs))
+        return cls(float(tokens), float(pairs), float(batch.num_supervised), pixels, picture_pairs)
 
 
 def token_pairs(batch: Batch) -> Tensor:
-    """() squared tokens of each row, summed, without padding."""
-    return (batch.regions != TokenRegion.PAD).sum(1).square().sum()
+    """() tokens that are computed times the tokens of their row, summed, without padding."""
+    lengths_B = (batch.regions != TokenRegion.PAD).sum(1)
+    shared_B = 0 if batch.shared is None else torch.tensor(batch.shared.length, device=lengths_B.device)
+    return ((lengths_B - shared_B) * lengths_B).sum()
 
 
 def count_pixels(inputs: Mapping[str, Tensor]) -> int:

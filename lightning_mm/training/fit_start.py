@@ -64,6 +64,23 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
         step.open_cache(settings, data.collator(), example, epochs, facts)
 
 
+def prove_sharing(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> None:
+    """Prove on this run's rows that those which share pictures train as if each stood alone, where they are to.
+
+    Args:
+        step: The prepared step, its model on the trainer's device.
+        trainer: The trainer of the fit.
+        data: Where its rows come from.
+
+    Raises:
+        UserError: They do not.
+    """
+    batch = data.shared_example() if data.share_images and data.paths["train"] is not None else None
+    if batch is not None:
+        with trainer.precision_plugin.forward_context():
+            step.verify_sharing(batch.to(trainer.strategy.root_device))
+
+
 def _times_seen(trainer: L.Trainer, data: MMDataModule) -> float:
     """How often a run sees a row, on average; once, where the number of rows is not known."""
     num_rows = data.rows.num_train_rows

@@ -45,7 +45,7 @@ from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of, live
-from lightning_mm.training.fit_start import find_unread, open_cache, refuse_cache
+from lightning_mm.training.fit_start import find_unread, open_cache, prove_sharing, refuse_cache
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.model_and_data import ModelAndData
 from lightning_mm.training.resume_point import ResumePoint, at_step_end
@@ -297,6 +297,7 @@ class MMModule(ModelAndData):
         """
         if self._files is not None:
             open_cache(self.step, self.cache, self.trainer, self._files)
+            prove_sharing(self.step, self.trainer, self._files)
         if self._make_optimizer is not None:
             log_decision("model.optimizer", "yours", "its rates stay as they are, but for a schedule of its own")
             made: OptimizerLRScheduler = self._make_optimizer(named_groups(self.mm, self.plan))

@@ -145,9 +145,10 @@ def test_the_loss_is_torchs_cross_entropy_bit_for_bit(shape: tuple[int, int]) ->
     logits = (torch.randn(shape, generator=generator) * 5).requires_grad_()
     targets = torch.randint(shape[1], shape[:1], generator=generator)
     expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
-    nll, count, _, token_nll = _loss_terms(logits, targets)
+    nll, count, token_nll, correct = _loss_terms(logits, targets)
     assert torch.equal(nll, expected)
     assert torch.equal(*(torch.autograd.grad(value, logits)[0] for value in (nll, expected)))
     assert torch.equal(token_nll, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
     assert count == len(token_nll) == shape[0]
+    assert torch.equal(correct, logits.argmax(-1) == targets)
     assert not token_nll.requires_grad

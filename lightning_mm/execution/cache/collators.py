@@ -24,6 +24,7 @@ from lightning_mm.data.batch import Batch, CachedFeatures, CachedStates, TokenRe
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.image_source import ImageSource
 from lightning_mm.data.sample import Rejection, Sample
+from lightning_mm.data.sample_encoder import ANIMATED as PICTURE_NOTE
 from lightning_mm.execution.cache.store import RecordStore
 
 Record = dict[str, Tensor]
@@ -132,6 +133,11 @@ class RowKeys:
         turns = [[turn.role, turn.text, turn.train, turn.reasoning, turn.tool_calls] for turn in sample.turns]
         files = [[self._digest(path) for path in given] for given in (sample.images, sample.videos)]
         return hashlib.sha256(json.dumps([turns, files, sample.tools]).encode()).hexdigest()
+
+    def of_pictures(self, sample: Sample) -> str:
+        """SHA-256 (hexadecimal) of the contents of a sample's images and videos, in order."""
+        files = [[self._digest(path) for path in given] for given in (sample.images, sample.videos)]
+        return hashlib.sha256(json.dumps(files).encode()).hexdigest()
 
     def _digest(self, path: ImageSource) -> str:
         try:
@@ -242,35 +248,41 @@ class CachedVisionCollator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Batch of the valid samples. Raises UserError if none is valid."""
         rejected: list[Rejection] = []
-        keys = {id(sample): self._key(sample) for sample in samples}
+        keys = {id(sample): self._key.of_pictures(sample) for sample in samples}
         known: dict[str, dict[str, Tensor]] = {}
         uncached: dict[str, Batch] = {}
-        rejections: dict[str, list[Rejection]] = {}
+        cuts: dict[str, list[str]] = {}
+        refused: dict[int, list[Rejection]] = {}
         for sample in samples:
             key = keys[id(sample)]
             if key in known or key in uncached:
                 continue
             if (record := self._store.get(key, self._dtype)) is not None:
                 known[key] = record
-            elif (made := self._collator.collate_valid([sample], rejections.setdefault(key, []))) is not None:
-                uncached[key] = made
+                continue
+            found: list[Rejection] = []
+            if (made := self._collator.collate_valid([sample], found)) is None:
+                refused[id(sample)] = found
+                continue
+            uncached[key], cuts[key] = made, [each.reason for each in found if each.kind == "cut"]
         usable = [sample for sample in samples if keys[id(sample)] in known or keys[id(sample)] in uncached]
         again: list[Rejection] = []
         batch = self._collator.collate_valid(usable, again, blank_images=True) if usable else None
         if batch is None:
             return self._collator(samples)
-        for key, each in rejections.items():
-            rejected += each if key not in uncached else []
-        # Truncation was reported when a row was encoded with its images; equal rows are reported one by one.
-        rejected += [each for each in again if each.kind != "cut"]
+        for sample in samples:
+            rejected += refused[id(sample)] if keys[id(sample)] not in uncached and id(sample) in refused else []
+        rejected += again
+        # What only shows with the pictures themselves (an animated one) was found when they were encoded.
+        own = {key: [reason for reason in reasons if reason.startswith(PICTURE_NOTE)] for key, reasons in cuts.items()}
         for s in batch.samples:
             key = keys[id(s)]
             rejected += (
                 truncation_reasons(known[key], s)
                 if key in known
-                else [replace(each, origin=s.origin) for each in rejections[key]]
+                else [Rejection(s.origin, reason, "cut") for reason in own[key]]
             )
-        return replace(batch, cached=self._cached(batch, keys, known, uncached, rejections), rejected=tuple(rejected))
+        return replace(batch, cached=self._cached(batch, keys, known, uncached, own), rejected=tuple(rejected))
 
     def _cached(
         self,
@@ -278,7 +290,7 @@ class CachedVisionCollator:
         keys: dict[int, str],
         known: dict[str, dict[str, Tensor]],
         uncached: dict[str, Batch],
-        rejections: dict[str, list[Rejection]],
+        notes: dict[str, list[str]],
     ) -> CachedFeatures:
         rows = [keys[id(sample)] for sample in batch.samples]
         uncached_rows = [b for b, key in enumerate(rows) if key in uncached]
@@ -287,8 +299,5 @@ class CachedVisionCollator:
             tuple(uncached_rows),
             tuple(uncached[rows[b]] for b in uncached_rows),
             tuple(rows[b] for b in uncached_rows),
-            tuple(
-                with_truncation_reasons({}, [r.reason for r in rejections[rows[b]] if r.kind == "cut"])
-                for b in uncached_rows
-            ),
+            tuple(with_truncation_reasons({}, notes[rows[b]]) for b in uncached_rows),
         )

@@ -163,13 +163,16 @@ class FeatureCache(RowCache):
     def states(self, cached: CachedFeatures) -> list[Tensor | None]:
         """Features of every row, None for rows without images; those of uncached rows are computed and cached."""
         states = list(cached.states)
+        computed: dict[str, Tensor | None] = {}
         for b, row, key, record in zip(cached.uncached_rows, cached.uncached, cached.keys, cached.records, strict=True):
-            made = self.tower.states(row)
-            if made is None:
-                self.store.put(key, record)
-                continue
-            states[b] = self._rounded(made)
-            self._enqueue(made, partial(self._put, key, record))
+            if key not in computed:
+                made = self.tower.states(row)
+                computed[key] = None if made is None else self._rounded(made)
+                if made is None:
+                    self.store.put(key, record)
+                else:
+                    self._enqueue(made, partial(self._put, key, record))
+            states[b] = computed[key]
         return states
 
     def _put(self, key: str, record: Mapping[str, Tensor], made: Tensor) -> None:

@@ -260,6 +260,40 @@ def split_unpadded_rows(index: Tensor, rows: int, length: int, mask: object) -> 
     return tuple(found)
 
 
+def split_groups(
+    index: Tensor, rows: int, length: int, mask: object, owner: Sequence[int], shared: Sequence[int]
+) -> tuple[Rows, ...]:
+    """As ``split_unpadded_rows``, where rows share first tokens: one row per group.
+
+    A token sees in it what it sees in its own row.
+
+    Args:
+        index: (T,) flat indices of the tokens that are computed into rows * length, ascending.
+        rows: Number of rows B.
+        length: Tokens of a row with its padding.
+        mask: The model's mask (B or 1, 1 or H, length, length), boolean or added to the scores.
+        owner: Row that computes the first tokens of each row.
+        shared: Number of those tokens of each row.
+    """
+    row_of = index // length
+    lengths = torch.bincount(torch.tensor(owner, device=index.device)[row_of], minlength=rows).tolist()
+    if not isinstance(mask, Tensor) or mask.ndim != 4 or not attends_row_by_row([each for each in lengths if each]):
+        return ()
+    found = []
+    start = 0
+    for count in filter(None, lengths):
+        span = slice(start, start + count)
+        row, place = row_of[span], index[span] % length
+        sees = (row[:, None] == row) | ((row == row[0]) & (place < torch.tensor(shared)[row][:, None]))
+        added = _additive_mask(mask[row if len(mask) > 1 else torch.zeros_like(row), :, place])  # (Q, 1 or H, L)
+        own = added[..., place].masked_fill(~sees[:, None], torch.finfo(torch.float32).min)
+        if (added > _MASKED_SCORE).sum() != (own > _MASKED_SCORE).sum():
+            return ()  # tokens see padding, or what stands behind the shared ones
+        found.append(Rows(span, span, 1, own.transpose(0, 1)[None].contiguous()))
+        start += count
+    return tuple(found)
+
+
 def _gradients_flow(query: Tensor) -> bool:
     """Whether gradients flow through this attention, on a CPU and outside of torch.compile."""
     here = query.device.type == "cpu" or (query.device.type == "meta" and current_meta_kernel() is not None)

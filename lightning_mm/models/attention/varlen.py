@@ -1,23 +1,27 @@
-"""Decoder blocks without padding: the tokens of all rows side by side, with attention still by row.
+"""Decoder blocks without padding and repetition: the tokens of all rows side by side, with attention still by row.
 
 Data flow: input of a block (B, L, D) -> the T real tokens (1, T, D) through its norms, projections and MLP -> inside
 its attention back to rows (B, H, L, E), under the model's own mask -> (B, L, D) again, with zeros at padding. Between
 blocks the shapes are those of the model, so this does not depend on its positions, windows or masks.
 
+Tokens that rows side by side begin with (a picture with several questions) can be left to the first of these rows. They
+see nothing behind them, so their states are the same in all of these rows, and are copied back after the block.
+
 Shapes: B rows, L tokens after padding, T real tokens of all rows, D hidden size, H heads, E head size.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import wraps
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_mm.models.attention.cpu_kernels import Rows, split_unpadded_rows
+from lightning_mm.models.attention.cpu_kernels import Rows, split_groups, split_unpadded_rows
 from lightning_mm.models.attention.dispatch import (
     AttentionFunction,
     attention_modules,
@@ -32,22 +36,26 @@ _KERNELS = ("sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 
 
 class RealTokens:
-    """The tokens of a padded batch that are not padding.
+    """The tokens of a padded batch that are computed: not padding, and not the first tokens of another row as well.
 
     Args:
         index: (T,) flat indices into B * L, ascending.
         rows: Number of rows B.
         length: Tokens L of a row with its padding.
+        prefixes: Row that computes the first tokens of each row, and their number; None: each row its own.
     """
 
-    def __init__(self, index: Tensor, rows: int, length: int) -> None:
-        self.index, self.rows, self.length = index, rows, length
+    def __init__(
+        self, index: Tensor, rows: int, length: int, prefixes: tuple[Sequence[int], Sequence[int]] | None = None
+    ) -> None:
+        self.index, self.rows, self.length, self.prefixes = index, rows, length, prefixes
+        self._copies = () if prefixes is None else _copies(index, rows * length, length, *prefixes)
         self._packed: dict[int, tuple[Tensor, Tensor]] = {}
         self._split: dict[int, tuple[object, tuple[Rows, ...]]] = {}
 
     @property
     def padded(self) -> bool:
-        """Whether there is any padding."""
+        """Whether there is any padding, or a token that several rows share."""
         return len(self.index) < self.rows * self.length
 
     def pack(self, values: Tensor) -> Tensor:
@@ -55,8 +63,8 @@ class RealTokens:
         return _Gather.apply(values.flatten(0, 1), self.index)[None]
 
     def unpack(self, values: Tensor) -> Tensor:
-        """(1, T, ...) -> (B, L, ...), zeros where padding is."""
-        spread = _Scatter.apply(values[0], self.index, self.rows * self.length)
+        """(1, T, ...) -> (B, L, ...), zeros where padding is; shared tokens in every row that has them."""
+        spread = _Scatter.apply(values[0], self.index, self.rows * self.length, self._copies)
         return spread.unflatten(0, (self.rows, self.length))
 
     def of(self, value: Any) -> Any:
@@ -78,7 +86,9 @@ class RealTokens:
     def split_rows(self, mask: object) -> tuple[Rows, ...]:
         """The unpadded rows under a mask of the model; empty if attention is to be computed on padded rows."""
         if id(mask) not in self._split:
-            self._split[id(mask)] = (mask, split_unpadded_rows(self.index, self.rows, self.length, mask))
+            given = (self.index, self.rows, self.length, mask)
+            split = split_unpadded_rows(*given) if self.prefixes is None else split_groups(*given, *self.prefixes)
+            self._split[id(mask)] = (mask, split)
         return self._split[id(mask)][1]
 
     def _tensor(self, value: Tensor) -> Tensor:
@@ -213,15 +223,53 @@ class _Gather(torch.autograd.Function):
         return gradient.new_zeros(ctx.length, *gradient.shape[1:]).index_copy_(0, index, gradient), None
 
 
+Copies = tuple[tuple[Tensor, Tensor], ...]
+"""Tokens (N,) among the T, and their places (N,) in B * L; within each pair no token and no place occurs twice."""
+
+
+def _copies(index: Tensor, size: int, length: int, owner: Sequence[int], shared: Sequence[int]) -> Copies:
+    """Places of shared tokens in the rows that do not compute them; the n-th pair is of the n-th such row of its owner.
+
+    Args:
+        index: (T,) flat indices into B * L.
+        size: B * L.
+        length: L.
+        owner: Row that computes the first tokens of each row.
+        shared: Number of those tokens of each row.
+    """
+    token_of = torch.full((size,), -1, dtype=torch.long, device=index.device)
+    token_of[index] = torch.arange(len(index), device=index.device)
+    turns: list[list[tuple[int, int]]] = []
+    for row, (first, count) in enumerate(zip(owner, shared, strict=True)):
+        if count:
+            turn_number = sum(1 for earlier in range(row) if shared[earlier] and owner[earlier] == first)
+            turns += [[]] if turn_number == len(turns) else []
+            turns[turn_number] += [(first * length + t, row * length + t) for t in range(count)]
+    found = []
+    for turn in turns:
+        pairs = torch.tensor(turn, device=index.device)
+        found.append((token_of[pairs[:, 0]], pairs[:, 1].contiguous()))
+    return tuple(found)
+
+
 class _Scatter(torch.autograd.Function):
-    """Writes rows to the places of an index, zeros elsewhere."""
+    """Writes rows to the places of an index and to those of their copies, zeros elsewhere.
+
+    Backward adds up what the copies get, turn by turn, so that the order of additions is fixed on every device.
+    """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, index: Tensor, length: int) -> Tensor:
-        ctx.save_for_backward(index)
-        return values.new_zeros(length, *values.shape[1:]).index_copy_(0, index, values)
+    def forward(ctx: Any, values: Tensor, index: Tensor, length: int, copies: Copies) -> Tensor:
+        ctx.save_for_backward(index, *chain.from_iterable(copies))
+        out = values.new_zeros(length, *values.shape[1:]).index_copy_(0, index, values)
+        for tokens, places in copies:
+            out.index_copy_(0, places, values.index_select(0, tokens))
+        return out
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        (index,) = ctx.saved_tensors
-        return gradient.index_select(0, index), None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        index, *copies = ctx.saved_tensors
+        out = gradient.index_select(0, index)
+        for tokens, places in zip(copies[::2], copies[1::2], strict=True):
+            out.index_add_(0, tokens, gradient.index_select(0, places))
+        return out, None, None, None

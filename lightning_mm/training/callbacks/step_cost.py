@@ -60,12 +60,12 @@ class BatchCounter:
             self._totals.cached += StepShape(len(batch.real) - sum(len(part.real) for part in seen))
             if batch.cached is not None:
                 cached_pairs = pairs - sum((token_pairs(part) for part in seen), zero)
-        pixels = sum(count_pixels(part.inputs) for part in seen)
+        pixels = sum(count_pixels(part.inputs) * part.picture_share for part in seen)
         self._totals.samples += len(batch)
         self._totals.positions += batch.regions.numel()
         self._totals.shape += StepShape(len(batch.real), 0, batch.num_supervised, pixels)
         images = (batch.regions == TokenRegion.IMAGE).sum()
-        pictures = sum((picture_pairs(part.inputs, zero) for part in seen), zero)
+        pictures = sum((picture_pairs(part.inputs, zero) * part.picture_share for part in seen), zero)
         counts = torch.stack([images, pairs, cached_pairs, pictures])
         self._on_device = counts if self._on_device is None else self._on_device + counts
 
