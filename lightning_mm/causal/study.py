@@ -19,7 +19,8 @@ from lightning_mm.causal.effects.activation_patching import (
     causal_trace,
 )
 from lightning_mm.causal.effects.aggregate import average_traces, to_rows
-from lightning_mm.causal.effects.attention_flow import flow_curves
+from lightning_mm.causal.effects.attention_flow import FLOW_EDGES, flow_curves
+from lightning_mm.causal.effects.attention_knockout import check_edge
 from lightning_mm.causal.effects.failure_predictor import contribution_features, predict_failure
 from lightning_mm.causal.effects.image_overlays import PictureGrids, contribution_map
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig, knockout_curves
@@ -49,6 +50,8 @@ class StudyConfig:
         num_ablated: Largest number of questions that layers are ablated for; each needs full runs.
         num_shown: Largest number of questions whose trace maps and image overlays are kept.
         seed: Seed of the corruptions.
+        flow: Edges whose attention flow is measured, such as ``image->last`` or ``image_late->constraint`` (the last
+            sixteenth of the picture's tokens).
         places: Which places of a constraint are corrupted: all, or the first alone, as in 2406.04236's code.
     """
 
@@ -60,12 +63,15 @@ class StudyConfig:
     num_ablated: int = 16
     num_shown: int = 12
     seed: int = 0
+    flow: tuple[str, ...] = FLOW_EDGES
     places: Places = "all"
 
     def __post_init__(self) -> None:
         for part in self.parts:
             if part not in PARTS:
                 raise UserError(f"There is no part {part!r}.", f"There are {', '.join(PARTS)}.", "Name those.")
+        for edge in self.flow:
+            check_edge(edge)
         if self.corruption not in CORRUPTIONS:
             raise UserError(
                 f"There is no corruption {self.corruption!r}.",
@@ -121,7 +127,7 @@ def run_study(
     add = result.findings.add
 
     def flow() -> None:
-        for site, estimates in flow_curves(mm, [answer.encoded for answer in correct]):
+        for site, estimates in flow_curves(mm, [answer.encoded for answer in correct], config.flow):
             add("causal", "flow", site, estimates, first=0)
 
     def knockout() -> None:

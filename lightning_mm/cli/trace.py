@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_mm.causal.effects.activation_patching import TraceConfig
+from lightning_mm.causal.effects.attention_flow import FLOW_EDGES
 from lightning_mm.causal.effects.knockout_curves import KnockoutConfig
 from lightning_mm.causal.effects.layer_transplant import TransplantConfig
 from lightning_mm.causal.interventions.corruption import Places
@@ -31,6 +32,7 @@ def trace(arguments: list[str]) -> int:
         num_shown=options.pop("shown"),
         seed=options.pop("seed"),
         places=options.pop("places"),
+        flow=tuple(options.pop("flow")),
     )
     options["transplant"] = TransplantConfig(**vars(options["transplant"]))
     folder = Path(options.pop("root")) / (options.pop("name") or f"trace-{model_label(options['model'])}")
@@ -66,6 +68,7 @@ def _parser() -> Parser:
     parser.add_argument("--corruption", type=str, default="token", help="token, symmetric, image, gaussian or grey.")
     parser.add_argument("--places", type=Places, default="all", help="Places of a constraint that are corrupted.")
     parser.add_class_arguments(TraceConfig, "tracing")
+    parser.add_argument("--flow", type=list[str], default=list(FLOW_EDGES), help="Edges of attention flow.")
     parser.add_class_arguments(KnockoutConfig, "knocking")
     parser.add_argument("--against", type=str | None, default=None, help="A tuned model whose layers are transplanted.")
     parser.add_argument("--data", type=str | None, default=None, help="Conversations that hybrids are asked.")

@@ -235,7 +235,8 @@ TOKEN_CLASSES = {
 }
 """Token classes of a question with a picture, in the order of the prompt; ``causal.questions`` assigns them."""
 
-_ENDS = {"image": "picture", "constraint": "constraint", "question": "question", "last": "last token"}
+_ENDS = {"image": "picture", "image_early": "early picture tokens", "image_late": "late picture tokens"}
+_ENDS |= {"constraint": "constraint", "question": "question", "last": "last token"}
 _CUTS = {"": "", "pre": ", rest renormalised (pre)", "post": ", rest unchanged (post)"}
 _PARTS = {"mlp": "MLP", "attention": "attention", "residual": "residual stream"}
 _ASKED = {"image": "questions with a picture", "text": "questions in text"}

@@ -14,6 +14,7 @@ Shapes: H query heads, Q queries (tokens that attend), K keys (attended to), T t
 size, N layers.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -221,6 +222,8 @@ class _AttentionParts:
 
 def _source_share(amount_TK: Tensor, edge: AttentionEdge, is_own: bool) -> float:
     """Mean over targets of the sources' fraction of each row."""
+    if not is_own and edge.name.startswith("image_"):
+        return math.nan  # cross-attention does not tell which of its keys are late
     amount_TK = amount_TK.double()
     from_T = amount_TK[:, edge.sources.to(amount_TK.device)].sum(1) if is_own else amount_TK.sum(1) * edge.is_image
     return float((from_T / amount_TK.sum(1)).mean())

@@ -26,7 +26,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.models.attention.interception import AttentionCall, attention_through, repeat_kv
 from lightning_mm.models.handle import MultimodalModel
 
-EDGE_CLASSES = ("image", "question", "constraint", "last")
+EDGE_CLASSES = ("image", "image_early", "image_late", "question", "constraint", "last")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,6 +80,8 @@ def check_edge(name: str) -> None:
 def _tokens(encoded: EncodedQuestion, name: str) -> Tensor:
     if name == "last":
         return torch.tensor([encoded.length - 1])
+    if name in ("image_early", "image_late"):
+        return torch.tensor([i for i, each in enumerate(encoded.classes) if each == name], dtype=torch.long)
     return {"image": encoded.image, "question": encoded.text, "constraint": encoded.constraint}[name].unique()
 
 

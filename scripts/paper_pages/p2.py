@@ -1,0 +1,172 @@
+"""Items of Basu et al. 2024, arXiv:2406.04236: causal traces, attention contributions, failure, edits.
+
+Data flow: folders of ``trace`` (windows 1 and 5) and ``edit`` (as released; with a wider clamp) -> items.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from paper_pages import charts
+from paper_pages.items import Item, Profile, Readings, clear_of_null, told
+
+TITLE = "Basu et al. 2024 (arXiv:2406.04236): where a model stores what a question asks for"
+LEAD = (
+    "Protocol of the released code (--convention p2): prompt '{question}? Answer in a few words.', the constraint's "
+    "first place overwritten by the first token of Paris, module outputs of one token put back, the clean run's first "
+    "token followed, mean effect over questions.",
+    "Numbers of figures are given where they could be read (Figure 2 is the method); other items are named after what "
+    "they show.",
+)
+_SHARED = (
+    "questions that the model answers right; the released script follows the model's own first token whatever it is",
+    "the chat template of this model, not '<image>\\nUSER: ... ASSISTANT:'",
+    "units: tokens from the constraint on; earlier ones cannot differ",
+)
+WINDOWS = (1, 5)
+
+
+def items(folder: Path) -> list[Item]:
+    """All items of the page.
+
+    Args:
+        folder: runs/papers/p2, with trace-w1, trace-w5, edit-released and edit-clamp4.
+    """
+    reads = {width: Readings(folder / f"trace-w{width}") for width in WINDOWS}
+    causal = json.loads((folder / "trace-w1" / "causal.json").read_text())
+    made = [_corruption(reads[1], causal)]
+    made += [_trace(width, read) for width, read in reads.items()]
+    made += [_flow(reads[1]), _failure(reads[1], causal), _edits(folder)]
+    return made
+
+
+def _corruption(read: Readings, causal: dict[str, Any]) -> Item:
+    rows = [row for row in read.rows if row.measure == "trace_effect"]
+    note = next((note for row in rows for note in row.notes if note.startswith("of all traced")), "nothing was traced")
+    traced = rows[0].n if rows else 0
+    asked = f"{causal['n_questions']} questions asked, {causal['n_right']} answered right, {traced} traced"
+    return Item(
+        "Figure 2 (method): clean, corrupted, restored",
+        "replacing the constraint takes the answer's probability; clean activations copied back restore it",
+        [f"{asked}; {note}."],
+        files=[read.file],
+        deviations=_SHARED,
+    )
+
+
+def _trace(width: int, read: Readings) -> Item:
+    layers = "one layer" if width == 1 else f"layers l − {width} to l + {width}"
+    profiles = {
+        (site, where): read.profile("trace_effect", f"{site}/{where}", f"{site}, {words}")
+        for site in ("mlp", "attention")
+        for where, words in (("constraint", "constraint"), ("question", "rest of question"), ("last", "last token"))
+    }
+    words = [_strongest(profile) for profile in profiles.values() if profile]
+    early = "seen already with one layer at a time; MLP and attention of layers 1 to 4 in LLaVA-7B (second-hand)"
+    wide = "Vicuna-7B needs a window of 5 and layers 4 to 7; several constraints need 6 (second-hand)"
+    pictures = [
+        charts.lines([profile for (at, _), profile in profiles.items() if at == site], "gain of probability")
+        for site in ("mlp", "attention")
+        if any(profile for (at, _), profile in profiles.items() if at == site)
+    ]
+    ratio = read.profile("trace", "mlp/constraint", "share of the fall")
+    if ratio:
+        words.append(
+            f"As a mean of ratios, MLP at the constraint: at most {told(ratio.peak)}, at layer {ratio.peak.layer}."
+        )
+    return Item(
+        f"Figure: causal trace, window {width} ({layers})",
+        early if width == 1 else wide,
+        words or ["Nothing could be traced."],
+        pictures,
+        files=[read.file, read.run / "traces.json"],
+        deviations=(
+            *_SHARED,
+            "no run of the language model alone: the questions cannot be answered without their picture",
+        ),
+    )
+
+
+def _strongest(profile: Profile) -> str:
+    peak = profile.peak
+    clear = "clear of no effect" if clear_of_null(peak, len(profile.rows)) else "not clear of no effect"
+    return f"{profile.label}: largest at layer {peak.layer} of {max(profile.rows) + 1}, {told(peak)}; {clear}."
+
+
+def _flow(read: Readings) -> Item:
+    named = {
+        "image_late->constraint": "late picture tokens to constraint",
+        "image_early->constraint": "early picture tokens to constraint",
+        "constraint->last": "constraint to last token",
+        "image->last": "picture to last token",
+    }
+    profiles = [read.profile("flow", edge, words) for edge, words in named.items()]
+    words = [
+        f"{p.label}: largest share at layer {p.peak.layer}, {told(p.peak)} (equal contributions)."
+        for p in profiles
+        if p
+    ]
+    return Item(
+        "Figure: attention contributions",
+        "late picture tokens (about 540 to 576 of 576) contribute to the constraint through the first attention layer; "
+        "the constraint contributes to the last token most at layers 16 and 17 of LLaVA-7B (second-hand)",
+        words or ["Not measured."],
+        [charts.lines(profiles, "share of contributions")] if any(profiles) else [],
+        files=[read.file],
+        deviations=(
+            "shares of all contributions, not norms; right answers only, wrong ones in the failure predictor",
+            "late: the last sixteenth of the picture's tokens",
+        ),
+    )
+
+
+def _failure(read: Readings, causal: dict[str, Any]) -> Item:
+    found = [table for table in causal["tables"] if table["title"] == "Are wrong answers foreseen?"]
+    published = "contributions foresee failure, and confidence has the higher AUROC (second-hand)"
+    if not found:
+        return Item("Figure: failure prediction", published, ["Not made: too few right or wrong answers."])
+    table = found[0]
+    rows = [[str(cell) for cell in row] for row in table["rows"]]
+    by = {(row[0], row[1]): row for row in rows}
+    own, sure = by["AUROC", "attention to the constraint"], by["AUROC", "confidence"]
+    words = f"AUROC of contributions {own[2]} ({own[3]} to {own[4]}), of confidence {sure[2]} ({sure[3]} to {sure[4]})."
+    return Item(
+        "Figure: failure prediction",
+        published,
+        [words if own[2] else f"Undefined: {own[7]}."],
+        tables=[(table["columns"], rows)],
+        files=[read.run / "causal.json"],
+        deviations=("10 splits, both halves, by groups of questions; C by the number of questions, 0.05 from 500 on",),
+    )
+
+
+def _edits(folder: Path) -> Item:
+    tables, words = [], []
+    for name, what in (("edit-released", "as released, clamp 1e-4"), ("edit-clamp4", "the same with clamp 4")):
+        told_edits = json.loads((folder / name / "edits.json").read_text())
+        outcome = next(one for one in told_edits["outcomes"] if one["method"] == "MultEdit" and one["apply"] == "each")
+        rows = [
+            [key, _cell(value), str(value["n"])]
+            for key, value in outcome["measures"].items()
+            if value["value"] is not None
+        ]
+        tables.append(((f"{what} (layer {told_edits['layer']})", "value", "n"), rows))
+        done = outcome["measures"]["efficacy"]
+        words.append(f"MultEdit {what}: new answer given after {_cell(done)} of {done['n']} edits.")
+    return Item(
+        "Table: MultEdit",
+        "edits of the early causal blocks correct errors and insert long-tailed facts (abstract)",
+        words,
+        tables=tables,
+        files=[folder / name / "edits.json" for name in ("edit-released", "edit-clamp4")],
+        deviations=(
+            "answers count if greedy decoding writes all their tokens; the paper's accuracy is VQA's",
+            "the key is read at the last token of the constraint's last place; the released code takes the first place",
+            "as released, the clamp is 1e-4 of the value's length: next to nothing moves, so a second run has 4",
+        ),
+    )
+
+
+def _cell(estimate: dict[str, Any]) -> str:
+    text = f"{estimate['value']:.3g}"
+    return text if estimate["low"] is None else f"{text} ({estimate['low']:.3g} to {estimate['high']:.3g})"
