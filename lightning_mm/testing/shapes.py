@@ -39,6 +39,8 @@ def build_shape(name: str, folder: Path | str) -> Path:
         raise UserError(f"{folder} is not empty.", "Nothing is overwritten.", "Name another folder.")
     recipe = FAMILIES["llava"]
     tokenizer = tiny_tokenizer(recipe.special, recipe.marks, add_bos=recipe.add_bos)
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    assert isinstance(image_id, int), "one token has one id"
     token_ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -60,7 +62,7 @@ def build_shape(name: str, folder: Path | str) -> Path:
             rms_norm_eps=1e-5,
             **{f"{name}_id": token_id for name, token_id in token_ids.items()},
         ),
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=image_id,
         image_seq_length=(_SIDE // _PATCH) ** 2,
         vision_feature_layer=-2,
         architectures=["LlavaForConditionalGeneration"],
