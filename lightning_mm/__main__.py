@@ -21,6 +21,7 @@ Partial fine-tuning of multimodal LLMs, and a look inside while they train.
   inspect    read every layer of a model or run: probes, geometry, and which layers are worth training
   trace      find what causes the answers: causal traces, flow, knockout, ablation, lens, transplantation
   edit       give questions new answers by a closed-form change of one weight, and measure what else changed
+  study      train and measure policies against each other over seeds, and say what the intervals carry
   export     write a trained run as a Hugging Face folder or a PEFT adapter, and prove it equal
   report     write report.html of a run anew
 

@@ -25,7 +25,7 @@ _KNOWN = (
     ".*is set, but there is no last checkpoint.*",  # the same
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
-VERBS = ("fit", "validate", "test", "predict", "check", "plan", "inspect", "trace", "edit", "export", "report")
+VERBS = ("fit", "validate", "test", "predict", "check", "plan", "inspect", "trace", "edit", "study", "export", "report")
 _ALSO_CALLED = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "run", "sft"), "fit"),
     **dict.fromkeys(("val", "eval", "evaluate"), "validate"),
@@ -88,6 +88,10 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.edit import edit
 
         return edit
+    if name == "study":
+        from lightning_mm.cli.study import study
+
+        return study
     if name == "inspect":
         from lightning_mm.cli.inspect import inspect
 

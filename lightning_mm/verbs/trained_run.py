@@ -29,7 +29,7 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
     Raises:
         UserError: The run has no usable config or checkpoint, or they do not belong together.
     """
-    config = _config(run)
+    config = read_options(run.config)
     saved = state.read_checkpoint(checkpoint)
     module: MMModule = config.model
     module.resume_from(saved)
@@ -50,10 +50,18 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
     return module, config.data
 
 
-def _config(run: RunDirectory) -> Namespace:
-    if not run.config.is_file():
-        raise UserError(f"{run.path} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
-    saved = read_checked_yaml(run.config, ("model", "data"))
+def read_options(config: Path) -> Namespace:
+    """The module and the data module of a run's options; nothing is loaded.
+
+    Args:
+        config: The run's config.yaml, or another file with all options of a fit.
+
+    Raises:
+        UserError: There is no such file, or it cannot be read.
+    """
+    if not config.is_file():
+        raise UserError(f"{config.parent} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
+    saved = read_checked_yaml(config, ("model", "data"))
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(ModuleOptions, "model")
     parser.add_class_arguments(MMDataModule, "data")
@@ -63,4 +71,4 @@ def _config(run: RunDirectory) -> Namespace:
     except ArgumentError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
         fix = "Mend it there; another version may have written it."
-        raise UserError(f"{run.config} cannot be read.", lines[-1], fix) from error
+        raise UserError(f"{config} cannot be read.", lines[-1], fix) from error
