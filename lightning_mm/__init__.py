@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.models.loading import Backbone
     from lightning_mm.models.lora import LoRA
     from lightning_mm.report.html import write_report
+    from lightning_mm.study.run import run_study
+    from lightning_mm.study.settings import StudySettings
     from lightning_mm.training.module import MMModule
     from lightning_mm.tuning.apply import apply_policy
     from lightning_mm.tuning.layers import resolve_layers
@@ -92,6 +94,7 @@ __all__ = [
     "Schedule",
     "Selection",
     "StudyConfig",
+    "StudySettings",
     "TraceConfig",
     "TraceResult",
     "TuningPlan",
@@ -109,6 +112,7 @@ __all__ = [
     "probe_hidden_states",
     "read_hidden_states",
     "resolve_layers",
+    "run_study",
     "save_findings",
     "select_layers",
     "trace",
@@ -134,6 +138,8 @@ _MODULES = {
     "models.loading": "Backbone",
     "models.lora": "LoRA",
     "report.html": "write_report",
+    "study.run": "run_study",
+    "study.settings": "StudySettings",
     "training.module": "MMModule",
     "tuning.apply": "apply_policy",
     "tuning.layers": "resolve_layers",

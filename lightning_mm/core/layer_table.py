@@ -76,11 +76,11 @@ def append_layers(path: Path, rows: Iterable[LayerRow]) -> None:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(_lines(new))
         return
-    before, bad = _parse(old)
+    before, bad = parse_layers(old)
     if bad:
         log.warning("%s: %d lines that hold no measurement are removed", path.name, bad)
     kept = {row.key: row for row in [*before, *new]}
-    write_atomically(path, ",".join(COLUMNS) + "\n" + _lines(kept.values()))
+    write_atomically(path, layers_text(kept.values()))
 
 
 def read_layers(path: Path) -> tuple[list[LayerRow], int]:
@@ -96,7 +96,7 @@ def read_layers(path: Path) -> tuple[list[LayerRow], int]:
         text = path.read_text(encoding="utf-8", errors="replace")
     except OSError as error:
         raise UserError(f"{path.name} is missing.", str(error), "Let an inspection write it.") from error
-    return _parse(text)
+    return parse_layers(text)
 
 
 def append_matrix(
@@ -135,8 +135,16 @@ def _cell(value: object) -> str:
     return "" if value is None else " ".join(str(value).split())  # one row is one line: notes may hold line breaks
 
 
-def _parse(text: str) -> tuple[list[LayerRow], int]:
-    """Rows and number of damaged lines; each line is parsed by itself, so that a stray quote damages only its own."""
+def layers_text(rows: Iterable[LayerRow]) -> str:
+    """What layers.csv holds of these rows."""
+    return ",".join(COLUMNS) + "\n" + _lines(rows)
+
+
+def parse_layers(text: str) -> tuple[list[LayerRow], int]:
+    """Rows of the content of layers.csv, and number of damaged lines.
+
+    Each line is parsed by itself, so that a stray quote damages only its own.
+    """
     lines = [line for line in text.split("\n")[:-1] if line.strip()]  # a line without a line end was cut
     cut = int(bool(text.rpartition("\n")[2].strip()))
     columns = _cells(lines[0]) if lines else []

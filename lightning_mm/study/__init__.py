@@ -1,1 +1,1 @@
-"""The study: arms of tuning policies over seeds from one shared first stage, measured alike and compared with intervals."""
+"""The study: arms of tuning policies over seeds, from one first stage, measured alike and compared."""

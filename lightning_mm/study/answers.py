@@ -22,7 +22,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.data.sample import Sample
+from lightning_mm.data.sample import Sample, Turn
 from lightning_mm.study.inputs import Asked
 from lightning_mm.training.module import MMModule
 
@@ -59,7 +59,7 @@ class _Place:
     end: int
 
     @property
-    def turn(self) -> Any:
+    def turn(self) -> Turn:
         return self.sample.turns[self.sample.answers[self.index]]
 
 
@@ -160,7 +160,7 @@ def _recorded_logits(head: nn.Module) -> Iterator[list[Tensor]]:
     """While active, what the head returns is appended to the list; calls on no position leave nothing."""
     held: list[Tensor] = []
 
-    def keep(_: nn.Module, __: Any, output: Tensor) -> None:
+    def keep(_: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         if output.numel():
             held.append(output.detach())
 

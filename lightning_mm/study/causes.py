@@ -3,20 +3,19 @@
 Ablation and attention knockout of both; the layers of the main arm transplanted into the starting model, which says by
 itself which of the trained layers matter.
 
-Data flow: questions with constraints -> ``verbs.trace`` -> causes.csv of the job, in the columns of layers.csv.
+Data flow: questions with constraints -> ``verbs.trace`` -> causes.csv.gz of the job, in the columns of layers.csv.
 """
 
 from lightning_mm.causal.study import StudyConfig
 from lightning_mm.core.decisions import log
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.layer_table import append_layers
-from lightning_mm.study.folder import Job, StudyFolder
+from lightning_mm.study.folder import Job, StudyFolder, write_layers
 from lightning_mm.study.settings import START, StudySettings
 from lightning_mm.verbs.trace import trace
 
 
 def find(folder: StudyFolder, settings: StudySettings, job: Job, model: str, start: str | None) -> list[str]:
-    """Write causes.csv of a job; returns what could not be found out. Nothing is done where causes are left out.
+    """Write causes.csv.gz of a job; returns what could not be found out. Nothing is done where causes are left out.
 
     Args:
         folder: The study's folder.
@@ -49,9 +48,5 @@ def find(folder: StudyFolder, settings: StudySettings, job: Job, model: str, sta
     except UserError as error:
         log.warning("causes of %s are left out: %s %s", job, error.what, error.why)
         return [f"causes: {error.what} {error.why}"]
-    place = folder.results(job)
-    place.mkdir(parents=True, exist_ok=True)
-    file = place / "causes.csv"
-    file.unlink(missing_ok=True)
-    append_layers(file, rows)
+    write_layers(folder.results(job) / "causes.csv.gz", rows)
     return problems

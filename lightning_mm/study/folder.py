@@ -4,7 +4,7 @@ Data flow: ``StudySettings`` -> study.json, compared by each later sitting; an a
 result.json is there, which is written last.
 
     study.json  questions.csv.gz  study.md  study.html
-    seed0/middle/result.json  answers.csv.gz  layers.csv  causes.csv
+    seed0/middle/result.json  answers.csv.gz  layers.csv.gz  causes.csv.gz
     work/   inputs, runs, checkpoints, exported models, locks
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json, write_atomically, write_json
+from lightning_mm.core.layer_table import LayerRow, layers_text, parse_layers
 from lightning_mm.study.settings import StudySettings, differences
 
 _FREE = ("roles", "resamples", "keep_checkpoints", "save_every", "seeds", "arms")
@@ -133,9 +134,33 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
+    _write_packed(path, text.getvalue())
+
+
+def write_layers(path: Path, rows: Iterable[LayerRow]) -> None:
+    """Write rows as layers.csv has them, gzipped and atomically."""
+    _write_packed(path, layers_text(rows))
+
+
+def read_layers(path: Path) -> list[LayerRow]:
+    """The rows that ``write_layers`` wrote; none where there is no such file.
+
+    Raises:
+        UserError: It cannot be read.
+    """
+    if not path.is_file():
+        return []
+    try:
+        return parse_layers(gzip.decompress(path.read_bytes()).decode())[0]
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read.", str(error), "Let the study write it again.") from error
+
+
+def _write_packed(path: Path, text: str) -> None:
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, mtime=0) as file:
-        file.write(text.getvalue().encode())
+        file.write(text.encode())
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, packed.getvalue())
 
 

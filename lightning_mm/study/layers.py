@@ -1,7 +1,7 @@
 """What the layers of a model say: probes, geometry, and how far they are from the model that the arms begin from.
 
 Data flow: module + probe set -> hidden states -> probing, geometry, drift (of hidden states and of weights) ->
-``Findings`` -> layers.csv of the job. The hidden states of the starting model are kept under work/, for the drift of
+``Findings`` -> layers.csv.gz of the job. The hidden states of the starting model are kept under work/, for the drift of
 all arms of its seed.
 """
 

@@ -1,6 +1,6 @@
 """Measures one model of a study on all axes, and writes its small files.
 
-Data flow: module -> questions (own, other and gray pictures; facts), text, layers -> answers.csv.gz, layers.csv, and
+Data flow: module -> questions (own, other and gray pictures; facts), text, layers -> answers.csv.gz, layers.csv.gz, and
 last result.json, which makes the job complete.
 """
 
@@ -16,10 +16,9 @@ import torch
 
 from lightning_mm.core.decisions import log
 from lightning_mm.core.io import write_json
-from lightning_mm.core.layer_table import append_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.study.answers import ask, first_tokens, test_data
-from lightning_mm.study.folder import Job, StudyFolder, write_table
+from lightning_mm.study.folder import Job, StudyFolder, write_layers, write_table
 from lightning_mm.study.inputs import Asked, question_files, read_choices, read_text, write_choices
 from lightning_mm.study.layers import read_layers
 from lightning_mm.study.opened import Reader
@@ -81,7 +80,7 @@ class Measuring:
         return Measured(rows, self._text(module))
 
     def layers(self, job: Job, module: MMModule, start: MMModule | None) -> list[str]:
-        """Read every layer into layers.csv; returns what could not be measured.
+        """Read every layer into layers.csv.gz; returns what could not be measured.
 
         Args:
             job: Whose model it is.
@@ -93,9 +92,7 @@ class Measuring:
             return []
         kept = RunDirectory(self.folder.of_job(Job(START, job.seed)))
         found = read_layers(module, start, self.reader, options, kept)
-        file = self.folder.results(job) / "layers.csv"
-        file.unlink(missing_ok=True)
-        append_layers(file, found.rows)
+        write_layers(self.folder.results(job) / "layers.csv.gz", found.rows)
         return found.problems
 
     def write(self, job: Job, measured: Mapping[Moment, Measured], facts: Mapping[str, Any]) -> None:
