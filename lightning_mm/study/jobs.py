@@ -158,6 +158,7 @@ class StudyJobs:
         facts = {"flops_per_step": flops, "equal_step": equal}
         why = "all steps cost less, or about as much" if equal is None else f"of {plan.stage.steps} steps"
         log_decision(f"study.{job.arm}.equal_step", equal, f"where it has cost what {main} costs; {why}")
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, facts)
         return facts
 

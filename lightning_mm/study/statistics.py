@@ -8,10 +8,11 @@ Data flow: scores (arm x seed x question) + picture of each question -> ``contra
 
 The variance has two parts: a bootstrap over pictures of the mean over seeds, and the spread of the per-seed means over
 their number. A half width is the wider of two: Student's t with joint degrees of freedom (Satterthwaite 1946), and the
-half widths of both parts in quadrature, that of the seeds with its own few degrees of freedom and without what the noise
-of the questions adds to it. Percentiles of a bootstrap over three seeds would be too narrow where seeds disagree; the
-first alone covers 92 % there, the second 93 % between. Over several arms the level is that of the largest standardized
-difference in joint draws (max-T, Westfall and Young 1993), which knows that arms asked the same questions err together.
+half widths of both parts in quadrature, that of the seeds with its own few degrees of freedom and without what the
+noise of the questions adds to it. Percentiles of a bootstrap over three seeds would be too narrow where seeds disagree;
+the first alone covers 92 % there, the second 93 % between. Over several arms the level is that of the largest
+standardized difference in joint draws (max-T, Westfall and Young 1993), which knows that arms asked the same questions
+err together.
 
 Shapes: A arms, S seeds, Q questions, P pictures, R resamples.
 """
