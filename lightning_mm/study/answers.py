@@ -71,7 +71,7 @@ def test_data(data: MMDataModule, asked: Asked, eval_batch_size: int) -> MMDataM
         asked: The file.
         eval_batch_size: Rows of a forward pass.
     """
-    changed = {"train": None, "val": None, "predict": None, "test": str(asked.file), "image_root": "/"}
+    changed: dict[str, Any] = {"train": None, "val": None, "predict": None, "test": str(asked.file), "image_root": "/"}
     changed |= {"eval_batch_size": eval_batch_size, "max_length": data.max_length}
     made = MMDataModule(**{**data.arguments, **changed})
     made.setup("test")

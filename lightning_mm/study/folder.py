@@ -124,8 +124,8 @@ def _binding(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
     main = old["roles"]["main"], new["roles"]["main"]
     arms += [f"roles.main: {main[0]}, now {main[1]}"] if main[0] != main[1] else []
-    kept = [{key: value for key, value in each.items() if key not in _FREE} for each in (old, new)]
-    return [*differences(*kept), *arms]
+    before, now = ({key: value for key, value in each.items() if key not in _FREE} for each in (old, new))
+    return [*differences(before, now), *arms]
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:

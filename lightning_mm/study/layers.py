@@ -5,6 +5,8 @@ Data flow: module + probe set -> hidden states -> probing, geometry, drift (of h
 all arms of its seed.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -17,7 +19,7 @@ from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.models.lora import adapted_modules
+from lightning_mm.models.lora import ADAPTER, adapted_modules
 from lightning_mm.study.opened import Reader
 from lightning_mm.study.settings import LayerReading
 from lightning_mm.training.module import MMModule
@@ -105,8 +107,9 @@ def _deltas(before: dict[str, Tensor], module: MMModule) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if name in before and name in module.plan.full
     }
-    for name, adapter in adapted_modules(model).items():
-        deltas[f"{name}.weight"] = adapter.get_delta_weight("default").detach().to(before[f"{name}.weight"].device)
+    for name, found in adapted_modules(model).items():
+        adapter: Any = found
+        deltas[f"{name}.weight"] = adapter.get_delta_weight(ADAPTER).detach().to(before[f"{name}.weight"].device)
     return deltas
 
 

@@ -81,6 +81,23 @@ def test_rows_of_a_batch_do_not_change_answers(prepared: tuple[StudyFolder, Stud
     assert [a.nats for a in several] == pytest.approx([a.nats for a in alone], rel=1e-5)
 
 
+def test_rows_that_share_a_picture_do_not_change_answers(
+    prepared: tuple[StudyFolder, StudySettings, MMDataModule],
+) -> None:
+    folder, settings, data = prepared
+    module, (asked, *_) = _opened(Path(settings.model)), question_files(folder, settings)
+    shared = MMDataModule(**{**data.arguments, "share_images": True})
+    together = test_data(shared, asked, 3)
+    batches = list(together.test_dataloader()[0])
+    assert all(batch.shared is not None for batch in batches)
+    found, alone = (
+        ask(module, each, {}, torch.autocast("cpu", enabled=False)) for each in (together, test_data(data, asked, 1))
+    )
+    assert [(a.question, a.exact) for a in found] == [(a.question, a.exact) for a in alone]
+    # float32, sums of a dozen tokens: other shapes of the products round otherwise.
+    assert [a.nats for a in found] == pytest.approx([a.nats for a in alone], rel=1e-5)
+
+
 def test_the_choice_is_among_the_answers_of_the_type(
     prepared: tuple[StudyFolder, StudySettings, MMDataModule],
 ) -> None:
