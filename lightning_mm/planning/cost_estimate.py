@@ -6,9 +6,10 @@ policy: skeleton under the plan, one traced step -> ``CostEstimate``, with what 
 
 import copy
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from lightning_mm.planning.devices import Device
 from lightning_mm.planning.flops import Part, PassFlops, StepCost, StepFlops
 from lightning_mm.planning.memory import StepMemory, all_reduce_bytes, gradient_bytes, optimizer_bytes, step_memory
 from lightning_mm.planning.meta_modes import make_traceable, meta_weights
-from lightning_mm.planning.meta_trace import MetaTrace, UnusedVision, find_unused_vision, trace_step
+from lightning_mm.planning.meta_trace import MetaTrace, UnusedVision, find_read_blocks, find_unused_vision, trace_step
 from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.tuning.apply import apply_plan
 from lightning_mm.tuning.census import Census, take_census
@@ -59,7 +60,7 @@ def cache_savings(
     trace: MetaTrace,
     largest: Batch,
     mean: StepShape,
-    unused: Sequence[str],
+    read_blocks: Callable[[], Sequence[str]],
 ) -> CacheSavings:
     """Savings of caching what enters the lowest block that trains, or else the features of a frozen tower.
 
@@ -70,16 +71,16 @@ def cache_savings(
         trace: Of the largest step, in float32.
         largest: Its batch.
         mean: Shape of one mean row, without padding.
-        unused: Vision blocks that are skipped anyway.
+        read_blocks: Finds the vision blocks whose output is read by more than the next block.
     """
-    used = [name for name in layout.vision_blocks if name not in unused]
     try:
         first = first_layer_above_prefix(plan)
     except UserError as error:
         pixels = StepShape.of(largest).pixels
-        if is_trained(plan, Region.VISION) or not used or not pixels:
+        read = () if is_trained(plan, Region.VISION) or not pixels else read_blocks()
+        if not read:
             return CacheSavings(None, why_none=error.why)
-        features = trace.block_input_bytes[used[-1]] * mean.pixels / pixels
+        features = sum(trace.block_input_bytes[name] for name in read) * mean.pixels / pixels
         return CacheSavings(spent.region(Region.VISION).total, features)
     per_token = trace.block_input_bytes[layout.layers[0]] / largest.regions.numel()
     return CacheSavings(spent.below(first), mean.tokens * per_token)
@@ -183,6 +184,7 @@ class MetaModel:
         self._unadapted = self._copy()
         self._unused = find_unused_vision(self._unadapted, self.layout, batch)
         self._skip_unused(self._unadapted)
+        self._batch = batch
 
     def apply_policy(self, policy: TuningPolicy, settings: RunSettings) -> tuple[nn.Module, TuningPlan]:
         """The skeleton under a policy, valid until the next call, and the plan without what the loss never uses."""
@@ -198,10 +200,10 @@ class MetaModel:
                     parameter.data = parameter.data.bfloat16()
         return skeleton, plan
 
-    @property
-    def unused_blocks(self) -> tuple[str, ...]:
-        """Names of the vision blocks that the loss does not depend on."""
-        return self._unused.blocks
+    @cached_property
+    def read_blocks(self) -> tuple[str, ...]:
+        """Names of the vision blocks whose output is read by more than the next block."""
+        return find_read_blocks(self._copy(), self.layout, self._batch, self._unused.blocks)
 
     def _copy(self) -> nn.Module:
         with meta_weights():
@@ -242,7 +244,7 @@ def estimate_cost(
     run = spent.floor + (_recomputed_flops(spent, layout, again) if settings.checkpointing else 0.0)
     rows = sum(len(batch) for batch in batches) / len(batches)
     mean = mean_shape(batches)
-    savings = cache_savings(plan, layout, spent, trace, largest, mean.scaled(1 / rows), model.unused_blocks)
+    savings = cache_savings(plan, layout, spent, trace, largest, mean.scaled(1 / rows), lambda: model.read_blocks)
     cached = None if savings.flops is None else run - savings.flops
     gradients = gradient_bytes(skeleton)
     memory = step_memory(

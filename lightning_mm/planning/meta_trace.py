@@ -4,6 +4,7 @@ Data flow: skeleton under a plan + ``Batch`` -> the training loss under the mode
 -> ``OpRecorder`` -> ``MetaTrace``, for ``flops`` and ``memory``; its graph -> ``UnusedVision``.
 """
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from lightning_mm.planning.meta_modes import MetaWeightsMode, untraceable
 from lightning_mm.planning.op_recorder import MatmulRecord, OpRecorder, SavedTensor
 from lightning_mm.planning.step_shape import count_pixels
 from lightning_mm.tuning.unused_parameters import (
+    blocks_read_directly,
     graph_leaves,
     graph_nodes,
     only_requires_grad,
@@ -117,3 +119,18 @@ def find_unused_vision(skeleton: nn.Module, layout: ModelLayout, batch: Batch) -
         used = graph_leaves(trace_step(skeleton, layout, batch).loss)
     names = frozenset(name for name, parameter in parameters.items() if parameter not in used)
     return UnusedVision(names, unused_vision_blocks(skeleton, layout, used), any(in_tuple))
+
+
+def find_read_blocks(skeleton: nn.Module, layout: ModelLayout, batch: Batch, unused: Sequence[str]) -> tuple[str, ...]:
+    """Names of the vision blocks whose output is read by more than the next block; none without a picture.
+
+    Args:
+        skeleton: The model on the meta device.
+        layout: Of the plain model.
+        batch: On the CPU.
+        unused: Vision blocks that are skipped.
+    """
+    computed = [name for name in layout.vision_blocks if name not in unused]
+    if not computed or not count_pixels(batch.inputs):
+        return ()
+    return blocks_read_directly(skeleton, computed, lambda: trace_step(skeleton, layout, batch, equal_once=False).loss)

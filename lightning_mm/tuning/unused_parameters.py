@@ -13,14 +13,16 @@ before blocks are skipped (``unused_vision_blocks``). ``plan`` has no weights an
 asks it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.hooks import Forward, replace_forward
 from lightning_mm.models.layout import ModelLayout, Region
 
 PICTURE_REGIONS = (Region.VISION, Region.CONNECTOR)
@@ -55,6 +57,37 @@ def unused_vision_blocks(model: nn.Module, layout: ModelLayout, used: Collection
     ]
     end = max((index + 1 for index, found in enumerate(in_graph) if found), default=len(in_graph))
     return layout.vision_blocks[end:]
+
+
+def blocks_read_directly(model: nn.Module, blocks: Sequence[str], loss: Callable[[], Tensor]) -> tuple[str, ...]:
+    """Names of the vision blocks whose output is read by more than the next block, bottom to top.
+
+    A LLaVA whose ``vision_feature_layer`` is a list reads several; the topmost of ``blocks`` always counts. Every
+    block's output is cut off from the graph below it, so that the graph leads to it only from where it is read.
+
+    Args:
+        model: The model.
+        blocks: Vision blocks that are computed, bottom to top.
+        loss: Computes the loss () of a batch with a picture.
+    """
+    outputs: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def cut_off(name: str, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            hidden = output[0] if isinstance(output, tuple) else output
+            outputs[name].append(hidden.detach().requires_grad_())
+            again = outputs[name][-1].clone()
+            return (again, *output[1:]) if isinstance(output, tuple) else again
+
+        return run
+
+    with ExitStack() as undo:
+        for name in blocks:
+            replace_forward(undo, model.get_submodule(name), partial(cut_off, name))
+        with no_saved_tensors():
+            used = graph_leaves(loss())
+    return tuple(n for n in blocks if n == blocks[-1] or any(output in used for output in outputs[n]))
 
 
 def picture_parameters(model: nn.Module, layout: ModelLayout) -> dict[str, nn.Parameter]:

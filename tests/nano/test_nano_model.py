@@ -4,6 +4,7 @@ The tests that need the two data packages (and gguf, onnx) skip, with the reason
 """
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,13 +17,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lightning_mm.core.errors import UserError
 from lightning_mm.nano.model.__main__ import main
-from lightning_mm.nano.model.build import MANIFEST, build_nano_model
+from lightning_mm.nano.model.build import build_nano_model
+from lightning_mm.nano.model.join import MANIFEST, Recipe, assemble
 from lightning_mm.nano.model.parts import DINOV2, SMOLLM2, Part, _rotate_halves, locate
+from lightning_mm.nano.model.pretrained_connector import PACKAGE, PROVENANCE, WEIGHTS, read_connector
+from lightning_mm.nano.model.pretrained_connector import main as keep_connector
 from lightning_mm.testing.tiny_processors import chatml
 
 
@@ -118,8 +123,11 @@ def test_a_prefix_of_the_talk_is_a_prefix_of_the_text(talk: list[dict[str, Any]]
         assert whole.startswith(render(talk[:i], prompt=message["role"] == "assistant"))
 
 
-@pytest.mark.parametrize("options", [{"image_size": 100}, {"image_size": 0}, {"vision_feature_layer": 13}])
-def test_options_out_of_range_are_refused_before_any_work(options: dict[str, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"image_size": 100}, {"image_size": 0}, *({"vision_feature_layer": each} for each in (13, [2, 13], []))],
+)
+def test_options_out_of_range_are_refused_before_any_work(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         build_nano_model(tmp_path / "nano", **options)
     assert not any(tmp_path.iterdir())
@@ -180,14 +188,73 @@ def test_a_picture_takes_its_tokens_and_they_are_as_long_as_words(loaded: tuple[
     text = processor.apply_chat_template(talk, add_generation_prompt=True)
     pictures = [Image.linear_gradient("L").convert("RGB").resize((200, 90)), Image.radial_gradient("L")]
     inputs = processor(text=[text, text], images=pictures, return_tensors="pt")
-    assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [65, 65]
+    assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [49, 49]
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
         seen = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
     words = model.get_input_embeddings().weight.norm(dim=1).mean()
     # The scale is measured on another picture, and rounded: a factor of 1.5 is all that is promised.
     assert words / 1.5 < seen.norm(dim=-1).mean() < words * 1.5
-    assert processor._get_num_multimodal_tokens([[90, 200]]).num_image_tokens == [65]
+    assert processor._get_num_multimodal_tokens([[90, 200]]).num_image_tokens == [49]
+
+
+def test_the_connector_reads_both_states_at_one_scale(loaded: tuple[Any, Any]) -> None:
+    """What transformers hands to the connector is states 2 and 10 without the class token, each at RMS 1."""
+    model, processor = loaded
+    assert model.config.vision_feature_layer == [2, 10]
+    pixels = processor.image_processor(Image.radial_gradient("L").convert("RGB"), return_tensors="pt").pixel_values
+    given: list[torch.Tensor] = []
+    projector = model.model.multi_modal_projector
+    handle = projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with torch.no_grad():
+        model.get_image_features(pixels)
+        states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    handle.remove()
+    assert torch.equal(given[0], torch.cat([states[2][:, 1:], states[10][:, 1:]], -1))
+    for weight, state in zip(projector.linear_1.weight.chunk(2, 1), (states[2], states[10]), strict=True):
+        # Random rows of N(0, s / 384): what a row makes of a state of RMS r has RMS r * s. Measured on another picture.
+        assert 0.6 < weight.square().mean().mul(384).sqrt() * state[:, 1:].square().mean().sqrt() < 1.6
+
+
+def test_the_shipped_connector_is_what_was_trained(nano: Path, tmp_path: Path) -> None:
+    """Written from an export and a run, read back for the same recipe; bfloat16 keeps 8 bits of a weight."""
+    run, made = tmp_path / "run", tmp_path / "made"
+    run.mkdir()
+    made.mkdir()
+    config = {"model": {"backbone": {"path": str(nano)}}, "data": {}, "trainer": {"max_steps": 1}, "seed_everything": 0}
+    (run / "config.yaml").write_text(json.dumps(config))
+    assert keep_connector([str(nano), str(run), "--out", str(made)]) == 0
+    recipe = Recipe()
+    digest, weights = read_connector(recipe, made)
+    stored = load_file(nano / "model.safetensors")
+    assert sorted(weights) == ["linear_1.bias", "linear_1.weight", "linear_2.bias", "linear_2.weight"]
+    for name, value in weights.items():
+        assert torch.equal(value, stored[f"model.multi_modal_projector.{name}"].bfloat16().float()), name
+    assert digest == hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()
+    assemble(tmp_path / "model", recipe, *(locate(part, None, tmp_path) for part in (SMOLLM2, DINOV2)), weights)
+    built = load_file(tmp_path / "model" / "model.safetensors")
+    assert all(torch.equal(built[f"model.multi_modal_projector.{name}"], value) for name, value in weights.items())
+    with pytest.raises(UserError, match="does not fit this model"):
+        read_connector(replace(recipe, image_size=112), made)
+    (made / WEIGHTS).write_bytes((made / WEIGHTS).read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="is not the file that was trained"):
+        read_connector(recipe, made)
+    (made / PROVENANCE).unlink()
+    with pytest.raises(UserError, match="has no trained connector"):
+        read_connector(recipe, made)
+
+
+def test_the_connector_of_this_package_is_the_one_of_its_provenance() -> None:
+    """Both files or none, and together they fit the default recipe."""
+    shipped = [(PACKAGE / name).is_file() for name in (WEIGHTS, PROVENANCE)]
+    if not any(shipped):
+        with pytest.raises(UserError, match="has no trained connector"):
+            read_connector(Recipe())
+        return
+    assert all(shipped)
+    _, weights = read_connector(Recipe())
+    shapes = json.loads((PACKAGE / PROVENANCE).read_text())["shapes"]
+    assert {name: list(value.shape) for name, value in weights.items()} == shapes
 
 
 def test_the_tokenizer_is_smollms(loaded: tuple[Any, Any]) -> None:

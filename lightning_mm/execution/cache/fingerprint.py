@@ -52,7 +52,7 @@ def open_store(
 
 def _part_identity(part: FrozenPrefix | FrozenTower) -> dict[str, Any]:
     if isinstance(part, FrozenTower):
-        return {"weights": tower_digest(part.mm), "block": part.top}
+        return {"weights": tower_digest(part.mm), "block": " ".join(part.read)}
     return {"weights": prefix_digest(part.mm, part.first), "block": part.first}
 
 

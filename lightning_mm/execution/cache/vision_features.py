@@ -1,12 +1,15 @@
 """The cache of the frozen vision tower's features, for runs in which the connector or the embedding trains.
 
-Data flow: each row with its images -> ``FrozenTower.states``, the output of the tower's last block -> cached by row ->
-``FrozenTower.starting_from``: the model on blank images of the same sizes, the tower's blocks skipped, the last one
-returning these states. Everything before and after the blocks (patches, windows, feature selection, connector) is
-computed by the model's own code.
+Data flow: each row with its images -> ``FrozenTower.states``, the outputs of the blocks that the model reads -> cached
+by row -> ``FrozenTower.starting_from``: the model on blank images of the same sizes, the tower's blocks skipped, those
+that are read returning these states. Everything before and after the blocks (patches, windows, feature selection,
+connector) is computed by the model's own code.
 
-Shapes: P patches of a row, n images or tiles of a row, D hidden size of the tower; a row's states are (n, P / n, D) or
-(P, D), depending on the model family.
+Most models read one block, their tower's last or last but one. A list in ``vision_feature_layer`` reads several, and so
+do models that add the states of lower blocks to the decoder's (Qwen3-VL).
+
+Shapes: P patches of a row, n images or tiles of a row, K blocks that are read, D hidden size of the tower; a row's
+states are (n, P / n, D) or (P, D), depending on the model family, and (n, P / n, K, D) or (P, K, D) where K > 1.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +37,7 @@ from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
+from lightning_mm.tuning.unused_parameters import blocks_read_directly
 
 _SAME = 1e-4
 _COARSE = 3e-2
@@ -41,7 +45,7 @@ _COARSE = 3e-2
 
 
 class FrozenTower:
-    """A model split at the output of its vision blocks.
+    """A model split at the outputs of its vision blocks.
 
     Args:
         mm: The plain model.
@@ -53,10 +57,9 @@ class FrozenTower:
         read = [name for name in mm.layout.vision_blocks if name not in unread]
         if not read:
             raise _refusal("no vision blocks are known")
-        self.top = read[-1]
+        self.read = (read[-1],)
         self.share, self.dtype = 0.0, torch.float32
-        self._below = [mm.model.get_submodule(name) for name in read[:-1]]
-        self._top = mm.model.get_submodule(self.top)
+        self._computed = read
         self._layers = [mm.model.get_submodule(name) for name in mm.layout.layers]
         self._dim, self._in_tuple, self._layer_in_tuple = 0, False, False
 
@@ -65,42 +68,53 @@ class FrozenTower:
 
     @torch.no_grad()
     def states(self, row: Batch) -> Tensor | None:
-        """Output of the tower's last block for one row; None if the row has no image."""
+        """Outputs of the blocks that are read for one row; None if the row has no image."""
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with (
             # Trained modules after the tower may draw random numbers; caching must not change later draws.
             fork_rng(row.regions.device),
             uncompiled(self.mm.model),
-            record_outputs(self._top) as outputs,
+            self._recorded() as outputs,
             skipped(self._layers, self._layer_in_tuple),
             select_positions_before_head(head, row.supervised[:0]),
         ):
             self.mm.model(**row.inputs, use_cache=False)
         # Autocast must not reuse in training a weight that was cast here without a graph.
         torch.clear_autocast_cache()
-        return torch.cat([_hidden_states(each) for each in outputs], self._dim) if outputs else None
+        runs = [_stacked(each) for each in zip(*outputs, strict=True)]
+        return torch.cat(runs, self._dim) if runs else None
+
+    @contextmanager
+    def _recorded(self) -> Iterator[list[list[Any]]]:
+        """While active, the outputs of every block that is read are appended to its list."""
+        with ExitStack() as stack:
+            yield [stack.enter_context(record_outputs(self.mm.model.get_submodule(name))) for name in self.read]
 
     @contextmanager
     def starting_from(self, states: Sequence[Tensor | None]) -> Iterator[None]:
-        """While active, the tower's last block returns these states and the blocks below are skipped.
+        """While active, the blocks that are read return these states and the others are skipped.
 
         Args:
             states: States of each row of a batch; None for rows without images.
         """
         present = [each for each in states if each is not None]
         joined = torch.cat(present, self._dim) if present else None
-
-        def known(*args: Any, **kwargs: Any) -> Any:
-            hidden = args[0] if args else kwargs["hidden_states"]
-            if joined is None or joined.shape != hidden.shape:
-                shape = None if joined is None else tuple(joined.shape)
-                raise _refusal(f"features of shape {shape} are known, the tower has {tuple(hidden.shape)}")
-            output = joined.to(hidden.dtype)
-            return (output,) if self._in_tuple else output
-
-        with skipped(self._below, self._in_tuple), ExitStack() as undo:
-            replace_forward(undo, self._top, lambda _: known)
+        by_block = [None] * len(self.read) if joined is None else _unstacked(joined, len(self.read))
+        skip = [self.mm.model.get_submodule(name) for name in self._computed if name not in self.read]
+        with skipped(skip, self._in_tuple), ExitStack() as undo:
+            for name, known in zip(self.read, by_block, strict=True):
+                forward = partial(self._known, known)
+                replace_forward(undo, self.mm.model.get_submodule(name), lambda _, forward=forward: forward)
             yield
+
+    def _known(self, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
+        """Forward of a block whose output is known."""
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if known is None or known.shape != hidden.shape:
+            shape = None if known is None else tuple(known.shape)
+            raise _refusal(f"features of shape {shape} are known, the tower has {tuple(hidden.shape)}")
+        output = known.to(hidden.dtype)
+        return (output,) if self._in_tuple else output
 
     @torch.no_grad()
     def verify(self, batch: Batch, grey: Batch, rows: Sequence[Batch]) -> None:
@@ -112,30 +126,32 @@ class FrozenTower:
             rows: One batch per row, with its images.
 
         Raises:
-            UserError: The losses differ, or the model needs more of the tower than its last block's output.
+            UserError: The losses differ, or the model needs more of the tower than its blocks' outputs.
         """
         head = self.mm.model.get_submodule(self.mm.layout.head)
         with temporary_eval_mode(self.mm.model, batch.regions.device):
             try:
+                self.read = blocks_read_directly(
+                    self.mm.model, self._computed, lambda: supervised_nll(self.mm.model, head, batch).nll
+                )
                 with (
-                    record_outputs(self._top) as outputs,
+                    self._recorded() as outputs,
                     record_outputs(self._layers[-1]) as last,
                     FlopCounterMode(display=False) as all_flops,
                 ):
                     whole = supervised_nll(self.mm.model, head, batch).nll
-                if len(outputs) != 1:
-                    raise _refusal(f"the tower runs {len(outputs)} times on a batch")
-                self._in_tuple, self._layer_in_tuple = isinstance(outputs[0], tuple), isinstance(last[0], tuple)
+                if len(outputs[-1]) != 1:
+                    raise _refusal(f"the tower runs {len(outputs[-1])} times on a batch")
+                together = [each for (each,) in outputs]
+                self._in_tuple, self._layer_in_tuple = isinstance(together[0], tuple), isinstance(last[0], tuple)
                 with FlopCounterMode(display=False) as tower_flops:
                     states = [self.states(row) for row in rows]
-                self._dim = _row_dim(states, _hidden_states(outputs[0]))
+                self._dim = _row_dim(states, _stacked(together))
                 with self.starting_from(states):
                     halves = supervised_nll(self.mm.model, head, grey).nll
             except FORWARD_ERRORS as error:
-                raise _refusal(
-                    f"the model needs more than what its last block puts out: {first_line(error)}"
-                ) from error
-        self.dtype = _hidden_states(outputs[0]).dtype
+                raise _refusal(f"the model needs more than what its blocks put out: {first_line(error)}") from error
+        self.dtype = _hidden_states(together[0]).dtype
         gap = relative_loss_gap(whole, halves, self.dtype)
         if gap:
             raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself with the tower left out")
@@ -203,6 +219,17 @@ def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batc
 
 def _hidden_states(output: Tensor | tuple[Tensor, ...]) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _stacked(outputs: Sequence[Tensor | tuple[Tensor, ...]]) -> Tensor:
+    """The blocks' hidden states (..., K, D); those of one block (..., D) are left as they are."""
+    states = [_hidden_states(each) for each in outputs]
+    return states[0] if len(states) == 1 else torch.stack(states, -2)
+
+
+def _unstacked(states: Tensor, blocks: int) -> Sequence[Tensor]:
+    """What ``_stacked`` was given, for this number of blocks."""
+    return [states] if blocks == 1 else [each.contiguous() for each in states.unbind(-2)]
 
 
 def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:

@@ -3,6 +3,7 @@
 import json
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.cache.collators import CachedVisionCollator
 from lightning_mm.execution.cache.fingerprint import tower_digest
 from lightning_mm.execution.cache.store import RecordStore
-from lightning_mm.execution.cache.vision_features import FrozenTower
+from lightning_mm.execution.cache.vision_features import split_verified_tower
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.layout import Region
 from lightning_mm.models.loading import Backbone
@@ -32,6 +33,7 @@ from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.apply import prepare_model
 from tests.helpers.data import Data, Family
+from tests.helpers.feature_layers import concatenating
 from tests.helpers.training import SaveAt, cache_on, train, train_losses
 
 FAMILIES = (
@@ -44,9 +46,54 @@ FAMILIES = (
     "smolvlm",
     "internvl",
     "gemma3",
+    "vipllava",
+    "llava_of_two_states",
+    "qwen3_vl",
+    "mllama",
 )
+"""The last four read several blocks: by a list of feature layers, and by models of their own."""
 CONNECTOR = ConnectorOnly()
 WITH_CONNECTOR = IntermediateOnly(layers="1-2", connector="full")
+
+
+@pytest.fixture(scope="module")
+def family(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Family:
+    """Also LLaVAs that concatenate states of a tower of three blocks: of the first two, or of none and the second."""
+    states = {"llava_of_two_states": [1, 2], "llava_of_embedding": [0, 2]}
+
+    @cache
+    def made(name: str) -> Path:
+        return (
+            concatenating(family("llava"), states[name], tmp_path_factory.mktemp("states") / name)
+            if name in states
+            else family(name)
+        )
+
+    return made
+
+
+def test_what_is_cached_is_what_the_connector_gets(family: Family, data: Data) -> None:
+    """Bit for bit transformers' own hidden states, and only they are computed: the third block is not."""
+    model = family("llava_of_two_states")
+    collator = Collator(load_processor(str(model)))
+    batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:3])
+    grey = collator.collate_valid(batch.samples, [], blank_images=True)
+    mm, _ = prepare_model(Backbone(path=str(model)), CONNECTOR)
+    mm.model.eval()
+    with torch.no_grad():
+        hidden = mm.model.model.vision_tower(batch.inputs["pixel_values"], output_hidden_states=True).hidden_states
+        logits = mm.model(**batch.inputs).logits
+    unread = truncate_tower(mm, batch, ExitStack())
+    assert unread == mm.layout.vision_blocks[2:]
+    tower = split_verified_tower(mm, unread, batch, collator)
+    assert tower.read == mm.layout.vision_blocks[:2]
+    states = [tower.states(collator([sample])) for sample in batch.samples]
+    for known, first, second in zip(states, hidden[1], hidden[2], strict=True):
+        assert known is not None
+        assert torch.equal(known[0], torch.stack([first, second], -2))
+    assert grey is not None
+    with torch.no_grad(), tower.starting_from(states):
+        assert torch.equal(mm.model(**grey.inputs).logits, logits)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -138,8 +185,7 @@ def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp
     ("name", "tuning", "why"),
     [
         ("llava", Full(vision="full"), "Vision, connector, embedding trained"),
-        ("qwen3_vl", CONNECTOR, "differs by"),  # deepstack: features are read below the last block, too
-        ("mllama", CONNECTOR, "The vision tower cannot be left out"),
+        ("llava_of_embedding", CONNECTOR, "differs by"),  # what enters the first block is no block's output
     ],
 )
 def test_where_it_would_be_wrong_it_is_refused(
@@ -193,7 +239,7 @@ def test_what_is_kept_and_saved_is_foretold(name: str, family: Family, data: Dat
     batch = collator([s for s in read_conversations(data["train"]).samples if s.images][:2])
     mm, _ = prepare_model(Backbone(path=str(family(name))), CONNECTOR)
     mm.model.eval()
-    tower = FrozenTower(mm, truncate_tower(mm, batch, ExitStack()))
+    tower = split_verified_tower(mm, truncate_tower(mm, batch, ExitStack()), batch, collator)
     rows = [collator([sample]) for sample in batch.samples]
     made = [states.nbytes for row in rows if (states := tower.states(row)) is not None]
     blueprint = MetaModel(Backbone(path=str(family(name))), batch)
