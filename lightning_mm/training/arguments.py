@@ -7,13 +7,14 @@ argument.
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.execution.connector_init import ConnectorInit
 from lightning_mm.models.loaded import describe_loaded
 from lightning_mm.models.loading import Backbone
 from lightning_mm.tuning import IntermediateOnly, TuningPolicy
@@ -108,6 +109,15 @@ def optimizer_of(given: object, lr: float | None) -> tuple[OptimizerSettings, Ma
     if lr is not None:
         raise UserError(f"lr: {lr} has no effect.", "The optimizer is yours.", "Set its rate in the function.")
     return OptimizerSettings(), given
+
+
+def connector_init_of(given: object) -> ConnectorInit:
+    """The choice of ``connector_init``; raises a ``UserError`` if it is none."""
+    for choice in get_args(ConnectorInit):
+        if given == choice:
+            return cast(ConnectorInit, choice)
+    choices = ", ".join(get_args(ConnectorInit))
+    raise UserError(f"model.connector_init: {given!r} is no choice.", f"Choices are {choices}.", "Choose one of them.")
 
 
 def _shown(given: object) -> str:

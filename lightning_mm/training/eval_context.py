@@ -14,6 +14,7 @@ import torch
 from lightning_mm.data.batch import PromptBatch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.connector_init import ConnectorInit
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection
@@ -40,6 +41,7 @@ class LiveModule(Protocol):
     auto: AutoRange
     compute: Compute
     cache: CacheSettings
+    connector_init: ConnectorInit
     without_files: MMDataModule
     selection: Selection | None
     step: TrainingStep

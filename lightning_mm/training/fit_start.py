@@ -12,6 +12,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.connector_init import scale_connector
 from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.models.handle import MultimodalModel
@@ -19,6 +20,9 @@ from lightning_mm.models.layout import Region
 from lightning_mm.training.unreached import regions_without_rows
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.unused_parameters import unused_parameters
+
+_NUM_MEASURED_ROWS = 4
+"""Rows with pictures on which the norm of a connector's tokens is measured."""
 
 
 def find_unread(mm: MultimodalModel, plan: TuningPlan, trainer: L.Trainer, data: MMDataModule) -> tuple[str, ...]:
@@ -35,6 +39,22 @@ def find_unread(mm: MultimodalModel, plan: TuningPlan, trainer: L.Trainer, data:
     mm.model.to(device)
     with trainer.precision_plugin.forward_context():
         return unused_parameters(mm, lambda: supervised_nll(mm.model, mm.head, batch.to(device)).nll)
+
+
+def start_at_stream_norm(mm: MultimodalModel, plan: TuningPlan, trainer: L.Trainer, data: MMDataModule | None) -> None:
+    """Scale a new connector before the first step; see ``execution.connector_init``.
+
+    Args:
+        mm: The model under its plan, with its processor.
+        plan: What trains.
+        trainer: The trainer of the fit; all of its ranks use what rank 0 measures.
+        data: Whose first rows with pictures are measured; None takes a synthetic picture.
+    """
+    device = trainer.strategy.root_device
+    with torch.device("cpu"):
+        batch = None if data is None else data.example_batch(_NUM_MEASURED_ROWS)
+    mm.model.to(device)
+    scale_connector(mm, plan, None if batch is None else batch.to(device), trainer.strategy.broadcast)
 
 
 def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule) -> None:

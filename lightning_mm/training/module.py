@@ -27,6 +27,7 @@ from lightning_mm.data.dataloader import Collate
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.own_batches import as_batch
 from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.connector_init import ConnectorInit
 from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_grad_term, scale_gradients
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
@@ -38,6 +39,7 @@ from lightning_mm.training.arguments import (
     ELSEWHERE,
     MakesOptimizer,
     backbone_of,
+    connector_init_of,
     optimizer_of,
     policy_of,
 )
@@ -45,7 +47,13 @@ from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.eval_context import data_of, live
-from lightning_mm.training.fit_start import find_unread, open_cache, prove_sharing, refuse_cache
+from lightning_mm.training.fit_start import (
+    find_unread,
+    open_cache,
+    prove_sharing,
+    refuse_cache,
+    start_at_stream_norm,
+)
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.model_and_data import ModelAndData
 from lightning_mm.training.resume_point import ResumePoint, at_step_end
@@ -81,6 +89,8 @@ class MMModule(ModelAndData):
         auto: How layers are chosen where the policy says ``layers: auto``.
         compute: How a step is computed.
         cache: Where what the frozen prefix puts out is kept, so that it is computed once per row.
+        connector_init: 'stream_norm' scales a new connector when a fit begins, so that picture tokens enter the decoder
+            at the norm of its stream; 'keep' (default) leaves it as it is loaded. A resumed fit is never scaled.
         lr: Learning rate, in place of that of ``optimizer``.
         processor: The model's processor, already loaded; that of ``backbone`` if not given.
 
@@ -111,6 +121,7 @@ class MMModule(ModelAndData):
         auto: AutoRange = AutoRange(),  # noqa: B008  (frozen)
         compute: Compute = Compute(),  # noqa: B008  (frozen)
         cache: CacheSettings = CacheSettings(),  # noqa: B008  (frozen)
+        connector_init: ConnectorInit = "keep",
         lr: float | None = None,
         processor: Any = None,
         **unknown: Never,
@@ -134,6 +145,7 @@ class MMModule(ModelAndData):
         self.loaded_step: int | None = None
         self.unread: tuple[str, ...] | None = None
         self.auto, self.compute, self.cache = auto, compute, cache
+        self.connector_init = connector_init_of(connector_init)
         self.selection: Selection | None = None
         self._layers: tuple[int, ...] | None = None
 
@@ -155,6 +167,7 @@ class MMModule(ModelAndData):
         mm, self.plan = prepare_model(self.backbone, self.tuning, loaded)
         self.mm, self.model = replace(mm, processor=self.processing), mm.model
         self._drop_unread()
+        self._init_connector()
         rates = (None, None) if self.own_optimizer else (self.optimizer.lr, self.optimizer.weight_decay)
         self.census = take_census(self.mm, self.plan, *rates)
         self.base = fingerprint(self.model)
@@ -227,6 +240,13 @@ class MMModule(ModelAndData):
         log_decision(
             "model.tuning", f"{len(self.unread)} named tensors stay frozen", f"never read: {self.unread[0]}, ..."
         )
+
+    def _init_connector(self) -> None:
+        """Scale the connector as ``connector_init`` says, if this is the beginning of a fit."""
+        fits = self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        if self.connector_init == "keep" or not fits or self._layers is not None or self.trainer.ckpt_path:
+            return
+        start_at_stream_norm(self.mm, self.plan, self.trainer, self._files)
 
     @property
     def trainable(self) -> dict[str, nn.Parameter]:

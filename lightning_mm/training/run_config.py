@@ -64,6 +64,7 @@ def model_options(module: LiveModule) -> dict[str, Any]:
         "auto": module.auto,
         "compute": module.compute,
         "cache": module.cache,
+        "connector_init": module.connector_init,
     }
     if module.own_optimizer:
         del options["optimizer"]

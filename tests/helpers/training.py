@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.execution.cache.activation_cache import CacheSettings
+from lightning_mm.execution.connector_init import ConnectorInit
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.layer_selection.select import AutoRange
 from lightning_mm.models.loading import Backbone
@@ -103,6 +104,7 @@ def train(
     auto: AutoRange | None = None,
     compute: Compute | None = None,
     cache: CacheSettings | None = None,
+    connector_init: ConnectorInit = "keep",
     **trainer_options: Any,
 ) -> tuple[MMModule, L.Trainer]:
     """Fit on the files, or sources, of each split; returns the module and its trainer."""
@@ -115,6 +117,7 @@ def train(
         auto=auto or AutoRange(),
         compute=compute or Compute(),
         cache=cache or CacheSettings(mode="off"),
+        connector_init=connector_init,
     )
     files = {split: str(given) if isinstance(given, Path) else given for split, given in data.items()}
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_length": max_length}

@@ -36,7 +36,7 @@ from lightning_mm.execution.cache.frozen_prefix import (
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.hooks import replace_forward, skipped, uncompiled
+from lightning_mm.models.hooks import Forward, replace_forward, skipped, uncompiled
 from lightning_mm.tuning.unused_parameters import blocks_read_directly
 
 _SAME = 1e-4
@@ -57,7 +57,7 @@ class FrozenTower:
         read = [name for name in mm.layout.vision_blocks if name not in unread]
         if not read:
             raise _refusal("no vision blocks are known")
-        self.read = (read[-1],)
+        self.read: tuple[str, ...] = (read[-1],)
         self.share, self.dtype = 0.0, torch.float32
         self._computed = read
         self._layers = [mm.model.get_submodule(name) for name in mm.layout.layers]
@@ -103,12 +103,14 @@ class FrozenTower:
         skip = [self.mm.model.get_submodule(name) for name in self._computed if name not in self.read]
         with skipped(skip, self._in_tuple), ExitStack() as undo:
             for name, known in zip(self.read, by_block, strict=True):
-                forward = partial(self._known, known)
-                replace_forward(undo, self.mm.model.get_submodule(name), lambda _, forward=forward: forward)
+                replace_forward(undo, self.mm.model.get_submodule(name), partial(self._known_forward, known))
             yield
 
+    def _known_forward(self, known: Tensor | None, _: Forward) -> Forward:
+        return partial(self._known, known)
+
     def _known(self, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-        """Forward of a block whose output is known."""
+        """What a block returns whose output is known."""
         hidden = args[0] if args else kwargs["hidden_states"]
         if known is None or known.shape != hidden.shape:
             shape = None if known is None else tuple(known.shape)

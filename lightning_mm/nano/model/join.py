@@ -205,7 +205,7 @@ def _scale_connector(model: LlavaForConditionalGeneration) -> None:
         [ramp.expand(len(ramp), -1), ramp[:, None].expand(-1, len(ramp)), torch.outer(ramp, ramp) / 2]
     )
     states = inner.vision_tower(picture[None], output_hidden_states=True).hidden_states
-    read = [states[layer][0, 1:] for layer in model.config.vision_feature_layer]  # (T, D) each
+    read = [states[layer][0, 1:] for layer in cast(list[int], model.config.vision_feature_layer)]  # (T, D) each
     for columns, state in zip(connector.linear_1.weight.chunk(len(read), dim=1), read, strict=True):
         columns /= _round(state.square().mean().sqrt())
     words = inner.get_input_embeddings().weight.norm(dim=1).mean()
