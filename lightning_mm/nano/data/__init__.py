@@ -2,8 +2,8 @@
 
 ``python -m lightning_mm.nano.data OUT`` builds it.
 
-Data flow: ``catalog``, ``flags`` (names, facts) + ``openmoji``, ``tuxpaint`` (cut-outs) -> ``build`` (splits) ->
-``images`` (scenes) -> ``questions``, ``flags`` (text) -> ``rows``, ``probes``, ``causal`` -> ``build`` (files).
+Data flow: ``packages`` (archives), ``catalog``, ``flags`` (names, facts) -> ``hands``, ``tuxpaint`` (cut-outs) ->
+``splits`` -> ``images`` (scenes) -> ``questions`` -> ``rows``, ``probes``, ``flags``, ``causal`` -> ``build`` (files).
 """
 
 from lightning_mm.nano.data.build import SMALL, Sizes, build_nano_data

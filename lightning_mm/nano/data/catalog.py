@@ -6,14 +6,18 @@ in an image or a question: they are never in one scene, never the wrong answer t
 ``OTHER`` things are named, counted and located, but never asked for a category. Emoji that show a second thing of the
 catalog (the hammer on the toolbox, the cheese in the trap) are left out.
 
-Data flow: ``entries`` -> ``openmoji`` (cut-outs by CLDR name) -> ``Thing`` -> ``build`` (splits) -> ``images``.
+Data flow: ``entries`` -> ``hands`` (cut-outs by CLDR name) -> ``Thing`` -> ``splits`` -> ``images``.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 from PIL import Image
+
+from lightning_mm.nano.data.colors import dominant_color, mean_color
 
 Number = Literal["one", "many", "mass"]
 OTHER = "other"
@@ -136,13 +140,13 @@ class Thing:
     """A thing that can be drawn and asked about.
 
     Args:
-        key: Unique key with the source of the cut-out: ``openmoji:1F408``, ``stamps:animals/cat``.
+        key: Unique key with the hand that drew it: ``openmoji:1F408``, ``stamps:animals/cat``.
         name: Name, singular unless ``number`` is ``many``.
         category: One of ``CATEGORIES`` or ``other``; the continent for flags.
         group: Things of one group are never told apart and are all in one split.
         number: Countable (``one``), plural only (``many``) or mass noun (``mass``).
-        cutout: RGBA image, cropped to what is not transparent.
-        color: Name of the dominant color; None where there is none.
+        draw: Draws it: an RGBA image, cropped to what is not transparent.
+        colored: Whether the dominant color of the cut-out, if there is one, is that of the thing.
     """
 
     key: str
@@ -150,13 +154,28 @@ class Thing:
     category: str
     group: str
     number: Number
-    cutout: Image.Image
-    color: str | None = None
+    draw: Callable[[], Image.Image]
+    colored: bool = True
 
     @property
     def source(self) -> str:
-        """The collection of the cut-out, for the license note."""
+        """The hand that drew it, for the split and the license note."""
         return self.key.partition(":")[0]
+
+    @cached_property
+    def cutout(self) -> Image.Image:
+        """The RGBA image, drawn once."""
+        return self.draw()
+
+    @cached_property
+    def color(self) -> str | None:
+        """Name of the dominant color; None where there is none."""
+        return dominant_color(self.cutout) if self.colored else None
+
+    @cached_property
+    def mean(self) -> tuple[float, float, float]:
+        """Mean RGB of what is not transparent."""
+        return mean_color(self.cutout)
 
 
 def crop_transparent(image: Image.Image) -> Image.Image | None:

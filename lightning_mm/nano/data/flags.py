@@ -5,15 +5,18 @@ moves). A question mark before the code marks a country on two continents: it is
 its continent is not asked. Countries whose flag looks like another at this size are left out (Chad, Luxembourg,
 Monaco).
 
-Data flow: ``openmoji`` finds the flag by the country code -> ``SceneImage`` -> ``FlagQuestionGenerator`` ->
-``QuestionAnswer`` -> ``rows``.
+Data flow: ``hands`` finds the flag by the country code -> ``flag_rows``: ``SceneImage``, ``QuestionAnswer`` -> rows;
+countries -> ``capital_rows`` -> rows without a picture.
 """
 
-from collections.abc import Mapping
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from lightning_mm.nano.data.images import SceneImage
+from lightning_mm.nano.data.catalog import Thing
+from lightning_mm.nano.data.images import SceneComposer
 from lightning_mm.nano.data.questions import QuestionAnswer, format_answer
+from lightning_mm.nano.data.rows import Made, Row, make_row
 
 _TABLE = {
     "Africa": """
@@ -101,24 +104,62 @@ def _parse(item: str, region: str) -> Country:
 
 
 FLAG_TYPES = ("flag_country", "flag_capital", "flag_continent")
+_WITH_ARTICLE = frozenset((
+    "Bahamas", "Central African Republic", "Comoros", "Democratic Republic of the Congo", "Dominican Republic",
+    "Gambia", "Maldives", "Marshall Islands", "Netherlands", "Philippines", "Republic of the Congo",
+    "Solomon Islands", "United Arab Emirates", "United Kingdom", "United States",
+))  # fmt: skip
 
 
-class FlagQuestionGenerator:
-    """Questions about flags.
+def flag_rows(split: str, flags: Sequence[tuple[Thing, Country]], copies: int, seed: str, size: int) -> Iterator[Made]:
+    """Rows about pictures of flags, in a random order, with their images: every question about each picture.
 
     Args:
-        countries: Facts by the key of the flag's ``Thing``.
+        split: Name of the file, the first part of an id.
+        flags: Flags of one hand, with their facts.
+        copies: Pictures of each flag, on other backgrounds and at other places.
+        seed: Random seed.
+        size: Side of a picture in pixels.
     """
+    rng = random.Random(seed)
+    composer = SceneComposer([flag for flag, _ in flags], rng, size)
+    order = [pair for pair in flags for _ in range(copies)]
+    rng.shuffle(order)
+    for number, (flag, country) in enumerate(order):
+        image, name = composer.flag(flag), f"{split}-{number:05d}"
+        for place, question in enumerate(_questions(country)):
+            yield make_row(f"{name}-{place}", name, image, question), image
 
-    def __init__(self, countries: Mapping[str, Country]) -> None:
-        self._countries = countries
 
-    def ask(self, kind: str, image: SceneImage) -> QuestionAnswer | None:
-        """A question of a type about the country of the flag; None where the fact is not known."""
-        country = self._countries[image.target.key]
-        text, fact = {
-            "flag_country": ("Which country has this flag?", country.name),
-            "flag_capital": ("What is the capital of the country with this flag?", country.capital),
-            "flag_continent": ("On which continent is the country with this flag?", country.continent),
-        }[kind]
-        return QuestionAnswer(kind, text, format_answer(fact)) if fact else None
+def _questions(country: Country) -> list[QuestionAnswer]:
+    """What is asked about the country of a flag; a fact that is not known is not asked."""
+    asked = (
+        ("flag_country", "Which country has this flag?", country.name),
+        ("flag_capital", "What is the capital of the country with this flag?", country.capital),
+        ("flag_continent", "On which continent is the country with this flag?", country.continent),
+    )
+    return [QuestionAnswer(kind, text, format_answer(fact)) for kind, text, fact in asked if fact]
+
+
+def capital_rows(countries: Sequence[Country]) -> list[Row]:
+    """One row without a picture for each country whose capital is asked.
+
+    Args:
+        countries: Countries in the order of the rows.
+    """
+    return [_capital_row(country) for country in countries if country.capital]
+
+
+def _capital_row(country: Country) -> Row:
+    named = f"the {country.name}" if country.name in _WITH_ARTICLE else country.name
+    answer = f"The capital of {named} is {country.capital}."
+    return {
+        "id": f"facts-{country.code}",
+        "conversations": [
+            {"from": "human", "value": f"What is the capital of {named}?"},
+            {"from": "gpt", "value": answer, "type": "capital"},
+        ],
+        "question_type": "capital",
+        "country": country.name,
+        "answer": country.capital,
+    }

@@ -4,7 +4,7 @@ The two images of a pair show equally many things in the same arrangement, and n
 each is its own with one thing of the other's: over the pair every word is as often true as false, so words alone do not
 give the label away. A thing that is alone is left or right of the center, equally often.
 
-Data flow: ``SplitContent`` -> rows with ``caption``, ``caption_swapped``, ``boxes`` and ``group``, and images ->
+Data flow: things of val -> rows with ``caption``, ``caption_swapped``, ``boxes`` and ``group``, and images ->
 ``build``.
 """
 
@@ -12,9 +12,10 @@ import random
 from collections.abc import Iterator, Sequence
 
 from lightning_mm.nano.data.catalog import OTHER, Thing
-from lightning_mm.nano.data.images import SceneComposer, SceneImage, ShuffledCycle
+from lightning_mm.nano.data.cycles import ShuffledCycle
+from lightning_mm.nano.data.images import SceneComposer, SceneImage
 from lightning_mm.nano.data.questions import QuestionAnswer, count_phrase, format_answer, join_phrases, with_article
-from lightning_mm.nano.data.rows import Row, SplitContent, make_row
+from lightning_mm.nano.data.rows import Made, make_row
 
 ARRANGEMENTS = ((1,), (1,), (1,), (1,), (1, 1), (1, 1), (2,), (1, 1, 1), (2, 1), (2, 1, 1))
 """Copies of each thing in an image; two fifths of the images show one thing."""
@@ -23,21 +24,22 @@ MIN_OFFSET = 0.12
 _QUESTION = "Which things are in this picture?"
 
 
-def probe_rows(content: SplitContent, count: int, seed: int, size: int) -> Iterator[tuple[Row, SceneImage]]:
+def probe_rows(things: Sequence[Thing], count: int, seed: int, size: int) -> Iterator[Made]:
     """``count`` rows and their images, pair by pair.
 
     Args:
-        content: Things that may be shown; those of no category are left out.
+        things: Things that may be shown; those of no category are left out.
         count: Number of images, even.
         seed: Random seed of the whole build.
         size: Side of an image in pixels.
     """
     assert count % 2 == 0
     rng = random.Random(f"{seed}:probes")
-    maker = _PairGenerator([thing for thing in content.things if thing.category != OTHER], rng, size)
+    maker = _PairGenerator([thing for thing in things if thing.category != OTHER], rng, size)
     for number in range(0, count, 2):
         for place, (question, image) in enumerate(maker.pair()):
-            row = make_row("probes", number + place, image, [question])
+            name = f"probes-{number + place:05d}"
+            row = make_row(name, name, image, question)
             yield {**row, "group": f"pair-{number // 2:05d}"}, image
 
 
@@ -69,7 +71,7 @@ class _PairGenerator:
                 f"{join_phrases(said)} on {with_article(f'{image.background} background')}" for said in (right, wrong)
             )
             extra = {"caption": caption, "caption_swapped": swapped}
-            made.append((QuestionAnswer("caption", _QUESTION, format_answer(caption), extra), image))
+            made.append((QuestionAnswer("caption", _QUESTION, format_answer(caption), extra=extra), image))
         return made
 
     def _cast(self, copies: Sequence[int], others: Sequence[Thing], categories: dict[int, str]) -> list[Thing]:

@@ -1,152 +1,168 @@
-"""Rows of train.json, val.json and test.json: train rows have several questions per image, the others one.
+"""Pictures with their questions, and the rows of the files: one row per question, those of a picture together.
 
-Data flow: ``SplitContent`` (things and flags of one split) -> rows and their images -> ``build``.
+Training takes every question that a picture answers, unless its answer has been asked for more often than others. A
+split with quotas takes questions until each answer of each type has been asked for equally often.
+
+Data flow: things of a split -> ``SceneComposer``, ``QuestionGenerator`` -> ``Picture`` -> ``numbered_rows`` ->
+``build``.
 """
 
+import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lightning_mm.data.sample import IMAGE_MARK
 from lightning_mm.nano.data.catalog import Thing
-from lightning_mm.nano.data.flags import FLAG_TYPES, Country, FlagQuestionGenerator
+from lightning_mm.nano.data.cycles import ShuffledCycle
 from lightning_mm.nano.data.images import SceneComposer, SceneImage
-from lightning_mm.nano.data.questions import QuestionAnswer, QuestionGenerator
+from lightning_mm.nano.data.questions import ANSWERS, TYPES_OF_KIND, QuestionAnswer, QuestionGenerator
 
 Row = dict[str, Any]
-TRAIN_TYPES = {
-    "single": (("category", "category", "category", "caption"), ("category", "caption", "yes_no", "colour")),
-    "crowd": (("count",), ("presence", "colour", "caption_match")),
-    "gathering": (("left_right",), ("presence", "colour", "caption_match")),
-    "flag": (FLAG_TYPES, FLAG_TYPES),
-}
-"""Kind of training image -> types of the first question (before another answer gives it away), types of the others."""
+TRAIN_KINDS = {"single": 8, "crowd": 4, "tally": 3, "gathering": 3, "tinted": 6, "pair": 3}
+"""Kind of scene -> how often it comes in training, of 27."""
+_MARGIN = 8
+"""How much more often than the rarest one an answer of training may be asked for."""
+_PATIENCE = 3000
+"""Pictures in a row that answer no question that is still wanted, before a quota counts as impossible."""
 
 
 @dataclass(frozen=True)
-class SplitContent:
-    """The things and flags that images of one split may show.
+class Picture:
+    """A picture and the questions about it."""
+
+    image: SceneImage
+    questions: Sequence[QuestionAnswer]
+
+
+class _EvenAnswers:
+    """Counts answers, and tells which are still wanted.
 
     Args:
-        things: Things other than flags.
-        flags: Flags of countries.
-        countries: Facts about each country, by the key of its flag.
+        quotas: Questions of each type; None takes any number, as long as the answers stay even.
     """
 
-    things: Sequence[Thing]
-    flags: Sequence[Thing]
-    countries: Mapping[str, Country]
+    def __init__(self, quotas: Mapping[str, int] | None) -> None:
+        self._quotas = quotas
+        self._cells: Counter[tuple[str, str]] = Counter()
+
+    def wants(self, question: QuestionAnswer) -> bool:
+        kind = question.type
+        asked = self._cells[kind, question.cell]
+        if self._quotas is not None:
+            return asked < self._limit(kind)
+        # Only answers to the same words are compared: "one animal" with "one vehicle", not with "several animals".
+        first = question.cell.partition(" ")[0] if " " in question.cell else ""
+        alike = [self._cells[kind, cell] for cell in ANSWERS[kind] if cell.startswith(first)]
+        return asked <= min(alike, default=asked) + _MARGIN
+
+    def add(self, question: QuestionAnswer) -> None:
+        self._cells[question.type, question.cell] += 1
+
+    def open_types(self) -> set[str]:
+        """Types with an answer that is still wanted."""
+        assert self._quotas is not None
+        return {
+            kind
+            for kind in self._quotas
+            if any(self._cells[kind, cell] < self._limit(kind) for cell in ANSWERS[kind] or ("",))
+        }
+
+    def _limit(self, kind: str) -> int:
+        assert self._quotas is not None
+        return math.ceil(self._quotas.get(kind, 0) / max(1, len(ANSWERS[kind])))
 
 
-def train_rows(
-    content: SplitContent, counts: Mapping[str, int], seed: int, size: int
-) -> Iterator[tuple[Row, SceneImage]]:
-    """Training rows with two to four questions each, and their images, in a seeded order.
+def train_pictures(things: Sequence[Thing], count: int, seed: str, size: int) -> list[Picture]:
+    """Pictures of every kind with all their questions, but for answers that are too frequent.
 
     Args:
-        content: Things and flags of the train split.
-        counts: Number of images of each kind in ``TRAIN_TYPES``.
-        seed: Random seed of the whole build.
-        size: Side of an image in pixels.
+        things: Things of the split.
+        count: Number of pictures.
+        seed: Random seed.
+        size: Side of a picture in pixels.
     """
-    generators = {
-        kind: _RowGenerator(content, kind, random.Random(f"{seed}:train:{kind}"), size) for kind in TRAIN_TYPES
-    }
-    order = [kind for kind in TRAIN_TYPES for _ in range(counts[kind])]
-    random.Random(f"{seed}:train:order").shuffle(order)
-    for number, kind in enumerate(order):
-        image, questions = generators[kind].several()
-        yield make_row("train", number, image, questions), image
+    rng = random.Random(seed)
+    composer = SceneComposer(things, rng, size)
+    asker, even = QuestionGenerator(composer, rng), _EvenAnswers(None)
+    kinds = ShuffledCycle([kind for kind, often in TRAIN_KINDS.items() for _ in range(often)], rng)
+    made: list[Picture] = []
+    while len(made) < count:
+        picture = _asked(composer.make(kinds.draw()), asker, even)
+        made += [picture] if picture.questions else []
+    return made
 
 
-def single_turn_rows(
-    split: str, content: SplitContent, quotas: Mapping[str, int], seed: int, size: int
-) -> Iterator[tuple[Row, SceneImage]]:
-    """Rows with one question each, and their images; every prefix has the question types in proportion.
+def quota_pictures(things: Sequence[Thing], quotas: Mapping[str, int], seed: str, size: int) -> list[Picture]:
+    """Pictures in a random order that answer a number of questions of each type, each answer equally often.
 
     Args:
-        split: ``val`` or ``test``.
-        content: Things and flags of the split.
-        quotas: Number of rows of each question type.
-        seed: Random seed of the whole build.
-        size: Side of an image in pixels.
+        things: Things of the split.
+        quotas: Question type -> number of questions, rounded up to a multiple of its answers.
+        seed: Random seed.
+        size: Side of a picture in pixels.
     """
-    places: list[tuple[float, str]] = []
-    for kind, quota in quotas.items():
-        rng = random.Random(f"{seed}:{split}:order:{kind}")
-        places += [((i + rng.random()) / quota, kind) for i in range(quota)]
-    generators = {
-        kind: _RowGenerator(content, _image_kind_of(kind), random.Random(f"{seed}:{split}:{kind}"), size)
-        for kind in quotas
-    }
-    for number, (_, kind) in enumerate(sorted(places)):
-        image, question = generators[kind].one(kind)
-        yield make_row(split, number, image, [question]), image
+    rng = random.Random(seed)
+    composer = SceneComposer(things, rng, size)
+    asker, even = QuestionGenerator(composer, rng), _EvenAnswers(quotas)
+    kinds = ShuffledCycle(tuple(TYPES_OF_KIND), rng)
+    made: list[Picture] = []
+    fruitless = 0
+    while wanted := even.open_types():
+        assert fruitless < _PATIENCE, f"no picture answers what is still wanted: {wanted}"
+        useless = [kind for kind, types in TYPES_OF_KIND.items() if not wanted & set(types)]
+        picture = _asked(composer.make(kinds.draw(avoid=useless)), asker, even)
+        made += [picture] if picture.questions else []
+        fruitless = 0 if picture.questions else fruitless + 1
+    rng.shuffle(made)
+    return made
 
 
-def _image_kind_of(question_type: str) -> str:
-    """The kind of image that a question type is asked about."""
-    if question_type in FLAG_TYPES:
-        return "flag"
-    if question_type in ("category", "caption", "yes_no"):
-        return "single"
-    return "crowd" if question_type in ("count", "presence") else "gathering"
+def _asked(image: SceneImage, asker: QuestionGenerator, even: _EvenAnswers) -> Picture:
+    questions = []
+    for kind in TYPES_OF_KIND[image.kind]:
+        question = asker.ask(kind, image)
+        if question is not None and even.wants(question):
+            even.add(question)
+            questions.append(question)
+    return Picture(image, questions)
 
 
-class _RowGenerator:
-    """Images of one kind with their questions; each kind has a random generator of its own."""
-
-    def __init__(self, content: SplitContent, kind: str, rng: random.Random, size: int) -> None:
-        self._kind, self._rng = kind, rng
-        self._composer = SceneComposer(content.flags if kind == "flag" else content.things, rng, size)
-        self._questions: QuestionGenerator | FlagQuestionGenerator
-        self._questions = (
-            FlagQuestionGenerator(content.countries) if kind == "flag" else QuestionGenerator(self._composer, rng)
-        )
-
-    def one(self, question_type: str) -> tuple[SceneImage, QuestionAnswer]:
-        """An image for which a question of this type has an answer, and the question."""
-        while True:
-            image = self._image(question_type)
-            question = self._questions.ask(question_type, image)
-            if question:
-                return image, question
-
-    def several(self) -> tuple[SceneImage, list[QuestionAnswer]]:
-        """An image and two to four questions; the first is always of one of the kind's first types."""
-        firsts, others = TRAIN_TYPES[self._kind]
-        first = self._rng.choice(firsts)
-        image, question = self.one(first)
-        asked = [question]
-        wanted = self._rng.randint(2, 4)
-        for kind in self._rng.sample(others, len(others)):
-            more = self._questions.ask(kind, image) if kind != first and len(asked) < wanted else None
-            asked += [more] if more else []
-        return image, asked
-
-    def _image(self, question_type: str) -> SceneImage:
-        if self._kind == "single":
-            return self._composer.single(with_category=question_type == "category")
-        if self._kind == "gathering":
-            return self._composer.gathering(most=3 if question_type == "caption_match" else 4)
-        return self._composer.crowd() if self._kind == "crowd" else self._composer.flag()
+Made = tuple[Row, SceneImage]
 
 
-def make_row(split: str, number: int, image: SceneImage, questions: Sequence[QuestionAnswer]) -> Row:
-    """A row in LLaVA's format with annotations of the image; every row has the same keys."""
-    turns: list[Row] = []
-    for question in questions:
-        mark = "" if turns else f"{IMAGE_MARK}\n"
-        turns.append({"from": "human", "value": mark + question.text})
-        turns.append({"from": "gpt", "value": question.answer, "type": question.type})
-    extra = {key: value for question in questions for key, value in question.extra.items()}
-    name = f"{split}-{number:05d}"
+def numbered_rows(split: str, pictures: Sequence[Picture]) -> Iterator[Made]:
+    """The rows of each picture with their image, picture by picture.
+
+    Args:
+        split: Name of the file, the first part of an id.
+        pictures: Pictures in their order.
+    """
+    for number, picture in enumerate(pictures):
+        name = f"{split}-{number:05d}"
+        for place, question in enumerate(picture.questions):
+            yield make_row(f"{name}-{place}", name, picture.image, question), picture.image
+
+
+def make_row(row_id: str, name: str, image: SceneImage, question: QuestionAnswer) -> Row:
+    """A row in LLaVA's format with one question and annotations of the image; every row has the same keys.
+
+    Args:
+        row_id: Id of the row.
+        name: Name of the image file, without its suffix.
+        image: The image.
+        question: The question.
+    """
     return {
-        "id": name,
+        "id": row_id,
         "image": f"images/{name}.png",
-        "conversations": turns,
-        "question_type": questions[0].type if len(questions) == 1 else "several",
+        "conversations": [
+            {"from": "human", "value": f"{IMAGE_MARK}\n{question.text}"},
+            {"from": "gpt", "value": question.answer, "type": question.type},
+        ],
+        "question_type": question.type,
         "kind": image.kind,
         "background": image.background,
         "boxes": [
@@ -155,12 +171,12 @@ def make_row(split: str, number: int, image: SceneImage, questions: Sequence[Que
                 "box": list(each.box),
                 "category": each.thing.category,
                 "group": each.thing.group,
-                "colour": each.thing.color,
+                "colour": each.color,
                 "key": each.thing.key,
             }
             for each in image.placed
         ],
-        "caption": extra.get("caption"),
-        "caption_swapped": extra.get("caption_swapped"),
+        "caption": question.extra.get("caption"),
+        "caption_swapped": question.extra.get("caption_swapped"),
         "source": "+".join(sorted({each.thing.source for each in image.placed})),
     }

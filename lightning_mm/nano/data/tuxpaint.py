@@ -1,7 +1,7 @@
 """Cut-outs of things from a folder of Tux Paint stamps (Debian's tuxpaint-stamps-default), an optional second source.
 
 Data flow: ``<folder>/<category>/.../<name>.png`` and its caption ``<name>.txt`` -> ``Thing``, or a ``Rejection`` with
-its reason -> ``build``.
+its reason -> ``splits``.
 """
 
 import hashlib
@@ -13,7 +13,6 @@ from PIL import Image, UnidentifiedImageError
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import Rejection
 from lightning_mm.nano.data.catalog import Thing, crop_transparent, entries
-from lightning_mm.nano.data.images import dominant_color
 
 DEFAULT_FOLDER = Path("/usr/share/tuxpaint/stamps")
 _CATEGORIES = {
@@ -65,7 +64,7 @@ def _stamp_files(folder: Path) -> list[Path]:
         raise UserError(
             f"No stamps in {folder}.",
             "It holds no .png file.",
-            "Install Debian's tuxpaint-stamps-default, or name its stamps folder.",
+            "Name the folder of stamps that Debian's tuxpaint-stamps-default holds.",
         )
     return paths
 
@@ -88,9 +87,7 @@ def _load(path: Path, place: Path, size: int, groups: dict[str, str]) -> Thing |
     name = match[1]
     last = name.split()[-1]
     group = groups.get(name) or groups.get(last) or last
-    return Thing(
-        f"stamps:{place.with_suffix('').as_posix()}", name, category, group, "one", cutout, dominant_color(cutout)
-    )
+    return Thing(f"stamps:{place.with_suffix('').as_posix()}", name, category, group, "one", lambda: cutout)
 
 
 def _cutout(path: Path, size: int) -> Image.Image | str:
