@@ -41,10 +41,8 @@ from lightning_mm.nano.data.splits import Sources, SplitThings, load_sources, lo
 from lightning_mm.nano.data.tuxpaint import stamps_digest
 
 IMAGE_SIZE = 196
-FILES = (
-    "train", "val", "test", "test_unseen", "probes", "train_flags", "test_flags", "facts", "constraints",
-    "constraints_flags", "edits",
-)  # fmt: skip
+DRAWN = ("train", "val", "test", "test_unseen", "probes", "train_flags", "test_flags")
+FILES = (*DRAWN, "facts", "constraints", "constraints_flags", "edits")
 
 
 @dataclass(frozen=True)
@@ -197,12 +195,12 @@ def _made(split: SplitThings, sources: Sources, sizes: Sizes, seed: int, size: i
 def _drawn_rows(folder: Path, made: Iterator[Made]) -> dict[str, list[Row]]:
     """The rows of each file; their images are written on the way, each once."""
     (folder / "images").mkdir(parents=True)
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[Row]] = {name: [] for name in DRAWN}
     for row, image in made:
         path = folder / row["image"]
         if not path.exists():
             image.draw().save(path, compress_level=1)
-        rows.setdefault(row["id"].partition("-")[0], []).append(row)
+        rows[row["id"].partition("-")[0]].append(row)
     return rows
 
 

@@ -3,7 +3,7 @@
 Data flow: small builds, and the things of this machine's packages -> rows, ``split_things``.
 """
 
-import logging
+import json
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -13,10 +13,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
+from lightning_mm.core.decisions import decision_log
 from lightning_mm.nano.data.catalog import Thing
 from lightning_mm.nano.data.questions import ANSWERS
 from lightning_mm.nano.data.rows import Picture, quota_pictures, train_pictures
-from lightning_mm.nano.data.splits import load_sources, log_sources, split_things
+from lightning_mm.nano.data.splits import SplitThings, load_sources, log_sources, split_things
 from tests.helpers.nano_rows import NOUNS, Row, question_of, read_rows
 
 
@@ -26,6 +27,12 @@ def drawings(rows: list[Row], key: str) -> set[str]:
 
 def hands(rows: list[Row]) -> set[str]:
     return {key.partition(":")[0] for key in drawings(rows, "key")}
+
+
+def split_of(built: Path) -> SplitThings:
+    """The things of each split of a build, which may have fewer hands than this machine."""
+    used = json.loads((built / "manifest.json").read_text("utf-8"))["hands"]
+    return split_things({hand: load_sources().things[hand] for hand in used}, 0)
 
 
 def test_the_hand_of_the_test_is_not_trained_on(all_hands: Path) -> None:
@@ -41,8 +48,7 @@ def test_the_hand_of_the_test_is_not_trained_on(all_hands: Path) -> None:
 def test_known_and_unseen_things(built: Path) -> None:
     """What is tested by name is known; what is tested as unseen is nowhere else; val and test share no drawing."""
     rows = {name: read_rows(built, name) for name in ("train", "val", "test", "test_unseen", "probes")}
-    things = split_things(load_sources().things, 0)
-    known = {thing.name for thing in things.train}
+    known = {thing.name for thing in split_of(built).train}
     for name in ("train", "val", "test", "probes"):
         assert drawings(rows[name], "name") <= known
         assert not drawings(rows[name], "group") & drawings(rows["test_unseen"], "group")
@@ -63,15 +69,15 @@ def test_flat_and_relief_are_on_one_side() -> None:
     assert {thing.source for thing in split.train} == {"openmoji", "fxemoji"}
 
 
-def test_without_a_second_hand_the_first_is_tested(no_archives: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_second_hand_the_first_is_tested(no_archives: None) -> None:
     sources = load_sources()
     split = split_things(sources.things, 0)
     assert split.held_out == "openmoji"
     assert {thing.name for thing in split.test} <= {thing.name for thing in split.train}
-    with caplog.at_level(logging.INFO, "lightning_mm"):
-        log_sources(sources, split)
-    assert "the only hand" in caplog.text
-    assert "scripts/nano_pictures.sh" in caplog.text
+    log_sources(sources, split)
+    told = {decision.name: decision for decision in decision_log()}
+    assert "the only hand" in told["nano_data.held_out"].reason
+    assert "scripts/nano_pictures.sh" in told["nano_data.hands"].reason
 
 
 def _things(hand: str, groups: range, copies: int = 1) -> list[Thing]:
@@ -106,7 +112,7 @@ def test_splits_keep_groups_whole(sizes: list[int], seed: int) -> None:
 
 def test_questions_name_only_things_of_their_split(built: Path) -> None:
     """A name that is never shown in a split must not be a sure "no" there: wrong things come from the split's own."""
-    split = split_things(load_sources().things, 0)
+    split = split_of(built)
     for name, things in (("train", split.train), ("test", split.test)):
         names = {thing.name for thing in things}
         for row in read_rows(built, name):
