@@ -2,7 +2,7 @@
 python scripts/golden_activations.py [MODEL] [DATA FOLDER].
 
 Hidden states of three blocks at the last prompt token, of the same scenes read twice: picture and question, and caption
-and question. The pictures are OpenMoji's (CC BY-SA 4.0), built by this project's nano data script; the numbers are the
+and question. The pictures are those of this project's nano data (CC BY-SA 4.0); the numbers are the
 nano model's. Then run scripts/golden_geometry.py.
 
 Shapes: L layers, N scenes, D features.
@@ -55,7 +55,7 @@ def main(model: str = "runs/quickstart-middle/export", data: str = "nano/data") 
     tensors = {name: torch.stack(parts, 1).half().contiguous() for name, parts in read.items()}
     assert all(tensor.isfinite().all() for tensor in tensors.values()), "an activation exceeds float16"
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, OUTPUT, {"blocks": str(BLOCKS), "pictures": "OpenMoji 17, CC BY-SA 4.0"})
+    save_file(tensors, OUTPUT, {"blocks": str(BLOCKS), "pictures": "nano data, CC BY-SA 4.0"})
     print(OUTPUT, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, OUTPUT.stat().st_size)
 
 

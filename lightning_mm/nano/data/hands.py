@@ -34,7 +34,7 @@ SAME_DRAWINGS = ("fluent", "fluent3d")
 """Hands that show the same drawings, flat and in relief: always on one side of a split."""
 FLAG_HANDS = ("openmoji", "flagicons")
 """Hands that draw flags: the first one is trained on, the second one is not."""
-RASTER_SIZE = 192
+RASTER_SIZE = 160
 """Side in pixels at which a drawing is rasterized."""
 
 
