@@ -10,6 +10,7 @@ from lightning_mm.core.decisions import log
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
 from lightning_mm.study.folder import StudyFolder
+from lightning_mm.study.report import write_study_report
 from lightning_mm.study.run import run_study
 from lightning_mm.study.settings import StudySettings, read_settings
 
@@ -20,15 +21,18 @@ def study(arguments: list[str]) -> int:
     """Train and measure the arms of a study, and say what they show; it goes on where an earlier call was stopped."""
     files, rest = _files(arguments[1:])
     options = _parser().parse_args(rest)
+    if options.report_only:
+        log.info("report: %s", write_study_report(_out(files, options.out)))
+        return 0
     settings = _settings(files, options.out)
-    out = options.out or f"runs/study-{Path(files[-1]).stem}"
     found = run_study(
         settings,
-        out,
+        _out(files, options.out),
         only=_names(options.only),
         seeds=None if options.seeds is None else [int(each) for each in _names(options.seeds) or ()],
         max_minutes=options.max_minutes,
         workers=options.workers,
+        report=options.report,
     )
     log.info("study: %s", found.path)
     return 0
@@ -57,6 +61,12 @@ def _settings(files: list[str], out: str | None) -> StudySettings:
     )
 
 
+def _out(files: list[str], out: str | None) -> str:
+    if not files and out is None:
+        raise UserError("No study is named.", "There is neither a file nor a folder of one.", "Give --out FOLDER.")
+    return out or f"runs/study-{Path(files[-1]).stem}"
+
+
 def _names(given: str | None) -> list[str] | None:
     return None if given is None else [name.strip(" []'\"") for name in given.split(",") if name.strip(" []'\"")]
 
@@ -70,4 +80,8 @@ def _parser() -> Parser:
         "--max_minutes", type=float | None, default=None, help="Begin no job that would not end in so many minutes."
     )
     parser.add_argument("--workers", type=int, default=1, help="Processes; each has a GPU of its own where there are.")
+    parser.add_argument("--report", type=bool, default=True, help="Write study.md and study.html at the end.")
+    parser.add_argument(
+        "--report_only", type=bool, default=False, help="Do nothing else, from the small files of --out."
+    )
     return parser

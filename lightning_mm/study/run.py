@@ -36,6 +36,7 @@ def run_study(
     seeds: Sequence[int] | None = None,
     max_minutes: float | None = None,
     workers: int = 1,
+    report: bool = True,
 ) -> StudyFolder:
     """Train and measure the arms of a study that are not measured yet; returns the study's folder.
 
@@ -49,6 +50,7 @@ def run_study(
         seeds: Seeds to do; None: all.
         max_minutes: No job is begun that would not end within so many minutes, by what like jobs took; None: no limit.
         workers: Processes that work at it; with several GPUs each has one of them.
+        report: Whether study.md and study.html are written, of what is complete then.
 
     Raises:
         UserError: The folder belongs to another study, an arm or seed is not of this one, or a fit has failed.
@@ -64,6 +66,10 @@ def run_study(
             _in_processes(folder, [job for job in wanted if not folder.is_complete(job)], workers, max_minutes)
         else:
             _work(StudyJobs(folder, study), wanted, deadline)
+    if report and any(folder.is_complete(Job(START, seed)) for seed in study.seeds):
+        from lightning_mm.study.report import write_study_report  # late, with altair
+
+        log.info("report: %s", write_study_report(folder.path))
     return folder
 
 
@@ -156,7 +162,7 @@ def _in_processes(folder: StudyFolder, wanted: Sequence[Job], workers: int, max_
     if not wanted:
         return
     command = [sys.executable, "-m", "lightning_mm", "study", "--out", str(folder.path)]
-    command += ["--only", ",".join(arms), "--seeds", ",".join(map(str, seeds))]
+    command += ["--only", ",".join(arms), "--seeds", ",".join(map(str, seeds)), "--report", "false"]
     command += [] if max_minutes is None else ["--max_minutes", str(max_minutes)]
     gpus = _gpus()
     started = []

@@ -7,12 +7,12 @@ as the seeds at hand can tell; with one seed, the pictures only.
 Data flow: scores (arm x seed x question) + picture of each question -> ``contrasts`` -> one ``Contrast`` per arm.
 
 The variance has two parts: a bootstrap over pictures of the mean over seeds, and the spread of the per-seed means over
-their number. A half width is the wider of two: Student's t with joint degrees of freedom (Satterthwaite 1946), and the
-half widths of both parts in quadrature, that of the seeds with its own few degrees of freedom and without what the
-noise of the questions adds to it. Percentiles of a bootstrap over three seeds would be too narrow where seeds disagree;
-the first alone covers 92 % there, the second 93 % between. Over several arms the level is that of the largest
-standardized difference in joint draws (max-T, Westfall and Young 1993), which knows that arms asked the same questions
-err together.
+their number. Three seeds tell little of their spread: it is pooled over all arms (the interaction of arm and seed, as
+in a block design whose blocks are the seeds), and an arm that spreads more counts with its own. Degrees of freedom are
+joined after Satterthwaite (1946). What the noise of the questions adds to the spread of seeds is not taken out, so that
+intervals are rather too wide; an arm that is many times noisier than the others has too narrow ones. Over several arms
+the level is that of the largest standardized difference in joint draws (max-T, Westfall and Young 1993), which knows
+that arms asked the same questions err together.
 
 Shapes: A arms, S seeds, Q questions, P pictures, R resamples.
 """
@@ -43,7 +43,7 @@ class Contrast:
         corrected_high: Its upper end.
         by_seed: The difference in each seed.
         num_pictures: Number of pictures, the units that were resampled.
-        num_arms: Number of arms that the correction is for.
+        num_compared: Number of differences that the correction is for.
     """
 
     arm: str
@@ -55,7 +55,7 @@ class Contrast:
     corrected_high: float
     by_seed: tuple[float, ...]
     num_pictures: int
-    num_arms: int
+    num_compared: int
 
     @property
     def is_higher(self) -> bool:
@@ -92,6 +92,7 @@ def contrasts(
     pairs: Sequence[tuple[str, str]],
     resamples: int = 2000,
     seed: int = 0,
+    families: int = 1,
 ) -> list[Contrast]:
     """The differences of pairs of arms, with intervals alone and together.
 
@@ -102,6 +103,7 @@ def contrasts(
         pairs: Which are compared, first minus second; all of these are corrected for together.
         resamples: R.
         seed: Of the draws.
+        families: Number of such comparisons on other questions, as of other types, that are corrected for too.
 
     Example:
         >>> same = torch.tensor([[1.0, 0, 1, 0, 1, 0]]).expand(2, 2, 6)
@@ -115,20 +117,24 @@ def contrasts(
     differences_CSQ = scores_ASQ.double()[first] - scores_ASQ.double()[second]
     summed = _Summed.of(differences_CSQ, picture_Q)
     drawn = _draws(summed, resamples, seed)
-    level = _joint_level(drawn)
+    level = _joint_level(drawn) / families
+    pooled = 2 * _interaction(_Summed.of(scores_ASQ.double(), picture_Q).mean_CS)
     found = []
-    for place, ((one, two), variance) in enumerate(zip(pairs, _variances(summed, drawn), strict=True)):
+    for place, ((one, two), variance) in enumerate(
+        zip(pairs, _variances(summed, drawn, pooled, len(names)), strict=True)
+    ):
         value, by_seed = float(summed.mean_C[place]), tuple(summed.mean_CS[place].tolist())
         alone, together = (variance.half_width(each) for each in (1 - LEVEL, level))
         ends = (value - alone, value + alone, value - together, value + together)
-        found.append(Contrast(one, two, value, *ends, by_seed, summed.num_pictures, len(pairs)))
+        found.append(Contrast(one, two, value, *ends, by_seed, summed.num_pictures, len(pairs) * families))
     return found
 
 
 def levels(scores_ASQ: Tensor, picture_Q: Tensor, resamples: int = 2000, seed: int = 0) -> list[Level]:
     """The mean of each arm with its interval over pictures and seeds; arguments as in ``contrasts``."""
     summed = _Summed.of(scores_ASQ.double(), picture_Q)
-    variances = _variances(summed, _draws(summed, resamples, seed))
+    pooled = float(summed.mean_CS.var(1).mean()) if summed.mean_CS.shape[1] > 1 else 0.0
+    variances = _variances(summed, _draws(summed, resamples, seed), pooled, len(scores_ASQ))
     found = []
     for value, by_seed, variance in zip(summed.mean_C.tolist(), summed.mean_CS.tolist(), variances, strict=True):
         width = variance.half_width(1 - LEVEL)
@@ -183,29 +189,20 @@ class _Variance:
     Args:
         pictures: Of the draw of pictures, seeds as they are.
         seeds: Spread of the per-seed means over their number.
-        noise: What the questions, drawn anew in each seed, add to that spread.
-        num_pictures: Units of the first part.
-        num_seeds: Units of the second.
+        pictures_dof: Degrees of freedom of the first.
+        seeds_dof: Degrees of freedom of the second; 0: there is one seed.
     """
 
     pictures: float
     seeds: float
-    noise: float
-    num_pictures: int
-    num_seeds: int
+    pictures_dof: int
+    seeds_dof: int
 
     def half_width(self, level: float) -> float:
         """Half of the interval that misses the truth with this probability."""
-        above = 1 - level / 2
-        pictures_dof, seeds_dof = max(self.num_pictures - 1, 1), self.num_seeds - 1
-        if seeds_dof == 0:
-            return _t_quantile(above, pictures_dof) * math.sqrt(self.pictures)
         total = self.pictures + self.seeds
-        parts = self.pictures**2 / pictures_dof + self.seeds**2 / seeds_dof
-        joint = _t_quantile(above, total**2 / parts) * math.sqrt(total) if parts > 0 else 0.0
-        apart = _t_quantile(above, pictures_dof) ** 2 * self.pictures
-        apart += _t_quantile(above, seeds_dof) ** 2 * max(0.0, self.seeds - self.noise)
-        return max(joint, math.sqrt(apart))
+        parts = self.pictures**2 / max(self.pictures_dof, 1) + self.seeds**2 / max(self.seeds_dof, 1)
+        return _t_quantile(1 - level / 2, total**2 / parts) * math.sqrt(total) if parts > 0 else 0.0
 
 
 def _draws(summed: _Summed, resamples: int, seed: int) -> _Draws:
@@ -223,16 +220,24 @@ def _draws(summed: _Summed, resamples: int, seed: int) -> _Draws:
     return _Draws(means_CSR, means_CSR.mean(1) + spread_CR)
 
 
-def _variances(summed: _Summed, drawn: _Draws) -> list[_Variance]:
+def _variances(summed: _Summed, drawn: _Draws, pooled: float, num_arms: int) -> list[_Variance]:
+    """The parts of each variance; ``pooled`` is what all arms say of the spread of one difference over seeds."""
     num_seeds = summed.sums_CSP.shape[1]
-    mean_CR = drawn.means_CSR.mean(1)
-    deviations_C = (drawn.means_CSR - mean_CR[:, None]).var(2).sum(1)
+    seeds_dof = max(num_arms - 1, 1) * (num_seeds - 1)
     found = []
-    for pictures, deviations, by_seed in zip(mean_CR.var(1), deviations_C, summed.mean_CS, strict=True):
-        seeds = float(by_seed.var()) / num_seeds if num_seeds > 1 else 0.0
-        noise = float(deviations) / max(num_seeds - 1, 1) / num_seeds
-        found.append(_Variance(float(pictures), seeds, noise, summed.num_pictures, num_seeds))
+    for pictures, by_seed in zip(drawn.means_CSR.mean(1).var(1).tolist(), summed.mean_CS, strict=True):
+        seeds = max(float(by_seed.var()), pooled) / num_seeds if num_seeds > 1 else 0.0
+        found.append(_Variance(pictures, seeds, summed.num_pictures - 1, seeds_dof))
     return found
+
+
+def _interaction(mean_AS: Tensor) -> float:
+    """Variance of the per-seed means that neither arm nor seed explains, per arm."""
+    num_arms, num_seeds = mean_AS.shape
+    if num_arms < 2 or num_seeds < 2:
+        return 0.0
+    rest_AS = mean_AS - mean_AS.mean(0) - mean_AS.mean(1, keepdim=True) + mean_AS.mean()
+    return float(rest_AS.square().sum()) / ((num_arms - 1) * (num_seeds - 1))
 
 
 def _joint_level(drawn: _Draws) -> float:
