@@ -150,6 +150,7 @@ _KNOWN = (
     _kept("drift_procrustes", "Procrustes with the start", "likeness to the start after the best rotation"),
     _kept("drift_cosine", "Cosine with the start", "mean cosine of a sample now and before training", -1),
     Measure("drift_id", "Change of dimension", "intrinsic dimension now less before", "moved", "dimensions"),
+    Measure("drift_weights", "Weights moved", "norm of a block's change over that of its weights", "moved", "share"),
     _cause("flow", "Attention flow", "share of what attention writes there that comes from here", "share", "max", 4),
     _cause("knockout", "Attention cut", "change of the answer's probability where it cannot look", "share", "min", 5),
     _cause("knockout_accuracy", "Attention cut, accuracy", "answers still right with it cut", "accuracy", "min"),

@@ -222,7 +222,7 @@ def _rows(
     results: StudyResults, name: str, arms: Sequence[str], seeds: Sequence[int], scores: Tensor
 ) -> list[TestLevels]:
     questions = results.tests[name]
-    blind = {shown: results.scores(name, arms, seeds, shown=shown) for shown in ("other", "gray")}  # type: ignore[arg-type]
+    blind = {shown: results.scores(name, arms, seeds, shown=shown) for shown in ("other", "gray")}
     choice = results.scores(name, arms, seeds, column="choice")
     found = []
     for kind in (None, *questions.kinds):

@@ -11,7 +11,7 @@ from statistics import NormalDist, fmean
 
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.study.results import StudyResults
-from lightning_mm.study.statistics import holm, shifted_p_value, spearman
+from lightning_mm.study.statistics import holm, smooth_p_value, spearman
 
 LOOKS = {
     "entailment": (("entailment/hard", "last"), ("entailment/random", "last")),
@@ -21,7 +21,8 @@ LOOKS = {
 }
 """What is asked of the layers -> measure and site that answer, the first that was measured."""
 GEOMETRIC = ("meeting", "entailment", "objects")
-_CAUSAL = ("ablation", "knockout", "transplant")
+_CAUSAL = {"ablation": "skip", "knockout": "image->", "transplant": "sliding"}
+"""Measure -> what its site says, of the causal curves that are compared: a whole layer, what the image gives to it."""
 _Z95 = NormalDist().inv_cdf(0.975)
 
 
@@ -62,7 +63,7 @@ class Agreement:
         causal: Name of the causal curve.
         geometric: Name of the geometric one.
         correlation: Spearman's, over the layers of both.
-        p_value: Share of shifted curves that correlate as strongly, adjusted for all pairs (Holm).
+        p_value: Share of random curves as smooth that correlate as strongly, adjusted for all pairs (Holm).
         num_layers: Layers of both.
     """
 
@@ -158,7 +159,7 @@ def agreements(results: StudyResults, arm: str, seeds: Sequence[int]) -> list[Ag
                 continue
             one, two = [strength[layer] for layer in both], [values[layer] for layer in both]
             if not math.isnan(rho := spearman(one, two)):
-                found.append(Agreement(name, look, rho, shifted_p_value(one, two), len(both)))
+                found.append(Agreement(name, look, rho, smooth_p_value(one, two), len(both)))
     adjusted = holm([each.p_value for each in found])
     return [replace(each, p_value=p) for each, p in zip(found, adjusted, strict=True)]
 
@@ -167,7 +168,7 @@ def _causal_curves(results: StudyResults, arm: str, seeds: Sequence[int]) -> dic
     """How much each layer matters, by cause: what the answer loses without it, or what it gives when transplanted."""
     by_seed = [rows for seed in seeds if (rows := results.causes(arm, seed))]
     names = dict.fromkeys((row.measure, row.site) for rows in by_seed for row in rows if row.measure in _CAUSAL)
-    names = {name: None for name in names if "cumulative" not in name[1]}  # such a curve rises whatever layers do
+    names = {name: None for name in names if _CAUSAL[name[0]] in name[1]}
     found = {}
     for measure, site in names:
         rows = mean_rows([[row for row in rows if (row.measure, row.site) == (measure, site)] for rows in by_seed])

@@ -148,7 +148,7 @@ def _causal_tables(results: StudyResults, found: StudyComparison) -> list[StudyT
                     f"{arm}: causal curves against geometric ones",
                     ("causal", "geometric", "rank correlation", "adjusted p", "layers"),
                     rows,
-                    "p: share of circular shifts and mirror images that correlate as strongly, adjusted after Holm.",
+                    "p: share of random curves as smooth that correlate as strongly, adjusted after Holm.",
                 )
             )
     return tables

@@ -299,18 +299,35 @@ def spearman(one: Sequence[float], two: Sequence[float]) -> float:
     return round(float(a @ b) / norm, 12) if norm > 0 else math.nan
 
 
-def shifted_p_value(one: Sequence[float], two: Sequence[float]) -> float:
-    """Share of the circular shifts of a curve, and of its mirror image, that correlate as strongly as the curve itself.
+def smooth_p_value(one: Sequence[float], two: Sequence[float], draws: int = 2000, seed: int = 0) -> float:
+    """How often a curve as smooth as the second one correlates as strongly with the first by chance.
 
-    Curves over layers are smooth: permuting single layers would take every pair of smooth curves for related. Shifts
-    keep the smoothness; with L layers no p-value is below 1 / 2L.
+    Curves over layers are smooth: permuting single layers would take most pairs of smooth curves for related. Random
+    curves with the second one's spectrum (random phases, Theiler et al. 1992, of its ranks and their mirror image, so
+    that the ends meet) are as smooth as it is.
+
+    Args:
+        one: A value per layer.
+        two: Another one.
+        draws: Number of random curves.
+        seed: Of the draws.
+
+    Returns:
+        The share of curves that correlate as strongly, in either direction; NaN where a curve is constant.
     """
-    observed = abs(spearman(one, two))
+    observed = spearman(one, two)
     if math.isnan(observed):
         return math.nan
-    turned = [list(two), list(reversed(two))]
-    shifts = [curve[k:] + curve[:k] for curve in turned for k in range(len(curve))]
-    return sum(abs(spearman(one, shifted)) >= observed - 1e-12 for shifted in shifts) / len(shifts)
+    first, second = (_ranks(torch.tensor(each, dtype=torch.float64)) for each in (one, two))
+    spectrum = torch.fft.rfft(torch.cat([second, second.flip(0)]) - second.mean())
+    generator = torch.Generator().manual_seed(seed)
+    phases = 2 * math.pi * torch.rand(draws, len(spectrum), generator=generator, dtype=torch.float64)
+    random_RL = torch.fft.irfft(spectrum.abs() * torch.exp(1j * phases), n=2 * len(second))[:, : len(second)]
+    ranks_RL = random_RL.argsort(1).argsort(1).double()
+    centered_RL = ranks_RL - ranks_RL.mean(1, keepdim=True)
+    centered = first - first.mean()
+    found_R = (centered_RL @ centered) / (centered_RL.norm(dim=1) * centered.norm())
+    return (1 + int((found_R.abs() >= abs(observed) - 1e-12).sum())) / (draws + 1)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

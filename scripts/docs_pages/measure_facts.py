@@ -246,6 +246,12 @@ FACTS = {
     "drift_id": Fact(
         "analysis.drift.measure_drift", "id_gride now − id_gride before", "0", "id_gride is undefined at either time"
     ),
+    "drift_weights": Fact(
+        "study.layers.weight_drift",
+        "‖W now − W at the start‖ / ‖W at the start‖ over all tensors of a block, adapters multiplied out",
+        "0",
+        "nothing",
+    ),
     "flow": Fact(
         "causal.effects.attention_flow.flow_shares",
         "Σ over sources j of ‖Σ_h A_ij v_j W_O^h‖ / the same over all tokens j, mean over the targets i",
