@@ -124,14 +124,15 @@ class RowMaker:
 
 
 def mean_lengths(batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean tokens per row by region, rows per micro-batch, and fraction of padding."""
+    """Mean tokens per row by region, rows per micro-batch, and fractions that are padding, or computed for another row."""
     rows = sum(len(batch) for batch in batches)
     image = sum(int((batch.regions == TokenRegion.IMAGE).sum()) for batch in batches)
-    tokens = sum(len(batch.real) for batch in batches)
+    tokens = sum(int((batch.regions != TokenRegion.PAD).sum()) for batch in batches)
     return {
         "rows": rows / len(batches),
         "image_tokens": image / rows,
         "text_tokens": (tokens - image) / rows,
         "supervised": sum(batch.num_supervised for batch in batches) / rows,
         "padding": 1 - tokens / sum(batch.regions.numel() for batch in batches),
+        "shared": 1 - sum(len(batch.real) for batch in batches) / tokens,
     }

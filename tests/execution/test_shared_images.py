@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_mm import Full, IntermediateOnly, MMDataModule
 from lightning_mm.core.errors import UserError
+from lightning_mm.data import shared_images
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.shared_images import EqualPictures
@@ -24,6 +25,7 @@ from lightning_mm.tuning.apply import prepare_model
 from lightning_mm.tuning.policy import TuningPolicy
 from tests.data.test_shared_images import module, write_rows
 from tests.helpers.data import Family
+from tests.helpers.training import cache_on, train_losses
 
 
 def prepared(folder: Path, data: MMDataModule, policy: TuningPolicy, **options: Any) -> TrainingStep:
@@ -135,3 +137,18 @@ def test_equal_pictures(values: list[int]) -> None:
     equal = EqualPictures.of(pictures)
     assert [values[equal.first[u]] for u in equal.inverse] == values
     assert len(equal.first) == len(set(values))
+
+
+@pytest.mark.parametrize("tuning", [IntermediateOnly([2]), IntermediateOnly([2], connector="full")])
+def test_runs_with_shared_pictures_and_a_cache_equal_one_without(
+    tuning: TuningPolicy, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefix cache or feature cache, filled and read again; losses to 1e-5 of themselves: float32, the same batches."""
+    data = {"train": write_rows(tmp_path, [3, 1, 4, 2])}
+    options: dict[str, Any] = {"tuning": tuning, "data_options": {"share_images": True}}
+    filled, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), **options)
+    known, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), **options)
+    assert known == filled
+    monkeypatch.setattr(shared_images, "share_prefixes", lambda batch: batch)
+    apart, _ = train_losses(family("llava"), data, tmp_path, **options)
+    assert filled == pytest.approx(apart, rel=1e-5)
