@@ -3,7 +3,9 @@
 The first decoder block adds far more to a token than the token is: SmolLM2's turns word embeddings of norm 3 into
 states of norm 40. What a connector of word-like norm says is drowned there, and its first steps are spent on growing.
 ``stream_norm`` scales the connector's last linear map so that picture tokens enter the first block with the mean norm
-that words have behind it.
+that words have behind it. Where the connector begins with a layer norm, its weight and bias are set before that, so
+that each feature of the tower has mean 0 and standard deviation 1 over the picture tokens of some rows: features
+differ by an order of magnitude between the tower's layers, and the smaller ones would be learned late.
 
 Data flow: a sentence -> words behind block 0; a picture -> what enters block 0 -> two mean norms -> their ratio -> the
 linear map's weight and bias. The map is found by what it does: of the connector's modules with a matrix, the last one
@@ -15,7 +17,7 @@ Shapes: B rows, L tokens, D hidden size, T picture tokens.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -39,6 +41,10 @@ _SENTENCE = (
     "Two people walk along the river, past a small house with a red roof, and talk about the weather of last week."
 )
 _OPTION = "model.connector_init"
+_LEAST_DEVIATION = 0.1
+"""Of the median deviation of a feature; what varies less is not made larger than that."""
+
+Agree = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def scale_connector(
     mm: MultimodalModel,
     plan: TuningPlan,
     batch: Batch | None = None,
-    agree: Callable[[tuple[float, float]], tuple[float, float]] = lambda norms: norms,
+    agree: Agree = lambda measured: measured,
 ) -> StreamScale:
     """Scale the last linear map of the connector, in place, so that picture tokens enter at the stream's norm.
 
@@ -74,7 +80,7 @@ def scale_connector(
         mm: The model under its plan, with its processor.
         plan: What trains; the map must, or no checkpoint would hold it.
         batch: Rows with pictures to measure on, on the model's device; None (default) takes a synthetic picture.
-        agree: Returns the norms that all ranks use, given those of this one; by default its own.
+        agree: Returns what all ranks use, given what this one has measured; by default its own.
 
     Raises:
         UserError: The connector does not train as a whole, or does not end in a linear map.
@@ -87,6 +93,7 @@ def scale_connector(
         )
     with temporary_eval_mode(mm.model, mm.device):
         inputs = _picture_inputs(mm) if batch is None or not batch.has_images else batch.inputs
+        _standardize_features(mm, inputs, plan.full, agree)
         parameters, pictures_TD = _last_linear(mm, inputs, plan.full)
         words = _mean_norm(_words_behind_first_block(mm))
     words, pictures = agree((words, _mean_norm(pictures_TD)))
@@ -101,6 +108,45 @@ def scale_connector(
         f"its picture tokens had norm {pictures:.3g}, words behind block 0 have {words:.3g}",
     )
     return scale
+
+
+def _standardize_features(
+    mm: MultimodalModel, inputs: Mapping[str, Tensor], trained: frozenset[str], agree: Agree
+) -> None:
+    """Set weight and bias of the layer norm that the connector begins with, in place; nothing where it has none."""
+    modules = dict.fromkeys(name.rpartition(".")[0] for name in mm.layout.parameters_in(Region.CONNECTOR))
+    called: list[tuple[str, Tensor]] = []
+    handles = [
+        mm.model.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: called.append((name, args[0]))
+        )
+        for name in modules
+    ]
+    try:
+        _states(mm, inputs, 0)
+    finally:
+        for handle in handles:
+            handle.remove()
+    norm = mm.model.get_submodule(called[0][0]) if called else None
+    if not isinstance(norm, nn.LayerNorm) or norm.bias is None or norm.weight.ndim != 1 or len(modules) < 2:
+        return
+    name = called[0][0]
+    if f"{name}.weight" not in trained or f"{name}.bias" not in trained:
+        return
+    features = [
+        nn.functional.layer_norm(each.float(), norm.normalized_shape, eps=norm.eps) for n, each in called if n == name
+    ]
+    features_TD = torch.cat([each.flatten(0, -2) for each in features])
+    deviation_D, mean_D = torch.std_mean(features_TD, dim=0)
+    deviation_D = deviation_D.clamp_min(_LEAST_DEVIATION * float(deviation_D.median()))
+    weight, bias = agree((deviation_D.reciprocal().tolist(), (-mean_D / deviation_D).tolist()))
+    norm.weight.copy_(torch.tensor(weight))
+    norm.bias.copy_(torch.tensor(bias))
+    log_decision(
+        _OPTION,
+        f"{name}: {len(mean_D)} features with mean 0 and standard deviation 1",
+        f"over {len(features_TD)} picture tokens; deviations were {deviation_D.min():.2g} to {deviation_D.max():.2g}",
+    )
 
 
 def _last_linear(

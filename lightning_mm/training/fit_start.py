@@ -21,7 +21,7 @@ from lightning_mm.training.unreached import regions_without_rows
 from lightning_mm.tuning.policy import TuningPlan
 from lightning_mm.tuning.unused_parameters import unused_parameters
 
-_NUM_MEASURED_ROWS = 4
+_NUM_MEASURED_ROWS = 64
 """Rows with pictures on which the norm of a connector's tokens is measured."""
 
 
@@ -52,7 +52,7 @@ def start_at_stream_norm(mm: MultimodalModel, plan: TuningPlan, trainer: L.Train
     """
     device = trainer.strategy.root_device
     with torch.device("cpu"):
-        batch = None if data is None else data.example_batch(_NUM_MEASURED_ROWS)
+        batch = None if data is None else next(iter(data.sample_batches(1, _NUM_MEASURED_ROWS)), None)
     mm.model.to(device)
     scale_connector(mm, plan, None if batch is None else batch.to(device), trainer.strategy.broadcast)
 

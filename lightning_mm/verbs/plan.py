@@ -66,7 +66,7 @@ class PlanResult(PrintedResult):
         estimates: Of the run's own policy first, then of the others.
         left_out: Policies that cannot be planned on this model, or train what another one does, with the reason.
         lengths: Of a row, on average: image_tokens, text_tokens, supervised (tokens); rows of a micro-batch; padding
-            and shared (fractions: of the positions, and of the tokens, which another row with the same picture computes).
+            (fraction of the positions) and shared (fraction of the tokens, which a row with the same picture computes).
         device: What seconds are predicted for.
         samples: Number of training samples; 0: not known.
         steps: Micro-batches of the run; 0: not known.

@@ -124,7 +124,7 @@ class RowMaker:
 
 
 def mean_lengths(batches: Sequence[Batch]) -> dict[str, float]:
-    """Mean tokens per row by region, rows per micro-batch, and fractions that are padding, or computed for another row."""
+    """Mean tokens per row by region, rows per micro-batch, and fractions that are padding or shared."""
     rows = sum(len(batch) for batch in batches)
     image = sum(int((batch.regions == TokenRegion.IMAGE).sum()) for batch in batches)
     tokens = sum(int((batch.regions != TokenRegion.PAD).sum()) for batch in batches)

@@ -26,7 +26,9 @@ def plan_tables(
         samples: Number of training samples; 0: not known.
     """
     own = found[0]
-    shared = f", {lengths['shared']:.0%} of the tokens shared by rows with the same picture" if lengths["shared"] else ""
+    shared = (
+        f", {lengths['shared']:.0%} of the tokens shared by rows with the same picture" if lengths["shared"] else ""
+    )
     shown: list[Table | str] = [
         f"A step: {lengths['rows']:.3g} rows of {lengths['image_tokens']:.0f} image and"
         f" {lengths['text_tokens']:.0f} text tokens on average, {lengths['supervised']:.0f} supervised,"

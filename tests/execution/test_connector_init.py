@@ -162,3 +162,26 @@ def test_ranks_agree(family: Family, data: Data, tmp_path: Path) -> None:
     alone = [connector_ranks.factor_of(family("llava"), data["train"], tmp_path, rank) for rank in range(2)]
     assert alone[0] == told[0]
     assert alone[1] != told[0]
+
+
+@pytest.mark.parametrize(("name", "linear"), [("vipllava", "linear_1"), ("internvl", "linear_1")])
+def test_a_layer_norm_in_front_gives_features_of_mean_0_and_deviation_1(
+    name: str, linear: str, family: Family, data: Data
+) -> None:
+    """1e-4: float32 sums over some hundred tokens; nothing but the layer norm and the last linear map changes."""
+    mm, plan = planned(family(name))
+    batch = Collator(mm.required_processor)([s for s in read_conversations(data["train"]).samples if s.images][:6])
+    before = {key: value.detach().clone() for key, value in mm.model.named_parameters()}
+    scale = scale_connector(mm, plan, batch)
+    seen: list[Tensor] = []
+    first = mm.model.get_submodule(f"model.multi_modal_projector.{linear}")
+    first.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
+    with torch.no_grad():
+        mm.model(**batch.inputs)
+    features = torch.cat(seen)
+    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]), atol=1e-4, rtol=0)
+    varied = features.std(0)
+    assert (varied < 1 + 1e-4).all()
+    assert varied.median() == pytest.approx(1, abs=1e-4)
+    changed = {key for key, value in mm.model.named_parameters() if not torch.equal(value, before[key])}
+    assert {key for key in changed - set(scale.parameters) if "norm" not in key} == set()

@@ -1,6 +1,6 @@
 """Joins the pretrained parts to one LLaVA: configuration, processor, chat template and connector.
 
-Data flow: ``parts`` (tensors, tokenizer) -> ``LlavaForConditionalGeneration``, ``LlavaProcessor`` -> files in a
+Data flow: ``parts`` (tensors, tokenizer) -> ``VipLlavaForConditionalGeneration``, ``LlavaProcessor`` -> files in a
 folder.
 
 Shapes: T image tokens, D hidden size, V vocabulary.
@@ -19,17 +19,17 @@ from transformers import (
     Dinov2Config,
     GenerationConfig,
     LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
     LlavaProcessor,
     PreTrainedTokenizerFast,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from lightning_mm.nano.model.parts import read_dinov2, read_smollm2
 from lightning_mm.testing.tiny_processors import chatml
 
 Dtype = Literal["float32", "bfloat16"]
-RECIPE_VERSION = 2
+RECIPE_VERSION = 3
 NEW = "new"
 PATCH = 14
 """Side of a patch in pixels."""
@@ -90,8 +90,6 @@ def assemble(
     assert len(text["embed_tokens.weight"]) == len(processor.tokenizer)
     config, vision = _config(recipe, processor), read_dinov2(onnx)
     model = _join(config, text, vision, connector or _random_connector(recipe, text, vision))
-    if connector is None:
-        _scale_connector(model)
     model.generation_config = GenerationConfig(**_special_ids(processor))
     model.to(getattr(torch, recipe.dtype)).save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -133,7 +131,7 @@ def _special_ids(processor: LlavaProcessor) -> dict[str, Any]:
     return {f"{name}_token_id": getattr(processor.tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _config(recipe: Recipe, processor: LlavaProcessor) -> LlavaConfig:
+def _config(recipe: Recipe, processor: LlavaProcessor) -> VipLlavaConfig:
     text = LlamaConfig(
         vocab_size=len(processor.tokenizer),
         hidden_size=576,
@@ -149,13 +147,12 @@ def _config(recipe: Recipe, processor: LlavaProcessor) -> LlavaConfig:
     )
     # image_size is that of the stored position table (37 x 37); the tower interpolates it to its input.
     vision = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=518, patch_size=PATCH)
-    return LlavaConfig(
+    return VipLlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=recipe.num_image_tokens,
         vision_feature_layer=list(recipe.vision_feature_layer),
-        vision_feature_select_strategy="default",
         tie_word_embeddings=True,
     )
 
@@ -164,6 +161,8 @@ def _random_connector(recipe: Recipe, text: Mapping[str, Tensor], vision: Mappin
     generator = torch.Generator().manual_seed(recipe.seed)
     into, across = len(vision["layernorm.weight"]) * len(recipe.vision_feature_layer), len(text["norm.weight"])
     return {
+        "projector_layernorm.weight": torch.ones(into),
+        "projector_layernorm.bias": torch.zeros(into),
         "linear_1.weight": torch.randn(across, into, generator=generator) / into**0.5,
         "linear_1.bias": torch.zeros(across),
         "linear_2.weight": torch.randn(across, across, generator=generator) / across**0.5,
@@ -172,10 +171,10 @@ def _random_connector(recipe: Recipe, text: Mapping[str, Tensor], vision: Mappin
 
 
 def _join(
-    config: LlavaConfig, text: Mapping[str, Tensor], vision: Mapping[str, Tensor], connector: Mapping[str, Tensor]
-) -> LlavaForConditionalGeneration:
+    config: VipLlavaConfig, text: Mapping[str, Tensor], vision: Mapping[str, Tensor], connector: Mapping[str, Tensor]
+) -> VipLlavaForConditionalGeneration:
     """One model of all parts; ``from_pretrained`` maps checkpoint names to those of this transformers."""
-    model, info = cast(Any, LlavaForConditionalGeneration).from_pretrained(
+    model, info = cast(Any, VipLlavaForConditionalGeneration).from_pretrained(
         None,
         config=config,
         state_dict={
@@ -187,30 +186,4 @@ def _join(
         dtype=torch.float32,
     )
     assert not any(info.values()), info
-    return cast(LlavaForConditionalGeneration, model)
-
-
-@torch.no_grad()
-def _scale_connector(model: LlavaForConditionalGeneration) -> None:
-    """Scale every hidden state that is read to RMS 1, and image tokens to the mean norm of word embeddings.
-
-    So both states have a say (state 10 is five times as large as state 2), and image tokens have an effect from the
-    first step. Measured on a smooth synthetic image and rounded, so that the bytes do not depend on the order of
-    additions.
-    """
-    inner: Any = model.model
-    connector = inner.multi_modal_projector
-    ramp = torch.linspace(-2, 2, 7 * PATCH)
-    picture = torch.stack(
-        [ramp.expand(len(ramp), -1), ramp[:, None].expand(-1, len(ramp)), torch.outer(ramp, ramp) / 2]
-    )
-    states = inner.vision_tower(picture[None], output_hidden_states=True).hidden_states
-    read = [states[layer][0, 1:] for layer in cast(list[int], model.config.vision_feature_layer)]  # (T, D) each
-    for columns, state in zip(connector.linear_1.weight.chunk(len(read), dim=1), read, strict=True):
-        columns /= _round(state.square().mean().sqrt())
-    words = inner.get_input_embeddings().weight.norm(dim=1).mean()
-    connector.linear_2.weight *= _round(words / connector(torch.cat(read, -1)).norm(dim=1).mean())
-
-
-def _round(value: Tensor) -> float:
-    return float(f"{value.item():.1e}")
+    return cast(VipLlavaForConditionalGeneration, model)
