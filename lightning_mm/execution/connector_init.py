@@ -114,7 +114,8 @@ def _standardize_features(
     mm: MultimodalModel, inputs: Mapping[str, Tensor], trained: frozenset[str], agree: Agree
 ) -> None:
     """Set weight and bias of the layer norm that the connector begins with, in place; nothing where it has none."""
-    modules = dict.fromkeys(name.rpartition(".")[0] for name in mm.layout.parameters_in(Region.CONNECTOR))
+    owners = dict.fromkeys(name.rpartition(".")[0] for name in mm.layout.parameters_in(Region.CONNECTOR))
+    modules = [name for name in owners if not any(mm.model.get_submodule(name).children())]
     called: list[tuple[str, Tensor]] = []
     handles = [
         mm.model.get_submodule(name).register_forward_pre_hook(

@@ -182,7 +182,7 @@ def test_it_knows_the_capital_of_france(loaded: tuple[Any, Any]) -> None:
     assert model.generation_config.eos_token_id == model.generation_config.pad_token_id == int(answer[-1])
 
 
-def test_a_picture_takes_its_tokens_and_they_are_as_long_as_words(loaded: tuple[Any, Any]) -> None:
+def test_a_picture_takes_its_tokens(loaded: tuple[Any, Any]) -> None:
     model, processor = loaded
     talk = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
     text = processor.apply_chat_template(talk, add_generation_prompt=True)
@@ -191,29 +191,21 @@ def test_a_picture_takes_its_tokens_and_they_are_as_long_as_words(loaded: tuple[
     assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [49, 49]
     with torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
-        seen = torch.stack(model.get_image_features(inputs["pixel_values"]).pooler_output)
-    words = model.get_input_embeddings().weight.norm(dim=1).mean()
-    # The scale is measured on another picture, and rounded: a factor of 1.5 is all that is promised.
-    assert words / 1.5 < seen.norm(dim=-1).mean() < words * 1.5
     assert processor._get_num_multimodal_tokens([[90, 200]]).num_image_tokens == [49]
 
 
-def test_the_connector_reads_both_states_at_one_scale(loaded: tuple[Any, Any]) -> None:
-    """What transformers hands to the connector is states 2 and 10 without the class token, each at RMS 1."""
+def test_the_connector_reads_both_states(loaded: tuple[Any, Any]) -> None:
+    """What transformers hands to the connector is states 2 and 10 without the class token."""
     model, processor = loaded
     assert model.config.vision_feature_layer == [2, 10]
     pixels = processor.image_processor(Image.radial_gradient("L").convert("RGB"), return_tensors="pt").pixel_values
     given: list[torch.Tensor] = []
-    projector = model.model.multi_modal_projector
-    handle = projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    handle = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: given.append(args[0]))
     with torch.no_grad():
         model.get_image_features(pixels)
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     handle.remove()
     assert torch.equal(given[0], torch.cat([states[2][:, 1:], states[10][:, 1:]], -1))
-    for weight, state in zip(projector.linear_1.weight.chunk(2, 1), (states[2], states[10]), strict=True):
-        # Random rows of N(0, s / 384): what a row makes of a state of RMS r has RMS r * s. Measured on another picture.
-        assert 0.6 < weight.square().mean().mul(384).sqrt() * state[:, 1:].square().mean().sqrt() < 1.6
 
 
 def test_the_shipped_connector_is_what_was_trained(nano: Path, tmp_path: Path) -> None:
@@ -227,7 +219,8 @@ def test_the_shipped_connector_is_what_was_trained(nano: Path, tmp_path: Path) -
     recipe = Recipe()
     digest, weights = read_connector(recipe, made)
     stored = load_file(nano / "model.safetensors")
-    assert sorted(weights) == ["linear_1.bias", "linear_1.weight", "linear_2.bias", "linear_2.weight"]
+    layers = ("linear_1", "linear_2", "projector_layernorm")
+    assert sorted(weights) == [f"{layer}.{each}" for layer in layers for each in ("bias", "weight")]
     for name, value in weights.items():
         assert torch.equal(value, stored[f"model.multi_modal_projector.{name}"].bfloat16().float()), name
     assert digest == hashlib.sha256((made / WEIGHTS).read_bytes()).hexdigest()
