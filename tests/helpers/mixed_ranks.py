@@ -21,6 +21,7 @@ from tests.helpers.training import DROPOUT, train
 KINDS: dict[str, dict[str, Any]] = {
     "mixed": {"temperature": 2.0},
     "streamed": {"streaming": True, "shuffle_buffer": 3},
+    "shared": {"share_images": True, "rows_per_image": 2, "temperature": 2.0},
 }
 """Options of the data module."""
 STEPS, STOP = 9, 3

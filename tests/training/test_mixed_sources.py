@@ -21,10 +21,13 @@ from tests.helpers.training import DROPOUT, MIDDLE, Losses, SaveAt, train
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Sources a (4 rows) and b (8 rows), and two for validation."""
+    """Sources a (4 rows) and b (8 rows), and two for validation; in a and b every second row has the picture before."""
     for seed, (name, count) in enumerate({"a": 4, "b": 8, "c": 3, "d": 2}.items()):
         (tmp_path / name).mkdir()
         rows = make_rows(tmp_path / name, count, seed=seed)
+        if name in "ab":
+            for row, before in zip(rows[1::2], rows[::2], strict=True):
+                row["image"] = before["image"]
         (tmp_path / f"{name}.json").write_text(
             json.dumps([{**row, "image": f"{name}/{row['image']}"} if "image" in row else row for row in rows])
         )
