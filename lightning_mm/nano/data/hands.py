@@ -34,6 +34,11 @@ SAME_DRAWINGS = ("fluent", "fluent3d")
 """Hands that show the same drawings, flat and in relief: always on one side of a split."""
 FLAG_HANDS = ("openmoji", "flagicons")
 """Hands that draw flags: the first one is trained on, the second one is not."""
+UNFIT = {
+    "fxemoji:1F68B": "drawn as a black shape",
+    "fxemoji:1F576-FE0F": "a face that wears the sunglasses",
+}
+"""Keys of drawings that do not show the thing alone, with the reason."""
 RASTER_SIZE = 160
 """Side in pixels at which a drawing is rasterized."""
 
@@ -102,6 +107,9 @@ def load_things(name: str, hand: Hand, entries: Sequence[Entry]) -> tuple[list[T
             rejected.append(Rejection(f"{name}:{entry.cldr}", f"{name} has no picture of that name"))
             continue
         key, colored = f"{name}:{_points(character, '04X')}", entry.cldr not in NO_COLOR
+        if key in UNFIT:
+            rejected.append(Rejection(key, f"a drawing of {name} that does not show the thing alone"))
+            continue
         things.append(Thing(key, entry.name, entry.category, entry.group, entry.number, draw, colored))
     return things, rejected
 

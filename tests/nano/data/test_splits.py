@@ -15,6 +15,7 @@ from PIL import Image
 
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.nano.data.catalog import Thing
+from lightning_mm.nano.data.hands import UNFIT
 from lightning_mm.nano.data.questions import ANSWERS
 from lightning_mm.nano.data.rows import Picture, quota_pictures, train_pictures
 from lightning_mm.nano.data.splits import SplitThings, load_sources, log_sources, split_things
@@ -60,6 +61,13 @@ def test_countries_of_the_test_are_those_of_training(built: Path) -> None:
     learned, tested = (drawings(read_rows(built, name), "name") for name in ("train_flags", "test_flags"))
     assert len(learned) == 12
     assert tested == learned
+
+
+def test_drawings_that_do_not_show_the_thing_are_left_out(all_hands: Path) -> None:
+    """Each is one that the hand has: a key that names nothing would hide a mistake."""
+    sources = load_sources()
+    assert not UNFIT.keys() & {thing.key for drawn in sources.things.values() for thing in drawn}
+    assert UNFIT.keys() <= {rejection.origin for rejection in sources.rejected}
 
 
 def test_flat_and_relief_are_on_one_side() -> None:
