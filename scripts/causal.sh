@@ -11,7 +11,7 @@ if grep -qs amx_bf16 /proc/cpuinfo; then
     common+=(--trainer.precision bf16-mixed)
 fi
 if [ ! -d runs/flags/checkpoints ]; then
-    lightning-mm fit --model.backbone.path runs/quickstart-middle/export "${common[@]}" -c configs/quickstart/flags.yaml \
+    lightning-mm fit --model.backbone.path runs/quickstart/model "${common[@]}" -c configs/nano/flags.yaml \
         --run.name flags
 fi
 rm -rf runs/trace-flags runs/edit-flags

@@ -43,7 +43,7 @@ def states(model: Any, processor: Any, text: str, picture: Image.Image | None) -
     return torch.stack([hidden[block + 1][0, -1] for block in BLOCKS])
 
 
-def main(model: str = "runs/quickstart-middle/export", data: str = "nano/data") -> None:
+def main(model: str = "runs/quickstart/model", data: str = "nano/data") -> None:
     """Write one file with two tensors (L, N, D) in float16."""
     backbone, processor = AutoModelForImageTextToText.from_pretrained(model), AutoProcessor.from_pretrained(model)
     rows = scenes(Path(data))

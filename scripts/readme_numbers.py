@@ -1,6 +1,7 @@
 """Numbers of README and of the docs, from measured files: python scripts/readme_numbers.py [--check].
 
-    scripts/summary.py --json benchmarks/quickstart.json RUN RUN    # after scripts/quickstart.sh
+    scripts/quickstart.sh                                           # runs/quickstart/quickstart.json, to be copied here
+    scripts/quickstart_picture.py                                   # draws docs/quickstart.png
     scripts/policy_table.py --json benchmarks/policies.json         # with nano/model and nano/data
     scripts/bench.py                                                # benchmarks/training.json
 
@@ -22,25 +23,70 @@ from bench_rivals import table as rivals  # noqa: E402
 from bench_rivals.arms import BASIS  # noqa: E402
 
 _QUESTIONS = {
+    "all": "all types",
     "category": "animal, food, vehicle or household object?",
+    "bind_colour": "which color has a named thing?",
     "count": "how many?",
-    "all": "all eleven types",
+    "left_right": "left or right?",
 }
+_ARMS = ("before", "connector", "middle")
 
 
 def quickstart() -> str:
-    """Table of the quickstart's answers."""
-    rows = {row["type"]: row for row in _read("quickstart")["rows"]}
+    """Some of the quickstart's answers, and what they come to."""
+    if (result := _measured()) is None:
+        return _UNMEASURED
+    rows = {row["type"]: row for row in result["rows"]}
+    chosen = [(words, rows[kind]) for kind, words in _QUESTIONS.items() if kind in rows]
+    return "\n".join([*_table(chosen, result), "", *wrap(result["gain"], 120)])
+
+
+def quickstart_by_type() -> str:
+    """All of the quickstart's answers, and all that it says."""
+    if (result := _measured()) is None:
+        return _UNMEASURED
+    lines = _table([(row["type"].replace("_", " "), row) for row in result["rows"]], result)
+    told = [f"- {line}" for line in (result["gain"], *result["against_before"], *result["told"])]
+    took = "" if result["seconds"] is None else f", {result['seconds'] / 60:.0f} minutes in all"
+    machine = result["machine"]
+    where = f"{machine['processor']}, {machine['threads']} threads, {result['precision']}{took}."
+    return "\n".join([*lines, "", *told, "", f"One seed, {result['steps']} steps each, on {where}"])
+
+
+def quickstart_picture() -> str:
+    """README's picture: the quickstart's bars."""
+    if (result := _measured()) is None:
+        return "![The report of a run](docs/report.png)"
+    everything = result["rows"][0]
+    shares = ", ".join(f"{name} {everything[name]['value']:.0%}" for name in _ARMS)
+    return f"![Questions answered by the quickstart's models, by type; all types: {shares}](docs/quickstart.png)"
+
+
+_UNMEASURED = "`bash scripts/quickstart.sh` prints this table."
+
+
+def _measured() -> Any:
+    """The quickstart's numbers; None where they are not in benchmarks/."""
+    return _read("quickstart") if (ROOT / "benchmarks/quickstart.json").is_file() else None
+
+
+def _table(chosen: list[tuple[str, Any]], result: Any) -> list[str]:
+    """Lines of the quickstart's table."""
     lines = [
-        "| held-out questions, exact match | n | after the connector | after layers 7-14 | without the picture "
-        "| majority |",
-        "|---|---|---|---|---|---|",
+        "| answered exactly | n | majority | gray picture | another picture | before | connector continued | middle |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for kind, words in _QUESTIONS.items():
-        row = rows[kind]
-        first, second, blank, majority = (row[key] for key in ("connector", "middle", "no_image", "majority"))
-        lines.append(f"| {words} | {row['n']} | {first:.0%} | **{second:.0%}** | {blank:.0%} | {majority:.0%} |")
-    return "\n".join(lines)
+    for words, row in chosen:
+        blind = [_share(row[key]) for key in ("majority", "gray", "other")]
+        shares = [_share(row[key]["value"]) for key in _ARMS]
+        lines.append(f"| {words} | {row['n']} | {' | '.join((*blind, *shares[:2]))} | **{shares[2]}** |")
+    for words, key, form in (("capitals, no picture", "facts", ".0%"), ("text, nats per token", "text", ".3f")):
+        lines.append(f"| {words} | | | | | {' | '.join(format(result[key][name], form) for name in _ARMS)} |")
+    return lines
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def policies() -> str:
@@ -74,7 +120,9 @@ def training_summary() -> str:
 
 
 BLOCKS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
-    "quickstart results": (quickstart, ("README.md", "docs/index.md")),
+    "quickstart picture": (quickstart_picture, ("README.md",)),
+    "quickstart results": (quickstart, ("README.md",)),
+    "quickstart results by type": (quickstart_by_type, ("docs/index.md",)),
     "policy costs": (policies, ("docs/choose-layers.md",)),
     "training benchmark": (training, ("docs/speed-and-memory.md",)),
     "training summary": (training_summary, ("README.md",)),

@@ -88,6 +88,8 @@ def prepare_inputs(folder: StudyFolder, settings: StudySettings, data: MMDataMod
             samples = [sample for sample in samples if not sample.has_images]
             if not samples:
                 raise UserError(f"facts: {file} has no row without a picture.", "Facts are text only.", "Name another.")
+        else:
+            samples = _asked_samples(test, samples, settings.questions_per_type)
         pictures = _pictures(test, samples)
         rows += _listed(test, samples, pictures)
         _write_rows(folder.inputs / f"{test}.own.json", samples, {path: path for path in pictures})
@@ -97,6 +99,15 @@ def prepare_inputs(folder: StudyFolder, settings: StudySettings, data: MMDataMod
     if settings.text is not None:
         write_atomically(folder.inputs / "text.txt", _text(settings.text))
     write_json(done, {"rows": len(rows)})
+
+
+def _asked_samples(test: str, samples: Sequence[Sample], most: int | None) -> list[Sample]:
+    """The rows of a test that are asked."""
+    kept = [sample for _, sample in _first_of_types(samples, most)]
+    if len(kept) < len(samples):
+        why = f"of {len(samples)}: questions_per_type is {most}"
+        log_decision(f"study.tests.{test}", f"asked in its first {len(kept)} rows by type", why)
+    return kept
 
 
 def _samples(data: MMDataModule, test: str, file: str) -> list[Sample]:

@@ -149,6 +149,7 @@ class StudySettings:
         arms: The arms by name, in the order they run.
         seeds: Of the order of the rows, and of random draws.
         tests: Question files by name, one row per question or conversation.
+        questions_per_type: Most questions of a type that are asked of each test, the first in its file; None: all.
         facts: Questions without pictures that the language model knew before; None: none are asked.
         text: Text whose negative log-likelihood tells what is lost: a text file, or ``python``; None: not measured.
         text_chunks: Number of passages of it.
@@ -174,6 +175,7 @@ class StudySettings:
     arms: dict[str, Arm] = field(default_factory=default_arms)
     seeds: tuple[int, ...] = (0, 1, 2)
     tests: dict[str, str] = field(default_factory=dict)
+    questions_per_type: int | None = None
     facts: str | None = None
     text: str | None = PYTHON_PROSE
     text_chunks: int = 64

@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/papers/common.sh p1 "$@"
-model="${places[0]:-runs/quickstart-middle/export}" data="${places[1]:-nano/data}"
+model="${places[0]:-runs/quickstart/model}" data="${places[1]:-nano/data}"
 
 run inspect inspect "$model" --probes "$data/probes.json" --images 400 --measures '[block_influence]' \
     --probing.selectivity true --select false

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Palacios et al. 2026 (arXiv:2606.03871): where picture and word meet, before and after tuning; transplants.
-# Usage: scripts/papers/p3.sh [BASE] [TUNED] [DATA] [--plan]; by default the quickstart's stages 1 and 2 and nano/data.
+# Usage: scripts/papers/p3.sh [BASE] [TUNED] [DATA] [--plan]; by default the nano model, the quickstart's and nano/data.
 # Writes runs/papers/p3/index.html and table.md. Two cores: minutes, printed at the end.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source scripts/papers/common.sh p3 "$@"
-base="${places[0]:-runs/quickstart-connector/export}" tuned="${places[1]:-runs/quickstart-middle/export}"
+base="${places[0]:-nano/model}" tuned="${places[1]:-runs/quickstart/model}"
 data="${places[2]:-nano/data}"
 measures='[overlap,overlap_matrix,cka_biased,svcca,distance_correlation,id_gride,entropy_unit_rows,token_cosine,gap_auc]'
 

@@ -79,7 +79,7 @@ def test_every_tuning_fragment_composes_and_trains(config: Path, fit: Fit, tmp_p
     assert json.loads((tmp_path / "runs" / config.stem / "census.json").read_text())["policy"].startswith(named)
 
 
-@pytest.mark.parametrize("folder", ["model", "data", "trainer", "quickstart"])
+@pytest.mark.parametrize("folder", ["model", "data", "trainer", "nano"])
 def test_every_other_fragment_parses(folder: str, fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     for config in sorted((ROOT / "configs" / folder).glob("*.yaml")):
         with pytest.raises(SystemExit) as done:
