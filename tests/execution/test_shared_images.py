@@ -23,8 +23,8 @@ from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.tuning.apply import prepare_model
 from lightning_mm.tuning.policy import TuningPolicy
-from tests.data.test_shared_images import module, write_rows
 from tests.helpers.data import Family
+from tests.helpers.shared_rows import module, write_rows
 from tests.helpers.training import cache_on, train_losses
 
 
