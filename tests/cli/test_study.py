@@ -34,8 +34,8 @@ def test_a_complete_study_only_writes_its_report(tmp_path: Path) -> None:
     ("arguments", "told"),
     [
         ([], "No study is named."),
-        (["-c", "mine.yaml", "--out", "o", "--only", "late"], "There is no arm late."),
-        (["-c", "mine.yaml", "--out", "o", "--seeds", "4"], "There is no seed 4."),
+        (["-c", "mine.yaml", "--out", "o", "--only", "late"], "The study has no arm late."),
+        (["-c", "mine.yaml", "--out", "o", "--seeds", "4"], "The study has no seed 4."),
         (["-c", "mine.yaml", "--outt", "o"], "--outt is no option."),
         (["-c", "wrong.yaml"], "wrong.yaml cannot be read."),
         (["--out", "nowhere", "--report_only", "true"], "nowhere is no study."),
