@@ -16,7 +16,7 @@ done
 source scripts/setup.sh nano
 out="runs/papers/$paper"
 precision=()
-if grep -qs amx_bf16 /proc/cpuinfo; then
+if grep -qs 'amx_bf16\|avx512_bf16' /proc/cpuinfo; then
     precision=(--bf16 true)  # forward passes in bfloat16 where the processor multiplies it in hardware
 fi
 mkdir -p "$out"
