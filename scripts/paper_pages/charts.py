@@ -12,7 +12,7 @@ import vl_convert
 from paper_pages.items import Profile
 
 COLORS = ("#1f5fa8", "#b85c00", "#7a3f98", "#b3245e", "#3d7a4c", "#3d4a5c")
-WIDTH, HEIGHT = 440, 230
+WIDTH, HEIGHT = 400, 220
 
 
 def lines(profiles: Sequence[Profile], unit: str, *, chance: bool = True) -> str:
@@ -31,7 +31,7 @@ def lines(profiles: Sequence[Profile], unit: str, *, chance: bool = True) -> str
     ]
     names = [profile.label for profile in shown]
     color = alt.Color("name:N", scale=alt.Scale(domain=names, range=list(COLORS[: len(names)])), title=None)
-    color = color.legend(orient="top", columns=2, labelLimit=320)
+    color = color.legend(orient="top", columns=2, labelLimit=320, symbolOpacity=1)
     across = alt.X("layer:Q", title="layer (−1: embeddings)", axis=alt.Axis(tickMinStep=1))
     base = alt.Chart(alt.Data(values=data)).encode(x=across, color=color)
     up = alt.Y("value:Q", title=unit, scale=alt.Scale(zero=False))

@@ -96,12 +96,18 @@ class Readings:
         return next((each for each in found if (each["measure"], each["site"], each["step"]) == wanted), None)
 
 
-def told(row: LayerRow, digits: int = 3) -> str:
-    """A value with its interval and what chance gives."""
+def told(row: LayerRow, null: str = "chance", digits: int = 3) -> str:
+    """A value with its interval and its null.
+
+    Args:
+        row: The value.
+        null: What its null is of, such as chance or isotropic noise.
+        digits: Significant ones.
+    """
     text = f"{row.value:.{digits}g}"
     if row.low is not None and row.high is not None:
         text += f" ({row.low:.{digits}g} to {row.high:.{digits}g})"
-    return text + (f", chance {row.null:.{digits}g}" if row.null is not None else "")
+    return text + (f", {null} {row.null:.{digits}g}" if row.null is not None else "")
 
 
 def error(row: LayerRow) -> float:

@@ -71,9 +71,8 @@ def _trace(width: int, read: Readings) -> Item:
     ]
     ratio = read.profile("trace", "mlp/constraint", "share of the fall")
     if ratio:
-        words.append(
-            f"As a mean of ratios, MLP at the constraint: at most {told(ratio.peak)}, at layer {ratio.peak.layer}."
-        )
+        most = ratio.peak
+        words.append(f"As a mean of ratios, MLP at the constraint: {told(most, 'no effect')}, at layer {most.layer}.")
     return Item(
         f"Figure: causal trace, window {width} ({layers})",
         early if width == 1 else wide,
@@ -89,8 +88,9 @@ def _trace(width: int, read: Readings) -> Item:
 
 def _strongest(profile: Profile) -> str:
     peak = profile.peak
-    clear = "clear of no effect" if clear_of_null(peak, len(profile.rows)) else "not clear of no effect"
-    return f"{profile.label}: largest at layer {peak.layer} of {max(profile.rows) + 1}, {told(peak)}; {clear}."
+    clear = "clear of it" if clear_of_null(peak, len(profile.rows)) else "not clear of it"
+    where = f"layer {peak.layer} of {max(profile.rows) + 1}"
+    return f"{profile.label}: largest at {where}, {told(peak, 'no effect')}; {clear}."
 
 
 def _flow(read: Readings) -> Item:
@@ -102,7 +102,7 @@ def _flow(read: Readings) -> Item:
     }
     profiles = [read.profile("flow", edge, words) for edge, words in named.items()]
     words = [
-        f"{p.label}: largest share at layer {p.peak.layer}, {told(p.peak)} (equal contributions)."
+        f"{p.label}: largest share at layer {p.peak.layer}, {told(p.peak, 'equal contributions')}."
         for p in profiles
         if p
     ]

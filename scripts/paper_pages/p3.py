@@ -86,7 +86,9 @@ def _meeting(read: Readings) -> Item:
     words = [peak_words(profile) for profile in (*last, *mean)]
     used = sorted({row.k for profile in (*last, *mean) for row in profile.rows.values() if row.k})
     deeper = [
-        f"{p.label}: at {p.depth(p.peak):.0%} of the depth." for p in last if p and clear_of_null(p.peak, len(p.rows))
+        f"The peak at the last token, {p.label}, is at {p.depth(p.peak):.0%} of the depth."
+        for p in last
+        if p and clear_of_null(p.peak, len(p.rows))
     ]
     return Item(
         "Figure: neighborhood overlap of pictures and captions",
@@ -149,7 +151,11 @@ def _alike(read: Readings) -> Item:
 
 def _dimension(read: Readings) -> Item:
     picture, text = _both(read, "id_gride", "picture", "pictures"), _both(read, "id_gride", "text", "captions")
-    words = [f"{p.label}: highest at layer {p.peak.layer}, {told(p.peak)}." for p in (*picture, *text) if p]
+    words = [
+        f"{p.label}: highest at layer {p.peak.layer}, {told(p.peak, 'isotropic noise')}."
+        for p in (*picture, *text)
+        if p
+    ]
     return Item(
         "Figure: intrinsic dimension",
         "after tuning it peaks near layer 4 (16 to 18), dips near 10, rises again in the middle and ends at 9 to 10; "
@@ -167,7 +173,11 @@ def _dimension(read: Readings) -> Item:
 def _entropy(read: Readings) -> Item:
     picture = _both(read, "entropy_unit_rows", "picture", "pictures")
     text = _both(read, "entropy_unit_rows", "text", "captions")
-    words = [f"{p.label}: highest at layer {p.peak.layer}, {told(p.peak)}." for p in (*picture, *text) if p]
+    words = [
+        f"{p.label}: highest at layer {p.peak.layer}, {told(p.peak, 'isotropic noise')}."
+        for p in (*picture, *text)
+        if p
+    ]
     return Item(
         "Figure: dataset entropy",
         "rows centered and of length 1, entropy of eigenvalues over ln min(N, D) (thesis)",
@@ -207,7 +217,9 @@ def _transplant(read: Readings, mode: str, what: str) -> Item:
     words = []
     for profile in (each for each in profiles if each):
         start = profile.peak.null or 0.0
-        words.append(f"{profile.label}: from {start:.3g} to {told(profile.peak)} at layer {profile.peak.layer}.")
+        words.append(
+            f"{profile.label}: from {start:.3g} to {told(profile.peak, 'untouched')} at layer {profile.peak.layer}."
+        )
         end = profile.top.value or 0.0
         if mode == "cumulative" and end > start:
             reached = [
