@@ -7,7 +7,7 @@ source scripts/setup.sh nano
 
 python -m lightning_mm.nano.data nano/data
 common=(-c configs/data/nano.yaml -c configs/trainer/cpu.yaml)
-if grep -qs amx_bf16 /proc/cpuinfo; then
+if grep -qs -e amx_bf16 -e avx512_bf16 /proc/cpuinfo; then
     common+=(--trainer.precision bf16-mixed)
 fi
 if [ ! -d runs/flags/checkpoints ]; then
