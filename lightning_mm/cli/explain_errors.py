@@ -91,7 +91,20 @@ def explain_exception(error: Exception) -> UserError | None:
             "Lower data.batch_size, data.max_tokens or data.max_length, or set model.activation_checkpointing true.",
         )
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return UserError("The disk is full.", first, "Free some space; earlier checkpoints of the run are whole.")
+        where = f" of {error.filename}" if error.filename else ""
+        return UserError(f"The disk{where} is full.", first, "Free some space; checkpoints of earlier steps are whole.")
+    if isinstance(error, RuntimeError) and "No space left on device" in str(error) and "torch_" in str(error):
+        return UserError(
+            "Shared memory (/dev/shm) is full.",
+            first,
+            "Set data.num_workers 0, or give the container more of it (docker run --shm-size 8g).",
+        )
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)):
+        return UserError(
+            "The machine is out of memory.",
+            first or "Python could not allocate any more.",
+            "Ask lightning-mm plan what the run takes; lower data.batch_size, data.max_length or data.num_workers.",
+        )
     if isinstance(error, RuntimeError) and (killed := worker_killed_error(error)) is not None:
         return killed
     if isinstance(error, (ValueError, RuntimeError)) and _is_lightnings_own(error):

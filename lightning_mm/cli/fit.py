@@ -34,9 +34,9 @@ from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.report.wandb import OnlineLogger
-from lightning_mm.training import checkpoint as state
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.stop_signals import Preempted
+from lightning_mm.training.checkpoint_file import KEY, read_checkpoint
 from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.training.standard_callbacks import keep_all
 from lightning_mm.training.trainer_checks import check_precision
@@ -166,7 +166,7 @@ class TrainingCLI(LightningCLI):
             found = find_checkpoint(config.ckpt_path, config.run.root, config.run.name or _policy(config))
             config.ckpt_path = None if found is None else str(found)
         resumed = config.get("ckpt_path")
-        self.checkpoint = state.read_checkpoint(Path(resumed), mapped=False) if resumed else None
+        self.checkpoint = read_checkpoint(Path(resumed), mapped=False) if resumed else None
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
         self.run = _run_directory(config, str(self.subcommand))
         if _RANK.rank == 0:
@@ -182,7 +182,7 @@ class TrainingCLI(LightningCLI):
         super().instantiate_classes()
         if self.checkpoint is not None:
             self.model.resume_from(self.checkpoint)
-            self.datamodule.resume_from(self.checkpoint[state.KEY]["settings"])
+            self.datamodule.resume_from(self.checkpoint[KEY]["settings"])
             self.checkpoint = None  # the trainer takes it, and lets go of it
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -22,7 +22,7 @@ from lightning_mm.training.callbacks.checkpoints import BestCheckpoint, LastChec
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
-from lightning_mm.training.checkpoint import LoadedCheckpoint
+from lightning_mm.training.checkpoint_file import LoadedCheckpoint
 
 Part = TypeVar("Part")
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from lightning_mm.core.errors import UserError
 
@@ -23,8 +23,6 @@ log = logging.getLogger("lightning_mm")
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file, replacing one that exists; what fails or is killed on the way leaves the old file as it was.
-
-    The content reaches the disk before the name changes, so that a power cut cannot leave an empty file either.
 
     Args:
         path: The file; its folder must exist.
@@ -35,11 +33,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         UnicodeEncodeError: The text holds a lone surrogate.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
+    with replaced_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """Give an open file that takes the place of ``path`` when the block ends, and is removed when it raises.
+
+    It lies beside ``path``, on the same file system. Its content and its name reach the disk, so that a power cut
+    leaves the old file or the new one, whole.
+
+    Args:
+        path: The file; its folder must exist.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was, and no temporary file is left.
+    """
     # The process id alone is not enough: processes on other machines may share the folder.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -47,6 +62,17 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Let the names in a folder reach the disk, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def is_absent_or_empty(folder: Path) -> bool:

@@ -33,7 +33,7 @@ def cast_frozen_weights(
 ) -> int:
     """Cast frozen linear weights to bfloat16 where autocast would do so at every use, in place.
 
-    Call it after ``loading.fingerprint``, which is computed from the weights as loaded.
+    Call it after ``base_identity``, which is computed from the weights as loaded.
 
     Args:
         mm: The model, frozen and adapted as planned; on any device.

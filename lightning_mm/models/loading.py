@@ -4,7 +4,6 @@ Data flow: ``Backbone`` (config) -> the skeleton on the meta device (for plannin
 """
 
 import difflib
-import hashlib
 from collections.abc import Collection
 from dataclasses import KW_ONLY, dataclass
 from importlib.util import find_spec
@@ -94,20 +93,6 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         "model.backbone.attention", kernel, "asked for" if backbone.attention != "auto" else "transformers' choice"
     )
     return model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 of name, shape and 64 evenly spaced values of every frozen parameter: a cheap identity of the base."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        if parameter.requires_grad:
-            continue
-        flat = parameter.detach().flatten()
-        stride = max(1, flat.numel() // 64)
-        sample = flat[::stride][:64].to("cpu", torch.float32)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _near_folder(path: Path) -> str:

@@ -12,6 +12,7 @@ Shapes: B texts, L tokens after padding.
 import copy
 import hashlib
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +141,7 @@ class ModelProcessor:
         self._recording = copy.copy(processor)
         self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
         self.bounds, self._resized_to = PixelBounds(), PixelBounds()
+        self._image_options = processor.image_processor.to_dict()
 
     def bound_pixels(self, bounds: PixelBounds) -> None:
         """Keep images within bounds from now on, by options of the image processor where it has them.
@@ -157,6 +159,19 @@ class ModelProcessor:
         """Longest text of the model, in tokens; None if its config does not say."""
         length = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         return length if isinstance(length, int) and length > 0 else None
+
+    @property
+    def loaded_as(self) -> dict[str, str]:
+        """What the processor does, by name, as it was loaded: its bounds on pixels are options of a run."""
+        tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
+        rules = {name: value for name, value in tokenizer.items() if name not in ("padding", "truncation")}
+        images = {name: json.dumps(value, default=str) for name, value in self._image_options.items()}
+        return {
+            "class": type(self.processor).__name__,
+            "tokenizer": hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest(),
+            "chat template": hashlib.sha256(self.template.encode()).hexdigest(),
+            **{f"image_processor.{name}": value for name, value in sorted(images.items())},
+        }
 
     @property
     def identity(self) -> str:

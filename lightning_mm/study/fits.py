@@ -23,7 +23,7 @@ from lightning_mm.core.io import read_json, write_atomically
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.study.folder import Job, StudyFolder
 from lightning_mm.study.settings import START, Arm, Stage, StudySettings
-from lightning_mm.training import checkpoint as state
+from lightning_mm.training.checkpoint_file import read_checkpoint
 
 EQUAL_COST = "equal_cost"
 """Name of the checkpoint at the step where an arm has cost as much as the main arm does in all its steps."""
@@ -116,7 +116,7 @@ def run_fit(folder: StudyFolder, settings: StudySettings, plan: FitPlan) -> RunD
 def finished_run(place: Path, steps: int) -> RunDirectory | None:
     """The run of a job that has done all its steps; None: there is none yet."""
     for run in sorted(place.glob("fit*/checkpoints/last.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True):
-        if int(state.read_checkpoint(run)["global_step"]) >= steps:
+        if int(read_checkpoint(run)["global_step"]) >= steps:
             return RunDirectory(run.parent.parent)
     return None
 

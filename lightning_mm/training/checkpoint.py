@@ -1,95 +1,41 @@
 """Contents of a partial fine-tuning checkpoint, and the checks of the run that loads it.
 
 Data flow: module + ranks -> plain tensors, numbers and strings -> checkpoint -> validated and restored. Frozen weights
-are left out: the base model is identified by its fingerprint. Every checkpoint loads with ``weights_only=True``.
+are left out: the base model is known by digests. ``training.checkpoint_file`` writes and reads the file.
 """
 
-import pickle
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor, nn
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.random_state import restore_rng
+from lightning_mm.models.base_identity import BaseIdentity, identity_differences
+from lightning_mm.training.checkpoint_file import FORMAT, KEY, check_format
 from lightning_mm.tuning.census import Census
-
-KEY = "lightning_mm"
-
-
-def read_checkpoint(path: Path, mapped: bool = True) -> dict[str, Any]:
-    """The content of a checkpoint, read on the CPU with ``weights_only=True``.
-
-    Args:
-        path: The checkpoint file.
-        mapped: Memory-map the tensors; default True. A run that resumes needs False: its own saving may replace the
-            file.
-
-    Raises:
-        UserError: The file is missing, damaged, contains code, or was not written by lightning_mm.
-    """
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.ckpt"))
-        raise UserError(
-            f"There is no checkpoint {path}.", f"Beside it: {', '.join(near) or 'none'}.", "Name one of them."
-        )
-    try:
-        checkpoint = torch.load(path, weights_only=True, mmap=mapped, map_location="cpu")
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The checkpoint {path} cannot be read.",
-            str(error).splitlines()[0],
-            "It is damaged, or holds code, which is never run; use an earlier one.",
-        ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
-        raise UserError(f"{path} is no checkpoint of lightning_mm.", f"It has no '{KEY}' entry.", "Name another file.")
-    return checkpoint
-
-
-class LoadedCheckpoint(TorchCheckpointIO):
-    """Checkpoint IO that returns an already loaded checkpoint instead of reading it again.
-
-    Args:
-        path: Where the checkpoint was read from; other paths are read as usual.
-        checkpoint: Its content; released once the trainer has loaded it.
-    """
-
-    def __init__(self, path: Path, checkpoint: dict[str, Any]) -> None:
-        super().__init__()
-        self._path, self._checkpoint = path.absolute(), checkpoint
-
-    def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        """The checkpoint at ``path``."""
-        if Path(path).absolute() == self._path and self._checkpoint:
-            checkpoint, self._checkpoint = self._checkpoint, {}
-            return checkpoint
-        return super().load_checkpoint(path, map_location, weights_only)
 
 
 def checkpoint_metadata(
-    census: Census, base: str, settings: Mapping[str, Any], unread: Iterable[str], rng: list[dict[str, Any]]
+    census: Census, base: BaseIdentity, settings: Mapping[str, Any], unread: Iterable[str], rng: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """The ``lightning_mm`` entry of a checkpoint.
 
     Args:
         census: Census of the model: policy, layers and their digest.
-        base: Fingerprint of the frozen weights.
+        base: Identity of the base model.
         settings: Settings that a resumed run compares with its own.
         unread: Names of parameters that the policy names but the forward pass never uses.
         rng: ``rng_state`` of every rank.
     """
     return {
-        "version": 1,
+        "version": FORMAT,
         "policy": census.policy,
         "layers": list(census.layers),
         "census_digest": census.digest,
-        "base_fingerprint": base,
+        "base": base,
         "unread": list(unread),
         "settings": dict(settings),
         "rng": rng,
@@ -103,32 +49,35 @@ def drop_frozen_weights(checkpoint: dict[str, Any], trainable: set[str]) -> None
 
 
 def validate_checkpoint(
-    checkpoint: Mapping[str, Any], census: Census, base: str | None, trainable: set[str], optimizer: str | None = None
+    checkpoint: Mapping[str, Any],
+    census: Census,
+    base: BaseIdentity | None,
+    trainable: Mapping[str, nn.Parameter],
+    optimizer: str | None = None,
 ) -> None:
     """Refuse a checkpoint of another policy, another base model, or with other tensors than this run trains.
 
     Args:
         checkpoint: The loaded checkpoint.
         census: Census of this run's model.
-        base: Fingerprint of this run's frozen weights; None skips the comparison, for weights held in another form.
-        trainable: Names of this run's trainable parameters.
+        base: Identity of this run's base model; None skips the comparison, for weights held in another form.
+        trainable: This run's trainable parameters by name.
         optimizer: Name of this run's optimizer; None (default) where the optimizer state is not resumed.
 
     Raises:
         UserError: Checkpoint and run differ; the message states both values.
     """
     saved = checkpoint[KEY]
+    check_format(saved)
+    _check_parts(checkpoint, optimizer is not None)
     if saved["census_digest"] != census.digest:
-        raise UserError(
-            "The checkpoint was trained under another policy.",
-            f"Checkpoint: {saved['policy']}, layers {saved['layers']}. "
-            f"This run: {census.policy}, layers {[*census.layers]}.",
-            "Ask for the checkpoint's policy, or begin a new run from an exported model.",
-        )
-    if base is not None and saved["base_fingerprint"] != base:
+        raise UserError("The checkpoint was trained under another policy.", *_other_policy(saved, census))
+    if base is not None and "base" not in saved:
+        log_decision("ckpt_path", "the base model is not compared", "the checkpoint is of an earlier format")
+    elif base is not None and (differing := identity_differences(saved["base"], base)):
         raise UserError(
             "The checkpoint belongs to another base model.",
-            f"Frozen weights: {saved['base_fingerprint'][:12]} in the checkpoint, {base[:12]} in model.backbone.path.",
+            f"{'; '.join(differing)}.",
             "Name the model (and dtype, quantization) that the run was started from.",
         )
     held = saved["settings"].get("model.optimizer.name")
@@ -138,8 +87,46 @@ def validate_checkpoint(
             f"Its state was kept by {held}.",
             f"Set model.optimizer.name {held}, or begin a new run from an exported model.",
         )
-    if set(checkpoint["state_dict"]) != trainable:
-        raise UserError("The checkpoint is incomplete.", "It lacks tensors that train.", "Use an earlier checkpoint.")
+    _check_tensors(checkpoint["state_dict"], trainable)
+
+
+def _other_policy(saved: Mapping[str, Any], census: Census) -> tuple[str, str]:
+    """Why a checkpoint's census is another one, and what helps."""
+    old, new = (saved["policy"], list(saved["layers"])), (census.policy, list(census.layers))
+    if old == new:
+        why = f"Both are {census.policy} of layers {new[1]}, over models of other shapes or parts."
+        return why, "Name the base model that the run was started from."
+    why = f"Checkpoint: {old[0]}, layers {old[1]}. This run: {new[0]}, layers {new[1]}."
+    return why, "Ask for the checkpoint's policy, or begin a new run from an exported model."
+
+
+def _check_parts(checkpoint: Mapping[str, Any], resumes: bool) -> None:
+    """Refuse a checkpoint without one of its parts.
+
+    Args:
+        checkpoint: The loaded checkpoint.
+        resumes: Whether a run goes on from it, with optimizer, schedule and place in the data.
+    """
+    needed = ["state_dict", "global_step"] + (["optimizer_states", "lr_schedulers", "loops"] if resumes else [])
+    ours = ("census_digest", "policy", "layers", "settings", "unread", "rng")
+    missing = [name for name in needed if name not in checkpoint]
+    missing += [f"{KEY}.{name}" for name in ours if name not in checkpoint[KEY]]
+    if missing:
+        raise UserError("The checkpoint is incomplete.", f"It lacks {', '.join(missing)}.", "Use an earlier one.")
+
+
+def _check_tensors(weights: Mapping[str, Tensor], trainable: Mapping[str, nn.Parameter]) -> None:
+    """Refuse weights that are not those that train, by name and shape."""
+    told = [f"it lacks {name}" for name in trainable if name not in weights]
+    told += [f"{name} does not train here" for name in weights if name not in trainable]
+    told += [
+        f"{name} has shape {tuple(weights[name].shape)}, here {tuple(parameter.shape)}"
+        for name, parameter in trainable.items()
+        if name in weights and weights[name].shape != parameter.shape
+    ]
+    if told:
+        more = f", and {len(told) - 1} more" if len(told) > 1 else ""
+        raise UserError("The checkpoint holds other tensors.", f"{told[0]}{more}.", "Use an earlier checkpoint.")
 
 
 def log_setting_changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:

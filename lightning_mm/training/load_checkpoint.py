@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training import checkpoint as state
+from lightning_mm.training.checkpoint_file import KEY, read_checkpoint
 from lightning_mm.training.run_config import read_policy
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ def load_module(kind: type[Module], path: str | Path, backbone: Any, tuning: Any
     Raises:
         UserError: There is no such checkpoint, it does not say what is missing here, or the base is another one.
     """
-    saved = state.read_checkpoint(Path(path))
-    written = saved[state.KEY].get("model")
+    saved = read_checkpoint(Path(path))
+    written = saved[KEY].get("model")
     if written is None and (backbone is None or tuning is None):
         raise UserError(
             f"{path} does not name its model and policy.",
@@ -49,7 +50,7 @@ def load_module(kind: type[Module], path: str | Path, backbone: Any, tuning: Any
     module = kind(backbone, read_policy(written) if tuning is None else tuning, **options)
     module.resume_from(saved)
     module.configure_model()
-    state.validate_checkpoint(saved, module.census, module.base, set(module.trainable))
+    state.validate_checkpoint(saved, module.census, module.base, module.trainable)
     module.load_state_dict(saved["state_dict"], strict=False)
     module.loaded_step = int(saved["global_step"])
     module.teardown("load")  # the model's own forward passes; a run prepares them again

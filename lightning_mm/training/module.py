@@ -32,8 +32,9 @@ from lightning_mm.execution.loss import LossAccumulator, LossOutput, add_zero_gr
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
 from lightning_mm.layer_selection.select import AutoRange, Selection, auto_layers_option, with_layers
+from lightning_mm.models.base_identity import base_identity
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.loading import Backbone, fingerprint
+from lightning_mm.models.loading import Backbone
 from lightning_mm.training import checkpoint as state
 from lightning_mm.training.arguments import (
     ELSEWHERE,
@@ -46,6 +47,7 @@ from lightning_mm.training.arguments import (
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
+from lightning_mm.training.checkpoint_file import KEY
 from lightning_mm.training.eval_context import data_of, live
 from lightning_mm.training.fit_start import (
     find_unread,
@@ -170,7 +172,7 @@ class MMModule(ModelAndData):
         self._init_connector()
         rates = (None, None) if self.own_optimizer else (self.optimizer.lr, self.optimizer.weight_decay)
         self.census = take_census(self.mm, self.plan, *rates)
-        self.base = fingerprint(self.model)
+        self.base = base_identity(self.model, self.processing)
         precision = str(self.trainer.precision) if self._trainer is not None else None
         compute = self.compute
         if self._is_users and compute.frozen_dtype == "auto":
@@ -225,7 +227,7 @@ class MMModule(ModelAndData):
 
     def resume_from(self, checkpoint: Mapping[str, Any]) -> None:
         """Take the unused parameters and the layers from a checkpoint instead of finding them again."""
-        saved = checkpoint[state.KEY]
+        saved = checkpoint[KEY]
         self.unread, self._layers = tuple(saved["unread"]), tuple(saved["layers"])
 
     def _drop_unread(self) -> None:
@@ -357,10 +359,10 @@ class MMModule(ModelAndData):
         generators = self.resume_point.put_into(checkpoint, self.trainer)
         if self._resumed is not None:  # no batch since the resume
             generators = self._resumed["rng"]
-        checkpoint[state.KEY] = state.checkpoint_metadata(
+        checkpoint[KEY] = state.checkpoint_metadata(
             self.census, self.base, self.settings(), self.unread or (), generators
         )
-        checkpoint[state.KEY]["model"] = model_options(live(self))
+        checkpoint[KEY]["model"] = model_options(live(self))
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's cannot know where the frozen weights are
@@ -386,10 +388,10 @@ class MMModule(ModelAndData):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = "yours" if self.own_optimizer else self.optimizer.name
-        state.validate_checkpoint(checkpoint, self.census, self.base, set(self.trainable), name)
+        state.validate_checkpoint(checkpoint, self.census, self.base, self.trainable, name)
         self.loaded_step = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
-            self._resumed = checkpoint[state.KEY]
+            self._resumed = checkpoint[KEY]
             log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {self.loaded_step}")
 
     def on_train_start(self) -> None:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 
 import lightning as L
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     Callback,
     ModelCheckpoint,
@@ -30,6 +31,7 @@ from lightning_mm.training.callbacks.progress import ProgressBar
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.throughput import Throughput
+from lightning_mm.training.checkpoint_file import CheckpointFile
 
 _ORDER = (ProgressBar, Throughput, HeldOutEvaluation, LastCheckpoint, RunRecorder)
 """In this order their hooks are called, after those of all other callbacks: time is taken before the last evaluation,
@@ -57,6 +59,8 @@ def add_standard_callbacks(trainer: L.Trainer) -> None:
     """
     for message in _NOTHING_NEW:
         warnings.filterwarnings("ignore", message=message)
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:  # not one of the user's
+        trainer.strategy.checkpoint_io = CheckpointFile()
     if trainer.barebones:
         log_decision("trainer.barebones", "no run folder, report or checkpoint", "nothing may run beside training")
         return

@@ -20,7 +20,7 @@ from lightning_mm.models.export.model_card import Provenance
 from lightning_mm.models.export.push import HubRepo
 from lightning_mm.models.export.verify import ExportCheck, take_chat, take_reference, verify_export
 from lightning_mm.models.export.weight_dtype import WrittenDtype
-from lightning_mm.training import checkpoint as state
+from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning.layers import describe_layers
 from lightning_mm.verbs.model_source import borrowed
@@ -128,7 +128,7 @@ def _run_of(module: MMModule) -> RunDirectory | None:
 
 def _say_step(run: RunDirectory, checkpoint: Path) -> int:
     """The step that is exported, which is said, with a warning if the run went further."""
-    step = int(state.read_checkpoint(checkpoint)["global_step"])
+    step = int(read_checkpoint(checkpoint)["global_step"])
     log.info("exporting step %d of run %s (%s)", step, run.name, checkpoint.name)
     if (last := max(step, _last_step(run))) > step:
         log.warning("step %d of run %s is exported; the run went on to step %d", step, run.name, last)
@@ -137,7 +137,7 @@ def _say_step(run: RunDirectory, checkpoint: Path) -> int:
 
 def _last_step(run: RunDirectory) -> int:
     """The last step that the run's checkpoints or curves tell of; 0 where they tell of none."""
-    saved = [int(state.read_checkpoint(file)["global_step"]) for file in run.checkpoints.glob("*.ckpt")]
+    saved = [int(read_checkpoint(file)["global_step"]) for file in run.checkpoints.glob("*.ckpt")]
     if run.metrics.is_file():
         with run.metrics.open(encoding="utf-8", newline="") as file:
             # The loss of a step is logged under the number of steps before it.

@@ -24,7 +24,7 @@ from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.loading import Backbone, load_model, read_config
 from lightning_mm.models.processor import ModelProcessor, load_processor, wrap_processor
-from lightning_mm.training import checkpoint as state
+from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.training.module import MMModule
 from lightning_mm.verbs.trained_run import load_run
 
@@ -126,7 +126,7 @@ class ModelSource:
 
     @classmethod
     def _of_checkpoint(cls, path: str, checkpoint: Path) -> "ModelSource":
-        state.read_checkpoint(checkpoint)
+        read_checkpoint(checkpoint)
         folder = checkpoint.absolute().parent.parent
         if not (folder / "config.yaml").is_file():
             raise UserError(

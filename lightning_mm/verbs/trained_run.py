@@ -13,6 +13,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.training import checkpoint as state
+from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.training.module import MMModule
 from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.verbs.config_classes import read_checked_yaml
@@ -30,7 +31,7 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
         UserError: The run has no usable config or checkpoint, or they do not belong together.
     """
     config = read_options(run.config)
-    saved = state.read_checkpoint(checkpoint)
+    saved = read_checkpoint(checkpoint)
     module: MMModule = config.model
     module.resume_from(saved)
     module.processing.bound_pixels(config.data.bounds)
@@ -41,10 +42,10 @@ def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tup
             "export", "frozen weights in full", f"trained over {held}; a folder holds the weights they came from"
         )
         module.configure_model()
-        state.validate_checkpoint(saved, module.census, None, set(module.trainable))
+        state.validate_checkpoint(saved, module.census, None, module.trainable)
     else:
         module.configure_model()
-        state.validate_checkpoint(saved, module.census, module.base, set(module.trainable))
+        state.validate_checkpoint(saved, module.census, module.base, module.trainable)
     module.load_state_dict(saved["state_dict"], strict=False)
     module.eval()
     return module, config.data

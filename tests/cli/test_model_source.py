@@ -14,7 +14,7 @@ from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.testing.tiny import build_tiny
-from lightning_mm.training import checkpoint
+from lightning_mm.training.checkpoint_file import KEY
 from lightning_mm.verbs import model_source
 from lightning_mm.verbs.inspected_model import ReadingOptions, own_data, read_probe_set
 from lightning_mm.verbs.model_source import model_label
@@ -47,7 +47,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_source, "load_model", lambda backbone: pytest.fail("a model was loaded"))
     (tmp_path / "runs/empty").mkdir(parents=True)
-    torch.save({checkpoint.KEY: {}}, tmp_path / "stray.ckpt")
+    torch.save({KEY: {}}, tmp_path / "stray.ckpt")
     names = {"MODEL": str(family("llava")), "DATA": str(data["train"]), "PROBES": str(probes)}
     assert main(["inspect", *(names.get(word, word) for word in more)]) == 2
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ import torch
 from lightning_mm.core.decisions import decision_log
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import load_model
-from lightning_mm.training.checkpoint import read_checkpoint
+from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.tuning import Full, IntermediateOnly
 from lightning_mm.tuning.optimizer import OptimizerSettings
 from tests.helpers.data import Data, Family, make_rows
@@ -48,7 +48,7 @@ def saved(family: Family, data: Data, folder: Path) -> Path:
 def test_a_checkpoint_holds_what_trains_and_no_code(family: Family, data: Data, tmp_path: Path) -> None:
     checkpoint = torch.load(saved(family, data, tmp_path), weights_only=True)
     assert all(".layers.1." in name or ".layers.2." in name for name in checkpoint["state_dict"])
-    assert {"census_digest", "base_fingerprint", "rng", "settings"} <= checkpoint["lightning_mm"].keys()
+    assert {"census_digest", "base", "rng", "settings"} <= checkpoint["lightning_mm"].keys()
     assert checkpoint["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"] == 2
 
 

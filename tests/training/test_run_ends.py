@@ -103,6 +103,12 @@ WAYS: dict[str, tuple[Callable[[], list[Callback]], dict[str, Any], type[BaseExc
     "SIGTERM": (lambda: [At("on_train_batch_start", 2, send(signal.SIGTERM))], {}, Preempted),
     "SIGTERM in a validation": (lambda: [At("on_validation_end", 2, send(signal.SIGTERM))], VALIDATING, Preempted),
     "SIGHUP": (lambda: [At("on_train_batch_end", 2, send(signal.SIGHUP))], {}, Preempted),
+    "SIGUSR1": (lambda: [At("on_before_backward", 2, send(signal.SIGUSR1))], {}, Preempted),
+    "SIGUSR2 in a validation": (
+        lambda: [At("on_validation_batch_end", 2, send(signal.SIGUSR2))],
+        VALIDATING,
+        Preempted,
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import lightning_mm as mm
 from lightning_mm.core.run_directory import RunDirectory
-from lightning_mm.training import checkpoint
+from lightning_mm.training.checkpoint_file import KEY
 from lightning_mm.tuning import apply
 from lightning_mm.verbs.export_model import _say_step
 from tests.helpers.data import Data, Family
@@ -197,7 +197,7 @@ def test_an_export_says_its_step(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     run = RunDirectory.create(tmp_path, "run")
     run.checkpoints.mkdir()
     for name, step in (("best", 4), ("last", 8)):
-        torch.save({checkpoint.KEY: {}, "global_step": step}, run.checkpoints / f"{name}.ckpt")
+        torch.save({KEY: {}, "global_step": step}, run.checkpoints / f"{name}.ckpt")
     with caplog.at_level(logging.INFO, "lightning_mm"):
         _say_step(run, run.checkpoints / "last.ckpt")
     assert [(r.levelname, r.message) for r in caplog.records] == [("INFO", "exporting step 8 of run run (last.ckpt)")]

@@ -1,4 +1,4 @@
-"""Signals that end a run: SIGTERM (schedulers), SIGHUP (a lost terminal), SIGINT (Ctrl-C).
+"""Signals that end a run: SIGTERM, SIGUSR1 and SIGUSR2 (schedulers), SIGHUP (a lost terminal), SIGINT (Ctrl-C).
 
 Data flow: signal -> a flag, which ``LastCheckpoint`` reads after the next optimizer step; or, outside of steps and at
 the second signal, an exception at once. The state of the last complete step is saved either way.
@@ -10,11 +10,13 @@ from typing import Any
 
 from lightning_mm.core.decisions import log, log_decision
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
+_USERS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that a program may have a handler of its own for, which stays."""
 
 
 class Preempted(SystemExit):
-    """Raised after SIGTERM or SIGHUP, once the checkpoint is saved; ends the process with status 128 + signal.
+    """Raised after a signal other than Ctrl-C, once the checkpoint is saved; ends the process with status 128 + signal.
 
     Args:
         signum: The signal's number.
@@ -25,7 +27,9 @@ class Preempted(SystemExit):
 
 
 class StopSignals:
-    """Handlers of the signals that end a run, from ``install`` to ``remove``; a signal that is ignored stays so.
+    """Handlers of the signals that end a run, from ``install`` to ``remove``.
+
+    A signal that is ignored stays so, and a handler of the program's own for SIGUSR1 or SIGUSR2 stays.
 
     Attributes:
         received: The signal that asks the run to stop; None: none so far.
@@ -42,7 +46,7 @@ class StopSignals:
         self.received, self.at_once = None, False
         for each in _SIGNALS:
             previous = signal.getsignal(each)
-            if previous in (signal.SIG_IGN, None):
+            if previous in (signal.SIG_IGN, None) or (each in _USERS and previous != signal.SIG_DFL):
                 continue
             try:
                 signal.signal(each, self._receive)
