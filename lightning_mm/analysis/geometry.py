@@ -129,8 +129,8 @@ PAIR_MEASURES: Mapping[str, Callable[[PositionData, PositionData], list[Estimate
     "gap_auc": lambda a, b: separability(a.reps, b.reps, groups=a.groups),
     "matched_cosine": lambda a, b: modality_gap.matched_cosine(a.reps, b.reps, a.groups),
     "token_cosine": lambda a, b: modality_gap.token_cosine(a.reps, b.reps, a.groups),
-    "frechet": lambda a, b: divergence.frechet(a.reps, b.reps),
-    "mmd": lambda a, b: divergence.mmd(a.reps, b.reps),
+    "frechet": lambda a, b: divergence.frechet(a.reps, b.reps, groups=a.groups),
+    "mmd": lambda a, b: divergence.mmd(a.reps, b.reps, groups=a.groups),
 }
 """Measures of a pair of positions, sample by sample."""
 
@@ -239,8 +239,8 @@ def _object_overlap(data: PositionData) -> list[Estimate] | None:
     if len(chosen) < _MIN_PICTURES:
         return None
     labels = torch.tensor([label.index(1) for label in (shown[i] for i in chosen) if isinstance(label, tuple)])
-    part = Neighbors.of(Representations.of(data.selected.features[:, chosen]))
-    return label_overlap(part, labels.to(data.groups.device), num_neighbors(data.k, len(chosen)))
+    part, groups = Neighbors.of(Representations.of(data.selected.features[:, chosen])), data.groups[chosen]
+    return label_overlap(part, labels.to(groups.device), num_neighbors(data.k, len(chosen)), groups)
 
 
 def gride_scales(n: int) -> tuple[int, int]:

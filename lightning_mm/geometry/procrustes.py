@@ -26,7 +26,7 @@ from lightning_mm.geometry.resampling import (
 _MIN_SAMPLES = 3
 """Two centered samples are one direction: every pair of representations would match."""
 
-_DRAWS = 3
+_DRAWS = 8
 """Random pairings where samples share a picture and the closed form does not hold; each takes an SVD per layer."""
 
 _POINTS, _BISECTIONS = 48, 32

@@ -9,8 +9,15 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from lightning_mm.analysis.geometry import measure_geometry, resolve_measures
+from lightning_mm.analysis.geometry import (
+    PAIR_MEASURES,
+    PositionData,
+    _object_overlap,
+    measure_geometry,
+    resolve_measures,
+)
 from lightning_mm.analysis.hidden_states import HiddenStates
+from lightning_mm.analysis.select_rows import SelectedRows
 from lightning_mm.data.probe_sets.files import ProbeRow, Role
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.sample import Sample, Turn
@@ -100,3 +107,35 @@ def test_tokens_of_one_prompt_are_measured_where_they_were_read_and_not_missed_w
     found = measure_geometry(states, probe_set, ("token_cosine",), K, torch.device("cpu"))
     assert not found.profile("token_cosine", "token_last")
     assert not any("token_last" in problem for problem in found.problems)
+
+
+def clips(seed: int, layers: int = 60, num: int = 20) -> SelectedRows:
+    """Readings of clips of four frames that are much alike, with nothing in common with those of another seed.
+
+    Each layer is drawn anew, so that the layers are repetitions of one experiment.
+    """
+    generator, frames = torch.Generator().manual_seed(seed), torch.arange(num).repeat_interleave(4)
+    scene = torch.randn(layers, num, 8, generator=generator)[:, frames]
+    x = 0.8**0.5 * scene + 0.2**0.5 * torch.randn(layers, 4 * num, 8, generator=generator) + 0.1
+    rows = []
+    for frame, clip in enumerate(frames.tolist()):
+        kind = tuple(int(clip % 3 == place) for place in range(3))
+        sample = Sample(f"{frame}", (Turn("user", "a cat"),), (Path(f"{frame}.png"),), "t")
+        rows.append(ProbeRow(f"{frame}", str(clip), "picture", sample, "a cat", {"objects": kind}))
+    return SelectedRows(x, tuple(rows), (0,) * len(rows), frames)
+
+
+@pytest.mark.parametrize("measure", [*PAIR_MEASURES, "label_overlap"])
+def test_frames_of_a_clip_are_not_taken_for_independent(measure: str) -> None:
+    """Unrelated readings and labels of whole clips: values lie in the band of chance, and fill it as 95 % should.
+
+    57 of 60 on average, less 4 binomial standard deviations; the median distance from chance is 0.34 of the band's half
+    width for a normal law, less where few draws make a wide band, with a standard error of 0.05.
+    """
+    a, b = (PositionData.of(clips(seed), K, torch.device("cpu")) for seed in (0, 1))
+    found = _object_overlap(a) if measure == "label_overlap" else PAIR_MEASURES[measure](a, b)
+    assert found is not None
+    known = [(e.value, e.null, e.null_low, e.null_high) for e in found]
+    value, null, low, high = torch.tensor(known, dtype=torch.float64).T
+    assert int(((value >= low) & (value <= high)).sum()) >= 50
+    assert 0.15 < float(((value - null) / ((high - low) / 2)).abs().median()) < 0.55

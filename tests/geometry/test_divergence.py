@@ -1,6 +1,7 @@
 """Frechet distance and maximum mean discrepancy: closed forms, SciPy, chance."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from lightning_mm.core.estimate import values
+from lightning_mm.core.estimate import Estimate, values
 from lightning_mm.geometry.divergence import frechet, mmd
 from lightning_mm.geometry.representations import Representations
 
@@ -104,6 +105,22 @@ def test_intervals_hold_the_expectation() -> None:
         found = measure(a, b)
         mean = sum(values(found)) / 40
         assert sum(e.low <= mean <= e.high for e in found) >= 32
+
+
+@pytest.mark.parametrize("measure", [frechet, mmd])
+def test_the_band_of_chance_holds_as_much_as_it_should(measure: Callable[..., list[Estimate]]) -> None:
+    """285 of 300 on average; 4 binomial standard deviations are 15."""
+    found = measure(Representations.of(noise(300, 40, 5)), Representations.of(noise(300, 40, 5, seed=1)))
+    assert sum(e.null_low <= e.value <= e.null_high for e in found) >= 270
+
+
+def test_samples_of_a_group_raise_what_mmd_has_by_chance() -> None:
+    groups = torch.arange(80) // 4
+    x, y = (noise(40, 20, 6, seed=s)[:, groups] + 0.3 * noise(40, 80, 6, seed=s + 2) for s in (0, 1))
+    found = mmd(Representations.of(x), Representations.of(y), groups)
+    values_, nulls = torch.tensor(values(found)), torch.tensor([e.null for e in found])
+    assert float(nulls.mean()) == pytest.approx(float(values_.mean()), abs=4 * float(values_.std()) / 40**0.5)
+    assert float(nulls.min()) > 0
 
 
 def test_frechet_of_a_cloud_with_itself_is_nothing() -> None:
