@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.knn_overlap import null_band
 from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
 from lightning_mm.geometry.resampling import (
     jackknife_blocks,
     jackknife_interval,
     permutation_problem,
     permutations,
-    t_quantile,
     without_null,
 )
 
@@ -101,9 +101,7 @@ def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tens
     left_out = [_mean_correlation(*_without(a_NR, b_NS, cross_RS, weigh_ND, loadings_DR, block)) for block in deleted]
     low, high = jackknife_interval(torch.stack([whole, *left_out]), 0.0, 1.0)
     drawn_P = torch.stack([_mean_correlation(a_NR.mT @ b_NS[order_N], loadings_DR) for order_N in order_PN])
-    null = float(drawn_P.mean())
-    width = t_quantile(_DRAWS - 1) * float(drawn_P.std()) * math.sqrt(1 + 1 / _DRAWS)
-    band = {"null": null, "null_low": null - width, "null_high": null + width}
+    band = null_band(drawn_P, None)
     return Estimate.of(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.knn_overlap import null_band
 from lightning_mm.geometry.representations import Representations, exact_distances, exact_products, pair_problems
 from lightning_mm.geometry.resampling import (
     jackknife_interval,
@@ -63,8 +64,7 @@ def distance_correlation(
             low, high = jackknife_interval(values_B, 0.0, 1.0)
             all_N1 = torch.ones(n, 1, dtype=a_NN.dtype, device=a_NN.device)
             drawn_P = torch.cat([_correlation(a_NN, b_NN[order][:, order], all_N1) for order in order_PN])
-            null, spread = float(drawn_P.mean()), 1.96 * float(drawn_P.std())
-            band = {"null": null, "null_low": null - spread, "null_high": null + spread}
+            band = null_band(drawn_P, None)
             estimates.append(Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), **band))
     return without_null(estimates, permutation_problem(groups))
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.neighbors import Neighbors
 from lightning_mm.geometry.resampling import (
+    half_width,
     jackknife_interval,
     leave_out_masks,
     nontrivial_groups,
@@ -198,16 +199,25 @@ def chance_overlap(candidates: Tensor, k: int, score: OverlapScore = "overlap") 
 
 
 def null_band(drawn: Tensor, exact: float | None) -> dict[str, float]:
-    """The null fields of an Estimate: mean of the drawn values and 1.96 standard deviations around it.
+    """The null fields of an Estimate: the mean of the drawn values, and the band that holds another one in 95 %.
+
+    The half width is t(P-1) times the standard deviation, times sqrt(1 + 1/P) where the mean is drawn too, since P
+    draws tell neither exactly (prediction interval of a normal law; Hahn and Meeker 1991, section 4.7).
 
     Args:
         drawn: (P,) values under the null; NaN are left out.
         exact: The exact mean; None where it is not known.
+
+    Example:
+        >>> band = null_band(torch.arange(-5.0, 6.0), None)  # t(10) = 2.228, times sqrt(11) and sqrt(12/11)
+        >>> round(band["null_high"], 1)
+        7.7
     """
     drawn = drawn[~drawn.isnan()]
     null = float(drawn.mean()) if exact is None else exact
-    error = float(drawn.std()) if len(drawn) > 1 else math.nan
-    return {"null": null, "null_low": null - 1.96 * error, "null_high": null + 1.96 * error}
+    error = half_width(drawn.std(), len(drawn) - 1) if len(drawn) > 1 else math.nan
+    half = float(error) * (math.sqrt(1 + 1 / len(drawn)) if exact is None and len(drawn) else 1.0)
+    return {"null": null, "null_low": null - half, "null_high": null + half}
 
 
 def _membership(near_NK: Tensor, used_NK: Tensor | bool = True) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import u_center
-from lightning_mm.geometry.resampling import permutations
+from lightning_mm.geometry.resampling import permutations, t_quantile
 
 _SKEW_SAMPLES = 512
 """Samples that the skewness is computed from: it depends on the spectrum, and the band depends little on it."""
@@ -26,6 +26,9 @@ MAX_SKEW = math.sqrt(8)
 
 _DRAWS = 30
 """Random pairings where samples share a picture."""
+
+_MANY = 1_000_000
+"""Degrees of freedom at which Student's t is normal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +78,9 @@ def permutation_band(
     n, norm = len(a.pairs), a.norm * b.norm
     if groups is not None and len(torch.unique(groups)) < n:
         drawn_P = _drawn(a, b, groups) / norm
-        mean, error = constant + float(drawn_P.mean()), float(drawn_P.std())
+        # Some draws tell neither mean nor spread exactly: their band is that of one more draw.
+        few = t_quantile(_DRAWS - 1) / t_quantile(_MANY) * math.sqrt(1 + 1 / _DRAWS)
+        mean, error = constant + float(drawn_P.mean()), few * float(drawn_P.std())
     else:
         variance = 2 / (n * (n - 3)) * float(a.pairs.square().sum()) * float(b.pairs.square().sum())
         if a.samples is not None and b.samples is not None:

@@ -145,6 +145,16 @@ def t_quantile(dof: int) -> float:
     return sum(term / dof**power for power, term in enumerate(terms))
 
 
+def faultless_bound(trials: int) -> float:
+    """Lower end of the 95 % interval of a share of which no fault was seen in so many trials (Clopper, Pearson 1934).
+
+    Example:
+        >>> round(faultless_bound(10), 2)
+        0.69
+    """
+    return 0.025 ** (1 / max(trials, 1))
+
+
 def clustered_mean_interval(terms_LN: Tensor, groups: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Mean of per-sample terms with its cluster-robust 95 % interval.
 

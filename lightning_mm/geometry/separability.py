@@ -15,12 +15,19 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.modality_gap import swap_signs
 from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
-from lightning_mm.geometry.resampling import clustered_mean_interval, jackknife_blocks, swap_problem, without_null
+from lightning_mm.geometry.resampling import (
+    clustered_mean_interval,
+    faultless_bound,
+    jackknife_blocks,
+    swap_problem,
+    t_quantile,
+    without_null,
+)
 
 _MIN_SAMPLES = 10
 """Samples below which no classifier is trained."""
 
-_DRAWS = 20
+_DRAWS = 50
 """Random labelings of the null."""
 
 _GRAM_SHARE = 0.5
@@ -40,8 +47,12 @@ def separability(
 
     0.5 where the modalities mix, 1 where a hyperplane separates them. Both representations of a sample, and all samples
     of a group, are in one fold, so that each fold is balanced and nothing leaks; the mean that is subtracted is that of
-    all samples. The null swaps the modalities of random samples and trains again. The interval is that of the ranks,
-    widened by the ratio of the null's spread to that of ranks alone, because the classifiers vary too.
+    all samples. The null swaps the modalities of random samples and trains again.
+
+    The interval is that of the ranks (DeLong et al. 1988, clustered by group), which takes the classifiers for given;
+    it is widened by what training adds: the spread of the areas of the swapped labelings over the same interval's mean
+    standard error there, for one as for the other the two readings of a sample depend on each other. An area of 1 has
+    the interval of no fault in as many trials as there are groups (Clopper and Pearson 1934).
 
     Args:
         a: L layers.
@@ -74,28 +85,35 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     score_MP = cross_val_ridge_scores(rows_MD, target_MP, parts, ridge)
     if not torch.isfinite(score_MP).all():
         return Estimate.undefined_because("no line: the products of the rows overflow or lose their digits", n)
-    wins_N, areas_P, variance = torch.zeros(n, dtype=torch.float64), torch.zeros(len(sign_PN)).double(), 0.0
+    wins_PN = torch.zeros(len(sign_PN), n, dtype=torch.float64)
     for part in parts:
         first_FP, second_FP, kept_FP = score_MP[part], score_MP[n + part], sign_PN.T[part].to(score_MP) > 0
-        low_FP, high_FP = first_FP.where(kept_FP, second_FP), second_FP.where(kept_FP, first_FP)
-        areas_P += _area_of(low_FP, high_FP).cpu() * len(part) / n
-        ahead_FF = (second_FP[:, :1] - first_FP[:, 0]).sign().double()
-        wins_N[part] = 1 + (ahead_FF.mean(0) + ahead_FF.mean(1)).cpu() / 2
-        variance += (2 * len(part) + 1) / (12 * n**2)  # of the ranks alone (Mann and Whitney 1947)
-    mean, low, high = (float(end) for end in clustered_mean_interval(wins_N[None], groups))
-    value, error = mean / 2, float(areas_P[1:].std())
-    wider = max(1.0, error / math.sqrt(variance))
-    low, high = max(value - wider * (mean - low), 0.0), min(value + wider * (high - mean), 1.0)  # NaN stays NaN
-    return Estimate.of(
-        value, n, low=low, high=high, null=0.5, null_low=0.5 - 1.96 * error, null_high=0.5 + 1.96 * error
-    )
+        wins_PN[:, part] = _wins(first_FP.where(kept_FP, second_FP), second_FP.where(kept_FP, first_FP)).T.cpu()
+    area_P, low_P, _ = clustered_mean_interval(wins_PN, groups)
+    value, error, half_P = float(area_P[0]), float(area_P[1:].std()), area_P - low_P
+    few, trials = t_quantile(_DRAWS - 1), n if groups is None else len(torch.unique(groups))
+    # t of both: the ratio of two spreads, of which the draws tell one
+    wider = max(1.0, float(error * few / half_P[1:].square().mean().sqrt()))  # NaN: 1
+    low, high = max(value - wider * float(half_P[0]), 0.0), min(value + wider * float(half_P[0]), 1.0)  # NaN stays NaN
+    if value in (0.0, 1.0):
+        low, high = (faultless_bound(trials), 1.0) if value == 1 else (0.0, 1 - faultless_bound(trials))
+    return Estimate.of(value, n, low=low, high=high, null=0.5, null_low=0.5 - few * error, null_high=0.5 + few * error)
 
 
-def _area_of(low_FP: Tensor, high_FP: Tensor) -> Tensor:
-    """(P,) AUROC: share of pairs in which the second score is above the first, from the ranks."""
+def _wins(low_FP: Tensor, high_FP: Tensor) -> Tensor:
+    """(F, P) mean over a sample's two scores of the share of the other class that each is rightly above or below.
+
+    Their mean over the samples is the AUROC. Ties count half.
+    """
+    wins = [
+        (torch.searchsorted(others_PF, own_PF) + torch.searchsorted(others_PF, own_PF, right=True)) / 2
+        for others_PF, own_PF in (
+            (low_FP.T.contiguous().sort(1).values, high_FP.T.contiguous()),
+            (high_FP.T.contiguous().sort(1).values, low_FP.T.contiguous()),
+        )
+    ]
     count = len(low_FP)
-    rank_MP = torch.cat([low_FP, high_FP]).argsort(0).argsort(0).double()
-    return (rank_MP[count:].sum(0) - count * (count - 1) / 2) / count**2
+    return (wins[0].double() + count - wins[1].double()).T / (2 * count)
 
 
 def cross_val_ridge_scores(rows_MD: Tensor, target_MP: Tensor, parts: list[Tensor], ridge: float) -> Tensor:
