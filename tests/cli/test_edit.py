@@ -104,6 +104,7 @@ def test_a_convention_is_that_of_the_released_code(work: Path) -> None:
     told = json.loads((work / "runs/p2/edits.json").read_text())
     assert (told["layer"], len(told["outcomes"])) == (2, 1)
     released = {"steps": 10, "lr": 0.1, "decay": 0.001, "clamp": "p2", "ridge": 0.01, "target": "first", "until": 0.0}
+    released |= {"place": "first"}
     assert told["options"] == released
     assert told["edits"][0]["delta"] <= 1.001e-4 * told["edits"][0]["value"]
     assert (

@@ -3,7 +3,7 @@
 After Basu et al. 2024, arXiv:2406.04236, building on ROME (Meng et al. 2022, arXiv:2202.05262).
 
 Data flow: a question and its new answer (``ForcedAnswer``) -> ``ValueOptimizer`` (the run, cached once) -> per layer a
-key, the input of the MLP's down projection at the constraint's last token, and a value, the output it should have there
+key, the input of the MLP's down projection at a constraint's last token, and a value, the output it should have there
 -> ``WeightEdit``, the low-rank change of that weight that maps keys to values.
 
 W' = W + (V - W K)(K^T K + lambda I)^-1 K^T, where W K is the module's output, with bias and adapters. For one edit this
@@ -12,7 +12,7 @@ is W + (v - W k) k^T / (lambda + |k|^2): the paper's inverse of a d_ff x d_ff ma
 Shapes: D hidden size, F inner size of the MLP, N edits, S recomputed tokens, T tokens of an answer, V vocabulary size.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -35,6 +35,9 @@ from lightning_mm.models.hooks import logits_of
 P2_LAYER = 2
 """Layer that the code of Basu et al. 2024 edits."""
 
+Place = Literal["last", "first"]
+"""Which place of a constraint that stands in the question more than once."""
+
 P2_CLAMP = 1e-4
 """Clamp in the code of Basu et al. 2024: the value hardly moves, so hardly anything is edited."""
 
@@ -53,6 +56,8 @@ class EditConfig:
         target: 'answer': all tokens of the new answer, each given those before it; 'first': its first token only, as
             2406.04236 has it.
         until: Stop as soon as the loss of the target is below this many nats (ROME: 0.05); 0: never.
+        place: Where key and value are, if the constraint stands in the question more than once: at the last token of
+            its 'last' place, which has read all of them, or of its 'first', as released with 2406.04236.
     """
 
     steps: int = 25
@@ -62,6 +67,7 @@ class EditConfig:
     ridge: float = 0.01
     target: Literal["answer", "first"] = "answer"
     until: float = 0.05
+    place: Place = "last"
 
     def __post_init__(self) -> None:
         sound = {
@@ -79,7 +85,7 @@ class EditConfig:
     @classmethod
     def p2(cls) -> "EditConfig":
         """Settings of the code released with Basu et al. 2024, arXiv:2406.04236."""
-        return cls(steps=10, clamp="p2", target="first", until=0.0)
+        return cls(steps=10, clamp="p2", target="first", until=0.0, place="first")
 
     @property
     def limit(self) -> float:
@@ -93,7 +99,7 @@ class Association:
 
     Args:
         layer: Index of the decoder block.
-        key: (F,) float32 input of the down projection at the constraint's last token.
+        key: (F,) float32 input of the down projection at the last token of the constraint's place.
         output: (D,) float32 output of the down projection there, before the edit.
         delta: (D,) float32 change of that output; ``output + delta`` is the value.
         losses: Loss of the new answer in nats before each optimizer step, and after the last one.
@@ -109,7 +115,7 @@ class Association:
 class ValueOptimizer:
     """Optimizes the value of one edit, in any layer, from one cached run of the question with its new answer.
 
-    Each step computes only the layers and tokens from the constraint's last token on (``PartialForward``); if that is
+    Each step computes only the layers and tokens from the edited token on (``PartialForward``); if that is
     not exact, the whole model is run instead.
 
     Args:
@@ -129,9 +135,10 @@ class ValueOptimizer:
                 "It has no constraint, whose last token the key is read at.",
                 "Name the words that the answer hangs on.",
             )
-        self.position = int(target.encoded.constraint[-1])
+        encoded = target.encoded
+        self.positions: dict[Place, int] = {"last": int(encoded.constraint[-1]), "first": int(encoded.first_place[-1])}
         self.names = {b.index: b.down_proj for b in mm.layout.blocks if b.down_proj is not None}
-        self._sites: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sites: dict[int, dict[int, tuple[Tensor, Tensor]]] = {}
         self.partial_forward = self._cache_run()
 
     def association(self, layer: int, config: EditConfig) -> Association:
@@ -142,13 +149,14 @@ class ValueOptimizer:
                 answer.
         """
         down_projection(self.mm.model, self.names.get(layer), layer)
-        key, output = self._sites[layer]
+        position = self.positions[config.place]
+        key, output = self._sites[layer][position]
         count = 1 if config.target == "first" else len(self.target.ids)
         delta = torch.zeros_like(output, requires_grad=True)
         adam, limit, losses = torch.optim.Adam([delta], config.lr), config.limit * float(output.norm()), []
         with torch.enable_grad(), frozen_parameters(self.mm):
             for step in range(config.steps + 1):
-                logits_TV = self._logits(layer, delta)[:count]
+                logits_TV = self._logits(layer, position, delta)[:count]
                 nll = F.cross_entropy(logits_TV, self.target.ids[:count], reduction="sum")
                 losses.append(float(nll.detach()))
                 if step == config.steps or losses[-1] < config.until:
@@ -162,14 +170,14 @@ class ValueOptimizer:
                     delta.mul_((limit / delta.norm().clamp_min(1e-30)).clamp_max(1.0))
         return Association(layer, key, output, delta.detach(), tuple(losses))
 
-    def _logits(self, layer: int, delta: Tensor) -> Tensor:
-        """(T + 1, V) logits of the target with ``delta`` added at the constraint's last token."""
+    def _logits(self, layer: int, position: int, delta: Tensor) -> Tensor:
+        """(T + 1, V) logits of the target with ``delta`` added to the layer's down projection at one token."""
         name, positions = self.names[layer], self.target.positions
         if self.partial_forward is None:
-            with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, self.position, delta):
+            with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, position, delta):
                 return answer_logits(self.mm, self.target)
-        start = self.partial_forward.restart_position(self.position)
-        with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, self.position - start, delta):
+        start = self.partial_forward.restart_position(position)
+        with apply_interventions(self.mm, ()), _shift_output(self.mm.model, name, position - start, delta):
             hidden_SD = self.partial_forward.hidden(layer=layer, start=start)[0]
         # The question ends after its constraint, so all positions that predict the answer are recomputed.
         return logits_of(self.mm, hidden_SD[positions - start], self.partial_forward.base.returns_tuple)
@@ -177,7 +185,7 @@ class ValueOptimizer:
     def _cache_run(self) -> PartialForward | None:
         """Read all keys and outputs, and cache the run; None if it cannot be recomputed partially."""
         inputs = self.target.encoded.inputs
-        with _read_keys_and_values(self.mm.model, self.names, self.position, self._sites):
+        with _read_keys_and_values(self.mm.model, self.names, set(self.positions.values()), self._sites):
             try:
                 base = cache_activations(self.mm, inputs, sites=("residual",))
             except UserError as error:
@@ -260,14 +268,17 @@ def _shift_output(model: nn.Module, name: str, position: int, delta: Tensor) -> 
 
 @contextmanager
 def _read_keys_and_values(
-    model: nn.Module, names: Mapping[int, str], position: int, sites: dict[int, tuple[Tensor, Tensor]]
+    model: nn.Module,
+    names: Mapping[int, str],
+    positions: Collection[int],
+    sites: dict[int, dict[int, tuple[Tensor, Tensor]]],
 ) -> Iterator[None]:
-    """Context that stores every layer's key and output at one token of one row in ``sites``."""
+    """Context that stores every layer's key and output at some tokens of one row in ``sites``."""
 
     def reading(layer: int) -> Callable[..., None]:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            key, value = (x.detach().flatten(0, -2)[position].float().clone() for x in (args[0], output))
-            sites[layer] = key, value
+            keys_LF, values_LD = (x.detach().flatten(0, -2) for x in (args[0], output))
+            sites[layer] = {at: (keys_LF[at].float().clone(), values_LD[at].float().clone()) for at in positions}
 
         return hook
 

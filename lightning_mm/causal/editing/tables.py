@@ -58,7 +58,8 @@ def _measures_table(outcomes: Sequence[EditOutcome], layer: int, config: EditCon
     sizes = ", ".join(f"{o.method} {norm:.3g}" for o, norm in zip(outcomes, norms, strict=True))
     limit = "no clamp" if config.limit == float("inf") else f"clamp {config.limit:g}"
     note = (
-        f"Layer {layer}, {limit}, at most {config.steps} steps, target: {config.target}. Brackets: 95 % interval, "
+        f"Layer {layer}, {limit}, at most {config.steps} steps, target: {config.target}, "
+        f"key at the constraint's {config.place} place. Brackets: 95 % interval, "
         f"questions of one group together. Norm of the change: {sizes}."
         + (f" Not measured: {', '.join(left_out)}." if left_out else "")
     )

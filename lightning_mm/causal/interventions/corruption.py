@@ -130,7 +130,7 @@ def corrupt_question(
     if kind in ("token", "symmetric", "gaussian") and not len(encoded.constraint):
         return Rejection(encoded.question.id, _NO_CONSTRAINT)
     chance = random.Random(f"{seed}:{kind}:{encoded.question.id}")
-    spans = encoded.spans if places == "all" else encoded.spans[:1]
+    spans = encoded.spans if places == "all" or not encoded.spans else (encoded.first_place,)
     if kind == "token":
         ids = encoded.inputs["input_ids"].clone()
         ids[:, torch.cat(spans)] = first_token(processing, word)

@@ -101,6 +101,7 @@ class QuestionReader:
             boxes,
             group,
             _text_field(row, "kind") or "",
+            _first_as_written(row, text, spans),
         ), rule
 
     def _images(self, row: Mapping[str, Any]) -> tuple[Path, ...]:
@@ -154,6 +155,13 @@ def _spans(row: Mapping[str, Any], text: str, has_boxes: bool) -> tuple[tuple[Sp
         spans += match.spans
         rules.append(match.rule)
     return constraint_matching.merge_spans(spans), max(rules, key=constraint_matching.RULES.index)
+
+
+def _first_as_written(row: Mapping[str, Any], text: str, spans: tuple[Span, ...]) -> int:
+    """Index of the first place that is written as a constraint of the row is; 0 if none is."""
+    given = row.get("constraint")
+    written = {each.strip() for each in given} if isinstance(given, list) else {str(given or "").strip()}
+    return next((number for number, span in enumerate(spans) if text[slice(*span)] in written), 0)
 
 
 def _given_spans(given: Any, text: str) -> tuple[Span, ...]:

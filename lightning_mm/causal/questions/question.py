@@ -51,6 +51,8 @@ class Question:
         boxes: Visual constraints: objects in the image that determine the answer.
         group: Cluster id for confidence intervals, usually the image; empty: the question is a cluster of its own.
         kind: Question type, for results by type; empty if there is only one.
+        first: Index in ``spans`` of the place that one-place protocols take (Basu et al. 2024 as released): the first
+            that is written as the constraint is, upper and lower case included, else the first.
     """
 
     id: str
@@ -61,6 +63,7 @@ class Question:
     boxes: tuple[ObjectBox, ...] = ()
     group: str = ""
     kind: str = ""
+    first: int = 0
 
     @property
     def constraint(self) -> str:
@@ -97,6 +100,11 @@ class EncodedQuestion:
     def constraint(self) -> Tensor:
         """(P,) positions of the tokens of all constraints, in order."""
         return torch.cat(self.spans) if self.spans else torch.empty(0, dtype=torch.long)
+
+    @property
+    def first_place(self) -> Tensor:
+        """(P,) positions of the tokens of the constraint's first place, ``question.first``; empty without one."""
+        return self.spans[self.question.first] if self.spans else self.constraint
 
     @property
     def classes(self) -> tuple[str, ...]:

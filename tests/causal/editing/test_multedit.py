@@ -48,6 +48,10 @@ def rewriting(one: Taught, word: str, answer: str) -> ValueOptimizer:
     return ValueOptimizer(one.mm, one.forced(word, answer))
 
 
+def output_at_constraint(made: ValueOptimizer) -> Tensor:
+    return made._sites[EDITED][made.positions["last"]][1]
+
+
 def tensors(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -177,12 +181,12 @@ def test_adapters_stay_and_are_counted(known: Known) -> None:
     found = made.association(EDITED, LONG)
     edit = edit_from_associations(MultimodalModel(model, one.layout), [found], 1e-6)
     with apply_edits(model, [edit]):
-        after = ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e"))._sites[EDITED][1]
+        after = output_at_constraint(ValueOptimizer(MultimodalModel(model, one.layout), one.forced("d", "e")))
         torch.testing.assert_close(after, found.output + found.delta, atol=1e-4, rtol=1e-4)
         moved = {key for key, tensor in before.items() if not torch.equal(model.state_dict()[key], tensor)}
         assert score_answer(MultimodalModel(model, one.layout), one.forced("d", "e")).is_greedy
     assert moved == {f"{name}.base_layer.weight"}
-    plain = rewriting(one, "d", "e")._sites[EDITED][1]
+    plain = output_at_constraint(rewriting(one, "d", "e"))
     assert not torch.allclose(plain, found.output), "the adapter does say something"
 
 

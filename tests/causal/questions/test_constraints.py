@@ -227,6 +227,21 @@ def test_our_own_rows(root: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("question", "constraint", "first"),
+    [
+        ("This? What is this?", "this", 1),
+        ("this? What is this?", "this", 0),
+        ("What hat? Which hats?", "the hat", 0),
+        ("A dog, or this cat?", ["this cat", "A dog"], 0),
+    ],
+)
+def test_the_first_place_is_the_first_as_written(root: Path, question: str, constraint: Any, first: int) -> None:
+    """As 2406.04236 finds it: the first place that is written as the constraint, upper and lower case included."""
+    (found,) = read_rows(root, {"question": question, "constraint": constraint}).questions
+    assert found.first == first
+
+
+@pytest.mark.parametrize(
     ("row", "reason"),
     [
         ({"question": "<image>\nWhat?", "constraint": "What"}, "misplaced image mark"),
