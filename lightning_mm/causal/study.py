@@ -18,7 +18,7 @@ from lightning_mm.causal.effects.activation_patching import (
     TraceConfig,
     causal_trace,
 )
-from lightning_mm.causal.effects.aggregate import average_traces, to_rows
+from lightning_mm.causal.effects.aggregate import average_traces, averages_table, to_rows
 from lightning_mm.causal.effects.attention_flow import FLOW_EDGES, flow_curves
 from lightning_mm.causal.effects.attention_knockout import check_edge
 from lightning_mm.causal.effects.failure_predictor import contribution_features, predict_failure
@@ -139,7 +139,7 @@ def run_study(
             add("causal", "ablation", kind, estimates, first=0)
 
     parts: dict[str, Callable[[], None]] = {
-        "trace": lambda: _add_traces(result, mm, correct, config, images),
+        "trace": lambda: _add_traces(result, mm, answers, config, images),
         "flow": flow,
         "knockout": knockout,
         "ablation": ablation,
@@ -158,24 +158,27 @@ def run_study(
 def _add_traces(
     result: StudyResult,
     mm: MultimodalModel,
-    correct: Sequence[Answer],
+    answers: Sequence[Answer],
     config: StudyConfig,
     images: Mapping[str, str],
 ) -> None:
-    """Trace all questions; add the traces, their averages, and the maps of those with the largest drop."""
+    """Trace all questions answered correctly; add traces, averages, and the maps of those with the largest drop."""
+    correct = [answer for answer in answers if answer.right]
     refused = _trace_questions(result, mm, correct, config)
     if refused is not None and not result.traces:
         raise refused
     if not any(trace.is_valid for trace in result.traces):
         first = f"; {result.rejected[0].reason}" if result.rejected else ""
         problem = (
-            f"trace: no average: of {len(correct)} questions {len(result.traces)} could be corrupted, and none of them "
-            f"lost {MIN_PROBABILITY_DROP:.0%} of its answer's probability{first}"
+            f"trace: no mean of ratios: of {len(correct)} questions {len(result.traces)} could be corrupted, and none "
+            f"of them lost {MIN_PROBABILITY_DROP:.0%} of its answer's probability{first}"
         )
         result.findings.problems.append(problem)
         log.warning("%s", problem)
     for measure, site, estimates in average_traces(result.traces):
         result.findings.add("causal", measure, site, estimates, first=0)
+    if result.traces:
+        result.tables.append(averages_table(result.traces, len(answers), len(correct)))
     decode = mm.required_processor.processor.tokenizer.decode
     for trace in sorted(result.traces, key=lambda each: each.p_corrupt - each.p_clean)[: config.num_shown]:
         image = images.get(trace.encoded.question.id)

@@ -96,7 +96,7 @@ def _kept(name: str, title: str, meaning: str, low: float = 0, main: int = 0) ->
 
 def _cause(name: str, title: str, meaning: str, unit: str, seek: Literal["min", "max"], main: int = 0) -> Measure:
     """Effect of an intervention on the answer."""
-    signed = name in ("trace", "trace_effect") or seek == "min"
+    signed = name in ("trace", "trace_effect", "trace_ratio") or seek == "min"
     low, high = (0, 1) if unit in ("accuracy", "probability") else (None if signed else 0, None)
     return Measure(name, title, meaning, "causal", unit, None, low, high, seek, main)
 
@@ -157,8 +157,9 @@ _KNOWN = (
     _cause("knockout_kl", "Attention cut, divergence", "how far all answers' probabilities move", "nats", "max"),
     _cause("ablation", "Layers taken away", "change of the answer's probability without it", "share", "min", 4),
     _cause("transplant", "Layers transplanted", "accuracy of the old model with trained layers", "accuracy", "max", 4),
-    _cause("trace", "Put back", "share of the lost probability that comes back", "share", "max"),
-    _cause("trace_effect", "Put back, probability", "what the answer's probability gains", "change", "max"),
+    _cause("trace", "Put back", "share of the lost probability that comes back, mean over questions", "share", "max"),
+    _cause("trace_effect", "Put back, mean effect", "gain of the answer's probability, as 2406.04236", "change", "max"),
+    _cause("trace_ratio", "Put back, ratio of means", "mean gain over the mean loss of probability", "share", "max"),
     _cause("trace_restored", "Put back, restored", "the answer's probability with it put back", "probability", "max"),
     Measure("score", "Selection score", "mean of the chosen criteria, standardised", "selection", "z", "max"),
 )

@@ -293,9 +293,15 @@ FACTS = {
     ),
     "trace_effect": Fact(
         "causal.effects.aggregate.average_traces",
-        "mean over all traced questions of p restored − p corrupted",
+        "mean over all traced questions of p restored − p corrupted, the quantity of Basu et al. 2024",
         "0",
         _FEW_TRACES,
+    ),
+    "trace_ratio": Fact(
+        "causal.effects.aggregate.ratios_of_means",
+        "mean of p restored − p corrupted over mean of p clean − p corrupted, over all traced questions",
+        "0",
+        "the mean of p clean − p corrupted is not clear of 0",
     ),
     "trace_restored": Fact(
         "causal.effects.aggregate.average_traces",

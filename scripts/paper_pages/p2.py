@@ -69,10 +69,14 @@ def _trace(width: int, read: Readings) -> Item:
         for site in ("mlp", "attention")
         if any(profile for (at, _), profile in profiles.items() if at == site)
     ]
-    ratio = read.profile("trace", "mlp/constraint", "share of the fall")
-    if ratio:
-        most = ratio.peak
-        words.append(f"As a mean of ratios, MLP at the constraint: {told(most, 'no effect')}, at layer {most.layer}.")
+    for measure, name in (("trace_ratio", "ratio of means"), ("trace", "mean of ratios, noisier")):
+        if ratio := read.profile(measure, "mlp/constraint"):
+            most, notes = ratio.peak, "; ".join(ratio.peak.notes)
+            said = told(most, "no effect")
+            words.append(
+                f"As a share of the fall ({name}), MLP at the constraint: {said}, {most.n} questions, "
+                f"at layer {most.layer}{f' ({notes})' if notes else ''}."
+            )
     return Item(
         f"Figure: causal trace, window {width} ({layers})",
         early if width == 1 else wide,

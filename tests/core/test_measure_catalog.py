@@ -14,7 +14,7 @@ OTHERS = [
     "cka_rbf", "cka_biased", "svcca", "pwcca", "procrustes", "rsa", "imbalance_image_to_text",
     "imbalance_text_to_image", "alignment", "gap", "gap_auc", "frechet", "mmd", "matched_cosine", "token_cosine",
     "flow", "knockout", "knockout_accuracy", "knockout_kl", "transplant", "ablation", "trace", "trace_effect",
-    "trace_restored", "entropy_unit_rows", "distance_correlation",
+    "trace_restored", "trace_ratio", "entropy_unit_rows", "distance_correlation",
     "drift_overlap", "drift_cka", "drift_procrustes", "drift_cosine", "drift_id", "score",
 ]
 # fmt: on
@@ -65,7 +65,7 @@ def test_what_causes_is_compared_with_no_effect_and_what_is_read_with_chance():
     assert {measure(name).null_word for name in PROBES} == {"chance"}
     causal = [name for name in OTHERS if measure(name).question == "causal"]
     assert {measure(name).null_word for name in causal} == {"no effect"}
-    assert len(causal) == 9
+    assert len(causal) == 10
 
 
 @given(st.text(min_size=1))

@@ -10,7 +10,7 @@ import torch
 from lightning_mm.causal.editing.multedit import EditConfig, ValueOptimizer, multedit
 from lightning_mm.causal.editing.weight_edit import apply_edits
 from lightning_mm.causal.effects.activation_patching import CausalTrace, TraceConfig, attribution_scores, causal_trace
-from lightning_mm.causal.effects.aggregate import average_traces
+from lightning_mm.causal.effects.aggregate import average_traces, averages_table
 from lightning_mm.causal.interventions.activation_cache import cache_activations
 from lightning_mm.causal.interventions.corruption import CorruptedQuestion, corrupt_question
 from lightning_mm.causal.interventions.interventions import Intervention
@@ -140,7 +140,18 @@ def test_averages_count_questions_once_and_tell_what_is_left_out(family: Callabl
     assert effect.value == pytest.approx(float((restored - fallen).mean()), abs=1e-9)
     assert level.value == pytest.approx(float(restored.mean()), abs=1e-9)
     assert (effect.n, effect.null, level.null) == (4, 0.0, pytest.approx(float(fallen.mean())))
-    assert effect.notes == ("of all traced questions the mean probability is 0.800 clean, 0.198 corrupted",)
+    levels = "of all traced questions the mean probability is 0.800 clean, 0.198 corrupted"
+    assert effect.notes == (f"{levels}; 1 of 4, which fall by less than 0.05, count",)
+    ratio = rows["trace_ratio", "mlp/constraint"][1]
+    assert ratio.undefined.startswith("mean fall 0.603 is not clear of 0"), "three large falls and a small one"
+    assert (ratio.n, ratio.notes) == (4, effect.notes)
+    alone = {(m, site): row for m, site, row in average_traces(known)}["trace_ratio", "mlp/constraint"][1]
+    assert alone.value == pytest.approx(float((restored - fallen)[:3].mean()) / 0.8, abs=1e-9)
+    table = averages_table([*known, blind], asked=9, right=5)
+    counts = {row[1]: tuple(row[3:]) for row in table["rows"]}
+    every = dict.fromkeys(("trace_effect", "trace_restored", "trace_ratio"), (4, 1))
+    assert counts == every | dict.fromkeys(("trace", "trace_logit"), (3, 0))
+    assert "9 questions asked, 5 answered right, 4 of these traced; 1 of them" in table["note"]
 
 
 def test_a_corruption_that_changes_nothing_is_an_error(family: Callable[[str], Path], tmp_path: Path) -> None:
