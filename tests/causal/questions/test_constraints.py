@@ -3,6 +3,8 @@
 Data flow: files written as they are released -> ``read_questions`` -> spans, which real tokenizers then turn to tokens.
 """
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +152,73 @@ def test_known_and_movies_as_released(root: Path) -> None:
     found = read(root, movies, "movies.csv")
     assert [(q.id, said(q)) for q in found.questions] == [("0", ["this director"]), ("1", ["this director"])]
     assert [each.origin for each in found.rejected] == ["movies.csv:6"], "rows are named by the line they begin at"
+
+
+OKVQA = {
+    # what the cell names, as the question has it -> how it is found there
+    "What is this bird called?": ("this bird", "exact", "this bird"),
+    "This man is leaning on a?": ("a?", "exact", "a?"),
+    "Is this a boat for a boy or girl?": ("this a boat", "exact", "this a boat"),
+    "What kind of boat is that?": ("boat is that", "exact", "boat is that"),
+    "Which boat is the board he is on?": ("board he", "exact", "board he"),
+    # P2's own search raises ValueError on these forms: other case, determiner, number or quotes
+    "What happens Here?": ("here", "case", "Here"),
+    "What type of hat is this gentleman wearing?": ("this hat", "determiner", "hat"),
+    "What brand of suit is he wearing?": ("the suit", "determiner", "suit"),
+    "What breeds of dogs are these?": ("this dog", "number", "dogs"),
+    "Which bird, or which hat?": ('"this bird"', "determiner", "bird"),
+    # and on these three, which are refused: the words are not together in the question
+    "What type of bike is on the ground?": ("bike on the ground", None, ""),
+    "What animal is clearly on the cover?": ("animal on the cover", None, ""),
+    "What is the name of the tall plant?": ("the plant name", None, ""),
+}
+
+
+def test_every_shape_of_the_three_released_files(root: Path) -> None:
+    """VQA-Constraints' columns, index, quoting and picture names, and what its rows have in the constraint's cell."""
+    (root / 'A photo of Say "no".jpg').write_bytes((root / "b.png").read_bytes())
+    table = {
+        "okvqa.csv": (
+            ",question,main_entity,image_url\n",
+            [(question, None, cell, "./val2014/COCO_1.jpg") for question, (cell, _, _) in OKVQA.items()],
+        ),
+        "multimodal_known.csv": (
+            ",question,subject,main_entity,image_url\n",
+            [
+                ("This tower is located in", "Space Needle", "This tower", "./A photo of Space Needle"),
+                (
+                    "In this place, the language is",
+                    "Knud, Prince of D",
+                    "this place,",
+                    "./A photo of Knud, Prince of D",
+                ),
+                ("This text's language is", "x", "This text's", "./A photo of Space Needle"),
+                ('This one, a "superior"', "x", "This one,", './A photo of Say "no"'),
+                ("The capital of this historical region is", "x", "this historical", "./A photo of Space Needle"),
+            ],
+        ),
+        "multimodal_movies.csv": (
+            ",question,director,main_entity,image_url\n",
+            [("Name a movie of this director?", "Knud", "this director", "./A photo of Knud, Prince of D")] * 2,
+        ),
+    }
+    for name, (head, rows) in table.items():
+        held = io.StringIO()
+        writer = csv.writer(held, lineterminator="\n")
+        for number, row in enumerate(rows):
+            writer.writerow([number, *(cell for cell in row if cell is not None)])
+        found = read(root, head + held.getvalue(), name)
+        assert [q.answer for q in found.questions] == [None] * len(found.questions), (
+            "the model's own answer is followed"
+        )
+        if name == "okvqa.csv":
+            wanted = {q: (rule, place) for q, (_, rule, place) in OKVQA.items() if rule}
+            assert {q.text: (found.matched[q.id], said(q)[0]) for q in found.questions} == wanted
+            assert [r.reason.partition(":")[0] for r in found.rejected] == ["constraint not in the question"] * 3
+        else:
+            assert not found.rejected
+            assert [(q.text, said(q)[q.first]) for q in found.questions] == [(row[0], row[2]) for row in rows]
+            assert [q.images[0].stem for q in found.questions] == [row[3].removeprefix("./") for row in rows]
 
 
 def test_a_picture_is_looked_for_in_one_way_only(root: Path) -> None:
