@@ -66,6 +66,7 @@ def _scores(stage: Stage) -> tuple[Metric, ...]:
         Metric(f"{stage}/loss", nats, "cross-entropy on answer tokens not trained on", "min", "min"),
         Metric(f"{stage}/token_accuracy", share, "answer tokens whose most likely prediction is right", "max", "max"),
         Metric(f"{stage}/exact_match", share, "generated answers equal to the truth", "max", "max"),
+        Metric(f"{stage}/cider", "CIDEr-D, 0 to 10", "likeness of generated answers to all references", "max", "max"),
     )
 
 

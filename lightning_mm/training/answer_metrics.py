@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric, SumMetric
 from lightning_mm.core import metric_names
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.loss import LossOutput
+from lightning_mm.training.caption_scores import CaptionScores
 from lightning_mm.training.source_losses import SourceScores
 
 ALL = "all"
@@ -77,7 +78,7 @@ class AnswerScores(nn.Module):
 
 
 class SplitScores(nn.Module):
-    """All that is measured on one split: loss, token accuracy, and exact match: with pictures, without, by guessing.
+    """All that is measured on one split: loss, token accuracy, CIDEr, exact match with pictures, without, by guessing.
 
     Args:
         types: Question types that can occur, the same on every rank.
@@ -97,6 +98,7 @@ class SplitScores(nn.Module):
         types = tuple(types)
         self.answers, self.blank_answers, self.guesses = (AnswerScores(types) for _ in range(3))
         self.majority = majority
+        self.captions = CaptionScores()
 
     def add(self, objective: LossOutput, batch: Batch) -> None:
         """Count a teacher-forced batch: sums over its supervised tokens."""
@@ -116,6 +118,8 @@ class SplitScores(nn.Module):
         values: dict[str, Tensor | float] = {f"{split}/loss": self.loss.compute()}
         values[f"{split}/token_accuracy"] = self.token_accuracy.compute()
         values |= self.source_scores.compute(split)
+        if (score := self.captions.compute()) is not None:
+            values[f"{split}/cider"] = score
         for name, value in self.answers.compute().items():
             values[metric_names.exact_match(split, None if name == ALL else name)] = value
         for name, value in self.blank_answers.compute().items():

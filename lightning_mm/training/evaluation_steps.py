@@ -24,6 +24,7 @@ from lightning_mm.execution.loss import LossOutput
 from lightning_mm.models.generation import greedy_answers
 from lightning_mm.models.processor import ModelProcessor
 from lightning_mm.training.answer_metrics import SplitScores
+from lightning_mm.training.caption_scores import references_of
 from lightning_mm.training.eval_context import data_of
 
 Picture = Image.Image | str | Path
@@ -130,6 +131,8 @@ class EvaluationSteps(L.LightningModule):
         said = [without_reasoning(answer) for answer in answers]
         references = [self._special.sub("", reference).strip() for reference in batch.references]
         self.scores.add_answers(said, references, batch.question_types, blank=dataloader_idx == 2)
+        if dataloader_idx != 2:
+            self.scores.captions.update(said, batch.samples[: len(said)], batch.turns[: len(said)])
         return {"answers": answers}
 
     test_step = validation_step
@@ -145,7 +148,7 @@ class EvaluationSteps(L.LightningModule):
             self.log(name, value, prog_bar=name in (f"{split}/loss", f"{split}/exact_match"))
 
     def predict_step(self, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, Any]]:
-        """One row per question: id, origin, turn, generated answer and reference answer."""
+        """One row per question: id, origin, turn, generated answer, reference answer, and the row's ``references``."""
         if not isinstance(batch, PromptBatch):
             raise UserError(
                 "predict answers the questions of a data module.",
@@ -155,5 +158,6 @@ class EvaluationSteps(L.LightningModule):
         rows = zip(batch.samples, batch.turns, self.answer(batch), strict=True)
         return [
             {"id": s.id, "origin": s.origin, "turn": turn, "answer": answer, "reference": s.turns[turn].text}
+            | ({"references": list(listed)} if (listed := references_of(s, turn)) else {})
             for s, turn, answer in rows
         ]

@@ -21,7 +21,7 @@ from lightning_mm.data.readers.row_reader import RowReader
 from lightning_mm.data.readers.source_spec import ReadOptions, Source
 from lightning_mm.data.sample import Rejection, Sample
 
-READER_VERSION = 3
+READER_VERSION = 4
 """Raised when the same files give other samples than before."""
 
 

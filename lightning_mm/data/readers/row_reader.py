@@ -25,6 +25,9 @@ from lightning_mm.data.sample import IMAGE_MARK, VIDEO_MARK, Sample, Turn
 _AUDIO_MARK = "<audio>"
 _IDS = ("id", "question_id", "questionId", "__key__")
 _TOOLS = ("tools", "functions")
+_REFERENCES = "references"
+_KEPT = ("caption", "captions", _REFERENCES)
+"""Columns that stay with the sample though they are read: probe sets and the scores of captions take them."""
 _GROUNDING = ("<ref-object>", "<bbox>")
 
 
@@ -97,7 +100,7 @@ class RowReader:
         if self._kinds is not None and shape.kind not in self._kinds:
             raise InvalidRow(f"another shape: the row is {shape.name}, unlike the first rows of its source")
         found = self._conversation(named, shape)
-        read = {*shape.columns, "id", "type", "question_type", *TRAIN_KEYS}
+        read = {*shape.columns, "id", "type", "question_type", _REFERENCES, *TRAIN_KEYS}
         turns = self._with_system(named, found.turns, read)
         tools = self._tools(named, read)
         images = _merged(found.images, image_columns(named, shape.with_ids and not found.images), read, "images")
@@ -109,7 +112,7 @@ class RowReader:
             turns=self._marked(turns, len(images), len(videos)),
             images=tuple(self._picture(value, f"{origin} image {i}", "image") for i, value in enumerate(images)),
             origin=origin,
-            extra={key: as_plain(value) for key, value in named.items() if key not in read or key == "caption"},
+            extra={key: as_plain(value) for key, value in named.items() if key not in read or key in _KEPT},
             videos=tuple(self._picture(value, f"{origin} video {i}", "video") for i, value in enumerate(videos)),
             tools=tools,
         )
