@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copyfile
 from typing import Any
 
 import lightning as L
@@ -251,3 +252,69 @@ def test_a_schedule_by_epochs_goes_on(way: str, fit: Fit, tmp_path: Path) -> Non
     for name in ("last", "epoch=0"):
         path = fit.checkpoint("ended", f"{name}.ckpt")
         assert same(fit(name, ckpt_path=path, optimizer=by_epoch)[0], whole), name
+
+
+class Copied(Callback):
+    """Copies last.ckpt at a hook, as a kill would leave it there."""
+
+    def __init__(self, hook: str, path: Path) -> None:
+        def copy(trainer: L.Trainer, *_: Any) -> None:
+            if trainer.global_step and not trainer.sanity_checking:
+                copyfile(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt", path)
+
+        setattr(self, hook, copy)
+
+
+class Counted(Callback):
+    """Counts the ends of training and of validations."""
+
+    def __init__(self) -> None:
+        self.ends, self.validations = 0, []
+
+    def on_train_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.ends += 1
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validations.append(trainer.global_step)
+
+
+@pytest.mark.parametrize("stopped_early", [False, True])
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_train_end"])
+def test_what_comes_after_training_is_done_by_the_run_that_goes_on(
+    hook: str, stopped_early: bool, fit: Fit, tmp_path: Path
+) -> None:
+    """Killed in the validation of the last step, or behind it; done once, and not a second time."""
+    fit.folder = tmp_path
+    options = {"limit_val_batches": 2, "val_check_interval": 4, "max_steps": END if stopped_early else 2}
+    stops = [At("on_train_batch_end", 2, stop)] if stopped_early else []
+    fit("killed", *stops, Copied(hook, tmp_path / "copy.ckpt"), **options)
+    counted, again = Counted(), Counted()
+    fit("rest", counted, ckpt_path=tmp_path / "copy.ckpt", **options)
+    assert (counted.ends, counted.validations) == (1, [2] if hook == "on_validation_batch_end" else [])
+    assert same(fit.end, torch.load(tmp_path / "copy.ckpt", weights_only=True)["state_dict"])
+    if not stopped_early:
+        fit("again", again, ckpt_path=fit.checkpoint("rest"), **options)
+        assert (again.ends, again.validations) == (0, [])
+
+
+def test_a_validation_that_a_signal_stopped_is_made_before_the_next_step(fit: Fit, tmp_path: Path) -> None:
+    fit.folder = tmp_path
+    with pytest.raises(Preempted):
+        fit("killed", At("on_validation_batch_end", 2, send(signal.SIGTERM)), **VALIDATING)
+    counted, whole = Counted(), Counted()
+    fit("rest", counted, ckpt_path=fit.checkpoint("killed"), **VALIDATING)
+    fit("whole", whole, **VALIDATING)
+    assert [step for step in whole.validations if step >= 2] == counted.validations
+
+
+def test_a_periodic_checkpoint_holds_the_validation_of_its_step(fit: Fit, tmp_path: Path) -> None:
+    fit.folder = tmp_path
+    counted = Counted()
+    copied = Copied("on_train_batch_end", tmp_path / "copy.ckpt")
+    copied.on_train_batch_end = lambda trainer, *_: (  # type: ignore[method-assign,assignment]
+        trainer.global_step == 3 and copyfile(fit.checkpoint("killed"), tmp_path / "copy.ckpt")
+    )
+    fit("killed", LastCheckpoint(2), copied, limit_val_batches=2, val_check_interval=4, max_steps=5)
+    assert torch.load(tmp_path / "copy.ckpt", weights_only=True)["global_step"] == 2
+    fit("rest", counted, ckpt_path=tmp_path / "copy.ckpt", limit_val_batches=2, val_check_interval=4, max_steps=5)
+    assert counted.validations == [5]

@@ -1,10 +1,13 @@
 """Checkpoint callbacks: Lightning's ModelCheckpoint, with files that resume exactly however a run ends.
 
-Data flow: end of a step -> ``last.ckpt`` every n steps, at the last step, at an early end, on a signal and after an
-exception; end of a validation -> ``best.ckpt``. ``training.resume_point`` makes each of them one of a complete step.
+Data flow: a step, with its validation and its row of metrics.csv -> ``last.ckpt`` every n steps; end of a step -> at
+the last step, at an early end, on a signal and after an exception; end of a validation -> ``best.ckpt``.
+``training.resume_point`` makes each of them one of a complete step; what was left to do behind that step,
+``training.unfinished`` does.
 """
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.planning.devices import synchronize
 from lightning_mm.training.callbacks.stop_signals import StopSignals
 from lightning_mm.training.resume_point import at_step_end
+from lightning_mm.training.unfinished import AfterStep, finish_training, validate_now, validation_is_due
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -39,20 +43,29 @@ class LastCheckpoint(ModelCheckpoint):
         self.every = every
         self.seconds = 0.0
         self._signals = StopSignals()
-        self._started = False
+        self._started = self._due = False
+        self._left = AfterStep()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._started = False
+        self._started = self._due = False
+        self._left = AfterStep()
         super().setup(trainer, pl_module, stage)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        finish_training(trainer, self._left)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_global_step_saved, self._started = trainer.global_step, True
         self._signals.install()
+        if self._left.validate:
+            validate_now(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._signals.at_once = False
+        if self._due:
+            self._save(trainer)
+        self._due = self._signals.at_once = False
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -61,8 +74,10 @@ class LastCheckpoint(ModelCheckpoint):
             return
         asked = self._signals.received is not None or trainer.received_sigterm
         stop = trainer.strategy.reduce_boolean_decision(asked, all=False)
-        due = trainer.global_step - self._last_global_step_saved >= self.every
-        if due or stop or _is_last(trainer) or _stops_early(trainer):
+        self._left = AfterStep(validation_is_due(trainer), _is_last(trainer), _stops_early(trainer))
+        # Not yet: the validation of this step and its row of metrics.csv come next, and are a part of what is saved.
+        self._due = trainer.global_step - self._last_global_step_saved >= self.every
+        if stop or self._left.ends:
             self._save(trainer)
         if stop:
             self._stop(trainer)
@@ -71,8 +86,14 @@ class LastCheckpoint(ModelCheckpoint):
         self._signals.at_once = trainer.world_size == 1  # ranks stop together, after a step
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if _stops_early(trainer):
-            self._save(trainer)
+        if trainer.sanity_checking:
+            return
+        self._left = AfterStep(False, self._left.last, _stops_early(trainer))
+        if self._left.ends:
+            self._save(trainer, again=True)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._signals.at_once = False  # what the callbacks make of the validation belongs to it
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._signals.at_once = trainer.world_size == 1
@@ -80,7 +101,8 @@ class LastCheckpoint(ModelCheckpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save(trainer)
+        self._left = AfterStep()
+        self._save(trainer, again=True)
         self._signals.remove()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -105,14 +127,20 @@ class LastCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved == step and Path(self._path()).is_file():
             log.info("stopped at step %d; go on with --ckpt_path %s", step, self._path())
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"left": asdict(self._left)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Do nothing: a resumed run has files of its own."""
+        """Take over what was left to do behind the step that was saved, not Lightning's names of files."""
+        self._left = AfterStep(**state_dict.get("left", {}))
 
     def _path(self) -> str:
         return self.format_checkpoint_name({})
 
-    def _save(self, trainer: L.Trainer) -> None:
-        """Save the state, unless this step is saved already."""
+    def _save(self, trainer: L.Trainer, again: bool = False) -> None:
+        """Save the state, unless this step is saved already; ``again``: also then, for more of it is done."""
+        if again:
+            self._last_global_step_saved = -1
         if self._should_skip_saving_checkpoint(trainer):
             return
         synchronize(trainer.strategy.root_device)
