@@ -19,8 +19,8 @@ from torch import Tensor
 from lightning_mm.analysis.hidden_states import SITES, HiddenStates
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.estimate import Estimate
-from lightning_mm.core.io import read_json, read_json_rows, write_json
-from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, read_layers
+from lightning_mm.core.io import read_json, read_json_rows, write_atomically, write_json
+from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, layers_text, read_layers
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 
@@ -149,21 +149,21 @@ class FindingsWriter:
 
 
 def copy_earlier_findings(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
-    """Copy into a resumed run what the earlier run found up to a step, its layer selection and first hidden states.
+    """Give a resumed run what the earlier run found up to a step, its layer selection and first hidden states.
 
     Args:
         earlier: The run that is resumed.
-        run: The new run; nothing happens where it is the same folder.
-        step: Findings of later steps are not copied.
+        run: The run that goes on: a new folder, or the same one, which loses what was found later.
+        step: Findings of later steps are left out.
     """
-    if earlier.path == run.path:
-        return
     rows = [row for row in read_layers(earlier.layers)[0] if row.step <= step] if earlier.layers.is_file() else []
-    if rows:
-        append_layers(run.layers, rows)
+    if rows or run.layers.is_file():
+        write_atomically(run.layers, layers_text(rows))
     for source, target in ((earlier.inspections, run.inspections), (earlier.matrices, run.matrices)):
         if source.is_file():
             write_json(target, [row for row in read_json(source) if row.get("step", 0) <= step])
+    if earlier.path == run.path:
+        return
     if earlier.selection.is_file():
         shutil.copyfile(earlier.selection, run.selection)
     start = earlier.path / "readings" / "start.safetensors"

@@ -20,12 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.cli import trainer_parts
 from lightning_mm.cli.explain_errors import explain_trainer
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.replaced_lists import say_replaced
-from lightning_mm.cli.resume import continue_metrics, find_checkpoint
+from lightning_mm.cli.resume import find_checkpoint, own_folder, take_over
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
@@ -40,6 +39,7 @@ from lightning_mm.training.checkpoint_file import KEY, read_checkpoint
 from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.training.standard_callbacks import keep_all
 from lightning_mm.training.trainer_checks import check_precision
+from lightning_mm.training.unfinished import left_after
 from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
@@ -168,15 +168,15 @@ class TrainingCLI(LightningCLI):
         resumed = config.get("ckpt_path")
         self.checkpoint = read_checkpoint(Path(resumed), mapped=False) if resumed else None
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
-        self.run = _run_directory(config, str(self.subcommand))
+        goes_on = own_folder(Path(resumed), config.run.name) if self.subcommand == "fit" and resumed else None
+        self.run = _run_directory(config, str(self.subcommand), goes_on)
         if _RANK.rank == 0:
             self._parser(self.subcommand).save(
                 _reusable_config(config), self.run.config, overwrite=True, skip_validation=True
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
-            earlier, step = RunDirectory(Path(resumed).parent.parent), self.checkpoint["global_step"]
-            continue_metrics(earlier, self.run, step)
-            copy_earlier_findings(earlier, self.run, step)
+            earlier = RunDirectory(Path(resumed).absolute().parent.parent)
+            take_over(earlier, self.run, self.checkpoint["global_step"], left_after(self.checkpoint).validate)
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()
@@ -247,10 +247,20 @@ class TrainingCLI(LightningCLI):
             log.info("answers: %s", target)
 
 
-def _run_directory(config: Namespace, verb: str) -> RunDirectory:
-    """The run directory: rank 0 makes it and passes it to the ranks it starts by ``RUN_VARIABLE``."""
+def _run_directory(config: Namespace, verb: str, goes_on: RunDirectory | None) -> RunDirectory:
+    """The run directory: rank 0 makes it and passes it to the ranks it starts by ``RUN_VARIABLE``.
+
+    Args:
+        config: The options.
+        verb: Name of the verb.
+        goes_on: The folder of the run that goes on; None: the run has a new one.
+    """
     if (given := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
         return RunDirectory(Path(given))
+    if goes_on is not None:
+        log_decision("run", f"goes on in {goes_on.path}", "from its last.ckpt; another --run.name makes a copy")
+        os.environ[RUN_VARIABLE] = str(goes_on.path)
+        return goes_on
     default = _policy(config) if verb == "fit" else f"{_policy(config)}-{verb}"
     if _RANK.rank != 0:
         return RunDirectory(Path(config.run.root).absolute() / (config.run.name or default))

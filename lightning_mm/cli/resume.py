@@ -1,17 +1,21 @@
-"""Where a run goes on: ``--ckpt_path last``, ``best`` or ``auto``, and the curves of the run before.
+"""Where a run goes on: ``--ckpt_path last``, ``best`` or ``auto``, and what the run before has left.
 
-Data flow: a word, or a path -> the checkpoint of the newest run of that name -> its curves, up to its step, in the
-folder of the run that goes on.
+Data flow: a word, or a path -> the checkpoint of the newest run of that name -> its own folder, taken back to the step
+of the checkpoint; or, under another name, its curves and findings up to that step in a folder of its own.
 """
 
 import csv
+import io
+import json
 import re
 from pathlib import Path
+from shutil import copyfile
 
+from lightning_mm.analysis.findings import copy_earlier_findings
 from lightning_mm.cli.explain_errors import suggestion
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.io import read_json
+from lightning_mm.core.io import read_json, read_jsonl, write_atomically
 from lightning_mm.core.run_directory import RunDirectory
 
 _WORDS = ("last", "best", "auto")
@@ -50,31 +54,63 @@ def find_checkpoint(asked: str, root: str | Path, name: str) -> Path | None:
     return found
 
 
+def own_folder(checkpoint: Path, name: str | None) -> RunDirectory | None:
+    """The folder that a run goes on in: that of its ``last.ckpt``, unless it is to have another name; else None.
+
+    Args:
+        checkpoint: What it goes on from. From ``best.ckpt`` or a file elsewhere it goes on in a new folder: its own
+            holds what came later.
+        name: ``run.name``; None: not given.
+    """
+    run = RunDirectory(checkpoint.absolute().parent.parent)
+    is_runs = checkpoint.absolute() == run.checkpoints / "last.ckpt" and (run.path / "run.json").is_file()
+    same = name is None or re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name) is not None
+    return run if is_runs and same else None
+
+
+def take_over(earlier: RunDirectory, run: RunDirectory, step: int, validates: bool) -> None:
+    """Put what a run has logged and found up to a step into the folder of the run that goes on, each step once.
+
+    Args:
+        earlier: The run that the checkpoint is of.
+        run: The run that goes on; the same folder, or a new one.
+        step: Optimizer steps done in the checkpoint.
+        validates: Whether the validation of that step is to be done yet.
+    """
+    continue_metrics(earlier, run, step)
+    copy_earlier_findings(earlier, run, step)
+    if earlier.ledger.is_file() and earlier.path != run.path:
+        copyfile(earlier.ledger, run.ledger)
+    if (answers := earlier.path / "generations.jsonl").is_file():
+        last = step - 1 if validates else step
+        rows = [row for row in read_jsonl(answers)[0] if row.get("step", 0) <= last]
+        write_atomically(run.path / answers.name, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
-    """Copy the first run's curves up to the step that the run resumes at, each step once.
+    """Write the first run's curves up to the step that the run resumes at, each step once.
 
     Training logs a step under the number of steps before it, inspections under the number of steps done.
 
     Args:
         earlier: The run that the checkpoint is of.
-        run: The run that goes on.
+        run: The run that goes on; the same folder, or a new one.
         step: Optimizer steps done in the checkpoint.
     """
     if not earlier.metrics.is_file():
         return
-    with (
-        earlier.metrics.open(encoding="utf-8", newline="") as source,
-        run.metrics.open("w", encoding="utf-8", newline="") as to,
-    ):
-        reader = csv.DictReader(source)
-        writer = csv.DictWriter(to, reader.fieldnames or ["step"], lineterminator="\n")
-        writer.writeheader()
-        for row in (row for row in reader if row["step"]):
-            inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
-            if int(row["step"]) < step:
-                writer.writerow(row)
-            elif int(row["step"]) == step and inspected:
-                writer.writerow({"step": row["step"], **inspected})
+    written = earlier.metrics.read_text(encoding="utf-8")
+    reader = csv.DictReader(written[: written.rfind("\n") + 1].splitlines())  # a kill may have cut the last line
+    text = io.StringIO()
+    writer = csv.DictWriter(text, reader.fieldnames or ["step"], lineterminator="\n")
+    writer.writeheader()
+    for row in (row for row in reader if row["step"]):
+        inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
+        if int(row["step"]) < step:
+            writer.writerow(row)
+        elif int(row["step"]) == step and inspected:
+            writer.writerow({"step": row["step"], **inspected})
+    write_atomically(run.metrics, text.getvalue())
     log_decision("run", f"curves continue those of {earlier.name}", f"resumed at step {step}")
 
 

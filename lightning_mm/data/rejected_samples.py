@@ -7,12 +7,12 @@ the run directory, and counts in the report.
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 from lightning_mm.core.distributed import all_gather_object, rank_and_world_size
 from lightning_mm.core.errors import UserError
-from lightning_mm.core.io import write_atomically
+from lightning_mm.core.io import read_jsonl, write_atomically
 from lightning_mm.data.sample import Rejection
 
 MIN_ROWS = 1000
@@ -105,6 +105,12 @@ class RejectedSamples:
             return
         for part in all_gather_object(list(self)):
             self.add(part)
+
+    def read(self, path: Path) -> None:
+        """Add what ``write`` wrote, of the same run before it went on; nothing where there is no file."""
+        rows = read_jsonl(path)[0] if path.is_file() else []
+        known = {field.name for field in fields(Rejection)}
+        self.add(Rejection(**row) for row in rows if {"origin", "reason"} <= row.keys() <= known)
 
     def write(self, path: Path) -> None:
         """Write one JSON object per line: origin, reason, kind, split, source."""

@@ -86,8 +86,8 @@ class OnlineLogger(Logger):
     Args:
         save_dir: The run directory; W&B keeps its files in ``wandb/`` below it.
         mode: ``auto`` is online where W&B is logged in and offline elsewhere; ``off`` does nothing.
-        run_id: The id of the run at W&B. A resumed run is another one there, as it has a folder of its own. None lets
-            W&B draw one.
+        run_id: The id of the run at W&B. A run that goes on in its folder is the same one there, too. None lets W&B
+            draw one.
         name: What the run is called at W&B.
         project: The W&B project; None (default): WANDB_PROJECT, or ``lightning_mm``.
     """

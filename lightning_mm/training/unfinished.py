@@ -4,6 +4,7 @@ Data flow: end of a step -> ``AfterStep`` in the checkpoint -> the run that goes
 batch; ``finish_training``, where no step is left.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,16 @@ class AfterStep:
     def ends(self) -> bool:
         """Whether no step follows."""
         return self.last or self.stopped
+
+
+def left_after(checkpoint: Mapping[str, Any]) -> AfterStep:
+    """What a checkpoint says is left to do behind its step.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+    """
+    states = [state for state in checkpoint.get("callbacks", {}).values() if isinstance(state, Mapping)]
+    return next((AfterStep(**state["left"]) for state in states if "left" in state), AfterStep())
 
 
 class _FinishingLoop(_FitLoop):

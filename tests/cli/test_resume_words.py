@@ -1,16 +1,21 @@
 """``--ckpt_path last``, ``best`` and ``auto`` mean a checkpoint of the newest run of that name."""
 
+import json
 import os
 from pathlib import Path
+from shutil import copytree, rmtree
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
 
 from lightning_mm.cli.resume import find_checkpoint
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
+from lightning_mm.training.callbacks.run_recorder import RunRecorder
 from tests.helpers.cli import Fit, table
+from tests.helpers.data import Data
 
 
 def run(root: Path, folder: str, created: str, *files: str) -> Path:
@@ -54,24 +59,73 @@ def test_paths_stay_paths(runs: Path) -> None:
     assert find_checkpoint("some.ckpt", runs, "mid") == Path("some.ckpt")
 
 
-def test_auto_starts_and_then_goes_on(fit: Fit, tmp_path: Path) -> None:
-    """The same command twice, as a job that a cluster starts again: new, then from where it was."""
-    command = [
-        "--run.name",
-        "job",
-        "--ckpt_path",
-        "auto",
-        "--evaluation.before",
-        "false",
-        "--evaluation.after",
-        "false",
+QUIET = ("--evaluation.before", "false", "--evaluation.after", "false")
+
+
+def test_auto_starts_and_then_goes_on_in_its_folder(fit: Fit, tmp_path: Path) -> None:
+    """The same command again and again, as a job that a cluster starts again; another name makes a copy."""
+    command = ["--run.name", "job", "--ckpt_path", "auto", *QUIET]
+    for steps in (2, 3, 4):
+        assert fit(*command, "--trainer.max_steps", str(steps)) == 0
+    runs = tmp_path / "runs"
+    assert os.listdir(runs) == ["job"]
+    assert torch.load(runs / "job/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
+    assert trained_steps(runs / "job") == [0, 1, 2, 3]
+    copy = ["--run.name", "copy", "--ckpt_path", str(runs / "job"), "--trainer.max_steps", "5", *QUIET]
+    assert fit(*copy) == 0
+    assert (trained_steps(runs / "job"), trained_steps(runs / "copy")) == ([0, 1, 2, 3], [0, 1, 2, 3, 4])
+    assert fit("-c", str(runs / "job/config.yaml"), "--ckpt_path", str(runs / "job/checkpoints/last.ckpt")) == 0
+    assert sorted(os.listdir(runs)) == ["copy", "job"]
+
+
+def trained_steps(run: Path) -> list[int]:
+    return [int(row["step"]) for row in table(run / "metrics.csv") if row["train/loss"]]
+
+
+@pytest.mark.parametrize("killed_in", ["on_train_batch_end", "on_validation_batch_end", "on_train_end"])
+def test_a_killed_run_that_goes_on_leaves_what_an_uninterrupted_one_does(
+    killed_in: str, fit: Fit, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed (what it wrote by then is all there is) in step 3, in its validation, or in the evaluation at the end."""
+    rows = json.loads(data["train"].read_text())
+    rows[1]["conversations"][0]["value"] += " word" * 3000
+    data["train"].write_text(json.dumps(rows))
+    options = ["--trainer.max_steps", "4", "--run.save_every", "1", "--trainer.val_check_interval", "3", *ONE_BAD_ROW]
+    assert fit(*options, "--run.name", "whole") == 0
+    runs, dead = tmp_path / "runs", tmp_path / "dead"
+    hook = getattr(RunRecorder, killed_in)
+
+    def kill(self: RunRecorder, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if trainer.global_step >= 3 and not dead.exists():
+            copytree(runs / "job", dead)
+        hook(self, trainer, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RunRecorder, killed_in, kill)
+        assert fit(*options, "--run.name", "job") == 0
+    rmtree(runs / "job")
+    dead.rename(runs / "job")
+    assert fit(*options, "--run.name", "job", "--ckpt_path", "auto") == 0
+    for file in ("generations.jsonl", "evaluation.json", "samples.json", "ledger.jsonl"):
+        assert (runs / "job" / file).read_text() == (runs / "whole" / file).read_text(), file
+    assert learned(runs / "job") == learned(runs / "whole")
+    for name in ("last", "best"):
+        first, second = (
+            torch.load(runs / run / f"checkpoints/{name}.ckpt", weights_only=True) for run in ("job", "whole")
+        )
+        assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items()), name
+
+
+ONE_BAD_ROW = ("--data.max_length", "400", "--data.max_bad_fraction", "0.5", "--data.num_workers", "0")
+
+
+def learned(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what a clock has measured."""
+    timed = ("seconds", "per_second", "wait", "memory", "mfu", "tokens", "cost")
+    rows = [
+        {k: v for k, v in row.items() if v and not any(t in k for t in timed)} for row in table(run / "metrics.csv")
     ]
-    assert fit(*command, "--trainer.max_steps", "2") == 0
-    assert fit(*command, "--trainer.max_steps", "3") == 0
-    assert sorted(os.listdir(tmp_path / "runs")) == ["job", "job-2"]
-    assert torch.load(tmp_path / "runs/job-2/checkpoints/last.ckpt", weights_only=True)["global_step"] == 3
-    steps = [int(row["step"]) for row in table(tmp_path / "runs/job-2/metrics.csv") if row["train/loss"]]
-    assert steps == [0, 1, 2]
+    return [row for row in rows if row.keys() - {"step", "epoch"}]
 
 
 def test_a_run_resumed_at_its_end_has_a_checkpoint(fit: Fit, tmp_path: Path) -> None:

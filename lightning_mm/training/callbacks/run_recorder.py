@@ -132,6 +132,13 @@ class RunRecorder(Callback):
     ) -> None:
         self._note(trainer, batch, "predict")
 
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write down what was rejected so far: a run that goes on from here does not meet those rows again."""
+        if trainer.is_global_zero and self._current is not None:
+            data_of(trainer).rejected_samples.write(self.run.ledger)
+
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._write(trainer)
 
@@ -172,6 +179,7 @@ class RunRecorder(Callback):
         if self._shown or not trainer.is_global_zero:
             return
         self._shown = True
+        data_of(trainer).rejected_samples.read(self.run.ledger)
         write_config(self.run, trainer)
         census = live(pl_module).census
         write_json(self.run.census, census.to_dict())

@@ -279,17 +279,15 @@ class Slow(Callback):
 
 
 class SlowSaving(LastCheckpoint):
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
-        held = trainer.save_checkpoint
-        trainer.save_checkpoint = lambda *a, **k: (time.sleep(0.5), held(*a, **k))  # type: ignore[method-assign]
-        super().on_train_batch_end(trainer, *args)
-        trainer.save_checkpoint = held  # type: ignore[method-assign]
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        time.sleep(0.5)
+        super()._save_checkpoint(trainer, filepath)
 
 
 def test_validation_and_checkpoints_are_no_training(
     family: Family, data: Data, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Each interval holds a validation of 1.2 s and more; one save of 0.5 s; the last step is saved at the end."""
+    """Each interval holds a validation of 1.2 s and more; a save of 0.5 s and more."""
     saving = SlowSaving(2)
     saving.run = RunDirectory(tmp_path)
     with caplog.at_level("INFO", logger="lightning_mm"):
