@@ -14,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_mm.analysis.hidden_states import HiddenStates, common_samples, extract_hidden_states
+from lightning_mm.analysis.hidden_states import (
+    HiddenStates,
+    common_samples,
+    extract_hidden_states,
+    merge_hidden_states,
+)
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
@@ -109,11 +114,12 @@ class InspectedModel:
         return int(self.mm.transformers.config.get_text_config(decoder=True).hidden_size)
 
     def read(self, probe_set: ProbeSet, step: int = 0) -> HiddenStates:
-        """Hidden states of every layer on every row; rejected rows also go to the ledger of ``data``."""
+        """Hidden states of every layer on every row, in the set's order; rejected rows go to the ledger of ``data``."""
         with torch.no_grad(), self._precision():
             reading = extract_hidden_states(self.mm, self.data.probe_loader(probe_set), self.device, step=step)
         self.data.rejected_samples.add(replace(each, kind="probe") for each in reading.rejected)
-        return reading
+        # In the order of the set, as in training: control labels and resamples go by it.
+        return merge_hidden_states([reading], probe_set)
 
     def select(
         self,
