@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 
 import lightning_mm as mm
+from lightning_mm.analysis.findings import FindingsWriter
 from lightning_mm.analysis.geometry import ALL_MEASURES
 from lightning_mm.analysis.probing import ProbingOptions
 from lightning_mm.core.layer_table import read_layers
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.verbs.inspect import InspectionResult
 from tests.helpers import plain_measures, plain_probes
@@ -63,9 +65,7 @@ class Seen:
             probing=ProbingOptions(selectivity=True),
             select=False,
             batch_size=5,
-            out=folder / "run",
         )
-        self.folder = folder
         self.plain = PlainVectors(PlainModel(model), scenes, self.probe_set.rows, FAMILIES[family])
 
     def check(self, measure: str, site: str, expected: Callable[[int], float | None], **close: float) -> None:
@@ -259,7 +259,7 @@ def test_the_whole_minus_its_parts(family: str, seen: Callable[[str], Seen]) -> 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_row_is_of_a_kind_that_is_recomputed(family: str, seen: Callable[[str], Seen]) -> None:
+def test_every_row_is_of_a_kind_that_is_recomputed(family: str, seen: Callable[[str], Seen], tmp_path: Path) -> None:
     one = seen(family)
     captions = [
         f"entailment/{kind}{more}" for kind in ("random", "hard") for more in ("", "/text_only", "/selectivity")
@@ -273,7 +273,9 @@ def test_every_row_is_of_a_kind_that_is_recomputed(family: str, seen: Callable[[
     known = probes | single | pairs | {("label_overlap", "picture"), ("label_overlap", "image")}
     assert {(row.measure, row.site) for row in one.found.rows} == known
     assert not one.found.findings[0].problems
-    written, bad = read_layers(one.folder / "run" / "layers.csv")
+    run = RunDirectory(tmp_path)
+    FindingsWriter(run).write(one.found.findings[0], 0.0, 0.0)
+    written, bad = read_layers(run.layers)
     assert not bad
     assert [(r.measure, r.site, r.layer, r.value) for r in written] == [
         (r.measure, r.site, r.layer, pytest.approx(r.value)) for r in one.found.rows
