@@ -18,11 +18,13 @@ import numpy as np
 import pytest
 
 import lightning_mm as mm
+from lightning_mm.analysis import probing
 from lightning_mm.analysis.findings import FindingsWriter
 from lightning_mm.analysis.geometry import ALL_MEASURES
 from lightning_mm.analysis.probing import ProbingOptions
 from lightning_mm.core.layer_table import read_layers
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.probes.probe import probe
 from lightning_mm.testing.tiny import build_tiny
 from lightning_mm.verbs.inspect import InspectionResult
 from tests.helpers import plain_measures, plain_probes
@@ -45,6 +47,8 @@ PAIR_SITES = {
     "token": ("picture/token", "text/token"),
     "token_last": ("picture_last/token", "text_last/token"),
 }
+PICTURED = (("objects", "last"), ("objects", "image"), ("position", "last"), ("count", "last"))
+"""Probes of pictures, and where they read."""
 NEIGHBORS = ("overlap", "imbalance_text_to_image")
 """Measures of the neighbors of the captions."""
 CLOSE: dict[str, float] = {"rel": 2e-4, "abs": 2e-5}
@@ -57,6 +61,9 @@ class Seen:
         model = build_tiny(family, folder / "model", layers=3)
         scenes = write_scenes(folder)
         self.probe_set = two_pictures(scenes)
+        self.probed: list[dict[str, Any]] = []
+        undo = pytest.MonkeyPatch()
+        undo.setattr(probing, "probe", self.keep_and_probe)
         self.found: InspectionResult = mm.inspect(
             model,
             probes=self.probe_set,
@@ -66,7 +73,14 @@ class Seen:
             select=False,
             batch_size=5,
         )
+        undo.undo()
         self.plain = PlainVectors(PlainModel(model), scenes, self.probe_set.rows, FAMILIES[family])
+
+    def keep_and_probe(self, x_LND: Any, labels: Any, groups_N: Any, **options: Any) -> Any:
+        """``probe``, and what it was given."""
+        given = {"x": x_LND, "labels": labels, "groups": groups_N, "types": options["types_N"]}
+        self.probed.append({name: value.cpu().numpy() for name, value in given.items()})
+        return probe(x_LND, labels, groups_N, **options)
 
     def check(self, measure: str, site: str, expected: Callable[[int], float | None], **close: float) -> None:
         """Compare a profile with the oracle's value of each slice; slice 0 is layer -1."""
@@ -175,14 +189,58 @@ def test_every_measure_has_an_oracle() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_what_each_probe_is_given(family: str, seen: Callable[[str], Seen]) -> None:
+    """Vectors, labels, groups and types of the control labels, row by row: scores near chance would not tell."""
+    one = seen(family)
+    expected: list[tuple[Any, Any, Any, Any]] = []
+    for kind in ("random", "hard"):
+        rows, truth = one.plain.entailment(kind)
+        types = numbered([(one.plain.told[row.subject]["caption"], row.span) for row in rows])
+        for blank in (False, True):
+            expected.append((one.plain.stacked(rows, "last", blank), truth, one.plain.groups(rows), types))
+    for name, site in (
+        ("objects", "last"),
+        ("objects", "image"),
+        (None, None),
+        ("position", "last"),
+        ("count", "last"),
+    ):
+        if name is None or site is None:
+            placed = list(one.plain.objects())
+            num_objects = len(placed)
+            names = [thing["name"] for _, thing, _ in placed]
+            vectors = np.stack([vector for _, _, vector in placed], 1)
+            labels = np.array([sorted(set(names)).index(each) for each in names])
+            expected.append((vectors, labels, one.plain.groups([row for row, _, _ in placed]), numbered(names)))
+            continue
+        labelled = [(row, label_of(name, one.plain, row)) for row in one.plain.of_role("picture")]
+        rows = [row for row, label in labelled if label is not None]
+        told = np.array([label for _, label in labelled if label is not None])
+        expected.append((one.plain.stacked(rows, site), told, one.plain.groups(rows), list(range(len(rows)))))
+    assert len(one.probed) == len(expected)
+    for given, (x_TND, labels, groups, types) in zip(one.probed, expected, strict=True):
+        np.testing.assert_array_equal(given["labels"], labels)
+        np.testing.assert_array_equal(given["groups"], groups)
+        np.testing.assert_array_equal(given["types"], types)
+        # Which part of a picture its patches show is measured off a ramp of colors, to a tenth of a pixel.
+        atol = 3e-4 if x_TND.shape[1] == num_objects else 2e-5
+        np.testing.assert_allclose(given["x"], x_TND, atol=atol, rtol=1e-3)
+
+
+def numbered(types: list[Any]) -> list[int]:
+    """Numbers of the types in the order of their first sample."""
+    return [list(dict.fromkeys(types)).index(each) for each in types]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", ["random", "hard"])
 def test_probes_of_the_caption(kind: str, family: str, seen: Callable[[str], Seen]) -> None:
     one = seen(family)
     rows, truth = one.plain.entailment(kind)
     assert len(rows) == 2 * truth.sum() >= 60
     groups = one.plain.groups(rows)
-    pairs = [(one.plain.told[row.subject]["caption"], row.span) for row in rows]
-    control = plain_probes.control_labels(truth, [list(dict.fromkeys(pairs)).index(pair) for pair in pairs])
+    types = numbered([(one.plain.told[row.subject]["caption"], row.span) for row in rows])
+    control = plain_probes.control_labels(truth, types)
     for blank in (False, True):
         x_TND = one.plain.stacked(rows, "last", blank)
         scores = [None if is_constant(x) else plain_probes.accuracy(x, truth, groups) for x in x_TND]
@@ -203,9 +261,7 @@ def check_selectivity(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(
-    ("probe", "site"), [("objects", "last"), ("objects", "image"), ("position", "last"), ("count", "last")]
-)
+@pytest.mark.parametrize(("probe", "site"), PICTURED)
 def test_probes_of_the_picture(probe: str, site: str, family: str, seen: Callable[[str], Seen]) -> None:
     one = seen(family)
     labelled = [(row, label_of(probe, one.plain, row)) for row in one.plain.of_role("picture")]
@@ -241,7 +297,7 @@ def test_probes_of_each_object_at_its_patches(family: str, seen: Callable[[str],
     x_TND = np.stack([vector for _, _, vector in placed], 1)
     scores: list[float | None] = [plain_probes.accuracy(x, labels, groups) for x in x_TND]
     one.check("object_at_patches", "object", lambda t: scores[t], abs=0.021)
-    control = plain_probes.control_labels(labels, [list(dict.fromkeys(names)).index(name) for name in names])
+    control = plain_probes.control_labels(labels, numbered(names))
     check_selectivity(one, "object_at_patches", "object", x_TND, scores, control, groups)
 
 
@@ -265,8 +321,7 @@ def test_every_row_is_of_a_kind_that_is_recomputed(family: str, seen: Callable[[
         f"entailment/{kind}{more}" for kind in ("random", "hard") for more in ("", "/text_only", "/selectivity")
     ]
     probes = {(name, "last") for name in (*captions, "global_minus_local")}
-    pictured = [("objects", "last"), ("objects", "image"), ("position", "last"), ("count", "last")]
-    for name, site in (*pictured, ("object_at_patches", "object")):
+    for name, site in (*PICTURED, ("object_at_patches", "object")):
         probes |= {(name, site), (f"{name}/selectivity", site)}
     single = {(name, site) for name in (*plain_measures.SINGLE, *plain_measures.BLOCK) for site in SINGLE_SITES}
     pairs = {(name, site) for name in plain_measures.PAIR for site in PAIR_SITES}

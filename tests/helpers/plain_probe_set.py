@@ -77,11 +77,13 @@ def two_pictures(file: Path, shown: Sequence[str] = ("s05", "s20", "s33")) -> Pr
     return replace(made, rows=tuple(changed(row) for row in made.rows))
 
 
-def overlap_of_cropped(size: tuple[int, int], box: Sequence[float], tokens: int) -> Any:
+def overlap_of_cropped(size: tuple[int, int], box: Sequence[float], tokens: int, side: int = 28) -> Any:
     """Weights of a square grid that shows the middle of a picture: resized by its shorter side, then cropped (CLIP)."""
-    side = min(size)
-    left, top = ((edge - side) / 2 for edge in size)
-    return _overlaps(box, (left, top, left + side, top + side), round(tokens**0.5), round(tokens**0.5))
+    resized = [int(edge * side / min(size)) for edge in size]
+    first = [(edge - side) // 2 for edge in resized]
+    window = [at * own / new for at, own, new in zip(first, size, resized, strict=True)]
+    window += [(at + side) * own / new for at, own, new in zip(first, size, resized, strict=True)]
+    return _overlaps(box, window, round(tokens**0.5), round(tokens**0.5))
 
 
 def overlap_of_resized(size: tuple[int, int], box: Sequence[float], tokens: int, cell: int = 14) -> Any:
