@@ -172,7 +172,7 @@ class TrainingCLI(LightningCLI):
         self.run = _run_directory(config, str(self.subcommand), goes_on)
         if _RANK.rank == 0:
             self._parser(self.subcommand).save(
-                _reusable_config(config), self.run.config, overwrite=True, skip_validation=True
+                _reusable_config(config), self.run.config, overwrite=True, skip_validation=True, skip_none=False
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             earlier = RunDirectory(Path(resumed).absolute().parent.parent)

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import yaml
 
 from lightning_mm.cli.resume import find_checkpoint
 from lightning_mm.core.errors import UserError
@@ -114,6 +115,19 @@ def test_a_killed_run_that_goes_on_leaves_what_an_uninterrupted_one_does(
             torch.load(runs / run / f"checkpoints/{name}.ckpt", weights_only=True) for run in ("job", "whole")
         )
         assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items()), name
+
+
+def test_a_value_of_null_is_written_and_read(fit: Fit, tmp_path: Path) -> None:
+    """Left out, it would come back as its default: a validation every epoch, a gradient that is clipped."""
+    nulls = ["--trainer.check_val_every_n_epoch", "null", "--trainer.val_check_interval", "3", "--data.probes", "null"]
+    assert fit(*nulls, "--trainer.gradient_clip_val", "null", "--run.name", "first", *QUIET) == 0
+    first = tmp_path / "runs/first/config.yaml"
+    assert fit("-c", str(first), "--run.name", "second") == 0
+    written = [yaml.safe_load((tmp_path / f"runs/{name}/config.yaml").read_text()) for name in ("first", "second")]
+    assert [each["run"].pop("name") for each in written] == ["first", "second"]
+    assert written[0] == written[1]
+    trainer = written[1]["trainer"]
+    assert [trainer[name] for name in ("check_val_every_n_epoch", "gradient_clip_val")] == [None, None]
 
 
 ONE_BAD_ROW = ("--data.max_length", "400", "--data.max_bad_fraction", "0.5", "--data.num_workers", "0")

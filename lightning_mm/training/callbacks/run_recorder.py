@@ -132,9 +132,7 @@ class RunRecorder(Callback):
     ) -> None:
         self._note(trainer, batch, "predict")
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Write down what was rejected so far: a run that goes on from here does not meet those rows again."""
         if trainer.is_global_zero and self._current is not None:
             data_of(trainer).rejected_samples.write(self.run.ledger)
