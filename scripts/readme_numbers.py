@@ -4,6 +4,7 @@
     scripts/quickstart_picture.py                                   # draws docs/quickstart.png
     scripts/policy_table.py --json benchmarks/policies.json         # with nano/model and nano/data
     scripts/bench.py                                                # benchmarks/training.json
+    scripts/calibration.py                                          # benchmarks/calibration.json
 
 Data flow: benchmarks/*.json -> Markdown between ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->`` in each document.
 With --check nothing is written, and the exit status is 1 where a document is not up to date.
@@ -21,6 +22,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from bench_rivals import table as rivals  # noqa: E402
 from bench_rivals.arms import BASIS  # noqa: E402
+from calibration_cases.table import faults, tables  # noqa: E402
 
 _QUESTIONS = {
     "all": "all types",
@@ -119,6 +121,17 @@ def training_summary() -> str:
     return "\n".join(wrap(told, 120))
 
 
+def calibration() -> str:
+    """Tables of coverage, size and power."""
+    return tables(_read("calibration")["cases"])
+
+
+def calibration_faults() -> str:
+    """What is not as it should be, beyond the error of the simulation."""
+    lines = faults(_read("calibration")["cases"])
+    return "\n".join(f"- {line}" for line in lines) or "None."
+
+
 BLOCKS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "quickstart picture": (quickstart_picture, ("README.md",)),
     "quickstart results": (quickstart, ("README.md",)),
@@ -126,6 +139,8 @@ BLOCKS: dict[str, tuple[Callable[[], str], tuple[str, ...]]] = {
     "policy costs": (policies, ("docs/choose-layers.md",)),
     "training benchmark": (training, ("docs/speed-and-memory.md",)),
     "training summary": (training_summary, ("README.md",)),
+    "calibration": (calibration, ("docs/calibration.md",)),
+    "calibration faults": (calibration_faults, ("docs/calibration.md",)),
 }
 """Name of a block -> what makes it, and the documents that hold it."""
 
