@@ -36,7 +36,7 @@ def items(folder: Path) -> list[Item]:
     causal = json.loads((folder / "trace-w1" / "causal.json").read_text())
     made = [_corruption(reads[1], causal)]
     made += [_trace(width, read) for width, read in reads.items()]
-    made += [_flow(reads[1]), _failure(reads[1], causal), _edits(folder)]
+    made += [_flow(reads[1]), _cuts(reads[1]), _failure(reads[1], causal), _edits(folder)]
     return made
 
 
@@ -124,13 +124,34 @@ def _flow(read: Readings) -> Item:
     )
 
 
+def _cuts(read: Readings) -> Item:
+    profiles = [
+        read.profile("knockout", f"{edge}/pre", words)
+        for edge, words in (("image->last", "picture from last token"), ("constraint->last", "constraint from last"))
+    ]
+    words = []
+    for profile in (each for each in profiles if each):
+        most = profile.lowest
+        words.append(
+            f"{profile.label}: costs most at layer {most.layer}, {told(most, 'no effect')} of the probability."
+        )
+    return Item(
+        "Attention cut, layer by layer",
+        "no figure of this paper: contributions checked by an intervention",
+        words or ["Not measured."],
+        [charts.lines(profiles, "change of probability")] if words else [],
+        files=[read.file],
+        deviations=("cut before the softmax in one layer at a time; the rest is renormalized",),
+    )
+
+
 def _failure(read: Readings, causal: dict[str, Any]) -> Item:
     found = [table for table in causal["tables"] if table["title"] == "Are wrong answers foreseen?"]
     published = "contributions foresee failure, and confidence has the higher AUROC (second-hand)"
     if not found:
         return Item("Figure: failure prediction", published, ["Not made: too few right or wrong answers."])
     table = found[0]
-    rows = [[str(cell) for cell in row] for row in table["rows"]]
+    rows = [["" if cell is None else str(cell) for cell in row] for row in table["rows"]]
     by = {(row[0], row[1]): row for row in rows}
     own, sure = by["AUROC", "attention to the constraint"], by["AUROC", "confidence"]
     words = f"AUROC of contributions {own[2]} ({own[3]} to {own[4]}), of confidence {sure[2]} ({sure[3]} to {sure[4]})."

@@ -67,7 +67,13 @@ def _drift(read: Readings) -> Item:
         read.profile("drift_cka", site, f"CKA, {words}", 1)
         for site, words in (("picture", "pictures"), ("text", "captions"))
     ]
-    words = [f"{p.label}: lowest at layer {p.lowest.layer}, {told(p.lowest)}." for p in (*overlap, *cka) if p]
+    words = [
+        f"{p.label}: {told(p.lowest)} in every layer, unchanged."
+        if p.lowest.value == p.peak.value
+        else f"{p.label}: lowest at layer {p.lowest.layer}, {told(p.lowest)}."
+        for p in (*overlap, *cka)
+        if p
+    ]
     return Item(
         "Figure: similarity of the model before and after tuning",
         "for pictures it is lowest at about layer 7 of 32 (thesis)",
@@ -82,11 +88,12 @@ def _drift(read: Readings) -> Item:
 
 
 def _meeting(read: Readings) -> Item:
-    last, mean = _both(read, "overlap", "last"), _both(read, "overlap", "image~text")
+    last = _both(read, "overlap", "last", "last token")
+    mean = _both(read, "overlap", "image~text", "mean of tokens")
     words = [peak_words(profile) for profile in (*last, *mean)]
     used = sorted({row.k for profile in (*last, *mean) for row in profile.rows.values() if row.k})
     deeper = [
-        f"The peak at the last token, {p.label}, is at {p.depth(p.peak):.0%} of the depth."
+        f"{p.label}: the peak is at {p.depth(p.peak):.0%} of the depth."
         for p in last
         if p and clear_of_null(p.peak, len(p.rows))
     ]
@@ -217,6 +224,9 @@ def _transplant(read: Readings, mode: str, what: str) -> Item:
     words = []
     for profile in (each for each in profiles if each):
         start = profile.peak.null or 0.0
+        if all(row.value == start for row in profile.rows.values()):
+            words.append(f"{profile.label}: {start:.3g} with any of them, as without.")
+            continue
         words.append(
             f"{profile.label}: from {start:.3g} to {told(profile.peak, 'untouched')} at layer {profile.peak.layer}."
         )

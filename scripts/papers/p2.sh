@@ -12,7 +12,7 @@ limit="${QUESTIONS:-16}"
 kinds='[flag_country,flag_capital,flag_continent]'
 
 run trace-w1 trace "$model" --questions "$data/constraints.json" --kinds "$kinds" --convention p2 --ask 120 \
-    --limit "$limit" --parts '[trace,flow,predictor]' \
+    --limit "$limit" --parts '[trace,flow,knockout,predictor]' --knocking.edges '[image->last,constraint->last]' \
     --flow '[image_late->constraint,image_early->constraint,constraint->last,image->last]' "${precision[@]}"
 run trace-w5 trace "$model" --questions "$data/constraints.json" --kinds "$kinds" --convention p2 --tracing.width 5 \
     --ask 120 --limit "$limit" --parts '[trace]' "${precision[@]}"

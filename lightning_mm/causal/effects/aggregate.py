@@ -193,7 +193,7 @@ def _levels(clean_Q: Tensor, corrupt_Q: Tensor) -> str:
     clean, corrupt = float(clean_Q.mean()), float(corrupt_Q.mean())
     said = f"of all traced questions the mean probability is {clean:.3f} clean, {corrupt:.3f} corrupted"
     return said + (
-        f"; {small} of {len(clean_Q)}, which fall by less than {MIN_PROBABILITY_DROP:g}, count" if small else ""
+        f"; {small} of {len(clean_Q)} fall by less than {MIN_PROBABILITY_DROP:g}, and count" if small else ""
     )
 
 

@@ -141,7 +141,7 @@ def test_averages_count_questions_once_and_tell_what_is_left_out(family: Callabl
     assert level.value == pytest.approx(float(restored.mean()), abs=1e-9)
     assert (effect.n, effect.null, level.null) == (4, 0.0, pytest.approx(float(fallen.mean())))
     levels = "of all traced questions the mean probability is 0.800 clean, 0.198 corrupted"
-    assert effect.notes == (f"{levels}; 1 of 4, which fall by less than 0.05, count",)
+    assert effect.notes == (f"{levels}; 1 of 4 fall by less than 0.05, and count",)
     ratio = rows["trace_ratio", "mlp/constraint"][1]
     assert ratio.undefined.startswith("mean fall 0.603 is not clear of 0"), "three large falls and a small one"
     assert (ratio.n, ratio.notes) == (4, effect.notes)

@@ -139,7 +139,7 @@ def _without_boxes(scene: Scene) -> tuple[Scene, list[Rejection]]:
 
 
 ENTAILMENT_PROMPT = 'This image describes "{caption}". Is it right? Answer:'
-"""Prompt of arXiv:2402.17304."""
+"""Attributed to arXiv:2402.17304 second-hand; neither its full text nor its code could be read: not verified."""
 PICTURE_QUESTION = "Which things are in this picture?"
 TRUTH = ("false", "true")
 _CAPTION_FIELD = "{caption}"
