@@ -95,7 +95,9 @@ def reading_of(row: LayerRow, statistic: str = "", **rest: Any) -> Reading:
 
 
 def is_clear(row: LayerRow) -> bool:
-    """Whether interval and band of chance lie apart, by the product's own rule."""
-    from lightning_mm.report.sections.layers import _meets
-
-    return row.low is not None and row.high is not None and not _meets(row)
+    """Whether the product calls it clear of chance; where a row says nothing itself: interval and band lie apart."""
+    told = getattr(row, "is_clear", None)
+    if told is not None or row.null is None or row.low is None or row.high is None:
+        return bool(told)
+    null_low, null_high = (row.null if end is None else end for end in (row.null_low, row.null_high))
+    return row.low > null_high or row.high < null_low

@@ -31,7 +31,7 @@ def peak_readings(found: Findings, name: str, site: str, planted: bool) -> list[
     if summary is None:
         return []
     row, place = summary.peak, summary.peak_layer + 1
-    clear = None if row.null_high is None else is_clear(row)
+    clear = None if row.null is None else is_clear(row)
     readings = [
         Reading(f"{name}: value at the peak", row.value, row.low, row.high, profile=name, layer=place),
         Reading(f"{name}: peak above chance", row.value, found=clear),
@@ -39,7 +39,7 @@ def peak_readings(found: Findings, name: str, site: str, planted: bool) -> list[
     if planted and (ends := PEAK_RANGE.search("; ".join(row.notes))):
         low, high = (float(end) + 1 for end in ends.groups())
         readings.append(Reading(f"{name}: layer of the peak", float(place), low, high, truth=float(PEAK)))
-    if planted:
+    if planted and summary.plateau is not None:
         low, high = (float(end) + 1 for end in summary.plateau)
         readings.append(Reading(f"{name}: plateau", float(place), low, high, truth=float(PEAK)))
     return readings
