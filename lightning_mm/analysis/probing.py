@@ -8,6 +8,7 @@ Data flow: ``HiddenStates`` + labels of the ``ProbeSet`` -> ``probes.probe`` -> 
 Shapes: T slices (embeddings and blocks), N vectors of one position.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -169,11 +170,11 @@ def _add_contrast(found: Findings) -> None:
     whole, parts = found.profile("entailment/random", "last"), found.profile("objects", "last")
     layers = sorted(whole.keys() & parts.keys())
     if layers:
-        estimates = [_contrast(whole[layer], parts[layer]) for layer in layers]
+        estimates = [_contrast(whole[layer], parts[layer], len(layers)) for layer in layers]
         found.add("probing", "global_minus_local", "last", estimates)
 
 
-def _contrast(one: LayerRow, other: LayerRow) -> Estimate:
+def _contrast(one: LayerRow, other: LayerRow, num_layers: int) -> Estimate:
     n = min(one.n or 0, other.n or 0)
     if one.value is None or other.value is None:
         return Estimate.undefined_because(one.undefined or other.undefined, n)
@@ -184,4 +185,7 @@ def _contrast(one: LayerRow, other: LayerRow) -> Estimate:
         if row.low is not None and row.high is not None:
             width += ((row.high - row.low) / 2 / max(1 - chance, 1e-9)) ** 2
     half = width**0.5
-    return Estimate.of(difference, n, low=difference - half, high=difference + half, null=0.0)
+    # Two-sided, by the normal law whose 95 % interval this is; for the maximum over layers after Bonferroni.
+    z = 1.96 * abs(difference) / half if half > 0 else math.inf
+    p = min(1.0, num_layers * math.erfc(z / math.sqrt(2)))
+    return Estimate.of(difference, n, low=difference - half, high=difference + half, null=0.0, p_adjusted=p)

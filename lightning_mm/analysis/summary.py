@@ -38,14 +38,15 @@ class ProfileSummary:
     Args:
         peak_layer: Layer of the highest value, or of the lowest where ``measure_catalog.Measure.seek`` is min.
         peak: Its row.
-        plateau: First and last layer of the run of layers around the peak whose intervals reach the peak's value.
+        plateau: First and last layer of the run of layers around the peak whose intervals reach the peak's value; None
+            where the peak is not clear of chance: a maximum that chance gives has no plateau.
         half: First and last layer of the run around the peak that keeps half of its height above chance (above the
             profile's lowest value where chance is not known).
     """
 
     peak_layer: int
     peak: LayerRow
-    plateau: tuple[int, int]
+    plateau: tuple[int, int] | None
     half: tuple[int, int]
 
     def share_trained(self, trained: Collection[int]) -> float:
@@ -78,7 +79,9 @@ def summarize_profile(profile: Mapping[int, LayerRow]) -> ProfileSummary | None:
         end = rows[layer].high if sign > 0 else rows[layer].low
         return height[layer] if end is None else sign * end
 
-    plateau = _consecutive(peak_layer, {layer for layer in rows if reach(layer) >= height[peak_layer]})
+    plateau = None
+    if peak.is_clear is not False:
+        plateau = _consecutive(peak_layer, {layer for layer in rows if reach(layer) >= height[peak_layer]})
     return ProfileSummary(peak_layer, peak, plateau, _consecutive(peak_layer, {x for x in rows if height[x] >= half}))
 
 
@@ -97,10 +100,12 @@ def summary_metrics(found: Findings, trained: Collection[int]) -> dict[str, floa
         facts: dict[metric_names.LayerFact, float] = {
             "peak_layer": float(summary.peak_layer),
             "peak": summary.peak.value,
-            "plateau_low": float(summary.plateau[0]),
-            "plateau_high": float(summary.plateau[1]),
             "in_trained_range": summary.share_trained(trained),
         }
+        if summary.plateau is not None:
+            facts |= {"plateau_low": float(summary.plateau[0]), "plateau_high": float(summary.plateau[1])}
+        if summary.peak.is_clear is not None:
+            facts["peak_clear"] = float(summary.peak.is_clear)
         metrics |= {metric_names.layer_metric(name, site, what): value for what, value in facts.items()}
     return metrics
 

@@ -9,6 +9,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 
+LEVEL = 0.05
+"""Largest adjusted p-value of a value that is called clear of chance."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -21,6 +24,8 @@ class Estimate:
         null: Expected value under the null hypothesis (chance level); None where it is not known.
         null_low: Lower end of the band that holds 95 % of the null distribution; None where it is not known.
         null_high: Upper end of that band; None where it is not known.
+        p_adjusted: Probability, if the null holds in all layers, of a value this far beyond it in any of them; None
+            where it is not known.
         n: Number of samples; None only in rows of a file that does not say.
         k: Number of neighbors, classes or components it was computed with; None for a measure without such a number.
         undefined: Why there is no value; empty where there is one.
@@ -34,6 +39,7 @@ class Estimate:
     null: float | None = None
     null_low: float | None = None
     null_high: float | None = None
+    p_adjusted: float | None = None
     n: int | None = None
     k: int | None = None
     undefined: str = ""
@@ -67,6 +73,22 @@ class Estimate:
             'constant: all 240 samples coincide'
         """
         return cls(None, n=n, undefined=reason)
+
+    @property
+    def is_clear(self) -> bool | None:
+        """Whether the value is clear of chance: over all layers together where that is known, else by itself.
+
+        By itself it is clear where its interval and the band of the null are apart. None where there is no value, no
+        null or no interval.
+        """
+        if self.value is None or self.null is None:
+            return None
+        if self.p_adjusted is not None:
+            return self.p_adjusted <= LEVEL
+        if self.low is None or self.high is None:
+            return None
+        null_low, null_high = (self.null if end is None else end for end in (self.null_low, self.null_high))
+        return self.low > null_high or self.high < null_low
 
     def noted(self, *notes: str) -> "Estimate":
         """A copy with further notes; empty ones are left out."""

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from lightning_mm.probes.cross_entropy import LogisticProblems, ProbeFeatures
 from lightning_mm.probes.logistic import fit_problems, num_logits
+from lightning_mm.probes.refits import CrossFit
 
 NUM_FOLDS = 5
 MIN_GROUPS = 10
@@ -198,6 +199,7 @@ class CrossValPredictions:
         frequency: (T, A, M, K) class frequencies in the training data of each sample's probe.
         c: (L, T, F) the selected C.
         unconverged: (L, T) share of the predicting probes that have not converged.
+        refits: What refits of each target need; empty where a single fold is tested.
     """
 
     rows: Tensor
@@ -206,6 +208,7 @@ class CrossValPredictions:
     frequency: Tensor
     c: Tensor
     unconverged: Tensor
+    refits: tuple[CrossFit, ...]
 
 
 def cross_val_predict(
@@ -232,14 +235,20 @@ def cross_val_predict(
     features = ProbeFeatures.of(x_LND, standardize=True)
     fits = _CrossValidation(features, targets_TAN, num_classes, test_TFN, validation_TFN)
     c_LTF = fits.select_c(c_values)
-    log_p_LTAMK, unconverged_LT = fits.predict(c_LTF, rows_M)
+    # Cross-fitted, all samples are tested: refits start from each probe's predictions for its training samples.
+    log_p_LTFAMK, unconverged_LT = fits.predict(c_LTF, rows_M)
+    held_out_LTAMK = torch.where(test_TFN[:, :, None, rows_M, None], log_p_LTFAMK, 0.0).sum(2)
+    refits = [
+        CrossFit(features.x, log_p_LTFAMK[:, target], targets_TAN[target], fold_TN[target], c_LTF[:, target])
+        for target in range(len(targets_TAN) if num_test_folds == NUM_FOLDS else 0)
+    ]
     classes_K = torch.arange(num_classes, device=x_LND.device)
     is_class_TANK = (targets_TAN[..., None] == classes_K).double()
     train_TFN = (~test_TFN).double()
     frequency_TAFK = torch.einsum("tank,tfn->tafk", is_class_TANK, train_TFN / train_TFN.sum(2, keepdim=True))
     fold_TM = fold_TN[:, rows_M]
     frequency_TAMK = torch.stack([row[:, fold] for row, fold in zip(frequency_TAFK, fold_TM, strict=True)])
-    return CrossValPredictions(rows_M, fold_TM, log_p_LTAMK, frequency_TAMK, c_LTF, unconverged_LT)
+    return CrossValPredictions(rows_M, fold_TM, held_out_LTAMK, frequency_TAMK, c_LTF, unconverged_LT, tuple(refits))
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,10 +284,10 @@ class _CrossValidation:
         return c_V[gain_LVTF.argmax(1)]
 
     def predict(self, c_LTF: Tensor, rows_M: Tensor) -> tuple[Tensor, Tensor]:
-        """(L, T, A, M, K) log-probabilities of tested samples, and (L, T) share of unconverged probes."""
+        """(L, T, F, A, M, K) log-probabilities of samples by each probe, and (L, T) share of unconverged probes."""
         tasks = self.targets.shape[1]
         c_LP = c_LTF[..., None].expand(*c_LTF.shape, tasks).flatten(1)
         probes = fit_problems(self.features, self._problems(~self.test, c_LP, 1), standardize=True)
         log_p_LTFAMK = probes.log_probabilities(self.features.x[:, rows_M]).unflatten(1, (*c_LTF.shape[1:], tasks))
         unconverged_LT = 1 - probes.converged.double().unflatten(1, (len(c_LTF[0]), -1)).mean(2)
-        return torch.where(self.test[:, :, None, rows_M, None], log_p_LTFAMK, 0.0).sum(2), unconverged_LT
+        return log_p_LTFAMK, unconverged_LT

@@ -1,24 +1,23 @@
-"""Uncertainty of scores: bootstrap intervals, null bands, peak layers and multiple testing over layers.
+"""Uncertainty of scores: bootstrap intervals, null bands, peak layers and their judgement over all layers.
 
-Data flow: scores (L,) and their bootstrap draws (L, B) -> Estimates; draws -> the peak layer with its interval;
-p-values of all layers -> false discovery rates.
+Data flow: scores (L,) and their bootstrap draws (L, B) -> Estimates; draws -> the peak layer with its interval; draws
+under the null -> p-values, adjusted for the maximum over all layers.
 
-Shapes: L layers, N samples, M samples of a stratum, A tasks or labels, B draws.
+Shapes: L layers, B draws.
 """
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.resampling import t_quantile
 
 CONFIDENCE = 0.95
-
-_ENTRIES = 1 << 24
-"""Permuted labels that are scored at once: 64 MB."""
 
 
 def percentile_interval(draws_LB: Tensor) -> Tensor:
@@ -65,66 +64,58 @@ def bootstrap_estimates(
     return found
 
 
-def normal_null_band(null: float, spread: float) -> dict[str, float]:
-    """The null fields of an Estimate for a normal null with this mean and standard deviation, clipped to [0, 1]."""
-    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
-    return {"null": null, "null_low": max(0.0, null - reach), "null_high": min(1.0, null + reach)}
+def widened(score_L: Tensor, draws_LB: Tensor, training_L: Tensor, groups: int) -> Tensor:
+    """(L, B) draws around the score, with the spread that probes held fixed, and few groups, do not show.
 
-
-def p_value(value: float, null: float, spread: float) -> float:
-    """Probability of a value as high under a normal null; 1 where its standard deviation is 0."""
-    if math.isnan(value) or math.isnan(spread):
-        return math.nan
-    return 1 - NormalDist(null, spread).cdf(value) if spread > 0 else 1.0
-
-
-def permuted_auroc(
-    scores_LAN: Tensor, truth_AN: Tensor, strata_N: Tensor, groups_N: Tensor, draws: int, seed: int
-) -> Tensor:
-    """(L, B) mean AUROC over tasks with labels permuted among the groups of each stratum, a group's labels together.
-
-    For {0, 1} predictions the AUROC is the balanced accuracy.
+    Draws of G groups have (G - 1) / G of the variance, and a normal quantile for Student's t with G - 1 degrees of
+    freedom.
 
     Args:
-        scores_LAN: Higher means positive.
-        truth_AN: {0, 1} labels.
-        strata_N: Labels are permuted, and pairs are ranked, within a stratum only.
-        groups_N: Group ids.
-        draws: B.
-        seed: Seed of the permutations.
+        score_L: Values.
+        draws_LB: Values for resampled groups, with the probes held fixed.
+        training_L: Variance by the draw of the training samples.
+        groups: G, number of independent groups.
     """
-    generator = torch.Generator().manual_seed(seed)
-    right_LBA = pairs_A = scores_LAN.new_zeros(())
-    at_once = max(1, _ENTRIES // truth_AN.numel())
-    for stratum in torch.unique(strata_N):
-        rows = torch.where(strata_N == stratum)[0]
-        ids_G, group_N = torch.unique(groups_N[rows.to(groups_N.device)].cpu(), return_inverse=True)
-        key_BN = torch.rand(draws, len(ids_G), generator=generator)[:, group_N]
-        permuted_BN = torch.empty_like(key_BN, dtype=torch.long)
-        sorted_N = torch.argsort(group_N, stable=True)
-        permuted_BN[:, sorted_N] = torch.argsort(key_BN[:, sorted_N], dim=1, stable=True)
-        truth_AM = truth_AN[:, rows][:, sorted_N.to(rows.device)].to(scores_LAN)
-        positives_A = truth_AM.sum(1)
-        ranks_LAN = mid_ranks(scores_LAN[..., rows])
-        parts = [
-            torch.einsum("abn,lan->lba", truth_AM[:, part_BN], ranks_LAN)
-            for part_BN in permuted_BN.to(rows.device).split(at_once)
-        ]
-        right_LBA = right_LBA + torch.cat(parts, 1) - positives_A * (positives_A + 1) / 2
-        pairs_A = pairs_A + positives_A * (len(rows) - positives_A)
-    return (right_LBA / pairs_A).nanmean(2)
+    centered_LB = draws_LB - draws_LB.nanmean(1, keepdim=True)
+    few = t_quantile(groups - 1) / NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * math.sqrt(groups / (groups - 1))
+    variance_L = centered_LB.square().nanmean(1)
+    wider_L = torch.where(variance_L > 0, 1 + training_L / variance_L, 1.0).sqrt()
+    return score_L[:, None] + centered_LB * (few * wider_L)[:, None]
 
 
-def mid_ranks(scores: Tensor) -> Tensor:
-    """(..., N) ranks from 1; ties are averaged.
+def with_null(found: Estimate, null: float, spread: float | None) -> Estimate:
+    """The estimate with its chance level, and the band of a normal null with this standard deviation, if it is known.
 
-    Example:
-        >>> mid_ranks(torch.tensor([0.3, 0.1, 0.3]))
-        tensor([2.5000, 1.0000, 2.5000])
+    The band is clipped to [0, 1].
     """
-    ordered = scores.sort(-1).values.contiguous()
-    below = torch.searchsorted(ordered, scores.contiguous())
-    return (below + torch.searchsorted(ordered, scores.contiguous(), right=True) + 1).to(scores) / 2
+    if spread is None:
+        return replace(found, null=null)
+    reach = NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * spread
+    return replace(found, null=null, null_low=max(0.0, null - reach), null_high=min(1.0, null + reach))
+
+
+def max_t_p_values(found: Sequence[Estimate], null_draws_LB: Tensor) -> list[Estimate]:
+    """The estimates with their p-values, adjusted for the maximum over all layers (Westfall and Young 1993, max-T).
+
+    A layer's p-value is the share of draws under the null in which any layer is as many standard deviations above its
+    chance level: the best of thirty layers is judged as the best of thirty.
+
+    Args:
+        found: One Estimate per layer.
+        null_draws_LB: Draws under the null, of the same exchanges of labels in all layers; NaN where undefined.
+    """
+    null_L = torch.tensor([math.nan if one.null is None else one.null for one in found]).to(null_draws_LB)
+    value_L = torch.tensor([math.nan if one.value is None else one.value for one in found]).to(null_draws_LB)
+    spread_L = null_draws_LB.std(1)
+    # A layer whose score is the same for all labels has nothing to say of them.
+    above_L = torch.where(spread_L > 0, (value_L - null_L) / spread_L, 0.0)
+    above_LB = torch.where(spread_L[:, None] > 0, (null_draws_LB - null_L[:, None]) / spread_L[:, None], 0.0)
+    most_B = above_LB.nan_to_num(nan=-math.inf).amax(0)
+    beaten_L = (most_B >= above_L[:, None] - 1e-9).sum(1)
+    return [
+        one if one.undefined else replace(one, p_adjusted=(beaten + 1) / (len(most_B) + 1))
+        for one, beaten in zip(found, beaten_L.tolist(), strict=True)
+    ]
 
 
 def peak(found: Sequence[Estimate], draws_LB: Tensor) -> tuple[int, int, int] | None:
@@ -163,21 +154,3 @@ def plateau(found: Sequence[Estimate]) -> tuple[int, int] | None:
     while last + 1 < len(found) and reaches[last + 1]:
         last += 1
     return first, last
-
-
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
-    """Adjusted p-values: the false discovery rate at which each test is significant; NaN stays NaN.
-
-    Benjamini and Hochberg 1995.
-
-    Example:
-        >>> [round(q, 3) for q in benjamini_hochberg([0.01, 0.04, 0.03, 0.5])]
-        [0.04, 0.053, 0.053, 0.5]
-    """
-    tests = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    rates, least = [math.nan] * len(p_values), 1.0
-    for rank in range(len(tests), 0, -1):
-        p, index = tests[rank - 1]
-        least = min(least, p * len(tests) / rank)
-        rates[index] = least
-    return rates

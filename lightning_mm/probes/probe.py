@@ -105,7 +105,7 @@ def probe(
         return task.result(x_LMD, compression).without(problems, n)
 
     result = ProbeResult.concatenate(map_layer_blocks(probe_block, len(x_LND), x_LND.device))
-    return result.map(lambda row: [one.noted(learnable.note) for one in row])
+    return result.map(lambda row: [one.noted(learnable.note) for one in row]).judged()
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class _ProbeTask:
             name: note_unconverged([one.noted(note) for one in row], found.unconverged[:, 0])
             for name, row in true.scores.items()
         }
-        result = ProbeResult(scores, true.draws, true.p_values, found.c[:, 0])
+        result = ProbeResult(scores, true.draws, true.null_draws, found.c[:, 0])
         if control:
             rows = self._selectivity(true, control[0])
             of_control, selectivity = (note_unconverged(row, found.unconverged.amax(1)) for row in rows)
@@ -187,6 +187,7 @@ class _ProbeTask:
             truth=self.targets[target][:, found.rows],
             fold=found.fold[target],
             groups=self.groups[found.rows.cpu()],
+            refits=found.refits[target] if found.refits else None,
         )
         return multiclass_scores(tested, self.seed) if self.is_multiclass else multilabel_scores(tested, self.seed)
 

@@ -19,9 +19,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lightning_mm.core.estimate import Estimate, values
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.probes import intervals, scores
 from lightning_mm.probes.cross_validation import bootstrap_weights, num_groups
+from lightning_mm.probes.exchange import exchanged_rows, label_ids
+from lightning_mm.probes.refits import CrossFit
 
 MULTINOMIAL_SCORES = ("accuracy", "balanced_accuracy", "macro_f1", "nll", "information", "calibration_error")
 MULTILABEL_SCORES = ("auroc", "balanced_accuracy", "average_precision")
@@ -30,8 +32,18 @@ MULTILABEL_SCORES = ("auroc", "balanced_accuracy", "average_precision")
 _DRAWS = 1000
 """Bootstrap draws of the intervals."""
 
-_CHANCE_DRAWS = 200
-"""Label permutations of the null."""
+_TRAINING_DRAWS = 50
+"""Draws of the training samples, and as many opposite ones, for the variance by what the probes are trained on."""
+
+_TRAINING_STEP = 0.8336
+"""Share of a draw's change of the training weights that is applied, t with arctan(t) = t^2.
+
+A score that is linear in the predictions has the same variance per step for any. Right answers turn at once: for logits
+that are normal about zero the variance over the draws is arctan(t) / (2 pi), that of first order t^2 / (2 pi).
+"""
+
+_NULL_DRAWS = 200
+"""Exchanges of the labels for the null."""
 
 _RANGES = {"nll": (0.0, math.inf), "information": (-math.inf, math.inf)}
 """Ranges of scores that are not in [0, 1]."""
@@ -53,6 +65,7 @@ class HeldOutPredictions:
         truth: (A, M) class ids.
         fold: (M,) test fold of each sample: the samples of one fold are predicted by one set of probes.
         groups: (M,) group ids.
+        refits: The cross-fitted probes; None where a single part is tested.
     """
 
     log_p: Tensor
@@ -60,15 +73,7 @@ class HeldOutPredictions:
     truth: Tensor
     fold: Tensor
     groups: Tensor
-
-    @property
-    def null_inflation(self) -> float:
-        """Factor on the standard deviation of cross-fitted scores under the null, against a single test fold.
-
-        Under the null a linear probe is right about a sample as far as others of its label resemble it. Cross-fitted,
-        each pair of samples contributes twice, once each way: twice the variance.
-        """
-        return 1.0 if len(torch.unique(self.fold)) == 1 else math.sqrt(2)
+    refits: CrossFit | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,24 +83,42 @@ class ScoreSummary:
     Args:
         scores: One Estimate per layer, by name.
         draws: (L, B) bootstrap draws of the main score.
-        p_values: Per layer, probability of a main score as high under the null.
+        null_draws: (L, B) draws of the main score under the null.
     """
 
     scores: dict[str, LayerEstimates]
     draws: Tensor
-    p_values: list[float]
+    null_draws: Tensor
+
+
+Table = Callable[[Tensor, Tensor], Mapping[str, Score]]
+"""(L, A, M, K) log-probabilities and (A, M) class ids -> scores by name."""
 
 
 def multiclass_scores(tested: HeldOutPredictions, seed: int) -> ScoreSummary:
-    """Scores of one task with K classes; ``seed`` is that of the bootstrap."""
-    log_p_LMK, labels_M = tested.log_p[:, 0], tested.truth[0]
-    predicted_LM, (n, k) = log_p_LMK.argmax(2), log_p_LMK.shape[1:]
-    share_K = torch.bincount(labels_M, minlength=k).double() / n
-    majority, entropy = float(share_K.max()), float(torch.special.entr(share_K).sum())
-    # Samples of a group with the same label are predicted alike, right or wrong: they are one trial.
-    trials = torch.unique(torch.stack([tested.groups.to(labels_M.device), labels_M]), dim=1).shape[1]
-    spread = tested.null_inflation * math.sqrt(majority * (1 - majority) / trials)
-    table = {
+    """Scores of one task with K classes; ``seed`` is that of all draws."""
+    n, k = tested.log_p.shape[2:]
+    share_K = torch.bincount(tested.truth[0], minlength=k).double() / n
+    levels = {
+        "accuracy": float(share_K.max()),
+        "balanced_accuracy": 1 / k,
+        "nll": float(torch.special.entr(share_K).sum()),
+        "information": 0.0,
+    }
+    return _summary(_class_scores, tested, levels, k, seed)
+
+
+def multilabel_scores(tested: HeldOutPredictions, seed: int) -> ScoreSummary:
+    """Means over A labels of the scores of each; ``seed`` is that of all draws."""
+    frequent = float(tested.truth.double().mean())
+    levels = {"auroc": 0.5, "balanced_accuracy": 0.5, "average_precision": frequent}
+    return _summary(partial(_label_scores, tested), tested, levels, len(tested.truth), seed)
+
+
+def _class_scores(log_p_LAMK: Tensor, truth_AM: Tensor) -> Mapping[str, Score]:
+    log_p_LMK, labels_M = log_p_LAMK[:, 0], truth_AM[0]
+    predicted_LM, k = log_p_LMK.argmax(2), log_p_LMK.shape[2]
+    return {
         "accuracy": partial(scores.accuracy, predicted_LM, labels_M),
         "balanced_accuracy": partial(scores.balanced_accuracy, predicted_LM, labels_M, k),
         "macro_f1": partial(scores.macro_f1, predicted_LM, labels_M, k),
@@ -103,43 +126,17 @@ def multiclass_scores(tested: HeldOutPredictions, seed: int) -> ScoreSummary:
         "information": partial(scores.v_information, log_p_LMK, labels_M),
         "calibration_error": partial(scores.calibration_error, log_p_LMK, labels_M),
     }
-    nulls = {
-        "accuracy": intervals.normal_null_band(majority, spread),
-        "balanced_accuracy": {"null": 1 / k},
-        "nll": {"null": entropy},
-        "information": {"null": 0.0},
-    }
-    found, draws_LB = _estimates(table, [nulls] * len(log_p_LMK), tested, k, seed)
-    return ScoreSummary(found, draws_LB, [intervals.p_value(v, majority, spread) for v in values(found["accuracy"])])
 
 
-def multilabel_scores(tested: HeldOutPredictions, seed: int) -> ScoreSummary:
-    """Means over A labels of the scores of each; ``seed`` is that of the bootstrap and of the null."""
-    score_LAM = tested.log_p[..., 1] - tested.log_p[..., 0]
-    called_LAM = (tested.log_p[..., 1] > tested.frequency[..., 1].log()).long()
+def _label_scores(tested: HeldOutPredictions, log_p_LAMK: Tensor, truth_AM: Tensor) -> Mapping[str, Score]:
+    score_LAM = log_p_LAMK[..., 1] - log_p_LAMK[..., 0]
+    called_LAM = (log_p_LAMK[..., 1] > tested.frequency[..., 1].log()).long()
     by_fold = {"strata_N": tested.fold}
-    table = {
-        "auroc": _label_mean(partial(scores.auroc, **by_fold), score_LAM, tested.truth),
-        "balanced_accuracy": _label_mean(partial(scores.balanced_accuracy, num_classes=2), called_LAM, tested.truth),
-        "average_precision": _label_mean(partial(scores.average_precision, **by_fold), score_LAM, tested.truth),
+    return {
+        "auroc": _label_mean(partial(scores.auroc, **by_fold), score_LAM, truth_AM),
+        "balanced_accuracy": _label_mean(partial(scores.balanced_accuracy, num_classes=2), called_LAM, truth_AM),
+        "average_precision": _label_mean(partial(scores.average_precision, **by_fold), score_LAM, truth_AM),
     }
-    permuted = partial(intervals.permuted_auroc, truth_AN=tested.truth, strata_N=tested.fold, groups_N=tested.groups)
-    ranked_L, called_L = (
-        (permuted(found.float(), draws=_CHANCE_DRAWS, seed=seed).std(1) * tested.null_inflation).tolist()
-        for found in (score_LAM, called_LAM)
-    )
-    frequent = {"null": float(tested.truth.double().mean())}
-    nulls = [
-        {
-            "auroc": intervals.normal_null_band(0.5, ranked),
-            "balanced_accuracy": intervals.normal_null_band(0.5, called),
-            "average_precision": frequent,
-        }
-        for ranked, called in zip(ranked_L, called_L, strict=True)
-    ]
-    found, draws_LB = _estimates(table, nulls, tested, len(tested.truth), seed)
-    pairs = zip(values(found["auroc"]), ranked_L, strict=True)
-    return ScoreSummary(found, draws_LB, [intervals.p_value(value, 0.5, spread) for value, spread in pairs])
 
 
 def _label_mean(score: Callable[..., Tensor], values_LAM: Tensor, truth_AM: Tensor) -> Score:
@@ -152,27 +149,84 @@ def _label_mean(score: Callable[..., Tensor], values_LAM: Tensor, truth_AM: Tens
     return mean
 
 
-def _estimates(
-    table: Mapping[str, Score],
-    nulls: Sequence[Mapping[str, dict[str, float]]],
-    tested: HeldOutPredictions,
-    k: int,
-    seed: int,
-) -> tuple[dict[str, LayerEstimates], Tensor]:
-    """Every score with its interval and each layer's null fields, and the bootstrap draws of the first score."""
+def _summary(table: Table, tested: HeldOutPredictions, levels: Mapping[str, float], k: int, seed: int) -> ScoreSummary:
+    """Every score with its interval, chance level and, where it is drawn, chance band.
+
+    Args:
+        table: The scores.
+        tested: Predictions.
+        levels: Chance level by name.
+        k: Number of classes or labels.
+        seed: Seed of all draws.
+    """
+    found, groups, spreads = table(tested.log_p, tested.truth), num_groups(tested.groups), _spreads(table, tested, seed)
     weights_BM = bootstrap_weights(tested.groups, _DRAWS, seed).to(tested.fold.device)
-    draws = {name: score(weights_BM) for name, score in table.items()}
-    found, groups = {}, num_groups(tested.groups)
-    for name, score in table.items():
-        least, most = _RANGES.get(name, (0.0, 1.0))
+    null_draws = {name: torch.stack([each.null[name] for each in spreads]) for name in spreads[0].null}
+    rows, draws = {}, {}
+    for name, score in found.items():
+        value_L, (least, most) = score(None), _RANGES.get(name, (0.0, 1.0))
+        training_L = torch.stack([each.training.get(name, torch.zeros(())) for each in spreads]).to(value_L)
+        draws[name] = intervals.widened(value_L, score(weights_BM), training_L, groups)
         plain = intervals.bootstrap_estimates(
-            score(None), draws[name], n=len(tested.groups), k=k, groups=groups, least=least, most=most
+            value_L, draws[name], n=len(tested.groups), k=k, groups=groups, least=least, most=most
         )
-        found[name] = [
-            one if one.undefined else replace(one, **null.get(name, {}))  # type: ignore[arg-type]
-            for one, null in zip(plain, nulls, strict=True)
+        width_L = null_draws[name].std(1).tolist() if name in null_draws else [None] * len(plain)
+        rows[name] = [
+            one if one.undefined or name not in levels else intervals.with_null(one, levels[name], width)
+            for one, width in zip(plain, width_L, strict=True)
         ]
-    return found, next(iter(draws.values()))
+    main = next(iter(found))
+    centered_LB = null_draws[main] - null_draws[main].mean(1, keepdim=True)
+    return ScoreSummary(rows, draws[main], centered_LB + levels[main])
+
+
+@dataclass(frozen=True)
+class _Spread:
+    """What one layer's scores spread by, beside the draw of the tested samples.
+
+    Args:
+        training: () variance of each score over draws of the training samples, tested on the same; empty for one part.
+        null: (B,) draws with exchanged labels of the main score and the balanced accuracy.
+    """
+
+    training: dict[str, Tensor]
+    null: dict[str, Tensor]
+
+
+def _spreads(table: Table, tested: HeldOutPredictions, seed: int) -> list[_Spread]:
+    """Of each layer, by the same draws in all.
+
+    Every sample of a cross-fitted probe is tested once and trains the other probes. The bootstrap with the probes held
+    fixed has the variance by the first, which adds to that by the second. A single test part is independent of what its
+    probes were trained on: they stay as they are, and the first is all of the variance but that of how good a probe the
+    training samples make. That is small: near its optimum a probe is hardly better or worse for a small change.
+    """
+    rows_BM = exchanged_rows(label_ids(tested.truth), tested.groups, tested.fold, _NULL_DRAWS, seed)
+    rows_BM = rows_BM.to(tested.fold.device)
+    change_BM = _TRAINING_STEP * (bootstrap_weights(tested.groups, _TRAINING_DRAWS, seed + 1) - 1)
+    change_BM = change_BM.to(tested.fold.device)
+    both_BM = torch.cat([change_BM, -change_BM])
+    found = []
+    for layer, log_p_AMK in enumerate(tested.log_p):
+        training, null_BAMK = {}, log_p_AMK.expand(len(rows_BM), *log_p_AMK.shape)
+        if tested.refits is not None:
+            probes = tested.refits.layer(layer)
+            retrained = table(probes.reweighted(both_BM), tested.truth)
+            training = {name: _odd_variance(score(None)) for name, score in retrained.items()}
+            null_BAMK = probes.relabeled(rows_BM)
+        exchanged = table(null_BAMK, tested.truth[:, rows_BM])
+        names = (next(iter(exchanged)), "balanced_accuracy")
+        found.append(_Spread(training, {name: exchanged[name](None) for name in names}))
+    return found
+
+
+def _odd_variance(score_B: Tensor) -> Tensor:
+    """() variance of the part that changes its sign with the changes of the weights: draws, then their opposites.
+
+    What does not is no effect of single samples but of the draws' own size: predictions near the boundary turn.
+    """
+    drawn_B, opposite_B = score_B.chunk(2)
+    return ((drawn_B - opposite_B) / (2 * _TRAINING_STEP)).var()
 
 
 def note_unconverged(row: LayerEstimates, share_L: Tensor) -> LayerEstimates:
@@ -195,7 +249,8 @@ class ProbeResult:
     Args:
         scores: One Estimate per layer, by name (module docstring). The first is the main one: accuracy or auroc.
         draws: (L, B) bootstrap draws of the main score, the same groups in all layers; NaN where undefined.
-        p_values: Per layer, probability of a main score as high under the null; NaN where undefined.
+        null_draws: (L, B) draws of the main score under the null, the same exchanges of labels in all layers; NaN where
+            undefined.
         c: (L, F) the selected C; NaN where undefined.
         control: Main score of the control task; None if it was not requested.
         selectivity: Main score minus control; None if it was not requested.
@@ -204,7 +259,7 @@ class ProbeResult:
 
     scores: Mapping[str, LayerEstimates]
     draws: Tensor
-    p_values: list[float]
+    null_draws: Tensor
     c: Tensor
     control: LayerEstimates | None = None
     selectivity: LayerEstimates | None = None
@@ -216,14 +271,27 @@ class ProbeResult:
         return next(iter(self.scores.values()))
 
     @property
+    def p_values(self) -> list[float]:
+        """Per layer, probability under the null of a main score this high in any layer; NaN if undefined."""
+        return [math.nan if one.p_adjusted is None else one.p_adjusted for one in self.estimates]
+
+    def judged(self) -> "ProbeResult":
+        """A copy whose main score has its p-value, adjusted for all layers: see ``intervals.max_t_p_values``."""
+        main, adjusted = next(iter(self.scores)), intervals.max_t_p_values(self.estimates, self.null_draws)
+        return replace(self, scores={**self.scores, main: adjusted})
+
+    @property
     def peak(self) -> tuple[int, int, int] | None:
         """Peak layer of the main score and its interval: see ``intervals.peak``."""
         return intervals.peak(self.estimates, self.draws)
 
     @property
     def plateau(self) -> tuple[int, int] | None:
-        """First and last layer of the plateau of the main score: see ``intervals.plateau``."""
-        return intervals.plateau(self.estimates)
+        """First and last layer of the plateau of the main score: see ``intervals.plateau``.
+
+        None where no layer is clear of chance: a maximum that chance gives has no plateau.
+        """
+        return intervals.plateau(self.estimates) if any(one.is_clear for one in self.estimates) else None
 
     @classmethod
     def undefined(cls, names: Sequence[str], row: LayerEstimates, *, control: bool, compression: bool) -> "ProbeResult":
@@ -235,8 +303,8 @@ class ProbeResult:
             control: Whether the control task was requested.
             compression: Whether the compression was requested.
         """
-        empty, nan, of_control = torch.full((len(row), 1), math.nan), [math.nan] * len(row), row if control else None
-        return cls(dict.fromkeys(names, row), empty, nan, empty, of_control, of_control, row if compression else None)
+        empty, of_control = torch.full((len(row), 1), math.nan), row if control else None
+        return cls(dict.fromkeys(names, row), empty, empty, empty, of_control, of_control, row if compression else None)
 
     @classmethod
     def concatenate(cls, blocks: Sequence["ProbeResult"]) -> "ProbeResult":
@@ -249,7 +317,7 @@ class ProbeResult:
         return cls(
             scores={name: [one for block in blocks for one in block.scores[name]] for name in first.scores},
             draws=torch.cat([block.draws for block in blocks]),
-            p_values=[p for block in blocks for p in block.p_values],
+            null_draws=torch.cat([block.null_draws for block in blocks]),
             c=torch.cat([block.c for block in blocks]),
             control=join([block.control for block in blocks]),
             selectivity=join([block.selectivity for block in blocks]),
@@ -277,6 +345,7 @@ class ProbeResult:
             return [Estimate.undefined_because(problem, n) if problem else one for problem, one in pairs]
 
         undefined_L1 = torch.tensor([bool(problem) for problem in problems], device=self.draws.device)[:, None]
-        p_values = [math.nan if problem else p for problem, p in zip(problems, self.p_values, strict=True)]
-        draws, c = (torch.where(undefined_L1, math.nan, found) for found in (self.draws, self.c))
-        return replace(self.map(masked), draws=draws, c=c, p_values=p_values)
+        draws, null_draws, c = (
+            torch.where(undefined_L1, math.nan, found) for found in (self.draws, self.null_draws, self.c)
+        )
+        return replace(self.map(masked), draws=draws, null_draws=null_draws, c=c)

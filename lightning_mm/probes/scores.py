@@ -3,7 +3,8 @@
 Without a value (recall of a class that does not occur, ranking without positives) a score is NaN.
 
 Data flow: predictions (L, N) or log-probabilities (L, N, K) and labels (N,) -> scores (L,). With ``weights`` (B, N),
-how often each sample occurs in each of B draws, the scores are (L, B); with None all samples count once.
+how often each sample occurs in each of B draws, the scores are (L, B); with None all samples count once, and the labels
+of accuracy, balanced accuracy and AUROC may be (L, N).
 
 Shapes: L layers, N samples, M samples of a stratum, K classes, B draws, P positives, Q negatives.
 """
@@ -25,7 +26,8 @@ def _weighted_sum(values_LN: Tensor, weights: Tensor) -> Tensor:
 
 
 def _weights_or_ones(weights: Tensor | None, labels_N: Tensor) -> Tensor:
-    return torch.ones(len(labels_N), dtype=torch.float64, device=labels_N.device) if weights is None else weights
+    ones = torch.ones(labels_N.shape[-1], dtype=torch.float64, device=labels_N.device)
+    return ones if weights is None else weights
 
 
 def accuracy(predicted_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -105,7 +107,8 @@ def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, st
         weights: (B, N) or (N,) counts of the samples; None: 1.
         strata_N: Only pairs of the same stratum count, as scores of different models are not comparable. None: all.
     """
-    weights = _weights_or_ones(weights, labels_N)
+    if weights is None:
+        return _unweighted_auroc(scores_LN, labels_N, strata_N)
     right = pairs = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
         positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
@@ -114,17 +117,54 @@ def auroc(scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, st
     return (right / pairs).view(-1, *weights.shape[:-1])
 
 
+def _unweighted_auroc(scores_LN: Tensor, labels_N: Tensor, strata_N: Tensor | None) -> Tensor:
+    """(L,) by the ranks of the positives (Mann and Whitney 1947)."""
+    right = pairs = torch.zeros((), dtype=torch.float64, device=scores_LN.device)
+    for rows in _strata_rows(strata_N, labels_N):
+        positive = (labels_N[..., rows] > 0).double()
+        count = positive.sum(-1)
+        right = right + (mid_ranks(scores_LN[..., rows]) * positive).sum(-1) - count * (count + 1) / 2
+        pairs = pairs + count * (len(rows) - count)
+    return right / pairs
+
+
+def mid_ranks(scores: Tensor) -> Tensor:
+    """(..., N) float64 ranks from 1; ties are averaged.
+
+    Example:
+        >>> mid_ranks(torch.tensor([0.3, 0.1, 0.3])).tolist()
+        [2.5, 1.0, 2.5]
+    """
+    ordered, scores = scores.sort(-1).values.contiguous(), scores.contiguous()
+    below = torch.searchsorted(ordered, scores)
+    return (below + torch.searchsorted(ordered, scores, right=True) + 1).double() / 2
+
+
 def average_precision(
     scores_LN: Tensor, labels_N: Tensor, weights: Tensor | None = None, strata_N: Tensor | None = None
 ) -> Tensor:
     """Mean, over positives, of the precision among all samples scored at least as high; arguments as for ``auroc``."""
-    weights = _weights_or_ones(weights, labels_N)
+    if weights is None:
+        return _unweighted_precision(scores_LN, labels_N, strata_N)
     total = positives = weights.new_zeros(())
     for rows, w_BN in _strata(strata_N, weights):
         positive_M, w_MB = labels_N[rows] > 0, w_BN.T[rows]
         total = total + torch.stack([_precisions(scores_M, positive_M, w_MB) for scores_M in scores_LN[:, rows]])
         positives = positives + w_MB[positive_M].sum(0)
     return (total / positives).view(-1, *weights.shape[:-1])
+
+
+def _unweighted_precision(scores_LN: Tensor, labels_N: Tensor, strata_N: Tensor | None) -> Tensor:
+    """(L,) mean, over positives, of the hits among all samples ranked at least as high."""
+    total, positives = torch.zeros((), dtype=torch.float64, device=scores_LN.device), 0
+    for rows in _strata_rows(strata_N, labels_N):
+        positive_M = labels_N[rows] > 0
+        all_LM = -scores_LN[..., rows]
+        at_LP = all_LM[..., positive_M].sort(-1).values.contiguous()
+        seen_LP = torch.searchsorted(all_LM.sort(-1).values.contiguous(), at_LP, right=True)
+        total = total + (torch.searchsorted(at_LP, at_LP, right=True).double() / seen_LP).sum(-1)
+        positives += int(positive_M.sum())
+    return total / positives if positives else torch.full_like(total, math.nan)
 
 
 def _correct_pairs(scores_M: Tensor, positive_M: Tensor, w_MB: Tensor) -> Tensor:
@@ -150,10 +190,16 @@ def _at_most(at_P: Tensor, values_M: Tensor, w_MB: Tensor) -> Tensor:
 
 def _strata(strata_N: Tensor | None, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The rows of each stratum, and (B, N) weights."""
-    all_rows = torch.arange(weights.shape[-1], device=weights.device)
     w_BN = weights.reshape(-1, weights.shape[-1])
+    for rows in _strata_rows(strata_N, w_BN):
+        yield rows, w_BN
+
+
+def _strata_rows(strata_N: Tensor | None, like_N: Tensor) -> Iterator[Tensor]:
+    """The rows of each stratum; all rows without strata."""
+    all_rows = torch.arange(like_N.shape[-1], device=like_N.device)
     if strata_N is None:
-        yield all_rows, w_BN
+        yield all_rows
         return
     for stratum in torch.unique(strata_N):
-        yield all_rows[strata_N == stratum], w_BN
+        yield all_rows[strata_N == stratum]

@@ -22,7 +22,7 @@ from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.layers import heat_map_figure
 from lightning_mm.report.tables.panels import Panel, TrainedLayers, panels
 
-COLUMNS = ("step", "layer", "measure", "site", "value", "low", "high", "null", "n", "k", "undefined")
+COLUMNS = ("step", "layer", "measure", "site", "value", "low", "high", "null", "p_adjusted", "n", "k", "undefined")
 _MOST_SITES = 4
 
 

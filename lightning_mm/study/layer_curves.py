@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist, fmean
 
+from lightning_mm.core.estimate import LEVEL
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.study.results import StudyResults
 from lightning_mm.study.statistics import holm, smooth_p_value, spearman
@@ -39,7 +40,8 @@ class Peak:
         high: Upper end.
         null: Chance; None where it is not known.
         alike: Layers whose interval holds the value of the peak.
-        clear: Layers that are above chance, at 5 % over all layers together (Bonferroni).
+        clear: Layers that are above chance, at 5 % over all layers together: by their adjusted p-value where layers.csv
+            has one, otherwise by the widths of interval and null band (Bonferroni).
         num_layers: Layers with a value.
     """
 
@@ -78,7 +80,7 @@ def curve(results: StudyResults, arm: str, seeds: Sequence[int], look: str) -> l
     """The mean over seeds of what answers a question about layers; empty where nothing was measured.
 
     The ends of intervals are means too: the pictures are the same in all seeds, so that more seeds do not make the
-    intervals narrower.
+    intervals narrower. A layer's adjusted p-value is the largest of its seeds.
     """
     by_seed = [results.layers(arm, seed) for seed in seeds]
     for measure, site in LOOKS[look]:
@@ -104,7 +106,9 @@ def mean_rows(by_seed: Sequence[Sequence[LayerRow]]) -> list[LayerRow]:
             name: _mean([getattr(row, name) for row in own])
             for name in ("value", "low", "high", "null", "null_low", "null_high")
         }
-        found.append(replace(own[0], **means))  # type: ignore[arg-type]
+        adjusted = [row.p_adjusted for row in own]
+        largest = None if None in adjusted else max(p for p in adjusted if p is not None)
+        found.append(replace(own[0], p_adjusted=largest, **means))  # type: ignore[arg-type]
     return found
 
 
@@ -116,7 +120,7 @@ def peak_of(rows: Sequence[LayerRow]) -> Peak | None:
     best = max(known, key=lambda row: row.value or 0.0)
     assert best.value is not None
     alike = [row.layer for row in known if row.high is not None and row.high >= best.value]
-    clear = [row.layer for row in known if _p_above_chance(row) * len(known) <= 0.05]
+    clear = [row.layer for row in known if _adjusted_p(row, len(known)) <= LEVEL]
     return Peak(
         best.measure,
         best.site,
@@ -129,6 +133,11 @@ def peak_of(rows: Sequence[LayerRow]) -> Peak | None:
         tuple(clear),
         len(known),
     )
+
+
+def _adjusted_p(row: LayerRow, num_layers: int) -> float:
+    """P-value against chance over all layers together."""
+    return _p_above_chance(row) * num_layers if row.p_adjusted is None else row.p_adjusted
 
 
 def _p_above_chance(row: LayerRow) -> float:

@@ -310,7 +310,7 @@ def peaks_table(title: str, found: Findings) -> Table:
     table = Table(title=str(title))
     for column in ("measure", "read at"):
         table.add_column(column, no_wrap=True)
-    for column in ("peak layer", "value", "95 % interval", "chance", "n", "half height"):
+    for column in ("peak layer", "value", "95 % interval", "chance", "clear of it", "n", "half height"):
         table.add_column(column)
     for measure, site in MAIN_PROFILES:
         profile = found.profile(measure, site)
@@ -324,5 +324,7 @@ def peaks_table(title: str, found: Findings) -> Table:
         interval = "" if peak.low is None or peak.high is None else f"{peak.low:.3g} to {peak.high:.3g}"
         null = "" if peak.null is None else f"{peak.null:.3g}"
         half = f"{brief.half[0]} to {brief.half[1]}"
-        table.add_row(measure, site, str(brief.peak_layer), f"{peak.value:.3g}", interval, null, str(peak.n), half)
+        clear = "" if peak.is_clear is None else "yes" if peak.is_clear else "no"
+        value = f"{peak.value:.3g}"
+        table.add_row(measure, site, str(brief.peak_layer), value, interval, null, clear, str(peak.n), half)
     return table

@@ -30,6 +30,29 @@ def test_peak_plateau_and_half_height() -> None:
     assert brief.share_trained([2, 3, 4]) == 2 / 3
 
 
+def test_a_peak_that_chance_gives_has_no_plateau() -> None:
+    findings = found([None, 0.1, 0.13, 0.11])
+    brief = summarize_profile(findings.profile("overlap", "last"))
+    assert brief is not None
+    assert brief.plateau is None
+    told = summary_metrics(findings, [0])
+    assert told["inside/overlap/last/peak_clear"] == 0
+    assert not any("plateau" in key for key in told)
+
+
+def test_a_peak_is_judged_over_all_layers_where_that_is_known() -> None:
+    """Its interval is apart from chance, as that of the best of many layers often is."""
+    findings = Findings(0)
+    estimates = [
+        Estimate(v, n=50, low=v - 0.05, high=v + 0.05, null=0.5, p_adjusted=p) for v, p in ((0.5, 1), (0.6, 0.2))
+    ]
+    findings.add("probing", "objects", "last", estimates)
+    brief = summarize_profile(findings.profile("objects", "last"))
+    assert brief is not None
+    assert brief.plateau is None
+    assert summary_metrics(findings, [0])["inside/objects/last/peak_clear"] == 0
+
+
 def test_drift_peaks_where_least_is_left() -> None:
     brief = summarize_profile(found([1.0, 1.0, 0.4, 0.8], "drift_overlap").profile("drift_overlap", "last"))
     assert brief is not None
@@ -44,6 +67,8 @@ def test_an_undefined_profile_has_no_headline_and_no_metric() -> None:
 
 def test_metrics_are_those_of_the_vocabulary() -> None:
     told = summary_metrics(found([None, 0.1, 0.45, 0.5]), [1, 2])
+    assert told["inside/overlap/last/peak_clear"] == 1
+    assert told["inside/overlap/last/plateau_high"] == 2
     assert told["inside/overlap/last/peak_layer"] == 2
     assert told["inside/overlap/last/in_trained_range"] == 1.0
 

@@ -44,10 +44,26 @@ def test_the_columns_are_the_contracts(tmp_path):
     path = tmp_path / "layers.csv"
     append_layers(path, [of(3, -1, None, undefined="constant", n=240, notes=("ties", "duplicates"))])
     header, line, end = path.read_text().split("\n")
-    assert header == "step,analysis,measure,site,layer,value,low,high,null,null_low,null_high,n,k,undefined,notes"
-    assert line == "3,geometry,cka,last,-1,,,,,,,240,,constant,ties; duplicates"
+    key, numbers = "step,analysis,measure,site,layer", "value,low,high,null,null_low,null_high,p_adjusted,n,k"
+    assert header == f"{key},{numbers},undefined,notes"
+    assert line == "3,geometry,cka,last,-1,,,,,,,,240,,constant,ties; duplicates"
     assert end == ""
     assert header == ",".join(COLUMNS)
+
+
+def test_a_file_without_adjusted_p_values_is_read_and_continued(tmp_path):
+    path = tmp_path / "layers.csv"
+    path.write_text(
+        "step,analysis,measure,site,layer,value,low,high,null,null_low,null_high,n,k,undefined,notes\n"
+        "0,probing,objects,last,3,0.7,0.6,0.8,0.5,0.4,0.6,96,2,,\n"
+    )
+    (old,), bad = read_layers(path)
+    assert (old.p_adjusted, old.n, bad) == (None, 96, 0)
+    assert old.is_clear is False, "by interval and band"
+    new = LayerRow(10, "probing", "objects", "last", 3, 0.7, null=0.5, p_adjusted=0.01, n=96)
+    append_layers(path, [new])
+    assert read_layers(path) == ([old, new], 0)
+    assert new.is_clear
 
 
 def test_a_step_that_is_looked_at_again_is_replaced_and_another_analysis_of_it_stays(tmp_path):
@@ -112,7 +128,7 @@ def test_a_line_that_holds_no_measurement_is_counted_and_the_others_are_read(tmp
 def test_what_is_not_finite_is_undefined_and_never_a_number(tmp_path):
     path = tmp_path / "layers.csv"
     append_layers(path, [of(0, 0, math.nan), of(0, 1, 1.0, low=-math.inf, high=math.nan)])
-    path.write_text(path.read_text() + "0,geometry,cka,last,2,inf,,,,,,,,,\n")
+    path.write_text(path.read_text() + "0,geometry,cka,last,2,inf,,,,,,,,,,\n")
     found, _ = read_layers(path)
     assert [(row.value, row.low, row.high, row.undefined) for row in found] == [
         (None, None, None, "no value"),

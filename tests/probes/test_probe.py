@@ -109,8 +109,10 @@ def test_peak_is_where_the_signal_was_planted() -> None:
     result = probe(x_LND, labels_N, groups_N, kind="multinomial")
     assert result.peak == (2, 2, 2)
     assert result.plateau == (2, 2)
-    assert result.p_values[2] < 1e-6
-    assert min(result.p_values[0], result.p_values[4], result.p_values[5]) > 0.01
+    assert result.p_values[2] < 0.01, "the least that 200 draws can say is 0.005"
+    assert min(result.p_values[0], result.p_values[4], result.p_values[5]) > 0.05
+    assert result.plateau is not None
+    assert [one.is_clear for one in result.estimates][::2] == [False, True, False]
     found = result.estimates[2]
     # The best classifier is right with probability Phi(2) = 0.977; the sd at 240 samples is 0.01.
     assert found.value == pytest.approx(0.977, abs=0.04)
@@ -152,8 +154,8 @@ def test_a_picture_is_never_learned_from_and_tested_on() -> None:
     clean = probe(x_LND, labels_N, groups_N, kind="multinomial", c_values=[1.0]).estimates[0]
     assert leaking.value > 0.9
     assert clean.null_low <= clean.value <= clean.null_high
-    # 60 groups say less than 240 samples, and the band knows it.
-    assert clean.null_high - clean.null_low > 1.9 * (leaking.null_high - leaking.null_low)
+    # 60 groups say less than 240 samples, and the band knows it: twice as wide, within the 5 % error of 200 draws each.
+    assert clean.null_high - clean.null_low > 1.7 * (leaking.null_high - leaking.null_low)
 
 
 @pytest.mark.parametrize("kind", ["multinomial", "multilabel"])

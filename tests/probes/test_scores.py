@@ -1,10 +1,12 @@
 """Scores against scikit-learn and torchmetrics, with ties, absent classes, weights and strata."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from sklearn import metrics
 from torchmetrics.functional import calibration_error as reference_calibration_error
 
@@ -155,3 +157,26 @@ def test_ranking_many_samples_takes_little_memory() -> None:
         assert max(event.self_cpu_memory_usage for event in profiled.events()) < 1 << 20
         expected = [reference(labels_N.numpy(), row.numpy()) for row in scores_LN]
         assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
+def test_mid_ranks_equal_scipy() -> None:
+    values = torch.randint(0, 6, (3, 2, 25), generator=torch.Generator().manual_seed(0)).float()
+    assert scores.mid_ranks(values).tolist() == stats.rankdata(values.numpy(), axis=2).tolist()
+
+
+def test_unweighted_ranking_is_that_of_weights_of_one() -> None:
+    scores_LN, labels_N = ranked()
+    ones, strata_N = torch.ones(len(labels_N), dtype=torch.float64), torch.arange(len(labels_N)) % 3
+    for score in (scores.auroc, scores.average_precision):
+        torch.testing.assert_close(
+            score(scores_LN, labels_N, None, strata_N), score(scores_LN, labels_N, ones, strata_N)
+        )
+
+
+def test_each_row_may_have_labels_of_its_own() -> None:
+    scores_LN, labels_N = ranked()
+    labels_LN = torch.stack([labels_N, labels_N.roll(1), labels_N.roll(7)])
+    for score in (scores.auroc, scores.accuracy, partial(scores.balanced_accuracy, num_classes=2)):
+        given_LN = scores_LN if score is scores.auroc else (scores_LN > 0).long()
+        alone = [score(given_LN[row : row + 1], labels)[0] for row, labels in enumerate(labels_LN)]
+        torch.testing.assert_close(score(given_LN, labels_LN), torch.stack(alone))

@@ -51,6 +51,12 @@ def test_a_headline_says_peak_change_chance_and_place():
     assert line.trains
 
 
+def test_clear_of_chance_is_told_over_all_layers_where_that_is_known() -> None:
+    apart = {"low": 0.6, "high": 0.7, "null": 0.5, "null_low": 0.45, "null_high": 0.55}
+    for p, clear in ((0.04, True), (0.06, False)):
+        assert seen([row(0, 0, 0.65, p_adjusted=p, **apart), row(0, 1, 0.1)]).headlines[0].clear == clear
+
+
 @pytest.mark.parametrize(
     ("low", "high", "null", "null_low", "null_high", "clear"),
     [

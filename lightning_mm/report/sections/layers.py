@@ -277,7 +277,7 @@ def _headline(panel: Panel, track: Track, trained: TrainedLayers) -> Headline:
         "change": change,
         "where": (trained.place(row.layer) if peak else "") or "–",
     }
-    clear = row.null is None or not sure or not _meets(row)
+    clear = row.is_clear is not False
     bars = panel_track(panel, track).svg()
     return Headline(known.title, panel.place, known.meaning, bars, cells, clear, moved, cells["where"] == "inside")
 
@@ -286,13 +286,6 @@ def _sure(peak: LayerRow | None) -> str:
     """Between which layers the peak lies, where its notes say that."""
     found = PEAK_RANGE.search("; ".join(peak.notes)) if peak else None
     return f"between {layer_tick(int(found[1]))} and {layer_tick(int(found[2]))}" if found else ""
-
-
-def _meets(row: LayerRow) -> bool:
-    """Whether the interval and the band of chance have values in common; an end that is not known bounds nothing."""
-    null_low, null_high = (row.null if end is None else end for end in (row.null_low, row.null_high))
-    below = row.low is None or null_high is None or row.low <= null_high
-    return below and (row.high is None or null_low is None or null_low <= row.high)
 
 
 def _change(panel: Panel, first: LayerRow | None, last: LayerRow) -> tuple[str, bool]:
