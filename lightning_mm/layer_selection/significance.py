@@ -7,7 +7,8 @@ A measure must be above chance and above a baseline. A random network sorts pict
 by how long they are, so that the two agree a little without any meaning: the baseline is the agreement of the same
 pictures' and captions' embeddings, which no decoder block has made. A probe of random features learns something of
 which captions belong to which pictures, where things repeat: its baseline is its accuracy on a control task (Hewitt and
-Liang 2019, arXiv:1909.03368), or after the first block, in which picture and caption have met once, if that is higher.
+Liang 2019, arXiv:1909.03368), and after the first block, in which picture and caption have met once. It must be above
+either; both are estimates as it is, from the same pictures, so that the differences are paired.
 
 Shapes: profiles have one estimate per slice, embeddings first.
 """
@@ -19,11 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from lightning_mm.analysis.hidden_states import HiddenStates
-from lightning_mm.core.estimate import Estimate, values
+from lightning_mm.core.estimate import Estimate
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.geometry.information_imbalance import imbalance_gain
 from lightning_mm.geometry.knn_overlap import overlap_gain
-from lightning_mm.layer_selection.entailment_probe import control_task_accuracy, entailment_accuracy
+from lightning_mm.layer_selection.entailment_probe import entailment_accuracy, entailment_gains
 from lightning_mm.layer_selection.selection_inputs import (
     PAIRED_PLACES,
     ImageTextPair,
@@ -119,20 +120,10 @@ def _imbalance_tests(inputs: SelectionInputs) -> Iterator[SignificanceTest]:
 
 def _entailment_tests(inputs: SelectionInputs) -> Iterator[SignificanceTest]:
     """How much better a probe answers than on a control task, and than after the first block."""
-    profile = entailment_accuracy(inputs)
-    if not profile:
-        return
-    first = values(profile[1:2])
-    floors = [max([control, *first]) for control in control_task_accuracy(inputs)]
-    gain = [_minus(e, floor) for e, floor in zip(profile, floors, strict=True)]
-    yield SignificanceTest("entailment probe", profile, gain)
-
-
-def _minus(e: Estimate, floor: float) -> Estimate:
-    """The estimate less a constant, with a null of zero."""
-    if e.value is None or e.low is None or e.high is None:
-        return e
-    return Estimate.of(e.value - floor, e.n, low=e.low - floor, high=e.high - floor, null=0.0)
+    profile, gains = entailment_accuracy(inputs), entailment_gains(inputs)
+    if profile:
+        gain = [max(rivals, key=lambda e: _p_value(e) or 0.0) for rivals in zip(*gains, strict=True)]
+        yield SignificanceTest("entailment probe", profile, gain)
 
 
 def _p_value(e: Estimate) -> float | None:
