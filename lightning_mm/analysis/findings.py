@@ -10,7 +10,7 @@ measure drift.
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,8 +21,14 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.io import read_json, read_json_rows, write_atomically, write_json
 from lightning_mm.core.layer_table import LayerRow, append_layers, append_matrix, layers_text, read_layers
+from lightning_mm.core.measure_catalog import measure
+from lightning_mm.core.peak_note import peak_note
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
+from lightning_mm.geometry.peak import peak_range
+
+_FIELDS = tuple(each.name for each in fields(Estimate))
+"""What a row of layers.csv takes over of an estimate."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Findings:
     problems: list[str] = field(default_factory=list)
 
     def add(self, analysis: str, measure: str, site: str, estimates: Sequence[Estimate], first: int = -1) -> None:
-        """Add one measure of consecutive layers.
+        """Add one measure of consecutive layers; where they were resampled together, the peak's row notes its interval.
 
         Args:
             analysis: What measured it.
@@ -66,8 +72,9 @@ class Findings:
             estimates: One per layer.
             first: The layer of the first estimate; -1 is the embeddings.
         """
+        estimates = _with_peak_noted(estimates, measure, first)
         self.rows += [
-            LayerRow(self.step, analysis, measure, site, layer, **vars(estimate))
+            LayerRow(self.step, analysis, measure, site, layer, **{name: getattr(estimate, name) for name in _FIELDS})
             for layer, estimate in enumerate(estimates, first)
         ]
 
@@ -80,6 +87,15 @@ class Findings:
     def profile(self, measure: str, site: str) -> dict[int, LayerRow]:
         """The rows of one measure at one site by layer; empty where it was not measured."""
         return {row.layer: row for row in self.rows if (row.measure, row.site) == (measure, site)}
+
+
+def _with_peak_noted(estimates: Sequence[Estimate], name: str, first: int) -> Sequence[Estimate]:
+    """The estimates with a note, on that of the peak, between which layers it lies."""
+    found = peak_range(estimates, measure(name).seek)
+    if found is None:
+        return estimates
+    peak, low, high = found
+    return [one.noted(peak_note(low + first, high + first)) if at == peak else one for at, one in enumerate(estimates)]
 
 
 class FindingsWriter:

@@ -35,6 +35,7 @@ from lightning_mm.geometry import (
     rsa,
 )
 from lightning_mm.geometry.distance_correlation import distance_correlation
+from lightning_mm.geometry.id_correlation import id_correlation
 from lightning_mm.geometry.information_imbalance import information_imbalance
 from lightning_mm.geometry.knn_overlap import label_overlap, overlap, overlap_matrix
 from lightning_mm.geometry.neighbors import Neighbors
@@ -121,6 +122,7 @@ PAIR_MEASURES: Mapping[str, Callable[[PositionData, PositionData], list[Estimate
     "pwcca": lambda a, b: cca.pwcca(a.reps, b.reps, groups=a.groups),
     "procrustes": lambda a, b: procrustes(a.reps, b.reps, groups=a.groups),
     "distance_correlation": lambda a, b: distance_correlation(a.reps, b.reps, groups=a.groups),
+    "id_correlation": lambda a, b: id_correlation(a.reps, b.reps, groups=a.groups),
     "rsa": lambda a, b: rsa.rsa(a.reps, b.reps, groups=a.groups),
     "imbalance_image_to_text": lambda a, b: information_imbalance(a.reps, b.reps, groups=a.groups),
     "imbalance_text_to_image": lambda a, b: information_imbalance(b.reps, a.reps, groups=a.groups),

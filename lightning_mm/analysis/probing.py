@@ -22,6 +22,7 @@ from lightning_mm.analysis.select_rows import SelectedRows, select_rows
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.layer_table import LayerRow
+from lightning_mm.core.peak_note import peak_note
 from lightning_mm.data.probe_sets.probe_set import ProbeRow, ProbeSet
 from lightning_mm.probes.probe import probe
 from lightning_mm.probes.result import ProbeResult
@@ -161,7 +162,7 @@ def _note_peak(result: ProbeResult) -> list[Estimate]:
     estimates = list(result.estimates)
     if result.peak is not None:
         index, low, high = result.peak
-        estimates[index] = estimates[index].noted(f"the peak is at layer {low - 1} to {high - 1} in 95 % of resamples")
+        estimates[index] = estimates[index].noted(peak_note(low - 1, high - 1))
     return estimates
 
 

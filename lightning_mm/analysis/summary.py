@@ -10,6 +10,7 @@ from lightning_mm.analysis.findings import Findings
 from lightning_mm.core import metric_names
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import measure
+from lightning_mm.core.peak_note import noted_peak_range
 
 MAIN_PROFILES = (
     ("entailment/random", "last"),
@@ -48,6 +49,11 @@ class ProfileSummary:
     peak: LayerRow
     plateau: tuple[int, int] | None
     half: tuple[int, int]
+
+    @property
+    def peak_range(self) -> tuple[int, int] | None:
+        """First and last layer that the peak may be at, in 95 % of resamples; None where that is not known."""
+        return noted_peak_range(self.peak.notes)
 
     def share_trained(self, trained: Collection[int]) -> float:
         """Share of the half-height layers, embeddings left out, that train; 0 where it is the embeddings alone.
@@ -106,6 +112,8 @@ def summary_metrics(found: Findings, trained: Collection[int]) -> dict[str, floa
             facts |= {"plateau_low": float(summary.plateau[0]), "plateau_high": float(summary.plateau[1])}
         if summary.peak.is_clear is not None:
             facts["peak_clear"] = float(summary.peak.is_clear)
+        if summary.peak_range is not None:
+            facts |= {"peak_low": float(summary.peak_range[0]), "peak_high": float(summary.peak_range[1])}
         metrics |= {metric_names.layer_metric(name, site, what): value for what, value in facts.items()}
     return metrics
 

@@ -15,7 +15,9 @@ from lightning_mm.core.measure_catalog import measure
 Stage = Literal["val", "test"]
 Moment = Literal["before", "after", "no_image", "majority"]
 """When a run's held-out questions were answered, and by what; ``no_image``: after training, with blank pictures."""
-LayerFact = Literal["peak_layer", "peak", "peak_clear", "plateau_low", "plateau_high", "in_trained_range"]
+LayerFact = Literal[
+    "peak_layer", "peak", "peak_clear", "peak_low", "peak_high", "plateau_low", "plateau_high", "in_trained_range"
+]
 """What is logged of a measure's profile over the layers."""
 
 TRAIN_LOSS = "train/loss"
@@ -226,6 +228,8 @@ def _of_layers(name: str, site: str, what: str) -> Metric:
             "0 or 1",
             f"1 where that extreme for {where} is clear of chance, over all layers where that is known",
         ),
+        "peak_low": ("layer", f"first layer of the 95 % interval of where {where} has its extreme"),
+        "peak_high": ("layer", f"last layer of the 95 % interval of where {where} has its extreme"),
         "plateau_low": ("layer", f"first layer about that extreme whose interval for {where} reaches it"),
         "plateau_high": ("layer", f"last layer about that extreme whose interval for {where} reaches it"),
         "in_trained_range": ("fraction", f"share of the layers where {where} keeps half its height that trains"),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.knn_overlap import null_band
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
 from lightning_mm.geometry.resampling import (
     jackknife_blocks,
@@ -99,10 +100,13 @@ def _matched(a_NR: Tensor, b_NS: Tensor, weigh_ND: Tensor | None, order_PN: Tens
     cross_RS, loadings_DR = a_NR.mT @ b_NS, None if weigh_ND is None else weigh_ND.mT @ a_NR
     whole = _mean_correlation(cross_RS, loadings_DR)
     left_out = [_mean_correlation(*_without(a_NR, b_NS, cross_RS, weigh_ND, loadings_DR, block)) for block in deleted]
-    low, high = jackknife_interval(torch.stack([whole, *left_out]), 0.0, 1.0)
+    values_B = torch.stack([whole, *left_out])
+    low, high = jackknife_interval(values_B, 0.0, 1.0)
     drawn_P = torch.stack([_mean_correlation(a_NR.mT @ b_NS[order_N], loadings_DR) for order_N in order_PN])
     band = null_band(drawn_P, None)
-    return Estimate.of(float(whole), len(a_NR), low=float(low), high=float(high), k=min(cross_RS.shape), **band)
+    k = min(cross_RS.shape)
+    found = Estimate.of(float(whole), len(a_NR), low=float(low), high=float(high), k=k, **band)
+    return with_left_out(found, values_B[1:])
 
 
 def _directions(reps: Representations, layer: int, variance: float) -> tuple[Tensor, str]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import MIN_SAMPLES, leave_out_hsic, u_center
 from lightning_mm.geometry.null_models import MantelTerms, permutation_band
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import Representations, exact_products, pair_problems
 from lightning_mm.geometry.resampling import jackknife_interval, leave_out_masks, permutation_problem, without_null
 
@@ -139,7 +140,7 @@ def _ratio(first_NN: Tensor, second_NN: Tensor, groups: Tensor | None, debiased:
         first, second = MantelTerms.of_gram(first_NN), MantelTerms.of_gram(second_NN)
         traces = float(first_NN.trace()) * float(second_NN.trace())
         band = permutation_band(first, second, groups, constant=traces / ((n - 1) * first.norm * second.norm))
-    return Estimate.of(float(ratio_B[0]), n, low=float(low), high=float(high), **band)
+    return with_left_out(Estimate.of(float(ratio_B[0]), n, low=float(low), high=float(high), **band), ratio_B[1:])
 
 
 def _linear(reps: Representations, layer: int) -> Tensor | str:

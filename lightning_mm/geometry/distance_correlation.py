@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.knn_overlap import null_band
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import Representations, exact_distances, exact_products, pair_problems
 from lightning_mm.geometry.resampling import (
     jackknife_interval,
@@ -65,7 +66,8 @@ def distance_correlation(
             all_N1 = torch.ones(n, 1, dtype=a_NN.dtype, device=a_NN.device)
             drawn_P = torch.cat([_correlation(a_NN, b_NN[order][:, order], all_N1) for order in order_PN])
             band = null_band(drawn_P, None)
-            estimates.append(Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), **band))
+            found = Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), **band)
+            estimates.append(with_left_out(found, values_B[1:]))
     return without_null(estimates, permutation_problem(groups))
 
 

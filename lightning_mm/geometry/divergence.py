@@ -19,6 +19,7 @@ from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.isotropy import pairwise_mean_interval
 from lightning_mm.geometry.knn_overlap import null_band
 from lightning_mm.geometry.modality_gap import swap_signs
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import (
     Representations,
     cross_distances,
@@ -84,7 +85,9 @@ def frechet(
             values_B = _distance(_moments(first_NC, kept_BN), _moments(second_NC, kept_BN))
             drawn_P = _distance(*_swapped(first_NC, second_NC, sign_PN))
         low, high = jackknife_interval(values_B, 0)
-        return Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), k=count, **null_band(drawn_P, None))
+        band = null_band(drawn_P, None)
+        found = Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), k=count, **band)
+        return with_left_out(found, values_B[1:])
 
     return without_null(_layerwise(a, b, measure), swap_problem(groups))
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.knn_overlap import null_band
 from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.peak import left_out_means, with_left_out
 from lightning_mm.geometry.representations import Representations
 from lightning_mm.geometry.resampling import (
     clustered_mean_interval,
@@ -110,7 +111,8 @@ def _imbalance(
     near: Neighbors, b: Representations, layer: int, k: int, groups: Tensor | None, order_PN: Tensor | None
 ) -> Estimate:
     n = b.num_samples
-    mean, low, high = (float(end) for end in clustered_mean_interval(_terms(near, b, layer, k)[None], groups))
+    terms_N = _terms(near, b, layer, k)
+    mean, low, high = (float(end) for end in clustered_mean_interval(terms_N[None], groups))
     if order_PN is None:
         error = math.sqrt((n - 2) / (3 * k)) / n
         chance = {"null": 1.0, "null_low": 1 - 1.96 * error, "null_high": 1 + 1.96 * error}
@@ -120,7 +122,8 @@ def _imbalance(
         max(mean - _DEPENDENCE * (mean - low), 0.0),
         mean + _DEPENDENCE * (high - mean),
     )  # in this order NaN stays
-    return Estimate.of(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
+    found = Estimate.of(mean, n, k=k, low=low, high=high, notes=near.notes(layer, k), **chance)
+    return with_left_out(found, left_out_means(terms_N, groups, _DEPENDENCE))
 
 
 def _drawn(near_NK: Tensor, squared_NN: Tensor, order_PN: Tensor) -> Tensor:

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.peak import ResampledEstimate, with_left_out
 from lightning_mm.geometry.representations import Representations
-from lightning_mm.geometry.resampling import group_jackknife, half_width
+from lightning_mm.geometry.resampling import group_left_out, half_width, jackknife_error
 
-_MIN_SAMPLES = 20
+MIN_SAMPLES = 20
 """Distinct samples below which nothing is estimated."""
 
-_DEPENDENCE = 1.25
+DEPENDENCE = 1.25
 """Factor on the standard error: near neighbors are often mutual, so that samples share distances. Over Gaussians, cubes
 and spheres of 2 to 100 dimensions and 200 or 1000 samples the standard deviation was 0.95 to 1.8 times (median 1.2)
 that of independent ratios."""
@@ -164,12 +165,14 @@ def _dimensions(neighbors: Neighbors, estimator: RatioEstimator, groups: Tensor 
         return [Estimate.undefined_because(problem or few, n) for problem in neighbors.problems]
     ratios_LN = log_ratios(neighbors, estimator.n1, estimator.n2)
     value_L = estimator(ratios_LN)
-    error_L, dof = group_jackknife(lambda kept: estimator(ratios_LN[:, kept.to(ratios_LN.device)]), n, groups)
-    width_L = half_width(error_L, dof) * _DEPENDENCE
-    return [
+    left_out_BL = group_left_out(lambda kept: estimator(ratios_LN[:, kept.to(ratios_LN.device)]), n, groups)
+    width_L = half_width(jackknife_error(left_out_BL), len(left_out_BL) - 1) * DEPENDENCE
+    apart_BL = value_L + DEPENDENCE * (left_out_BL - value_L)
+    found = [
         _estimate(neighbors, layer, estimator, ratios_LN[layer], float(value_L[layer]), float(width_L[layer]))
         for layer in range(layers)
     ]
+    return [with_left_out(*pair) for pair in zip(found, apart_BL.T, strict=True)]
 
 
 def _estimate(
@@ -178,7 +181,7 @@ def _estimate(
     n, count = len(ratios_N), int((~ratios_N.isnan()).sum())
     if problem := neighbors.problems[layer]:
         return Estimate.undefined_because(problem, n)
-    if count < _MIN_SAMPLES:
+    if count < MIN_SAMPLES:
         few = f"too few: {count} distinct samples with {estimator.n2} distinct neighbours"
         return Estimate.undefined_because(few, n)
     copies, ties = int(neighbors.duplicated[layer].sum()), int((ratios_N == 0).sum())
@@ -233,7 +236,11 @@ def _calibrated(estimate: Estimate, estimator: RatioEstimator) -> Estimate:
     if value is None:
         beyond = f"beyond the calibration curve: the estimate is {estimate.value:.3g}"
         return Estimate.undefined_because(beyond, estimate.n)
-    return replace(estimate, value=value, low=low, high=high, null=null)
+    plain = replace(estimate, value=value, low=low, high=high, null=null)
+    if not isinstance(estimate, ResampledEstimate):
+        return plain
+    left_out = [invert_calibration(number, estimate.n, estimator) for number in estimate.left_out]
+    return with_left_out(plain, torch.tensor([math.nan if number is None else number for number in left_out]))
 
 
 def noise_dimension(n: int, dimension: int, estimator: RatioEstimator, device: torch.device = _CPU) -> float:

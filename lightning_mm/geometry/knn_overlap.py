@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.neighbors import Neighbors
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.resampling import (
     half_width,
     jackknife_interval,
@@ -76,9 +77,10 @@ def overlap(
         member_NN = _membership(near_b[:, :k])
         drawn_P = _score(member_NN[order_PN[:, :, None], order_PN[:, near_a[:, :k]]].sum(2), k, score).mean(1)
         notes = (*a.notes(layer, k), *b.notes(layer, k))
-        return Estimate.of(
+        found = Estimate.of(
             float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **null_band(drawn_P, exact)
         )
+        return with_left_out(found, values_B[1:])
 
     return without_null([measure(layer) for layer in range(len(a.problems))], permutation_problem(groups))
 
@@ -116,7 +118,9 @@ def overlap_gain(
         near_a, near_b = (side.indices[layer, :, : 2 * k].long() for side in (a, b))
         gain_B = _agreements(near_a, near_b, kept_BN, k, "overlap") - reference_B
         low, high = jackknife_interval(gain_B, -1, 1)
-        return Estimate.of(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k)
+        return with_left_out(
+            Estimate.of(float(gain_B[0]), n, low=float(low), high=float(high), null=0.0, k=k), gain_B[1:]
+        )
 
     return [measure(layer) for layer in range(len(a.problems))]
 
@@ -174,9 +178,10 @@ def label_overlap(
         low, high = jackknife_interval(values_B, 0, 1)
         drawn_P = torch.stack([_purity(near_NK[:, :k], drawn_N, kept_BN[0], k, balanced) for drawn_N in classes_PN])
         notes = neighbors.notes(layer, k)
-        return Estimate.of(
+        found = Estimate.of(
             float(values_B[0]), n, low=float(low), high=float(high), k=k, notes=notes, **null_band(drawn_P, exact)
         )
+        return with_left_out(found, values_B[1:])
 
     return without_null([measure(layer) for layer in range(len(neighbors.problems))], permutation_problem(groups))
 

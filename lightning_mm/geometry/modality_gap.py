@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.isotropy import direction_problem, unit_rows
 from lightning_mm.geometry.knn_overlap import null_band
+from lightning_mm.geometry.peak import left_out_means, with_left_out
 from lightning_mm.geometry.representations import Representations, exact_products, pair_problems
 from lightning_mm.geometry.resampling import (
     clustered_mean_interval,
@@ -47,7 +48,8 @@ def alignment(
         mean, low, high = (float(end) for end in clustered_mean_interval(own_N[None], groups))
         distance_NN = (2 - 2 * _cosines(first_ND, second_ND)).clamp_min(0).pow(alpha / 2)
         drawn_P = _mismatched(distance_NN, groups, seed).nanmean(1)
-        return Estimate.of(mean, len(first_ND), low=low, high=high, **null_band(drawn_P, None))
+        found = Estimate.of(mean, len(first_ND), low=low, high=high, **null_band(drawn_P, None))
+        return with_left_out(found, left_out_means(own_N, groups))
 
     return without_null(_layerwise(a, b, measure), permutation_problem(groups))
 
@@ -77,12 +79,13 @@ def matched_cosine(
         others_NN = cosine_NN.where(different_NN, 0)
         mismatched = others_NN.sum() / partners_N.sum()
         around_N = (others_NN.sum(1) + others_NN.sum(0)) / partners_N
-        mean, low, high = (
-            float(end) for end in clustered_mean_interval((cosine_NN.diagonal() - around_N)[None], groups)
-        )
+        terms_N = cosine_NN.diagonal() - around_N
+        mean, low, high = (float(end) for end in clustered_mean_interval(terms_N[None], groups))
         value = float(cosine_NN.diagonal().mean() - mismatched)
         drawn_P = _mismatched(cosine_NN, groups, seed).nanmean(1)
-        return Estimate.of(value, n, low=value + low - mean, high=value + high - mean, **null_band(drawn_P, 0.0))
+        band = null_band(drawn_P, 0.0)
+        found = Estimate.of(value, n, low=value + low - mean, high=value + high - mean, **band)
+        return with_left_out(found, left_out_means(terms_N, groups) - mean + value)
 
     return without_null(_layerwise(a, b, measure), permutation_problem(groups), exact=True)
 
@@ -136,7 +139,8 @@ def modality_gap(
             toward_N = apart_ND @ torch.nn.functional.normalize(apart_ND.mean(0), dim=0)
             drawn_P = (sign_PN @ apart_ND / n).norm(dim=1)
         mean, low, high = (float(end) / scale for end in clustered_mean_interval(toward_N[None], groups))
-        return Estimate.of(mean, n, low=max(low, 0.0), high=high, **null_band(drawn_P / scale, None))
+        found = Estimate.of(mean, n, low=max(low, 0.0), high=high, **null_band(drawn_P / scale, None))
+        return with_left_out(found, left_out_means(toward_N / scale, groups))
 
     return without_null(_layerwise(a, b, measure), swap_problem(groups))
 

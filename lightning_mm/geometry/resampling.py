@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.core.simultaneous import student_quantile
 
 _MIN_BLOCKS = 3
 """Fewer independent blocks give no usable standard error."""
@@ -100,12 +101,23 @@ def group_jackknife(
         >>> 2 < float(error) < 4, dof  # the textbook value is 2.9
         (True, 11)
     """
+    left_out = group_left_out(statistic, n, groups, blocks, seed)
+    return jackknife_error(left_out), len(left_out) - 1
+
+
+def group_left_out(
+    statistic: Callable[[Tensor], Tensor],
+    n: int,
+    groups: Tensor | None = None,
+    blocks: int = 12,
+    seed: int = 0,
+) -> Tensor:
+    """(B, ...) the statistic without each block, as ``group_jackknife`` has them; NaN with fewer than 3 blocks."""
     deleted = jackknife_blocks(n, groups, blocks, seed)
     all_N = torch.arange(n)
     if len(deleted) < _MIN_BLOCKS:
-        return torch.full_like(statistic(all_N), math.nan), len(deleted) - 1
-    left_out = torch.stack([statistic(all_N[~torch.isin(all_N, block)]) for block in deleted])
-    return jackknife_error(left_out), len(deleted) - 1
+        return torch.full_like(statistic(all_N), math.nan)[None].repeat_interleave(len(deleted), 0)
+    return torch.stack([statistic(all_N[~torch.isin(all_N, block)]) for block in deleted])
 
 
 def jackknife_interval(values: Tensor, least: float = -math.inf, most: float = math.inf) -> tuple[Tensor, Tensor]:
@@ -132,17 +144,7 @@ def t_quantile(dof: int) -> float:
         >>> round(t_quantile(11), 3), round(t_quantile(100000), 3)
         (2.201, 1.96)
     """
-    if dof < _MIN_BLOCKS - 1:
-        return math.nan
-    z = 1.959963985
-    terms = (
-        z,
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
-    )
-    return sum(term / dof**power for power, term in enumerate(terms))
+    return student_quantile(dof) if dof >= _MIN_BLOCKS - 1 else math.nan
 
 
 def faultless_bound(trials: int) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.hsic import MIN_SAMPLES
 from lightning_mm.geometry.null_models import MantelTerms, permutation_band
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import Representations, exact_distances, exact_products, pair_problems
 from lightning_mm.geometry.resampling import jackknife_interval, leave_out_masks, permutation_problem, without_null
 
@@ -132,4 +133,5 @@ def _correlation(a_MM: Tensor, b_MM: Tensor, group_M: Tensor | None) -> Estimate
     correlation_B = (total(a_MM * b_MM) - mean_a_B * mean_b_B) / (spread_a_B.sqrt() * spread_b_B.sqrt())
     low, high = jackknife_interval(correlation_B, -1.0, 1.0)
     band = permutation_band(MantelTerms.of_distances(a_MM), MantelTerms.of_distances(b_MM), group_M)
-    return Estimate.of(float(correlation_B[0]), m, low=float(low), high=float(high), **band)
+    found = Estimate.of(float(correlation_B[0]), m, low=float(low), high=float(high), **band)
+    return with_left_out(found, correlation_B[1:])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
 from lightning_mm.geometry.modality_gap import swap_signs
+from lightning_mm.geometry.peak import left_out_means, with_left_out
 from lightning_mm.geometry.representations import Representations, exact_products, one_thread, pair_problems
 from lightning_mm.geometry.resampling import (
     clustered_mean_interval,
@@ -97,7 +98,8 @@ def _area(rows_MD: Tensor, sign_PN: Tensor, parts: list[Tensor], ridge: float, g
     low, high = max(value - wider * float(half_P[0]), 0.0), min(value + wider * float(half_P[0]), 1.0)  # NaN stays NaN
     if value in (0.0, 1.0):
         low, high = (faultless_bound(trials), 1.0) if value == 1 else (0.0, 1 - faultless_bound(trials))
-    return Estimate.of(value, n, low=low, high=high, null=0.5, null_low=0.5 - few * error, null_high=0.5 + few * error)
+    band = {"null": 0.5, "null_low": 0.5 - few * error, "null_high": 0.5 + few * error}
+    return with_left_out(Estimate.of(value, n, low=low, high=high, **band), left_out_means(wins_PN[0], groups, wider))
 
 
 def _wins(low_FP: Tensor, high_FP: Tensor) -> Tensor:

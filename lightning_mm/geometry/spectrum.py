@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_mm.core.estimate import Estimate
+from lightning_mm.geometry.peak import with_left_out
 from lightning_mm.geometry.representations import Representations, exact_products, one_thread
 from lightning_mm.geometry.resampling import clustered_mean_interval, jackknife_interval, leave_out_masks
 
@@ -95,7 +96,8 @@ def participation_ratio(reps: Representations, debiased: bool = True, groups: Te
                 "no variance beyond what noise of this size has: tr S^2 is not above 0", n
             )
         low, high = jackknife_interval(values_B, 0)
-        return Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), null=null)
+        found = Estimate.of(float(values_B[0]), n, low=float(low), high=float(high), null=null)
+        return with_left_out(found, values_B[1:])
 
     return [measure(layer) for layer in range(reps.num_layers)]
 

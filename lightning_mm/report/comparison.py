@@ -18,9 +18,10 @@ import yaml
 from lightning_mm.core import metric_names
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json
-from lightning_mm.core.layer_table import read_layers
+from lightning_mm.core.layer_table import LayerRow, read_layers
 from lightning_mm.core.measure_catalog import QUESTIONS
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.core.simultaneous import tell_apart
 from lightning_mm.report.figures.compared import RunPanel, RunShare, compared_profiles, compared_shares, run_style
 from lightning_mm.report.figures.curves import Series, line_chart, running_mean
 from lightning_mm.report.figures.figure import printable
@@ -264,20 +265,20 @@ def _figure(group: Sequence[RunPanel], *, still: bool) -> MeasureFigure:
 
 
 def _verdict(group: Sequence[RunPanel]) -> str:
-    """At how many layers the interval of each run is apart from the first run's."""
+    """At how many layers the intervals tell each run from the first, at 5 % over all layers together."""
     first, told = _ends(group[0].panel), []
     for run in group[1:]:
         own = _ends(run.panel)
         both = [layer for layer in first if layer in own]
-        apart = [layer for layer in both if first[layer][0] > own[layer][1] or own[layer][0] > first[layer][1]]
+        apart = [layer for layer in both if tell_apart(first[layer], own[layer], len(both))]
         where = f"at {len(apart)} of {len(both)} layers ({run_section.ranges(apart)})" if apart else "nowhere"
         told.append(f"{run.name} {where if both else 'without intervals'}")
-    return f"Intervals apart from {group[0].name}: {'; '.join(told)}"
+    return f"Told apart from {group[0].name}, over all layers: {'; '.join(told)}"
 
 
-def _ends(panel: Panel) -> dict[int, tuple[float, float]]:
+def _ends(panel: Panel) -> dict[int, LayerRow]:
     rows = panel.profile(panel.measured[-1])
-    return {row.layer: (row.low, row.high) for row in rows if row.low is not None and row.high is not None}
+    return {row.layer: row for row in rows if row.low is not None and row.high is not None}
 
 
 def _loaded(path: Path) -> Any:

@@ -18,7 +18,7 @@ from lightning_mm.analysis.findings import Findings, FindingsWriter
 from lightning_mm.analysis.geometry import DEFAULT_MEASURES, SVCCA_VARIANCE, measure_geometry, resolve_measures
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.probing import ProbingOptions, run_probes
-from lightning_mm.analysis.summary import MAIN_PROFILES, summarize_profile
+from lightning_mm.analysis.summary import MAIN_PROFILES, ProfileSummary, summarize_profile
 from lightning_mm.core.decisions import Decision, log, log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
@@ -326,5 +326,11 @@ def peaks_table(title: str, found: Findings) -> Table:
         half = f"{brief.half[0]} to {brief.half[1]}"
         clear = "" if peak.is_clear is None else "yes" if peak.is_clear else "no"
         value = f"{peak.value:.3g}"
-        table.add_row(measure, site, str(brief.peak_layer), value, interval, null, clear, str(peak.n), half)
+        table.add_row(measure, site, _place(brief), value, interval, null, clear, str(peak.n), half)
     return table
+
+
+def _place(brief: ProfileSummary) -> str:
+    """The peak layer, and between which it may be."""
+    span = brief.peak_range
+    return str(brief.peak_layer) if span is None else f"{brief.peak_layer} ({span[0]} to {span[1]})"

@@ -138,20 +138,25 @@ def _matrix(read: Readings) -> Item:
 
 
 def _alike(read: Readings) -> Item:
-    names = {"cka_biased": "CKA, biased", "svcca": "SVCCA", "distance_correlation": "distance correlation"}
+    names = {
+        "cka_biased": "CKA, biased",
+        "svcca": "SVCCA",
+        "distance_correlation": "distance correlation",
+        "id_correlation": "correlation of intrinsic dimensions",
+    }
     sets = {name: _both(read, name, "last", words) for name, words in names.items()}
     words = [peak_words(profile) for each in sets.values() for profile in each]
     return Item(
         "Figure: other measures of alignment",
-        "biased linear CKA, SVCCA at 0.95, distance correlation on unit rows (code base)",
-        [*words, "All three are far above 0 by chance: the dashed lines."],
+        "biased linear CKA, SVCCA at 0.95, distance correlation on unit rows, I_dCor (code base)",
+        [*words, "All are far above 0 by chance: the dashed lines."],
         [charts.lines(each, names[name]) for name, each in sets.items() if any(each)],
         files=[read.file],
         deviations=(
             _CAPTIONS,
             "SVCCA: directions of centered data by share of variance, at most a tenth of N (anatome: uncentered, by "
             "sums of singular values)",
-            "I_dCor is not measured: it takes the dimension of both representations side by side, with permutations",
+            "I_dCor: dimensions by TwoNN on features of variance 1; chance by random pairings, as biased",
         ),
     )
 

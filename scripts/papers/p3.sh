@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 source scripts/papers/common.sh p3 "$@"
 base="${places[0]:-nano/model}" tuned="${places[1]:-runs/quickstart/model}"
 data="${places[2]:-nano/data}"
-measures='[overlap,overlap_matrix,cka_biased,svcca,distance_correlation,id_gride,entropy_unit_rows,token_cosine,gap_auc]'
+measures='[overlap,overlap_matrix,cka_biased,svcca,distance_correlation,id_correlation,id_gride,entropy_unit_rows,token_cosine,gap_auc]'
 
 run inspect inspect "$base" --against "$tuned" --probes "$data/probes.json" --images "${IMAGES:-300}" --neighbours 30 \
     --both_last true --svcca_variance 0.95 --measures "$measures" --probing.probes '[]' --text_only false --select false \

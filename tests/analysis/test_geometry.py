@@ -18,6 +18,8 @@ from lightning_mm.analysis.geometry import (
 )
 from lightning_mm.analysis.hidden_states import HiddenStates
 from lightning_mm.analysis.select_rows import SelectedRows
+from lightning_mm.analysis.summary import summarize_profile, summary_metrics
+from lightning_mm.core.peak_note import noted_peak_range
 from lightning_mm.data.probe_sets.files import ProbeRow, Role
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
 from lightning_mm.data.sample import Sample, Turn
@@ -139,3 +141,22 @@ def test_frames_of_a_clip_are_not_taken_for_independent(measure: str) -> None:
     value, null, low, high = torch.tensor(known, dtype=torch.float64).T
     assert int(((value >= low) & (value <= high)).sum()) >= 50
     assert 0.15 < float(((value - null) / ((high - low) / 2)).abs().median()) < 0.55
+
+
+def test_the_peak_says_between_which_layers_it_lies() -> None:
+    """Overlap, CKA and dimension: on the row of the extreme, and on no other; layer -1 is the embeddings."""
+    states, probe_set = read()
+    for role in ("picture", "text"):  # the middle slice is where both are the same
+        states.features[f"{role}/last"][1] = states.features["picture/last"][1]
+    found = measure_geometry(states, probe_set, ("overlap", "cka", "id_gride", "gap"), K, torch.device("cpu"))
+    for measure, site in (("overlap", "last"), ("cka", "last"), ("id_gride", "picture"), ("gap", "last")):
+        summary = summarize_profile(found.profile(measure, site))
+        assert summary is not None
+        noted = {layer for layer, row in found.profile(measure, site).items() if noted_peak_range(row.notes)}
+        assert noted == {summary.peak_layer}
+        assert summary.peak_range is not None
+        assert summary.peak_range[0] <= summary.peak_layer <= summary.peak_range[1]
+        if measure != "id_gride":
+            assert summary.peak_range == (0, 0)
+    metrics = summary_metrics(found, ())
+    assert (metrics["inside/cka/last/peak_low"], metrics["inside/cka/last/peak_high"]) == (0, 0)

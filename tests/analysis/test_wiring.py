@@ -49,7 +49,7 @@ PAIR_SITES = {
 }
 PICTURED = (("objects", "last"), ("objects", "image"), ("position", "last"), ("count", "last"))
 """Probes of pictures, and where they read."""
-NEIGHBORS = ("overlap", "imbalance_text_to_image")
+NEIGHBORS = ("overlap", "imbalance_text_to_image", "id_correlation")
 """Measures of the neighbors of the captions."""
 CLOSE: dict[str, float] = {"rel": 2e-4, "abs": 2e-5}
 
@@ -245,7 +245,8 @@ def test_probes_of_the_caption(kind: str, family: str, seen: Callable[[str], See
         x_TND = one.plain.stacked(rows, "last", blank)
         scores = [None if is_constant(x) else plain_probes.accuracy(x, truth, groups) for x in x_TND]
         name = f"entailment/{kind}" + ("/text_only" if blank else "")
-        one.check(name, "last", lambda t, s=scores: s[t], abs=0.016)  # type: ignore[misc]
+        # Without pictures, rows of one caption are alike: three of 80 may fall on the other side of the edge.
+        one.check(name, "last", lambda t, s=scores: s[t], abs=0.038 if blank else 0.016)  # type: ignore[misc]
         if not blank:
             check_selectivity(one, name, "last", x_TND, scores, control, groups)
 

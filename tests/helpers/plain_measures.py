@@ -235,6 +235,13 @@ def distance_correlation(a: Rows, b: Rows) -> float:
     return float(np.sqrt((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum())))
 
 
+def id_correlation(a: Rows, b: Rows) -> float:
+    """Basile et al. 2025, equation 3: the dimensions of both less that of both side by side, features at variance 1."""
+    a, b = (centered(x) / (x.std(0, ddof=1) + 1e-9) for x in (a, b))
+    first, second = two_nn(a), two_nn(b)
+    return float((first + second - two_nn(np.concatenate([a, b], 1))) / max(first, second))
+
+
 def imbalance(a: Rows, b: Rows) -> float:
     """Glielmo et al. 2022: 2 / N times the mean rank in b of the nearest in a."""
     distance = squareform(pdist(b))
@@ -296,6 +303,7 @@ PAIR: Mapping[str, Callable[[Rows, Rows, Rows, int], float]] = {
     "pwcca": lambda a, b, groups, k: pwcca(a, b),
     "procrustes": lambda a, b, groups, k: procrustes(a, b),
     "distance_correlation": lambda a, b, groups, k: distance_correlation(a, b),
+    "id_correlation": lambda a, b, groups, k: id_correlation(a, b),
     "rsa": lambda a, b, groups, k: float(spearmanr(pdist(a), pdist(b)).statistic),
     "imbalance_image_to_text": lambda a, b, groups, k: imbalance(a, b),
     "imbalance_text_to_image": lambda a, b, groups, k: imbalance(b, a),

@@ -90,7 +90,7 @@ def test_intervals_apart_are_counted_by_layer(tmp_path):
     rows = rows_of(0, SOME[:1])
     append_layers(one.layers, rows)
     append_layers(other.layers, rows_of(0, SOME[:1]))
-    assert "Intervals apart from one: other nowhere" in page_of(one, other, out=tmp_path / "same.html").text
+    assert "Told apart from one, over all layers: other nowhere" in page_of(one, other, out=tmp_path / "same.html").text
     moved = [
         type(row)(**{**vars(row), "value": row.value + 0.3, "low": row.low + 0.3, "high": row.high + 0.3})
         if row.layer in (7, 8, 20)
@@ -99,9 +99,8 @@ def test_intervals_apart_are_counted_by_layer(tmp_path):
     ]
     third = compared_run(tmp_path, "third", layers=False)
     append_layers(third.layers, moved)
-    assert (
-        "Intervals apart from one: other nowhere; third at 3 of 30 layers (7–8, 20)" in page_of(one, other, third).text
-    )
+    said = "Told apart from one, over all layers: other nowhere; third at 3 of 30 layers (7–8, 20)"
+    assert said in page_of(one, other, third).text
 
 
 def test_a_run_without_layers_costs_only_its_lines(tmp_path):

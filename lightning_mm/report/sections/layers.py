@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from lightning_mm.core.layer_table import LayerRow
 from lightning_mm.core.measure_catalog import QUESTIONS, rank
+from lightning_mm.core.peak_note import PEAK_NOTE, noted_peak_range
+from lightning_mm.core.simultaneous import tell_apart
 from lightning_mm.report.figures.curves import LegendEntry
 from lightning_mm.report.figures.figure import Figure
 from lightning_mm.report.figures.layers import MOST_COLUMNS, panel_figure
@@ -29,8 +31,6 @@ from lightning_mm.report.tables.panels import (
 
 _MOST, _LONGEST = 12, 240
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
-PEAK_RANGE = re.compile(r"the peak is at layer (-?\d+) to (-?\d+)")
-"""The note of a profile's peak that says how sure its place is; the table of headlines shows it."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def notes(found: Sequence[Panel]) -> tuple[tuple[str, str], ...]:
         for (step, _), row in panel.cells.items():
             if step == panel.steps[-1] and row.value is not None:
                 for note in row.notes:
-                    if not PEAK_RANGE.match(note):
+                    if not PEAK_NOTE.match(note):  # the table of headlines shows it
                         told.setdefault(_NUMBER.sub("#", note), []).append((note, panel.measure.title))
     listed = [
         (spelled([note for note, _ in where]), _listed([title for _, title in where]))
@@ -284,12 +284,12 @@ def _headline(panel: Panel, track: Track, trained: TrainedLayers) -> Headline:
 
 def _sure(peak: LayerRow | None) -> str:
     """Between which layers the peak lies, where its notes say that."""
-    found = PEAK_RANGE.search("; ".join(peak.notes)) if peak else None
-    return f"between {layer_tick(int(found[1]))} and {layer_tick(int(found[2]))}" if found else ""
+    found = noted_peak_range(peak.notes) if peak else None
+    return f"between {layer_tick(found[0])} and {layer_tick(found[1])}" if found else ""
 
 
 def _change(panel: Panel, first: LayerRow | None, last: LayerRow) -> tuple[str, bool]:
-    """How much a layer changed, and whether by more than both intervals together allow."""
+    """How much a layer changed, and whether by more than both intervals allow where it is chosen among all layers."""
     if first is None or first.value is None or last.value is None:
         return "–", False
     change = last.value - first.value
@@ -297,10 +297,7 @@ def _change(panel: Panel, first: LayerRow | None, last: LayerRow) -> tuple[str, 
     spelled = (
         f"{100 * abs(change):.1f}".removesuffix(".0") + " points" if panel.measure.in_percent else short(abs(change))
     )
-    ends = (first.low, first.high, last.low, last.high)
-    if any(end is None for end in ends):
-        return f"{sign}{spelled}", False
-    return f"{sign}{spelled}", last.low > first.high or last.high < first.low  # type: ignore[operator]
+    return f"{sign}{spelled}", tell_apart(first, last, len(panel.layers))
 
 
 def _groups(
