@@ -98,7 +98,7 @@ def leave_group_out_accuracy(features: Tensor, labels: Tensor, groups: Tensor) -
 
 def _correct(features: Tensor, labels: Tensor, groups: Tensor) -> tuple[Tensor, list[str]]:
     """(T, N) 1 where the probe of all other groups is right, and per slice why it is not defined; NaN there."""
-    problems = Representations.of(features).problems
+    problems = list(Representations.of(features).problems)
     correct_TN = features.new_full(features.shape[:2], math.nan, dtype=torch.float64)
     if len(torch.unique(groups)) < _MIN_GROUPS or len(torch.unique(labels)) < 2:
         return correct_TN, [problem or "too few: groups or classes to leave one out" for problem in problems]

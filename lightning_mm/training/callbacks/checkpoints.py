@@ -14,13 +14,21 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.trainer.call import _call_callbacks_state_dict
 
 from lightning_mm.core.decisions import log
 from lightning_mm.core.errors import UserError
 from lightning_mm.planning.devices import synchronize
 from lightning_mm.training.callbacks.stop_signals import StopSignals
+from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.training.resume_point import at_step_end
-from lightning_mm.training.unfinished import AfterStep, finish_training, validate_now, validation_is_due
+from lightning_mm.training.unfinished import (
+    AfterStep,
+    finish_training,
+    left_after,
+    validate_now,
+    validation_is_due,
+)
 
 
 class LastCheckpoint(ModelCheckpoint):
@@ -57,6 +65,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._last_global_step_saved, self._started = trainer.global_step, True
         self._signals.install()
+        if self._left.ends and not Path(self._path()).is_file():  # it goes on in a new folder
+            self._save(trainer, again=True)
         if self._left.validate:
             validate_now(trainer)
 
@@ -102,7 +112,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._left = AfterStep()
-        self._save(trainer, again=True)
+        self._save(trainer)
+        self._note_end(trainer)
         self._signals.remove()
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -148,6 +159,20 @@ class LastCheckpoint(ModelCheckpoint):
         self.last_model_path = self.best_model_path = self._path()
         self._save_checkpoint(trainer, self.last_model_path)
         self.seconds += time.perf_counter() - began
+
+    def _note_end(self, trainer: L.Trainer) -> None:
+        """Let the file of the last step say that nothing is left to do, and hold what callbacks have found since.
+
+        Its weights stay: a callback may have put others into the model at the end, such as an average.
+        """
+        path = Path(self._path())
+        if not trainer.is_global_zero or not path.is_file():
+            return
+        saved = read_checkpoint(path)
+        if not left_after(saved).ends:
+            return
+        saved["callbacks"] = _call_callbacks_state_dict(trainer)
+        trainer.strategy.checkpoint_io.save_checkpoint(saved, path)
 
     def _stop(self, trainer: L.Trainer) -> None:
         """End the run, after a signal that this rank or another one got."""
