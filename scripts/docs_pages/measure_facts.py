@@ -85,6 +85,12 @@ FACTS = {
         "mean over random pairings",
         "all distances are equal",
     ),
+    "id_correlation": Fact(
+        "geometry.id_correlation.id_correlation",
+        "(d_a + d_b - d_ab) / max(d_a, d_b), dimensions by TwoNN; d_ab of both side by side, features at variance 1",
+        "mean over random pairings",
+        "fewer than 20 samples with two distinct neighbors",
+    ),
     "rsa": Fact(
         "geometry.rsa.rsa",
         "Spearman correlation of the distances of all pairs of samples",
