@@ -74,16 +74,23 @@ def test_clear_of_chance_is_told_from_the_interval_and_the_band(low, high, null,
     assert seen(rows).headlines[0].clear == clear
 
 
-def test_a_change_counts_only_where_the_intervals_are_apart():
-    for reach, counts in [(0.04, True), (0.06, False), (None, False)]:
+def test_a_change_counts_only_where_the_intervals_tell_it_over_all_layers():
+    """0.1 against sqrt(2) times the reach, and 1.89 times as much where the layer is one of 32."""
+    for reach, layers, counts in [
+        (0.07, 1, True),
+        (0.072, 1, False),
+        (0.036, 32, True),
+        (0.04, 32, False),
+        (None, 1, False),
+    ]:
         ends = {} if reach is None else {"low": 0.0, "high": 0.0}
         rows = [
             row(s, i, v, **{k: v + (reach if k == "high" else -reach) for k in ends})
-            for s, v in [(0, 0.5), (5, 0.6)]
-            for i in (0,)
+            for s, top in [(0, 0.5), (5, 0.6)]
+            for i, v in enumerate([top, *[0.4] * (layers - 1)])
         ]
         (line,) = seen(rows).headlines
-        assert line.moved == counts
+        assert line.moved == counts, (reach, layers)
         assert line.cells["change"] == "+10 points"
 
 
