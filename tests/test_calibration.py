@@ -46,15 +46,12 @@ def test_means_and_differences_hold_their_level(name: str, models: int, tmp_path
     assert departures(simulated(name, models, tmp_path)) == []
 
 
-OPEN = pytest.mark.xfail(reason="docs/calibration.md lists what does not hold its level yet")
-
-
 @pytest.mark.parametrize("name", ["geometry/96/alone/null", "geometry/96/groups/null", "one cloud/96/noise/null"])
 def test_measures_of_geometry_hold_their_level(name: str, tmp_path: Path) -> None:
     assert departures(simulated(name, 30, tmp_path)) == []
 
 
-@pytest.mark.parametrize("name", [pytest.param("entailment/96/pictures 50%/null", marks=OPEN)])
+@pytest.mark.parametrize("name", ["entailment/96/pictures 50%/null"])
 def test_probes_and_their_peaks_hold_their_level(name: str, tmp_path: Path) -> None:
     assert departures(simulated(name, 30, tmp_path)) == []
 

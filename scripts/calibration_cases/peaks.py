@@ -15,14 +15,13 @@ from calibration_cases.made_up import WIDTH, States, cloud, groups_of, states_of
 from lightning_mm.analysis.findings import Findings
 from lightning_mm.analysis.geometry import measure_geometry
 from lightning_mm.analysis.summary import summarize_profile
-from lightning_mm.report.sections.layers import PEAK_RANGE
 
 LAYERS, PEAK, BREADTH = 31, 20, 4.0
 BUMP_L = torch.exp(-0.5 * ((torch.arange(LAYERS) - PEAK) / BREADTH) ** 2)
 """(T,) height of what is planted: 1 at ``PEAK``."""
 
 _MEASURES = ("id_gride", "overlap", "cka")
-_RESTS_ON = ("geometry", "analysis/geometry.py", "analysis/summary.py", "report/sections/layers.py")
+_RESTS_ON = ("geometry", "analysis/geometry.py", "analysis/summary.py", "core/peak_note.py")
 
 
 def peak_readings(found: Findings, name: str, site: str, planted: bool) -> list[Reading]:
@@ -36,8 +35,8 @@ def peak_readings(found: Findings, name: str, site: str, planted: bool) -> list[
         Reading(f"{name}: value at the peak", row.value, row.low, row.high, profile=name, layer=place),
         Reading(f"{name}: peak above chance", row.value, found=clear),
     ]
-    if planted and (ends := PEAK_RANGE.search("; ".join(row.notes))):
-        low, high = (float(end) + 1 for end in ends.groups())
+    if planted and (ends := summary.peak_range) is not None:
+        low, high = (float(end) + 1 for end in ends)
         readings.append(Reading(f"{name}: layer of the peak", float(place), low, high, truth=float(PEAK)))
     if planted and summary.plateau is not None:
         low, high = (float(end) + 1 for end in summary.plateau)
