@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-THROUGH_OTHERS = {"numpy", "huggingface-hub", "tokenizers", "lightning-utilities", "accelerate"}
+THROUGH_OTHERS = {"numpy", "huggingface-hub", "tokenizers", "fsspec", "lightning-utilities", "accelerate"}
 """Imported, and brought by torch's, transformers', Lightning's and PEFT's own requirements, at versions they choose."""
 EXTRA_FOR_LOADING = {"bitsandbytes"}
 """Called by transformers when a model is loaded in 4 or 8 bits."""
