@@ -156,7 +156,7 @@ def test_traces(kind: str, family: str, traced: Callable[[str], Traced]) -> None
 
 
 def check_ratios(found: Any, one: Traced, effects: list[Any], falls: list[float]) -> int:
-    """Compare ``trace_ratio``, mean effect over mean fall, where that fall is clear of 0; returns the number compared."""
+    """Compare ``trace_ratio``, mean effect over mean fall where that is clear of 0; returns the number compared."""
     defined = 0
     for name in CLASSES:
         kept = [i for i, each in enumerate(effects) if name in each]
