@@ -17,7 +17,7 @@ mypy
 lint-imports
 bash scripts/docs.sh
 # One thread per worker: two processes that each use all cores are slower than two that share them.
-OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile "${tests[@]}" "$@"
+OMP_NUM_THREADS=1 pytest -n 2 --dist loadfile --durations=80 --durations-min=3 "${tests[@]}" "$@"
 if [ $# -eq 0 ]; then
     # It sends signals to its own process, which is not that of a worker.
     OMP_NUM_THREADS=1 pytest "${tests[@]}" tests/training/test_run_ends.py
