@@ -18,6 +18,9 @@ from lightning_mm.data.token_lengths import local_token_lengths
 _MAX_EXAMPLES = 32
 """Rows from the first on, and as many from all over the data, that are tried until one can be used."""
 
+_NUM_MIXED = 4
+"""Rows of a batch that holds the kinds of rows that the data has."""
+
 
 def random_batches(samples: Sequence[Sample], collator: Collator, count: int, size: int, seed: int) -> list[Batch]:
     """Random batches without replacement; fewer where there are fewer samples.
@@ -52,6 +55,29 @@ def example_batch(samples: Sequence[Sample], collator: Collator, count: int) -> 
         if (batch := collator.collate_valid(tried[start : start + count], rejected)) is not None:
             return batch
     raise _no_example(tried, rejected, collator)
+
+
+def mixed_batch(samples: Sequence[Sample], collator: Collator) -> Batch | None:
+    """A padded batch of rows as different as the data has them; None where none of those tried can be used.
+
+    Of the first rows and of some from everywhere: one without pictures, one with most, the longest and the shortest.
+
+    Args:
+        samples: What is tried.
+        collator: Makes the batch.
+    """
+    every = max(1, len(samples) // _MAX_EXAMPLES)
+    numbers = dict.fromkeys([*range(min(len(samples), _MAX_EXAMPLES)), *range(0, len(samples), every)])
+    tried = [samples[number] for number in numbers]
+    by_length = sorted(tried, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
+    by_pictures = sorted(by_length, key=lambda sample: len(sample.images))
+    chosen = {id(s): s for s in (by_length[-1], by_pictures[0], by_pictures[-1], by_length[0])} if tried else {}
+    ordered = [*chosen.values(), *(s for s in tried if id(s) not in chosen)]
+    rejected: list[Rejection] = []
+    for start in range(0, len(ordered), _NUM_MIXED):
+        if (batch := collator.collate_valid(ordered[start : start + _NUM_MIXED], rejected)) is not None:
+            return batch
+    return None
 
 
 def _no_example(tried: Sequence[Sample], rejected: Sequence[Rejection], collator: Collator) -> UserError:

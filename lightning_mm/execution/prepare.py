@@ -26,7 +26,9 @@ class Compute:
     """How a step is computed.
 
     Args:
-        packing: Decoder blocks see the tokens of all rows side by side, without padding.
+        packing: Decoder blocks see the tokens of all rows side by side, without padding; a proof on rows of the run
+            leaves out the blocks that this would change.
+        cpu_kernels: Attention and norms by our own kernels on CPUs, where gradients flow.
         checkpoint_every: With activation checkpointing: of the blocks that backward crosses, every so many-th one is
             recomputed.
         loss_chunk: Answer tokens whose logits are in memory at a time; those of others are computed again in backward.
@@ -38,6 +40,7 @@ class Compute:
     """
 
     packing: bool = True
+    cpu_kernels: bool = True
     checkpoint_every: int = 1
     loss_chunk: int | Literal["auto", "off"] = "auto"
     frozen_dtype: FrozenDtype = "auto"
@@ -88,8 +91,9 @@ def apply_techniques(
             apply_liger(mm.model)
         if compute.compile == "blocks":
             compile_blocks(mm.model, blocks_in_graph(mm, plan), undo)
-        use_cpu_attention(mm.model, undo)
-        use_cpu_norms(mm.model, undo)
+        if compute.cpu_kernels:
+            use_cpu_attention(mm.model, undo)
+            use_cpu_norms(mm.model, undo)
         if compute.packing:
             packed = unpad_blocks(mm, undo)
             why = "attention alone is computed in rows" if packed else "no block's attention can be put back into rows"

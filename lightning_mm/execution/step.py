@@ -6,6 +6,7 @@ frozen activations are cached; batches from ``wrap_collator`` then leave out the
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTow
 from lightning_mm.execution.loss import LossOutput, supervised_nll
 from lightning_mm.execution.prepare import Compute, apply_techniques
 from lightning_mm.execution.shared_images import encode_images_once, verify_sharing
+from lightning_mm.execution.step_proof import StepProof, prove_step
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.handle import MultimodalModel
@@ -37,6 +39,9 @@ _MIN_TOWER_SHARE = 0.1
 
 _NUM_VERIFIED_ROWS = 3
 """Rows in the batch that verifies that the tower's features of a row do not depend on the other rows."""
+
+_SUSPECTS = (("cpu_kernels",), ("packing",), ("cpu_kernels", "packing"))
+"""Options of ``Compute`` that are switched off, in this order, until the step computes the family's own losses."""
 
 
 class TrainingStep:
@@ -76,6 +81,45 @@ class TrainingStep:
         head = self.mm.head
         with self._apply_cached(batch), unpadded(self._tokens(batch)), encode_images_once(self.mm, batch):
             return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
+
+    def prove(self, batch: Batch) -> None:
+        """Prove on rows of the run that the prepared step computes the family's own losses; switch off what does not.
+
+        Args:
+            batch: Rows on the model's device, as different as the run has them.
+
+        Raises:
+            UserError: The losses differ with every option switched off.
+        """
+        if not batch.num_supervised:
+            return
+        asked, first = self.compute, self._proved(batch)
+        proof, off, suspects = first, tuple[str, ...](), list(_SUSPECTS)
+        while not proof.holds and suspects:
+            self.close()
+            off = suspects.pop(0)
+            self.compute = replace(asked, **dict.fromkeys(off, False))
+            self.open()
+            proof = self._proved(batch)
+        said = f"losses of {first.tokens} tokens differ by {first.gap:.2g} nats from the family's own forward pass"
+        bound = f"rounding allows {first.allowed:.2g}"
+        if not proof.holds:
+            raise UserError(
+                "The prepared step does not compute this model's loss.",
+                f"On rows of this run {said} (root mean square; {bound}), also with {' and '.join(off)} off.",
+                "Report the model's type; a run on another loss than the model's is not begun.",
+            )
+        for name in off:
+            log_decision(f"model.compute.{name}", "off", f"with it {said}; {bound}")
+
+    def _proved(self, batch: Batch) -> StepProof:
+        with temporary_eval_mode(self.mm.model, batch.regions.device):
+            proof = prove_step(self.mm, batch, self.objective)
+        for name, why in proof.padded.items():
+            log_decision("model.compute.packing", f"{name} stays padded", why)
+        if not proof.finite:
+            log_decision("model.compute", "not proved", "the model's own losses of rows of this run are not finite")
+        return proof
 
     def open_cache(
         self,

@@ -45,6 +45,17 @@ def replace_forward(undo: ExitStack, module: nn.Module, make: Callable[[Forward]
     undo.callback(restore)
 
 
+@contextmanager
+def plain_forwards(model: nn.Module) -> Iterator[None]:
+    """While active, every module runs the forward of its class: whatever ``replace_forward`` put in is left out."""
+    replaced = {module: module.__dict__.pop("forward") for module in model.modules() if "forward" in module.__dict__}
+    try:
+        yield
+    finally:
+        for module, forward in replaced.items():
+            module.__dict__["forward"] = forward
+
+
 def skip_blocks(undo: ExitStack, blocks: Iterable[nn.Module], in_tuple: bool) -> None:
     """Make blocks return their input hidden states, until ``undo`` is closed.
 

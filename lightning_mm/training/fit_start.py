@@ -84,6 +84,21 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
         step.open_cache(settings, data.collator(), example, epochs, facts)
 
 
+def prove_step(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> None:
+    """Prove on this run's rows that the prepared step computes the family's own losses; see ``TrainingStep.prove``.
+
+    Args:
+        step: The prepared step, its model on the trainer's device.
+        trainer: The trainer of the fit.
+        data: Where its rows come from.
+    """
+    with torch.device("cpu"):  # Lightning configures optimizers with the accelerator as the default device
+        batch = data.mixed_batch()
+    if batch is not None:
+        with trainer.precision_plugin.forward_context():
+            step.prove(batch.to(trainer.strategy.root_device))
+
+
 def prove_sharing(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> None:
     """Prove on this run's rows that those which share pictures train as if each stood alone, where they are to.
 

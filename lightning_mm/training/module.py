@@ -53,6 +53,7 @@ from lightning_mm.training.fit_start import (
     find_unread,
     open_cache,
     prove_sharing,
+    prove_step,
     refuse_cache,
     start_at_stream_norm,
 )
@@ -318,6 +319,7 @@ class MMModule(ModelAndData):
         Lightning makes the training loader next, to count the steps of an epoch.
         """
         if self._files is not None:
+            prove_step(self.step, self.trainer, self._files)
             open_cache(self.step, self.cache, self.trainer, self._files)
             prove_sharing(self.step, self.trainer, self._files)
         if self._make_optimizer is not None:

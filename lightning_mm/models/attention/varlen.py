@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from functools import wraps
+from functools import partial, wraps
 from itertools import chain
 from typing import Any
 
@@ -28,6 +28,7 @@ from lightning_mm.models.attention.dispatch import (
     change_attention,
     has_eager_attention,
 )
+from lightning_mm.models.attention.proof import current_proof
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import Forward, replace_forward
 
@@ -129,13 +130,15 @@ def unpadded(tokens: RealTokens | None) -> Iterator[None]:
 def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
     """Prepare every decoder block that can run without padding; returns their module names.
 
-    Blocks whose attention is not looked up in transformers' registry are left as they are.
+    Blocks whose attention is not looked up in transformers' registry are left as they are; of the others, those that
+    ``proof.proving_blocks`` finds to differ.
 
     Args:
         mm: The plain model, after ``use_cpu_attention``, whose kernels are called inside.
         undo: Gets the callbacks that restore the blocks.
     """
     prepared: list[str] = []
+    padded: set[str] = set()
     modules: list[nn.Module] = []
     for each in mm.layout.blocks:
         mixer: Any = mm.model.get_submodule(each.attention) if each.attention else None
@@ -143,40 +146,62 @@ def unpad_blocks(mm: MultimodalModel, undo: ExitStack) -> tuple[str, ...]:
             continue
         block = mm.model.get_submodule(each.name)
         modules += attention_modules(block)
-        replace_forward(undo, block, _without_padding)
+        replace_forward(undo, block, partial(_without_padding, each.name, padded))
         prepared.append(each.name)
     # One registry for all blocks: torch.compile keeps what it has compiled with it.
     change_attention(undo, modules, lambda name, attend, _: _attend_by_rows(attend, name))
     return tuple(prepared)
 
 
-def _without_padding(forward: Forward) -> Forward:
+def _without_padding(name: str, padded: set[str], forward: Forward) -> Forward:
+    """A block's forward without padding.
+
+    Args:
+        name: Module name of the block.
+        padded: Blocks that a proof has found to need it; shared by all blocks.
+        forward: The block's forward until now.
+    """
     names = list(inspect.signature(forward).parameters)
 
     @wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         tokens = _batch_tokens.get()
-        if tokens is None or kwargs.get("past_key_values") is not None:
+        if tokens is None or name in padded or kwargs.get("past_key_values") is not None:
             return forward(*args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         hidden = given.pop(names[0])
         try:
             # Masks are not packed: attention runs by row.
-            rest = {name: value if "mask" in name else tokens.of(value) for name, value in given.items()}
+            rest = {key: value if "mask" in key else tokens.of(value) for key, value in given.items()}
             if any(isinstance(v, Tensor) and "mask" in n and not _is_row_mask(v, tokens) for n, v in given.items()):
                 raise _NotByTokenError
         except _NotByTokenError:
             return forward(*args, **kwargs)
-        held = _block_tokens.set(tokens)
-        try:
-            output = forward(tokens.pack(hidden), **rest)
-        finally:
-            _block_tokens.reset(held)
-        if isinstance(output, Tensor):
-            return tokens.unpack(output)
-        return (tokens.unpack(output[0]), *output[1:])
+        bare = partial(_on_real_tokens, forward, tokens, rest)
+        if (proof := current_proof()) is None:
+            return bare(hidden)
+
+        def first(output: Any) -> Tensor:
+            states: Tensor = output if isinstance(output, Tensor) else output[0]
+            return states
+
+        if not proof.run(name, hidden, tokens.index, lambda x: first(forward(x, **given)), lambda x: first(bare(x))):
+            padded.add(name)
+        return forward(*args, **kwargs)
 
     return run
+
+
+def _on_real_tokens(forward: Forward, tokens: RealTokens, rest: dict[str, Any], hidden: Tensor) -> Any:
+    """What a block returns, its states (B, L, D) computed from the real tokens alone; ``rest`` is packed already."""
+    held = _block_tokens.set(tokens)
+    try:
+        output = forward(tokens.pack(hidden), **rest)
+    finally:
+        _block_tokens.reset(held)
+    if isinstance(output, Tensor):
+        return tokens.unpack(output)
+    return (tokens.unpack(output[0]), *output[1:])
 
 
 def _is_row_mask(mask: Tensor, tokens: RealTokens) -> bool:
