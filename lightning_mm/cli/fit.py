@@ -24,12 +24,12 @@ from lightning_mm.cli import trainer_parts
 from lightning_mm.cli.explain_errors import explain_trainer
 from lightning_mm.cli.parser import Parser
 from lightning_mm.cli.replaced_lists import say_replaced
-from lightning_mm.cli.resume import find_checkpoint, own_folder, take_over
+from lightning_mm.cli.resume import begun_anew, find_checkpoint, own_folder, take_over
 from lightning_mm.core.decisions import decision_log, log, log_decision
 from lightning_mm.core.distributed import all_gather_object
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import append_jsonl, read_json
-from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.core.run_directory import RunDirectory, release_claims
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.report.wandb import OnlineLogger
@@ -79,6 +79,8 @@ def _no_folder_of_a_failed_start() -> Iterator[None]:
         if made and not RunDirectory(Path(made)).has_begun:
             shutil.rmtree(made, ignore_errors=True)
         raise
+    finally:
+        release_claims()
 
 
 def parse_only(cli: "type[TrainingCLI]", arguments: list[str]) -> "TrainingCLI":
@@ -162,13 +164,16 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
         _take_root(config)
-        if config.get("ckpt_path"):
+        asked = config.get("ckpt_path")
+        if asked:
             found = find_checkpoint(config.ckpt_path, config.run.root, config.run.name or _policy(config))
             config.ckpt_path = None if found is None else str(found)
         resumed = config.get("ckpt_path")
         self.checkpoint = read_checkpoint(Path(resumed), mapped=False) if resumed else None
         read_config(Backbone(path=config.model.backbone.path, revision=config.model.backbone.revision))
         goes_on = own_folder(Path(resumed), config.run.name) if self.subcommand == "fit" and resumed else None
+        if asked == "auto" and not resumed and self.subcommand == "fit" and _RANK.rank == 0:
+            goes_on = begun_anew(config.run.root, config.run.name or _policy(config))
         self.run = _run_directory(config, str(self.subcommand), goes_on)
         if _RANK.rank == 0:
             self._parser(self.subcommand).save(
@@ -258,13 +263,22 @@ def _run_directory(config: Namespace, verb: str, goes_on: RunDirectory | None) -
     if (given := os.environ.get(RUN_VARIABLE)) and _RANK.rank != 0:
         return RunDirectory(Path(given))
     if goes_on is not None:
-        log_decision("run", f"goes on in {goes_on.path}", "from its last.ckpt; another --run.name makes a copy")
+        if _RANK.rank == 0 and not goes_on.claim():
+            raise UserError(
+                f"{goes_on.path} is in use.",
+                "Another process trains in it: two would write over each other's checkpoints.",
+                "Wait for it or stop it, or give another --run.name, which makes a copy.",
+            )
+        goes_on.remove_temporary_files()
+        if config.get("ckpt_path"):
+            log_decision("run", f"goes on in {goes_on.path}", "from its last.ckpt; another --run.name makes a copy")
         os.environ[RUN_VARIABLE] = str(goes_on.path)
         return goes_on
     default = _policy(config) if verb == "fit" else f"{_policy(config)}-{verb}"
     if _RANK.rank != 0:
         return RunDirectory(Path(config.run.root).absolute() / (config.run.name or default))
-    run = RunDirectory.create(config.run.root, config.run.name, default)
+    run = RunDirectory.create(config.run.root, config.run.name, default, kind=verb)
+    run.claim()
     os.environ[RUN_VARIABLE] = str(run.path)
     return run
 

@@ -68,6 +68,23 @@ def own_folder(checkpoint: Path, name: str | None) -> RunDirectory | None:
     return run if is_runs and same else None
 
 
+def begun_anew(root: str | Path, name: str) -> RunDirectory | None:
+    """The folder of the newest run of a name, emptied, if that run ended before its first checkpoint; else None.
+
+    A job that is started again with ``--ckpt_path auto`` so has one folder, whenever it was killed.
+
+    Args:
+        root: Folder of all runs.
+        name: Name of the run.
+    """
+    run = next(iter(_runs_of(Path(root), name)), None)
+    if run is None or run.kind != "fit" or (run.checkpoints / "last.ckpt").exists() or not run.claim():
+        return None
+    run.clear()
+    log_decision("run", f"begins anew in {run.path}", "the run there ended before its first checkpoint")
+    return run
+
+
 def take_over(earlier: RunDirectory, run: RunDirectory, step: int, validates: bool) -> None:
     """Put what a run has logged and found up to a step into the folder of the run that goes on, each step once.
 
@@ -77,7 +94,7 @@ def take_over(earlier: RunDirectory, run: RunDirectory, step: int, validates: bo
         step: Optimizer steps done in the checkpoint.
         validates: Whether the validation of that step is to be done yet.
     """
-    continue_metrics(earlier, run, step)
+    continue_metrics(earlier, run, step, validates)
     copy_earlier_findings(earlier, run, step)
     if earlier.ledger.is_file() and earlier.path != run.path:
         copyfile(earlier.ledger, run.ledger)
@@ -87,7 +104,7 @@ def take_over(earlier: RunDirectory, run: RunDirectory, step: int, validates: bo
         write_atomically(run.path / answers.name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> None:
+def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, validates: bool = False) -> None:
     """Write the first run's curves up to the step that the run resumes at, each step once.
 
     Training logs a step under the number of steps before it, inspections under the number of steps done.
@@ -96,6 +113,7 @@ def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> Non
         earlier: The run that the checkpoint is of.
         run: The run that goes on; the same folder, or a new one.
         step: Optimizer steps done in the checkpoint.
+        validates: Whether the validation of that step comes again; what it has logged is left out.
     """
     if not earlier.metrics.is_file():
         return
@@ -106,6 +124,8 @@ def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int) -> Non
     writer.writeheader()
     for row in (row for row in reader if row["step"]):
         inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
+        if validates and int(row["step"]) == step - 1 and any(row[key] for key in row if key.startswith("val/")):
+            continue
         if int(row["step"]) < step:
             writer.writerow(row)
         elif int(row["step"]) == step and inspected:

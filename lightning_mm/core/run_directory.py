@@ -4,7 +4,11 @@ Data flow: the command line or the run's callbacks create it; module and callbac
 alone, without the run.
 """
 
+import errno
+import fcntl
+import os
 import re
+import shutil
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -31,13 +35,16 @@ class RunDirectory:
     path: Path
 
     @classmethod
-    def create(cls, root: str | Path = "runs", name: str | None = None, default: str = "run") -> "RunDirectory":
+    def create(
+        cls, root: str | Path = "runs", name: str | None = None, default: str = "run", kind: str = ""
+    ) -> "RunDirectory":
         """Make a new folder that no other run has, before anything heavy is loaded.
 
         Args:
             root: The folder of all runs.
             name: What the user calls this run; a name that is taken gets -2, -3, ...
             default: The name where the user gives none.
+            kind: What it is a run of, such as 'fit'.
 
         Raises:
             UserError: If the name is no plain folder name, or nothing can be written under ``root``.
@@ -50,7 +57,7 @@ class RunDirectory:
             while not _made(path):
                 attempt += 1
                 path = path.with_name(f"{wanted}-{attempt}")
-            identity = {"name": path.name, "id": uuid.uuid4().hex[:8], "created": _now(), "begun": None}
+            identity = {"name": path.name, "id": uuid.uuid4().hex[:8], "created": _now(), "begun": None, "kind": kind}
             write_json(path / "run.json", identity)
         except OSError as error:
             fix = "Name a folder that you may write to, or free some space."
@@ -76,6 +83,37 @@ class RunDirectory:
             )
         return cls(found)
 
+    def claim(self) -> bool:
+        """Hold the folder until ``release_claims`` or the end of this process; False if another process holds it.
+
+        On file systems without locks every folder is free.
+        """
+        if self.path in _CLAIMS:
+            return True
+        try:
+            held = os.open(self.path, os.O_RDONLY)
+        except OSError:
+            return True
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(held)
+            return error.errno not in (errno.EWOULDBLOCK, errno.EACCES)
+        _CLAIMS[self.path] = held
+        return True
+
+    def remove_temporary_files(self) -> None:
+        """Remove what a killed process was writing; the files that it was to replace are whole."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Remove all that a run has left, which is to begin anew here."""
+        for path in self.path.iterdir():
+            if path.name != "run.json":
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        write_json(self.path / "run.json", {**self._identity(), "begun": None})
+
     def begin(self) -> None:
         """Note that the run's first batch is reached: a run that fails before leaves no folder."""
         write_json(self.path / "run.json", {**self._identity(), "begun": _now()})
@@ -84,6 +122,11 @@ class RunDirectory:
     def has_begun(self) -> bool:
         """Whether the run reached its first batch; True for a folder that was not made by ``create``."""
         return self._identity().get("begun", "unknown") is not None
+
+    @property
+    def kind(self) -> str:
+        """What it is a run of; empty where that is not known."""
+        return str(self._identity().get("kind") or "")
 
     @property
     def name(self) -> str:
@@ -182,6 +225,20 @@ class WritesToRun:
     """
 
     run: RunDirectory | None = None
+
+
+_CLAIMS: dict[Path, int] = {}
+"""Folders that this process holds -> file descriptor with the lock."""
+
+
+def release_claims() -> None:
+    """Let go of the folders that this process holds."""
+    while _CLAIMS:
+        os.close(_CLAIMS.popitem()[1])
+
+
+# A worker of a loader may outlive a killed run for seconds, and must not hold its folder.
+os.register_at_fork(after_in_child=release_claims)
 
 
 def _now() -> str:

@@ -66,7 +66,9 @@ def validate_now(trainer: L.Trainer) -> None:
     """
     log_decision("ckpt_path", "validates first", f"the run was stopped in the validation of step {trainer.global_step}")
     trainer.validating = True
-    trainer.fit_loop.epoch_loop.val_loop.run()
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    loop.restarting = False  # the batches that it counts are those of the validation before
+    loop.run()
     trainer.training = True
 
 

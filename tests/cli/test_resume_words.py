@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from shutil import copytree, rmtree
 from typing import Any
@@ -79,19 +81,73 @@ def test_auto_starts_and_then_goes_on_in_its_folder(fit: Fit, tmp_path: Path) ->
     assert sorted(os.listdir(runs)) == ["copy", "job"]
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(fit: Fit, tmp_path: Path) -> None:
+    command = ["--run.name", "job", "--ckpt_path", "auto", "--trainer.max_steps", "2", *QUIET]
+    assert fit(*command) == 0
+    job = tmp_path / "runs/job"
+    rmtree(job / "checkpoints")
+    (job / "left.txt").write_text("by the killed run")
+    assert fit(*command) == 0
+    assert os.listdir(tmp_path / "runs") == ["job"]
+    assert trained_steps(job) == [0, 1]
+    assert not (job / "left.txt").exists()
+    rmtree(job / "checkpoints")
+    assert fit("--run.name", "job", *command[4:]) == 0, "without auto, what is there stays"
+    assert sorted(os.listdir(tmp_path / "runs")) == ["job", "job-2"]
+
+
+HOLD = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print(1, flush=True)
+input()
+"""
+
+
+def test_a_folder_in_use_is_left_alone(fit: Fit, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--run.name", "job", "--ckpt_path", "auto", *QUIET, "--trainer.max_steps"]
+    assert fit(*command, "1") == 0
+    job = tmp_path / "runs/job"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        assert fit(*command, "2") != 0
+        assert "is in use" in capsys.readouterr().err
+        (job / "checkpoints/last.ckpt").unlink()
+        assert fit(*command, "2") == 0, "it may be at its first steps"
+        other.communicate("\n")
+    assert trained_steps(job) == [0]
+    assert trained_steps(tmp_path / "runs/job-2") == [0, 1]
+
+
 def trained_steps(run: Path) -> list[int]:
     return [int(row["step"]) for row in table(run / "metrics.csv") if row["train/loss"]]
 
 
-@pytest.mark.parametrize("killed_in", ["on_train_batch_end", "on_validation_batch_end", "on_train_end"])
+@pytest.mark.parametrize(
+    ("killed_in", "every"),
+    [("on_train_batch_end", 3), ("on_validation_batch_end", 3), ("on_validation_batch_end", 2), ("on_train_end", 3)],
+)
 def test_a_killed_run_that_goes_on_leaves_what_an_uninterrupted_one_does(
-    killed_in: str, fit: Fit, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    killed_in: str, every: int, fit: Fit, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed (what it wrote by then is all there is) in step 3, in its validation, or in the evaluation at the end."""
+    """Killed (what it wrote by then is all there is) in step 3, in its validation, in the second one, which
+    is that of the last step, or in the evaluation at the end.
+    """
     rows = json.loads(data["train"].read_text())
     rows[1]["conversations"][0]["value"] += " word" * 3000
     data["train"].write_text(json.dumps(rows))
-    options = ["--trainer.max_steps", "4", "--run.save_every", "1", "--trainer.val_check_interval", "3", *ONE_BAD_ROW]
+    options = [
+        "--trainer.max_steps",
+        "4",
+        "--run.save_every",
+        "1",
+        "--trainer.val_check_interval",
+        str(every),
+        *ONE_BAD_ROW,
+    ]
     assert fit(*options, "--run.name", "whole") == 0
     runs, dead = tmp_path / "runs", tmp_path / "dead"
     hook = getattr(RunRecorder, killed_in)
