@@ -15,12 +15,10 @@ from lightning_mm.core.console import result_console
 from lightning_mm.core.io import write_atomically
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.verbs import check as verb
-from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 
 def check(arguments: list[str]) -> int:
     """Tell what is in the data; returns the exit status: 1 where a fit would stop on it."""
-    refuse_foreign_classes(arguments)
     cli = parse_only(CheckingCLI, arguments[1:])
     config = cli.config
     found = verb.check(None, MMDataModule(**config.data.as_dict()), samples=config.samples)

@@ -13,29 +13,17 @@ from collections.abc import Callable, Iterable, Sequence
 from traceback import walk_tb
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.accelerators import AcceleratorRegistry
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins import LayerSync, Precision
-from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import Strategy, StrategyRegistry
+from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_mm import tuning
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.core.processes import worker_killed_error
+from lightning_mm.verbs.config_classes import OPTION_BASES, explain_refusal, refused_names
 
 _HELP = "See --help, or --print_config for a complete file. JSONARGPARSE_DEBUG=1 shows where it was refused."
 _TRAINER = "Change the trainer's options, or its -c file."
-_BASES: dict[str, tuple[type, ...]] = {
-    "callbacks": (Callback,),
-    "logger": (Logger,),
-    "profiler": (Profiler,),
-    "strategy": (Strategy,),
-    "plugins": (CheckpointIO, ClusterEnvironment, LayerSync, Precision),
-}
-"""Options of the trainer that are classes."""
 _PACKAGES = {
     "comet_ml": "comet-ml",
     "liger_kernel": "liger-kernel",
@@ -63,7 +51,13 @@ def explain_message(message: str, options: Iterable[str]) -> UserError:
         return UserError(f"{given} has no value.", "Nothing follows it.", f"Give {given} VALUE.")
     keys = re.findall(r'(?:Parser key|key) "([\w.+]+)"', message)
     dotted = ".".join(dict.fromkeys(key.rstrip("+") for key in keys))
-    kinds: Sequence[Callable[[str, str], UserError | None]] = (_missing_package, _no_option, _no_class, _no_choice)
+    kinds: Sequence[Callable[[str, str], UserError | None]] = (
+        explain_refusal,
+        _missing_package,
+        _no_option,
+        _no_class,
+        _no_choice,
+    )
     for explain in kinds:
         if (found := explain(message, dotted)) is not None:
             return found
@@ -116,6 +110,12 @@ def explain_trainer(error: Exception) -> UserError:
     """An error that Lightning raised while the trainer was made, from the options that it was given."""
     if (package := _missing_package(str(error))) is not None:
         return package
+    for name in refused_names(str(error)):  # an option that takes strings too has taken it for one
+        return UserError(
+            f"{name} is not loaded.",
+            "The command line does not name it, and its package is not trusted.",
+            f"If you trust it: --allow {name.partition('.')[0]}",
+        )
     hint = ""
     if match := re.search(r"invalid (?:strategy|accelerator) name: `(strategy|accelerator)='(\w+)'", str(error)):
         known = {
@@ -193,8 +193,8 @@ def _no_class(message: str, dotted: str) -> UserError | None:
     last = dotted.rpartition(".")[2]
     if last == "tuning":
         known, what = _policies(), "tuning policy"
-    elif last in _BASES:
-        known, what = _class_names(_BASES[last]), last.rstrip("s")
+    elif last in OPTION_BASES:
+        known, what = _class_names(OPTION_BASES[last]), last.rstrip("s")
     else:
         return None
     fix = suggestion(given.rpartition(".")[2], known) or _listed(known)

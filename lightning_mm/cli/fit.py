@@ -40,7 +40,6 @@ from lightning_mm.training.module_options import ModuleOptions
 from lightning_mm.training.standard_callbacks import keep_all
 from lightning_mm.training.trainer_checks import check_precision
 from lightning_mm.training.unfinished import left_after
-from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 _WANDB = Literal["auto", "online", "offline", "off"]
 _RANK: Any = rank_zero_only  # its ``rank`` is set before torch.distributed is
@@ -51,7 +50,6 @@ RUN_VARIABLE = "LIGHTNING_MM_RUN"
 
 def train(arguments: list[str]) -> int:
     """Run fit, validate, test or predict; returns the exit status."""
-    refuse_foreign_classes(arguments)
     say_replaced(arguments)
     try:
         with _no_folder_of_a_failed_start():

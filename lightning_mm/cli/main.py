@@ -13,6 +13,7 @@ from lightning_mm.cli.shipped_configs import find_configs
 from lightning_mm.core.console import show_messages, show_warnings_of
 from lightning_mm.core.decisions import DecisionLog
 from lightning_mm.core.errors import UserError
+from lightning_mm.verbs.config_classes import judged_names
 
 _KNOWN = (
     ".*does not have many workers.*",  # data.num_workers is the user's choice
@@ -42,7 +43,7 @@ def run(arguments: list[str]) -> int:
     """Run one verb; returns the exit status."""
     _configure_logging()
     try:
-        with DecisionLog().opened():
+        with DecisionLog().opened(), judged_names(arguments[1:]):
             return _load_verb(arguments[0])(find_configs(arguments))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,12 +15,10 @@ from lightning_mm.core.console import PlainConsole
 from lightning_mm.core.errors import UserError
 from lightning_mm.planning.devices import DEVICES
 from lightning_mm.verbs import plan as verb
-from lightning_mm.verbs.config_classes import refuse_foreign_classes
 
 
 def plan(arguments: list[str]) -> int:
     """Tell what a run will cost; returns the exit status."""
-    refuse_foreign_classes(arguments)
     cli = parse_only(PlanningCLI, arguments[1:])
     config = cli.config
     lengths = {name: config[name] for name in ("image_tokens", "text_tokens", "supervised")}

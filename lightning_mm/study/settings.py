@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.verbs.config_classes import judged_names
 from lightning_mm.verbs.rows import PathLike
 
 START = "stage1"
@@ -233,7 +234,8 @@ def read_settings(*given: "StudySettings | PathLike | Mapping[str, Any]") -> Stu
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(StudySettings, "study")
     try:
-        parsed: StudySettings = parser.instantiate_classes(parser.parse_object({"study": content})).study
+        with judged_names():
+            parsed: StudySettings = parser.instantiate_classes(parser.parse_object({"study": content})).study
     except ArgumentError as error:
         lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
         raise UserError(f"{where} cannot be read.", " ".join(lines[-2:]), "See lightning-mm study --help.") from error

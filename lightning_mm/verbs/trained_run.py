@@ -3,9 +3,12 @@
 Data flow: ``runs/<name>`` (config.yaml, a checkpoint) -> module with the checkpoint's weights, and its data module.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from lightning_mm.core.decisions import log_decision
@@ -16,7 +19,7 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.checkpoint_file import read_checkpoint
 from lightning_mm.training.module import MMModule
 from lightning_mm.training.module_options import ModuleOptions
-from lightning_mm.verbs.config_classes import read_checked_yaml
+from lightning_mm.verbs.config_classes import explain_refusal, judged_names
 
 
 def load_run(run: RunDirectory, checkpoint: Path, quantized: bool = True) -> tuple[MMModule, MMDataModule]:
@@ -62,14 +65,38 @@ def read_options(config: Path) -> Namespace:
     """
     if not config.is_file():
         raise UserError(f"{config.parent} is no run.", "It holds no config.yaml.", "Name a folder that fit has made.")
-    saved = read_checked_yaml(config, ("model", "data"))
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(ModuleOptions, "model")
-    parser.add_class_arguments(MMDataModule, "data")
-    data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}
+    saved = _sections(config, ("model", "data"))
+    with judged_names(file=str(config)):
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(ModuleOptions, "model")
+        parser.add_class_arguments(MMDataModule, "data")
+        data = {**saved["data"], "processor": saved["model"]["backbone"]["path"]}
+        try:
+            return parser.instantiate_classes(parser.parse_object({"model": saved["model"], "data": data}))
+        except ArgumentError as error:
+            lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
+            if (refusal := explain_refusal(str(error), "")) is not None:
+                fix = "With a policy of yours, give it: MMModule.load_from_checkpoint(path, tuning=...)."
+                raise UserError(refusal.what, refusal.why, fix) from error
+            fix = "Mend it there; another version may have written it."
+            raise UserError(f"{config} cannot be read.", lines[-1], fix) from error
+
+
+def _sections(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Some sections of a YAML file.
+
+    Args:
+        path: The file.
+        names: Keys of its top level.
+
+    Raises:
+        UserError: The file cannot be read, or lacks a section.
+    """
     try:
-        return parser.instantiate_classes(parser.parse_object({"model": saved["model"], "data": data}))
-    except ArgumentError as error:
-        lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-        fix = "Mend it there; another version may have written it."
-        raise UserError(f"{config} cannot be read.", lines[-1], fix) from error
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read.", " ".join(str(error).split()), "Mend the YAML there.") from error
+    missing = [name for name in names if not isinstance(content, dict) or name not in content]
+    if missing:
+        raise UserError(f"{path} is no config of a run.", f"It has no {', '.join(missing)}.", "Name a run of fit.")
+    return {name: content[name] for name in names}
