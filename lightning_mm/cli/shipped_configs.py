@@ -48,7 +48,10 @@ def find_configs(arguments: list[str]) -> list[str]:
 
 
 def _config(given: str) -> str:
-    if Path(given).is_file() or "\n" in given or given.lstrip().startswith("{"):  # a file, or YAML itself
+    if Path(given).is_file():
+        _check_text(Path(given))
+        return given
+    if "\n" in given or given.lstrip().startswith("{"):  # YAML itself
         return given
     names = shipped_names()
     wanted = given.removeprefix("./").removeprefix("configs/")
@@ -65,3 +68,10 @@ def _config(given: str) -> str:
         "It is neither in this folder nor one of the files that come with the package.",
         f"Did you mean {near[0]}?" if near else f"Shipped files: {', '.join(names)}.",
     )
+
+
+def _check_text(file: Path) -> None:
+    try:
+        file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} cannot be read.", str(error), "Name a file of options, in YAML.") from error

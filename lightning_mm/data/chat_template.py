@@ -18,6 +18,7 @@ from jinja2.exceptions import TemplateError
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.sample import IMAGE_MARK, Role, Turn
 from lightning_mm.models.processor import Message, ModelProcessor
+from lightning_mm.models.template_limits import TemplateLimitError
 
 QUESTION, ANSWER, SECOND_QUESTION, SECOND_ANSWER = "Lorem ipsum", "dolor sit", "amet consectetur", "adipiscing elit"
 _REASONING, _TOOL = "sed do eiusmod", "tempor_incididunt"
@@ -44,6 +45,8 @@ _TRIAL_TOOLS = json.dumps(
         }
     ]
 )
+_OF_TEMPLATES = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises that refuses a conversation, or is wrong."""
 
 
 class ChatError(ValueError):
@@ -147,14 +150,16 @@ class ChatTemplate:
     ) -> str:
         try:
             return self._processing.render(messages, add_generation_prompt, tools or None)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except _OF_TEMPLATES as error:
             raise ChatError(f"template refuses the conversation: {str(error).strip()[:200]}") from error
 
     def _trial(self, messages: list[Message], tools: list[Any] | None = None) -> str:
-        """The text of a trial; '' where the template refuses it."""
+        """The text of a trial; '' where the template refuses it. Raises ChatError where it exceeds a limit."""
         try:
             return self._render(messages, tools=tools)
-        except ChatError:
+        except ChatError as error:
+            if isinstance(error.__cause__, TemplateLimitError):  # it would in every trial, for seconds each
+                raise
             return ""
 
     @cached_property

@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError, missing_package
+from lightning_mm.models.folder_checks import check_config, check_files, check_memory
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def load_skeleton(backbone: Backbone) -> nn.Module:
     try:
         with torch.device("meta"):
             return AutoModelForImageTextToText.from_config(config)
-    except (ValueError, ImportError) as error:
+    except Exception as error:  # of any kind: the config is not ours
         raise _unsupported(backbone, config, error) from error
 
 
@@ -64,6 +65,8 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         UserError: There is no such model, its type is not supported, or weights are missing or only pickled.
     """
     config = read_config(backbone)
+    if Path(backbone.path).is_dir():
+        check_memory(Path(backbone.path))
     dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
     if backbone.dtype == "auto":
         log_decision("model.backbone.dtype", "float32", "AdamW in place on bfloat16 weights loses small updates")
@@ -83,7 +86,9 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
             backbone.path, config=config, trust_remote_code=False, output_loading_info=True, **options
         )
         model, report = loaded
-    except (OSError, ValueError, ImportError, RuntimeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of any kind: the folder is not ours
         if backbone.attention != "auto" and "attention" in str(error).lower():
             raise _no_kernel(backbone, _first_line(error)) from error
         raise _unsupported(backbone, config, error) from error
@@ -119,9 +124,15 @@ def read_config(backbone: Backbone) -> PretrainedConfig:
             "The folder holds no config.json.",
             "Name the folder that save_pretrained wrote.",
         )
+    if folder.exists():
+        check_files(folder)
     try:
+        written, _ = PretrainedConfig.get_config_dict(backbone.path, revision=backbone.revision)
+        check_config(backbone.path, written)
         return AutoConfig.from_pretrained(backbone.path, revision=backbone.revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any kind: the config is not ours
         raise UserError(
             f"model.backbone.path: {backbone.path} cannot be loaded.",
             _first_line(error),
@@ -175,4 +186,6 @@ def _unsupported(backbone: Backbone, config: PretrainedConfig, error: Exception)
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"
     return lines[0] if lines else type(error).__name__

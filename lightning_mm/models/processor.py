@@ -33,6 +33,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.models.pixel_bounds import PixelBounds, set_pixel_bounds
+from lightning_mm.models.template_limits import MOST_CHARACTERS, TemplateLimitError, limited, refuse_unlimited
 
 
 @contextmanager
@@ -229,20 +230,23 @@ class ModelProcessor:
         add_generation_prompt: bool = False,
         tools: list[dict[str, Any]] | None = None,
     ) -> str:
-        """The conversation rendered by the chat template, whose exceptions are not caught.
+        """The conversation rendered by the chat template within limits; its exceptions are not caught.
 
         Args:
             messages: Messages of the conversation, as the chat template takes them.
             add_generation_prompt: Whether to append the start of an answer; False by default.
             tools: Tools that the assistant may call, in OpenAI's form; None (default): none.
         """
-        text: str = self.processor.apply_chat_template(
-            messages,
-            chat_template=self.template,
-            add_generation_prompt=add_generation_prompt,
-            tokenize=False,
-            tools=tools,
-        )
+        with limited():
+            text: str = self.processor.apply_chat_template(
+                messages,
+                chat_template=self.template,
+                add_generation_prompt=add_generation_prompt,
+                tokenize=False,
+                tools=tools,
+            )
+        if len(text) > MOST_CHARACTERS:
+            raise TemplateLimitError(f"it writes {len(text):,} characters")
         return text
 
     def encode(
@@ -320,7 +324,7 @@ def load_processor(path: str, revision: str | None = None) -> ModelProcessor:
         loader: Any = AutoProcessor
         with optional_video_processor():
             processor = loader.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # of any kind: the files are not ours
         raise UserError(
             f"The processor of {path} cannot be loaded.",
             str(error).strip().split("\n")[0],
@@ -372,6 +376,12 @@ def _chat_template(processor: Any) -> str:
             "Put a chat_template.jinja beside its processor_config.json; base models often lack one that their "
             "instruction-tuned sibling has.",
         )
+    try:
+        refuse_unlimited(template)
+    except TemplateLimitError as error:
+        raise UserError(
+            "The model's chat template is not used.", str(error), "Take the template of a model that you trust."
+        ) from error
     return template
 
 
