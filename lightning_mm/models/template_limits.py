@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import torch
 from jinja2 import nodes
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension
@@ -68,7 +69,8 @@ def limited() -> Iterator[None]:
     """While active, what this thread computes ends within ``SECONDS`` of processor time and ``MOST_BYTES`` of memory.
 
     Time is limited in the main thread only, where Python handles signals; workers of a DataLoader have one of their
-    own. Memory is limited on Linux.
+    own. Memory is limited on Linux, while no other thread and no CUDA driver of this process allocates any: the limit
+    is the whole process's.
 
     Raises:
         TemplateLimitError: It did not.
@@ -89,7 +91,7 @@ def limited() -> Iterator[None]:
 @contextmanager
 def _limited_memory() -> Iterator[None]:
     """The soft limit of this process's address space, lowered to what it has and ``MOST_BYTES`` more."""
-    if not _STATM.is_file():
+    if not _STATM.is_file() or threading.active_count() > 1 or torch.cuda.is_initialized():
         yield
         return
     import resource  # not on every system
