@@ -155,7 +155,7 @@ def test_the_tower_runs_once_per_picture_and_known_pictures_are_not_decoded(
     seen.clear()
     train_losses(family("llava"), data, tmp_path, tuning=CONNECTOR, cache=cache_on(tmp_path), on_start=count)
     assert not seen
-    assert len(decoded) == 2 + 2 * 3 + 4, "what is never read, the halves, and the step are proved on one, three and four"
+    assert len(decoded) == 2 + 2 * 3 + 4, "read for the proofs of the tower, its halves and the step"
 
 
 def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp_path: Path) -> None:
