@@ -166,7 +166,8 @@ def _content(path: Path) -> Any:
     if path.suffix == ".ckpt":
         saved = torch.load(path, weights_only=True)
         for state in saved.get("callbacks", {}).values():  # seconds of training and of looks
-            state.pop("training", None)
+            for name in ("training", "spent"):
+                state.pop(name, None)
         return saved
     if path.name == "inspections.json":
         return [
