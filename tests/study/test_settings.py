@@ -17,7 +17,7 @@ SMALL: dict[str, Any] = {"model": "m", "stage2": {"steps": 3}, "tests": {"t": "t
 def test_the_shipped_study_is_read() -> None:
     found = read_settings(shipped_folder() / "study/nano.yaml")
     assert list(found.arms)[:2] == ["connector", "middle"]
-    assert found.arms["full"].lr == 3e-4
+    assert found.arms["full"].lr == 1e-4
     assert found.stage1 is not None
     assert (found.stage1.steps, found.stage2.steps, found.seeds) == (400, 300, (0, 1, 2))
     assert read_settings(found.to_dict()) == found
