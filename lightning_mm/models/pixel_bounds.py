@@ -87,6 +87,20 @@ def set_pixel_bounds(image_processor: Any, bounds: PixelBounds) -> PixelBounds:
     return rest
 
 
+def largest_image(image_processor: Any) -> int | None:
+    """Width times height of the largest image that is not reduced; None where the image processor does not say.
+
+    Args:
+        image_processor: An image processor of transformers.
+    """
+    if _counts_pixels(image_processor):
+        return _size(image_processor)["longest_edge"] // _frames_of_a_patch(image_processor)
+    if hasattr(image_processor, "max_patches") and hasattr(image_processor, "min_patches"):
+        size = _size(image_processor)
+        return int(image_processor.max_patches) * size["height"] * size["width"]
+    return None
+
+
 def _counts_pixels(image_processor: Any) -> bool:
     """Whether the two sides of ``size`` stand for numbers of pixels, as in processors that merge patches."""
     counts = hasattr(image_processor, "merge_size") and hasattr(image_processor, "get_number_of_image_patches")
@@ -94,17 +108,24 @@ def _counts_pixels(image_processor: Any) -> bool:
 
 
 def _set_pixels(image_processor: Any, bounds: PixelBounds) -> str:
-    before = _size(image_processor)
-    # Some count the pixels of all frames of a patch in time: what one image above the bound is reduced to shows it.
-    side = 4 * math.isqrt(before["longest_edge"])
-    read = image_processor.get_number_of_image_patches(side, side, {}) * int(image_processor.patch_size) ** 2
-    frames = max(1, round(before["longest_edge"] / read))
+    before, frames = _size(image_processor), _frames_of_a_patch(image_processor)
     least = before["shortest_edge"] if bounds.min_pixels is None else bounds.min_pixels * frames
     largest = before["longest_edge"] if bounds.max_pixels is None else bounds.max_pixels * frames
     if bounds.max_pixels is None:
         largest = max(least, largest)
     image_processor.size = type(image_processor.size)(shortest_edge=min(least, largest), longest_edge=largest)
     return f"size {_size(image_processor)}"
+
+
+def _frames_of_a_patch(image_processor: Any) -> int:
+    """Frames whose pixels are counted for one image.
+
+    Some count the pixels of all frames of a patch in time: what one image above the bound is reduced to shows it.
+    """
+    largest = _size(image_processor)["longest_edge"]
+    side = 4 * math.isqrt(largest)
+    read = image_processor.get_number_of_image_patches(side, side, {}) * int(image_processor.patch_size) ** 2
+    return max(1, round(largest / read))
 
 
 def _set_tiles(image_processor: Any, bounds: PixelBounds) -> str:

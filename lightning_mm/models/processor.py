@@ -32,7 +32,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.loading import Backbone, read_config
-from lightning_mm.models.pixel_bounds import PixelBounds, set_pixel_bounds
+from lightning_mm.models.pixel_bounds import PixelBounds, largest_image, set_pixel_bounds
 from lightning_mm.models.template_limits import MOST_CHARACTERS, TemplateLimitError, limited, refuse_unlimited
 
 
@@ -154,6 +154,12 @@ class ModelProcessor:
         """
         if bounds not in (self.bounds, PixelBounds()):
             self.bounds, self._resized_to = bounds, set_pixel_bounds(self.processor.image_processor, bounds)
+
+    @property
+    def largest_image(self) -> int | None:
+        """Width times height of the largest image that is not reduced; None where there is no such number."""
+        bounds = (self._resized_to.max_pixels, largest_image(self.processor.image_processor))
+        return min((bound for bound in bounds if bound is not None), default=None)
 
     @property
     def context_length(self) -> int | None:

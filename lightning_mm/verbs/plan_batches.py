@@ -1,7 +1,7 @@
 """The micro-batches that a plan counts on: those of the run's data, or rows of given lengths.
 
-Data flow: data module -> its first batches; or lengths in tokens -> pictures and words -> the model's own processor ->
-a batch of equal rows.
+Data flow: data module -> its first batches; or lengths in tokens -> a picture (``picture_size``) and words -> the
+model's own processor, with the run's bounds on pixels -> a batch of equal rows.
 """
 
 import copy
@@ -19,7 +19,10 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.token_lengths import Size
 from lightning_mm.models.loading import Backbone
+from lightning_mm.models.processor import ModelProcessor, load_processor
+from lightning_mm.verbs.picture_size import USUAL_SIDE, PictureSizes
 
 _BATCHES = 8
 _TEXT, _SUPERVISED = 64, 16
@@ -74,8 +77,10 @@ def micro_batches(
     if not lengths.are_given:
         usual = f"a picture of 336 x 336, {text} text tokens, {supervised} of them supervised"
         log_decision("plan.lengths", usual, "neither data nor lengths of rows are given")
+    processing = load_processor(backbone.path, backbone.revision)
+    processing.bound_pixels(own.bounds)
     with TemporaryDirectory() as folder:
-        maker = RowMaker(backbone, batch_size or own.batch_size, Path(folder))
+        maker = RowMaker(processing, batch_size or own.batch_size, Path(folder))
         return [maker.of(lengths.image_tokens, text, supervised)]
 
 
@@ -83,44 +88,55 @@ class RowMaker:
     """Makes batches of rows of given lengths with the model's own processor.
 
     Args:
-        backbone: The model.
+        processing: The model's processor, with the bounds of the run.
         rows: Number of equal rows in a batch.
         folder: Folder that the rows are written to.
     """
 
-    def __init__(self, backbone: Backbone, rows: int, folder: Path) -> None:
-        self.backbone, self.rows, self.folder = backbone, rows, folder
+    def __init__(self, processing: ModelProcessor, rows: int, folder: Path) -> None:
+        self.processing, self.rows, self.folder = processing, rows, folder
 
     def of(self, image_tokens: int | None, text_tokens: int, supervised: int) -> Batch:
         """A batch of these lengths in tokens; models with a fixed image size keep their number of image tokens."""
-        side, words, answer = 336, 8, 1
+        size = self._picture(image_tokens)
+        words, answer = 8, 1
         for _ in range(3):
-            batch = self._made(0 if image_tokens == 0 else side, words, answer)
-            held = mean_lengths([batch])
-            if image_tokens and held["image_tokens"]:
-                side = max(28, round(side * (image_tokens / held["image_tokens"]) ** 0.5))
+            held = mean_lengths([self._made(1, size, words, answer)])
             answer = max(1, answer + supervised - round(held["supervised"]))
             words = max(1, words + text_tokens - supervised - round(held["text_tokens"] - held["supervised"]))
-        if image_tokens and round(held["image_tokens"]) != image_tokens:
-            log_decision(
-                "plan", f"{held['image_tokens']:.0f} image tokens", f"the processor makes no picture of {image_tokens}"
-            )
-        return self._made(0 if image_tokens == 0 else side, words, answer)
+        return self._made(self.rows, size, words, answer)
 
-    def _made(self, side: int, words: int, answer: int) -> Batch:
+    def _picture(self, image_tokens: int | None) -> Size | None:
+        """Size of the rows' picture; None for rows without one."""
+        if image_tokens is None:
+            return USUAL_SIDE, USUAL_SIDE
+        if image_tokens == 0:
+            return None
+        sizes = PictureSizes(self.processing)
+        size = sizes.nearest(image_tokens)
+        if (found := sizes.num_tokens(size)) != image_tokens:
+            log_decision("plan", f"{found} image tokens", f"the processor makes no picture of {image_tokens}")
+        return size
+
+    def _made(self, rows: int, size: Size | None, words: int, answer: int) -> Batch:
         row: dict[str, Any] = {"id": "row"}
-        if side:
-            Image.new("RGB", (side, side), "grey").save(self.folder / "picture.png")
+        if size:
+            Image.new("RGB", size, "grey").save(self.folder / "picture.png")
             row["image"] = "picture.png"
-        mark = "<image>\n" if side else ""
+        mark = "<image>\n" if size else ""
         turns = (("human", mark + " a" * words), ("gpt", "a" + " a" * (answer - 1)))
         row["conversations"] = [{"from": who, "value": text} for who, text in turns]
         file = self.folder / "rows.json"
-        file.write_text(json.dumps([row] * self.rows))
-        options: dict[str, Any] = {"processor": self.backbone.path, "revision": self.backbone.revision}
-        options["max_length"] = None
-        data = MMDataModule(train=str(file), batch_size=self.rows, num_workers=0, **options)
+        file.write_text(json.dumps([row] * rows))
+        data = MMDataModule(
+            train=str(file), batch_size=rows, num_workers=0, processor=self.processing, max_length=None, **self._bounds
+        )
         return next(iter(data.train_dataloader()))
+
+    @property
+    def _bounds(self) -> dict[str, int | None]:
+        bounds = self.processing.bounds
+        return {"min_pixels": bounds.min_pixels, "max_pixels": bounds.max_pixels}
 
 
 def mean_lengths(batches: Sequence[Batch]) -> dict[str, float]:
