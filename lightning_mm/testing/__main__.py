@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
         if options.shape is not None:
             folder = build_shape(options.shape, options.folder)
             lengths = "--image_tokens 576 --text_tokens 64 --supervised 16"
-            print(f"lightning-mm plan --model.backbone.path {folder} {lengths} --device h100")
+            recipe = f"-c models/{options.shape}.yaml -c trainer/gpu.yaml"
+            print(f"lightning-mm plan {recipe} --model.backbone.path {folder} {lengths} --device h100")
             return 0
         model = build_tiny(options.family, options.folder / "model", layers=options.layers)
         build_tiny_data(options.folder, rows=options.rows)

@@ -38,6 +38,7 @@ class PictureSizes:
         self._processing = processing
         self._question = ChatRenderer(processing).render_unmarked((Turn("user", f"{IMAGE_MARK}\n?"),))
         self._ids = torch.tensor(processing.image_token_ids)
+        self._is_bounded = processing.largest_image is not None
         self._largest = processing.largest_image or _LARGEST_SIDE**2
         self.tried: dict[Size, int] = {}
 
@@ -60,6 +61,8 @@ class PictureSizes:
         if low < high and wanted not in self.tried.values():
             widest = max(low, min(2 * low, self._largest // low))
             _bisected(low, widest, wanted, lambda width: self.num_tokens((width, low)))
+        elif self._is_bounded and max(self.tried.values()) < wanted:
+            self.largest()
         return min(self.tried, key=lambda size: abs(self.tried[size] - wanted))
 
     def _squares(self, wanted: int) -> tuple[int, int]:

@@ -128,15 +128,17 @@ class RowMaker:
         row["conversations"] = [{"from": who, "value": text} for who, text in turns]
         file = self.folder / "rows.json"
         file.write_text(json.dumps([row] * rows))
+        bounds = self.processing.bounds
         data = MMDataModule(
-            train=str(file), batch_size=rows, num_workers=0, processor=self.processing, max_length=None, **self._bounds
+            train=str(file),
+            batch_size=rows,
+            num_workers=0,
+            processor=self.processing,
+            max_length=None,
+            min_pixels=bounds.min_pixels,
+            max_pixels=bounds.max_pixels,
         )
         return next(iter(data.train_dataloader()))
-
-    @property
-    def _bounds(self) -> dict[str, int | None]:
-        bounds = self.processing.bounds
-        return {"min_pixels": bounds.min_pixels, "max_pixels": bounds.max_pixels}
 
 
 def mean_lengths(batches: Sequence[Batch]) -> dict[str, float]:
