@@ -86,11 +86,20 @@ def skeleton_of(model: Any) -> nn.Module:
 
 
 def make_traceable(skeleton: Any) -> nn.Module:
-    """The skeleton in eval mode, with attention that needs no device of its own: SDPA or eager."""
+    """The skeleton in eval mode, with attention that needs no device of its own: SDPA, or eager in parts without it."""
     if getattr(skeleton.config, "_attn_implementation", None) != "eager":
-        skeleton.set_attn_implementation("sdpa" if getattr(skeleton, "_supports_sdpa", False) else "eager")
+        skeleton.set_attn_implementation(_kernels_of_parts(skeleton))
     plain: nn.Module = skeleton.eval()
     return plain
+
+
+def _kernels_of_parts(skeleton: Any) -> dict[str, str]:
+    """Kernel of the model itself (''), and of each part by the name of its config, as transformers loads them."""
+    models = [module for module in skeleton.modules() if hasattr(module, "_supports_sdpa")]
+    without = {id(model.config) for model in models if not model._supports_sdpa}
+    parts = {name: getattr(skeleton.config, name) for name in skeleton.config.sub_configs}
+    configs = {"": skeleton.config, **{name: part for name, part in parts.items() if part is not None}}
+    return {name: "eager" if id(config) in without else "sdpa" for name, config in configs.items()}
 
 
 @contextmanager

@@ -113,7 +113,8 @@ def _config(wanted: Shape, tokenizer: PreTrainedTokenizerFast) -> PreTrainedConf
     own = {f"{name}_id": getattr(tokenizer, f"{name}_id") for name in ("bos_token", "eos_token", "pad_token")}
     options["text_config"] = {**options["text_config"], **own}
     config: PreTrainedConfig = AutoConfig.for_model(**options)
-    config.architectures = [MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)].__name__]
+    model_class: Any = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING[type(config)]
+    config.architectures = [model_class.__name__]
     return config
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig
@@ -35,8 +34,8 @@ import recipes
 
 TUNED = {"llava-1.5-7b": range(6, 17)}
 """Blocks that a recipe names by index; the others train 25%-50%."""
-PLANNED = ["paligemma2-3b", "internvl3-8b"]
-"""Recipes whose generated lines are computed again: one that fits 24 GB as it is, one that does not."""
+PLANNED = ["paligemma2-3b"]
+"""Recipes whose generated lines are computed again: one that needs QLoRA on 24 GB, and whose decoder has no SDPA."""
 # Linear maps of a block: four of attention and three of a gated MLP; GLM has two of these in one, experts are no maps.
 NUM_LINEARS = {"glm-4.1v-9b": 6, "qwen3-vl-30b-a3b": 4}
 recipe = pytest.mark.parametrize("name", SHAPES)
@@ -128,7 +127,7 @@ def test_census_and_targets(
     with meta_weights():
         plan = policy.plan(layout)
         if plan.adapted:  # PEFT would change the model that the other tests share
-            model, layout = load_skeleton(Backbone(path=str(folder(name)))), layout
+            model = load_skeleton(Backbone(path=str(folder(name))))
         apply_plan(MultimodalModel(model, layout), plan)
     census = take_census(MultimodalModel(model, layout), plan)
     assert census.layers == blocks
@@ -145,13 +144,11 @@ def test_census_and_targets(
 @pytest.mark.parametrize("name", PLANNED)
 def test_generated_lines_are_what_plan_says(name: str, tmp_path: Path) -> None:
     """For all: python scripts/recipes.py, which leaves the files as they are."""
-    threads = torch.get_num_threads()
     cost = recipes.recipe_cost(name, build_shape(name, tmp_path / name))
     text = (ROOT / f"configs/models/{name}.yaml").read_text(encoding="utf-8")
     assert recipes.with_header(text, cost) == text
     page = recipes.PAGE.read_text(encoding="utf-8")
     assert recipes.with_row(page, cost) == page
-    assert torch.get_num_threads() == threads
 
 
 def test_every_recipe_has_its_lines_and_its_row() -> None:
