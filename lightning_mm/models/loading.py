@@ -18,6 +18,7 @@ from transformers.utils import logging as hf_logging
 from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError, missing_package
+from lightning_mm.models.finite_weights import refuse_nonfinite_weights
 from lightning_mm.models.folder_checks import check_config, check_files, check_memory
 
 
@@ -62,7 +63,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
         keep_full: Names of modules that must not be quantized, since they will train at full rank; none by default.
 
     Raises:
-        UserError: There is no such model, its type is not supported, or weights are missing or only pickled.
+        UserError: There is no such model, its type is not supported, or weights are missing, pickled or not finite.
     """
     config = read_config(backbone)
     if Path(backbone.path).is_dir():
@@ -93,6 +94,7 @@ def load_model(backbone: Backbone, keep_full: Collection[str] = ()) -> nn.Module
             raise _no_kernel(backbone, _first_line(error)) from error
         raise _unsupported(backbone, config, error) from error
     _refuse_missing(backbone, report)
+    refuse_nonfinite_weights(model, backbone.path, backbone.revision)
     kernel = getattr(model.config, "_attn_implementation", "eager")
     log_decision(
         "model.backbone.attention", kernel, "asked for" if backbone.attention != "auto" else "transformers' choice"

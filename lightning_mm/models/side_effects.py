@@ -1,7 +1,7 @@
 """Run a model without leaving a trace in it, whoever trains it and however it is wrapped.
 
-Data flow: a module -> ``without_side_effects`` -> forward passes in eval mode, without gradients -> the module, the
-random generators and autocast as they were.
+Data flow: a module -> ``without_side_effects`` (forward passes in eval mode, without gradients) or ``restoring_state``
+(in its own modes) -> the module, the random generators and autocast as they were.
 """
 
 from collections.abc import Iterator
@@ -16,12 +16,26 @@ from lightning_mm.core.random_state import restore_rng, rng_state
 
 @contextmanager
 def without_side_effects(root: nn.Module) -> Iterator[None]:
-    """Context with all modules in eval mode and without gradients.
+    """Context with all modules in eval mode and without gradients, which leaves no trace; see ``restoring_state``.
+
+    Modes are set as flags: a ``train`` or ``eval`` that a module overrides (to merge adapters, say) is not called.
+
+    Args:
+        root: The model, or a module that holds it.
+    """
+    with restoring_state(root), torch.no_grad():
+        for module in root.modules():
+            module.training = False
+        yield
+
+
+@contextmanager
+def restoring_state(root: nn.Module) -> Iterator[None]:
+    """Context that may run the model, in the modes that it is in.
 
     On exit the train/eval mode of each module, its plain attributes, its hooks and the identity of its buffers (what a
     forward pass remembers, such as Qwen-VL's rope deltas, a grown rotary table, or the hooks that transformers sets in
     a model's first pass, with the mark that it has) and all random generators are as before.
-    Modes are set as flags: a ``train`` or ``eval`` that a module overrides (to merge adapters, say) is not called.
     Autocast around it stays on, but caches no weights: those cast here would have no gradient in the step to come.
 
     Args:
@@ -31,10 +45,7 @@ def without_side_effects(root: nn.Module) -> Iterator[None]:
     remembered = [(module, dict(vars(module)), _contents(module)) for module in root.modules()]
     torch.set_autocast_cache_enabled(False)
     try:
-        for module, _, _ in remembered:
-            module.training = False
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for module, attributes, contents in remembered:
             _restore(vars(module), attributes)
