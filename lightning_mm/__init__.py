@@ -57,6 +57,7 @@ if TYPE_CHECKING:  # for editors and type checkers; ``_MODULES`` says the same t
     from lightning_mm.verbs.export_model import export_model
     from lightning_mm.verbs.inspect import InspectionResult, inspect
     from lightning_mm.verbs.plan import PlanResult, plan
+    from lightning_mm.verbs.replay import ReplayResult, replay
     from lightning_mm.verbs.select_layers import select_layers
     from lightning_mm.verbs.trace import TraceResult, trace
 
@@ -91,6 +92,7 @@ __all__ = [
     "ProbingCallback",
     "ProbingOptions",
     "RandomLayers",
+    "ReplayResult",
     "Schedule",
     "Selection",
     "StudyConfig",
@@ -111,6 +113,7 @@ __all__ = [
     "plan",
     "probe_hidden_states",
     "read_hidden_states",
+    "replay",
     "resolve_layers",
     "run_study",
     "save_findings",
@@ -153,6 +156,7 @@ _MODULES = {
     "verbs.export_model": "export_model",
     "verbs.inspect": "InspectionResult inspect",
     "verbs.plan": "PlanResult plan",
+    "verbs.replay": "ReplayResult replay",
     "verbs.select_layers": "select_layers",
     "verbs.trace": "TraceResult trace",
 }

@@ -16,6 +16,7 @@ Partial fine-tuning of multimodal LLMs, and a look inside while they train.
   validate   loss, token accuracy and exact match on the validation split
   test       the same on the test split, and without pictures
   predict    answer the questions of a file; writes runs/<name>/predictions.jsonl
+  replay     run a step again whose loss or gradient was not finite, and say where that comes from
   check      what a fit would read, drop and learn of its data, with samples; takes fit's options
   plan       what a run will cost before it starts, beside every other policy: FLOPs, memory, time; takes fit's options
   inspect    read every layer of a model or run: probes, geometry, and which layers are worth training

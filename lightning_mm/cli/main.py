@@ -26,7 +26,10 @@ _KNOWN = (
     ".*is set, but there is no last checkpoint.*",  # the same
     ".*exists and is not empty.*",  # the checkpoint folder of a run that is resumed
 )
-VERBS = ("fit", "validate", "test", "predict", "check", "plan", "inspect", "trace", "edit", "study", "export", "report")
+VERBS = (
+    "fit", "validate", "test", "predict", "replay", "check", "plan", "inspect", "trace", "edit", "study", "export",
+    "report",
+)  # fmt: skip
 _ALSO_CALLED = {
     **dict.fromkeys(("train", "finetune", "fine-tune", "tune", "run", "sft"), "fit"),
     **dict.fromkeys(("val", "eval", "evaluate"), "validate"),
@@ -73,6 +76,10 @@ def _import_verb(name: str) -> Callable[[list[str]], int]:
         from lightning_mm.cli.export import export
 
         return export
+    if name == "replay":
+        from lightning_mm.cli.replay import replay
+
+        return replay
     if name == "check":
         from lightning_mm.cli.check import check
 

@@ -209,6 +209,10 @@ class RunDirectory:
         return self.path / "selection.json"
 
     @property
+    def nonfinite(self) -> Path:
+        return self.path / "nonfinite"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 

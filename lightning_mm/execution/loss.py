@@ -241,10 +241,10 @@ def scale_gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> Ten
         scale: Factor, such as 1 / number of supervised tokens.
 
     Returns:
-        () norm of the scaled gradient, over all parameters.
+        () norm of the scaled gradient, over all parameters; it may not be finite.
 
     Raises:
-        UserError: A parameter has no gradient, or the gradient is not finite. The optimizer has not stepped yet.
+        UserError: A parameter has no gradient. The optimizer has not stepped yet.
     """
     if missing := [name for name, parameter in parameters.items() if parameter.grad is None]:
         raise UserError(
@@ -254,11 +254,4 @@ def scale_gradients(parameters: Mapping[str, nn.Parameter], scale: float) -> Ten
         )
     gradients = [parameter.grad for parameter in parameters.values() if parameter.grad is not None]
     torch._foreach_mul_(gradients, scale)
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(norm):
-        raise UserError(
-            "The gradient is not finite.",
-            "Some loss or activation overflowed; the weights are as they were before this step.",
-            "Lower model.optimizer.lr, set trainer.gradient_clip_val, or use trainer.precision 32-true.",
-        )
-    return norm
+    return torch.nn.utils.get_total_norm(gradients)

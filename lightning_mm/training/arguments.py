@@ -120,6 +120,13 @@ def connector_init_of(given: object) -> ConnectorInit:
     raise UserError(f"model.connector_init: {given!r} is no choice.", f"Choices are {choices}.", "Choose one of them.")
 
 
+def skip_nonfinite_of(given: int) -> int:
+    """The number of steps that may be passed over; raises a ``UserError`` if it is none."""
+    if given < 0:
+        raise UserError(f"model.skip_nonfinite: {given} is negative.", "It counts optimizer steps.", "Give 0 or more.")
+    return given
+
+
 def _shown(given: object) -> str:
     if isinstance(given, type):
         return f"the class {given.__name__}"

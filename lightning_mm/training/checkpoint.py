@@ -5,17 +5,22 @@ are left out: the base model is known by digests. ``training.checkpoint_file`` w
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
+import lightning as L
 from torch import Tensor, nn
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.distributed import rank_and_world_size
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.random_state import restore_rng
+from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.models.base_identity import BaseIdentity, identity_differences
 from lightning_mm.training.checkpoint_file import FORMAT, KEY, check_format
+from lightning_mm.training.run_length import total_steps
 from lightning_mm.tuning.census import Census
+from lightning_mm.tuning.optimizer import OptimizerSettings
 
 
 def checkpoint_metadata(
@@ -39,6 +44,25 @@ def checkpoint_metadata(
         "unread": list(unread),
         "settings": dict(settings),
         "rng": rng,
+    }
+
+
+def settings_of(trainer: L.Trainer, data: MMDataModule | None, optimizer: OptimizerSettings | None) -> dict[str, Any]:
+    """Settings of a fit that decide what it learns, by option name.
+
+    Args:
+        trainer: The trainer of the fit.
+        data: Its data module; None: the user's own loaders.
+        optimizer: Settings of AdamW; None: the user's own optimizer.
+    """
+    settings = {"name": "yours"} if optimizer is None else {**asdict(optimizer), "betas": list(optimizer.betas)}
+    learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
+    return {
+        **{f"model.optimizer.{name}": value for name, value in settings.items()},
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        "trainer.precision": str(trainer.precision),
+        "trainer.steps": total_steps(trainer),
+        **({f"data.{name}": getattr(data, name) for name in learned_from} if data else {}),
     }
 
 

@@ -42,6 +42,7 @@ class LiveModule(Protocol):
     compute: Compute
     cache: CacheSettings
     connector_init: ConnectorInit
+    skip_nonfinite: int
     without_files: MMDataModule
     selection: Selection | None
     step: TrainingStep

@@ -5,7 +5,7 @@ Data flow: Batch -> ``training_step`` (summed NLL) -> gradients divided once by 
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Never, Self
 
@@ -43,6 +43,7 @@ from lightning_mm.training.arguments import (
     connector_init_of,
     optimizer_of,
     policy_of,
+    skip_nonfinite_of,
 )
 from lightning_mm.training.auto_layers import choose_layers
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
@@ -59,6 +60,7 @@ from lightning_mm.training.fit_start import (
 )
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.model_and_data import ModelAndData
+from lightning_mm.training.nonfinite import NonFiniteSteps
 from lightning_mm.training.resume_point import ResumePoint, at_step_end
 from lightning_mm.training.run_config import model_options
 from lightning_mm.training.run_length import total_steps
@@ -96,6 +98,8 @@ class MMModule(ModelAndData):
             at the norm of its stream; 'keep' (default) leaves it as it is loaded. A resumed fit is never scaled.
         lr: Learning rate, in place of that of ``optimizer``.
         processor: The model's processor, already loaded; that of ``backbone`` if not given.
+        skip_nonfinite: Optimizer steps with NaN or infinity in loss or gradient that a run passes over, each said with
+            its rows; no weight changes then. One more stops the run; 0 (default): the first.
 
     Raises:
         UserError: An argument is unknown, or the model cannot be tuned.
@@ -127,6 +131,7 @@ class MMModule(ModelAndData):
         connector_init: ConnectorInit = "keep",
         lr: float | None = None,
         processor: Any = None,
+        skip_nonfinite: int = 0,
         **unknown: Never,
     ) -> None:
         super().__init__()
@@ -143,6 +148,7 @@ class MMModule(ModelAndData):
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
         self._window, self._source_losses = LossAccumulator(), SourceLosses()
+        self.skip_nonfinite, self._nonfinite = skip_nonfinite_of(skip_nonfinite), NonFiniteSteps()
         self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
         self.loaded_step: int | None = None
@@ -264,6 +270,7 @@ class MMModule(ModelAndData):
         """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
         self._window.add(objective, batch.has_images)
+        self._nonfinite.add(batch, objective, self._files is not None)
         self._source_losses.add(objective, batch)
         if batch.has_images and batch.num_supervised:
             return objective.nll
@@ -278,8 +285,11 @@ class MMModule(ModelAndData):
         loss, tokens, pictures = self._window.close(lambda held: self.trainer.strategy.reduce(held, reduce_op="sum"))
         scale = self.trainer.accumulate_grad_batches * self.trainer.world_size / max(tokens, 1.0)
         norm = scale_gradients(self.trainable, scale)
-        if not pictures:
+        if not self._nonfinite.close(self, loss, norm):
+            self._source_losses.drop_step()
+        elif not pictures:
             drop_picture_gradients(self.model, self.mm.layout)
+        self._source_losses.keep_step()
         self.log(metric_names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(metric_names.GRAD_NORM, norm)
         for index, group in enumerate(optimizer.param_groups):
@@ -342,18 +352,7 @@ class MMModule(ModelAndData):
 
     def settings(self) -> dict[str, Any]:
         """Settings stored in the checkpoint; a resumed run logs those that differ."""
-        trainer, data = self.trainer, self._files
-        settings: dict[str, Any] = {"name": "yours"}
-        if not self.own_optimizer:
-            settings = {**asdict(self.optimizer), "betas": list(self.optimizer.betas)}
-        learned_from = ("batch_size", "max_length", "max_tokens", "group_by_length", "seed")
-        return {
-            **{f"model.optimizer.{name}": value for name, value in settings.items()},
-            "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "trainer.precision": str(trainer.precision),
-            "trainer.steps": total_steps(trainer),
-            **({f"data.{name}": getattr(data, name) for name in learned_from} if data else {}),
-        }
+        return state.settings_of(self.trainer, self._files, None if self.own_optimizer else self.optimizer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.step.flush()
@@ -364,7 +363,7 @@ class MMModule(ModelAndData):
         checkpoint[KEY] = state.checkpoint_metadata(
             self.census, self.base, self.settings(), self.unread or (), generators
         )
-        checkpoint[KEY]["model"] = model_options(live(self))
+        checkpoint[KEY] |= {"model": model_options(live(self)), "skipped_steps": self._nonfinite.passed}
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's cannot know where the frozen weights are
@@ -394,10 +393,12 @@ class MMModule(ModelAndData):
         self.loaded_step = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = checkpoint[KEY]
+            self._nonfinite.passed = self._resumed.get("skipped_steps", 0)
             log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {self.loaded_step}")
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
+        self.resume_point.begin(self.trainer)
         self._source_losses = SourceLosses(() if self._files is None else self._files.rows.source_names("train"))
         if not self.step.cache_decided:
             own = "DataLoader" if self._files is None else "configure_optimizers"
@@ -411,4 +412,5 @@ class MMModule(ModelAndData):
         """Restore a resumed run's random generators, right before the first random number is drawn."""
         if self._resumed is not None:
             state.restore_rank_rng(self._resumed)
+        self.resume_point.begin_batch()
         self._resumed = self.loaded_step = None  # the weights are no longer those of the checkpoint

@@ -2,7 +2,8 @@
 
 Data flow: end of an optimizer step -> ``ResumePoint.record`` (positions of the loops, random generators; no weights).
 A checkpoint that is saved later than that and before the next step (inside an accumulation window, after an exception,
-at the end of an epoch) gets these in place of the present ones: its weights are still those of that step.
+at the end of an epoch) gets these in place of the present ones: its weights are still those of that step. In the first
+step of a process, the positions are those with which it began.
 """
 
 from copy import deepcopy
@@ -15,19 +16,32 @@ from lightning_mm.core.random_state import rng_state
 
 
 class ResumePoint:
-    """Positions of the loops and random generators of this rank after the last complete optimizer step."""
+    """Positions of the loops and random generators of this rank after the last complete optimizer step.
+
+    Attributes:
+        rng: The generators; empty before the first batch.
+    """
 
     def __init__(self) -> None:
         self._step = -1
         self._loops: dict[str, Any] = {}
-        self._rng: dict[str, Any] = {}
+        self.rng: dict[str, Any] = {}
         self._updating = False
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Remember the positions with which training begins, or goes on."""
+        loops = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
+        self._step, self._loops, self.rng, self._updating = trainer.global_step, loops, {}, False
+
+    def begin_batch(self) -> None:
+        """Remember the generators as the first batch finds them; later batches change nothing."""
+        self.rng = self.rng or rng_state()
 
     def record(self, trainer: L.Trainer) -> None:
         """Remember this moment, if it is the end of an optimizer step."""
         if at_step_end(trainer):
             loops = deepcopy(trainer._checkpoint_connector._get_loops_state_dict())
-            self._step, self._loops, self._rng = trainer.global_step, loops, rng_state()
+            self._step, self._loops, self.rng = trainer.global_step, loops, rng_state()
 
     def begin_update(self) -> None:
         """Say that the optimizer now changes weights."""
@@ -55,10 +69,10 @@ class ResumePoint:
             The random generators of all ranks at that step; of this rank alone if the run was interrupted.
         """
         between = trainer.interrupted or not at_step_end(trainer) or _epoch_is_closed(trainer)
-        recorded = between and self._step == trainer.global_step
+        recorded = between and self._step == trainer.global_step and bool(self.rng)
         if recorded:
             checkpoint["loops"] = self._loops
-        generators = self._rng if recorded else rng_state()
+        generators = self.rng if recorded else rng_state()
         return [generators] if trainer.interrupted else all_gather_object(generators)
 
 

@@ -65,6 +65,7 @@ def model_options(module: LiveModule) -> dict[str, Any]:
         "compute": module.compute,
         "cache": module.cache,
         "connector_init": module.connector_init,
+        "skip_nonfinite": module.skip_nonfinite,
     }
     if module.own_optimizer:
         del options["optimizer"]

@@ -45,6 +45,15 @@ class SourceLosses:
         self.names = tuple(names) if len(names) > 1 else ()
         self._nll_K: Tensor | None = None
         self._tokens = dict.fromkeys(self.names, 0)
+        self.keep_step()
+
+    def keep_step(self) -> None:
+        """End an optimizer step: what was added counts."""
+        self._kept = (None if self._nll_K is None else self._nll_K.clone()), dict(self._tokens)
+
+    def drop_step(self) -> None:
+        """Take back what was added since the last step: its loss is not finite."""
+        self._nll_K, self._tokens = self._kept
 
     def add(self, objective: LossOutput, batch: Batch) -> None:
         """Add a micro-batch of this rank."""
@@ -68,6 +77,7 @@ class SourceLosses:
         tokens_K = self._nll_K.new_tensor(list(self._tokens.values()))
         nll, tokens = total(torch.stack([self._nll_K, tokens_K])).tolist()
         self._nll_K, self._tokens = None, dict.fromkeys(self.names, 0)
+        self.keep_step()
         found: dict[str, float] = {}
         for name, one_nll, count in zip(self.names, nll, tokens, strict=True):
             found[metric_names.token_share(name)] = count / max(1.0, sum(tokens))

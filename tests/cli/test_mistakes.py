@@ -21,6 +21,8 @@ VERBS = [
     ("export", "RUN is missing."),
     ("export runs/none", "There is no run directory"),
     ("export runs/none --format gguf", "Choices are model, adapter, merged."),
+    ("replay", "FILE is missing."),
+    ("replay runs/none/nonfinite/step-3.json", "There is no"),
     ("report nowhere", "There is no run directory"),
     ("inspect", "MODEL is missing."),
     ("inspect model --measure cka", "Did you mean --measures?"),

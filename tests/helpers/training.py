@@ -105,6 +105,7 @@ def train(
     compute: Compute | None = None,
     cache: CacheSettings | None = None,
     connector_init: ConnectorInit = "keep",
+    skip_nonfinite: int = 0,
     **trainer_options: Any,
 ) -> tuple[MMModule, L.Trainer]:
     """Fit on the files, or sources, of each split; returns the module and its trainer."""
@@ -118,6 +119,7 @@ def train(
         compute=compute or Compute(),
         cache=cache or CacheSettings(mode="off"),
         connector_init=connector_init,
+        skip_nonfinite=skip_nonfinite,
     )
     files = {split: str(given) if isinstance(given, Path) else given for split, given in data.items()}
     options: dict[str, Any] = {"batch_size": batch_size, "num_workers": num_workers, "max_length": max_length}

@@ -138,6 +138,12 @@ class LastCheckpoint(ModelCheckpoint):
         if self._last_global_step_saved == step and Path(self._path()).is_file():
             log.info("stopped at step %d; go on with --ckpt_path %s", step, self._path())
 
+    def save_before_step(self, trainer: L.Trainer) -> Path:
+        """Save the state before a step that is not done, on all ranks, unless it is saved; returns the file."""
+        path = Path(self._path())
+        self._save(trainer, again=not path.is_file())
+        return path
+
     def state_dict(self) -> dict[str, Any]:
         return {"left": asdict(self._left)}
 
