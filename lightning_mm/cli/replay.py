@@ -19,4 +19,4 @@ def replay(arguments: list[str]) -> int:
     found = verb.replay(**vars(parser.parse_args(arguments[1:])))
     for line in found.tables():
         result_console().print(line, highlight=False, soft_wrap=True)
-    return 0 if found.error is None else 1
+    return 0 if found.cause is None else 1

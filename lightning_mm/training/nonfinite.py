@@ -71,6 +71,21 @@ class RankFindings:
     batch_size: int = 1
 
 
+class NonFiniteStepError(UserError):
+    """A step that stops the run.
+
+    Args:
+        what: That of the ``UserError``, as the two behind it.
+        why: As above.
+        fix: As above.
+        cause: Where NaN or infinity comes from, with the rows, in a sentence part.
+    """
+
+    def __init__(self, what: str, why: str, fix: str, cause: str) -> None:
+        super().__init__(what, why, fix)
+        self.cause = cause
+
+
 class NonFiniteSteps:
     """Watches the optimizer steps of a fit.
 
@@ -100,7 +115,7 @@ class NonFiniteSteps:
             norm: () norm of its gradient.
 
         Raises:
-            UserError: They are not finite, and ``module.skip_nonfinite`` steps have been passed over.
+            NonFiniteStepError: They are not finite, and ``module.skip_nonfinite`` steps have been passed over.
         """
         window, self._window = self._window, []
         if math.isfinite(loss) and bool(norm.isfinite()):
@@ -200,25 +215,26 @@ def _write(module: "MMModule", fault: dict[str, Any], found: list[RankFindings])
     return file
 
 
-def _error(module: "MMModule", what: str, fault: dict[str, Any], file: Path | None, passed: int) -> UserError:
+def _error(module: "MMModule", what: str, fault: dict[str, Any], file: Path | None, passed: int) -> NonFiniteStepError:
     """The error of a step that stops the run, once the state before it is saved."""
     saver = _callback(module, LastCheckpoint)
     saved = None if saver is None else saver.save_before_step(module.trainer)
     kept = "the weights are as they were before it" + (f", in {saved}" if saved else "")
     earlier = f" {passed} steps were passed over before." if passed else ""
     replay = f"See where it comes from with `lightning-mm replay {file}`. " if file and saved else ""
-    return UserError(
+    return NonFiniteStepError(
         f"The {what} of step {fault['step']} is not finite.",
-        f"{_because(fault)}; {kept}.{earlier}",
+        f"I{_because(fault)[1:]}; {kept}.{earlier}",
         f"{replay}Mend or leave out such rows, lower model.optimizer.lr, use trainer.precision 32-true, or pass over "
         f"such steps with model.skip_nonfinite {passed + 1}.",
+        f"{what} not finite: {_because(fault)}",
     )
 
 
 def _because(fault: dict[str, Any]) -> str:
     rows = fault["rows_at_fault"]
     more = f" and {len(rows) - _SHOWN} more" if len(rows) > _SHOWN else ""
-    return f"In {fault['place']} the first is {fault['first']}; rows {', '.join(rows[:_SHOWN])}{more}"
+    return f"in {fault['place']} the first is {fault['first']}; rows {', '.join(rows[:_SHOWN])}{more}"
 
 
 def _callback(module: "MMModule", kind: type[Kind]) -> Kind | None:

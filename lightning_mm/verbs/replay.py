@@ -23,6 +23,7 @@ from lightning_mm.training import checkpoint as state
 from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.checkpoint_file import KEY, read_checkpoint
 from lightning_mm.training.module import MMModule
+from lightning_mm.training.nonfinite import NonFiniteStepError
 from lightning_mm.verbs.config_classes import read_checked_yaml
 from lightning_mm.verbs.result import PrintedResult, open_decisions
 from lightning_mm.verbs.rows import PathLike
@@ -51,21 +52,19 @@ class ReplayResult(PrintedResult):
         checkpoint_step: Optimizer steps done in the checkpoint; one less than ``step`` where it is the state before it.
         precision: ``trainer.precision`` of the replay.
         loss: Mean loss; None where the step was not finite.
-        error: What is not finite; None where all is.
+        cause: What is not finite, from where and in which rows; None where all is finite.
     """
 
     step: int
     checkpoint_step: int
     precision: str
     loss: float | None
-    error: UserError | None
+    cause: str | None
 
     def tables(self) -> list[str]:
         """One line, and a second one where the checkpoint is not the state before the step."""
-        if self.error is None:
-            said = f"Step {self.step} in {self.precision}: loss {self.loss:.4g}, loss and gradient are finite."
-        else:
-            said = f"Step {self.step} in {self.precision}: {self.error.what} {self.error.why}"
+        found = self.cause or f"loss {self.loss:.4g}, loss and gradient are finite"
+        said = f"Step {self.step} in {self.precision}: {found}."
         if self.checkpoint_step == self.step - 1:
             return [said]
         return [said, f"The weights are those after step {self.checkpoint_step}, not those before step {self.step}."]
@@ -102,12 +101,12 @@ def replay(file: PathLike, *, checkpoint: PathLike = "last", precision: Precisio
             precision=asked,  # type: ignore[arg-type]  # one of Lightning's words, which the module checks
             accelerator=own.get("accelerator") or "auto",
             devices=1,
-            callbacks=[begin := _FromCheckpoint(saved)],
+            callbacks=[_FromCheckpoint(saved)],
             **_WRITES_NOTHING,
         )
-        error = _one_step(_prepared(options.model, saved), data, trainer, begin)
-    loss = None if error is not None else float(trainer.callback_metrics[TRAIN_LOSS])
-    return ReplayResult(fault["step"], int(saved["global_step"]), asked, loss, error)
+        cause = _one_step(_prepared(options.model, saved), data, trainer, saved)
+    loss = None if cause is not None else float(trainer.callback_metrics[TRAIN_LOSS])
+    return ReplayResult(fault["step"], int(saved["global_step"]), asked, loss, cause)
 
 
 def _read(file: Path) -> tuple[dict[str, Any], int]:
@@ -127,15 +126,13 @@ def _prepared(module: MMModule, saved: dict[str, Any]) -> MMModule:
     return module
 
 
-def _one_step(module: MMModule, data: MMDataModule, trainer: L.Trainer, begin: "_FromCheckpoint") -> UserError | None:
-    """The error that a step stops with; None if it does not."""
-    data.resume_from(begin.saved[KEY]["settings"])
+def _one_step(module: MMModule, data: MMDataModule, trainer: L.Trainer, saved: dict[str, Any]) -> str | None:
+    """What is not finite in a step; None if all is finite."""
+    data.resume_from(saved[KEY]["settings"])
     try:
         trainer.fit(module, datamodule=data)
-    except UserError as error:
-        if not begin.done:
-            raise
-        return error
+    except NonFiniteStepError as error:
+        return error.cause
     return None
 
 
@@ -144,17 +141,13 @@ class _FromCheckpoint(Callback):
 
     Args:
         saved: The checkpoint.
-
-    Attributes:
-        done: Whether it has.
     """
 
     def __init__(self, saved: dict[str, Any]) -> None:
-        self.saved, self.done = saved, False
+        self.saved = saved
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, MMModule)
         state.validate_checkpoint(self.saved, pl_module.census, pl_module.base, pl_module.trainable)
         pl_module.load_state_dict(self.saved["state_dict"], strict=False)
         restore_rng(self.saved[KEY]["rng"][0])
-        self.done = True

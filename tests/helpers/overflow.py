@@ -1,7 +1,7 @@
 """A model whose weights are finite and which overflows in the rows of one sign, and data with such rows.
 
-Data flow: a tiny Gemma 3 -> its embedding of ``SIGN`` so large that the scale of the embeddings makes it infinite, with a
-head of its own, which stays small; rows -> some of them ask with ``SIGN``.
+Data flow: a tiny Gemma 3 -> its embedding of ``SIGN`` so large that the scale of the embeddings makes it infinite, and
+a head of its own, which stays small; rows -> some of them ask with ``SIGN``.
 """
 
 import json
