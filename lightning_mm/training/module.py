@@ -59,6 +59,7 @@ from lightning_mm.training.fit_start import (
     start_at_stream_norm,
 )
 from lightning_mm.training.load_checkpoint import load_module
+from lightning_mm.training.loss_watch import LossWatch
 from lightning_mm.training.model_and_data import ModelAndData
 from lightning_mm.training.nonfinite import NonFiniteSteps
 from lightning_mm.training.resume_point import ResumePoint, at_step_end
@@ -147,7 +148,7 @@ class MMModule(ModelAndData):
         self.activation_checkpointing, self.max_new_tokens = activation_checkpointing, max_new_tokens
         # A checkpoint holds only trainable tensors; ``state.validate_checkpoint`` is stricter than Lightning's check.
         self.strict_loading = False
-        self._window, self._source_losses = LossAccumulator(), SourceLosses()
+        self._window, self._source_losses, self._loss_watch = LossAccumulator(), SourceLosses(), LossWatch(None)
         self.skip_nonfinite, self._nonfinite = skip_nonfinite_of(skip_nonfinite), NonFiniteSteps()
         self.resume_point = ResumePoint()
         self._resumed: Mapping[str, Any] | None = None
@@ -290,6 +291,7 @@ class MMModule(ModelAndData):
         elif not pictures:
             drop_picture_gradients(self.model, self.mm.layout)
         self._source_losses.keep_step()
+        self._loss_watch.add(self.trainer.global_step + 1, loss)
         self.log(metric_names.TRAIN_LOSS, loss, prog_bar=True)
         self.log(metric_names.GRAD_NORM, norm)
         for index, group in enumerate(optimizer.param_groups):
@@ -399,6 +401,7 @@ class MMModule(ModelAndData):
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
         self.resume_point.begin(self.trainer)
+        self._loss_watch = LossWatch(getattr(self.mm.head, "out_features", None))
         self._source_losses = SourceLosses(() if self._files is None else self._files.rows.source_names("train"))
         if not self.step.cache_decided:
             own = "DataLoader" if self._files is None else "configure_optimizers"
