@@ -57,6 +57,6 @@ class LossWatch:
             log_decision(
                 "train/loss",
                 f"no better than guessing after step {step}",
-                f"its mean of {_MEAN_OF} steps is {mean:.4g}, log(vocabulary) is {guessing:.4g}; model.optimizer.lr may "
-                "be too low or too high, or the base model have random weights",
+                f"its mean of {_MEAN_OF} steps is {mean:.4g}, log(vocabulary) is {guessing:.4g}; model.optimizer.lr "
+                "may be too low or too high, or the base model have random weights",
             )
