@@ -49,13 +49,17 @@ def refuse_nonfinite_weights(model: nn.Module, path: str, revision: str | None =
         return
     told = "; ".join(f"{name} has {_count(each)}" for name, each in list(found.items())[:_NAMED])
     where = "; ".join(f"{key} in {file}" for key, file in islice(_in_files(path, revision), _NAMED))
-    what = f"model.backbone.path: {path} holds weights that are not finite."
-    why = f"{len(found)} of its tensors: {told}."
     if not where:
-        why += " Its files hold finite values: they overflow in the dtype asked for."
-        raise UserError(what, why, "Set model.backbone.dtype float32.")
-    fix = "Fetch the model again and compare its checksums, or take an earlier checkpoint of it."
-    raise UserError(what, f"{why} In the files: {where}.", fix)
+        raise UserError(
+            f"model.backbone.path: {path} holds weights that are not finite in the dtype asked for.",
+            f"{len(found)} of its tensors: {told}. Its files hold finite values, which overflow.",
+            "Set model.backbone.dtype float32.",
+        )
+    raise UserError(
+        f"model.backbone.path: {path} holds weights that are not finite.",
+        f"{len(found)} of its tensors: {told}. In the files: {where}.",
+        "Fetch the model again and compare its checksums, or take an earlier checkpoint of it.",
+    )
 
 
 def _count(tensor: Tensor) -> str:

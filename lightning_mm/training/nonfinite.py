@@ -75,14 +75,12 @@ class NonFiniteStepError(UserError):
     """A step that stops the run.
 
     Args:
-        what: That of the ``UserError``, as the two behind it.
-        why: As above.
-        fix: As above.
+        error: What the user is told.
         cause: Where NaN or infinity comes from, with the rows, in a sentence part.
     """
 
-    def __init__(self, what: str, why: str, fix: str, cause: str) -> None:
-        super().__init__(what, why, fix)
+    def __init__(self, error: UserError, cause: str) -> None:
+        super().__init__(error.what, error.why, error.fix)
         self.cause = cause
 
 
@@ -222,13 +220,13 @@ def _error(module: "MMModule", what: str, fault: dict[str, Any], file: Path | No
     kept = "the weights are as they were before it" + (f", in {saved}" if saved else "")
     earlier = f" {passed} steps were passed over before." if passed else ""
     replay = f"See where it comes from with `lightning-mm replay {file}`. " if file and saved else ""
-    return NonFiniteStepError(
+    error = UserError(
         f"The {what} of step {fault['step']} is not finite.",
         f"I{_because(fault)[1:]}; {kept}.{earlier}",
         f"{replay}Mend or leave out such rows, lower model.optimizer.lr, use trainer.precision 32-true, or pass over "
         f"such steps with model.skip_nonfinite {passed + 1}.",
-        f"{what} not finite: {_because(fault)}",
     )
+    return NonFiniteStepError(error, f"{what} not finite: {_because(fault)}")
 
 
 def _because(fault: dict[str, Any]) -> str:

@@ -11,6 +11,9 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.data.batch import Batch
+from lightning_mm.data.sample import Sample
+from lightning_mm.execution.loss import LossOutput
 from lightning_mm.training.source_losses import SourceLosses
 from tests.helpers import mixed_ranks
 from tests.helpers.data import Data, Family, make_rows
@@ -126,6 +129,23 @@ def test_losses_by_source_add_up_and_change_nothing(
     plain, _ = train(family("llava"), data, folder, callbacks=[without], **options)
     assert without.by_step == measured.by_step
     assert all(torch.equal(value, plain.trainable[name]) for name, value in expected.trainable.items())
+
+
+def test_a_step_that_is_passed_over_counts_in_no_source() -> None:
+    """Two steps of one token each, and between them one that is not finite."""
+    losses = SourceLosses(("a", "b"))
+    for nll, kept in ((2.0, True), (float("nan"), False), (4.0, True)):
+        each = torch.tensor([nll, 1.0])
+        samples = tuple(Sample(name, (), source=name) for name in "ab")
+        batch = Batch({}, torch.ones(2, 3), torch.tensor([0, 3]), torch.tensor([7, 7]), samples)
+        losses.add(LossOutput(each.sum(), 2, each, each > 0), batch)
+        if not kept:
+            losses.drop_step()
+        losses.keep_step()
+    found = losses.close(lambda held: held)
+    assert found == {"train/token_share/a": 0.5, "train/loss/a": 3.0, "train/token_share/b": 0.5, "train/loss/b": 1.0}
+    losses.drop_step()
+    assert losses.close(lambda held: held) == {}
 
 
 def test_one_source_is_not_measured_by_itself(folder: Path, family: Family) -> None:
