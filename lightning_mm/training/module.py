@@ -395,12 +395,12 @@ class MMModule(ModelAndData):
         self.loaded_step = int(checkpoint["global_step"])
         if self.trainer.state.fn == TrainerFn.FITTING:
             self._resumed = checkpoint[KEY]
-            self._nonfinite.passed = self._resumed.get("skipped_steps", 0)
             log_decision("ckpt_path", self.trainer.ckpt_path, f"the run goes on after step {self.loaded_step}")
 
     def on_train_start(self) -> None:
         """After a resume: apply this run's learning rates, and log every setting that differs from the checkpoint."""
         self.resume_point.begin(self.trainer)
+        self._nonfinite = NonFiniteSteps((self._resumed or {}).get("skipped_steps", 0))
         self._loss_watch = LossWatch(getattr(self.mm.head, "out_features", None))
         self._source_losses = SourceLosses(() if self._files is None else self._files.rows.source_names("train"))
         if not self.step.cache_decided:

@@ -87,12 +87,12 @@ class NonFiniteStepError(UserError):
 class NonFiniteSteps:
     """Watches the optimizer steps of a fit.
 
-    Attributes:
+    Args:
         passed: Steps that were passed over so far; checkpoints keep it.
     """
 
-    def __init__(self) -> None:
-        self.passed = 0
+    def __init__(self, passed: int = 0) -> None:
+        self.passed = passed
         self._window: list[MicroBatch] = []
 
     def add(self, batch: Batch, objective: LossOutput, can_be_made_again: bool) -> None:
@@ -140,12 +140,13 @@ def _examine(module: "MMModule", window: list[MicroBatch]) -> RankFindings:
     """Run the micro-batches of this rank again, with the random numbers of the step, up to the first one at fault."""
     lost = [number for number, each in enumerate(window) if not bool(each.nll.isfinite())]
     number, source = (lost or [0])[0], None
+    trainable = {name: each for name, each in module.mm.model.named_parameters() if each.requires_grad}
     try:
         with restoring_state(module), module.trainer.precision_plugin.forward_context():
             restore_rng(module.resume_point.rng)
             for number, each in enumerate(window):
                 if (batch := _made_again(module, each)) is not None:
-                    source = find_nonfinite(module.mm.model, batch, module.objective, module.trainable)
+                    source = find_nonfinite(module.mm.model, batch, module.objective, trainable)
                 if source is not None or number in lost[:1]:
                     break
     except Exception as error:  # whatever it is, the other ranks wait, and the step is at fault all the same

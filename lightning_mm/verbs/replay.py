@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import yaml
 from lightning.pytorch.callbacks import Callback
 
 from lightning_mm.core.errors import UserError
@@ -24,7 +25,6 @@ from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.checkpoint_file import KEY, read_checkpoint
 from lightning_mm.training.module import MMModule
 from lightning_mm.training.nonfinite import NonFiniteStepError
-from lightning_mm.verbs.config_classes import read_checked_yaml
 from lightning_mm.verbs.result import PrintedResult, open_decisions
 from lightning_mm.verbs.rows import PathLike
 from lightning_mm.verbs.trained_run import read_options
@@ -90,7 +90,7 @@ def replay(file: PathLike, *, checkpoint: PathLike = "last", precision: Precisio
     saved = read_checkpoint(named if named.suffix == ".ckpt" else run.checkpoints / f"{checkpoint}.ckpt")
     with open_decisions():
         options = read_options(run.config)
-        own = read_checked_yaml(run.config, ("trainer",))["trainer"]
+        own = yaml.safe_load(run.config.read_text(encoding="utf-8")).get("trainer") or {}
         asked = str(own.get("precision") or "32-true") if precision == "run" else precision
         data = MMDataModule(
             **{**options.data.arguments, **_AS_ONE_STEP, "train": str(file), "batch_size": fault["batch_size"]}
