@@ -168,7 +168,7 @@ def _content(path: Path) -> Any:
         for state in saved.get("callbacks", {}).values():  # seconds of training and of looks
             for name in ("training", "spent"):
                 state.pop(name, None)
-        return saved
+        return {**saved, "loops": _without_totals(saved.get("loops"))}
     if path.name == "inspections.json":
         return [
             {k: v for k, v in _without_times(each).items() if k != "share"} for each in json.loads(path.read_text())
@@ -191,6 +191,13 @@ def _anywhere(value: Any, root: Path) -> Any:
     if isinstance(value, dict):
         return {_anywhere(key, root): _anywhere(each, root) for key, each in value.items()}
     return [_anywhere(each, root) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _without_totals(value: Any) -> Any:
+    """Lightning's state of its loops without what it counts over all attempts, those that a kill undid included."""
+    if isinstance(value, dict):
+        return {key: _without_totals(each) for key, each in value.items() if key != "total"}
+    return value
 
 
 def _is_timed(name: str) -> bool:

@@ -78,6 +78,8 @@ def video_processor_argument(name: str) -> dict[str, Any]:
 
 
 Message = dict[str, Any]
+_NUM_TRIALS = 100
+"""Renderings of a template in which its memory is limited: the first are trials, before other threads do anything."""
 _PLAIN = (str, int, float, tuple, list, type(None))
 
 
@@ -132,6 +134,7 @@ class ModelProcessor:
 
     def __init__(self, processor: Any, config: PretrainedConfig) -> None:
         self.processor, self.config = processor, config
+        self._num_rendered = 0
         self.template = _chat_template(processor)
         self.image_token_ids = _image_token_ids(processor, config)
         if processor.tokenizer.pad_token is None:
@@ -243,7 +246,8 @@ class ModelProcessor:
             add_generation_prompt: Whether to append the start of an answer; False by default.
             tools: Tools that the assistant may call, in OpenAI's form; None (default): none.
         """
-        with limited():
+        self._num_rendered += 1
+        with limited(memory=self._num_rendered <= _NUM_TRIALS):
             text: str = self.processor.apply_chat_template(
                 messages,
                 chat_template=self.template,

@@ -9,7 +9,7 @@ transformers renders in a sandbox of jinja2, which keeps a template from files a
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -65,17 +65,19 @@ def refuse_unlimited(template: str) -> None:
 
 
 @contextmanager
-def limited() -> Iterator[None]:
+def limited(*, memory: bool) -> Iterator[None]:
     """While active, what this thread computes ends within ``SECONDS`` of processor time and ``MOST_BYTES`` of memory.
 
     Time is limited in the main thread only, where Python handles signals; workers of a DataLoader have one of their
-    own. Memory is limited on Linux, while no other thread and no CUDA driver of this process allocates any: the limit
-    is the whole process's.
+    own. Memory is limited on Linux before CUDA is used, whose driver maps much more than it takes.
+
+    Args:
+        memory: Whether memory is limited. The limit is the whole process's, so that threads beside this one may hit it.
 
     Raises:
         TemplateLimitError: It did not.
     """
-    with _limited_memory():
+    with _limited_memory() if memory else nullcontext():
         if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGVTALRM"):
             yield
             return
@@ -91,7 +93,7 @@ def limited() -> Iterator[None]:
 @contextmanager
 def _limited_memory() -> Iterator[None]:
     """The soft limit of this process's address space, lowered to what it has and ``MOST_BYTES`` more."""
-    if not _STATM.is_file() or threading.active_count() > 1 or torch.cuda.is_initialized():
+    if not _STATM.is_file() or torch.cuda.is_initialized():
         yield
         return
     import resource  # not on every system

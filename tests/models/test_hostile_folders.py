@@ -80,7 +80,7 @@ def test_a_hostile_template(template: str, processing: Callable[[str], ModelProc
 def test_limits_are_taken_off_again() -> None:
     resource = pytest.importorskip("resource")
     before = resource.getrlimit(resource.RLIMIT_AS), template_limits.signal.getsignal(template_limits.signal.SIGVTALRM)
-    with pytest.raises(KeyError), template_limits.limited():
+    with pytest.raises(KeyError), template_limits.limited(memory=True):
         raise KeyError
     after = resource.getrlimit(resource.RLIMIT_AS), template_limits.signal.getsignal(template_limits.signal.SIGVTALRM)
     assert after == before
