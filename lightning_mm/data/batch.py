@@ -151,27 +151,22 @@ class CachedStates:
     """Inputs of the lowest trainable block from the cache, and the rows that are not cached.
 
     Args:
-        states: (B, L, D) hidden states; zeros for rows that are not cached.
-        uncached_rows: (M,) indices of the rows that are not cached.
-        uncached: Batch of those rows with their images; None if there are none.
+        states: (B, L, D) hidden states; zeros at padding and for rows that are not cached.
+        uncached_rows: Indices of the rows that are not cached.
+        uncached: One batch per such row, with its images.
         keys: Cache key of each of those rows.
         records: What is stored beside the states of each of those rows.
     """
 
     states: Tensor
-    uncached_rows: Tensor
-    uncached: "Batch | None" = None
+    uncached_rows: tuple[int, ...] = ()
+    uncached: "tuple[Batch, ...]" = ()
     keys: tuple[str, ...] = ()
     records: tuple[dict[str, Tensor], ...] = ()
 
     def map_tensors(self, fn: Callable[[Tensor], Tensor]) -> "CachedStates":
         """A copy with ``fn`` applied to every tensor that the model needs."""
-        return replace(
-            self,
-            states=fn(self.states),
-            uncached_rows=fn(self.uncached_rows),
-            uncached=self.uncached and self.uncached.map_tensors(fn),
-        )
+        return replace(self, states=fn(self.states), uncached=tuple(each.map_tensors(fn) for each in self.uncached))
 
 
 @dataclass(frozen=True)

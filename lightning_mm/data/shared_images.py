@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.data.batch import Batch, CachedStates, SharedPrefix, TokenRegion
+from lightning_mm.data.batch import Batch, SharedPrefix, TokenRegion
 from lightning_mm.data.row_table import Indices, RowTable
 from lightning_mm.data.sample import Sample
 
@@ -112,9 +112,6 @@ def share_prefixes(batch: Batch) -> Batch:
     Args:
         batch: Rows on the CPU; rows of a picture stand side by side.
     """
-    cached = batch.cached
-    if isinstance(cached, CachedStates) and cached.uncached is not None:
-        cached = replace(cached, uncached=share_prefixes(cached.uncached))
     owner: list[int] = []
     length: list[int] = []
     for row, sample in enumerate(batch.samples):
@@ -122,7 +119,7 @@ def share_prefixes(batch: Batch) -> Batch:
         common = _common_tokens(batch, first, row) if first < row else 0
         owner.append(first if common else row)
         length.append(common)
-    return replace(batch, cached=cached, shared=SharedPrefix(tuple(owner), tuple(length)) if any(length) else None)
+    return replace(batch, shared=SharedPrefix(tuple(owner), tuple(length)) if any(length) else None)
 
 
 def _same_pictures(one: Sample, other: Sample) -> bool:

@@ -38,7 +38,7 @@ _MIN_TOWER_SHARE = 0.1
 """Share of a forward pass's FLOPs below which reading the tower's features from disk saves no measurable time."""
 
 _NUM_VERIFIED_ROWS = 3
-"""Rows in the batch that verifies that the tower's features of a row do not depend on the other rows."""
+"""Rows in the batch that proves that what is cached of a row does not depend on the other rows."""
 
 _SUSPECTS = (("cpu_kernels",), ("packing",), ("cpu_kernels", "packing"))
 """Options of ``Compute`` that are switched off, in this order, until the step computes the family's own losses."""
@@ -145,15 +145,14 @@ class TrainingStep:
             return
         self._cache_decided = True
         assert self._undo is not None, "the cache is opened while the model is prepared"
-        batch = example(1)
-        unread = truncate_tower(self.mm, batch, self._undo)
+        unread = truncate_tower(self.mm, example(1), self._undo)
         try:
             if settings.mode == "off":
                 pass
             elif self.plan.modes[Region.VISION] == "frozen" and not unchanged_slices(self.plan):
                 self._cache_vision_features(settings, collator, example(_NUM_VERIFIED_ROWS), unread, epochs, facts)
             else:
-                self._cache_prefix(settings, collator, batch, epochs, facts)
+                self._cache_prefix(settings, collator, example(_NUM_VERIFIED_ROWS), epochs, facts)
         except UserError as error:
             if settings.mode == "on":
                 raise
@@ -188,7 +187,7 @@ class TrainingStep:
             return collator
         if isinstance(self.cache, FeatureCache):
             return self.cache.collator(collator)
-        return self.cache.collator(collator, self._width)
+        return self.cache.collator(collator)
 
     def flush(self) -> None:
         """Write pending activations to disk, as when a checkpoint is saved."""
@@ -212,11 +211,8 @@ class TrainingStep:
     def _cache_prefix(
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
-        pad = int(collator.processing.processor.tokenizer.pad_token_id)
-        prefix = self.prefix = split_verified_prefix(self.mm, self.plan, batch, pad)
-        states = prefix.states(batch)
-        self._width = states.shape[-1]
-        opened = self._open_store(settings, prefix, collator, epochs, facts, states.dtype)
+        prefix = self.prefix = split_verified_prefix(self.mm, self.plan, batch, collator)
+        opened = self._open_store(settings, prefix, collator, epochs, facts, prefix.dtype)
         if opened is not None:
             self.cache = PrefixCache(prefix, *opened)
 
@@ -252,7 +248,7 @@ class TrainingStep:
         storage_dtype: StorageDtype = (
             ("float32" if exact else "bfloat16") if settings.dtype == "auto" else settings.dtype
         )
-        facts = {**facts, "video_frames": collator.video_frames}
+        facts = {**facts, "video_frames": collator.video_frames, "liger": self.compute.liger}
         store = open_store(settings, part, collator.processing, facts, storage_dtype)
         if settings.mode == "auto" and epochs < _MIN_EPOCHS and not len(store):
             log_decision(
@@ -273,14 +269,10 @@ class TrainingStep:
         if batch.cached is None:
             return nullcontext()
         assert self.cache is not None, "the batch has cached states, but no cache is open"
-        if isinstance(batch.cached, CachedFeatures):
-            assert isinstance(self.cache, FeatureCache), "vision features belong to a feature cache"
-            with unpadded(None):
+        # Rows that are not cached are computed alone: there is no padding, and nothing that rows share.
+        with unpadded(None):
+            if isinstance(batch.cached, CachedFeatures):
+                assert isinstance(self.cache, FeatureCache), "vision features belong to a feature cache"
                 return self.cache.tower.starting_from(self.cache.states(batch.cached))
-        assert isinstance(self.cache, PrefixCache), "hidden states belong to a prefix cache"
-        uncached = batch.cached.uncached
-        if uncached is None:
+            assert isinstance(self.cache, PrefixCache), "hidden states belong to a prefix cache"
             return self.cache.prefix.starting_from(self.cache.states(batch.cached))
-        with unpadded(self._tokens(uncached)), encode_images_once(self.mm, uncached):
-            states = self.cache.states(batch.cached)
-        return self.cache.prefix.starting_from(states)

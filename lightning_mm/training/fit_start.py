@@ -4,6 +4,9 @@ Data flow: model + trainer + data module -> names of unused parameters; settings
 reason why there is none.
 """
 
+import math
+from dataclasses import replace
+
 import lightning as L
 import torch
 
@@ -57,7 +60,9 @@ def start_at_stream_norm(mm: MultimodalModel, plan: TuningPlan, trainer: L.Train
     scale_connector(mm, plan, None if batch is None else batch.to(device), trainer.strategy.broadcast)
 
 
-def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule) -> None:
+def open_cache(
+    step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule, before: bool | None
+) -> None:
     """Decide whether this fit caches frozen activations, and open their store if so; see ``TrainingStep.open_cache``.
 
     Args:
@@ -65,8 +70,13 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
         settings: Of the cache.
         trainer: The trainer of the fit.
         data: Where its rows come from.
+        before: Whether the run that goes on had a cache, which 'auto' stays with: activations from a cache differ in
+            their last bits. None where no run goes on.
     """
-    epochs = _times_seen(trainer, data)
+    epochs = math.inf if before else _times_seen(trainer, data)
+    if before is False and settings.mode == "auto":
+        log_decision("model.cache", "off", "the run that goes on began without one")
+        settings = replace(settings, mode="off")
     model = step.mm.transformers
     facts = {
         "precision": str(trainer.precision),
@@ -74,6 +84,7 @@ def open_cache(step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, 
         "attention": str(getattr(model.config, "_attn_implementation", None)),
         "max_length": data.max_length,
         "device": trainer.strategy.root_device.type,
+        "hardware": _hardware(trainer.strategy.root_device),
         "matmul": torch.get_float32_matmul_precision(),
     }
 
@@ -97,6 +108,13 @@ def prove_step(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> No
     if batch is not None:
         with trainer.precision_plugin.forward_context():
             step.prove(batch.to(trainer.strategy.root_device))
+
+
+def _hardware(device: torch.device) -> str:
+    """What the last bits of a result depend on besides the type of the device: another one adds in another order."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
 
 
 def prove_sharing(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> None:

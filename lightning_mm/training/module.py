@@ -157,6 +157,7 @@ class MMModule(ModelAndData):
         self.auto, self.compute, self.cache = auto, compute, cache
         self.connector_init = connector_init_of(connector_init)
         self.selection: Selection | None = None
+        self._cached: bool | None = None
         self._layers: tuple[int, ...] | None = None
 
     @property
@@ -332,7 +333,9 @@ class MMModule(ModelAndData):
         """
         if self._files is not None:
             prove_step(self.step, self.trainer, self._files)
-            open_cache(self.step, self.cache, self.trainer, self._files)
+            before = None if self._resumed is None else self._resumed.get("cached")
+            open_cache(self.step, self.cache, self.trainer, self._files, before)
+            self._cached = self.step.cache is not None
             prove_sharing(self.step, self.trainer, self._files)
         if self._make_optimizer is not None:
             log_decision("model.optimizer", "yours", "its rates stay as they are, but for a schedule of its own")
@@ -365,7 +368,11 @@ class MMModule(ModelAndData):
         checkpoint[KEY] = state.checkpoint_metadata(
             self.census, self.base, self.settings(), self.unread or (), generators
         )
-        checkpoint[KEY] |= {"model": model_options(live(self)), "skipped_steps": self._nonfinite.passed}
+        checkpoint[KEY] |= {
+            "model": model_options(live(self)),
+            "skipped_steps": self._nonfinite.passed,
+            "cached": self._cached,
+        }
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]  # Lightning's cannot know where the frozen weights are

@@ -4,13 +4,14 @@ Data flow: settings + model + plan -> ``split_verified_prefix``, ``fingerprint.o
 collator for the loader, and for the training step the hidden states of all rows, cached or newly computed.
 ``vision_features`` does the same for the vision tower's features, if connector or embedding train.
 
-Shapes: B rows, L tokens, D hidden size, M rows that are not cached.
+Shapes: B rows, L tokens, T tokens of one row, D hidden size.
 """
 
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -19,15 +20,15 @@ from torch import Tensor
 
 from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch, CachedStates
+from lightning_mm.data.batch import Batch, CachedFeatures, CachedStates
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
 from lightning_mm.execution.cache.collators import (
-    STATES,
+    ACTIVATIONS,
     CachedPrefixCollator,
     InseparableRowsError,
     merge_rows,
-    split_rows,
+    split_row,
 )
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix
 from lightning_mm.execution.cache.store import RecordStore
@@ -35,8 +36,8 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.policy import TuningPlan
 
-_MAX_PENDING = 2
-"""Maximum number of pending copies from the device to the host; a step waits for the oldest one beyond that."""
+_MAX_PENDING = 16
+"""Maximum number of rows being copied from the device to the host; a step waits for the oldest one beyond that."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +92,29 @@ class RowCache:
         self._write_pending(0)
         self.store.close()
 
+    def _new_rows(
+        self, cached: CachedStates | CachedFeatures, compute: Callable[[Batch], Tensor | None]
+    ) -> Iterator[tuple[int, Tensor | None]]:
+        """Index and activations of each uncached row, rounded as the store returns them; they are cached, too.
+
+        Args:
+            cached: Of a batch.
+            compute: Activations of a batch of one row, None where it has none; once for rows with the same key.
+        """
+        known: dict[str, Tensor | None] = {}
+        for b, row, key, record in zip(cached.uncached_rows, cached.uncached, cached.keys, cached.records, strict=True):
+            if key not in known:
+                made = compute(row)
+                known[key] = None if made is None else self._rounded(made)
+                if made is None:
+                    self.store.put(key, record)
+                else:
+                    self._enqueue(made, partial(self._put, key, record))
+            yield b, known[key]
+
+    def _put(self, key: str, record: Mapping[str, Tensor], made: Tensor) -> None:
+        self.store.put(key, {**record, ACTIVATIONS: made})
+
     def _rounded(self, made: Tensor) -> Tensor:
         """The activations rounded as the store will return them, so that cached and new rows give equal results."""
         rounded = made
@@ -135,29 +159,16 @@ class PrefixCache(RowCache):
         super().__init__(store, storage_dtype, dtype)
         self.prefix = prefix
 
-    def collator(self, collator: Collator, width: int) -> CachedPrefixCollator:
-        """A collator that leaves out the images of cached rows.
-
-        Args:
-            collator: The model's collator, for rows that are not cached.
-            width: Hidden size D.
-        """
-        return CachedPrefixCollator(collator, self.store, width, self.dtype)
+    def collator(self, collator: Collator) -> CachedPrefixCollator:
+        """A collator that leaves out the images of cached rows."""
+        return CachedPrefixCollator(collator, self.store, self.prefix.width, self.dtype)
 
     def states(self, cached: CachedStates) -> Tensor:
-        """Hidden states (B, L, D) of all rows; those of uncached rows are computed and cached."""
-        if cached.uncached is None:
-            return cached.states
-        made_MLD = self.prefix.states(cached.uncached)
-        states_BLD = cached.states.to(made_MLD.dtype)
-        states_BLD[cached.uncached_rows, : made_MLD.shape[1]] = self._rounded(made_MLD)
-
-        def put(host_MLD: Tensor) -> None:
-            for row_LD, key, record in zip(host_MLD, cached.keys, cached.records, strict=True):
-                self.store.put(key, {**record, STATES: row_LD[: len(record["regions"])]})
-
-        self._enqueue(made_MLD, put)
-        return states_BLD
+        """Hidden states (B, L, D) of all rows; those of uncached rows are computed and cached. Zeros at padding."""
+        for b, row_TD in self._new_rows(cached, lambda row: self.prefix.states(row)[0]):
+            assert row_TD is not None
+            cached.states[b, : len(row_TD)] = row_TD
+        return cached.states
 
 
 def first_layer_above_prefix(plan: TuningPlan) -> int:
@@ -180,24 +191,27 @@ def is_trained(plan: TuningPlan, region: Region) -> bool:
     return plan.modes[region] != "frozen"
 
 
-def split_verified_prefix(mm: MultimodalModel, plan: TuningPlan, batch: Batch, pad_token_id: int) -> FrozenPrefix:
-    """The model split above its frozen prefix, verified to give the same loss on a batch.
+def split_verified_prefix(mm: MultimodalModel, plan: TuningPlan, batch: Batch, collator: Collator) -> FrozenPrefix:
+    """The model split above its frozen prefix, proved to compute the same on a batch.
 
     Args:
         mm: The plain model.
         plan: Which weights train.
         batch: Rows with their images, on the model's device.
-        pad_token_id: Id of the padding token.
+        collator: The model's collator.
 
     Raises:
-        UserError: The losses differ, or the model or the batch cannot be split.
+        UserError: It does not, or the model or the batch cannot be split.
     """
     prefix = FrozenPrefix(mm, first_layer_above_prefix(plan))
+    rows = [row for sample in batch.samples if (row := collator.collate_valid([sample], [])) is not None]
+    pad = int(collator.processing.processor.tokenizer.pad_token_id)
     try:
-        rest = merge_rows(split_rows(batch), batch.samples, pad_token_id)
+        rest = merge_rows([split_row(row) for row in rows], batch.samples, pad)
     except InseparableRowsError as error:
         raise _no_prefix_error(str(error)) from error
-    prefix.verify(batch, rest.to(batch.regions.device))
+    device = batch.regions.device
+    prefix.verify(batch, [row.to(device) for row in rows], rest.to(device))
     return prefix
 
 

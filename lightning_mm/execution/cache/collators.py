@@ -1,12 +1,15 @@
 """Collators that leave out what the activation cache holds, and the key and record of a cached row.
 
 Data flow: Sample -> ``RowKeys`` -> SHA-256 of its text and image bytes -> record in the store.
-``CachedPrefixCollator``: rows that are not cached through the model's collator -> ``split_rows``, one record of tensors
-per row without padding and pixels -> ``merge_rows`` with the cached records -> ``Batch`` without pixels, whose
-``cached`` holds the known hidden states and the batch of uncached rows.
+``CachedPrefixCollator``: each row that is not cached alone through the model's collator -> ``split_row``, its tensors
+without pixels -> ``merge_rows`` with the cached records -> ``Batch`` without pixels, whose ``cached`` holds the known
+hidden states and one batch per uncached row.
 ``CachedVisionCollator``: rows that are not cached through the model's collator one by one, all rows with blank images
 of the same sizes -> ``Batch`` whose ``cached`` holds the known features. Grids, tiles, masks and tokens are the
 processor's own, since it gets every row.
+
+A row that is not cached is always encoded and computed alone, so that its activations are a function of the row: not of
+the rows beside it, nor of which of them are cached. Any state of the cache then trains with the same bits.
 
 Shapes: B rows, L tokens after padding, T tokens of one row, S supervised positions, D hidden size, n images or tiles.
 """
@@ -42,42 +45,40 @@ def is_pixels(name: str, value: Tensor) -> bool:
     return value.is_floating_point() or name.startswith("pixel")
 
 
-def split_rows(batch: Batch) -> list[Record]:
-    """One record per row of the batch, without padding and pixels.
+def split_row(row: Batch) -> Record:
+    """The record of a batch of one row, without pixels.
 
     Raises:
-        InseparableRowsError: The shape of an input does not tell whether it is by token, by row or by image.
+        InseparableRowsError: The row has a video.
     """
-    lengths = (batch.regions != TokenRegion.PAD).sum(1).tolist()
-    length = batch.regions.shape[1]
-    parts = {n: _values_by_row(n, v, batch) for n, v in batch.inputs.items() if not is_pixels(n, v)}
-    records = []
-    for b, tokens in enumerate(lengths):
-        in_row = (batch.supervised >= b * length) & (batch.supervised < (b + 1) * length)
-        record = {
-            "regions": batch.regions[b, :tokens],
-            "supervised": batch.supervised[in_row] - b * length,
-            "targets": batch.targets[in_row],
-        }
-        for name, rows in parts.items():
-            by_token = _by_token(batch.inputs[name], batch)
-            record[(_TOKEN if by_token else _ROW) + name] = rows[b][:tokens] if by_token else rows[b]
-        records.append(record)
-    return records
+    assert len(row) == 1, "a row is encoded alone"
+    if row.samples[0].videos:
+        raise InseparableRowsError("a row does not say how many frames its videos gave")
+    record = {"regions": row.regions[0], "supervised": row.supervised, "targets": row.targets}
+    for name, value in row.inputs.items():
+        if not is_pixels(name, value):
+            by_token = value.ndim >= 2 and value.shape[:2] == row.regions.shape
+            record[(_TOKEN if by_token else _ROW) + name] = value[0] if by_token else value
+    return record
 
 
 def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample], pad_token_id: int) -> Batch:
-    """A right-padded batch without pixels, of records as ``split_rows`` returns them.
+    """A right-padded batch without pixels, of records as ``split_row`` returns them.
 
     Args:
         records: One record per row.
         samples: The samples of these rows.
         pad_token_id: Id of the padding token.
+
+    Raises:
+        InseparableRowsError: An input of the rows differs in more than its number of tokens or images.
     """
     length = max(len(record["regions"]) for record in records)
     inputs = {}
     for key in dict.fromkeys(key for record in records for key in record):
         present = [record[key] for record in records if key in record]
+        if len({each.shape[1:] for each in present}) > 1:
+            raise InseparableRowsError(f"{key} of the rows differs in shape")
         if key.startswith(_TOKEN):
             name = key.removeprefix(_TOKEN)
             fill = pad_token_id if name == "input_ids" else 0
@@ -92,27 +93,6 @@ def merge_rows(records: Sequence[Mapping[str, Tensor]], samples: Sequence[Sample
         torch.cat([record["supervised"] + b * length for b, record in enumerate(records)]),
         torch.cat([record["targets"] for record in records]),
         tuple(samples),
-    )
-
-
-def _by_token(value: Tensor, batch: Batch) -> bool:
-    return value.ndim >= 2 and value.shape[:2] == batch.regions.shape
-
-
-def _values_by_row(name: str, value: Tensor, batch: Batch) -> Sequence[Tensor]:
-    """The part of an input that belongs to each row: (L, ...) if the input is by token, else (n, ...)."""
-    if _by_token(value, batch):
-        return list(value)
-    if any(sample.videos for sample in batch.samples):
-        raise InseparableRowsError(f"{name}: a row does not say how many frames its videos gave")
-    counts = [len(sample.images) for sample in batch.samples]
-    by_row, by_image = len(value) == len(batch), len(value) == sum(counts)
-    if by_row and (not by_image or set(counts) == {1}):
-        return list(value[:, None])
-    if by_image and not by_row:
-        return list(value.split(counts))
-    raise InseparableRowsError(
-        f"{name} {tuple(value.shape)} may be by row or by picture: the pictures of rows are {counts}"
     )
 
 
@@ -152,8 +132,8 @@ class RowKeys:
         return self._digests[file_state]
 
 
-STATES = "hidden"
-"""Key of a record's hidden states (T, D)."""
+ACTIVATIONS = "hidden"
+"""Key of a record's hidden states (T, D) or vision features (shapes: ``vision_features``)."""
 
 _TRUNCATION = "note"
 """Key of the reasons why a record's row is truncated: a JSON list in UTF-8."""
@@ -177,41 +157,44 @@ class CachedPrefixCollator:
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Batch of the valid samples. Raises UserError if none is valid."""
         keys = {id(sample): self._key(sample) for sample in samples}
-        known = {key: record for key in keys.values() if (record := self._store.get(key, self._dtype)) is not None}
-        unknown = [sample for sample in samples if keys[id(sample)] not in known]
         rejected: list[Rejection] = []
-        uncached = self._collator.collate_valid(unknown, rejected) if unknown else None
+        records: dict[str, Record] = {}
+        uncached: dict[str, Batch] = {}
         try:
-            encoded = split_rows(uncached) if uncached is not None else []
-        except InseparableRowsError:
+            for sample in samples:
+                key = keys[id(sample)]
+                if key not in records and (known := self._store.get(key, self._dtype)) is not None:
+                    records[key] = known
+                if key in records:
+                    rejected += truncation_reasons(records[key], sample)
+                elif (row := self._collator.collate_valid([sample], found := [])) is None:
+                    rejected += found
+                else:
+                    rejected += found
+                    cuts = [each.reason for each in found if each.kind == "cut"]
+                    records[key], uncached[key] = with_truncation_reasons(split_row(row), cuts), row
+            usable = [sample for sample in samples if keys[id(sample)] in records]
+            if not usable:
+                return self._collator(samples)
+            rows = [keys[id(sample)] for sample in usable]
+            batch = merge_rows([records[key] for key in rows], usable, self._pad)
+        except InseparableRowsError:  # whatever is cached, for no such row ever is
             return self._collator(samples)
-        if not known and not encoded:
-            return self._collator(samples)
-        made = {id(s): record for s, record in zip(uncached.samples if uncached else (), encoded, strict=True)}
-        usable = [s for s in samples if keys[id(s)] in known or id(s) in made]
-        records = [made.get(id(s)) or known[keys[id(s)]] for s in usable]
-        batch = merge_rows(records, usable, self._pad)
-        truncations: dict[str, list[str]] = {}
-        for each in rejected:
-            if each.kind == "cut":
-                truncations.setdefault(each.origin, []).append(each.reason)
-        rejected += [
-            rejection for s in usable if id(s) not in made for rejection in truncation_reasons(known[keys[id(s)]], s)
-        ]
+        uncached_rows = tuple(b for b, key in enumerate(rows) if key in uncached)
         cached = CachedStates(
-            self._states(batch, records),
-            torch.tensor([b for b, s in enumerate(usable) if id(s) in made], dtype=torch.long),
-            uncached,
-            tuple(keys[id(s)] for s in usable if id(s) in made),
-            tuple(with_truncation_reasons(made[id(s)], truncations.get(s.origin, [])) for s in usable if id(s) in made),
+            self._states(batch, [records[key] for key in rows]),
+            uncached_rows,
+            tuple(uncached[rows[b]] for b in uncached_rows),
+            tuple(rows[b] for b in uncached_rows),
+            tuple(records[rows[b]] for b in uncached_rows),
         )
         return replace(batch, cached=cached, rejected=tuple(rejected))
 
     def _states(self, batch: Batch, records: Sequence[Record]) -> Tensor:
         states_BLD = torch.zeros(*batch.regions.shape, self._width, dtype=self._dtype)
         for row_LD, record in zip(states_BLD, records, strict=True):
-            if STATES in record:
-                row_LD[: len(record["regions"])] = record[STATES]
+            if ACTIVATIONS in record:
+                row_LD[: len(record["regions"])] = record[ACTIVATIONS]
         return states_BLD
 
 
@@ -226,10 +209,6 @@ def truncation_reasons(record: Record, sample: Sample) -> list[Rejection]:
     """One rejection of kind 'cut' per reason why the record's row is truncated."""
     reasons = json.loads(bytes(record[_TRUNCATION].tolist())) if _TRUNCATION in record else []
     return [Rejection(sample.origin, reason, "cut") for reason in reasons]
-
-
-FEATURES = "hidden"
-"""Key of a record's vision features: the output of the vision tower's last block for its row."""
 
 
 class CachedVisionCollator:
@@ -295,7 +274,7 @@ class CachedVisionCollator:
         rows = [keys[id(sample)] for sample in batch.samples]
         uncached_rows = [b for b, key in enumerate(rows) if key in uncached]
         return CachedFeatures(
-            tuple(known.get(key, {}).get(FEATURES) for key in rows),
+            tuple(known.get(key, {}).get(ACTIVATIONS) for key in rows),
             tuple(uncached_rows),
             tuple(uncached[rows[b]] for b in uncached_rows),
             tuple(rows[b] for b in uncached_rows),

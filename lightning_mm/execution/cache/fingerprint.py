@@ -35,12 +35,13 @@ def open_store(
         settings: The cache's settings.
         part: The frozen part whose activations are cached.
         processing: The model's processor.
-        facts: What the activations depend on beside weights, config and processor (longest row, precision, attention
-            kernel).
+        facts: What the activations depend on beside weights, config and processor, to the bit (longest row, precision,
+            attention kernel, hardware).
         storage_dtype: Storage dtype: 'float32', 'bfloat16' or 'int8'.
     """
     identity = {
         **_part_identity(part),
+        "computed": "row by row",
         "config": config_digest(part.mm.model),
         "processor": processor_digest(processing),
         "versions": [version("torch"), version("transformers")],

@@ -10,7 +10,7 @@ the blocks are computed by the model's own code.
 Shapes: B rows, L tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,13 +19,19 @@ from torch import Tensor, nn
 
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
+from lightning_mm.execution.cache.proof import (
+    FORWARD_ERRORS,
+    decoder_states,
+    differs,
+    poisoned,
+    poisoned_output,
+    relative_gap,
+    rounding_bound,
+    structure_gap,
+)
+from lightning_mm.execution.loss import select_positions_before_head
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import skipped, uncompiled
-
-_TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}
-_COARSE = 2e-2
-"""Relative tolerance of the summed loss in 16 bits, where sums between blocks are rounded at other places."""
 
 
 class FrozenPrefix:
@@ -34,12 +40,15 @@ class FrozenPrefix:
     Args:
         mm: The plain model.
         first: Index of the first block above the split.
+
+    ``width`` and ``dtype`` of the block's input are known once the split is verified.
     """
 
     def __init__(self, mm: MultimodalModel, first: int) -> None:
         self.mm, self.first = mm, first
         self._blocks = [mm.model.get_submodule(name) for name in mm.layout.layers]
         self._in_tuples = False
+        self.width, self.dtype = 0, torch.float32
 
     def __str__(self) -> str:
         return f"what enters block {self.first}"
@@ -59,70 +68,63 @@ class FrozenPrefix:
         torch.clear_autocast_cache()
         return held[0]
 
-    @contextmanager
-    def record_inputs(self) -> Iterator[list[Tensor]]:
+    def record_inputs(self) -> AbstractContextManager[list[Tensor]]:
         """While active, the block's input (B, L, D) is appended to the list in each forward pass of the model."""
-        held: list[Tensor] = []
-
-        def hold(hidden: Tensor) -> Tensor:
-            held.append(hidden)
-            return hidden
-
-        with _replace_block_input(self._blocks[self.first], hold):
-            yield held
+        return record_inputs(self._blocks[self.first])
 
     @contextmanager
     def starting_from(self, states: Tensor) -> Iterator[None]:
         """While active, a forward pass of the model starts at the block, with these states (B, L, D) as its input."""
-        with (
-            skipped(self._blocks[: self.first], self._in_tuples),
-            _replace_block_input(self._blocks[self.first], lambda hidden: states.to(hidden.dtype)),
-        ):
+        with skipped(self._blocks[: self.first], self._in_tuples), self._beginning_with(states):
             yield
 
+    def _beginning_with(self, states: Tensor) -> AbstractContextManager[None]:
+        return _replace_block_input(self._blocks[self.first], lambda hidden: states.to(hidden.dtype))
+
     @torch.no_grad()
-    def verify(self, batch: Batch, rest: Batch) -> None:
-        """Compare the loss of the two halves with that of the whole model; the model is left unchanged.
+    def verify(self, batch: Batch, rows: Sequence[Batch], rest: Batch) -> None:
+        """Prove that the two halves compute what the whole model does; the model is left unchanged.
+
+        With the block's own input put back, embeddings and lower blocks giving NaN, the last block's output must be the
+        same; and the input of each row computed alone must be that of the row in the batch, up to rounding.
 
         Args:
             batch: Rows with their images.
+            rows: One batch per row, with its images.
             rest: The same rows without images.
 
         Raises:
-            UserError: The losses differ, or the upper half needs the images.
+            UserError: They do not, or the upper half needs the images.
         """
-        head = self.mm.model.get_submodule(self.mm.layout.head)
-        with temporary_eval_mode(self.mm.model, batch.regions.device):
+        device, top = batch.regions.device, (self.mm.layout.num_layers,)
+        embedding = self.mm.transformers.get_input_embeddings()
+        with temporary_eval_mode(self.mm.model, device):
             try:
-                with record_outputs(self._blocks[-1]) as outputs:
-                    whole = supervised_nll(self.mm.model, head, batch).nll
+                with record_outputs(self._blocks[-1]) as outputs, self.record_inputs() as held:
+                    whole = decoder_states(self.mm, batch, top)
+                again = decoder_states(self.mm, batch, top)
                 self._in_tuples = isinstance(outputs[0], tuple)
-                states = self.states(batch)
-                with self.starting_from(states):
-                    halves = supervised_nll(self.mm.model, head, rest).nll
+                with (
+                    poisoned_output(embedding),
+                    poisoned(self._blocks[: self.first], self._in_tuples),
+                    self._beginning_with(held[0]),
+                ):
+                    halves = decoder_states(self.mm, rest, top)
+                alone = [self.states(row)[0] for row in rows]
             except FORWARD_ERRORS as error:
                 why = f"above block {self.first} the model needs more than its stream: {first_line(error)}"
                 raise _refusal(why) from error
-        gap = relative_loss_gap(whole, halves, states.dtype)
-        if gap:
-            raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself when block {self.first} is begun at")
-
-
-FORWARD_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError)
-"""Exceptions that a model's forward raises if an input is missing."""
-
-
-def relative_loss_gap(whole: Tensor, halves: Tensor, dtype: torch.dtype) -> float:
-    """Relative difference of two summed losses; 0 if the order of summation in ``dtype`` can explain it.
-
-    Args:
-        whole: () loss of the whole model.
-        halves: () loss of the split model.
-        dtype: dtype of the hidden states at the split.
-    """
-    tolerance = _TOLERANCE.get(dtype if whole.dtype == dtype else torch.bfloat16, _COARSE)
-    gap = float((whole - halves).abs() / whole.abs().clamp_min(1e-6))
-    return 0.0 if gap <= tolerance else gap
+        if gap := structure_gap(whole, again, halves):
+            raise _refusal(
+                f"what leaves the last block {differs(gap)} when block {self.first} is begun at: something above reads "
+                "more than that block's input"
+            )
+        self.width, self.dtype = held[0].shape[-1], held[0].dtype
+        depth = self.first + len(self.mm.layout.vision_blocks)
+        bound = rounding_bound(self.dtype, device.type, self.width, max(depth, 1))
+        gap = max(relative_gap(held[0][b, : len(row)], row) for b, row in enumerate(alone))
+        if not gap <= bound:
+            raise _refusal(f"what enters block {self.first} differs by {gap:.2g} if a row is computed alone")
 
 
 @contextmanager
@@ -158,6 +160,19 @@ def _replace_block_input(block: nn.Module, change: Callable[[Tensor], Tensor]) -
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def record_inputs(block: nn.Module) -> Iterator[list[Tensor]]:
+    """While active, the hidden states that the block gets are appended to the list."""
+    held: list[Tensor] = []
+
+    def hold(hidden: Tensor) -> Tensor:
+        held.append(hidden)
+        return hidden
+
+    with _replace_block_input(block, hold):
+        yield held
 
 
 @contextmanager

@@ -12,36 +12,36 @@ Shapes: P patches of a row, n images or tiles of a row, K blocks that are read, 
 states are (n, P / n, D) or (P, D), depending on the model family, and (n, P / n, K, D) or (P, K, D) where K > 1.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_mm.core.errors import UserError, first_line
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.cache.activation_cache import RowCache
-from lightning_mm.execution.cache.collators import FEATURES, CachedVisionCollator
-from lightning_mm.execution.cache.frozen_prefix import (
+from lightning_mm.execution.cache.collators import CachedVisionCollator
+from lightning_mm.execution.cache.frozen_prefix import fork_rng, record_inputs, record_outputs, temporary_eval_mode
+from lightning_mm.execution.cache.proof import (
     FORWARD_ERRORS,
-    fork_rng,
-    record_outputs,
-    relative_loss_gap,
-    temporary_eval_mode,
+    decoder_states,
+    differs,
+    poisoned,
+    poisoned_pixels,
+    relative_gap,
+    rounding_bound,
+    structure_gap,
 )
 from lightning_mm.execution.cache.store import RecordStore
 from lightning_mm.execution.loss import select_positions_before_head, supervised_nll
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import Forward, replace_forward, skipped, uncompiled
 from lightning_mm.tuning.unused_parameters import blocks_read_directly
-
-_SAME = 1e-4
-_COARSE = 3e-2
-"""Tolerances relative to the largest feature, for another order of summation in float32 and in 16 bits."""
 
 
 class FrozenTower:
@@ -61,7 +61,7 @@ class FrozenTower:
         self.share, self.dtype = 0.0, torch.float32
         self._computed = read
         self._layers = [mm.model.get_submodule(name) for name in mm.layout.layers]
-        self._dim, self._in_tuple, self._layer_in_tuple = 0, False, False
+        self._dim, self._in_tuple, self._layer_in_tuple, self._keeps_shape = 0, False, False, True
 
     def __str__(self) -> str:
         return f"vision features ({self.share:.0%} of a forward pass)"
@@ -100,8 +100,17 @@ class FrozenTower:
         present = [each for each in states if each is not None]
         joined = torch.cat(present, self._dim) if present else None
         by_block = [None] * len(self.read) if joined is None else _unstacked(joined, len(self.read))
-        skip = [self.mm.model.get_submodule(name) for name in self._computed if name not in self.read]
-        with skipped(skip, self._in_tuple), ExitStack() as undo:
+        with skipped(self._unread(), self._in_tuple), self._returning(by_block):
+            yield
+
+    def _unread(self) -> list[nn.Module]:
+        """The blocks that are computed and not read."""
+        return [self.mm.model.get_submodule(name) for name in self._computed if name not in self.read]
+
+    @contextmanager
+    def _returning(self, by_block: Sequence[Tensor | None]) -> Iterator[None]:
+        """While active, the blocks that are read return these states."""
+        with ExitStack() as undo:
             for name, known in zip(self.read, by_block, strict=True):
                 replace_forward(undo, self.mm.model.get_submodule(name), partial(self._known_forward, known))
             yield
@@ -112,7 +121,8 @@ class FrozenTower:
     def _known(self, known: Tensor | None, *args: Any, **kwargs: Any) -> Any:
         """What a block returns whose output is known."""
         hidden = args[0] if args else kwargs["hidden_states"]
-        if known is None or known.shape != hidden.shape:
+        same = hidden.ndim if self._keeps_shape else 1  # convolutions keep the number of images or tiles only
+        if known is None or known.shape[:same] != hidden.shape[:same]:
             shape = None if known is None else tuple(known.shape)
             raise _refusal(f"features of shape {shape} are known, the tower has {tuple(hidden.shape)}")
         output = known.to(hidden.dtype)
@@ -120,7 +130,11 @@ class FrozenTower:
 
     @torch.no_grad()
     def verify(self, batch: Batch, grey: Batch, rows: Sequence[Batch]) -> None:
-        """Compare the loss with that of the whole model, which is left unchanged; measures the tower's share of FLOPs.
+        """Prove that the model on known features computes what the whole model does; it is left unchanged.
+
+        With the outputs of the blocks that are read put back, pixels and all other blocks giving NaN, what enters and
+        what leaves the decoder must be the same; and the features of each row computed alone must be those of the row
+        in the batch, up to rounding. Measures the tower's share of FLOPs.
 
         Args:
             batch: Rows with their images.
@@ -128,35 +142,43 @@ class FrozenTower:
             rows: One batch per row, with its images.
 
         Raises:
-            UserError: The losses differ, or the model needs more of the tower than its blocks' outputs.
+            UserError: They do not, or the model needs more of the tower than its blocks' outputs.
         """
-        head = self.mm.model.get_submodule(self.mm.layout.head)
-        with temporary_eval_mode(self.mm.model, batch.regions.device):
+        ends, device = (0, self.mm.layout.num_layers), batch.regions.device
+        with temporary_eval_mode(self.mm.model, device):
             try:
                 self.read = blocks_read_directly(
-                    self.mm.model, self._computed, lambda: supervised_nll(self.mm.model, head, batch).nll
+                    self.mm.model, self._computed, lambda: supervised_nll(self.mm.model, self.mm.head, batch).nll
                 )
                 with (
                     self._recorded() as outputs,
+                    record_inputs(self.mm.model.get_submodule(self.read[-1])) as entering,
                     record_outputs(self._layers[-1]) as last,
                     FlopCounterMode(display=False) as all_flops,
                 ):
-                    whole = supervised_nll(self.mm.model, head, batch).nll
+                    whole = decoder_states(self.mm, batch, ends)
                 if len(outputs[-1]) != 1:
                     raise _refusal(f"the tower runs {len(outputs[-1])} times on a batch")
                 together = [each for (each,) in outputs]
                 self._in_tuple, self._layer_in_tuple = isinstance(together[0], tuple), isinstance(last[0], tuple)
+                own = [_hidden_states(each) for each in together]
+                if len({each.shape for each in own}) > 1:
+                    raise _refusal(f"the blocks that are read put out {' and '.join(str(tuple(x.shape)) for x in own)}")
+                again = decoder_states(self.mm, batch, ends)
+                self._keeps_shape = own[-1].shape == entering[0].shape
+                with poisoned(self._unread(), self._in_tuple), self._returning(own):
+                    halves = decoder_states(self.mm, poisoned_pixels(grey), ends)
                 with FlopCounterMode(display=False) as tower_flops:
                     states = [self.states(row) for row in rows]
-                self._dim = _row_dim(states, _stacked(together))
-                with self.starting_from(states):
-                    halves = supervised_nll(self.mm.model, head, grey).nll
             except FORWARD_ERRORS as error:
                 raise _refusal(f"the model needs more than what its blocks put out: {first_line(error)}") from error
-        self.dtype = _hidden_states(together[0]).dtype
-        gap = relative_loss_gap(whole, halves, self.dtype)
-        if gap:
-            raise _refusal(f"the loss of one batch differs by {gap:.2g} of itself with the tower left out")
+        if gap := structure_gap(whole, again, halves):
+            raise _refusal(
+                f"what leaves the decoder {differs(gap)} with the tower left out: it reads more than what is kept"
+            )
+        self.dtype = own[0].dtype
+        bound = rounding_bound(self.dtype, device.type, max(own[0].shape[1:]), len(self._computed))
+        self._dim = _row_dim(states, _stacked(together), bound)
         self.share = tower_flops.get_total_flops() / max(all_flops.get_total_flops(), 1)
 
 
@@ -181,20 +203,9 @@ class FeatureCache(RowCache):
     def states(self, cached: CachedFeatures) -> list[Tensor | None]:
         """Features of every row, None for rows without images; those of uncached rows are computed and cached."""
         states = list(cached.states)
-        computed: dict[str, Tensor | None] = {}
-        for b, row, key, record in zip(cached.uncached_rows, cached.uncached, cached.keys, cached.records, strict=True):
-            if key not in computed:
-                made = self.tower.states(row)
-                computed[key] = None if made is None else self._rounded(made)
-                if made is None:
-                    self.store.put(key, record)
-                else:
-                    self._enqueue(made, partial(self._put, key, record))
-            states[b] = computed[key]
+        for b, made in self._new_rows(cached, self.tower.states):
+            states[b] = made
         return states
-
-    def _put(self, key: str, record: Mapping[str, Tensor], made: Tensor) -> None:
-        self.store.put(key, {**record, FEATURES: made})
 
 
 def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
@@ -234,12 +245,13 @@ def _unstacked(states: Tensor, blocks: int) -> Sequence[Tensor]:
     return [states] if blocks == 1 else [each.contiguous() for each in states.unbind(-2)]
 
 
-def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
+def _row_dim(states: Sequence[Tensor | None], whole: Tensor, bound: float) -> int:
     """Dimension along which the rows' states, concatenated, equal the batch's states.
 
     Args:
         states: States of each row, run alone; None for rows without images.
         whole: States of the batch.
+        bound: Largest relative difference that rounding explains.
     """
     present = [each for each in states if each is not None]
     if len(present) < 2:
@@ -247,12 +259,10 @@ def _row_dim(states: Sequence[Tensor | None], whole: Tensor) -> int:
     for dim in range(whole.ndim - 1):
         others = [each.shape[:dim] + each.shape[dim + 1 :] for each in (*present, whole)]
         if len(set(others)) == 1 and sum(each.shape[dim] for each in present) == whole.shape[dim]:
-            gap = float((torch.cat(present, dim).float() - whole.float()).abs().max())
-            scale = float(whole.float().abs().max())
-            exact = whole.dtype == torch.float32 and not torch.is_autocast_enabled(whole.device.type)
-            if gap <= (_SAME if exact else _COARSE) * scale:
+            gap = relative_gap(whole, torch.cat(present, dim))
+            if gap <= bound:
                 return dim
-            raise _refusal(f"what it makes of a picture changes by {gap / scale:.2g} with those beside it")
+            raise _refusal(f"what it makes of a picture changes by {gap:.2g} with those beside it")
     raise _refusal(f"the features of a batch, {tuple(whole.shape)}, are not those of its rows side by side")
 
 

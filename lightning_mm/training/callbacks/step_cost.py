@@ -56,7 +56,7 @@ class BatchCounter:
             # The tower saw the new rows only; the connector, cheap beside it, is counted with it.
             seen = list(batch.cached.uncached)
         else:
-            seen = [part for part in (batch if batch.cached is None else batch.cached.uncached,) if part is not None]
+            seen = [batch] if batch.cached is None else list(batch.cached.uncached)
             self._totals.cached += StepShape(len(batch.real) - sum(len(part.real) for part in seen))
             if batch.cached is not None:
                 cached_pairs = pairs - sum((token_pairs(part) for part in seen), zero)

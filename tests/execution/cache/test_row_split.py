@@ -10,7 +10,7 @@ import torch
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.readers.conversations import read_conversations
-from lightning_mm.execution.cache.collators import InseparableRowsError, is_pixels, merge_rows, split_rows
+from lightning_mm.execution.cache.collators import InseparableRowsError, is_pixels, merge_rows, split_row
 from lightning_mm.models.processor import ModelProcessor
 from lightning_mm.testing.tiny import FAMILIES
 from tests.helpers.data import make_uneven_rows
@@ -30,14 +30,13 @@ def same(found: Batch, expected: Batch) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-def test_rows_of_two_batches_make_the_batch_of_all(
+def test_rows_encoded_alone_make_the_batch_of_all(
     name: str, processing: Callable[[str], ModelProcessor], tmp_path: Path
 ) -> None:
     collator = Collator(processing(name))
     samples = read_conversations(make_uneven_rows(tmp_path)).samples
-    first, second = collator(samples[:3]), collator(samples[3:])
     pad = collator.processing.processor.tokenizer.pad_token_id
-    same(merge_rows([*split_rows(first), *split_rows(second)], samples, pad), collator(samples))
+    same(merge_rows([split_row(collator([sample])) for sample in samples], samples, pad), collator(samples))
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "internvl"])
@@ -47,20 +46,41 @@ def test_rows_without_a_picture_stand_beside_others(
     collator = Collator(processing(name))
     samples = read_conversations(make_uneven_rows(tmp_path, text_only=True)).samples
     pad = collator.processing.processor.tokenizer.pad_token_id
-    rows = [split_rows(collator([sample]))[0] for sample in samples]
+    rows = [split_row(collator([sample])) for sample in samples]
     same(merge_rows(rows, samples, pad), collator(samples))
 
 
-def test_rows_that_cannot_be_told_apart_are_refused(
-    processing: Callable[[str], ModelProcessor], tmp_path: Path
-) -> None:
-    """Two rows, two pictures, both of the first row: a tensor of two may be by row or by picture."""
+def test_pictures_that_are_unevenly_dealt(processing: Callable[[str], ModelProcessor], tmp_path: Path) -> None:
+    """Two rows, two pictures, both of the first row: in a batch, a tensor of two may be by row or by picture."""
     collator = Collator(processing("qwen2_5_vl"))
     samples = read_conversations(make_uneven_rows(tmp_path)).samples[:2]
-    batch = collator(samples)
-    moved = (
-        dataclasses.replace(samples[0], images=samples[0].images + samples[1].images),
-        dataclasses.replace(samples[1], images=()),
+    turn = dataclasses.replace(samples[0].turns[0], text="<image>" + samples[0].turns[0].text)
+    rows = (
+        dataclasses.replace(
+            samples[0], images=samples[0].images + samples[1].images, turns=(turn, *samples[0].turns[1:])
+        ),
+        dataclasses.replace(
+            samples[1],
+            images=(),
+            turns=(dataclasses.replace(samples[1].turns[0], text="What?"), *samples[1].turns[1:]),
+        ),
     )
-    with pytest.raises(InseparableRowsError, match="image_grid_thw"):
-        split_rows(dataclasses.replace(batch, samples=moved))
+    pad = collator.processing.processor.tokenizer.pad_token_id
+    whole = collator(rows)
+    assert len(whole.inputs["image_grid_thw"]) == len(whole) == 2
+    same(merge_rows([split_row(collator([row])) for row in rows], rows, pad), whole)
+
+
+def test_what_cannot_be_taken_apart_is_refused(processing: Callable[[str], ModelProcessor], tmp_path: Path) -> None:
+    collator = Collator(processing("mllama"))
+    samples = read_conversations(make_uneven_rows(tmp_path)).samples[:2]
+    row = collator(samples[:1])
+    film = dataclasses.replace(samples[0], images=(), videos=samples[0].images)
+    with pytest.raises(InseparableRowsError, match="videos"):
+        split_row(dataclasses.replace(row, samples=(film,)))
+    record = split_row(row)
+    wider = {
+        name: value.repeat(1, 2, 1) if name == "row.aspect_ratio_mask" else value for name, value in record.items()
+    }
+    with pytest.raises(InseparableRowsError, match="aspect_ratio_mask"):
+        merge_rows([record, wider], samples, 0)

@@ -33,7 +33,7 @@ from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from lightning_mm.tuning.apply import prepare_model
 from tests.helpers.data import Data, Family
-from tests.helpers.feature_layers import concatenating
+from tests.helpers.feature_layers import concatenating, convolutional
 from tests.helpers.training import SaveAt, cache_on, train, train_losses
 
 FAMILIES = (
@@ -50,19 +50,24 @@ FAMILIES = (
     "llava_of_two_states",
     "qwen3_vl",
     "mllama",
+    "fast_vlm",
 )
-"""The last four read several blocks: by a list of feature layers, and by models of their own."""
+"""The four before the last one read several blocks: by a list of feature layers, and by models of their own. The tower
+of the last one is of convolutions."""
 CONNECTOR = ConnectorOnly()
 WITH_CONNECTOR = IntermediateOnly(layers="1-2", connector="full")
 
 
 @pytest.fixture(scope="module")
 def family(family: Family, tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Also LLaVAs that concatenate states of a tower of three blocks: of the first two, or of none and the second."""
+    """Also LLaVAs that concatenate states of a tower of three blocks: of the first two, or of none and the second; and
+    one whose tower is of convolutions."""
     states = {"llava_of_two_states": [1, 2], "llava_of_embedding": [0, 2]}
 
     @cache
     def made(name: str) -> Path:
+        if name == "fast_vlm":
+            return convolutional(family("llava"), tmp_path_factory.mktemp("convolutions") / name)
         return (
             concatenating(family("llava"), states[name], tmp_path_factory.mktemp("states") / name)
             if name in states
@@ -185,7 +190,7 @@ def test_killed_and_resumed_equals_uninterrupted(family: Family, data: Data, tmp
     ("name", "tuning", "why"),
     [
         ("llava", Full(vision="full"), "Vision, connector, embedding trained"),
-        ("llava_of_embedding", CONNECTOR, "differs by"),  # what enters the first block is no block's output
+        ("llava_of_embedding", CONNECTOR, "is lost"),  # what enters the first block is no block's output
     ],
 )
 def test_where_it_would_be_wrong_it_is_refused(

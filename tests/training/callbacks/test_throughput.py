@@ -179,11 +179,12 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
     """Of a cached row remain what comes from the lowest trainable block on, and nothing of its picture."""
     module, trainer = train(family("llava"), data, tmp_path, tuning=MIDDLE, max_steps=1)
     batches = trainer.datamodule.sample_batches(2, 3)  # type: ignore[attr-defined]
+    collator = trainer.datamodule.collator()  # type: ignore[attr-defined]
     cost = StepCost.of(module.mm, module.plan, trainer.datamodule.example_batch())  # type: ignore[attr-defined]
 
-    def cached(batch: Batch, fresh: Batch | None) -> Batch:
+    def cached(batch: Batch, fresh: tuple[Batch, ...]) -> Batch:
         inputs = {key: value for key, value in batch.inputs.items() if key != "pixel_values"}
-        kept = CachedStates(torch.zeros(0), torch.zeros(0), fresh)
+        kept = CachedStates(torch.zeros(0), (), fresh)
         return Batch(inputs, batch.regions, batch.supervised, batch.targets, batch.samples, cached=kept)
 
     def counted(batch: Batch) -> float:
@@ -196,8 +197,9 @@ def test_what_comes_from_the_cache_is_not_counted_as_computed(family: Family, da
         below = sum(p.total for name, p in whole.parts(module.plan).items() if name in ("vision", "connector"))
         below += whole.layers(range(1)).total
         assert counted(batch) == pytest.approx(whole.floor)
-        assert counted(cached(batch, batch)) == pytest.approx(whole.floor)
-        assert counted(cached(batch, None)) == pytest.approx(whole.floor - below)
+        rows = tuple(collator([sample]) for sample in batch.samples)
+        assert counted(cached(batch, rows)) == pytest.approx(whole.floor)
+        assert counted(cached(batch, ())) == pytest.approx(whole.floor - below)
         assert 0 < below < whole.floor
 
 

@@ -225,8 +225,9 @@ class RecordIndex:
     def __len__(self) -> int:
         return len(self._locations)
 
-    def __contains__(self, digest: bytes) -> bool:
-        return digest in self._locations
+    def get(self, digest: bytes) -> RecordLocation | None:
+        """Where the record lies, as far as was seen."""
+        return self._locations.get(digest)
 
     @property
     def num_bytes(self) -> int:

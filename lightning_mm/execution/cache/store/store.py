@@ -176,10 +176,10 @@ class RecordStore:
         return None
 
     def put(self, key: str, record: Mapping[str, Tensor]) -> bool:
-        """Keep a record, on disk with the next block; whether it was taken. One that is there is not taken again."""
+        """Keep a record, on disk with the next block; whether it was taken. A sound one that is there stays."""
         assert self._pid == os.getpid(), "copies of a store only read"
         digest = _digest(key)
-        if self.stopped or digest in self._pending or digest in self._index:
+        if self.stopped or digest in self._pending or self._holds(digest):
             return False
         if not self._pending:
             self._pending_since = time.monotonic()
@@ -246,6 +246,14 @@ class RecordStore:
     def _own_shard(self) -> str:
         """The shard that this process writes; in a copy, none."""
         return self._writer.names[-1] if self._writer.names and self._pid == os.getpid() else ""
+
+    def _holds(self, digest: bytes) -> bool:
+        """Whether the record is on disk and sound: copies of this store have not told where they found damage."""
+        while (location := self._index.get(digest)) is not None:
+            if self._read(location) is not None:
+                return True
+            self._index.drop(digest)
+        return False
 
     def _read(self, location: RecordLocation) -> Tensor | None:
         path = self.folder / location.shard
