@@ -1,7 +1,8 @@
 """Rows that share pictures in a training step: each picture through the tower once, and the proof that it is right.
 
 Data flow: ``Batch`` with ``shared`` -> ``encode_images_once`` around the model's forward pass: equal pictures are taken
-out before the vision tower and put back behind it. ``verify_sharing`` compares a batch of the run's own rows with the
+out before the vision tower and put back behind it; ``keep_last_image`` around rows that are computed one by one, for a
+cache: the tower answers a picture that comes again. ``verify_sharing`` compares a batch of the run's own rows with the
 same rows computed one by one, before the first step.
 
 Shapes: M pictures (or tiles) of a batch, U different ones, P patches of all pictures, B rows, L tokens.
@@ -73,6 +74,43 @@ def encode_images_once(mm: MultimodalModel, batch: Batch) -> AbstractContextMana
     if batch.shared is None or tower is None or isinstance(batch.cached, CachedFeatures):
         return nullcontext()
     return _deduplicated(tower)
+
+
+def keep_last_image(mm: MultimodalModel, batch: Batch) -> AbstractContextManager[None]:
+    """While active, the vision tower answers the pixels of the call before with its last outputs: the same bits.
+
+    Args:
+        mm: The plain model, which computes rows one by one.
+        batch: The batch of these rows; nothing changes where its rows share nothing.
+    """
+    tower = mm.transformers.get_encoder(modality="image")
+    return nullcontext() if batch.shared is None or tower is None else _repeating(tower)
+
+
+@contextmanager
+def _repeating(tower: nn.Module) -> Iterator[None]:
+    with ExitStack() as undo:
+        replace_forward(undo, tower, _same_again)
+        yield
+
+
+def _same_again(forward: Forward) -> Forward:
+    """A tower's forward that keeps its last arguments and outputs."""
+    held: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        if not held or held[1] != spec or not all(map(_equal, held[0], leaves)):
+            held[:] = leaves, spec, forward(*args, **kwargs)
+        return pytree.tree_map(lambda each: each, held[2])  # of its own, since models put more into what they get
+
+    return run
+
+
+def _equal(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and bool(one == other)
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from lightning_mm.execution.cache.store import RecordStore, StorageDtype
 from lightning_mm.execution.cache.vision_features import FeatureCache, FrozenTower, split_verified_tower
 from lightning_mm.execution.loss import LossOutput, supervised_nll
 from lightning_mm.execution.prepare import Compute, apply_techniques
-from lightning_mm.execution.shared_images import encode_images_once, verify_sharing
+from lightning_mm.execution.shared_images import encode_images_once, keep_last_image, verify_sharing
 from lightning_mm.execution.step_proof import StepProof, prove_step
 from lightning_mm.execution.vision_truncation import truncate_tower
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
@@ -269,8 +269,8 @@ class TrainingStep:
         if batch.cached is None:
             return nullcontext()
         assert self.cache is not None, "the batch has cached states, but no cache is open"
-        # Rows that are not cached are computed alone: there is no padding, and nothing that rows share.
-        with unpadded(None):
+        # Rows that are not cached are computed alone: there is no padding, and of what rows share only the picture.
+        with unpadded(None), keep_last_image(self.mm, batch):
             if isinstance(batch.cached, CachedFeatures):
                 assert isinstance(self.cache, FeatureCache), "vision features belong to a feature cache"
                 return self.cache.tower.starting_from(self.cache.states(batch.cached))

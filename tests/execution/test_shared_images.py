@@ -21,6 +21,7 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.loading import Backbone
 from lightning_mm.planning.step_shape import StepShape
 from lightning_mm.testing.tiny import FAMILIES
+from lightning_mm.training.module import MMModule
 from lightning_mm.tuning.apply import prepare_model
 from lightning_mm.tuning.policy import TuningPolicy
 from tests.helpers.data import Family
@@ -143,10 +144,20 @@ def test_equal_pictures(values: list[int]) -> None:
 def test_runs_with_shared_pictures_and_a_cache_equal_one_without(
     tuning: TuningPolicy, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prefix cache or feature cache, filled and read again; losses to 1e-5 of themselves: float32, the same batches."""
+    """Prefix cache or feature cache, filled and read again; losses to 1e-5 of themselves: float32, the same batches.
+
+    While it is filled, the tower sees each of the four pictures once.
+    """
     data = {"train": write_rows(tmp_path, [3, 1, 4, 2])}
     options: dict[str, Any] = {"tuning": tuning, "data_options": {"share_images": True}}
-    filled, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), **options)
+    seen: list[int] = []
+
+    def count(module: MMModule) -> None:
+        block = module.model.get_submodule(module.mm.layout.vision_blocks[0])
+        block.mlp.register_forward_hook(lambda _, args, __: seen.append(len(args[0])))
+
+    filled, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), on_start=count, **options)
+    assert seen == [1] * 4
     known, _ = train_losses(family("llava"), data, tmp_path, cache=cache_on(tmp_path), **options)
     assert known == filled
     monkeypatch.setattr(shared_images, "share_prefixes", lambda batch: batch)

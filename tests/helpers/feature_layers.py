@@ -79,7 +79,7 @@ def _written(config: PreTrainedConfig, model: Path, folder: Path) -> Path:
 
 
 def _keep_the_signal(model: nn.Module) -> None:
-    """Weights of convolutions and their norms through which a picture does not fade: to 1e-34 with those as they come."""
+    """Fill convolutions and their norms so that a picture does not fade, as it does to 1e-34 otherwise."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight)
