@@ -167,10 +167,11 @@ class CachedPrefixCollator:
                     records[key] = known
                 if key in records:
                     rejected += truncation_reasons(records[key], sample)
-                elif (row := self._collator.collate_valid([sample], found := [])) is None:
-                    rejected += found
-                else:
-                    rejected += found
+                    continue
+                found: list[Rejection] = []
+                row = self._collator.collate_valid([sample], found)
+                rejected += found
+                if row is not None:
                     cuts = [each.reason for each in found if each.kind == "cut"]
                     records[key], uncached[key] = with_truncation_reasons(split_row(row), cuts), row
             usable = [sample for sample in samples if keys[id(sample)] in records]

@@ -125,7 +125,7 @@ class FrozenTower:
         if known is None or known.shape[:same] != hidden.shape[:same]:
             shape = None if known is None else tuple(known.shape)
             raise _refusal(f"features of shape {shape} are known, the tower has {tuple(hidden.shape)}")
-        output = known.to(hidden.dtype)
+        output = known.to(self.dtype)
         return (output,) if self._in_tuple else output
 
     @torch.no_grad()
@@ -165,7 +165,7 @@ class FrozenTower:
                 if len({each.shape for each in own}) > 1:
                     raise _refusal(f"the blocks that are read put out {' and '.join(str(tuple(x.shape)) for x in own)}")
                 again = decoder_states(self.mm, batch, ends)
-                self._keeps_shape = own[-1].shape == entering[0].shape
+                self._keeps_shape, self.dtype = own[-1].shape == entering[0].shape, own[-1].dtype
                 with poisoned(self._unread(), self._in_tuple), self._returning(own):
                     halves = decoder_states(self.mm, poisoned_pixels(grey), ends)
                 with FlopCounterMode(display=False) as tower_flops:
@@ -176,7 +176,6 @@ class FrozenTower:
             raise _refusal(
                 f"what leaves the decoder {differs(gap)} with the tower left out: it reads more than what is kept"
             )
-        self.dtype = own[0].dtype
         bound = rounding_bound(self.dtype, device.type, max(own[0].shape[1:]), len(self._computed))
         self._dim = _row_dim(states, _stacked(together), bound)
         self.share = tower_flops.get_total_flops() / max(all_flops.get_total_flops(), 1)
@@ -209,7 +208,7 @@ class FeatureCache(RowCache):
 
 
 def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batch, collator: Collator) -> FrozenTower:
-    """The model split after its vision blocks, verified to give the same loss on a batch.
+    """The model split after its vision blocks, proved to compute the same on a batch.
 
     Args:
         mm: The plain model, its vision tower frozen.
@@ -218,7 +217,7 @@ def split_verified_tower(mm: MultimodalModel, unread: Sequence[str], batch: Batc
         collator: The model's collator.
 
     Raises:
-        UserError: The losses differ, or the model cannot be split.
+        UserError: It does not, or the model cannot be split.
     """
     device = batch.regions.device
     tower = FrozenTower(mm, unread)

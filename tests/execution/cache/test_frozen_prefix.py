@@ -25,7 +25,7 @@ from lightning_mm.models.processor import load_processor
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
 from tests.helpers.data import Data, Family, make_uneven_rows
-from tests.helpers.training import DROPOUT, SaveAt, cache_on, train, train_losses
+from tests.helpers.training import DROPOUT, MIDDLE, SaveAt, cache_on, train, train_losses
 
 FAMILIES = ("llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "idefics3", "internvl", "gemma3", "mllama")
 
@@ -222,3 +222,19 @@ def test_one_epoch_keeps_nothing_unless_asked(family: Family, data: Data, tmp_pa
 def test_ranges_are_checked() -> None:
     with pytest.raises(UserError, match="out of range"):
         CacheSettings(limit=0)
+
+
+def test_auto_stays_with_what_the_run_began_with(family: Family, data: Data, tmp_path: Path) -> None:
+    """One epoch, cached only where something is kept: another run fills the cache meanwhile, or removes it."""
+    model, auto = family("llava"), CacheSettings(folder=str(tmp_path / "kept"))
+    for began_with_one in (False, True):
+        checkpoint = tmp_path / f"{began_with_one}.ckpt"
+        with pytest.raises(SystemExit):
+            train(model, data, tmp_path, tuning=MIDDLE, cache=auto, max_steps=3, callbacks=[SaveAt(1, checkpoint)])
+        if began_with_one:
+            shutil.rmtree(tmp_path / "kept")
+        else:
+            train(model, data, tmp_path, tuning=MIDDLE, cache=cache_on(tmp_path), max_steps=1)
+        module, _ = train(model, data, tmp_path, tuning=MIDDLE, cache=auto, max_steps=3, ckpt_path=checkpoint)
+        assert module._cached is began_with_one
+    assert any("began without one" in each.reason for each in decision_log())

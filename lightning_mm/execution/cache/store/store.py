@@ -179,7 +179,7 @@ class RecordStore:
         """Keep a record, on disk with the next block; whether it was taken. A sound one that is there stays."""
         assert self._pid == os.getpid(), "copies of a store only read"
         digest = _digest(key)
-        if self.stopped or digest in self._pending or self._holds(digest):
+        if self.stopped or digest in self._pending or self._holds(key):
             return False
         if not self._pending:
             self._pending_since = time.monotonic()
@@ -247,8 +247,9 @@ class RecordStore:
         """The shard that this process writes; in a copy, none."""
         return self._writer.names[-1] if self._writer.names and self._pid == os.getpid() else ""
 
-    def _holds(self, digest: bytes) -> bool:
+    def _holds(self, key: str) -> bool:
         """Whether the record is on disk and sound: copies of this store have not told where they found damage."""
+        digest = _digest(key)
         while (location := self._index.get(digest)) is not None:
             if self._read(location) is not None:
                 return True
