@@ -49,16 +49,18 @@ def split_row(row: Batch) -> Record:
     """The record of a batch of one row, without pixels.
 
     Raises:
-        InseparableRowsError: The row has a video.
+        InseparableRowsError: The row has a video, and inputs beside its frames and tokens: some of these (seconds
+            between frames) are floating-point and would be taken for pixels.
     """
     assert len(row) == 1, "a row is encoded alone"
-    if row.samples[0].videos:
-        raise InseparableRowsError("a row does not say how many frames its videos gave")
     record = {"regions": row.regions[0], "supervised": row.supervised, "targets": row.targets}
     for name, value in row.inputs.items():
-        if not is_pixels(name, value):
-            by_token = value.ndim >= 2 and value.shape[:2] == row.regions.shape
-            record[(_TOKEN if by_token else _ROW) + name] = value[0] if by_token else value
+        if is_pixels(name, value):
+            continue
+        by_token = value.ndim >= 2 and value.shape[:2] == row.regions.shape
+        if not by_token and row.samples[0].videos:
+            raise InseparableRowsError(f"{name} says more of a video than its tokens do")
+        record[(_TOKEN if by_token else _ROW) + name] = value[0] if by_token else value
     return record
 
 

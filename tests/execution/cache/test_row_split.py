@@ -76,7 +76,7 @@ def test_what_cannot_be_taken_apart_is_refused(processing: Callable[[str], Model
     samples = read_conversations(make_uneven_rows(tmp_path)).samples[:2]
     row = collator(samples[:1])
     film = dataclasses.replace(samples[0], images=(), videos=samples[0].images)
-    with pytest.raises(InseparableRowsError, match="videos"):
+    with pytest.raises(InseparableRowsError, match="video"):
         split_row(dataclasses.replace(row, samples=(film,)))
     record = split_row(row)
     wider = {

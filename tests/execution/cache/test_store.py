@@ -345,6 +345,24 @@ def test_a_block_that_is_being_written_is_waited_for(opened: Open, monkeypatch: 
     assert reader.stats.corrupt == 0
 
 
+def test_damage_that_another_copy_found_is_mended(opened: Open) -> None:
+    """As where the workers of a loader read: the store that writes has not looked at the record."""
+    with opened() as writer:
+        writer.put("0", record_of(0))
+    (path,) = shards(writer)
+    whole = bytearray(path.read_bytes())
+    whole[whole.index(bits(record_of(0)["hidden"])) + 5] ^= 4
+    path.write_bytes(whole)
+    store = opened()
+    copy = pickle.loads(pickle.dumps(store))
+    copy.refresh()
+    assert copy.get("0") is None
+    assert store.put("0", record_of(0))
+    assert not store.put("0", record_of(0))
+    store.close()
+    assert same(opened().get("0"), record_of(0))
+
+
 @pytest.mark.parametrize("where", ["record", "head"])
 def test_a_flipped_byte_is_a_miss_and_can_be_mended(opened: Open, caplog: pytest.LogCaptureFixture, where: str) -> None:
     writer = opened()
