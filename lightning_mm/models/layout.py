@@ -21,6 +21,7 @@ from typing import Any
 from torch import nn
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.block_parts import FEED_FORWARD_PARTS, BlockPart, parameters_by_part
 
 
 class Region(StrEnum):
@@ -34,14 +35,6 @@ class Region(StrEnum):
     HEAD = "head"
     OTHER = "other"
     """Not on the path from image to text (audio towers, for example): frozen under every policy."""
-
-
-class BlockPart(StrEnum):
-    """The parts of one decoder block."""
-
-    ATTENTION = "attention"
-    MLP = "mlp"
-    NORM = "norm"
 
 
 @dataclass(frozen=True)
@@ -60,8 +53,8 @@ class DecoderBlock:
     Args:
         index: Index of the block, from 0.
         name: Module name of the block.
-        attention: The token mixer; None if the block has none.
-        mlp: The feed-forward part; None if the block has none.
+        attention: The token mixer, attention or of another kind; None if the block has none.
+        mlp: The feed-forward part, also a mixture of experts; None if the block has none, or has it in pieces.
         o_proj: The linear module at the end of the token mixer; None if there is none.
         down_proj: The linear module at the end of the feed-forward part; None in mixtures of experts.
     """
@@ -90,6 +83,7 @@ class ModelLayout:
         head: Module name of the output projection.
         tied_head: Whether the head's weight is the embedding's.
         linears: Names of the linear modules, which can have adapters.
+        stacks: Names of the 3-D parameters that hold one matrix per expert, which can have adapters, too.
     """
 
     locations: Mapping[str, ParameterLocation]
@@ -99,6 +93,7 @@ class ModelLayout:
     head: str
     tied_head: bool
     linears: frozenset[str]
+    stacks: frozenset[str] = frozenset()
 
     @property
     def num_layers(self) -> int:
@@ -111,7 +106,15 @@ class ModelLayout:
     def location_of(self, name: str) -> ParameterLocation:
         """Location of a parameter, also by its name after adapters were added."""
         plain = plain_name(re.sub(r"\.modules_to_save\.[^.]+", "", name))
-        return self.locations[re.sub(r"\.lora_\w+(\..*)?$", ".weight", plain)]
+        owner = re.sub(r"\.lora_\w+(\..*)?$", "", plain)
+        if owner == plain:
+            return self.locations[plain]
+        return self.locations.get(f"{owner}.weight") or self._by_owner[owner]
+
+    @cached_property
+    def _by_owner(self) -> dict[str, ParameterLocation]:
+        """Location by the name of the module that holds the parameter: experts have adapters, and no ``weight``."""
+        return {name.rpartition(".")[0]: self.locations[name] for name in self.stacks}
 
     @cached_property
     def blocks(self) -> tuple[DecoderBlock, ...]:
@@ -119,14 +122,20 @@ class ModelLayout:
         return tuple(self._block(index, name) for index, name in enumerate(self.layers))
 
     def _block(self, index: int, name: str) -> DecoderBlock:
-        attention, mlp = (self._child(name, part) for part in (BlockPart.ATTENTION, BlockPart.MLP))
+        attention = self._child(name, BlockPart.ATTENTION) or self._child(name, BlockPart.MIXER)
+        mlps = self._children(name, BlockPart.MLP) or self._children(name, *FEED_FORWARD_PARTS)[:1]
+        mlp = mlps[0] if len(mlps) == 1 else None
         return DecoderBlock(index, name, attention, mlp, self._last_linear(attention), self._last_linear(mlp))
 
     def _child(self, block: str, part: BlockPart) -> str | None:
         """Module name of the block's child with the most parameters of a part; None if there is none."""
-        inside = [name for name, place in self.locations.items() if name.startswith(f"{block}.") and place.part is part]
+        return next(iter(self._children(block, part)), None)
+
+    def _children(self, block: str, *parts: BlockPart) -> list[str]:
+        """Module names of the block's children with parameters of these parts, those with the most first."""
+        inside = (n for n, place in self.locations.items() if n.startswith(f"{block}.") and place.part in parts)
         children = Counter(name.removeprefix(f"{block}.").partition(".")[0] for name in inside)
-        return f"{block}.{children.most_common(1)[0][0]}" if children else None
+        return [f"{block}.{child}" for child, _ in children.most_common()]
 
     def _last_linear(self, module: str | None) -> str | None:
         found = (f"{module}.{name}" for name in _LAST_LINEARS if f"{module}.{name}" in self.linears)
@@ -138,6 +147,7 @@ class ModelLayout:
             self,
             locations={plain_name(n): place for n, place in self.locations.items() if not _ADAPTER.search(n)},
             linears=frozenset(plain_name(name) for name in self.linears if not _ADAPTER.search(name)),
+            stacks=frozenset(map(plain_name, self.stacks)),
         )
 
     @classmethod
@@ -189,7 +199,9 @@ class _Resolver:
         self._claim(claims, head, ParameterLocation(Region.HEAD))
         self._claim_other(claims)
         self._claim_picture_path(claims, tower, blocks)
-        locations = {name: claims[id(parameter)] for name, parameter in self.model.named_parameters()}
+        named = list(self.model.named_parameters())
+        locations = {name: claims[id(parameter)] for name, parameter in named}
+        experts, ndim = (BlockPart.EXPERTS, BlockPart.SHARED_EXPERTS), {n: p.ndim for n, p in named}
         return ModelLayout(
             locations=locations,
             layers=tuple(self.names[id(layer)] for layer in layers),
@@ -198,6 +210,7 @@ class _Resolver:
             head=self.names[id(head)],
             tied_head=head.weight is embedding.weight,
             linears=frozenset(name for name, m in self.model.named_modules() if isinstance(m, nn.Linear)),
+            stacks=frozenset(name for name, place in locations.items() if place.part in experts and ndim[name] == 3),
         )
 
     def _embedding(self) -> nn.Module:
@@ -241,8 +254,9 @@ class _Resolver:
     def _claim_decoder(
         self, claims: dict[int, ParameterLocation], decoder: nn.Module, layers: tuple[nn.Module, ...]
     ) -> None:
+        width = getattr(self.text_config, "hidden_size", 0) or self._embedding().embedding_dim
         for index, layer in enumerate(layers):
-            for part, parameter in _parameters_by_part(layer):
+            for part, parameter in parameters_by_part(layer, width):
                 claims.setdefault(id(parameter), ParameterLocation(Region.LAYERS, index, part))
         for child in decoder.children():
             if "norm" in type(child).__name__.lower():
@@ -306,18 +320,6 @@ def _built_in_connector(tower: nn.Module, blocks: tuple[nn.Module, ...]) -> Iter
         if behind and any(p.ndim > 1 for p in child.parameters()):
             yield child
         behind = behind or any(block is module for block in blocks[:1] for module in child.modules())
-
-
-def _parameters_by_part(layer: nn.Module) -> Iterator[tuple[BlockPart, nn.Parameter]]:
-    """Each parameter of a block with its part: norms by class, feed-forwards by class, else the token mixer."""
-    for name, child in layer.named_children():
-        kind = f"{name} {type(child).__name__}".lower()
-        feed_forward = any(word in kind for word in ("mlp", "moe", "feed_forward", "feedforward", "ffn", "expert"))
-        for module in child.modules():
-            norm = "norm" in type(module).__name__.lower()
-            part = BlockPart.NORM if norm else BlockPart.MLP if feed_forward else BlockPart.ATTENTION
-            yield from ((part, parameter) for parameter in module.parameters(recurse=False))
-    yield from ((BlockPart.NORM, parameter) for parameter in layer.parameters(recurse=False))
 
 
 def _refuse_unless_decoder_only(model: Any) -> None:

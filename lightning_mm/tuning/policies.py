@@ -20,7 +20,8 @@ class _LayerRange(RegionPolicy):
 
     Args:
         layers: Decoder blocks that train: '6-16', '25%-50%', 'uniform:25%', 'last:8', [3, 7, 11].
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        parts: Parts of those blocks that train (attention, mlp, norm, mixer, experts, shared_experts, router, indexer,
+            other); all but the router if not given.
     """
 
     layers: LayerSpec = "25%-50%"
@@ -99,7 +100,8 @@ class _EqualBudget(RegionPolicy):
 
     Args:
         budget: How many blocks: a count, a share, or the range whose number of blocks to match ('6-16').
-        parts: Parts of those blocks that train (attention, mlp, norm); all if not given.
+        parts: Parts of those blocks that train (attention, mlp, norm, mixer, experts, shared_experts, router, indexer,
+            other); all but the router if not given.
     """
 
     modes: ClassVar[Mapping[Region, Mode]] = {Region.LAYERS: "full"}

@@ -16,7 +16,8 @@ from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.layers import LayerSpec, resolve_layers
 
 Mode = Literal["frozen", "lora", "full"]
-PartName = Literal["attention", "mlp", "norm"]
+PartName = Literal["attention", "mlp", "norm", "mixer", "experts", "shared_experts", "router", "indexer", "other"]
+"""Values of ``BlockPart``."""
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,12 @@ class RegionPolicy(TuningPolicy):
         found = {layout.locations[name].part for name in moved}
         for part in self.layer_parts() or ():
             if part not in found:
-                raise _unused(f"model.tuning.parts: '{part}'", "No tensor of the chosen layers answers to it.")
+                there = {place.part for place in layout.locations.values() if place.layer in layers and place.part}
+                raise UserError(
+                    f"model.tuning.parts: '{part}' has no effect.",
+                    f"No tensor of the chosen layers that could train is {part}; they hold {', '.join(sorted(there))}.",
+                    "Name parts that are there.",
+                )
         for option in ("lr", "weight_decay"):
             for region in _by_region(option, getattr(self, option)):
                 if modes[Region(region)] == "frozen":

@@ -16,8 +16,9 @@ from PIL import Image
 
 from lightning_mm.causal.questions.question import Question, QuestionEncoder
 from lightning_mm.causal.questions.scoring import ForcedAnswer, answer_logits, force_answer
+from lightning_mm.models.block_parts import BlockPart
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.layout import BlockPart, ModelLayout, Region
+from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_model
 from lightning_mm.models.processor import load_processor
 

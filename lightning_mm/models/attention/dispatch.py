@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 from transformers import AttentionInterface
 
+from lightning_mm.models.block_parts import ATTENTION_REGISTRY
 from lightning_mm.models.hooks import Forward, replace_forward
 
 AttentionFunction = Callable[..., Any]
@@ -34,7 +35,7 @@ Lookup = Callable[[str, AttentionFunction], AttentionFunction]
 Change = Callable[[str, AttentionFunction, Lookup], AttentionFunction]
 """Given a kernel's name, its function and the lookup below, the function to call instead."""
 
-_REGISTRY = "ALL_ATTENTION_FUNCTIONS"
+_REGISTRY = ATTENTION_REGISTRY
 
 
 def looks_up_attention(module: nn.Module) -> bool:
