@@ -181,7 +181,7 @@ class CausalCallback(LayerCallback):
 
     def _add_transplant_curve(self, found: Findings, mm: MultimodalModel, subject: Subject) -> None:
         plan, device = subject.plan, subject.device
-        trained, adapted = plan.layers, bool(plan.adapted)
+        trained, adapted = plan.layers, bool(plan.adapted_weights)
         if not trained or not (self._start or adapted):
             why = "the layers before the first step are not at hand" if trained else "no decoder layer is trained"
             log_decision("causal.transplant", "not measured", why)

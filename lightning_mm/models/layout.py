@@ -114,7 +114,7 @@ class ModelLayout:
     @cached_property
     def _by_owner(self) -> dict[str, ParameterLocation]:
         """Location by the name of the module that holds the parameter: experts have adapters, and no ``weight``."""
-        return {name.rpartition(".")[0]: self.locations[name] for name in self.stacks}
+        return {plain_name(name).rpartition(".")[0]: self.locations[name] for name in self.stacks}
 
     @cached_property
     def blocks(self) -> tuple[DecoderBlock, ...]:

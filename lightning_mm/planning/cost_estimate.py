@@ -191,7 +191,7 @@ class MetaModel:
         plan, unused = policy.plan(self.layout), self._unused.names
         adapted = frozenset(name for name in plan.adapted if f"{name}.weight" not in unused)
         plan = replace(plan, full=plan.full - unused, adapted=adapted)
-        skeleton = self._copy() if plan.adapted else self._unadapted
+        skeleton = self._copy() if plan.adapted_weights else self._unadapted
         with meta_weights():
             skeleton.to(self.dtype)
             apply_plan(MultimodalModel(skeleton, self.layout), plan)

@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_mm.execution.activation_checkpointing import blocks_in_graph
 from lightning_mm.models.handle import MultimodalModel
-from lightning_mm.models.layout import ModelLayout, Region
+from lightning_mm.models.layout import ModelLayout, Region, plain_name
 from lightning_mm.planning.meta_trace import MetaTrace
 from lightning_mm.tuning.policy import TuningPlan
 
@@ -111,7 +111,7 @@ def weight_bytes(
     total = 0.0
     for name, parameter in skeleton.named_parameters():
         per_weight: float = parameter.element_size()
-        if quantization != "none" and name.replace(".base_layer.", ".") in quantized:
+        if quantization != "none" and plain_name(name) in quantized:
             per_weight = _NF4_BYTES if quantization == "nf4" else 1 + 4 / parameter.shape[-1]
         total += parameter.numel() * per_weight
     return total

@@ -19,7 +19,7 @@ from lightning_mm.core.estimate import Estimate
 from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.data.datamodule import MMDataModule
 from lightning_mm.data.probe_sets.probe_set import ProbeSet
-from lightning_mm.models.lora import ADAPTER, adapted_modules
+from lightning_mm.models.lora import ADAPTER, adapted_weights
 from lightning_mm.study.opened import Reader
 from lightning_mm.study.settings import LayerReading
 from lightning_mm.training.module import MMModule
@@ -107,9 +107,9 @@ def _deltas(before: dict[str, Tensor], module: MMModule) -> dict[str, Tensor]:
         for name, parameter in model.named_parameters()
         if name in before and name in module.plan.full
     }
-    for name, found in adapted_modules(model).items():
+    for name, found in adapted_weights(model).items():
         adapter: Any = found
-        deltas[f"{name}.weight"] = adapter.get_delta_weight(ADAPTER).detach().to(before[f"{name}.weight"].device)
+        deltas[name] = adapter.get_delta_weight(ADAPTER).detach().to(before[name].device)
     return deltas
 
 

@@ -13,10 +13,11 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.models.handle import MultimodalModel, unwrap_model
 from lightning_mm.models.hooks import remove_input_gradient_hooks
-from lightning_mm.models.layout import ModelLayout, Region
+from lightning_mm.models.layout import ModelLayout, Region, plain_name
 from lightning_mm.models.loading import Backbone, load_model, load_skeleton
 from lightning_mm.models.lora import adapted_modules, add_lora
 from lightning_mm.tuning.layers import resolve_layers
+from lightning_mm.tuning.part_sizes import log_reach
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
@@ -43,6 +44,7 @@ def prepare_model(
         keep = {name.rpartition(".")[0] for name in plan.full} & layout.linears | {layout.head}
         mm = MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path)
     apply_plan(mm, plan)
+    log_reach(mm, plan)
     if removed := remove_input_gradient_hooks(mm.model):
         log_decision("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
     return mm, plan
@@ -89,13 +91,14 @@ def apply_policy(model: nn.Module, policy: TuningPolicy) -> TuningPlan:
             "Train them with LoRA, or leave them out of quantization (llm_int8_skip_modules).",
         )
     apply_plan(mm, plan)
+    log_reach(mm, plan)
     return plan
 
 
 def apply_plan(mm: MultimodalModel, plan: TuningPlan) -> None:
     """Add adapters and set ``requires_grad`` and modes, in place; raises UserError where an adapter does not fit."""
     if plan.lora is not None:
-        add_lora(mm.model, plan.adapted, plan.lora, _lora_ranks(mm.layout, plan))
+        add_lora(mm.model, plan.adapted, plan.lora, _lora_ranks(mm.layout, plan), plan.adapted_stacks)
     set_requires_grad(mm, plan)
 
 
@@ -109,12 +112,14 @@ def set_requires_grad(mm: MultimodalModel, plan: TuningPlan) -> None:
 def is_trainable(name: str, plan: TuningPlan) -> bool:
     """Whether the plan trains a parameter, named as in the adapted model."""
     if ".lora_" in name:
-        return name.partition(".lora_")[0] in plan.adapted
-    return name.replace(".base_layer.", ".") in plan.full
+        module = plain_name(name.partition(".lora_")[0])
+        return module in plan.adapted or module in plan.modules_of_stacks
+    return plain_name(name) in plan.full
 
 
 def drop_parameters(plan: TuningPlan, unused: Collection[str]) -> TuningPlan:
     """The plan without some parameters, named as in the adapted model."""
+    # Of the tower and the connector, which hold no stacks.
     modules = {name.partition(".lora_")[0] for name in unused if ".lora_" in name}
     return replace(plan, full=plan.full - set(unused), adapted=plan.adapted - modules)
 
@@ -132,20 +137,20 @@ def _set_modes(mm: MultimodalModel, plan: TuningPlan) -> None:
         if parameters and all(p.requires_grad for p in parameters):
             module.train()
     # An adapter's dropout has no weights of its own, and its module holds frozen ones.
-    adapted = [mm.model.get_submodule(name) for name in plan.adapted]
+    adapted = [mm.model.get_submodule(name) for name in (*plan.adapted, *plan.modules_of_stacks)]
     for part in (*blocks, *adapted):
         if any(p.requires_grad for p in part.parameters()):
             part.train()
 
 
 def _lora_ranks(layout: ModelLayout, plan: TuningPlan) -> dict[str, int]:
-    """Rank of each adapted module whose layer has a rank of its own."""
+    """Rank of each adapted module or stack whose layer has a rank of its own."""
     assert plan.lora is not None
     ranks: dict[str, int] = {}
     for spec, rank in plan.lora.rank_per_layer.items():
         layers = resolve_layers(spec, layout.num_layers)
-        for module in plan.adapted:
-            location = layout.locations[f"{module}.weight"]
+        for weight in plan.adapted_weights:
+            location = layout.locations[weight]
             if location.region is Region.LAYERS and location.layer in layers:
-                ranks[module] = rank
+                ranks[weight if weight in plan.adapted_stacks else weight.removesuffix(".weight")] = rank
     return ranks

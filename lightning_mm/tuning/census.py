@@ -6,12 +6,12 @@ into every checkpoint.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_mm.core.errors import UserError
@@ -19,12 +19,13 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.layout import Region
 from lightning_mm.tuning.apply import is_trainable
 from lightning_mm.tuning.layers import describe_layers
+from lightning_mm.tuning.part_sizes import adapter_reach, num_weights, weights_by_part
 from lightning_mm.tuning.policy import TuningPlan
 
 
 @dataclass(frozen=True)
 class CensusRow:
-    """One region, or neighboring decoder blocks in the same mode."""
+    """One region, or neighboring decoder blocks in the same mode; of those, the weights by part, too."""
 
     region: str
     mode: str
@@ -34,6 +35,7 @@ class CensusRow:
     training: bool
     lr: float | None
     weight_decay: float | None
+    parts: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ class Census:
         layers: Indices of the blocks that train.
         num_layers: Decoder blocks of the model.
         rows: Regions, bottom to top.
+        reach: Share of the weights of the layers in the range that adapters reach; None without adapters there.
         digest: SHA-256 over every trainable tensor's name, shape and mode; equal for equal policies on equal models.
     """
 
@@ -55,6 +58,7 @@ class Census:
     num_layers: int
     rows: tuple[CensusRow, ...]
     digest: str
+    reach: float | None = None
 
     @property
     def total(self) -> int:
@@ -72,8 +76,17 @@ class Census:
             "layers": {"expression": self.expression, "trained": list(self.layers), "total": self.num_layers},
             "total_parameters": self.total,
             "trainable_parameters": self.trainable,
+            "adapters_reach": self.reach,
             "rows": [asdict(row) for row in self.rows],
         }
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Weights of all decoder blocks, by part."""
+        counts = Counter[str]()
+        for row in self.rows:
+            counts.update(row.parts)
+        return dict(counts.most_common())
 
 
 def take_census(
@@ -100,7 +113,8 @@ def take_census(
         )
     rows = tuple(_rows(mm, plan, lr, weight_decay))
     digest = _digest(mm.model, plan)
-    return Census(plan.policy, plan.expression, plan.layers, plan.num_layers, rows, digest)
+    reach = adapter_reach(mm, plan)
+    return Census(plan.policy, plan.expression, plan.layers, plan.num_layers, rows, digest, reach)
 
 
 def _digest(model: nn.Module, plan: TuningPlan) -> str:
@@ -121,12 +135,12 @@ def _rows(mm: MultimodalModel, plan: TuningPlan, lr: float | None, weight_decay:
     owners = dict(mm.model.named_modules())
 
     def row(label: str, region: Region, parts: list[tuple[str, nn.Parameter]], mode: str) -> CensusRow:
-        count = sum(_numel(p) for _, p in parts)
-        trainable = sum(_numel(p) for _, p in parts if p.requires_grad)
+        count = sum(num_weights(p) for _, p in parts)
+        trainable = sum(num_weights(p) for _, p in parts if p.requires_grad)
         dtypes = "/".join(sorted({_dtype(p) for _, p in parts}))
         training = any(owners[n.rpartition(".")[0]].training for n, _ in parts)
         rates = (plan.lr.get(region, lr), plan.weight_decay.get(region, weight_decay)) if trainable else (None, None)
-        return CensusRow(label, mode, count, trainable, dtypes, training, *rates)
+        return CensusRow(label, mode, count, trainable, dtypes, training, *rates, weights_by_part(mm.layout, parts))
 
     for region in Region:
         if region is not Region.LAYERS:
@@ -137,12 +151,6 @@ def _rows(mm: MultimodalModel, plan: TuningPlan, lr: float | None, weight_decay:
             indices = list(run)
             parts = [part for i in indices for part in members.get((region, i), [])]
             yield row(f"layers {describe_layers(indices)}", region, parts, plan.modes[region] if trained else "frozen")
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Number of weights; bitsandbytes packs two 4-bit weights in a byte and keeps their shape."""
-    state = getattr(parameter, "quant_state", None)
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
 
 
 def _dtype(parameter: nn.Parameter) -> str:

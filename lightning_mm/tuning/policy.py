@@ -7,10 +7,12 @@ and ``census`` verifies. A region without a mode is frozen.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import ClassVar, Literal
 
 from lightning_mm.core.choices import refuse_other_choices
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.block_parts import BlockPart
 from lightning_mm.models.layout import ModelLayout, ParameterLocation, Region
 from lightning_mm.models.lora import LoRA
 from lightning_mm.tuning.layers import LayerSpec, resolve_layers
@@ -31,6 +33,7 @@ class TuningPlan:
         num_layers: Decoder blocks of the model.
         full: Parameter names trained at full rank.
         adapted: Module names that get a LoRA adapter.
+        adapted_stacks: Names of 3-D parameters, which hold one matrix per expert, that get one.
         modes: Mode of each region.
         lora: Options of the adapters; None where there are none.
         lr: Learning rate of a region, where it differs from the optimizer's.
@@ -47,6 +50,17 @@ class TuningPlan:
     lora: LoRA | None
     lr: Mapping[str, float] = field(default_factory=dict)
     weight_decay: Mapping[str, float] = field(default_factory=dict)
+    adapted_stacks: frozenset[str] = frozenset()
+
+    @property
+    def adapted_weights(self) -> frozenset[str]:
+        """Names of the weights that get a LoRA adapter, as in the plain model."""
+        return frozenset(f"{module}.weight" for module in self.adapted) | self.adapted_stacks
+
+    @cached_property
+    def modules_of_stacks(self) -> frozenset[str]:
+        """Names of the modules that hold ``adapted_stacks``."""
+        return frozenset(name.rpartition(".")[0] for name in self.adapted_stacks)
 
     @property
     def lowest_layer(self) -> int:
@@ -122,10 +136,9 @@ class RegionPolicy(TuningPolicy):
         layers = () if modes[Region.LAYERS] == "frozen" else resolve_layers(spec, layout.num_layers)
         chosen = {name: place for name, place in layout.locations.items() if self._chosen(place, modes, layers)}
         full = frozenset(name for name, place in chosen.items() if modes[place.region] == "full")
-        adapted = {n.rpartition(".")[0] for n, p in chosen.items() if modes[p.region] == "lora"} & layout.linears
-        self._refuse_empty(layout, modes, full, adapted)
-        self._refuse_unused(layout, modes, layers, full, adapted)
-        return TuningPlan(
+        lora = frozenset(name for name, place in chosen.items() if modes[place.region] == "lora")
+        adapted = {name.rpartition(".")[0] for name in lora} & layout.linears
+        plan = TuningPlan(
             policy=self.describe(),
             expression=str(spec) if layers else "none",
             layers=layers,
@@ -133,10 +146,14 @@ class RegionPolicy(TuningPolicy):
             full=full,
             adapted=frozenset(adapted),
             modes=modes,
-            lora=self.lora if adapted else None,
+            lora=self.lora if adapted or lora & layout.stacks else None,
             lr=_by_region("lr", self.lr),
             weight_decay=_by_region("weight_decay", self.weight_decay),
+            adapted_stacks=lora & layout.stacks,
         )
+        self._refuse_empty(layout, plan)
+        self._refuse_unused(layout, plan)
+        return plan
 
     def describe(self) -> str:
         """The policy as a user would write it, without options at their default."""
@@ -161,54 +178,57 @@ class RegionPolicy(TuningPolicy):
         if place.region is not Region.LAYERS:
             return modes[place.region] != "frozen"
         parts = self.layer_parts()
-        return place.layer in layers and (parts is None or place.part in parts)
+        # Routers learn well only with a loss that balances them.
+        wanted = place.part is not BlockPart.ROUTER if parts is None else place.part in parts
+        return place.layer in layers and wanted
 
-    def _refuse_unused(
-        self,
-        layout: ModelLayout,
-        modes: Mapping[Region, Mode],
-        layers: tuple[int, ...],
-        full: frozenset[str],
-        adapted: set[str],
-    ) -> None:
+    def _refuse_unused(self, layout: ModelLayout, plan: TuningPlan) -> None:
         """Refuse options of something that does not train."""
-        moved = full | {f"{module}.weight" for module in adapted}
-        found = {layout.locations[name].part for name in moved}
+        found = {layout.locations[name].part for name in plan.full | plan.adapted_weights}
         for part in self.layer_parts() or ():
             if part not in found:
-                there = {place.part for place in layout.locations.values() if place.layer in layers and place.part}
                 raise UserError(
                     f"model.tuning.parts: '{part}' has no effect.",
-                    f"No tensor of the chosen layers that could train is {part}; they hold {', '.join(sorted(there))}.",
+                    f"No tensor that could train is {part}; the layers hold {_parts_in(layout, plan.layers)}.",
                     "Name parts that are there.",
                 )
         for option in ("lr", "weight_decay"):
             for region in _by_region(option, getattr(self, option)):
-                if modes[Region(region)] == "frozen":
+                if plan.modes[Region(region)] == "frozen":
                     raise _unused(f"model.tuning.{option}.{region}", "That region is frozen.")
         for spec in self.lora.rank_per_layer:
-            ranked = {layout.locations[f"{module}.weight"].layer for module in adapted}
+            ranked = {layout.locations[name].layer for name in plan.adapted_weights}
             if not set(resolve_layers(spec, layout.num_layers)) <= ranked:
                 raise _unused(
-                    f"model.tuning.lora.rank_per_layer: '{spec}'", f"Layers with adapters are {list(layers)}."
+                    f"model.tuning.lora.rank_per_layer: '{spec}'", f"Layers with adapters are {list(plan.layers)}."
+                )
+        for name, value in (("dropout", self.lora.dropout), ("dora", self.lora.dora)):
+            if value and plan.adapted_stacks:
+                raise UserError(
+                    f"model.tuning.lora.{name}: {value} cannot be had on experts.",
+                    f"They are held in {len(plan.adapted_stacks)} 3-D parameters, on which PEFT has plain LoRA only.",
+                    "Leave it out, or name parts without experts, such as parts: [attention].",
                 )
 
-    def _refuse_empty(
-        self, layout: ModelLayout, modes: Mapping[Region, Mode], full: frozenset[str], adapted: set[str]
-    ) -> None:
-        for region, mode in modes.items():
+    def _refuse_empty(self, layout: ModelLayout, plan: TuningPlan) -> None:
+        for region, mode in plan.modes.items():
             if mode == "frozen" or (region is Region.HEAD and layout.tied_head):
                 continue
-            names = full if mode == "full" else {f"{module}.weight" for module in adapted}
+            names = plan.full if mode == "full" else plan.adapted_weights
             if not any(layout.locations[name].region is region for name in names):
                 raise UserError(
                     f"model.tuning.{region}: '{mode}' matches nothing.",
                     f"The model has {len(layout.parameters_in(region))} tensors there"
                     + (", none of them linear, as an adapter needs." if mode == "lora" else "."),
-                    "Leave that region frozen, or widen the selection (parts).",
+                    "Leave that region frozen, or widen the selection (parts"
+                    + (f": there are {_parts_in(layout, plan.layers)})." if region is Region.LAYERS else ")."),
                 )
-        if not full and not adapted:
+        if not plan.full and not plan.adapted_weights:
             raise UserError(f"{self.describe()} trains nothing.", "Every region is frozen.", "Name a region to train.")
+
+
+def _parts_in(layout: ModelLayout, layers: Sequence[int]) -> str:
+    return ", ".join(sorted({str(p.part) for p in layout.locations.values() if p.layer in layers and p.part}))
 
 
 def _unused(option: str, why: str) -> UserError:

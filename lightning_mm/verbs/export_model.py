@@ -194,6 +194,6 @@ def _write(module: MMModule, out: Path, form: Format, origin: Provenance, dtype:
             log_decision("export.dtype", "as trained", "an adapter is added to its base, whatever dtype that has")
         export_adapter(module.model, out, origin, fully_trained=module.plan.full, processor=module.processor)
         return
-    if form == "merged" and not module.plan.adapted:
+    if form == "merged" and not module.plan.adapted_weights:
         log_decision("export.format", "model", "this run has no adapters to merge")
     export_full(module.model, module.processor, out, origin, dtype)

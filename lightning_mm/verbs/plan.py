@@ -273,7 +273,7 @@ def _compare(
 
 
 def _same_weights(first: TuningPlan, second: TuningPlan) -> bool:
-    return (first.full, first.adapted) == (second.full, second.adapted)
+    return (first.full, first.adapted_weights) == (second.full, second.adapted_weights)
 
 
 @contextmanager

@@ -171,20 +171,23 @@ def _settings(config: GenerationConfig) -> dict[str, Any]:
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     """State dict with adapters merged; all other tensors share memory with the live model."""
-    adapted = adapted_modules(model)
+    every = adapted_modules(model)
+    adapted = {name: layer for name, layer in every.items() if not name.endswith(".base_layer")}
     inside = tuple(f"{name}." for name in adapted)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(inside)}
     for name, layer in adapted.items():
         state |= {f"{name}.{key}": tensor for key, tensor in _merge_adapter(name, layer).state_dict().items()}
     if adapted:
-        log_decision("export", f"{len(adapted)} adapters merged", "a complete folder has plain weights")
+        log_decision("export", f"{len(every)} adapters merged", "a complete folder has plain weights")
     return state
 
 
 def _merge_adapter(name: str, layer: Any) -> nn.Module:
-    twin = copy.deepcopy(layer)
+    twin = merged = copy.deepcopy(layer)
     try:
-        twin.merge(safe_merge=True)
+        while hasattr(merged, "base_layer"):  # a module with several adapted parameters is wrapped several times
+            merged.merge(safe_merge=True)
+            merged = merged.base_layer
     except ValueError as error:
         raise UserError(
             f"The adapter of {name} cannot be merged.",

@@ -30,6 +30,7 @@ from lightning_mm.training.run_config import write_config
 from lightning_mm.training.run_folder import make_run_folder, use_run_folder
 from lightning_mm.training.run_length import early_end, total_steps
 from lightning_mm.tuning.census import Census
+from lightning_mm.tuning.part_sizes import describe_parts
 
 GENERATIONS = 8
 """So many answers of each validation are kept in ``generations.jsonl``."""
@@ -252,4 +253,5 @@ def census_table(census: Census) -> Table:
             row.region, row.mode, row.dtype, mode, f"{row.parameters:,}", f"{row.trainable:,}", lr, style=style
         )
     table.caption = f"layers {census.expression} of {census.num_layers}, digest {census.digest[:12]}"
+    table.caption += f"\nweights of all layers: {describe_parts(census.parts)}"
     return table
