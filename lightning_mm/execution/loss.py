@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
+from lightning_mm.execution.balancing import can_balance
 from lightning_mm.models.hooks import replace_forward
 
 Chunk = int | Literal["auto", "off"]
@@ -35,12 +36,19 @@ class LossOutput:
         token_nll: (S,) negative log-likelihood of each supervised token, detached.
         token_correct: (S,) whether each was the most likely token: an answer of which all are is the one that greedy
             decoding gives.
+        balance: () auxiliary loss of a mixture's experts, times its coefficient and S; None where there is none.
     """
 
     nll: Tensor
     num_tokens: int
     token_nll: Tensor
     token_correct: Tensor
+    balance: Tensor | None = None
+
+    @property
+    def objective(self) -> Tensor:
+        """() what training minimizes, summed over supervised tokens as ``nll`` is."""
+        return self.nll if self.balance is None else self.nll + self.balance
 
     @property
     def num_correct(self) -> Tensor:
@@ -48,7 +56,9 @@ class LossOutput:
         return self.token_correct.sum()
 
 
-def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto") -> LossOutput:
+def supervised_nll(
+    model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk = "auto", balancing: float | None = None
+) -> LossOutput:
     """Loss of a batch, summed over its supervised tokens.
 
     Equal to transformers' own ``labels=`` loss times S: what the model does after its head (soft-capping, scaling) is
@@ -61,15 +71,20 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
         chunk: Number of supervised positions whose logits are in memory at a time; the logits of each chunk are
             recomputed in backward. 'auto' (default): all positions if their logits take up to 256 MiB, else as many
             as fit into that; 'off': always all.
+        balancing: Coefficient of the auxiliary loss of a mixture's experts; None (default): it is not computed.
     """
+    options = {"use_cache": False}
+    if can_balance(model):  # else its config would decide, also where padding is left out
+        options["output_router_logits"] = balancing is not None
     rows = chunk_size(model, head, batch.num_supervised, chunk)
     if rows >= batch.num_supervised:
         with select_positions_before_head(head, batch.supervised):
-            logits = model(**batch.inputs, use_cache=False).logits  # (1, S, V)
-        return LossOutput(*_loss_terms(logits, batch.targets))
+            output = model(**batch.inputs, **options)
+        terms = _loss_terms(output.logits, batch.targets)  # of logits (1, S, V)
+        return LossOutput(*terms, _balance(output, balancing, batch))
     split = HeadSplit(model, head)
     with select_positions_before_head(head, batch.supervised), split.record_head_inputs() as held:
-        model(**batch.inputs, use_cache=False)
+        output = model(**batch.inputs, **options)
 
     def scored(hidden_1CD: Tensor, targets_C: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
         return _loss_terms(split.logits(hidden_1CD, batch.inputs), targets_C)
@@ -79,7 +94,8 @@ def supervised_nll(model: nn.Module, head: nn.Module, batch: Batch, chunk: Chunk
     token_nll, correct = (
         torch.cat(each) for each in zip(*((f.token_nll, f.token_correct) for f in found), strict=True)
     )
-    return LossOutput(torch.stack([f.nll for f in found]).sum(), batch.num_supervised, token_nll, correct)
+    nll = torch.stack([f.nll for f in found]).sum()
+    return LossOutput(nll, batch.num_supervised, token_nll, correct, _balance(output, balancing, batch))
 
 
 def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk) -> int:
@@ -112,6 +128,11 @@ def chunk_size(model: nn.Module, head: nn.Module, supervised: int, chunk: Chunk)
         "model.compute.loss_chunk", f"{rows} positions at a time" if apart else "off: its head is inside a part", why
     )
     return rows if apart else whole
+
+
+def _balance(output: Any, coefficient: float | None, batch: Batch) -> Tensor | None:
+    """The auxiliary loss, times S: the sum over supervised tokens is divided by their number."""
+    return None if coefficient is None else coefficient * output.aux_loss * batch.num_supervised
 
 
 def _loss_terms(logits: Tensor, targets: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch, CachedFeatures
 from lightning_mm.data.collator import Collator
 from lightning_mm.execution.activation_checkpointing import unchanged_slices
+from lightning_mm.execution.balancing import balancing_coefficient
 from lightning_mm.execution.cache.activation_cache import CacheSettings, PrefixCache, split_verified_prefix
 from lightning_mm.execution.cache.fingerprint import open_store
 from lightning_mm.execution.cache.frozen_prefix import FrozenPrefix, temporary_eval_mode
@@ -65,6 +66,7 @@ class TrainingStep:
     ) -> None:
         self.mm, self.plan, self.compute = mm, plan, compute
         self.checkpointing, self.precision = checkpointing, precision
+        self.balancing = balancing_coefficient(mm, plan)
         self.cache: PrefixCache | FeatureCache | None = None
         self.prefix: FrozenPrefix | None = None
         self._cache_decided = False
@@ -80,7 +82,7 @@ class TrainingStep:
         """Loss of a batch, summed over its supervised tokens."""
         head = self.mm.head
         with self._apply_cached(batch), unpadded(self._tokens(batch)), encode_images_once(self.mm, batch):
-            return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk)
+            return supervised_nll(self.mm.model, head, batch, self.compute.loss_chunk, self.balancing)
 
     def prove(self, batch: Batch) -> None:
         """Prove on rows of the run that the prepared step computes the family's own losses; switch off what does not.
@@ -169,6 +171,9 @@ class TrainingStep:
         """
         if batch.shared is None:
             return
+        if self.balancing is not None:
+            why = "The loss that balances experts counts every token of every row."
+            raise UserError("data.share_images is not possible here.", why, "Leave data.share_images off.")
         if not self.compute.packing:
             why = "What rows share is left out of a block with the padding, and model.compute.packing is off."
             raise UserError("data.share_images is not possible here.", why, "Leave model.compute.packing on.")
@@ -211,6 +216,9 @@ class TrainingStep:
     def _cache_prefix(
         self, settings: CacheSettings, collator: Collator, batch: Batch, epochs: float, facts: dict[str, Any]
     ) -> None:
+        if self.balancing is not None:
+            why = "The loss that balances experts needs the routers of all layers."
+            raise UserError("model.cache: not possible here.", why, "Set model.cache.mode off.")
         prefix = self.prefix = split_verified_prefix(self.mm, self.plan, batch, collator)
         opened = self._open_store(settings, prefix, collator, epochs, facts, prefix.dtype)
         if opened is not None:
@@ -261,7 +269,7 @@ class TrainingStep:
         return store, storage_dtype, torch.float32 if exact else torch.bfloat16
 
     def _tokens(self, batch: Batch) -> RealTokens | None:
-        if not self.compute.packing:
+        if not self.compute.packing or self.balancing is not None:
             return None
         return RealTokens(batch.real, len(batch), batch.regions.shape[1], batch.shared)
 

@@ -269,14 +269,14 @@ class MMModule(ModelAndData):
         return self.step.objective(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Summed NLL; divided once, over all ranks and micro-batches, before the optimizer step."""
+        """Summed loss; divided once, over all ranks and micro-batches, before the optimizer step."""
         objective = self.objective(batch)
         self._window.add(objective, batch.has_images)
         self._nonfinite.add(batch, objective, self._files is not None)
         self._source_losses.add(objective, batch)
         if batch.has_images and batch.num_supervised:
-            return objective.nll
-        return add_zero_grad_term(objective.nll, iter(self.trainable.values()))
+            return objective.objective
+        return add_zero_grad_term(objective.objective, iter(self.trainable.values()))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Turn summed gradients into those of the mean over all supervised tokens.
