@@ -14,7 +14,6 @@ from typing import Any
 from torch import nn
 
 from lightning_mm.core.decisions import log_decision
-from lightning_mm.models.block_parts import BlockPart
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.tuning.policy import TuningPlan
 
@@ -33,8 +32,8 @@ def balancing_coefficient(mm: MultimodalModel, plan: TuningPlan) -> float | None
     """
     config: Any = mm.transformers.config.get_text_config(decoder=True)
     wanted = bool(getattr(config, "output_router_logits", False))
-    routers = {name for name, place in mm.layout.locations.items() if place.part is BlockPart.ROUTER}
-    if not routers or not (wanted or routers & (plan.full | plan.adapted_weights)):
+    trained = mm.layout.routers & (plan.full | plan.adapted_weights)
+    if not mm.layout.routers or not (wanted or trained):
         return None
     coefficient = getattr(config, "router_aux_loss_coef", None)
     if coefficient is None or not can_balance(mm.model):

@@ -5,12 +5,13 @@ Data flow: model under its plan + the trainer's precision -> the same model, who
 Autocast caches the copy of a trainable weight until the step ends, but copies a frozen weight at every use. If it is
 stored in bfloat16 there is nothing to copy, and every product is the same to the bit. Weights that no matrix product
 reads (embeddings, norms, tables) are not cast by autocast and keep their dtype; for a frozen head that is tied to the
-embedding, the bfloat16 copy is cached.
+embedding, the bfloat16 copy is cached. Frozen experts are cast, too: products of one expert at a time are the same to
+the bit, grouped ones, which autocast leaves in float32, become bfloat16.
 
 Shapes: D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack
 from itertools import islice
 from typing import Any, Literal
@@ -59,7 +60,7 @@ def cast_frozen_weights(
     if wanted == "float32":
         log_decision("model.compute.frozen_dtype", "float32", "asked for; autocast copies frozen weights at every use")
         return 0
-    held = castable_weights(mm.model, plan)
+    held = castable_weights(mm.model, plan, mm.layout.stacks)
     saved = sum(parameter.nbytes // 2 for parameter in held)
     for parameter in held:
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -71,6 +72,9 @@ def cast_frozen_weights(
     if held:
         why = f"{saved / 2**20:.0f} MiB less; autocast would copy {len(held)} frozen tensors so at every use"
         log_decision("model.compute.frozen_dtype", "bfloat16", why)
+    if experts := sum(parameter.ndim == 3 for parameter in held):
+        why = "autocast would leave their grouped products in float32; set float32 to keep them"
+        log_decision("model.compute.frozen_dtype", f"bfloat16 products of {experts} stacks of experts", why)
     return saved
 
 
@@ -92,23 +96,28 @@ def _linear_with_cached_copy(head: nn.Linear) -> Callable[[Tensor], Tensor]:
     return forward
 
 
-def castable_weights(model: nn.Module, plan: TuningPlan) -> list[nn.Parameter]:
-    """Frozen float32 weights that only ``torch.nn.Linear`` reads.
+def castable_weights(model: nn.Module, plan: TuningPlan, stacks: Collection[str] = ()) -> list[nn.Parameter]:
+    """Frozen float32 weights that only ``torch.nn.Linear`` or a mixture's experts read.
 
     Excluded: weights shared with an embedding, the tensor that a transformers model's ``dtype`` is read from (models
-    cast pixels and masks to it), and weights under DoRA adapters, which compute their norm outside of autocast.
+    cast pixels and masks to it), weights under DoRA adapters, which compute their norm outside of autocast, and experts
+    under adapters, whose small changes are added to the weights themselves.
 
     Args:
         model: The model, frozen and adapted as planned.
         plan: Which weights train.
+        stacks: Names of the 3-D parameters that hold experts, in the plain model; none by default.
     """
     weight_decomposed = plan.adapted if plan.lora is not None and plan.lora.dora else frozenset()
     excluded: set[int] = set()
     linear: dict[int, nn.Parameter] = {}
+    experts = [model.get_parameter(name) for name in set(stacks) - plan.adapted_stacks]
+    frozen_experts = {id(p) for p in experts if not p.requires_grad and p.dtype == torch.float32}
     for name, module in model.named_modules():
         plain = type(module) is nn.Linear and name.removesuffix(".base_layer") not in weight_decomposed
         for parameter in module.parameters(recurse=False):
-            if plain and not parameter.requires_grad and parameter.dtype == torch.float32:
+            frozen = plain and not parameter.requires_grad and parameter.dtype == torch.float32
+            if frozen or id(parameter) in frozen_experts:
                 linear[id(parameter)] = parameter
             else:
                 excluded.add(id(parameter))

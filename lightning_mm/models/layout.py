@@ -103,6 +103,11 @@ class ModelLayout:
         """Names of the region's parameters, in the model's order."""
         return tuple(name for name, place in self.locations.items() if place.region is region)
 
+    @cached_property
+    def routers(self) -> frozenset[str]:
+        """Names of the parameters that send tokens to experts."""
+        return frozenset(name for name, place in self.locations.items() if place.part is BlockPart.ROUTER)
+
     def location_of(self, name: str) -> ParameterLocation:
         """Location of a parameter, also by its name after adapters were added."""
         plain = plain_name(re.sub(r"\.modules_to_save\.[^.]+", "", name))

@@ -75,11 +75,12 @@ def add_lora(
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
     renamed = _renamed_by_peft(model, targets)
-    if renamed and (options.dropout or options.dora):
+    packed = any(not model.get_submodule(name).weight.is_floating_point() for name in renamed)
+    if packed or (renamed and (options.dropout or options.dora)):
         raise UserError(
-            "model.tuning.lora: this model's MLPs can have plain LoRA only.",
+            "model.tuning.lora: this model's MLPs can have plain LoRA on plain weights only.",
             f"PEFT takes names such as {sorted(renamed)[0]} for experts, so that they are adapted as parameters.",
-            "Set dropout 0 and dora false, or name parts without MLPs and experts, such as parts: [attention].",
+            "Leave out quantization, dropout and dora, or name parts without MLPs, such as parts: [attention].",
         )
     with warnings.catch_warnings():
         # PEFT looks for ranks of parameters among the modules only; they are checked below.

@@ -196,7 +196,7 @@ class MetaModel:
             skeleton.to(self.dtype)
             apply_plan(MultimodalModel(skeleton, self.layout), plan)
             if settings.bf16 and settings.compute.frozen_dtype != "float32":
-                for parameter in castable_weights(skeleton, plan):
+                for parameter in castable_weights(skeleton, plan, self.layout.stacks):
                     parameter.data = parameter.data.bfloat16()
         return skeleton, plan
 

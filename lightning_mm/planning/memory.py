@@ -106,7 +106,7 @@ def weight_bytes(
     skeleton: nn.Module, layout: ModelLayout, plan: TuningPlan, quantization: Quantization = "none"
 ) -> float:
     """Bytes of all weights."""
-    trained = {name.rpartition(".")[0] for name in plan.full}
+    trained = {name.rpartition(".")[0] for name in plan.full | layout.routers}
     quantized = {f"{module}.weight" for module in layout.linears - trained - {layout.head}}
     total = 0.0
     for name, parameter in skeleton.named_parameters():

@@ -17,7 +17,7 @@ from lightning_mm.models.layout import ModelLayout, Region, plain_name
 from lightning_mm.models.loading import Backbone, load_model, load_skeleton
 from lightning_mm.models.lora import adapted_modules, add_lora
 from lightning_mm.tuning.layers import resolve_layers
-from lightning_mm.tuning.part_sizes import log_reach
+from lightning_mm.tuning.part_sizes import log_reach, num_weights
 from lightning_mm.tuning.policy import TuningPlan, TuningPolicy
 
 
@@ -41,13 +41,24 @@ def prepare_model(
         # Quantization must leave out what trains at full rank, so that the plan is made before the weights are loaded.
         layout = ModelLayout.of(load_skeleton(backbone))
         plan = policy.plan(layout)
-        keep = {name.rpartition(".")[0] for name in plan.full} & layout.linears | {layout.head}
+        # A router may be a linear module that does more than a product (Llama 4's).
+        keep = {name.rpartition(".")[0] for name in plan.full | layout.routers} & layout.linears | {layout.head}
         mm = MultimodalModel(load_model(backbone, keep_full=keep), layout, source=backbone.path)
+        _log_unquantized(mm, backbone)
     apply_plan(mm, plan)
     log_reach(mm, plan)
     if removed := remove_input_gradient_hooks(mm.model):
         log_decision("input-gradient hooks", f"{removed} removed", "they would put the frozen prefix into the graph")
     return mm, plan
+
+
+def _log_unquantized(mm: MultimodalModel, backbone: Backbone) -> None:
+    """Say what share of the weights is in experts, which are quantized in linear modules only."""
+    if mm.layout.stacks:
+        sizes = {name: num_weights(parameter) for name, parameter in mm.model.named_parameters()}
+        share = sum(sizes[name] for name in mm.layout.stacks) / sum(sizes.values())
+        why = f"{share:.1%} of all weights are in 3-D parameters; {backbone.quantization} is applied to linear modules"
+        log_decision("model.backbone.quantization", "experts are not quantized", why)
 
 
 def apply_policy(model: nn.Module, policy: TuningPolicy) -> TuningPlan:

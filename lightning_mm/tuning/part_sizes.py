@@ -54,7 +54,7 @@ def adapter_reach(mm: MultimodalModel, plan: TuningPlan) -> float | None:
 def log_reach(mm: MultimodalModel, plan: TuningPlan) -> None:
     """Say what share of the range's weights the adapters reach, and that routers are frozen."""
     inside = {name: place.part for name, place in mm.layout.locations.items() if place.layer in plan.layers}
-    routers = {name for name, part in inside.items() if part is BlockPart.ROUTER}
+    routers = mm.layout.routers & inside.keys()
     if routers and not routers & (plan.full | plan.adapted_weights):
         why = "a router that trains without a balancing loss may send all tokens to few experts; parts can name it"
         log_decision("model.tuning.parts", f"{len(routers)} tensors of routers stay frozen", why)

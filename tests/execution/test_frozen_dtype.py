@@ -15,11 +15,15 @@ from lightning_mm.core.layer_table import read_layers
 from lightning_mm.data.batch import Batch
 from lightning_mm.execution.frozen_dtype import cast_frozen_weights, castable_weights
 from lightning_mm.execution.prepare import Compute
+from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.layout import ModelLayout, plain_name
 from lightning_mm.testing.tiny import FAMILIES
 from lightning_mm.training.callbacks.evaluation import HeldOutEvaluation
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import ConnectorOnly, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
+from lightning_mm.tuning.apply import apply_policy
 from tests.helpers.data import Data, Family, batch_of
+from tests.helpers.mixtures import build
 from tests.helpers.training import Losses, configured, train
 
 MIDDLE = IntermediateOnly(layers="1-2")
@@ -171,3 +175,22 @@ def test_the_copy_of_a_tied_head_is_made_once(family: Family, data: Data) -> Non
     hidden = torch.rand(2, table.shape[1])
     # Without autocast, the float32 weight itself.
     assert torch.equal(module.model.get_output_embeddings()(hidden), nn.functional.linear(hidden, table))
+
+
+@pytest.mark.parametrize("name", ["llama4", "qwen3_vl_moe"])
+def test_experts_one_at_a_time_are_the_same_to_the_bit(name: str) -> None:
+    """And what adapters are added to keeps its dtype."""
+    ids = torch.arange(10, 30)[None]
+    cases = {torch.bfloat16: IntermediateOnly(layers="1", parts=["attention"]), torch.float32: LoRAOnMiddle(layers="1")}
+    for dtype, policy in cases.items():
+        model = build(name)
+        layout = ModelLayout.of(model)
+        if name == "qwen3_vl_moe":
+            model.set_experts_implementation("eager")
+        mm, plan = MultimodalModel(model, layout), apply_policy(model, policy)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = model(input_ids=ids).logits
+            cast_frozen_weights(mm, plan, "bf16-mixed", ExitStack())
+            assert torch.equal(model(input_ids=ids).logits, expected)
+        stacks = [p for n, p in model.named_parameters() if plain_name(n) in layout.stacks and ".layers.1." in n]
+        assert {p.dtype for p in stacks} == {dtype}

@@ -14,10 +14,11 @@ from lightning_mm.core.errors import UserError
 from lightning_mm.models.block_parts import BlockPart
 from lightning_mm.models.export.export import Provenance, export_adapter, export_full
 from lightning_mm.models.handle import MultimodalModel
+from lightning_mm.models.loading import Backbone
 from lightning_mm.models.lora import UNMATCHED_RANKS, adapted_weights
 from lightning_mm.models.processor import load_processor
 from lightning_mm.tuning import Full, IntermediateOnly, LoRA, LoRAOnMiddle, TuningPolicy
-from lightning_mm.tuning.apply import apply_policy
+from lightning_mm.tuning.apply import apply_policy, prepare_model
 from lightning_mm.tuning.census import take_census
 from lightning_mm.tuning.found_plan import plan_as_found
 from tests.helpers.data import Data, Family
@@ -124,7 +125,7 @@ def test_what_experts_cannot_have_is_refused(option: dict[str, Any]) -> None:
     lora = LoRA(r=2, **option)
     with pytest.raises(UserError, match="on experts"):
         apply_policy(build("qwen3_vl_moe"), LoRAOnMiddle(layers="all", lora=lora))
-    with pytest.raises(UserError, match="can have plain LoRA only"):
+    with pytest.raises(UserError, match="plain LoRA on plain weights"):
         apply_policy(build("glm4v_moe"), LoRAOnMiddle(layers="0", parts=["mlp"], lora=lora))
     apply_policy(build("qwen3_vl_moe"), LoRAOnMiddle(layers="all", parts=["attention"], lora=lora))
 
@@ -172,3 +173,22 @@ def test_exports_load_without_this_package(name: str, family: Family, tmp_path: 
     assert (expected - start).abs().max() > 0.1
     torch.testing.assert_close(merged, expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(adapted, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_quantization_leaves_routers_and_experts_and_says_so(kind: Any, tmp_path: Path) -> None:
+    """Llama 4's router is a linear module that puts out scores and logits: quantized, it would be another one."""
+    build("llama4").save_pretrained(tmp_path / "llama4")
+    decision_log().clear()
+    mm, _ = prepare_model(Backbone(str(tmp_path / "llama4"), quantization=kind), LoRAOnMiddle(layers="all"))
+    assert mm.model(input_ids=IDS).logits.isfinite().all()
+    experts = sum(
+        mm.model.get_parameter(f"{name.rpartition('.')[0]}.base_layer.base_layer.gate_up_proj").numel()
+        for name in mm.layout.stacks
+        if name.endswith("down_proj")
+    )
+    assert experts == EXPERTS * 32 * 32
+    assert all(mm.model.get_submodule(name.rpartition(".")[0]).weight.is_floating_point() for name in mm.layout.routers)
+    up = mm.model.get_submodule(f"{mm.layout.layers[1]}.feed_forward.shared_expert.up_proj")
+    assert not up.base_layer.weight.is_floating_point()
+    assert any("experts are not quantized" in str(each) for each in decision_log())
