@@ -8,12 +8,16 @@ names resolved here do not.
 import re
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.hooks import Forward, replace_forward
 from lightning_mm.models.layout import plain_name
 
 if TYPE_CHECKING:  # importing PEFT takes a second or two, which runs without adapters save
@@ -114,6 +118,34 @@ def adapted_modules(model: nn.Module) -> "dict[str, LoraLayer]":
 def adapted_weights(model: nn.Module) -> "dict[str, LoraLayer]":
     """The adapter of each adapted weight, by the weight's name in the plain model."""
     return {weight_name(name, layer): layer for name, layer in adapted_modules(model).items()}
+
+
+def adapt_shapes(undo: ExitStack, model: nn.Module) -> None:
+    """Let adapted experts run on the meta device, until ``undo`` is closed.
+
+    PEFT asks for the device's autocast, which the meta device does not have. What is computed is the same.
+    """
+    for layer in adapted_modules(model).values():
+        if getattr(layer, "num_experts", 1) > 1:
+            replace_forward(undo, layer, partial(_forward_of_shapes, layer))
+
+
+def _forward_of_shapes(layer: Any, _: Forward) -> Forward:
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        lhs, rhs, scale = layer.get_delta_factors(ADAPTER)
+        adapted = torch.baddbmm(layer.get_param(), lhs, rhs, alpha=scale)
+        base, name = layer.get_base_layer(), layer.parameter_name
+        held = dict(base._parameters)
+        try:
+            del base._parameters[name]
+            base.__dict__[name] = adapted
+            return layer.base_layer(*args, **kwargs)
+        finally:
+            base.__dict__.pop(name, None)
+            base._parameters.clear()
+            base._parameters.update(held)
+
+    return forward
 
 
 def weight_name(name: str, layer: nn.Module) -> str:

@@ -16,6 +16,7 @@ from lightning_mm.execution.loss import supervised_nll
 from lightning_mm.models.attention.cpu_kernels import meta_attention_kernel, use_cpu_attention
 from lightning_mm.models.attention.varlen import RealTokens, unpadded
 from lightning_mm.models.layout import ModelLayout
+from lightning_mm.models.lora import adapt_shapes
 from lightning_mm.planning.meta_kernels import FusedKernelsMode, MetaAutocast, MetaCpuAttention
 from lightning_mm.planning.meta_modes import MetaWeightsMode, untraceable
 from lightning_mm.planning.op_recorder import MatmulRecord, OpRecorder, SavedTensor
@@ -74,6 +75,7 @@ def trace_step(
             stack.enter_context(recorder.attached(equal_once))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(recorder.record_saved, lambda tensor: tensor))
+            adapt_shapes(stack, skeleton)
             stack.enter_context(FusedKernelsMode(recorder.record_op))
             if on_cpu:
                 use_cpu_attention(skeleton, stack)
