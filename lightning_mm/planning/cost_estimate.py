@@ -175,7 +175,8 @@ class MetaModel:
         self.backbone, self.packing, self.packed = backbone, packing, False
         self.dtype = torch.bfloat16 if backbone.dtype == "bfloat16" else torch.float32
         with meta_weights():
-            skeleton: Any = load_skeleton(backbone).to(self.dtype)
+            skeleton: Any = load_skeleton(backbone)
+            _cast(skeleton, self.dtype)
             if backbone.attention == "eager":
                 skeleton.set_attn_implementation("eager")
         self._plain = make_traceable(skeleton)
@@ -193,7 +194,7 @@ class MetaModel:
         plan = replace(plan, full=plan.full - unused, adapted=adapted)
         skeleton = self._copy() if plan.adapted_weights else self._unadapted
         with meta_weights():
-            skeleton.to(self.dtype)
+            _cast(skeleton, self.dtype)
             apply_plan(MultimodalModel(skeleton, self.layout), plan)
             if settings.bf16 and settings.compute.frozen_dtype != "float32":
                 for parameter in castable_weights(skeleton, plan, self.layout.stacks):
@@ -217,6 +218,13 @@ class MetaModel:
 
     def _skip_unused(self, skeleton: nn.Module) -> None:
         skip_blocks(ExitStack(), [skeleton.get_submodule(name) for name in self._unused.blocks], self._unused.in_tuple)
+
+
+def _cast(skeleton: nn.Module, dtype: torch.dtype) -> None:
+    """Cast what is of floating point, in place; ``Module.to`` would also make complex buffers real (Llama 4's)."""
+    for tensor in (*skeleton.parameters(), *skeleton.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
 
 
 def estimate_cost(
