@@ -259,7 +259,7 @@ class _Resolver:
     def _claim_decoder(
         self, claims: dict[int, ParameterLocation], decoder: nn.Module, layers: tuple[nn.Module, ...]
     ) -> None:
-        width = getattr(self.text_config, "hidden_size", 0) or self._embedding().embedding_dim
+        width = int(self.text_config.hidden_size)
         for index, layer in enumerate(layers):
             for part, parameter in parameters_by_part(layer, width):
                 claims.setdefault(id(parameter), ParameterLocation(Region.LAYERS, index, part))

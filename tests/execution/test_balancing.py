@@ -15,7 +15,6 @@ from lightning_mm.tuning import IntermediateOnly, PerRegion
 from tests.helpers.data import Data, Family, batch_of
 from tests.helpers.mixtures import mixture_folder
 from tests.helpers.training import configured
-from tests.tuning.test_policies import labels_of
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +35,9 @@ def test_training_routers_minimizes_what_transformers_would(chunk: Any, mixture:
     (found.objective / found.num_tokens).backward()
     model: Any = load_model(Backbone(path=str(mixture)))
     model.train()
-    expected = model(**batch.inputs, labels=labels_of(batch), output_router_logits=True)
+    labels = torch.full_like(batch.inputs["input_ids"], -100)
+    labels.view(-1)[batch.supervised + 1] = batch.targets
+    expected = model(**batch.inputs, labels=labels, output_router_logits=True)
     expected.loss.backward()
     assert expected.aux_loss > 0.5
     torch.testing.assert_close(found.objective / found.num_tokens, expected.loss, atol=1e-5, rtol=1e-5)
