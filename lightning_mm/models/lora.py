@@ -125,7 +125,8 @@ def adapt_shapes(undo: ExitStack, model: nn.Module) -> None:
 
     PEFT asks for the device's autocast, which the meta device does not have. What is computed is the same.
     """
-    for layer in adapted_modules(model).values():
+    layers: Any = adapted_modules(model).values()
+    for layer in layers:
         if getattr(layer, "num_experts", 1) > 1:
             replace_forward(undo, layer, partial(_forward_of_shapes, layer))
 
@@ -148,7 +149,7 @@ def _forward_of_shapes(layer: Any, _: Forward) -> Forward:
     return forward
 
 
-def weight_name(name: str, layer: nn.Module) -> str:
+def weight_name(name: str, layer: Any) -> str:
     """Name, in the plain model, of the weight that a module with an adapter adapts.
 
     Args:
@@ -205,7 +206,7 @@ def _renamed_by_peft(model: Any, targets: Collection[str]) -> frozenset[str]:
             convert_peft_config_for_transformers(config, model, None)
         except ValueError:  # one of two names that are fused together
             return True
-        return config.target_modules != {last}
+        return set(config.target_modules or ()) != {last}
 
     renamed = {last for last in {target.rpartition(".")[2] for target in targets} if is_renamed(last)}
     return frozenset(target for target in targets if target.rpartition(".")[2] in renamed)
