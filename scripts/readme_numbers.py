@@ -36,8 +36,7 @@ _ARMS = ("before", "connector", "middle")
 
 def quickstart() -> str:
     """Some of the quickstart's answers, and what they come to."""
-    if (result := _measured()) is None:
-        return _UNMEASURED
+    result = _read("quickstart")
     rows = {row["type"]: row for row in result["rows"]}
     chosen = [(words, rows[kind]) for kind, words in _QUESTIONS.items() if kind in rows]
     return "\n".join([*_table(chosen, result), "", *wrap(result["gain"], 120)])
@@ -45,8 +44,7 @@ def quickstart() -> str:
 
 def quickstart_by_type() -> str:
     """All of the quickstart's answers, and all that it says."""
-    if (result := _measured()) is None:
-        return _UNMEASURED
+    result = _read("quickstart")
     lines = _table([(row["type"].replace("_", " "), row) for row in result["rows"]], result)
     told = [f"- {line}" for line in (result["gain"], *result["against_before"], *result["told"])]
     took = "" if result["seconds"] is None else f", {result['seconds'] / 60:.0f} minutes in all"
@@ -57,19 +55,10 @@ def quickstart_by_type() -> str:
 
 def quickstart_picture() -> str:
     """README's picture: the quickstart's bars."""
-    if (result := _measured()) is None:
-        return "![The report of a run](docs/report.png)"
+    result = _read("quickstart")
     everything = result["rows"][0]
     shares = ", ".join(f"{name} {everything[name]['value']:.0%}" for name in _ARMS)
     return f"![Questions answered by the quickstart's models, by type; all types: {shares}](docs/quickstart.png)"
-
-
-_UNMEASURED = "`bash scripts/quickstart.sh` prints this table."
-
-
-def _measured() -> Any:
-    """The quickstart's numbers; None where they are not in benchmarks/."""
-    return _read("quickstart") if (ROOT / "benchmarks/quickstart.json").is_file() else None
 
 
 def _table(chosen: list[tuple[str, Any]], result: Any) -> list[str]:
