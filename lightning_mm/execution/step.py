@@ -100,7 +100,8 @@ class TrainingStep:
         while not proof.holds and suspects:
             self.close()
             off = suspects.pop(0)
-            self.compute = replace(asked, **dict.fromkeys(off, False))
+            kernels, packing = (getattr(asked, name) and name not in off for name in ("cpu_kernels", "packing"))
+            self.compute = replace(asked, cpu_kernels=kernels, packing=packing)
             self.open()
             proof = self._proved(batch)
         said = f"losses of {first.tokens} tokens differ by {first.gap:.2g} nats from the family's own forward pass"

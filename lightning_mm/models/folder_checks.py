@@ -115,8 +115,8 @@ def check_config(path: str, config: Mapping[str, Any]) -> None:
             raise _refused(path, f"config.json: {key} is {_shown(value)}.")
     elements = sum(map(_least_elements, _mappings(config)))
     most = _MOST_ELEMENTS
-    if Path(path).is_dir():
-        most = _ELEMENTS_PER_BYTE * _weight_bytes(Path(path)) + _SPARE_ELEMENTS
+    if Path(path).is_dir() and (held := _weight_bytes(Path(path))):  # one without weights can be planned
+        most = _ELEMENTS_PER_BYTE * held + _SPARE_ELEMENTS
     if elements > most:
         raise _refused(
             path, f"config.json is of a model with {elements:,} weights or more; its files can hold {most:,} at most."
