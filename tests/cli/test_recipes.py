@@ -137,7 +137,10 @@ def test_census_and_targets(
     else:
         inside = [model.get_submodule(target) for target in sorted(plan.adapted)]
         shapes = [module.base_layer.weight.shape for module in inside]  # type: ignore[union-attr]
-        assert census.trainable == sum(16 * (rows + columns) for rows, columns in shapes)
+        stacks = [skeleton(name)[0].get_parameter(stack).shape for stack in sorted(plan.adapted_stacks)]
+        assert bool(stacks) == (name == "qwen3-vl-30b-a3b")
+        linear = sum(16 * (rows + columns) for rows, columns in shapes)
+        assert census.trainable == linear + sum(16 * each * (rows + columns) for each, rows, columns in stacks)
     assert {row.mode for row in census.rows if row.trainable} == {"lora" if plan.adapted else "full"}
 
 
