@@ -60,6 +60,8 @@ class TestComparison:
         equal_cost: The main arm minus each arm that costs more, at the cost of the main one.
         by_type: The main arm minus the control, by question type, corrected for all types.
         grounding: Own picture minus another one, by arm.
+        nats: Every arm minus the control, in nats of a question's right answer: how unlikely it is to the model. It
+            tells smaller differences than exact answers do.
     """
 
     name: str
@@ -71,6 +73,7 @@ class TestComparison:
     equal_cost: list[Contrast] = field(default_factory=list)
     by_type: dict[str, Contrast] = field(default_factory=dict)
     grounding: dict[str, Contrast] = field(default_factory=dict)
+    nats: list[Contrast] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,9 @@ def _test(results: StudyResults, name: str, arms: Sequence[str], seeds: Sequence
         return _pairs(of, pictures, arms, [pair for pair in pairs if set(pair) <= set(arms)], resamples)
 
     found.against_control.extend(compared([(arm, roles.control) for arm in trained if arm != roles.control]))
+    if roles.control in arms:
+        unlikely = results.scores(name, arms, seeds, column="nats")
+        found.nats.extend(compared([(arm, roles.control) for arm in trained if arm != roles.control], unlikely))
     found.rivals.extend(compared([(roles.main, rival) for rival in roles.rivals]))
     found.against_full.extend(compared([(roles.main, roles.full)]))
     found.auto.extend(compared([(roles.auto, roles.main)]))

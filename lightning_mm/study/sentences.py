@@ -39,7 +39,10 @@ def tell(results: StudyResults, found: StudyComparison) -> list[Section]:
     """
     main, control = results.settings.roles.main, results.settings.roles.control
     made = [
-        Section(f"Is {main} better than {control} alone?", _against(found, lambda t: _of(t.against_control, main))),
+        Section(
+            f"Is {main} better than {control} alone?",
+            (*_against(found, lambda t: _of(t.against_control, main)), *_nats(found, main)),
+        ),
         Section("Does any arm beat the control?", _arms(found)),
         Section(f"Is {main} better than its rivals of equal budget?", _against(found, lambda t: t.rivals)),
         Section(f"Is {main} better than training everything?", _full(results, found)),
@@ -71,7 +74,7 @@ def points(contrast: Contrast) -> str:
 
 
 def nats(contrast: Contrast) -> str:
-    """A difference in nats per token with its corrected interval."""
+    """A difference in nats with its corrected interval."""
     return f"{contrast.value:+.3f} nats ({contrast.corrected_low:+.3f} to {contrast.corrected_high:+.3f})"
 
 
@@ -105,6 +108,16 @@ def _against(found: StudyComparison, chosen: Callable[[TestComparison], Sequence
                 f"{_seeds(each)}: {word}."
             )
     return (_summary(words), *told) if told else ()
+
+
+def _nats(found: StudyComparison, arm: str) -> tuple[str, ...]:
+    """How unlikely the right answers are to an arm, against the control: less is better."""
+    return tuple(
+        f"{test.name}: the right answers, {nats(each)} each against {each.against}: "
+        f"{verdict(each, 'less likely', 'more likely')}."
+        for test in found.tests.values()
+        for each in _of(test.nats, arm)
+    )
 
 
 def _summary(words: Sequence[str]) -> str:

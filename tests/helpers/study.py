@@ -156,7 +156,7 @@ def _plant(
     for shown in ("own", "other", "gray"):
         for name, picture, _, _ in asked:
             chance = 1 / (1 + math.exp(-(level + ease[picture]))) if shown == "own" else 0.2
-            rows.append(("end", shown, "known", name, int(generator.random() < chance), "", "1.0"))
+            rows.append(("end", shown, "known", name, int(generator.random() < chance), "", f"{-math.log(chance):.4f}"))
     rows += [("end", "own", "facts", f"{n}.0", int(n % 5 < 2), "", "1.0") for n in range(60)]
     place = study.results(job)
     write_table(place / "answers.csv.gz", ("moment", "shown", "test", "question", "exact", "choice", "nats"), rows)
