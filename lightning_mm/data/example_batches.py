@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lightning_mm.core.errors import UserError
-from lightning_mm.data.batch import Batch
+from lightning_mm.data.batch import Batch, TokenRegion
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import Rejection, Sample
@@ -20,6 +20,8 @@ _MAX_EXAMPLES = 32
 
 _NUM_MIXED = 4
 """Rows of a batch that holds the kinds of rows that the data has."""
+_MOST_TOKENS = 4096
+"""Of such a batch, padding included, where it has more than two rows: it runs on top of what training takes."""
 
 
 def random_batches(samples: Sequence[Sample], collator: Collator, count: int, size: int, seed: int) -> list[Batch]:
@@ -60,7 +62,8 @@ def example_batch(samples: Sequence[Sample], collator: Collator, count: int) -> 
 def mixed_batch(samples: Sequence[Sample], collator: Collator) -> Batch | None:
     """A padded batch of rows as different as the data has them; None where none of those tried can be used.
 
-    Of the first rows and of some from everywhere: one without pictures, one with most, the longest and the shortest.
+    Of the first rows and of some from everywhere: one without pictures, one with most, the shortest and one of median
+    length. Of rows that together take much memory, the longest are left out.
 
     Args:
         samples: What is tried.
@@ -71,13 +74,26 @@ def mixed_batch(samples: Sequence[Sample], collator: Collator) -> Batch | None:
     tried = [samples[number] for number in numbers]
     by_length = sorted(tried, key=lambda sample: sum(len(turn.text) for turn in sample.turns))
     by_pictures = sorted(by_length, key=lambda sample: len(sample.images))
-    chosen = {id(s): s for s in (by_length[-1], by_pictures[0], by_pictures[-1], by_length[0])} if tried else {}
+    middle = len(tried) // 2
+    chosen = {id(s): s for s in (by_length[middle], by_pictures[0], by_pictures[-1], by_length[0])} if tried else {}
     ordered = [*chosen.values(), *(s for s in tried if id(s) not in chosen)]
     rejected: list[Rejection] = []
     for start in range(0, len(ordered), _NUM_MIXED):
         if (batch := collator.collate_valid(ordered[start : start + _NUM_MIXED], rejected)) is not None:
-            return batch
+            return _without_longest(batch, collator)
     return None
+
+
+def _without_longest(batch: Batch, collator: Collator) -> Batch:
+    """The batch without its longest rows while it has too many tokens with its padding; two are left."""
+    while len(batch) > 2 and batch.regions.numel() > _MOST_TOKENS:
+        lengths = (batch.regions != TokenRegion.PAD).sum(1)
+        longest = int(lengths.argmax())
+        kept = [sample for number, sample in enumerate(batch.samples) if number != longest]
+        smaller = collator.collate_valid(kept, [])
+        assert smaller is not None, "rows that could be used together can be used without one of them"
+        batch = smaller
+    return batch
 
 
 def _no_example(tried: Sequence[Sample], rejected: Sequence[Rejection], collator: Collator) -> UserError:

@@ -105,9 +105,14 @@ def prove_step(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> No
     """
     with torch.device("cpu"):  # Lightning configures optimizers with the accelerator as the default device
         batch = data.mixed_batch()
-    if batch is not None:
+    if batch is None:
+        return
+    try:
         with trainer.precision_plugin.forward_context():
             step.prove(batch.to(trainer.strategy.root_device))
+    except torch.OutOfMemoryError:
+        log_decision("model.compute", "not proved", f"{len(batch)} rows do not fit in memory with and without padding")
+        torch.cuda.empty_cache()
 
 
 def _hardware(device: torch.device) -> str:
