@@ -102,4 +102,4 @@ def test_the_report_is_imported_without_torch_and_wandb():
 
 def test_identity_is_plain_json(tmp_path):
     run = RunDirectory.create(tmp_path, "a")
-    assert set(json.loads((run.path / "run.json").read_text())) == {"name", "id", "created", "begun"}
+    assert set(json.loads((run.path / "run.json").read_text())) == {"name", "id", "created", "begun", "kind"}

@@ -96,8 +96,14 @@ def test_limits_are_taken_off_again() -> None:
     ],
 )
 def test_what_a_refusal_says(entry: dict[str, object], said: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"0" * 100)
     with pytest.raises(UserError, match=said):
         check_config(str(tmp_path), entry)
+
+
+def test_a_folder_without_weights_can_be_planned(tmp_path: Path) -> None:
+    """Its config alone says how large the model is: 1.6 billion embeddings."""
+    check_config(str(tmp_path), {"vocab_size": 2**18, "hidden_size": 6144})
 
 
 def test_no_family_is_refused() -> None:
