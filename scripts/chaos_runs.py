@@ -194,9 +194,12 @@ def _anywhere(value: Any, root: Path) -> Any:
 
 
 def _without_totals(value: Any) -> Any:
-    """Lightning's state of its loops without what it counts over all attempts, those that a kill undid included."""
+    """Lightning's state of its loops without what it counts over all attempts, those that a kill undid included.
+
+    Nor what it counts of hooks that have returned: the checkpoint is saved in one of them, or by the run that goes on.
+    """
     if isinstance(value, dict):
-        return {key: _without_totals(each) for key, each in value.items() if key != "total"}
+        return {key: _without_totals(each) for key, each in value.items() if key not in ("total", "completed")}
     return value
 
 
