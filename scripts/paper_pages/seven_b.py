@@ -26,6 +26,7 @@ from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import block_io
 from lightning_mm.models.layout import ModelLayout, Region
 from lightning_mm.models.loading import Backbone, load_skeleton
+from lightning_mm.models.processor import load_processor
 from lightning_mm.planning.devices import DEVICES, Device
 from lightning_mm.planning.meta_modes import MetaWeightsMode, make_traceable, meta_weights
 from lightning_mm.testing import build_shape
@@ -96,7 +97,7 @@ def check_shape(folder: Path, scratch: Path) -> Shape:
         scratch: For a row with a picture.
     """
     backbone = Backbone(path=str(folder))
-    batch = RowMaker(backbone, 1, scratch).of(None, TEXT, 4)
+    batch = RowMaker(load_processor(str(folder)), 1, scratch).of(None, TEXT, 4)
     with meta_weights():
         skeleton = make_traceable(load_skeleton(backbone))
     mm = MultimodalModel(skeleton, ModelLayout.of(skeleton))
