@@ -179,7 +179,7 @@ class TrainingCLI(LightningCLI):
             )
         if self.subcommand == "fit" and resumed and self.checkpoint is not None and _RANK.rank == 0:
             earlier = RunDirectory(Path(resumed).absolute().parent.parent)
-            take_over(earlier, self.run, self.checkpoint["global_step"], left_after(self.checkpoint).validate)
+            take_over(earlier, self.run, self.checkpoint["global_step"], left_after(self.checkpoint))
 
     def instantiate_classes(self) -> None:
         super().instantiate_classes()

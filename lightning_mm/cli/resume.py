@@ -17,8 +17,10 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json, read_jsonl, write_atomically
 from lightning_mm.core.run_directory import RunDirectory
+from lightning_mm.training.unfinished import AfterStep
 
 _WORDS = ("last", "best", "auto")
+_NOTHING = AfterStep()
 
 
 def find_checkpoint(asked: str, root: str | Path, name: str) -> Path | None:
@@ -85,26 +87,26 @@ def begun_anew(root: str | Path, name: str) -> RunDirectory | None:
     return run
 
 
-def take_over(earlier: RunDirectory, run: RunDirectory, step: int, validates: bool) -> None:
+def take_over(earlier: RunDirectory, run: RunDirectory, step: int, left: AfterStep) -> None:
     """Put what a run has logged and found up to a step into the folder of the run that goes on, each step once.
 
     Args:
         earlier: The run that the checkpoint is of.
         run: The run that goes on; the same folder, or a new one.
         step: Optimizer steps done in the checkpoint.
-        validates: Whether the validation of that step is to be done yet.
+        left: What is to be done yet behind that step.
     """
-    continue_metrics(earlier, run, step, validates)
+    continue_metrics(earlier, run, step, left)
     copy_earlier_findings(earlier, run, step)
     if earlier.ledger.is_file() and earlier.path != run.path:
         copyfile(earlier.ledger, run.ledger)
     if (answers := earlier.path / "generations.jsonl").is_file():
-        last = step - 1 if validates else step
+        last = step - 1 if left.validate else step
         rows = [row for row in read_jsonl(answers)[0] if row.get("step", 0) <= last]
         write_atomically(run.path / answers.name, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, validates: bool = False) -> None:
+def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, left: AfterStep = _NOTHING) -> None:
     """Write the first run's curves up to the step that the run resumes at, each step once.
 
     Training logs a step under the number of steps before it, inspections under the number of steps done.
@@ -113,7 +115,7 @@ def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, valida
         earlier: The run that the checkpoint is of.
         run: The run that goes on; the same folder, or a new one.
         step: Optimizer steps done in the checkpoint.
-        validates: Whether the validation of that step comes again; what it has logged is left out.
+        left: What is to be done yet behind that step; what it has logged already comes again, and is left out.
     """
     if not earlier.metrics.is_file():
         return
@@ -124,11 +126,11 @@ def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, valida
     writer.writeheader()
     for row in (row for row in reader if row["step"]):
         inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
-        if validates and int(row["step"]) == step - 1 and any(row[key] for key in row if key.startswith("val/")):
+        if left.validate and int(row["step"]) == step - 1 and any(row[key] for key in row if key.startswith("val/")):
             continue
         if int(row["step"]) < step:
             writer.writerow(row)
-        elif int(row["step"]) == step and inspected:
+        elif int(row["step"]) == step and inspected and not left.ends:
             writer.writerow({"step": row["step"], **inspected})
     write_atomically(run.metrics, text.getvalue())
     log_decision("run", f"curves continue those of {earlier.name}", f"resumed at step {step}")

@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 
-from lightning_mm.cli.resume import find_checkpoint
+from lightning_mm.cli.resume import continue_metrics, find_checkpoint
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import write_json
+from lightning_mm.core.run_directory import RunDirectory
 from lightning_mm.training.callbacks.run_recorder import RunRecorder
+from lightning_mm.training.unfinished import AfterStep
 from tests.helpers.cli import Fit, table
 from tests.helpers.data import Data
 
@@ -171,6 +173,26 @@ def test_a_killed_run_that_goes_on_leaves_what_an_uninterrupted_one_does(
             torch.load(runs / run / f"checkpoints/{name}.ckpt", weights_only=True) for run in ("job", "whole")
         )
         assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items()), name
+
+
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        (AfterStep(), ["1 train", "1 val", "2 look"]),
+        (AfterStep(validate=True), ["1 train", "2 look"]),
+        (AfterStep(last=True), ["1 train", "1 val"]),
+        (AfterStep(validate=True, last=True), ["1 train"]),
+    ],
+)
+def test_what_comes_again_is_taken_back(left: AfterStep, kept: list[str], tmp_path: Path) -> None:
+    """Of what a run has logged up to step 2: its validation, and the last look of a run that was to end there."""
+    run = RunDirectory(tmp_path)
+    columns = {"train": "train/loss", "val": "val/loss", "look": "inside/gap"}
+    lines = ["step,train/loss,val/loss,inside/gap", "1,1.5,,", "1,,1.2,", "2,,,0.5", "2,1.1,,"]
+    run.metrics.write_text("\n".join(lines) + "\n")
+    continue_metrics(run, run, 2, left)
+    rows = table(run.metrics)
+    assert [f"{row['step']} {name}" for row in rows for name, column in columns.items() if row[column]] == kept
 
 
 def test_a_value_of_null_is_written_and_read(fit: Fit, tmp_path: Path) -> None:

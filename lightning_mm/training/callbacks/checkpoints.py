@@ -202,6 +202,7 @@ class BestCheckpoint(ModelCheckpoint):
         """Keep the best score of a checkpoint only if its file is in this run's folder; a resumed run has its own."""
         if state_dict.get("dirpath") == self.dirpath:
             super().load_state_dict(state_dict)
+            self.current_score = state_dict.get("current_score")  # Lightning leaves it out
 
 
 def _stops_early(trainer: L.Trainer) -> bool:
