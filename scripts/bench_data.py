@@ -29,7 +29,7 @@ from lightning_mm.data.batch import Batch
 from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.datamodule import MMDataModule
-from lightning_mm.models import processor
+from lightning_mm.models import encoding, processor
 from lightning_mm.models.loading import Backbone
 from lightning_mm.training.module import MMModule
 from lightning_mm.tuning import IntermediateOnly
@@ -122,7 +122,7 @@ def profile(data: MMDataModule) -> dict[str, float]:
     parts = {
         "decode": (images, "load"),
         "template": (ChatRenderer, "render"),
-        "tokenize": (processor._RecordingTokenizer, "__call__"),
+        "tokenize": (encoding.RecordingTokenizer, "__call__"),
         "processor": (processor.ModelProcessor, "encode"),
         "collate": (Collator, "__call__"),
     }

@@ -267,7 +267,8 @@ def _run_directory(config: Namespace, verb: str, goes_on: RunDirectory | None) -
                 "Another process trains in it: two would write over each other's checkpoints.",
                 "Wait for it or stop it, or give another --run.name, which makes a copy.",
             )
-        goes_on.remove_temporary_files()
+        if _RANK.rank == 0:  # alone: another rank might remove what this one is writing
+            goes_on.remove_temporary_files()
         if config.get("ckpt_path"):
             log_decision("run", f"goes on in {goes_on.path}", "from its last.ckpt; another --run.name makes a copy")
         os.environ[RUN_VARIABLE] = str(goes_on.path)

@@ -71,19 +71,22 @@ def own_folder(checkpoint: Path, name: str | None) -> RunDirectory | None:
 
 
 def begun_anew(root: str | Path, name: str) -> RunDirectory | None:
-    """The folder of the newest run of a name, emptied, if that run ended before its first checkpoint; else None.
+    """The folder of the newest run of a name, emptied, if that run was killed before its first checkpoint; else None.
 
-    A job that is started again with ``--ckpt_path auto`` so has one folder, whenever it was killed.
+    A job that is started again with ``--ckpt_path auto`` so has one folder, whenever it was killed. A run that came to
+    its end has a report, and stays, also where it was told to save no checkpoint.
 
     Args:
         root: Folder of all runs.
         name: Name of the run.
     """
     run = next(iter(_runs_of(Path(root), name)), None)
-    if run is None or run.kind != "fit" or (run.checkpoints / "last.ckpt").exists() or not run.claim():
+    if run is None or run.kind != "fit" or run.report.exists() or (run.checkpoints / "last.ckpt").exists():
+        return None
+    if not run.claim():
         return None
     run.clear()
-    log_decision("run", f"begins anew in {run.path}", "the run there ended before its first checkpoint")
+    log_decision("run", f"begins anew in {run.path}", "the run there was killed before its first checkpoint")
     return run
 
 
@@ -126,8 +129,10 @@ def continue_metrics(earlier: RunDirectory, run: RunDirectory, step: int, left: 
     writer.writeheader()
     for row in (row for row in reader if row["step"]):
         inspected = {key: value for key, value in row.items() if value and key.startswith(("inside/", "inspect/"))}
-        if left.validate and int(row["step"]) == step - 1 and any(row[key] for key in row if key.startswith("val/")):
-            continue
+        if left.validate and int(row["step"]) == step - 1:
+            row = {key: value for key, value in row.items() if not key.startswith("val/")}
+            if not any(value for key, value in row.items() if key not in ("step", "epoch")):
+                continue
         if int(row["step"]) < step:
             writer.writerow(row)
         elif int(row["step"]) == step and inspected and not left.ends:

@@ -5,10 +5,10 @@ alone, without the run.
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
+import sys
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,6 +18,9 @@ from pathlib import Path
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.core.io import read_json, write_json
+
+if sys.platform != "win32":
+    import fcntl
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -86,9 +89,10 @@ class RunDirectory:
     def claim(self) -> bool:
         """Hold the folder until ``release_claims`` or the end of this process; False if another process holds it.
 
-        On file systems without locks every folder is free.
+        On systems and file systems without locks every folder is free. The lock is on the folder itself, so that no
+        file stays.
         """
-        if self.path in _CLAIMS:
+        if self.path in _CLAIMS or sys.platform == "win32":
             return True
         try:
             held = os.open(self.path, os.O_RDONLY)
@@ -242,7 +246,8 @@ def release_claims() -> None:
 
 
 # A worker of a loader may outlive a killed run for seconds, and must not hold its folder.
-os.register_at_fork(after_in_child=release_claims)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=release_claims)
 
 
 def _now() -> str:

@@ -24,7 +24,8 @@ from lightning_mm.data.batch import Batch, PromptBatch, TokenRegion
 from lightning_mm.data.chat import ChatError
 from lightning_mm.data.sample import Rejection, Sample
 from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder, gray_image
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 
 _MAX_SUBSTITUTES = 64
 _FEWER = "; data.max_pixels makes pictures take fewer tokens"

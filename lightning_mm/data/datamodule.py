@@ -29,7 +29,7 @@ from lightning_mm.data.dataloader import (
     evaluation_loader,
     training_loader,
 )
-from lightning_mm.data.example_batches import example_batch, mixed_batch, random_batches
+from lightning_mm.data.example_batches import example_batch, random_batches
 from lightning_mm.data.mixture import check_temperature
 from lightning_mm.data.probe_sets.build import ENTAILMENT_PROMPT, open_probe_set, split_for_probes
 from lightning_mm.data.probe_sets.collator import ProbeCollator, probe_loader
@@ -482,11 +482,6 @@ class MMDataModule(L.LightningDataModule):
         if split is None:
             raise UserError("There is no data.", "No file is given.", "Give --data.train FILE.")
         return example_batch(self.samples(split), self.collator(), count)
-
-    def mixed_batch(self) -> Batch | None:
-        """A batch of rows of the training data that differ in length and pictures; None where none can be used."""
-        split = next((split for split, path in self.paths.items() if path is not None), None)
-        return None if split is None else mixed_batch(self.samples(split), self.collator())
 
     def _evaluation(self, split: str, limit: int | None) -> list[CheckedDataLoader]:
         samples, questions = self.samples(split), sort_by_answer_length(self.questions(split, limit))

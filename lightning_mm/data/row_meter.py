@@ -24,7 +24,8 @@ from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import Rejection, Sample
 from lightning_mm.data.sample_encoder import RenderedSample
 from lightning_mm.data.size_processor import SizeProcessor
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 
 _ROWS_OF_A_JOB = 128
 _PROOFS = 2

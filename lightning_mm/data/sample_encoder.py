@@ -21,7 +21,8 @@ from lightning_mm.data import images as pictures
 from lightning_mm.data import videos
 from lightning_mm.data.chat import ChatError, ChatRenderer, Rendered
 from lightning_mm.data.sample import IMAGE_MARK, VIDEO_MARK, Rejection, Sample, Turn
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 
 Side = Literal["left", "right"]
 # What image processors raise on an image that they cannot process.

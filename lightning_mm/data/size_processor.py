@@ -22,7 +22,8 @@ from lightning_mm.data.chat import ChatRenderer
 from lightning_mm.data.sample import IMAGE_MARK, Turn
 from lightning_mm.data.sample_encoder import ENCODE_ERRORS, gray_image
 from lightning_mm.data.token_lengths import Size, representative_sizes
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 
 _PROVED_GROUPS, _MOST_GROUPS = 8, 1024
 

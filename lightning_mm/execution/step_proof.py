@@ -11,6 +11,7 @@ Shapes: B rows, L tokens after padding, S supervised positions, V vocabulary.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_mm.data.batch import Batch
-from lightning_mm.execution.loss import LossOutput, supervised_nll
+from lightning_mm.execution.loss import LossOutput, select_positions_before_head
 from lightning_mm.models.attention.proof import proving_blocks
 from lightning_mm.models.handle import MultimodalModel
 from lightning_mm.models.hooks import plain_forwards
@@ -29,7 +30,8 @@ _FEW_UNITS = 2.0
 """Root mean square of what tokens may differ by, in units of the type's epsilon times the largest logit: in float32,
 what sums in another order come to over all blocks; in 16 bits every logit is rounded by half a unit itself."""
 _MOST_LOGITS = 2**28
-"""Logits of all positions are computed up to so many; beyond, plain code too gets the supervised positions only."""
+"""Largest number of logits that are computed at all positions. Where there would be more, the plain forward pass too
+computes them at supervised positions only, and the selection of positions is not proved."""
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,12 @@ def plain_token_nll(mm: MultimodalModel, batch: Batch) -> tuple[Tensor, float, b
     head: Any = mm.head
     vocabulary = int(head.weight.shape[0])
     whole = batch.regions.numel() * vocabulary <= _MOST_LOGITS
-    with plain_forwards(mm.model):
-        if not whole:
-            found = supervised_nll(mm.model, mm.head, batch)
-            return found.token_nll.float(), float(found.token_nll.max()), False
-        logits = mm.model(**batch.inputs, use_cache=False).logits
-    logits_SV = logits.flatten(0, 1)[batch.supervised].float()
+    selected = nullcontext() if whole else select_positions_before_head(head, batch.supervised)
+    with plain_forwards(mm.model), selected:
+        logits = mm.model(**batch.inputs, use_cache=False).logits.flatten(0, 1)
+    logits_SV = (logits[batch.supervised] if whole else logits).float()
     nll_S = F.cross_entropy(logits_SV, batch.targets, reduction="none")
-    return nll_S, float(logits_SV.abs().max()), True
+    return nll_S, float(logits_SV.abs().max()), whole
 
 
 def compare_losses(prepared_S: Tensor, plain_S: Tensor, largest: float, precision: torch.dtype) -> tuple[float, float]:

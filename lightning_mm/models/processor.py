@@ -15,13 +15,10 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 import transformers
 from PIL import Image
 from torch import Tensor
@@ -31,6 +28,7 @@ from transformers.utils.import_utils import is_torchvision_available
 
 from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
+from lightning_mm.models.encoding import Encoding, RecordingTokenizer
 from lightning_mm.models.loading import Backbone, read_config
 from lightning_mm.models.pixel_bounds import PixelBounds, largest_image, set_pixel_bounds
 from lightning_mm.models.template_limits import MOST_CHARACTERS, TemplateLimitError, limited, refuse_unlimited
@@ -83,47 +81,6 @@ _NUM_TRIALS = 100
 _PLAIN = (str, int, float, tuple, list, type(None))
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """A batch of texts and images as inputs of the model.
-
-    Args:
-        inputs: Tensors by argument names of the model's forward; ``input_ids`` (B, L).
-        texts: The tokenized texts, with image placeholders expanded.
-        offsets: (B, L, 2) index of the first character of each token in its text, and of the last one plus 1; (0, 0)
-            for padding.
-    """
-
-    inputs: dict[str, Tensor]
-    texts: tuple[str, ...]
-    offsets: Tensor
-
-
-class _RecordingTokenizer:
-    """A tokenizer that records the texts and offsets of its last call."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.texts: tuple[str, ...] = ()
-        self.offsets = torch.zeros(0, 0, 2, dtype=torch.long)
-
-    def __call__(self, text: Any = None, **options: Any) -> Any:
-        encoding = self._tokenizer(text, **options)
-        self.texts = (text,) if isinstance(text, str) else tuple(text)
-        # Through numpy: torch converts the tuples one by one, which would take half of the tokenizer's time.
-        offsets = np.array([row.offsets for row in encoding.encodings], dtype=np.int64)
-        self.offsets = torch.from_numpy(offsets)
-        return encoding
-
-    def __len__(self) -> int:
-        return len(self._tokenizer)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "_tokenizer":  # not set yet during unpickling
-            raise AttributeError(name)
-        return getattr(self._tokenizer, name)
-
-
 class ModelProcessor:
     """A model's processor, with its chat template, image tokens and special tokens.
 
@@ -143,7 +100,7 @@ class ModelProcessor:
                 "data.pad_token", processor.tokenizer.eos_token, "the tokenizer has none; padding is masked out"
             )
         self._recording = copy.copy(processor)
-        self._recording.tokenizer = _RecordingTokenizer(processor.tokenizer)
+        self._recording.tokenizer = RecordingTokenizer(processor.tokenizer)
         self.bounds, self._resized_to = PixelBounds(), PixelBounds()
         self._image_options = processor.image_processor.to_dict()
 

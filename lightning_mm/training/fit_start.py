@@ -14,6 +14,7 @@ from lightning_mm.core.decisions import log_decision
 from lightning_mm.core.errors import UserError
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.datamodule import MMDataModule
+from lightning_mm.data.example_batches import mixed_batch
 from lightning_mm.execution.cache.activation_cache import CacheSettings
 from lightning_mm.execution.connector_init import scale_connector
 from lightning_mm.execution.loss import supervised_nll
@@ -60,6 +61,23 @@ def start_at_stream_norm(mm: MultimodalModel, plan: TuningPlan, trainer: L.Train
     scale_connector(mm, plan, None if batch is None else batch.to(device), trainer.strategy.broadcast)
 
 
+def begin_steps(
+    step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule, before: bool | None
+) -> None:
+    """Prove the step on rows of this fit, and open its cache; the model is on the trainer's device.
+
+    Args:
+        step: The prepared step.
+        settings: Of the cache.
+        trainer: The trainer of the fit.
+        data: Where its rows come from.
+        before: Whether the run that goes on had a cache; None where no run goes on.
+    """
+    prove_step(step, trainer, data)
+    open_cache(step, settings, trainer, data, before)
+    prove_sharing(step, trainer, data)
+
+
 def open_cache(
     step: TrainingStep, settings: CacheSettings, trainer: L.Trainer, data: MMDataModule, before: bool | None
 ) -> None:
@@ -104,7 +122,7 @@ def prove_step(step: TrainingStep, trainer: L.Trainer, data: MMDataModule) -> No
         data: Where its rows come from.
     """
     with torch.device("cpu"):  # Lightning configures optimizers with the accelerator as the default device
-        batch = data.mixed_batch()
+        batch = None if data.paths["train"] is None else mixed_batch(data.samples("train"), data.collator())
     if batch is None:
         return
     try:

@@ -12,11 +12,11 @@ from lightning_mm.core.decisions import log_decision
 _WINDOW, _MIN_WINDOW = 100, 20
 """Losses before a step that it is compared with: at most, and at least."""
 _TIMES, _NATS = 2.0, 0.1
-"""A jump is more than so many times the largest of them. If nothing changed, one step in a hundred is the largest of a
-hundred; one that is twice the second largest hardly ever comes. The nats are for losses near zero, where twice is
-nothing."""
+"""A loss is a jump if it is above ``_TIMES`` times the largest loss of the window, plus ``_NATS``. The maximum of a
+window is exceeded by chance in one step of a hundred, twice the maximum hardly ever; the constant keeps noise of losses
+near zero from counting."""
 _LOOK_AT, _MEAN_OF = 50, 20
-"""After this many steps, the mean of so many losses is compared with guessing."""
+"""The step at which the mean of the last ``_MEAN_OF`` losses is compared with log(vocabulary)."""
 _GUESSING = 0.95
 """Share of log(vocabulary) from which on a loss is that of guessing: a model that only knows which tokens are common is
 far below it."""

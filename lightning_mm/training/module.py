@@ -50,14 +50,7 @@ from lightning_mm.training.callbacks.teardown import TeardownAfterException
 from lightning_mm.training.callbacks.weight_averaging import over_trained_weights
 from lightning_mm.training.checkpoint_file import KEY
 from lightning_mm.training.eval_context import data_of, live
-from lightning_mm.training.fit_start import (
-    find_unread,
-    open_cache,
-    prove_sharing,
-    prove_step,
-    refuse_cache,
-    start_at_stream_norm,
-)
+from lightning_mm.training.fit_start import begin_steps, find_unread, refuse_cache, start_at_stream_norm
 from lightning_mm.training.load_checkpoint import load_module
 from lightning_mm.training.loss_watch import LossWatch
 from lightning_mm.training.model_and_data import ModelAndData
@@ -332,11 +325,8 @@ class MMModule(ModelAndData):
         Lightning makes the training loader next, to count the steps of an epoch.
         """
         if self._files is not None:
-            prove_step(self.step, self.trainer, self._files)
-            before = None if self._resumed is None else self._resumed.get("cached")
-            open_cache(self.step, self.cache, self.trainer, self._files, before)
+            begin_steps(self.step, self.cache, self.trainer, self._files, (self._resumed or {}).get("cached"))
             self._cached = self.step.cache is not None
-            prove_sharing(self.step, self.trainer, self._files)
         if self._make_optimizer is not None:
             log_decision("model.optimizer", "yours", "its rates stay as they are, but for a schedule of its own")
             made: OptimizerLRScheduler = self._make_optimizer(named_groups(self.mm, self.plan))

@@ -75,7 +75,7 @@ class NonFiniteStepError(UserError):
     """A step that stops the run.
 
     Args:
-        error: What the user is told.
+        error: The message.
         cause: Where NaN or infinity comes from, with the rows, in a sentence part.
     """
 
@@ -149,7 +149,7 @@ def _examine(module: "MMModule", window: list[MicroBatch]) -> RankFindings:
                     source = find_nonfinite(module.mm.model, batch, module.objective, trainable)
                 if source is not None or number in lost[:1]:
                     break
-    except Exception as error:  # whatever it is, the other ranks wait, and the step is at fault all the same
+    except Exception as error:  # of any kind: the other ranks wait for what this one reports
         source = NonFiniteSource(f"not known, since the batch could not be run again: {first_line(error)}", "")
     if source is None and lost:
         source = NonFiniteSource("not known: it is finite when it is run again", "")

@@ -70,9 +70,11 @@ QUIET = ("--evaluation.before", "false", "--evaluation.after", "false")
 def test_auto_starts_and_then_goes_on_in_its_folder(fit: Fit, tmp_path: Path) -> None:
     """The same command again and again, as a job that a cluster starts again; another name makes a copy."""
     command = ["--run.name", "job", "--ckpt_path", "auto", *QUIET]
+    runs = tmp_path / "runs"
     for steps in (2, 3, 4):
         assert fit(*command, "--trainer.max_steps", str(steps)) == 0
-    runs = tmp_path / "runs"
+        assert not list((runs / "job").rglob("*.tmp"))
+        (runs / "job/checkpoints/.last.ckpt.7-ab.tmp").write_text("half of a file, by a killed run")
     assert os.listdir(runs) == ["job"]
     assert torch.load(runs / "job/checkpoints/last.ckpt", weights_only=True)["global_step"] == 4
     assert trained_steps(runs / "job") == [0, 1, 2, 3]
@@ -88,14 +90,16 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew_in_its_folder(fit:
     assert fit(*command) == 0
     job = tmp_path / "runs/job"
     rmtree(job / "checkpoints")
+    (job / "report.html").unlink()
     (job / "left.txt").write_text("by the killed run")
     assert fit(*command) == 0
     assert os.listdir(tmp_path / "runs") == ["job"]
     assert trained_steps(job) == [0, 1]
     assert not (job / "left.txt").exists()
     rmtree(job / "checkpoints")
-    assert fit("--run.name", "job", *command[4:]) == 0, "without auto, what is there stays"
+    assert fit(*command) == 0, "it came to its end without a checkpoint: what it has found stays"
     assert sorted(os.listdir(tmp_path / "runs")) == ["job", "job-2"]
+    assert trained_steps(job) == [0, 1]
 
 
 HOLD = """
@@ -118,6 +122,7 @@ def test_a_folder_in_use_is_left_alone(fit: Fit, tmp_path: Path, capsys: pytest.
         assert fit(*command, "2") != 0
         assert "is in use" in capsys.readouterr().err
         (job / "checkpoints/last.ckpt").unlink()
+        (job / "report.html").unlink()
         assert fit(*command, "2") == 0, "it may be at its first steps"
         other.communicate("\n")
     assert trained_steps(job) == [0]
@@ -173,22 +178,29 @@ def test_a_killed_run_that_goes_on_leaves_what_an_uninterrupted_one_does(
             torch.load(runs / run / f"checkpoints/{name}.ckpt", weights_only=True) for run in ("job", "whole")
         )
         assert all(torch.equal(first["state_dict"][key], value) for key, value in second["state_dict"].items()), name
+        assert score_of(first) == score_of(second), name
+
+
+def score_of(checkpoint: dict[str, Any]) -> float | None:
+    """The score of the last validation that the checkpoint knows of."""
+    states = [state for name, state in checkpoint["callbacks"].items() if name.startswith("BestCheckpoint")]
+    return None if states[0]["current_score"] is None else float(states[0]["current_score"])
 
 
 @pytest.mark.parametrize(
     ("left", "kept"),
     [
-        (AfterStep(), ["1 train", "1 val", "2 look"]),
-        (AfterStep(validate=True), ["1 train", "2 look"]),
-        (AfterStep(last=True), ["1 train", "1 val"]),
-        (AfterStep(validate=True, last=True), ["1 train"]),
+        (AfterStep(), ["0 train", "0 val", "1 train", "1 val", "2 look"]),
+        (AfterStep(validate=True), ["0 train", "0 val", "1 train", "2 look"]),
+        (AfterStep(last=True), ["0 train", "0 val", "1 train", "1 val"]),
+        (AfterStep(validate=True, last=True), ["0 train", "0 val", "1 train"]),
     ],
 )
 def test_what_comes_again_is_taken_back(left: AfterStep, kept: list[str], tmp_path: Path) -> None:
     """Of what a run has logged up to step 2: its validation, and the last look of a run that was to end there."""
     run = RunDirectory(tmp_path)
     columns = {"train": "train/loss", "val": "val/loss", "look": "inside/gap"}
-    lines = ["step,train/loss,val/loss,inside/gap", "1,1.5,,", "1,,1.2,", "2,,,0.5", "2,1.1,,"]
+    lines = ["step,train/loss,val/loss,inside/gap", "0,1.7,1.6,", "1,1.5,,", "1,,1.2,", "2,,,0.5", "2,1.1,,"]
     run.metrics.write_text("\n".join(lines) + "\n")
     continue_metrics(run, run, 2, left)
     rows = table(run.metrics)

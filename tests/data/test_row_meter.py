@@ -17,7 +17,8 @@ from lightning_mm.data.row_table import RowTable
 from lightning_mm.data.sample import Rejection
 from lightning_mm.data.size_processor import SizeProcessor
 from lightning_mm.data.split import SplitOptions, open_split
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 from lightning_mm.testing.tiny import FAMILIES
 
 Load = Callable[[str], ModelProcessor]

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lightning_mm import IntermediateOnly
 from lightning_mm.core.errors import UserError
+from lightning_mm.data import example_batches
 from lightning_mm.data.batch import Batch
 from lightning_mm.data.collator import Collator
 from lightning_mm.data.example_batches import mixed_batch
 from lightning_mm.data.readers.conversations import read_conversations
-from lightning_mm.execution import loss
+from lightning_mm.execution import loss, step_proof
 from lightning_mm.execution import step as execution_step
 from lightning_mm.execution.prepare import Compute
 from lightning_mm.execution.step import TrainingStep
@@ -128,6 +129,53 @@ def test_a_wrong_kernel_is_switched_off(prepared: Prepared, monkeypatch: Any, de
     found = losses(step, batch)
     step.close()
     torch.testing.assert_close(found, own_losses(step, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_where_logits_of_all_positions_are_too_many_supervised_ones_are_compared(
+    prepared: Prepared, monkeypatch: Any, decisions: list[str]
+) -> None:
+    monkeypatch.setattr(step_proof, "_MOST_LOGITS", 0)
+    step, batch = prepared("llava")
+    nll, largest, whole = step_proof.plain_token_nll(step.mm, batch)
+    assert not whole
+    assert largest > 0
+    step.prove(batch)
+    assert not decisions
+    step.close()
+    # float32 sums in another order.
+    torch.testing.assert_close(nll, own_losses(step, batch), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lack_of_memory_says_nothing_of_a_block(prepared: Prepared) -> None:
+    def refuse(_: Any, args: tuple[Tensor]) -> None:
+        if args[0].shape[0] == 1:
+            raise torch.OutOfMemoryError("no memory")
+
+    def plant(mm: Any) -> None:
+        mm.model.get_submodule(mm.layout.layers[1]).input_layernorm.register_forward_pre_hook(refuse)
+
+    step, batch = prepared("llava", None, plant)
+    with pytest.raises(torch.OutOfMemoryError):
+        step.prove(batch)
+
+
+def test_rows_differ_and_the_longest_are_left_out(family: Family, tmp_path: Path, monkeypatch: Any) -> None:
+    samples = read_conversations(make_uneven_rows(tmp_path, text_only=True)).samples
+    collator = Collator(load_processor(str(family("llava"))))
+    whole = mixed_batch(samples, collator)
+    assert whole is not None
+    lengths = (whole.regions != 0).sum(1)
+    assert {len(sample.images) for sample in whole.samples} == {0, 1}
+    monkeypatch.setattr(example_batches, "_MOST_TOKENS", whole.regions.numel() - 1)
+    smaller = mixed_batch(samples, collator)
+    assert smaller is not None
+    gone = [number for number, sample in enumerate(whole.samples) if sample not in smaller.samples]
+    assert gone[0] == int(lengths.argmax())
+    monkeypatch.setattr(example_batches, "_MOST_TOKENS", 1)
+    least = mixed_batch(samples, collator)
+    assert least is not None
+    assert len(least) == 2
+    assert mixed_batch([], collator) is None
 
 
 def test_a_wrong_loss_is_refused(prepared: Prepared, monkeypatch: Any) -> None:

@@ -32,7 +32,8 @@ from lightning_mm.data.probe_sets.files import ProbeRow
 from lightning_mm.data.probe_sets.probe_set import ProbeBatch
 from lightning_mm.data.sample import IMAGE_MARK, Rejection, Turn
 from lightning_mm.data.sample_encoder import RenderedSample, SampleEncoder
-from lightning_mm.models.processor import Encoding, ModelProcessor
+from lightning_mm.models.encoding import Encoding
+from lightning_mm.models.processor import ModelProcessor
 
 GRAY = (127, 127, 127)
 
